@@ -1,0 +1,83 @@
+"""The logits that predict the answers of a batch, and how far two models' answers are apart. Shared by self-check and evaluation."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
+
+__all__ = ["answer_kl", "answer_logits"]
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Runs the model once and picks the logits that predict the answers.
+
+    Args:
+        model: called with the batch's tensors, returns `.logits`; runs where its parameters are, in eval mode.
+        batch: with labels.
+
+    Returns:
+        Per row [answer tokens, vocabulary] in the model's dtype; empty for a row without an answer.
+
+    Raises:
+        ValueError: logits that are not numbers.
+    """
+    # Packed weights are integers: the first floating parameter tells the dtype (and the device) the model computes in.
+    floating = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = getattr(model, "dtype", floating.dtype)
+    inputs = {
+        name: tensor.to(floating.device, dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in batch.inputs.items()
+    }
+    answered = batch.labels != IGNORE_INDEX
+    tokens = batch.labels.shape[1]
+    # The head is the widest layer: where the model can, it is run only from the first answer of the batch on.
+    keep = tokens - int(answered.any(dim=0).nonzero()[0]) + 1
+    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with _eval_mode(model), torch.inference_mode():
+        logits = model(**inputs, **options).logits
+    offset = tokens - logits.shape[1]
+    rows = []
+    for row, origin in enumerate(batch.origins):
+        # The logits at position p - 1 predict the token at p.
+        own = logits[row, answered[row].nonzero().flatten().to(logits.device) - 1 - offset]
+        if own.isnan().any():
+            raise ValueError(f"{origin}: the model's logits are not numbers (NaN); it is broken, or its dtype overflows: try bfloat16")
+        rows.append(own)
+    return rows
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def answer_kl(reference_logits: Tensor, logits: Tensor) -> float:
+    """Mean over answer tokens of KL(reference || model) in nats.
+
+    Args:
+        reference_logits: [tokens, vocabulary], those of the full-precision model.
+        logits: same shape, those of the model in question.
+
+    Returns:
+        The mean divergence, computed in float64; 0 if and only if the distributions are equal.
+
+    Raises:
+        ValueError: if the shapes differ or there are no tokens.
+    """
+    if reference_logits.shape != logits.shape or logits.dim() != 2 or logits.shape[0] == 0:
+        shapes = f"{tuple(reference_logits.shape)} and {tuple(logits.shape)}"
+        raise ValueError(f"logits have the shapes {shapes}; both must be [tokens, vocabulary] with at least one token")
+    reference = torch.log_softmax(reference_logits.double(), dim=-1)
+    model = torch.log_softmax(logits.double(), dim=-1)
+    # A token that the reference rules out (-inf) adds nothing, whatever the model says of it.
+    terms = torch.where(reference == -torch.inf, 0.0, reference.exp() * (reference - model))
+    return max(0.0, terms.sum(dim=-1).mean().item())

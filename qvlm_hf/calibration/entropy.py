@@ -1,0 +1,83 @@
+"""Cross-layer dependency: the conditional entropy of a layer's output given the one before it (eq. 4-6 of the paper).
+
+    p_m(x) = softmax_m( -(x/Delta - q_m/Delta)^2 )                                    soft assignment to level m (eq. 5)
+    P[m, m'] = mean over elements of p_m(x^(k)) p_m'(x^(k+1))                         same position, same channel
+    D(k, k+1) = - sum P[m, m'] log( P[m, m'] / sum_m' P[m, m'] )     in nats           (eq. 4)
+    D(k_r, k_s) = sum of D(k, k+1) between them                                       (eq. 6)
+
+Delta is the step of a grid of M levels over the smallest and largest value of each channel (or of each position). Both hidden states
+must have one shape, so D never crosses a segment. The M x M histogram is accumulated in chunks.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["DependencyHistogram", "conditional_entropy", "soft_assignment"]
+
+# Elements x levels of one chunk (256 MB of float32 would be 2^26), and of a whole pair of layers: beyond that tokens are subsampled
+# evenly. With 2^26 the entropy of the demo model moved by less than 0.002 nats against all elements, at 16 and at 256 levels.
+_CHUNK = 2**23
+_BUDGET = 2**26
+
+
+def soft_assignment(units: Tensor, levels: int) -> Tensor:
+    """p_m of eq. 5.
+
+    Args:
+        units: [n], values in steps of the grid, 0 ... levels - 1.
+        levels: M.
+
+    Returns:
+        [n, levels], each row sums to 1.
+    """
+    grid = torch.arange(levels, device=units.device, dtype=torch.float32)
+    return torch.softmax(-((units.float().unsqueeze(-1) - grid) ** 2), dim=-1)
+
+
+def conditional_entropy(joint: Tensor) -> float:
+    """D of eq. 4 in nats, of a joint distribution [M, M] (rows: the first layer's level); 0 log 0 is 0."""
+    joint = joint.double()
+    marginal = joint.sum(1, keepdim=True).expand_as(joint)
+    mass = joint > 0
+    return float(-(joint[mass] * torch.log(joint[mass] / marginal[mass])).sum())
+
+
+class DependencyHistogram:
+    """P[m, m'] of two consecutive hidden states, streamed over batches.
+
+    Args:
+        first_range: (smallest, largest) of the first layer's values, broadcastable against [tokens, H].
+        second_range: the same of the second layer.
+        levels: M: 2^activation_bits, or 256 when activations stay in floating point.
+        elements: values that will come in all; more than the budget are subsampled by an even stride over tokens.
+    """
+
+    def __init__(self, first_range: tuple[Tensor, Tensor], second_range: tuple[Tensor, Tensor], *, levels: int, elements: int) -> None:
+        self._ranges, self._levels = (first_range, second_range), levels
+        self._stride = -(-elements * levels // _BUDGET)
+        self._sum = torch.zeros(levels, levels, dtype=torch.float64, device=first_range[0].device)
+        self._count = 0
+
+    def update(self, first: Tensor, second: Tensor) -> None:
+        """Adds [..., tokens, H] values of both layers.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        if first.shape != second.shape:
+            raise ValueError(f"hidden states of shapes {tuple(first.shape)} and {tuple(second.shape)} have no common elements.")
+        a, b = (self._units(x, r).flatten(0, -2)[:: self._stride].reshape(-1) for x, r in zip((first, second), self._ranges, strict=True))
+        rows = max(1, _CHUNK // self._levels)
+        for start in range(0, a.numel(), rows):
+            part = slice(start, start + rows)
+            self._sum += (soft_assignment(a[part], self._levels).T @ soft_assignment(b[part], self._levels)).double()
+        self._count += a.numel()
+
+    def entropy(self) -> float:
+        """D(k, k+1) in nats."""
+        return conditional_entropy(self._sum / max(self._count, 1))
+
+    def _units(self, x: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
+        low, high = bounds
+        step = (high - low).float() / (self._levels - 1)
+        return (x.float() - low) / torch.where(step > 0, step, torch.ones_like(step))

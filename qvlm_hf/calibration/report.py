@@ -1,0 +1,140 @@
+"""What a calibration measured, chose and kept: a frozen record that goes to JSON and back (qvlm_report.json, the model card)."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
+from qvlm_hf.core.scheme import QuantScheme
+
+__all__ = ["BlockReport", "CalibrationReport", "SegmentReport", "SelfCheck", "SiteReport", "settings_dict"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockReport:
+    """One block and its search (eq. 3).
+
+    Attributes:
+        layers: names of its layers.
+        initial, greedy, joint: squared error of the block output relative to its squared norm: of the L_p start, the layer-by-layer
+            search (eq. 2) and the joint search.
+        evaluations: layer runs over all calibration batches that the search took.
+    """
+
+    layers: tuple[str, ...]
+    initial: float
+    greedy: float
+    joint: float
+    evaluations: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentReport:
+    """One segment: the entropies between its layers in nats (eq. 4), the threshold h0 in force and the blocks (eq. 7)."""
+
+    component: str
+    layers: tuple[str, ...]
+    entropies: tuple[float, ...]
+    threshold: float
+    blocks: tuple[BlockReport, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReport:
+    """What the search chose for one site: the modules that share it and their activation range."""
+
+    modules: tuple[str, ...]
+    candidate: RangeCandidate
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfCheck:
+    """The packed model against the full-precision one on a few samples.
+
+    Attributes:
+        samples: how many.
+        held_out: whether calibration had not seen them.
+        answer_tokens: positions compared.
+        agreement: share of positions with the same most likely token.
+        kl: mean KL divergence to full precision in nats.
+    """
+
+    samples: int
+    held_out: bool
+    answer_tokens: int
+    agreement: float
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationReport:
+    """The whole record.
+
+    Attributes:
+        settings: every option that shaped the result.
+        provenance: where the data came from (counts, hash, seed, versions).
+        modules: canonical module name -> scheme: exactly what is quantized.
+        segments: entropies and blocks, in execution order; empty where nothing was searched.
+        sites: what was chosen.
+        dead: layers whose output reaches nothing: rounded, not searched.
+        full_precision: linear modules left alone.
+        self_check: None where there was no data to check with.
+        warnings: one line each.
+    """
+
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    modules: dict[str, QuantScheme]
+    segments: tuple[SegmentReport, ...] = ()
+    sites: tuple[SiteReport, ...] = ()
+    dead: tuple[str, ...] = ()
+    full_precision: tuple[str, ...] = ()
+    self_check: SelfCheck | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form; `from_dict` reads it back equal."""
+        entry = dataclasses.asdict(self)
+        entry["modules"] = {name: scheme.to_dict() for name, scheme in self.modules.items()}
+        return _listed(entry)
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> "CalibrationReport":
+        """Reads `to_dict`.
+
+        Raises:
+            ValueError: a key is missing or unknown.
+        """
+        try:
+            fields = dict(entry)
+            fields["modules"] = {name: QuantScheme.from_dict(scheme) for name, scheme in entry["modules"].items()}
+            fields["segments"] = tuple(_segment(segment) for segment in entry["segments"])
+            fields["sites"] = tuple(
+                SiteReport(modules=tuple(site["modules"]), candidate=RangeCandidate(**site["candidate"])) for site in entry["sites"]
+            )
+            for name in ("dead", "full_precision", "warnings"):
+                fields[name] = tuple(entry[name])
+            fields["self_check"] = None if entry["self_check"] is None else SelfCheck(**entry["self_check"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"the report does not have the fields of this version ({error}): it is damaged or from another version."
+            ) from error
+
+
+def settings_dict(settings: CalibrationSettings) -> dict[str, Any]:
+    """Every field of the settings, ready for JSON."""
+    return _listed(dataclasses.asdict(settings))
+
+
+def _segment(entry: Mapping[str, Any]) -> SegmentReport:
+    blocks = tuple(BlockReport(**{**block, "layers": tuple(block["layers"])}) for block in entry["blocks"])
+    return SegmentReport(**{**entry, "layers": tuple(entry["layers"]), "entropies": tuple(entry["entropies"]), "blocks": blocks})
+
+
+def _listed(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """Tuples to lists, so that a report equals what JSON gives back."""
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,147 @@
+"""One segment of a model: how its layers depend on each other, and the search over its blocks, bottom to top.
+
+Two streams of hidden states run through the layers side by side: full precision (the targets) and quantized (what a layer will
+really see). Only one block's worth of either is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qvlm_hf.calibration.capture import LayerInput, count_tokens, kept, run_layer, working_precision
+from qvlm_hf.calibration.entropy import DependencyHistogram
+from qvlm_hf.calibration.initialization import initialize_sites
+from qvlm_hf.calibration.partition import Block
+from qvlm_hf.calibration.search import BlockSearch, SearchResult, search_block
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.simulation import TrialSite, installed
+from qvlm_hf.core.architectures import Layer, Segment
+
+__all__ = ["SearchedBlock", "layer_dependencies", "search_segment"]
+
+
+@dataclass(frozen=True)
+class SearchedBlock:
+    """A block after its search: `sites` per layer, their `active` candidate being the choice. `result` is None for dead layers."""
+
+    layers: tuple[Layer, ...]
+    sites: tuple[tuple[TrialSite, ...], ...]
+    result: SearchResult | None
+
+
+def layer_dependencies(model: nn.Module, segment: Segment, inputs: Sequence[LayerInput], settings: CalibrationSettings) -> list[float]:
+    """D(k, k+1) in nats of consecutive live layers of a segment (eq. 4), from one full-precision pass.
+
+    Args:
+        model: in full precision.
+        segment: its layers.
+        inputs: per batch, what enters the first layer.
+        settings: the bits give the number of levels, the granularity the axis of the ranges.
+
+    Returns:
+        One number less than there are live layers.
+
+    Raises:
+        ValueError: a layer's output is not finite.
+    """
+    levels = 256 if settings.activation_bits == 16 else 2**settings.activation_bits
+    per_position = settings.start_granularity(segment.component) == "token"
+    live = [layer for layer in segment.layers if not layer.dead]
+    hidden = [entry.hidden for entry in inputs]
+    previous: list[Tensor] | None = None
+    dependencies = []
+    for layer in live if len(live) > 1 else ():
+        hidden = _run_in_full_precision(model, layer, inputs, hidden)
+        values = hidden if per_position else [kept(h, entry.keep) for h, entry in zip(hidden, inputs, strict=True)]
+        if previous is not None:
+            elements = count_tokens(inputs) * hidden[0].shape[-1]
+            histogram = DependencyHistogram(
+                _bounds(previous, per_position), _bounds(values, per_position), levels=levels, elements=elements
+            )
+            for first, second in zip(previous, values, strict=True):
+                histogram.update(first, second)
+            dependencies.append(histogram.entropy())
+        previous = values
+    return dependencies
+
+
+def search_segment(
+    model: nn.Module,
+    segment: Segment,
+    blocks: Sequence[Block],
+    full_inputs: Sequence[LayerInput],
+    inputs: Sequence[LayerInput],
+    settings: CalibrationSettings,
+) -> Iterator[SearchedBlock]:
+    """Searches the blocks of a segment bottom to top (eq. 3), then gives dead layers their L_p start.
+
+    Args:
+        model: its weights in full precision; modules below the segment run as quantized.
+        segment: its layers.
+        blocks: a partition of the live layers.
+        full_inputs: per batch, what enters the first layer in full precision.
+        inputs: the same when everything below is quantized.
+        settings: candidates and schemes.
+
+    Yields:
+        Each block when its search has ended.
+    """
+    live = [layer for layer in segment.layers if not layer.dead]
+    dead = [layer for layer in segment.layers if layer.dead]
+    full = [entry.hidden for entry in full_inputs]
+    hidden = [entry.hidden for entry in inputs]
+    for block in blocks:
+        layers = live[block.start : block.stop]
+        with _calibrating(model, layers, inputs):
+            targets = []
+            for layer in layers:
+                full = run_layer(model.get_submodule(layer.name), full_inputs, full)
+                targets.append(full)
+            sites = initialize_sites(model, layers, segment.component, inputs, hidden, settings)
+            with installed(site for row in sites for site in row):
+                search = BlockSearch([model.get_submodule(layer.name) for layer in layers], sites, inputs, hidden, targets)
+                result = search_block(search)
+                for index, choice in enumerate(result.choice):
+                    hidden = search.run(index, choice, hidden)
+            yield _settled(layers, sites, result)
+    if dead:
+        with _calibrating(model, dead, inputs):
+            yield _settled(dead, initialize_sites(model, dead, segment.component, inputs, hidden, settings), None)
+
+
+def _settled(layers: Sequence[Layer], sites: Sequence[Sequence[TrialSite]], result: SearchResult | None) -> SearchedBlock:
+    for row in sites:
+        for site in row:
+            site.settle()
+    return SearchedBlock(tuple(layers), tuple(map(tuple, sites)), result)
+
+
+@contextmanager
+def _calibrating(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[LayerInput]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(working_precision(model.get_submodule(layer.name), inputs[0].hidden.dtype))
+        yield
+
+
+def _run_in_full_precision(model: nn.Module, layer: Layer, inputs: Sequence[LayerInput], hidden: Sequence[Tensor]) -> list[Tensor]:
+    with _calibrating(model, [layer], inputs):
+        out = run_layer(model.get_submodule(layer.name), inputs, hidden)
+    for entry, h in zip(inputs, out, strict=True):
+        if not torch.isfinite(kept(h, entry.keep)).all():
+            raise ValueError(
+                f"the output of {layer.name} holds NaN or infinity for the samples {', '.join(entry.origins)}: check weights and data."
+            )
+    return out
+
+
+def _bounds(values: Sequence[Tensor], per_position: bool) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value per channel, [H], or per position, [T, 1]."""
+    if per_position:
+        low = torch.stack([v.amin((0, 2)) for v in values]).amin(0)
+        high = torch.stack([v.amax((0, 2)) for v in values]).amax(0)
+        return low[:, None], high[:, None]
+    return torch.stack([v.amin(0) for v in values]).amin(0), torch.stack([v.amax(0) for v in values]).amax(0)

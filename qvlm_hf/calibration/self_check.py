@@ -1,0 +1,53 @@
+"""The collapse detector: does the packed model still answer as the full-precision one did, on a few samples?"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from qvlm_hf.calibration.answers import answer_kl, answer_logits
+from qvlm_hf.calibration.report import SelfCheck
+from qvlm_hf.calibration.samples import Batch
+
+__all__ = ["collapse_warning", "compare_answers"]
+
+# Sound W4A4 models agreed on more than 0.9 of the answer tokens, broken ones (dynamic W4A4 with outliers) on less than 0.6.
+_COLLAPSED_AGREEMENT = 0.75
+
+
+def compare_answers(model: nn.Module, batches: Sequence[Batch], reference: Sequence[Tensor], *, held_out: bool) -> SelfCheck | None:
+    """Runs the packed model on the batches whose full-precision answers are known.
+
+    Args:
+        model: after packing.
+        batches: with labels.
+        reference: full-precision logits per sample [answer tokens, vocabulary], in the order of the batches.
+        held_out: whether calibration did not see these samples.
+
+    Returns:
+        None if no sample has an answer.
+    """
+    samples = agree = tokens = 0
+    divergence = 0.0
+    expected = iter(reference)
+    for batch in batches:
+        for logits in answer_logits(model, batch):
+            full = next(expected).to(logits.device)
+            samples += 1
+            if full.shape[0]:
+                tokens += full.shape[0]
+                agree += int((full.argmax(-1) == logits.argmax(-1)).sum())
+                divergence += answer_kl(full, logits) * full.shape[0]
+    if not tokens:
+        return None
+    return SelfCheck(samples=samples, held_out=held_out, answer_tokens=tokens, agreement=agree / tokens, kl=divergence / tokens)
+
+
+def collapse_warning(check: SelfCheck | None) -> str | None:
+    """One line if the model no longer answers like itself, else None."""
+    if check is None or check.agreement >= _COLLAPSED_AGREEMENT:
+        return None
+    return (
+        f"the quantized model agrees with full precision on only {100 * check.agreement:.0f} % of {check.answer_tokens} answer tokens "
+        f"(KL {check.kl:.2g}): "
+        "use more bits or activation_granularity=None, or calibrate with data like yours."
+    )

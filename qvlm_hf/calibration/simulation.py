@@ -1,0 +1,145 @@
+"""Sites under trial: the forward pass that a site's modules would have under each candidate, in floating point.
+
+Used while searching only; what is saved and run afterwards is integers. "channel" is simulated as it will run, with the input
+scale folded into the weight before the weight is rounded (method.md, "Per-channel static activations").
+
+A `TrialSite` is installed into its nn.Linear modules by `installed`; setting `active` chooses the candidate.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qvlm_hf.calibration.settings import RangeCandidate
+from qvlm_hf.core.architectures import Site
+from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.core.weight import QuantizedWeight, quantize_weight
+
+__all__ = ["TrialSite", "installed"]
+
+
+class TrialSite:
+    """One site, its candidates, and the candidate that its modules run with.
+
+    Attributes:
+        site: the names.
+        candidates: what may be chosen.
+        qparams: the activation grid of each candidate (None: found at run time, or floating point).
+        active: index of the candidate in force, or None for full precision.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        linears: Sequence[nn.Linear],
+        candidates: Sequence[RangeCandidate],
+        qparams: Sequence[QParams | None],
+        schemes: Sequence[QuantScheme],
+    ) -> None:
+        self.site, self.linears = site, tuple(linears)
+        self.candidates, self.qparams, self.schemes = tuple(candidates), tuple(qparams), tuple(schemes)
+        self.active: int | None = None
+        self._weights: dict[int, tuple[Tensor, ...]] = {}
+        self._input: tuple[Tensor, int, Tensor, Tensor | None] | None = None
+
+    @property
+    def chosen(self) -> RangeCandidate:
+        """The candidate in force."""
+        return self.candidates[self.choice]
+
+    @property
+    def scheme(self) -> QuantScheme:
+        """The scheme of its modules under the candidate in force."""
+        return self.schemes[self.choice]
+
+    @property
+    def input_qparams(self) -> QParams | None:
+        """The activation grid in force as it is stored: [in] for "channel", [positions] for "token", else None."""
+        qparams = self.qparams[self.choice]
+        return None if qparams is None else QParams(qparams.scale.flatten(), qparams.zero_point.flatten(), qparams.bits)
+
+    def quantized_weights(self) -> tuple[QuantizedWeight, ...]:
+        """The integers of every module under the candidate in force, rounded from the folded weight."""
+        return tuple(self._quantize(linear, self.choice) for linear in self.linears)
+
+    def settle(self) -> None:
+        """Forgets the other candidates' weights."""
+        self._weights = {i: weights for i, weights in self._weights.items() if i == self.choice}
+        self._input = None
+
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        """What module `index` of the site returns for x [..., in]: [..., out] in x's dtype."""
+        linear = self.linears[index]
+        if self.active is None:
+            return functional.linear(x, linear.weight, linear.bias)
+        a, row_scale = self._quantize_input(x, self.active)
+        weight = self._dequantized(self.active)[index]
+        y = functional.linear(a.to(weight.dtype), weight)
+        if row_scale is not None:
+            y = y * row_scale.to(y.dtype)
+        if linear.bias is not None:
+            y = y + linear.bias.to(y.dtype)
+        return y.to(x.dtype)
+
+    @property
+    def choice(self) -> int:
+        """`active`, which must be set."""
+        if self.active is None:
+            raise ValueError(f"{self.site.name} has no candidate in force: initialise and search it first.")
+        return self.active
+
+    def _quantize_input(self, x: Tensor, choice: int) -> tuple[Tensor, Tensor | None]:
+        """a and r of api.md; computed once for the modules that share x."""
+        if self._input is not None and self._input[0] is x and self._input[1] == choice:
+            return self._input[2], self._input[3]
+        bits, granularity, qparams = self.schemes[choice].activation_bits, self.candidates[choice].granularity, self.qparams[choice]
+        if granularity == "none":
+            a, row_scale = x, None
+        elif granularity == "dynamic_token":
+            grid = dynamic_token_qparams(x, bits)
+            a, row_scale = shift_quantize(x, grid), grid.scale
+        else:
+            grid = _calibrated(qparams, self.site)
+            a, row_scale = shift_quantize(x, grid), grid.scale if granularity == "token" else None
+        self._input = (x, choice, a, row_scale)
+        return a, row_scale
+
+    def _quantize(self, linear: nn.Linear, choice: int) -> QuantizedWeight:
+        weight = linear.weight.detach()
+        if self.candidates[choice].granularity == "channel":
+            weight = weight.float() * _calibrated(self.qparams[choice], self.site).scale
+        return quantize_weight(weight, self.schemes[choice])
+
+    def _dequantized(self, choice: int) -> tuple[Tensor, ...]:
+        if choice not in self._weights:
+            dtype = self.linears[0].weight.dtype
+            self._weights[choice] = tuple(self._quantize(linear, choice).dequantize().to(dtype) for linear in self.linears)
+        return self._weights[choice]
+
+
+@contextmanager
+def installed(sites: Iterable[TrialSite]) -> Iterator[None]:
+    """The modules of `sites` run through them inside the context, and as before afterwards."""
+    changed: list[nn.Linear] = []
+    try:
+        for site in sites:
+            for index, linear in enumerate(site.linears):
+                linear.forward = _bound(site, index)  # type: ignore[method-assign,assignment]
+                changed.append(linear)
+        yield
+    finally:
+        for linear in changed:
+            del linear.forward
+
+
+def _bound(site: TrialSite, index: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: site.forward(index, x)
+
+
+def _calibrated(qparams: QParams | None, site: Site) -> QParams:
+    if qparams is None:
+        raise ValueError(f"{site.name} has no calibrated range.")
+    return qparams

@@ -1,0 +1,1 @@
+"""Schemes, grids, packing and the table of model families. Depends on torch alone."""

@@ -1,0 +1,205 @@
+"""Which modules of a model family are quantized, and which of them share an input: data, and the walk that reads it.
+
+A family is a row in a table. `resolve` lays the rows over a real model and returns its segments in execution order, each a tuple
+of layers, each a tuple of sites (one input tensor and the linear modules that read it). Whatever is an nn.Linear of the model and
+in no row stays in full precision; the report lists it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Layer", "Segment", "Site", "canonical_name", "full_precision_modules", "get_linear", "matches", "output_head", "resolve"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One input tensor and the linear modules that read it. Names are canonical module names."""
+
+    modules: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The first module's name: unique, and what a user would search for."""
+        return self.modules[0]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer (or the whole projector). `dead`: its output reaches nothing (see `vision_feature_layer`)."""
+
+    name: str
+    sites: tuple[Site, ...]
+    dead: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Layers that run one after the other on hidden states of one shape; component is "vision", "projector" or "language"."""
+
+    component: str
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    vision_layers: str
+    projector: str
+    language_layers: str
+    head: str
+
+
+_FAMILIES = {
+    "llava": _Family(
+        vision_layers="model.vision_tower.encoder.layers",
+        projector="model.multi_modal_projector",
+        language_layers="model.language_model.layers",
+        head="lm_head",
+    ),
+}
+_PROJECTOR_SITES = {"llava": (("linear_1",), ("linear_2",))}
+_ENCODER_SITES = {
+    "clip_vision_model": (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("mlp.fc1",),
+        ("mlp.fc2",),
+    ),
+}
+_DECODER_SITES = {
+    "llama": (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+}
+
+
+def canonical_name(name: str) -> str:
+    """The name that config.json uses: `.vision_model.` is dropped, because Transformers versions differ in it."""
+    return name.replace(".vision_model.", ".")
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` names the module `name` or a part of the model that holds it.
+
+    A pattern is a run of whole path components: a full path, a prefix ("model.vision_tower"), a suffix ("mlp.down_proj") or one
+    component ("vision_tower"); "layers.1" never matches "layers.10".
+    """
+    parts, wanted = canonical_name(name).split("."), canonical_name(pattern).split(".")
+    return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts) - len(wanted) + 1))
+
+
+def resolve(
+    model: nn.Module, *, quantize_vision: bool = True, quantize_projector: bool = True, modules_to_not_convert: Sequence[str] = ()
+) -> tuple[Segment, ...]:
+    """Lays the family table over a model.
+
+    Args:
+        model: a Transformers model of a known family; its modules may be on the meta device.
+        quantize_vision: include the vision encoder.
+        quantize_projector: include the projector.
+        modules_to_not_convert: patterns (see `matches`) of modules that stay in full precision.
+
+    Returns:
+        The segments in execution order. A layer all of whose sites are excluded stays in its place with no sites.
+
+    Raises:
+        ValueError: unknown family or layer kind; a pattern that matches no module; a listed module is missing or no nn.Linear;
+            nothing is left to quantize.
+    """
+    config: Any = model.config
+    family = _row(_FAMILIES, config.model_type, "model_type")
+    encoder = _row(_ENCODER_SITES, config.vision_config.model_type, "vision_config.model_type")
+    decoder = _row(_DECODER_SITES, config.text_config.model_type, "text_config.model_type")
+    names = {canonical_name(name) for name, _ in model.named_modules() if name}  # the model itself, "", is no module to name
+    for pattern in modules_to_not_convert:
+        if not any(matches(name, pattern) for name in names):
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} matches no module: give a module path, a suffix of it or a component name."
+            )
+
+    def layer(name: str, sites: Iterable[tuple[str, ...]], *, dead: bool = False) -> Layer:
+        kept = []
+        for group in sites:
+            paths = (f"{name}.{module}" for module in group)
+            modules = tuple(path for path in paths if not any(matches(path, pattern) for pattern in modules_to_not_convert))
+            for path in modules:
+                get_linear(model, path)
+            if modules:
+                kept.append(Site(modules))
+        return Layer(name, tuple(kept), dead)
+
+    segments = []
+    if quantize_vision:
+        count = len(_get(model, family.vision_layers))  # type: ignore[arg-type]
+        used = _used_layers(config.vision_feature_layer, count)
+        segments.append(Segment("vision", tuple(layer(f"{family.vision_layers}.{i}", encoder, dead=i >= used) for i in range(count))))
+    if quantize_projector:
+        segments.append(Segment("projector", (layer(family.projector, _PROJECTOR_SITES[config.model_type]),)))
+    count = len(_get(model, family.language_layers))  # type: ignore[arg-type]
+    segments.append(Segment("language", tuple(layer(f"{family.language_layers}.{i}", decoder) for i in range(count))))
+    if not any(entry.sites for segment in segments for entry in segment.layers):
+        raise ValueError("every module is excluded: shorten modules_to_not_convert.")
+    return tuple(segments)
+
+
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The nn.Linear of that name.
+
+    Raises:
+        ValueError: there is none, or it is of another class.
+    """
+    module = _get(model, name)
+    # exact type: subclasses may read .weight themselves (attention's NonDynamicallyQuantizableLinear)
+    if type(module) is not nn.Linear:
+        raise ValueError(f"{name} is a {type(module).__name__}, not nn.Linear: a quantized or adapted model cannot be quantized again.")
+    return module
+
+
+def output_head(model: nn.Module) -> str:
+    """Name of the output head, for `lm_head_bits`.
+
+    Raises:
+        ValueError: the head shares its weight with the embeddings.
+    """
+    config: Any = model.config
+    name = _row(_FAMILIES, config.model_type, "model_type").head
+    get_linear(model, name)
+    if config.get_text_config().tie_word_embeddings or config.tie_word_embeddings:
+        raise ValueError(f"lm_head_bits: {name} shares its weight with the embeddings and cannot be quantized: leave lm_head_bits at None.")
+    return name
+
+
+def full_precision_modules(model: nn.Module, segments: Sequence[Segment]) -> tuple[str, ...]:
+    """Canonical names of the nn.Linear modules that no segment quantizes, in model order."""
+    quantized = {name for segment in segments for layer in segment.layers for site in layer.sites for name in site.modules}
+    return tuple(
+        c for name, module in model.named_modules() if isinstance(module, nn.Linear) and (c := canonical_name(name)) not in quantized
+    )
+
+
+def _used_layers(vision_feature_layer: int | Sequence[int], count: int) -> int:
+    """How many encoder layers reach the projector: hidden state i is the output of layer i-1, negative i count from the end."""
+    indices = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer)
+    return max(index if index >= 0 else count + 1 + index for index in indices)
+
+
+def _row(table: dict[str, Any], key: str, what: str) -> Any:  # noqa: ANN401 - each table has rows of its own type
+    if key not in table:
+        raise ValueError(
+            f"{what} {key!r} is not supported: this version knows {', '.join(sorted(table))} (docs/adding-a-model.md shows how to add one)."
+        )
+    return table[key]
+
+
+def _get(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"the model has no module {path!r}, which its family should have: is this a Transformers version below 5.21?"
+        ) from error

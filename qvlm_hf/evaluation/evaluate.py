@@ -1,0 +1,259 @@
+"""Asks a model the questions of a data set and counts the right answers; compares it with another model question by question.
+
+One teacher-forced forward pass answers a whole batch: the model reads question and expected answer, and its prediction at every answer
+position is compared with what stands there. Greedy decoding would produce exactly this answer, end of sequence included, if and only if
+all of these predictions agree: up to the first that does not, decoding and the forward pass have read the same tokens. So this is the
+exact-match accuracy of greedy decoding at a small part of its cost. (A numerical tie between two tokens is the one exception.)
+
+Left out: free-form answers. A model that says "a cat" where "cat" is expected is wrong here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from qvlm_hf.calibration.answers import answer_kl, answer_logits
+from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, Processor, Sample, collate, fingerprint
+from qvlm_hf.evaluation.metrics import Interval, PairedCounts, Proportion, mcnemar_p_value, paired_difference
+
+__all__ = ["Comparison", "Evaluation", "evaluate", "format_comparison"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A model (the second) beside its reference (the first) on the same questions.
+
+    Attributes:
+        reference_accuracy: of the reference.
+        counts: "first" is the reference, "second" the model.
+        p_value: exact two-sided McNemar test.
+        difference: accuracy of the model minus that of the reference.
+        difference_interval: of it, 95 %.
+        kl: KL(reference || model) per answer token, nats, averaged over all answer tokens.
+        answer_tokens: how many those are.
+    """
+
+    reference_accuracy: Proportion
+    counts: PairedCounts
+    p_value: float
+    difference: float
+    difference_interval: Interval
+    kl: float
+    answer_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model answered.
+
+    Attributes:
+        correct: per question, in input order.
+        kinds: kind of each question, None where the data set names none.
+        origins: where each question was read.
+        data_fingerprint: `fingerprint` of the samples.
+        answer_logits: per question [answer tokens, vocabulary] on the CPU, in the model's dtype; only with `keep_logits`.
+        comparison: with the reference, if one was given.
+    """
+
+    correct: tuple[bool, ...]
+    kinds: tuple[str | None, ...]
+    origins: tuple[str, ...]
+    data_fingerprint: str
+    answer_logits: tuple[torch.Tensor, ...] | None = None
+    comparison: Comparison | None = None
+
+    @property
+    def accuracy(self) -> Proportion:
+        """Share of questions answered exactly."""
+        return Proportion(successes=sum(self.correct), total=len(self.correct))
+
+    @property
+    def by_kind(self) -> dict[str, Proportion]:
+        """The same for each kind of question, sorted by name; empty if no kinds are known."""
+        groups: dict[str, list[bool]] = {}
+        for kind, right in zip(self.kinds, self.correct, strict=True):
+            if kind is not None:
+                groups.setdefault(kind, []).append(right)
+        return {kind: Proportion(successes=sum(group), total=len(group)) for kind, group in sorted(groups.items())}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the logits, for JSON."""
+        return {
+            "accuracy": _proportion_dict(self.accuracy),
+            "by_kind": {kind: _proportion_dict(share) for kind, share in self.by_kind.items()},
+            "comparison": None if self.comparison is None else _comparison_dict(self.comparison),
+            "data_fingerprint": self.data_fingerprint,
+            "questions": [
+                {"origin": origin, "kind": kind, "correct": right}
+                for origin, kind, right in zip(self.origins, self.kinds, self.correct, strict=True)
+            ],
+        }
+
+
+def evaluate(
+    model: torch.nn.Module,
+    samples: Sequence[Sample],
+    processor: Processor,
+    *,
+    batch_size: int = 16,
+    reference: torch.nn.Module | Evaluation | None = None,
+    keep_logits: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measures exact-match accuracy, and compares with a reference if there is one.
+
+    Args:
+        model: called with the processor's tensors, returns `.logits`; runs where its parameters are.
+        samples: with answers; of a chat with several turns the last answer counts.
+        processor: of both models.
+        batch_size: questions per forward pass; they are sorted by length, and reported in input order.
+        reference: the full-precision model, run on the same batches, or its `Evaluation` on the same samples with `keep_logits=True`.
+        keep_logits: keep the logits at answer positions, so that other models can be compared without running this one again.
+        progress: called with (questions done, questions in all) after every batch.
+
+    Raises:
+        ValueError: for no samples, a sample without an answer, a reference that belongs to other samples or kept no logits, logits that
+            are not numbers, and as `collate` does.
+    """
+    _check_samples(samples, batch_size)
+    data = fingerprint(samples)
+    if isinstance(reference, Evaluation):
+        _check_reference(reference, data)
+    order = sorted(range(len(samples)), key=lambda index: _length(samples[index]), reverse=True)
+    answers: dict[int, _Answer] = {}
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        batch = collate([samples[index] for index in indices], processor)
+        answers |= zip(indices, _batch_answers(model, batch, reference, indices, keep_logits), strict=True)
+        if progress is not None:
+            progress(len(answers), len(samples))
+    in_order = [answers[index] for index in range(len(samples))]
+    evaluation = Evaluation(
+        correct=tuple(answer.correct for answer in in_order),
+        kinds=tuple(sample.kind for sample in samples),
+        origins=tuple(sample.origin for sample in samples),
+        data_fingerprint=data,
+        answer_logits=tuple(answer.logits for answer in in_order if answer.logits is not None) if keep_logits else None,
+    )
+    return evaluation if reference is None else replace(evaluation, comparison=_compare(in_order))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """One question's result; the divergence is the mean over its `tokens`."""
+
+    correct: bool
+    tokens: int
+    logits: torch.Tensor | None = None
+    reference_correct: bool = False
+    kl: float = 0.0
+
+
+def _check_samples(samples: Sequence[Sample], batch_size: int) -> None:
+    if not samples:
+        raise ValueError("evaluate got no samples; give at least one")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give at least 1")
+    for sample in samples:
+        if sample.answer is None:
+            raise ValueError(f"{sample.origin}: has no answer to compare with; add one or leave the sample out")
+
+
+def _check_reference(reference: Evaluation, data: str) -> None:
+    if reference.data_fingerprint != data:
+        raise ValueError("the reference was evaluated on other samples; evaluate both models on the same samples in the same order")
+    if reference.answer_logits is None:
+        raise ValueError("the reference kept no logits; evaluate it with keep_logits=True, or pass the reference model itself")
+
+
+def _length(sample: Sample) -> int:
+    """A stand-in for the number of tokens, good enough to put samples of like length side by side."""
+    parts = [part for message in sample.messages for part in message["content"]]
+    # A picture is hundreds of tokens: count it as more than any question has characters in common use.
+    return sum(len(part["text"]) if part["type"] == "text" else 2000 for part in parts)
+
+
+def _batch_answers(
+    model: torch.nn.Module, batch: Batch, reference: torch.nn.Module | Evaluation | None, indices: Sequence[int], keep_logits: bool
+) -> Iterator[_Answer]:
+    logits = answer_logits(model, batch)
+    expected: Sequence[torch.Tensor] | None = None
+    if isinstance(reference, Evaluation):
+        kept = reference.answer_logits or ()
+        expected = [kept[index] for index in indices]
+    elif reference is not None:
+        expected = answer_logits(reference, batch)
+    for row, own in enumerate(logits):
+        labels = batch.labels[row][batch.labels[row] != IGNORE_INDEX]
+        answer = _Answer(correct=_is_right(own, labels), tokens=len(labels), logits=own.cpu() if keep_logits else None)
+        if expected is not None:
+            other = expected[row].to(own.device)
+            answer = replace(answer, reference_correct=_is_right(other, labels), kl=answer_kl(other, own))
+        yield answer
+
+
+def _is_right(logits: torch.Tensor, labels: torch.Tensor) -> bool:
+    return torch.equal(logits.argmax(dim=-1).cpu(), labels)
+
+
+def _compare(answers: Sequence[_Answer]) -> Comparison:
+    counts = PairedCounts.of([answer.reference_correct for answer in answers], [answer.correct for answer in answers])
+    difference, interval = paired_difference(counts)
+    tokens = sum(answer.tokens for answer in answers)
+    return Comparison(
+        reference_accuracy=Proportion(successes=counts.both_right + counts.only_first, total=counts.total),
+        counts=counts,
+        p_value=mcnemar_p_value(counts),
+        difference=difference,
+        difference_interval=interval,
+        kl=sum(answer.kl * answer.tokens for answer in answers) / tokens,
+        answer_tokens=tokens,
+    )
+
+
+# ---- output --------------------------------------------------------------------------------------------------------------------------
+
+
+def format_comparison(evaluation: Evaluation, *, name: str = "quantized", reference_name: str = "full precision") -> list[str]:
+    """Writes an evaluation as lines of text for a terminal: accuracy, kinds and, if there is a reference, the comparison."""
+    lines = [f"{name}: accuracy {_percent(evaluation.accuracy)}"]
+    lines += [f"  {kind}: {_percent(share)}" for kind, share in evaluation.by_kind.items()]
+    if evaluation.comparison is None:
+        return lines
+    found = evaluation.comparison
+    counts, ends = found.counts, found.difference_interval
+    return [
+        f"{reference_name}: accuracy {_percent(found.reference_accuracy)}",
+        *lines,
+        f"difference {100 * found.difference:+.1f} points [{100 * ends.low:+.1f}, {100 * ends.high:+.1f}], McNemar p = {found.p_value:.3g}",
+        f"both right {counts.both_right}, only {reference_name} {counts.only_first}, only {name} {counts.only_second}, "
+        f"both wrong {counts.both_wrong}",
+        f"KL({reference_name} || {name}) {found.kl:.4g} nats per answer token ({found.answer_tokens} tokens)",
+    ]
+
+
+def _percent(share: Proportion) -> str:
+    low, high = 100 * share.interval.low, 100 * share.interval.high
+    return f"{100 * share.value:.1f} % [{low:.1f}, {high:.1f}] ({share.successes}/{share.total})"
+
+
+def _proportion_dict(share: Proportion) -> dict[str, Any]:
+    return {"value": share.value, "interval": [share.interval.low, share.interval.high], "correct": share.successes, "total": share.total}
+
+
+def _comparison_dict(found: Comparison) -> dict[str, Any]:
+    counts = found.counts
+    return {
+        "reference_accuracy": _proportion_dict(found.reference_accuracy),
+        "both_right": counts.both_right,
+        "only_reference": counts.only_first,
+        "only_model": counts.only_second,
+        "both_wrong": counts.both_wrong,
+        "mcnemar_p_value": found.p_value,
+        "difference": found.difference,
+        "difference_interval": [found.difference_interval.low, found.difference_interval.high],
+        "answer_kl_nats": found.kl,
+        "answer_tokens": found.answer_tokens,
+    }

@@ -1,0 +1,232 @@
+"""`QVLMHfQuantizer`: what Transformers calls while it loads, saves and dequantizes a model with a `QVLMConfig`.
+
+    full precision + dataset      load, then calibrate and pack            (validate_environment reads the samples first)
+    full precision, no dataset    round each weight as it is loaded        (rounding.py)
+    quantized checkpoint          check headers, build the skeleton, load, check values   (checks.py)
+
+`quantize_model` does the first two to a model in memory. Left out: tensor parallelism, which is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.quantizers.base import HfQuantizer
+
+from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.samples import Sample, load_samples
+from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
+from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
+from qvlm_hf.integration.registry import quantizer_class
+from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_segments, restore_offloaded, rounding_skeleton
+from qvlm_hf.nn.footprint import count_parameters
+from qvlm_hf.nn.linear import QVLMLinear
+from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
+from qvlm_hf.quantize import calibrate_and_pack, round_and_pack
+
+if TYPE_CHECKING:  # transformers' modeling code takes a second to import
+    from transformers import PreTrainedModel
+
+__all__ = ["QVLMHfQuantizer", "quantize_model"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@quantizer_class
+class QVLMHfQuantizer(HfQuantizer):
+    """Transformers' side of a quantized model; reached as `model.hf_quantizer`.
+
+    Attributes:
+        quantization_config: a copy of the user's `QVLMConfig`; gets `modules` and `provenance`.
+        report: what quantizing measured and chose; None for a model that was loaded quantized.
+    """
+
+    requires_calibration = False  # True would refuse full-precision checkpoints
+    quantization_config: QVLMConfig
+
+    def __init__(self, quantization_config: QVLMConfig, **kwargs: Any) -> None:  # noqa: ANN401 - Transformers' signature
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # the user's own object stays as it is
+        self.report: CalibrationReport | None = None
+        self._samples: list[Sample] | None = None
+        self._errors: list[str] = []
+
+    @property
+    def rounds_on_load(self) -> bool:
+        """Whether weights are rounded one by one while they are loaded."""
+        return not self.pre_quantized and self.quantization_config.dataset is None
+
+    def validate_environment(self, *args: object, **kwargs: object) -> None:
+        """Reads and checks the calibration samples, before anything of the model is read. May be called twice.
+
+        Raises:
+            ValueError: the scheme needs data and there is none, the processor is missing, or a sample is wrong.
+        """
+        del args, kwargs
+        config = self.quantization_config
+        settings = config.settings()
+        if self.pre_quantized or self._samples is not None:
+            return
+        if config.dataset is None:
+            if settings.needs_data:
+                raise ValueError(
+                    f"scheme={config.scheme!r} has activation ranges to calibrate: pass QVLMConfig(dataset='samples.jsonl', processor=...) "
+                    "or take activation_granularity='dynamic_token' or 16-bit activations, which need no data."
+                )
+            return
+        if config.processor is None:
+            raise ValueError(
+                "dataset needs the model's processor: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id))."
+            )
+        self._samples = load_samples(config.dataset, num_samples=config.num_samples, seed=config.seed)
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of everything in full precision, unchanged.
+
+        Raises:
+            ValueError: not float32, bfloat16 or float16.
+        """
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, _DTYPES))}: pass dtype=torch.bfloat16.")
+        return dtype
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """Leaves `plan` alone.
+
+        Raises:
+            ValueError: tensor parallelism is asked for.
+        """
+        del plan
+        tp_size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
+        if tp_size is not None and tp_size > 1:
+            raise ValueError(f"tp_size={tp_size}: qvlm models cannot be split over devices yet: load without tensor parallelism.")
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes of a weight that is rounded on load, for device_map='auto'; None elsewhere (calibration holds float weights)."""
+        return self.quantization_config.weight_bits / 8 if self.rounds_on_load else None
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: object) -> bool:
+        """Whether the checkpoint's tensor `param_name` is a float weight to be rounded on load."""
+        del kwargs
+        module, _, part = param_name.rpartition(".")
+        return self.rounds_on_load and part == "weight" and isinstance(model.get_submodule(module), QVLMLinear)
+
+    def get_quantize_ops(self) -> RoundOnLoad:
+        """What rounds them."""
+        return RoundOnLoad(self._errors)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: object
+    ) -> None:
+        del kwargs
+        settings = self.quantization_config.settings()
+        if self.pre_quantized:
+            self._build_skeleton(model, checkpoint_files)
+        elif self.rounds_on_load:
+            self.report = planned_report(model, settings)
+            rounding_skeleton(model, self.report.modules)
+        else:
+            resolve_segments(model, settings)  # an unknown family or a wrong pattern should not wait for the weights
+
+    def _build_skeleton(self, model: PreTrainedModel, files: Sequence[str] | None) -> None:
+        check_files(files, str(model.config.name_or_path))
+        headers = read_headers(model, files or ())
+        replaced: dict[str, nn.Module] = {}
+        for name, layout in check_modules(model, self.quantization_config.modules, headers).items():
+            linear: Any = model.get_submodule(name)
+            replaced[name] = QVLMLinear(
+                linear.in_features, linear.out_features, layout.scheme, bias=linear.bias is not None, dtype=linear.weight.dtype,
+                positions=layout.positions, has_input_scale=layout.has_input_scale, device="meta",
+            )  # fmt: skip
+        replace_modules(model, replaced)
+        check_complete(model, headers)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: object) -> None:
+        del kwargs
+        if self._errors:
+            raise ValueError(self._errors[0])
+        if self.rounds_on_load:
+            restore_offloaded(model)
+        if self.pre_quantized or self.rounds_on_load:
+            check_loaded(model)
+        else:
+            self.report = self._calibrate(model)
+        self._finish(model)
+
+    def _calibrate(self, model: PreTrainedModel) -> CalibrationReport:
+        config = self.quantization_config
+        return calibrate_and_pack(model, config.settings(), self._samples or (), config.processor, callbacks=config.callbacks)
+
+    def _finish(self, model: PreTrainedModel) -> None:
+        """Records what is quantized, freezes it, tells the callbacks and lets go of the data."""
+        config = self.quantization_config
+        for _, module in quantized_modules(model):
+            module.requires_grad_(False)
+        if self.report is not None:
+            config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
+            for callback in config.callbacks:
+                if hasattr(callback, "on_calibration_end"):
+                    callback.on_calibration_end(model, self.report)
+        config.dataset, config.processor, config.callbacks, self._samples = None, None, (), None
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in quantized_modules(model):
+            if module.weight.is_meta:
+                raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to dequantize it.")
+        dequantize_modules(model, dtype or model.dtype)
+        nn.Module.to(model, dtype or model.dtype)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """The state dict as it is, and what goes into the safetensors header."""
+        return None, {"qvlm_format": str(FORMAT_VERSION), "total_parameters": str(count_parameters(model))}
+
+    def is_serializable(self) -> bool:
+        """Always; a method, as Transformers calls it."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """LoRA adapters on top, not the packed weights."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """A quantized module is one operator with a shape-only implementation."""
+        return True
+
+
+def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationReport:
+    """Quantizes a model in memory, in place, as `from_pretrained(..., quantization_config=config)` does while loading.
+
+    Args:
+        model: in full precision, of a known family.
+        config: as for `from_pretrained`; not changed.
+
+    Returns:
+        The report, also at `model.hf_quantizer.report`. `model.save_pretrained` then writes a quantized checkpoint.
+
+    Raises:
+        ValueError: the model is quantized already, `config` lacks data, a sample is wrong, or as `calibrate_and_pack`.
+    """
+    if getattr(model, "hf_quantizer", None) is not None or next(quantized_modules(model), None) is not None:
+        raise ValueError("the model is quantized already: load the full-precision one, or call model.dequantize() first.")
+    quantizer = QVLMHfQuantizer(config, pre_quantized=False)
+    quantizer.validate_environment()
+    quantizer.update_dtype(model.dtype)
+    report = round_and_pack(model, config.settings()) if quantizer.rounds_on_load else quantizer._calibrate(model)
+    quantizer.report = report
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = quantizer.quantization_config.quant_method  # type: ignore[assignment]
+    for part in model.modules():
+        if isinstance(config_of_part := getattr(part, "config", None), PreTrainedConfig):
+            config_of_part._is_quantized = True
+    model.config.quantization_config = quantizer.quantization_config
+    quantizer._finish(model)
+    return report

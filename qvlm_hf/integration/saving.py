@@ -1,0 +1,116 @@
+"""Saving a quantized model so that a full disk, an error or Ctrl-C leaves nothing half-written and nothing old destroyed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from safetensors import SafetensorError
+
+from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.nn.footprint import count_parameters
+
+if TYPE_CHECKING:  # transformers' modeling code takes a second to import
+    from transformers import PreTrainedModel
+
+__all__ = ["REPORT_NAME", "check_output", "save_quantized"]
+
+REPORT_NAME = "qvlm_report.json"
+
+
+def save_quantized(
+    model: PreTrainedModel,
+    processor: Any,  # noqa: ANN401 - any Transformers processor
+    output: str | os.PathLike[str],
+    *,
+    report: CalibrationReport | None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "50GB",
+) -> Path:
+    """Writes model, processor and report into a directory beside `output` and renames it when everything is there.
+
+    Args:
+        model: quantized.
+        processor: saved with it, because pipelines need it; None leaves it out.
+        output: the directory to make.
+        report: written as qvlm_report.json; None leaves it out.
+        overwrite: replace an existing saved model, which stays until the new one is complete.
+        max_shard_size: of one safetensors file.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: `output` exists and may not be replaced, or the model is not quantized.
+        OSError: writing failed, for example on a full disk; `output` is as it was.
+    """
+    if not getattr(model, "is_quantized", False):
+        raise ValueError("save_quantized needs a quantized model: quantize it first, or call model.save_pretrained.")
+    target = check_output(output, overwrite=overwrite)
+    partial = target.with_name(f".{target.name}.partial-{uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        _correct_index(partial, count_parameters(model))
+        if processor is not None:
+            processor.save_pretrained(partial)
+        if report is not None:
+            (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _move_into_place(partial, target)
+    except (OSError, SafetensorError) as error:
+        # safetensors reports a full disk as an error of its own
+        raise OSError(f"{target}: could not be saved ({' '.join(str(error).split())}); nothing was changed there.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """Checks, before hours of work, that a directory may be written.
+
+    Returns:
+        Its real path.
+
+    Raises:
+        ValueError: it is a file; it holds something and `overwrite` is False; or it holds no saved model, so replacing it would destroy
+            something else.
+    """
+    target = Path(output).resolve()
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise ValueError(f"{output}: is a file, must be a directory: choose another name.")
+    if not any(target.iterdir()):
+        return target
+    if not overwrite:
+        raise ValueError(f"{output}: exists and is not empty: choose another directory, or overwrite it (--overwrite).")
+    if not (target / "config.json").is_file() or Path.cwd().is_relative_to(target):
+        raise ValueError(f"{output}: holds no saved model (or the working directory) and is not replaced: choose another directory.")
+    return target
+
+
+def _correct_index(folder: Path, parameters: int) -> None:
+    """Writes the true parameter count into a shard index; Transformers counts packed words and scales."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["metadata"]["total_parameters"] = parameters
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old-{uuid4().hex[:8]}")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

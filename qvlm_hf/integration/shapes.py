@@ -1,0 +1,63 @@
+"""Models by name, as shapes without weights: enough to size them, plan their quantization and benchmark their layers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+__all__ = ["SHAPES", "shape_config", "shape_model", "token_positions"]
+
+
+def _llava_15(**text: Any) -> LlavaConfig:
+    """LLaVA-1.5 as llava-hf publishes it: CLIP ViT-L/14 at 336 pixels and a Vicuna, vocabulary padded to 32064."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    language = LlamaConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=32001, **text)
+    return LlavaConfig(
+        vision_config=vision, text_config=language, image_token_index=32000, image_seq_length=576, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[], LlavaConfig]] = {
+    "llava-1.5-7b": lambda: _llava_15(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
+    "llava-1.5-13b": lambda: _llava_15(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+}
+
+
+def shape_config(name: str) -> LlavaConfig:
+    """The configuration behind a name.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name not in SHAPES:
+        raise ValueError(f"shape {name!r} is unknown: this version has {', '.join(SHAPES)}.")
+    return SHAPES[name]()
+
+
+def shape_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LlavaForConditionalGeneration:
+    """The model behind a name, on the meta device: modules and shapes, no memory.
+
+    Raises:
+        ValueError: no such name.
+    """
+    config = shape_config(name)
+    config.dtype = dtype
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration._from_config(config)
+
+
+def token_positions(config: Any) -> dict[str, int]:  # noqa: ANN401 - the configuration of any supported family
+    """Component -> positions that granularity "token" is calibrated for: patches with the class token, and those the projector sees."""
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    projected = patches if config.vision_feature_select_strategy == "default" else patches + 1
+    return {"vision": patches + 1, "projector": projected}

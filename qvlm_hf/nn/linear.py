@@ -1,0 +1,161 @@
+"""`QVLMLinear`: packed parameters under the names of api.md, and a forward pass that is one operator.
+
+It is an nn.Linear so that LoRA, offloading and tensor-parallel code treat it as one, and it keeps its integers in `weight` with
+a shape that no float weight can have, so that a program without this package fails to load it instead of running garbage.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvlm_hf.core.packing import pack
+from qvlm_hf.core.qparams import QParams
+from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.core.weight import QuantizedWeight
+from qvlm_hf.ops.reference import dequantize_weight
+from qvlm_hf.ops.schema import linear
+
+__all__ = ["QVLMLinear", "packed_tensors"]
+
+_FIXED_DTYPE = ("weight_scale", "input_scale")  # float parameters that `.to(dtype)` must leave alone: they are part of the format
+
+
+def packed_tensors(quantized: QuantizedWeight, scheme: QuantScheme, input_qparams: QParams | None) -> dict[str, Tensor]:
+    """The tensors of one module as they lie on disk, without `bias` (api.md, "Files in a saved directory").
+
+    Args:
+        quantized: integers of the (folded) weight.
+        scheme: of the module.
+        input_qparams: [in] for "channel", [positions] for "token", None otherwise.
+    """
+    tensors = {"weight": pack(quantized.values, scheme.weight_bits), "weight_scale": quantized.scale}
+    if not scheme.symmetric:
+        tensors["weight_zero_point"] = quantized.zero_point
+    if input_qparams is not None:
+        tensors["input_scale"] = input_qparams.scale.to(torch.float32)
+        tensors["input_zero_point"] = input_qparams.zero_point.to(torch.int32)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+class QVLMLinear(nn.Linear):
+    """A quantized linear module, [..., in_features] -> [..., out_features].
+
+    Parameters (never trainable but `bias`): `weight` int32 [out, words], `weight_scale` bfloat16 [out, groups], `weight_zero_point` uint8
+    [out, groups] or None, `input_scale` float32 and `input_zero_point` int32 [in] or [positions] or None, `bias` [out] or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: QuantScheme,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        positions: int | None = None,
+        has_input_scale: bool | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Makes an empty module, to be filled by loading or by `from_packed`.
+
+        Args:
+            in_features: inputs.
+            out_features: outputs.
+            scheme: bits, groups, granularity.
+            bias: whether there is one.
+            dtype: of `bias`.
+            positions: calibrated positions; required by "token", else unused.
+            has_input_scale: for granularity "none" only: whether the input is divided by a stored scale. Default: no.
+            device: of the parameters.
+
+        Raises:
+            ValueError: "token" without `positions`.
+        """
+        nn.Module.__init__(self)  # nn.Linear's would allocate a float weight
+        if scheme.granularity == "token" and positions is None:
+            raise ValueError("granularity 'token' needs the number of positions it was calibrated for.")
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        groups = scheme.groups(in_features)
+        lengths = {"channel": in_features, "token": positions, "none": in_features if has_input_scale else None}
+        statics = lengths.get(scheme.granularity)
+
+        def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.weight = empty(out_features, scheme.words(in_features), dtype=torch.int32)
+        self.weight_scale = empty(out_features, groups, dtype=torch.bfloat16)
+        self.weight_zero_point = None if scheme.symmetric else empty(out_features, groups, dtype=torch.uint8)
+        self.input_scale = None if statics is None else empty(statics, dtype=torch.float32)
+        self.input_zero_point = None if statics is None or scheme.granularity == "none" else empty(statics, dtype=torch.int32)
+        self.register_parameter("bias", empty(out_features, dtype=dtype) if bias else None)
+        self._mark_initialized()
+
+    @classmethod
+    def from_packed(cls, linear: nn.Linear, scheme: QuantScheme, tensors: dict[str, Tensor]) -> "QVLMLinear":
+        """The quantized form of `linear`: its bias is kept, everything else comes from `tensors` (see `packed_tensors`)."""
+        input_scale = tensors.get("input_scale")
+        module = cls(
+            linear.in_features, linear.out_features, scheme, bias=linear.bias is not None, dtype=linear.weight.dtype, device="meta",
+            positions=None if input_scale is None else input_scale.shape[0], has_input_scale=input_scale is not None,
+        )  # fmt: skip
+        for name, tensor in tensors.items():
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        if linear.bias is not None:
+            module.register_parameter("bias", nn.Parameter(linear.bias.detach(), requires_grad=False))
+        module._mark_initialized()
+        module.train(linear.training)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features] in the dtype of `x`; errors as in `ops.schema.linear`."""
+        return linear(
+            x,
+            self.weight,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.input_scale,
+            self.input_zero_point,
+            self.bias,
+            self.in_features,
+            self.scheme,
+        )
+
+    def dequantize(self) -> Tensor:
+        """The float weight that this module multiplies by, float32 [out_features, in_features] (without the input's rounding)."""
+        scheme = self.scheme
+        return dequantize_weight(
+            self.weight, self.weight_scale, self.weight_zero_point, self.input_scale,
+            self.in_features, scheme.weight_bits, scheme.group_length(self.in_features), scheme.granularity, scheme.hadamard or 0,
+        )  # fmt: skip
+
+    def to_linear(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary nn.Linear with the dequantized weight, in `dtype`."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(self.dequantize().to(dtype), requires_grad=False)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Sizes and scheme, for print(model)."""
+        s = self.scheme
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"W{s.weight_bits}A{s.activation_bits}, group_size={s.group_size}, granularity={s.granularity}"
+        )
+
+    def _mark_initialized(self) -> None:
+        # Transformers initialises what does not carry this mark; normal_() on integers raises (transformers.md 2.4).
+        for parameter in self.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        self._is_hf_initialized = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QVLMLinear":  # noqa: ANN401 - torch's own signature
+        kept = {name: parameter.data for name in _FIXED_DTYPE if (parameter := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
+        return self

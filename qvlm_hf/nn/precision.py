@@ -1,0 +1,73 @@
+"""What really runs: one row per linear module, quantized or not, and the choice of the kernels behind the quantized ones."""
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass, fields
+
+from torch import nn
+
+from qvlm_hf.nn.linear import QVLMLinear
+from qvlm_hf.nn.replace import quantized_modules
+
+__all__ = ["BACKENDS", "PrecisionRow", "format_precision_table", "precision_table", "set_backend"]
+
+BACKENDS = ("auto", "reference")  # "auto" takes the fastest kernel that fits; so far that is the reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionRow:
+    """One linear module.
+
+    Attributes:
+        module: its name in the model.
+        weight_bits: bits of a weight; those of its dtype in full precision.
+        activation_bits: bits of an input value; 16 where a quantized module leaves the input alone, those of the dtype in full precision.
+        granularity: of the quantized input, "none" for a floating point one.
+        kernel: what computes it: the backend's name, or "torch" and the dtype in full precision.
+    """
+
+    module: str
+    weight_bits: int
+    activation_bits: int
+    granularity: str
+    kernel: str
+
+    def __str__(self) -> str:
+        return f"{self.module}: W{self.weight_bits}A{self.activation_bits} {self.granularity} ({self.kernel})"
+
+
+def precision_table(model: nn.Module) -> list[PrecisionRow]:
+    """One row per linear module of `model`, in model order; `format_precision_table` prints it."""
+    return [_row(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def format_precision_table(rows: Iterable[PrecisionRow]) -> str:
+    """The rows as text: a line of headings, then a line per row, in columns."""
+    table = [tuple(field.name for field in fields(PrecisionRow)), *(tuple(map(str, astuple(row))) for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table)
+
+
+def set_backend(model: nn.Module, name: str) -> None:
+    """Chooses the kernels of every quantized module of `model`; saved files do not depend on it.
+
+    Args:
+        model: holds quantized modules.
+        name: "auto" (the fastest that fits) or "reference" (plain PyTorch, what every kernel is tested against).
+
+    Raises:
+        ValueError: there is no such backend, or nothing in `model` is quantized.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} does not exist: this version has {', '.join(BACKENDS)}.")
+    if next(quantized_modules(model), None) is None:
+        raise ValueError("set_backend needs a quantized model: nothing in this one is quantized.")
+
+
+def _row(name: str, module: nn.Linear) -> PrecisionRow:
+    if isinstance(module, QVLMLinear):
+        scheme = module.scheme
+        bits = {"weight_bits": scheme.weight_bits, "activation_bits": scheme.activation_bits}
+        return PrecisionRow(module=name, **bits, granularity=scheme.granularity, kernel="reference")
+    bits = 8 * module.weight.dtype.itemsize
+    kernel = f"torch {str(module.weight.dtype).removeprefix('torch.')}"
+    return PrecisionRow(module=name, weight_bits=bits, activation_bits=bits, granularity="none", kernel=kernel)

@@ -1,0 +1,242 @@
+"""The whole method, top to bottom: READ THIS FIRST.
+
+    samples -> capture -> (per segment) entropy -> partition -> joint search -> pack -> self-check
+
+`calibrate_and_pack` is the paper's recipe (Q-VLM, arXiv 2410.08119) as docs/algorithm.md maps it: activation entropy measures how much a
+layer depends on the one before it (eq. 4-6), layers that depend on each other form a block (eq. 7), rounding functions are searched
+jointly inside a block (eq. 3), segment after segment: vision encoder, projector, language model. Each is calibrated on what the
+already quantized modules below it produce. `round_and_pack` is for schemes that need no data.
+
+The model is changed only at the very end, when every module is ready: an error on the way leaves it as it was.
+"""
+
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from qvlm_hf.calibration.answers import answer_logits
+from qvlm_hf.calibration.capture import capture_inputs
+from qvlm_hf.calibration.partition import partition_layers
+from qvlm_hf.calibration.report import BlockReport, CalibrationReport, SegmentReport, SiteReport, settings_dict
+from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, fingerprint
+from qvlm_hf.calibration.segment import SearchedBlock, layer_dependencies, search_segment
+from qvlm_hf.calibration.self_check import collapse_warning, compare_answers
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.simulation import installed
+from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve
+from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.core.weight import quantize_weight
+from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+from qvlm_hf.nn.replace import replace_modules
+
+__all__ = ["calibrate_and_pack", "round_and_pack"]
+
+_CHECK_SAMPLES = 16
+
+
+def calibrate_and_pack(
+    model: nn.Module,
+    settings: CalibrationSettings,
+    samples: Sequence[Sample],
+    processor: Processor,
+    *,
+    held_out: Sequence[Sample] = (),
+    callbacks: Sequence[Any] = (),
+) -> CalibrationReport:
+    """Quantizes a model in place with the paper's cross-layer-dependency search.
+
+    Args:
+        model: a full-precision Transformers model of a known family, in eval mode.
+        settings: bits, candidates, depth, seed.
+        samples: calibration chats, answers included.
+        processor: of the model.
+        held_out: samples that calibration does not see, for the self-check; without any it uses calibration samples and says so.
+        callbacks: objects with `on_step(name, done, total)`.
+
+    Returns:
+        What was measured, chosen and kept.
+
+    Raises:
+        ValueError: unsupported model, a module that no sample reaches, NaN in weights or activations; under `settings.strict` also a
+            model that collapsed. The model is then unchanged, but for the collapse, which is seen after packing.
+    """
+    segments = _resolve(model, settings)
+    data = list(batches(samples, processor, settings.batch_size))
+    checks = list(batches(list(islice(held_out or samples, _CHECK_SAMPLES)), processor, settings.batch_size))
+    reference = [logits.cpu() for batch in checks for logits in answer_logits(model, batch)]
+
+    first_layers = [segment.layers[0].name for segment in segments]
+    full = capture_inputs(model, data, first_layers)
+    modules: dict[str, QVLMLinear] = _pack_head(model, settings)
+    segment_reports: list[SegmentReport] = []
+    site_reports: list[SiteReport] = []
+    progress = _Progress(callbacks, sum(len(segment.layers) for segment in segments))
+    with ExitStack() as below:
+        for segment, first in zip(segments, first_layers, strict=True):
+            if not full[first]:
+                raise ValueError(_unreached(segment))
+            dependencies = layer_dependencies(model, segment, full[first], settings)
+            blocks, threshold = partition_layers(
+                dependencies, max_block_depth=settings.max_block_depth, threshold=settings.entropy_threshold
+            )
+            inputs = capture_inputs(model, data, [first])[first] if modules else full[first]
+            searched = []
+            for found in search_segment(model, segment, blocks, full[first], inputs, settings):
+                modules |= _pack_block(model, found)
+                searched.append(found)
+                progress.advance(len(found.layers))
+            segment_reports.append(_segment_report(segment, dependencies, threshold, searched))
+            sites = [site for found in searched for row in found.sites for site in row]
+            site_reports += [SiteReport(modules=site.site.modules, candidate=site.chosen) for site in sites]
+            # from here on the segment runs as quantized, so that the next one sees what it will see
+            below.enter_context(installed(sites))
+            del full[first]
+
+    replace_modules(model, modules)
+    check = compare_answers(model, checks, reference, held_out=bool(held_out))
+    warning = collapse_warning(check)
+    if warning and settings.strict:
+        raise ValueError(f"strict: {warning}")
+    return CalibrationReport(
+        settings=settings_dict(settings),
+        provenance=_provenance(samples, data, settings),
+        modules={name: module.scheme for name, module in modules.items()},
+        segments=tuple(segment_reports),
+        sites=tuple(site_reports),
+        dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
+        full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
+        self_check=check,
+        warnings=(warning,) if warning else (),
+    )
+
+
+def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> CalibrationReport:
+    """Rounds a model in place to nearest, without data: weight-only schemes, and inputs with a range per token found at run time.
+
+    Args:
+        model: a full-precision Transformers model of a known family.
+        settings: with `needs_data` False.
+
+    Raises:
+        ValueError: the scheme needs calibration data, or as `calibrate_and_pack`.
+    """
+    if settings.needs_data:
+        raise ValueError("this scheme has activation ranges to calibrate: pass a dataset, or activation_granularity='dynamic_token'.")
+    segments = _resolve(model, settings)
+    modules = _pack_head(model, settings)
+    for segment in segments:
+        scheme = settings.scheme(segment.component, settings.start_granularity(segment.component))
+        names = [name for layer in segment.layers for site in layer.sites for name in site.modules]
+        modules |= {name: _round(model, name, scheme) for name in names}
+    replace_modules(model, modules)
+    return CalibrationReport(
+        settings=settings_dict(settings),
+        provenance={"versions": _versions()},
+        modules={name: module.scheme for name, module in modules.items()},
+        dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
+        full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
+    )
+
+
+def _resolve(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
+    """The segments to quantize, their weights checked: a broken checkpoint fails here and not after the search."""
+    segments = resolve(
+        model,
+        quantize_vision=settings.quantize_vision,
+        quantize_projector=settings.quantize_projector,
+        modules_to_not_convert=settings.modules_to_not_convert,
+    )
+    for segment in segments:
+        for name in (name for layer in segment.layers for site in layer.sites for name in site.modules):
+            weight = get_linear(model, name).weight
+            if weight.is_meta:
+                raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to quantize it.")
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"the weight of {name} holds NaN or infinity: repair the checkpoint before quantizing it.")
+    return segments
+
+
+def _pack_block(model: nn.Module, found: SearchedBlock) -> dict[str, QVLMLinear]:
+    """The quantized module of every linear of a searched block."""
+    packed = {}
+    for site in (site for row in found.sites for site in row):
+        for name, quantized in zip(site.site.modules, site.quantized_weights(), strict=True):
+            tensors = packed_tensors(quantized, site.scheme, site.input_qparams)
+            packed[name] = QVLMLinear.from_packed(get_linear(model, name), site.scheme, tensors)
+    return packed
+
+
+def _pack_head(model: nn.Module, settings: CalibrationSettings) -> dict[str, QVLMLinear]:
+    scheme = settings.head_scheme()
+    return {} if scheme is None else {(name := output_head(model)): _round(model, name, scheme)}
+
+
+def _round(model: nn.Module, name: str, scheme: QuantScheme) -> QVLMLinear:
+    linear = get_linear(model, name)
+    return QVLMLinear.from_packed(linear, scheme, packed_tensors(quantize_weight(linear.weight.detach(), scheme), scheme, None))
+
+
+def _unreached(segment: Segment) -> str:
+    if segment.component == "language":
+        return f"calibration did not reach {segment.layers[0].name}: no sample has text."
+    return (
+        f"calibration did not reach {segment.layers[0].name}: no sample has a picture; add pictures to the dataset, "
+        "or leave the vision side alone with quantize_vision=False, quantize_projector=False."
+    )
+
+
+def _segment_report(segment: Segment, dependencies: Sequence[float], threshold: float, searched: Sequence[SearchedBlock]) -> SegmentReport:
+    blocks = tuple(
+        BlockReport(
+            layers=tuple(layer.name for layer in found.layers),
+            initial=found.result.initial,
+            greedy=found.result.greedy,
+            joint=found.result.joint,
+            evaluations=found.result.evaluations,
+        )
+        for found in searched
+        if found.result is not None
+    )
+    return SegmentReport(
+        component=segment.component,
+        layers=tuple(layer.name for layer in segment.layers),
+        entropies=tuple(dependencies),
+        threshold=threshold,
+        blocks=blocks,
+    )
+
+
+def _provenance(samples: Sequence[Sample], data: Sequence[Batch], settings: CalibrationSettings) -> dict[str, Any]:
+    return {
+        "samples": len(samples),
+        "images": sum(len(sample.images()) for sample in samples),
+        "tokens": sum(int(batch.inputs["attention_mask"].sum()) for batch in data),
+        "sha256": fingerprint(samples),
+        "seed": settings.seed,
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("qvlm_hf", "torch", "transformers")}}
+
+
+class _Progress:
+    """Tells the callbacks how many layers are searched."""
+
+    def __init__(self, callbacks: Sequence[Any], total: int) -> None:
+        self._callbacks, self._total, self._done = [c for c in callbacks if hasattr(c, "on_step")], total, 0
+        self.advance(0)
+
+    def advance(self, layers: int) -> None:
+        """Counts `layers` more."""
+        self._done += layers
+        for callback in self._callbacks:
+            callback.on_step("search", self._done, self._total)

@@ -1,0 +1,21 @@
+"""What every test starts from: no network, a fixed seed, two threads."""
+
+import os
+
+# Before anything imports huggingface_hub: it reads both once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# Derandomised: a failure on one machine is a failure on all. The database would only write files into the repository.
+settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("tests")
+torch.set_num_threads(2)  # sums depend on how they are split
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
