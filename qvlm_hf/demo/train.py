@@ -78,6 +78,7 @@ class TrainOptions:
         batch: pictures (sequences) of one worker in one such step.
         questions: questions about each picture of a batch.
         learning_rate: peak of the cosine schedule, for both stages.
+        vision_rate: share of it for the vision tower and projector in stage 3.
         weight_decay: of AdamW, on matrices only.
         patch_loss: weight of the auxiliary loss in stage 3.
         workers: processes of one thread each.
@@ -95,6 +96,7 @@ class TrainOptions:
     batch: int = 4
     questions: int = 8
     learning_rate: float = 1e-3
+    vision_rate: float = 0.2
     weight_decay: float = 0.05
     patch_loss: float = 0.3
     workers: int = 3
@@ -152,6 +154,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
+    # words must not drown in what the first layer adds to them: the mean of 36 patches, an order of magnitude larger than 0.06
+    nn.init.normal_(model.get_input_embeddings().weight)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=16,
@@ -292,12 +296,14 @@ def answer_loss(model: LlavaForConditionalGeneration, features: torch.Tensor, ba
     return cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean()
 
 
-def _optimizer(parameters: Sequence[nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def _optimizer(parts: dict[nn.Module, float], options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW for modules, each with its share of the learning rate; weight decay on matrices only."""
+    groups = []
+    for part, share in parts.items():
+        for decay, is_matrix in ((options.weight_decay, True), (0.0, False)):
+            chosen = [p for p in part.parameters() if (p.ndim > 1) == is_matrix]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": decay, "lr": options.learning_rate * share})
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -338,8 +344,7 @@ def _train_vision(
     model: LlavaForConditionalGeneration, heads: PatchHeads, pool: Pool, processor: LlavaProcessor, options: TrainOptions
 ) -> None:
     """Stage 2: vision tower and projector on the labels of the patches."""
-    parts = [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters(), *heads.parameters()]
-    optimizer = _optimizer(parts, options)
+    optimizer = _optimizer({model.model.vision_tower: 1.0, model.model.multi_modal_projector: 1.0, heads: 1.0}, options)
     schedule = _schedule(optimizer, options.vision_steps)
     batches = _indices(len(pool.pictures), options.vision_batch, np.random.default_rng([options.seed, 10, distributed.get_rank()]))
     start, mean = time.perf_counter(), 0.0
@@ -356,7 +361,9 @@ def _train_answers(
     model: LlavaForConditionalGeneration, heads: PatchHeads, pool: Pool, processor: LlavaProcessor, options: TrainOptions, output: Path
 ) -> None:
     """Stage 3: the whole model on questions; saves `output/checkpoint` every few minutes."""
-    optimizer = _optimizer([*model.parameters(), *heads.parameters()], options)
+    vision, projector, language = model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model
+    slow = options.vision_rate
+    optimizer = _optimizer({vision: slow, projector: slow, heads: 1.0, language: 1.0, model.lm_head: 1.0}, options)
     schedule = _schedule(optimizer, options.steps)
     rng = np.random.default_rng([options.seed, 20, distributed.get_rank()])
     packer = Packer(processor, options.seed + distributed.get_rank())

@@ -23,7 +23,7 @@ from qvlm_hf.calibration.samples import Sample, load_samples
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.registry import quantizer_class
-from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_segments, restore_offloaded, rounding_skeleton
+from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_segments, rounding_skeleton
 from qvlm_hf.nn.footprint import count_parameters
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
@@ -60,14 +60,19 @@ class QVLMHfQuantizer(HfQuantizer):
         """Whether weights are rounded one by one while they are loaded."""
         return not self.pre_quantized and self.quantization_config.dataset is None
 
-    def validate_environment(self, *args: object, **kwargs: object) -> None:
+    def validate_environment(self, *args: object, device_map: Any = None, **kwargs: object) -> None:  # noqa: ANN401 - Transformers' signature
         """Reads and checks the calibration samples, before anything of the model is read. May be called twice.
 
         Raises:
-            ValueError: the scheme needs data and there is none, the processor is missing, or a sample is wrong.
+            ValueError: the scheme needs data and there is none, the processor is missing, a sample is wrong, or a model that is to be
+                quantized would lie on disk.
         """
         del args, kwargs
         config = self.quantization_config
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map offloads to disk, where weights cannot be quantized: quantize without it, save, and load the result with it."
+            )
         settings = config.settings()
         if self.pre_quantized or self._samples is not None:
             return
@@ -150,8 +155,6 @@ class QVLMHfQuantizer(HfQuantizer):
         del kwargs
         if self._errors:
             raise ValueError(self._errors[0])
-        if self.rounds_on_load:
-            restore_offloaded(model)
         if self.pre_quantized or self.rounds_on_load:
             check_loaded(model)
         else:
@@ -223,7 +226,7 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationRep
     quantizer.report = report
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = quantizer.quantization_config.quant_method  # type: ignore[assignment]
+    model.quantization_method = quantizer.quantization_config.quant_method
     for part in model.modules():
         if isinstance(config_of_part := getattr(part, "config", None), PreTrainedConfig):
             config_of_part._is_quantized = True

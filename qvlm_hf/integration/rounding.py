@@ -20,12 +20,12 @@ from qvlm_hf.core.architectures import Segment, full_precision_modules, output_h
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
-from qvlm_hf.nn.replace import quantized_modules, replace_modules
+from qvlm_hf.nn.replace import replace_modules
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["RoundOnLoad", "planned_modules", "planned_report", "resolve_segments", "restore_offloaded", "rounding_skeleton"]
+__all__ = ["RoundOnLoad", "planned_modules", "planned_report", "resolve_segments", "rounding_skeleton"]
 
 
 class RoundOnLoad(ConversionOps):
@@ -109,12 +109,3 @@ def rounding_skeleton(model: nn.Module, modules: dict[str, QuantScheme]) -> None
         module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as every tensor of a quantized module
         replaced[name] = module
     replace_modules(model, replaced)
-
-
-def restore_offloaded(model: nn.Module) -> None:
-    """Gives offloaded weights, which stay on the meta device, the shape of the packed ones that lie in the offload folder."""
-    for _, module in quantized_modules(model):
-        if module.weight.is_meta:
-            shape = (module.out_features, module.scheme.words(module.in_features))
-            module.weight = nn.Parameter(torch.empty(shape, dtype=torch.int32, device="meta"), requires_grad=False)
-            module.weight._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 __all__ = ["SHAPES", "shape_config", "shape_model", "token_positions"]
 
 
-def _llava_15(**text: Any) -> LlavaConfig:
+def _llava_15(**text: Any) -> LlavaConfig:  # noqa: ANN401 - sizes of LlamaConfig
     """LLaVA-1.5 as llava-hf publishes it: CLIP ViT-L/14 at 336 pixels and a Vicuna, vocabulary padded to 32064."""
     vision = CLIPVisionConfig(
         hidden_size=1024,

@@ -33,8 +33,9 @@ def packed_tensors(quantized: QuantizedWeight, scheme: QuantScheme, input_qparam
     if not scheme.symmetric:
         tensors["weight_zero_point"] = quantized.zero_point
     if input_qparams is not None:
-        tensors["input_scale"] = input_qparams.scale.to(torch.float32)
-        tensors["input_zero_point"] = input_qparams.zero_point.to(torch.int32)
+        # copies: the modules of a site share their QParams, and safetensors refuses to save shared memory
+        tensors["input_scale"] = input_qparams.scale.to(torch.float32, copy=True)
+        tensors["input_zero_point"] = input_qparams.zero_point.to(torch.int32, copy=True)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 

@@ -66,8 +66,10 @@ def set_backend(model: nn.Module, name: str) -> None:
 def _row(name: str, module: nn.Linear) -> PrecisionRow:
     if isinstance(module, QVLMLinear):
         scheme = module.scheme
-        bits = {"weight_bits": scheme.weight_bits, "activation_bits": scheme.activation_bits}
-        return PrecisionRow(module=name, **bits, granularity=scheme.granularity, kernel="reference")
+        weight_bits, activation_bits, granularity = scheme.weight_bits, scheme.activation_bits, scheme.granularity
+        return PrecisionRow(
+            module=name, weight_bits=weight_bits, activation_bits=activation_bits, granularity=granularity, kernel="reference"
+        )
     bits = 8 * module.weight.dtype.itemsize
     kernel = f"torch {str(module.weight.dtype).removeprefix('torch.')}"
     return PrecisionRow(module=name, weight_bits=bits, activation_bits=bits, granularity="none", kernel=kernel)

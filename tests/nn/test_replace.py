@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch import nn
+
+from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.core.weight import quantize_weight
+from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
+
+SCHEME = QuantScheme(weight_bits=8, activation_bits=16, group_size=16, granularity="none")
+
+
+def quantize(linear):
+    return QVLMLinear.from_packed(linear, SCHEME, packed_tensors(quantize_weight(linear.weight.detach(), SCHEME), SCHEME, None))
+
+
+@pytest.fixture
+def model():
+    block = nn.ModuleDict({"up": nn.Linear(16, 32), "act": nn.ReLU(), "down": nn.Linear(32, 16, bias=False)})
+    return nn.ModuleDict({"first": nn.Linear(16, 16), "layers": nn.ModuleList([block, nn.Linear(16, 8)]), "head": nn.Linear(8, 4)}).eval()
+
+
+def names(model):
+    return [name for name, _ in model.named_modules()]
+
+
+def test_replaces_at_every_depth_and_nothing_else(model):
+    order, before = names(model), dict(model.named_modules())
+    new = {name: quantize(before[name]) for name in ("layers.0.down", "head", "layers.1")}
+    replace_modules(model, new)
+    after = dict(model.named_modules())
+    assert names(model) == order
+    for name, module in after.items():
+        assert module is new.get(name, before[name])
+
+
+def test_a_wrong_name_raises(model):
+    with pytest.raises(AttributeError):
+        replace_modules(model, {"layers.0.missing.down": nn.Identity()})
+
+
+def test_lists_quantized_modules_in_model_order(model):
+    assert list(quantized_modules(model)) == []
+    new = {name: quantize(model.get_submodule(name)) for name in ("head", "layers.1", "layers.0.up")}
+    replace_modules(model, new)
+    assert [(name, module) for name, module in quantized_modules(model)] == [(n, new[n]) for n in ("layers.0.up", "layers.1", "head")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantizes_every_module(model, dtype):
+    quantized_names = ("first", "layers.0.down", "head")
+    plain = {name: model.get_submodule(name) for name in quantized_names}
+    replace_modules(model, {name: quantize(module) for name, module in plain.items()})
+    order, other = names(model), model.get_submodule("layers.0.up")
+    dequantize_modules(model, dtype)
+    assert names(model) == order
+    assert list(quantized_modules(model)) == []
+    assert model.get_submodule("layers.0.up") is other
+    for name in quantized_names:
+        module = model.get_submodule(name)
+        assert type(module) is nn.Linear
+        assert module.weight.dtype == dtype
+        torch.testing.assert_close(module.weight.float(), plain[name].weight, rtol=0, atol=0.005)
+        assert (module.bias is None) == (plain[name].bias is None)
+        if module.bias is not None:
+            assert torch.equal(module.bias, plain[name].bias.to(dtype))
+
+
+def test_dequantized_model_computes_the_same(model):
+    linear = model["first"]
+    replace_modules(model, {"first": quantize(linear)})
+    x = torch.randn(3, 16)
+    expected = model["first"](x)
+    dequantize_modules(model, torch.float32)
+    torch.testing.assert_close(model["first"](x), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(model["first"](x), linear(x))
