@@ -34,7 +34,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     answered = batch.labels != IGNORE_INDEX
     tokens = batch.labels.shape[1]
     # The head is the widest layer: where the model can, it is run only from the first answer of the batch on.
-    keep = tokens - int(answered.any(dim=0).nonzero()[0]) + 1
+    keep = tokens - int(answered.any(dim=0).nonzero()[0]) + 1 if answered.any() else 1
     options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with _eval_mode(model), torch.inference_mode():
         logits = model(**inputs, **options).logits

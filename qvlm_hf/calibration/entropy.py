@@ -56,7 +56,7 @@ class DependencyHistogram:
         self._ranges, self._levels = (first_range, second_range), levels
         self._stride = -(-elements * levels // _BUDGET)
         self._sum = torch.zeros(levels, levels, dtype=torch.float64, device=first_range[0].device)
-        self._count = 0
+        self._count = self._seen = 0
 
     def update(self, first: Tensor, second: Tensor) -> None:
         """Adds [..., tokens, H] values of both layers.
@@ -66,7 +66,11 @@ class DependencyHistogram:
         """
         if first.shape != second.shape:
             raise ValueError(f"hidden states of shapes {tuple(first.shape)} and {tuple(second.shape)} have no common elements.")
-        a, b = (self._units(x, r).flatten(0, -2)[:: self._stride].reshape(-1) for x, r in zip((first, second), self._ranges, strict=True))
+        # The stride runs on across batches: restarting it would sample every batch's first token, the attention sink, too often.
+        start = -self._seen % self._stride
+        self._seen += first.shape[:-1].numel()
+        pairs = zip((first, second), self._ranges, strict=True)
+        a, b = (self._units(x, bounds).flatten(0, -2)[start :: self._stride].reshape(-1) for x, bounds in pairs)
         rows = max(1, _CHUNK // self._levels)
         for start in range(0, a.numel(), rows):
             part = slice(start, start + rows)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.calibration.capture import LayerInput, count_tokens, kept, run_layer, working_precision
+from qvlm_hf.calibration.compensation import compensate_layer
 from qvlm_hf.calibration.entropy import DependencyHistogram
 from qvlm_hf.calibration.initialization import initialize_sites
 from qvlm_hf.calibration.partition import Block
@@ -105,11 +106,15 @@ def search_segment(
                 search = BlockSearch([model.get_submodule(layer.name) for layer in layers], sites, inputs, hidden, targets)
                 result = search_block(search)
                 for index, choice in enumerate(result.choice):
+                    if settings.weight_rounding == "gptq":
+                        compensate_layer(search.layers[index], sites[index], inputs, hidden)
                     hidden = search.run(index, choice, hidden)
-            yield _settled(layers, sites, result)
+        # outside the context: whoever packs the block must see the model's own dtype
+        yield _settled(layers, sites, result)
     if dead:
         with _calibrating(model, dead, inputs):
-            yield _settled(dead, initialize_sites(model, dead, segment.component, inputs, hidden, settings), None)
+            sites = initialize_sites(model, dead, segment.component, inputs, hidden, settings)
+        yield _settled(dead, sites, None)
 
 
 def _settled(layers: Sequence[Layer], sites: Sequence[Sequence[TrialSite]], result: SearchResult | None) -> SearchedBlock:

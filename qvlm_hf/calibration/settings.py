@@ -55,6 +55,7 @@ class CalibrationSettings:
     entropy_threshold: float | None = None
     percentiles: tuple[float, ...] = (1.0, 0.9999, 0.9995, 0.999)
     margins: tuple[float, ...] = (1.1, 1.25)
+    weight_rounding: str = "nearest"
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -77,6 +78,8 @@ class CalibrationSettings:
             raise ValueError(f"margins={self.margins!r} must be factors above 1.0 and up to 2.0, as in (1.1, 1.25); () for none.")
         if self.lm_head_bits not in (None, 8) or isinstance(self.lm_head_bits, bool):
             raise ValueError(f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision).")
+        if self.weight_rounding not in ("nearest", "gptq"):
+            raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'.")
         for name in ("quantize_vision", "quantize_projector", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")

@@ -43,6 +43,7 @@ class TrialSite:
         self.candidates, self.qparams, self.schemes = tuple(candidates), tuple(qparams), tuple(schemes)
         self.active: int | None = None
         self._weights: dict[int, tuple[Tensor, ...]] = {}
+        self._settled: tuple[QuantizedWeight, ...] | None = None
         self._input: tuple[Tensor, int, Tensor, Tensor | None] | None = None
 
     @property
@@ -62,8 +63,22 @@ class TrialSite:
         return None if qparams is None else QParams(qparams.scale.flatten(), qparams.zero_point.flatten(), qparams.bits)
 
     def quantized_weights(self) -> tuple[QuantizedWeight, ...]:
-        """The integers of every module under the candidate in force, rounded from the folded weight."""
-        return tuple(self._quantize(linear, self.choice) for linear in self.linears)
+        """The integers of every module under the candidate in force: those set, or the folded weight rounded to nearest."""
+        return self._settled or self._rounded(self.choice)
+
+    def set_weights(self, weights: Sequence[QuantizedWeight]) -> None:
+        """Gives every module other integers under the candidate in force, which thereby is final."""
+        self._settled = tuple(weights)
+        self._weights = {self.choice: tuple(weight.dequantize().to(self.linears[0].weight.dtype) for weight in weights)}
+
+    def folded_weight(self, index: int) -> Tensor:
+        """W', float32 [out, in], of a module under the candidate in force: W diag(input scale) for "channel", else W."""
+        return self._folded(self.linears[index], self.choice)
+
+    def multiplied_input(self, x: Tensor) -> Tensor:
+        """What W' is multiplied by, float32 of x's shape: the integers of the input, times the token's scale where there is one."""
+        a, row_scale = self._quantize_input(x, self.choice)
+        return a.float() if row_scale is None else a * row_scale
 
     def settle(self) -> None:
         """Forgets the other candidates' weights."""
@@ -107,16 +122,17 @@ class TrialSite:
         self._input = (x, choice, a, row_scale)
         return a, row_scale
 
-    def _quantize(self, linear: nn.Linear, choice: int) -> QuantizedWeight:
-        weight = linear.weight.detach()
-        if self.candidates[choice].granularity == "channel":
-            weight = weight.float() * _calibrated(self.qparams[choice], self.site).scale
-        return quantize_weight(weight, self.schemes[choice])
+    def _folded(self, linear: nn.Linear, choice: int) -> Tensor:
+        weight = linear.weight.detach().float()
+        return weight * _calibrated(self.qparams[choice], self.site).scale if self.candidates[choice].granularity == "channel" else weight
+
+    def _rounded(self, choice: int) -> tuple[QuantizedWeight, ...]:
+        return tuple(quantize_weight(self._folded(linear, choice), self.schemes[choice]) for linear in self.linears)
 
     def _dequantized(self, choice: int) -> tuple[Tensor, ...]:
         if choice not in self._weights:
             dtype = self.linears[0].weight.dtype
-            self._weights[choice] = tuple(self._quantize(linear, choice).dequantize().to(dtype) for linear in self.linears)
+            self._weights[choice] = tuple(weight.dequantize().to(dtype) for weight in self._rounded(choice))
         return self._weights[choice]
 
 
