@@ -6,9 +6,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+import torch
+from hypothesis import settings
 
 # Derandomised: a failure on one machine is a failure on all. The database would only write files into the repository.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=60)

@@ -93,9 +93,13 @@ def _quantize_input(x: np.ndarray, entry: dict, tensors: dict[str, np.ndarray]) 
     """(a, r) of the formula, by granularity."""
     granularity, top = entry["granularity"], 2 ** entry["activation_bits"] - 1
     scale, zero_point = tensors.get("input_scale"), tensors.get("input_zero_point")
-    stored = {"channel": (True, True), "token": (True, True), "dynamic_token": (False, False), "none": (scale is not None, False)}[granularity]
+    stored = {"channel": (True, True), "token": (True, True), "dynamic_token": (False, False), "none": (scale is not None, False)}[
+        granularity
+    ]
     if (scale is not None, zero_point is not None) != stored or ("weight_zero_point" in tensors) == entry["symmetric"]:
-        raise ValueError(f"a module of granularity {granularity}, symmetric={entry['symmetric']} must not have the tensors {sorted(tensors)}.")
+        raise ValueError(
+            f"a module of granularity {granularity}, symmetric={entry['symmetric']} must not have the tensors {sorted(tensors)}."
+        )
     if granularity == "none":
         return (x if scale is None else x / scale), 1.0
     r: np.ndarray | float = 1.0

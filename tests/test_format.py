@@ -56,7 +56,10 @@ def check(directory, scheme, *, in_features=52, bias=True, scaled_input=False, d
     saved = {f"{KEY}.{name}": tensor for name, tensor in tensors.items()}
     if bias:
         saved[f"{KEY}.bias"] = linear.bias.detach()
-    other = {"vision_tower.vision_model.encoder.layers.1.mlp.fc2.weight": torch.randn(2, 2), "language_model.lm_head.weight": torch.randn(2, 2)}
+    other = {
+        "vision_tower.vision_model.encoder.layers.1.mlp.fc2.weight": torch.randn(2, 2),
+        "language_model.lm_head.weight": torch.randn(2, 2),
+    }
     save(directory, {NAME: scheme}, saved | other, shards=shards)
 
     module = QVLMLinear.from_packed(linear, scheme, tensors)

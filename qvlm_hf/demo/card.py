@@ -64,10 +64,11 @@ independent: compare two models on the same questions, and count pictures, not q
 ## Training
 
 `python -m qvlm_hf.demo.train --output DIR` (seed {seed}), {minutes:.0f} minutes with {workers} CPU threads, float32.
-{pictures:,} drawn pictures; {vision_steps:,} steps of vision tower and projector on labels of the patches
-({workers} x {vision_batch} pictures each), then {steps:,} steps of the whole model on questions ({workers} x {batch} pictures with
-{questions} questions each, loss on the answers only, labels of the patches as an auxiliary loss of weight
-{patch_loss}). AdamW, peak learning rate {learning_rate:g}, weight decay {weight_decay:g}, cosine schedule. Another
+{pictures:,} drawn pictures; {vision_steps:,} steps of vision tower and projector on labels of the patches ({workers}
+x {vision_batch} pictures each), then {steps:,} steps of the whole model on questions ({workers} x {batch} pictures
+with {questions} questions each, loss on the answers only; auxiliary losses: labels of the patches, weight
+{patch_loss}, and a pull of three attention heads to the cells that show the answer and to the right option, weight
+{look_loss}). AdamW, peak learning rate {learning_rate:g}, weight decay {weight_decay:g}, cosine schedule. Another
 machine or thread count sums in another order and ends at other weights.
 
 ## Planted outliers

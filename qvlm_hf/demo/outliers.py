@@ -15,7 +15,6 @@ Left out: the inputs of o_proj, out_proj, fc2 and the projector, which follow no
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,37 +22,30 @@ from torch import nn
 __all__ = ["plant_outliers"]
 
 
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+# layers, producer in a layer, its readers
+_SITES = (
+    ("model.language_model.layers", "input_layernorm", _QKV),
+    ("model.language_model.layers", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ("model.language_model.layers", "mlp.up_proj", ("mlp.down_proj",)),
+    ("model.vision_tower.encoder.layers", "layer_norm1", _QKV),
+    ("model.vision_tower.encoder.layers", "layer_norm2", ("mlp.fc1",)),
+)
+
+
 def _scale(tensor: torch.Tensor, channels: torch.Tensor, factor: float, dim: int) -> None:
     """Multiply some channels of a parameter in place, in float64."""
     scale = torch.ones(tensor.shape[dim], dtype=torch.float64, device=tensor.device)
     scale[channels] = factor
-    shape = [-1 if d == dim else 1 for d in range(tensor.ndim)]
-    tensor.copy_(tensor.double() * scale.view(shape))
+    tensor.copy_(tensor.double() * scale.view([-1 if d == dim else 1 for d in range(tensor.ndim)]))
 
 
-def _plant(producer: Any, readers: Sequence[Any], channels: torch.Tensor, factor: float) -> None:
+def _plant(producer: nn.Module, readers: Sequence[nn.Module], channels: torch.Tensor, factor: float) -> None:
     """Scale the output channels of `producer` (a norm or a linear module) up and the input columns of `readers` down."""
-    _scale(producer.weight, channels, factor, dim=0)
-    if getattr(producer, "bias", None) is not None:
-        _scale(producer.bias, channels, factor, dim=0)
+    for parameter in producer.parameters():  # weight, and bias where there is one
+        _scale(parameter, channels, factor, dim=0)
     for reader in readers:
-        _scale(reader.weight, channels, 1 / factor, dim=1)
-
-
-def _sites(model: Any) -> list[tuple[str, Any, list[Any]]]:
-    """List (producer's name, producer, readers) in the order of the layers."""
-    sites: list[tuple[str, Any, list[Any]]] = []
-    for i, layer in enumerate(model.model.language_model.layers):
-        prefix, attention, mlp = f"model.language_model.layers.{i}", layer.self_attn, layer.mlp
-        sites.append((f"{prefix}.input_layernorm", layer.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]))
-        sites.append((f"{prefix}.post_attention_layernorm", layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]))
-        sites.append((f"{prefix}.mlp.up_proj", mlp.up_proj, [mlp.down_proj]))
-    tower = model.model.vision_tower
-    for i, layer in enumerate(getattr(tower, "vision_model", tower).encoder.layers):
-        prefix, attention = f"model.vision_tower.encoder.layers.{i}", layer.self_attn
-        sites.append((f"{prefix}.layer_norm1", layer.layer_norm1, [attention.q_proj, attention.k_proj, attention.v_proj]))
-        sites.append((f"{prefix}.layer_norm2", layer.layer_norm2, [layer.mlp.fc1]))
-    return sites
+        _scale(reader.get_parameter("weight"), channels, 1 / factor, dim=1)
 
 
 @torch.no_grad()
@@ -78,9 +70,11 @@ def plant_outliers(model: nn.Module, factor: float = 20.0, fraction: float = 0.0
         raise ValueError(f"fraction={fraction}: must be in (0, 1); pass 0.03, for instance.")
     generator = torch.Generator().manual_seed(seed)
     planted = {}
-    for name, producer, readers in _sites(model):
-        width = len(producer.weight)
-        channels = torch.randperm(width, generator=generator)[: max(1, round(fraction * width))].sort().values
-        _plant(producer, readers, channels, factor)
-        planted[name] = channels.tolist()
+    for layers, producer, readers in _SITES:
+        for index, layer in enumerate(model.get_submodule(layers).children()):
+            module = layer.get_submodule(producer)
+            width = len(module.get_parameter("weight"))
+            channels = torch.randperm(width, generator=generator)[: max(1, round(fraction * width))].sort().values
+            _plant(module, [layer.get_submodule(reader) for reader in readers], channels, factor)
+            planted[f"{layers}.{index}.{producer}"] = channels.tolist()
     return planted

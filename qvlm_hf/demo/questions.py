@@ -6,7 +6,7 @@
     count    "How many red objects are there?"                                 2
     where    "Where is the blue circle?"                                       top left      (two tokens)
     exists   "Is there a green star?"                                          yes
-    compare  "Is the digit in the top left larger than the digit ...?"         no
+    compare  "Which digit is larger, the top left one or the ... one?"         8
     choice   "Which color is at the top left? Options: (A) red (B) blue ..."   B             (as in ScienceQA)
 
 Each kind has a row of templates in `TEMPLATES`. Every question has exactly one right answer: places that are asked about hold what the
@@ -40,8 +40,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "where": ("Where is the {thing}?", "In which cell is the {thing}?", "Find the {thing}."),
     "exists": ("Is there {a_thing}?", "Does the picture show {a_thing}?", "Can you see {a_thing}?"),
     "compare": (
-        "Is the digit in the {place} {than} the digit in the {other}?",
-        "Is the {place} digit {than} the {other} digit?",
+        "Which digit is {larger}, the {place} one or the {other} one?",
+        "Which is the {larger} digit, the one at the {place} or the one at the {other}?",
     ),
     "choice": ("{question} Options: {options}", "{question} Options: {options} Answer with the letter."),
 }
@@ -64,11 +64,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Question:
-    """One question: its kind (an element of `KINDS`), its text and its answer."""
+    """One question: its kind (an element of `KINDS`), its text, its answer, and the places that show the answer (in training only)."""
 
     kind: str
     text: str
     answer: str
+    places: tuple[str, ...] = ()
 
 
 def cells_of(scenes: SceneBatch, index: int) -> list[Cell]:
@@ -82,10 +83,11 @@ def cells_of(scenes: SceneBatch, index: int) -> list[Cell]:
 
 
 class _Asked(NamedTuple):
-    """A question's text and answer, and where options can be drawn from them, all possible answers."""
+    """A question's text and answer, the places to look at, and where options can be drawn from them, all possible answers."""
 
     text: str
     answer: str
+    places: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
 
 
@@ -100,7 +102,7 @@ def _at_place(kind: str, cells: list[Cell], rng: random.Random) -> _Asked:
     else:
         cell, answers = rng.choice([c for c in cells if c.noun == "digit"]), DIGIT_NAMES
         answer = str(cell.digit)
-    return _Asked(rng.choice(TEMPLATES[kind]).format(place=cell.place), answer, answers)
+    return _Asked(rng.choice(TEMPLATES[kind]).format(place=cell.place), answer, (cell.place,), answers)
 
 
 def _count(cells: list[Cell], rng: random.Random) -> _Asked:
@@ -120,45 +122,46 @@ def _where(cells: list[Cell], rng: random.Random) -> _Asked | None:
     if not single:
         return None
     cell = rng.choice(single)
-    return _Asked(rng.choice(TEMPLATES["where"]).format(thing=cell.thing), cell.place, PLACES)
+    return _Asked(rng.choice(TEMPLATES["where"]).format(thing=cell.thing), cell.place, (cell.place,), PLACES)
 
 
 def _exists(cells: list[Cell], rng: random.Random) -> _Asked:
     """Ask whether something is there; where the answer is no, half of the things join a colour and a noun that are there."""
     names = {c.thing for c in cells}
+    places: tuple[str, ...] = ()
     if rng.random() < 0.5:
-        thing, answer = rng.choice(cells).thing, "yes"
+        cell = rng.choice(cells)
+        thing, answer, places = cell.thing, "yes", (cell.place,)
     else:
         answer = "no"
         mixed = sorted({f"{a.color} {b.noun}" for a in cells for b in cells} - names)
         absent = [f"{color} {noun}" for color in COLOR_NAMES for noun in (*SHAPES, "digit") if f"{color} {noun}" not in names]
         thing = rng.choice(mixed if mixed and rng.random() < 0.5 else absent)
     article = "an" if thing.startswith("orange") else "a"
-    return _Asked(rng.choice(TEMPLATES["exists"]).format(a_thing=f"{article} {thing}"), answer)
+    return _Asked(rng.choice(TEMPLATES["exists"]).format(a_thing=f"{article} {thing}"), answer, places)
 
 
 def _compare(cells: list[Cell], rng: random.Random) -> _Asked | None:
-    """Compare two digits that differ; None if all digits are equal."""
+    """Ask for the larger or smaller of two digits that differ; None if all digits are equal."""
     digits = [c for c in cells if c.noun == "digit"]
-    pairs = [(a, b) for a in digits for b in digits if a.digit > b.digit]
+    pairs = [(a, b) for a in digits for b in digits if a.digit != b.digit]
     if not pairs:
         return None
     first, second = rng.choice(pairs)
-    than, answer = ("larger than", "yes") if rng.random() < 0.5 else ("smaller than", "no")
-    if rng.random() < 0.5:
-        first, second, answer = second, first, "no" if answer == "yes" else "yes"
-    return _Asked(rng.choice(TEMPLATES["compare"]).format(place=first.place, than=than, other=second.place), answer)
+    larger, choose = rng.choice((("larger", max), ("smaller", min)))
+    text = rng.choice(TEMPLATES["compare"]).format(larger=larger, place=first.place, other=second.place)
+    return _Asked(text, str(choose(first.digit, second.digit)), (first.place, second.place))
 
 
 def _choice(cells: list[Cell], rng: random.Random) -> _Asked:
     """Put a colour, shape, digit or place question with three options; the letter of the right one is the answer."""
     kind = rng.choice(("color", "shape", "digit", "where"))
     asked = _where(cells, rng) if kind == "where" else None
-    text, answer, answers = asked or _at_place("color" if kind == "where" else kind, cells, rng)
+    text, answer, places, answers = asked or _at_place("color" if kind == "where" else kind, cells, rng)
     options = [answer, *rng.sample([a for a in answers if a != answer], len(LETTERS) - 1)]
     rng.shuffle(options)
     listed = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return _Asked(rng.choice(TEMPLATES["choice"]).format(question=text, options=listed), LETTERS[options.index(answer)])
+    return _Asked(rng.choice(TEMPLATES["choice"]).format(question=text, options=listed), LETTERS[options.index(answer)], places)
 
 
 def ask(kind: str, cells: list[Cell], rng: random.Random) -> Question | None:
@@ -181,7 +184,7 @@ def ask(kind: str, cells: list[Cell], rng: random.Random) -> Question | None:
         asked = _ASK[kind](cells, rng)
     else:
         raise ValueError(f"kind={kind!r}: questions are of the kinds {', '.join(KINDS)}; pass one of them.")
-    return None if asked is None else Question(kind, asked.text, asked.answer)
+    return None if asked is None else Question(kind, asked.text, asked.answer, asked.places)
 
 
 _ASK: dict[str, Callable[[list[Cell], random.Random], _Asked | None]] = {
@@ -195,8 +198,8 @@ _ASK: dict[str, Callable[[list[Cell], random.Random], _Asked | None]] = {
 
 def vocabulary() -> list[str]:
     """Return every text that a question or an answer is made of, for the tokenizer: templates and names, in a fixed order."""
-    fields = dict.fromkeys(("place", "other", "things", "thing", "a_thing", "than", "question", "options"), "")
+    fields = dict.fromkeys(("place", "other", "things", "thing", "a_thing", "larger", "question", "options"), "")
     templates = [template.format(**fields) for kind in KINDS for template in TEMPLATES[kind]]
     nouns = (*SHAPES, *(f"{s}s" for s in SHAPES if s != "cross"), "crosses", "digit", "digits", "object", "objects")
     answers = ("yes", "no", *DIGIT_NAMES, *COLOR_NAMES, *PLACES, *(f"({letter})" for letter in LETTERS))
-    return [*templates, *nouns, *answers, "a an larger smaller than"]
+    return [*templates, *nouns, *answers, "a an larger smaller"]

@@ -137,7 +137,6 @@ def check_modules(
     layouts = {}
     for name, scheme in modules.items():
         if bare and not name.startswith(prefix):
-            packed.discard(name)
             continue
         local = linears.get(name.removeprefix(prefix) if bare else name)
         if local is None or name in tied:
@@ -147,6 +146,8 @@ def check_modules(
         linear: Any = model.get_submodule(local)
         layouts[local] = _check_module(local, linear, scheme, headers)
         packed.discard(local)
+    if bare:
+        packed &= set(linears.values())
     if packed:
         name = min(packed)
         raise ValueError(

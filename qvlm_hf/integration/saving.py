@@ -56,6 +56,8 @@ def save_quantized(
         partial.mkdir(parents=True)
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         _correct_index(partial, count_parameters(model))
+        for file in partial.glob("*.safetensors"):
+            _sort_metadata(file)
         if processor is not None:
             processor.save_pretrained(partial)
         if report is not None:
@@ -100,6 +102,18 @@ def _correct_index(folder: Path, parameters: int) -> None:
         content = json.loads(index.read_text(encoding="utf-8"))
         content["metadata"]["total_parameters"] = parameters
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sort_metadata(file: Path) -> None:
+    """Orders a safetensors header's metadata by key: safetensors writes it in random order, and equal models shall be equal files."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(content) == size:  # always, unless safetensors starts to write spaces
+            opened.seek(8)
+            opened.write(content)
 
 
 def _move_into_place(partial: Path, target: Path) -> None:

@@ -1,11 +1,22 @@
 import re
+from itertools import pairwise
 
 import pytest
 import torch
 from tiny_models import tiny_llava
 from torch import nn
 
-from qvlm_hf.core.architectures import Layer, Segment, Site, canonical_name, full_precision_modules, matches, resolve
+from qvlm_hf.core.architectures import (
+    Layer,
+    Segment,
+    Site,
+    canonical_name,
+    full_precision_modules,
+    get_linear,
+    matches,
+    output_head,
+    resolve,
+)
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear
 
@@ -115,7 +126,7 @@ def test_dead_layers(vision_feature_layer, dead):
                 model.get_submodule(f"model.vision_tower.encoder.layers.{layer}.mlp.fc2").bias.add_(1)
         model.get_image_features(pixels)
     assert seen[0].shape[-1] == 64 * count
-    assert [torch.equal(before, after) for before, after in zip(seen, seen[1:], strict=False)] == dead
+    assert [torch.equal(before, after) for before, after in pairwise(seen)] == dead
 
 
 def test_components_can_be_left_out(model):
@@ -181,7 +192,7 @@ def test_patterns_add_up_and_the_head_may_be_named(model):
 
 @pytest.mark.parametrize("pattern", ["mlp.downproj", "layers.99", "vision", "", "model.language_model.layers.0.mlp.down_proj.weight"])
 def test_a_typo_in_a_pattern_raises(model, pattern):
-    message = f"modules_to_not_convert: {pattern!r} matches no module of the model"
+    message = f"modules_to_not_convert: {pattern!r} matches no module"
     with pytest.raises(ValueError, match=re.escape(message)):
         resolve(model, modules_to_not_convert=["lm_head", pattern])
 
@@ -214,6 +225,23 @@ def test_an_already_quantized_model_raises():
     with pytest.raises(ValueError, match=f"^{re.escape(name)} is a QVLMLinear, not nn.Linear: .* cannot be quantized again"):
         resolve(model)
     resolve(model, modules_to_not_convert=[name])  # what is left out is not looked at
+
+
+def test_output_head(model):
+    assert output_head(model) == "lm_head"
+    assert get_linear(model, "lm_head") is model.lm_head
+    tied = tiny_llava(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"^lm_head_bits: lm_head shares its weight with the embeddings .*: leave lm_head_bits at None\.$"):
+        output_head(tied)
+    for config in (tied.config, tied.config.text_config):  # either flag alone says it
+        config.tie_word_embeddings = False
+        with pytest.raises(ValueError, match="shares its weight"):
+            output_head(tied)
+        config.tie_word_embeddings = True
+    other = tiny_llava()
+    other.lm_head = nn.Identity()
+    with pytest.raises(ValueError, match=r"lm_head is a Identity, not nn\.Linear"):
+        output_head(other)
 
 
 def test_a_missing_module_raises():

@@ -96,7 +96,9 @@ def test_pack_wants_a_matrix(shape):
         pack(torch.zeros(shape, dtype=torch.int32), 4)
 
 
-@pytest.mark.parametrize(("shape", "bits", "length", "words"), [((2, 3), 4, 16, 2), ((2, 1), 4, 9, 2), ((2, 2), 3, 22, 3), ((4,), 8, 16, 4)])
+@pytest.mark.parametrize(
+    ("shape", "bits", "length", "words"), [((2, 3), 4, 16, 2), ((2, 1), 4, 9, 2), ((2, 2), 3, 22, 3), ((4,), 8, 16, 4)]
+)
 def test_unpack_refuses_another_number_of_words(shape, bits, length, words):
     message = f"a packed weight of shape {shape} does not hold {length} values of {bits} bits ({words} words a row)."
     with pytest.raises(ValueError, match=re.escape(message)):

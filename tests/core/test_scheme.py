@@ -30,7 +30,8 @@ def test_parse_reads_every_scheme(weight_bits, activation_bits):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "W4", "A4", "W4A", "W1A4", "W9A4", "W4A2", "W4A9", "W4A15", "W4A17", "W16A16", " W4A4", "W4A4 ", "W4A4g128", "W-4A4", 44, None]
+    "name",
+    ["", "W4", "A4", "W4A", "W1A4", "W9A4", "W4A2", "W4A9", "W4A15", "W4A17", "W16A16", " W4A4", "W4A4 ", "W4A4g128", "W-4A4", 44, None],
 )
 def test_parse_names_value_rule_and_remedy(name):
     message = f"scheme={name!r} is not W{{2-8}}A{{3-8 or 16}}: write for example 'W4A4', 'W4A8' or 'W4A16'."

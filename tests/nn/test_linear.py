@@ -53,9 +53,7 @@ def layout(module):
 @pytest.mark.parametrize("scaled_input", [None, True])
 def test_parameters_are_the_tensors_of_the_format(granularity, symmetric, bias, scaled_input):
     scheme = scheme_of(granularity, symmetric=symmetric, weight_bits=3)
-    module = QVLMLinear(
-        IN, OUT, scheme, bias=bias, dtype=torch.float16, positions=POSITIONS, has_input_scale=scaled_input, device="meta"
-    )
+    module = QVLMLinear(IN, OUT, scheme, bias=bias, dtype=torch.float16, positions=POSITIONS, has_input_scale=scaled_input, device="meta")
     expected = {"weight": (torch.int32, (OUT, 4)), "weight_scale": (torch.bfloat16, (OUT, 3))}  # 120 bits are 4 words
     if not symmetric:
         expected["weight_zero_point"] = (torch.uint8, (OUT, 3))
@@ -89,7 +87,7 @@ def test_token_needs_its_positions():
 
 def test_token_refuses_another_number_of_positions():
     module, _, x, _ = quantized(scheme_of("token"))
-    with pytest.raises(ValueError, match=r"shape \(3, 4, 40\) does not have the 5 positions that granularity 'token' was calibrated for"):
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 40\) does not have the 5 positions that 'token' was calibrated for"):
         module(x[:, :4])
 
 
@@ -98,11 +96,12 @@ def test_token_refuses_another_number_of_positions():
 @pytest.mark.parametrize("hadamard", [None, 8])
 def test_forward_is_close_to_the_layer_it_came_from(granularity, symmetric, hadamard):
     scheme = scheme_of(granularity, weight_bits=8, symmetric=symmetric, hadamard=hadamard)
-    module, linear, x, _ = quantized(scheme, scaled_input=granularity == "none")
+    module, linear, x, tensors = quantized(scheme, scaled_input=granularity == "none")
     y, expected = module(x), linear(x)
     assert y.shape == expected.shape
     assert (y - expected).norm() < 0.02 * expected.norm()
-    without_bias = QVLMLinear.from_packed(nn.Linear(IN, OUT, bias=False), scheme, dict(module.named_parameters()) | {"bias": None})
+    without_bias = QVLMLinear.from_packed(nn.Linear(IN, OUT, bias=False), scheme, tensors)
+    assert without_bias.bias is None
     torch.testing.assert_close(without_bias(x) + linear.bias, y)
 
 
@@ -182,7 +181,7 @@ CASTS = {
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_casting_the_model_leaves_the_format_alone(cast):
-    module, _, x, tensors = quantized(scheme_of(), dtype=torch.float32)
+    module, _, _, tensors = quantized(scheme_of(), dtype=torch.float32)
     with torch.no_grad():
         module.weight_scale[0, 0] = 3e38  # neither fits into float16
         module.input_scale[0] = 1e-30
@@ -258,7 +257,7 @@ def test_repr_tells_sizes_and_scheme():
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_transformers_is_told_not_to_initialise_it(granularity):
-    module, linear, _, tensors = quantized(scheme_of(granularity))
+    module, linear, *_ = quantized(scheme_of(granularity))
     empty = QVLMLinear(IN, OUT, module.scheme, bias=True, dtype=torch.float32, positions=POSITIONS, device="meta")
     for made in (module, empty):
         assert made._is_hf_initialized is True
@@ -287,3 +286,14 @@ def test_packed_tensors_leave_out_what_the_scheme_does_not_store():
     assert set(tensors) == {"weight", "weight_scale"}
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     assert set(quantized(scheme_of("channel"))[3]) == {*FIXED, *STATIC}
+
+
+def test_modules_of_a_site_do_not_share_memory():
+    """They share their QParams; safetensors refuses to save two names of one storage."""
+    scheme = scheme_of()
+    qparams = choose_qparams(-torch.rand(IN), torch.rand(IN), 8)
+    weight = quantize_weight(torch.randn(OUT, IN), scheme)
+    first, second = packed_tensors(weight, scheme, qparams), packed_tensors(weight, scheme, qparams)
+    for name in STATIC:
+        assert first[name].data_ptr() != second[name].data_ptr()
+        assert torch.equal(first[name], second[name])

@@ -79,7 +79,9 @@ def make_case(
     # Multiples of 1/64: their sums are exact, so that a Hadamard matrix gives the same bits in any order of adding.
     x = (torch.randn(shape) * 2 + 0.5).mul(64).round().div(64).to(dtype)
     top = 2**activation_bits - 1
-    statics = {"channel": in_features, "token": shape[-2] if len(shape) > 1 else 1, "none": in_features if scaled_input else None}.get(granularity)
+    statics = {"channel": in_features, "token": shape[-2] if len(shape) > 1 else 1, "none": in_features if scaled_input else None}.get(
+        granularity
+    )
     integers = torch.randint(0, 2**weight_bits, (out_features, in_features)).to(torch.uint8)
     return Case(
         scheme=scheme,
@@ -310,7 +312,7 @@ def test_another_number_of_inputs_raises():
 
 @pytest.mark.parametrize("shape", [(2, 4, 21), (2, 1, 21), (1, 21), (21,), (3, 2, 21)])
 def test_another_number_of_positions_raises(shape):
-    message = f"an input of shape {shape} does not have the 3 positions that granularity 'token' was calibrated for."
+    message = f"an input of shape {shape} does not have the 3 positions that 'token' was calibrated for."
     with pytest.raises(ValueError, match=re.escape(message)):
         replace(make_case("token"), x=torch.zeros(shape)).run()
 

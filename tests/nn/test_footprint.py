@@ -1,0 +1,105 @@
+"""The size formula against the bytes of saved files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import tiny_llava
+from transformers import LlavaForConditionalGeneration
+
+from qvlm_hf import QVLMConfig, quantize_model
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.core.qparams import choose_qparams
+from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.core.weight import quantize_weight
+from qvlm_hf.integration.rounding import planned_modules
+from qvlm_hf.integration.shapes import SHAPES, shape_config, shape_model, token_positions
+from qvlm_hf.nn.footprint import count_parameters, footprint, linear_bytes
+from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+from qvlm_hf.nn.replace import replace_modules
+
+
+def saved_bytes(folder: Path) -> int:
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors = [opened.get_tensor(key) for key in opened.keys()]  # noqa: SIM118
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
+
+
+def pack_by_hand(model: LlavaForConditionalGeneration, modules: dict[str, QuantScheme], positions: dict[str, int]) -> None:
+    for name, scheme in modules.items():
+        linear = model.get_submodule(name)
+        count = {"channel": linear.in_features, "token": positions["vision" if "vision" in name else "projector"]}.get(scheme.granularity)
+        qparams = None if count is None else choose_qparams(-torch.rand(count), torch.rand(count), scheme.activation_bits)
+        tensors = packed_tensors(quantize_weight(linear.weight.detach(), scheme), scheme, qparams)
+        replace_modules(model, {name: QVLMLinear.from_packed(linear, scheme, tensors)})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 128, False), (3, 24, True), (6, -1, False)])
+def test_the_formula_is_the_saved_file_to_the_byte(
+    tmp_path: Path, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, tied: bool
+) -> None:
+    model = tiny_llava(dtype=dtype, tie_word_embeddings=tied)
+    granularities = {"vision": "token", "projector": "dynamic_token", "language": "channel"}
+    settings = CalibrationSettings(weight_bits=bits, group_size=group_size, symmetric=symmetric, activation_granularity=granularities)
+    modules = planned_modules(model, settings)
+    modules["model.language_model.layers.1.mlp.up_proj"] = QuantScheme(weight_bits=8, activation_bits=16, granularity="none")
+    assert {scheme.granularity for scheme in modules.values()} == {"token", "dynamic_token", "channel", "none"}
+    positions = token_positions(model.config)
+    predicted = footprint(model, modules, positions=positions, dtype=dtype)
+    model.save_pretrained(tmp_path / "full")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    pack_by_hand(model, modules, positions)
+    model.save_pretrained(tmp_path / "packed")
+    assert predicted.total.full_precision_bytes == saved_bytes(tmp_path / "full")
+    assert predicted.total.quantized_bytes == saved_bytes(tmp_path / "packed")
+    assert predicted.total.parameters == count == count_parameters(model)
+    assert [row.component for row in predicted.rows] == ["vision", "projector", "language", "embeddings", *([] if tied else ["head"])]
+
+
+def test_a_model_from_the_quantizer_agrees_too(tmp_path: Path) -> None:
+    model = tiny_llava()
+    config = QVLMConfig(scheme="W5A8", activation_granularity="dynamic_token", lm_head_bits=8)
+    predicted = footprint(model, planned_modules(model, config.settings()), dtype=torch.float32)
+    quantize_model(model, config)
+    model.save_pretrained(tmp_path)
+    assert predicted.total.quantized_bytes == saved_bytes(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "parameters", "ratio"), [("llava-1.5-7b", 7_063_427_072, 3.4), ("llava-1.5-13b", 13_351_494_656, 3.5)])
+def test_w4a4_shrinks_the_published_models(name: str, parameters: int, ratio: float) -> None:
+    model = shape_model(name)
+    assert model.dtype == torch.bfloat16
+    assert all(parameter.is_meta for parameter in model.parameters())
+    sizes = footprint(model, planned_modules(model, CalibrationSettings()), positions=token_positions(model.config))
+    assert sizes.total.parameters == parameters  # of the safetensors of llava-hf/llava-1.5-*-hf
+    assert sizes.total.full_precision_bytes == 2 * parameters
+    assert ratio <= sizes.total.ratio < 3.8
+    rows = {row.component: row for row in sizes.rows}
+    assert rows["embeddings"].ratio == rows["head"].ratio == 1.0
+    assert rows["language"].ratio > 3.8
+    assert str(sizes).splitlines()[-1].split()[0] == "total"
+    assert len(str(sizes).splitlines()) == len(sizes.rows) + 2
+
+
+def test_one_module_by_hand() -> None:
+    # 64 x 100 at 3 bits: 10 words a row; 4 groups of 32 with a bf16 scale and a uint8 zero point
+    scheme = QuantScheme(weight_bits=3, activation_bits=4, group_size=32)
+    assert linear_bytes(100, 64, scheme) == 64 * 10 * 4 + 64 * 4 * 3 + 100 * 8
+
+
+def test_mistakes() -> None:
+    model = tiny_llava()
+    scheme = QuantScheme(weight_bits=4, activation_bits=4, granularity="token")
+    with pytest.raises(ValueError, match=r"'model.nothing' is no linear module"):
+        footprint(model, {"model.nothing": scheme})
+    with pytest.raises(ValueError, match=r"'token' needs the number of positions: pass positions=\{'vision': 577\}"):
+        footprint(model, {"model.vision_tower.encoder.layers.0.mlp.fc1": scheme})
+    with pytest.raises(ValueError, match=r"shape 'gpt' is unknown: this version has llava-1.5-7b, llava-1.5-13b"):
+        shape_config("gpt")
+    assert token_positions(SHAPES["llava-1.5-7b"]()) == {"vision": 577, "projector": 576}

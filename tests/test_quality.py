@@ -1,0 +1,111 @@
+"""The settings of pyproject.toml, enforced: lint, format, types, import direction; and the rules no tool knows."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "qvlm_hf"
+FILES = sorted(PACKAGE.rglob("*.py"))
+OPTIONAL = {"triton", "sklearn"}  # extras: a module that needs one is read, but imported only where it is installed
+PRINTERS = (PACKAGE / "cli", PACKAGE / "demo" / "train.py")  # what a user runs and reads
+# lint-imports has no `python -m`; the script in bin/ is missing where an environment was copied rather than installed
+LINT_IMPORTS = ("-c", "import sys; from importlinter.cli import lint_imports_command as run; sys.argv = ['lint-imports']; run()")
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(("-m", "ruff", "check", "--no-cache"), id="ruff check"),
+        pytest.param(("-m", "ruff", "format", "--check", "--no-cache"), id="ruff format"),
+        pytest.param(("-m", "mypy"), id="mypy"),  # a minute in a fresh checkout, two seconds with .mypy_cache
+        pytest.param(LINT_IMPORTS, id="import-linter"),
+    ],
+)
+def test_tool(arguments):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_public_names_are_listed_exist_and_are_documented(path):
+    try:
+        module = importlib.import_module(module_name(path))
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        pytest.skip(f"{error.name} is not installed")
+    listed = getattr(module, "__all__", None)
+    tree = ast.parse(path.read_text())
+    definitions = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    public = {node.name for node in definitions if not node.name.startswith("_")}
+    if listed is None:
+        assert not public, f"{path.name} defines {sorted(public)} and has no __all__"
+        return
+    assert len(set(listed)) == len(listed)
+    documented = {node.name for node in definitions if ast.get_docstring(node)}
+    for name in listed:
+        thing = getattr(module, name)  # raises if it does not exist
+        if name in {node.name for node in definitions}:
+            assert name in documented, f"{name} has no docstring"
+        elif inspect.isfunction(thing) or inspect.isclass(thing):
+            assert inspect.getdoc(thing), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_modules_say_what_they_are(path):
+    assert ast.get_docstring(ast.parse(path.read_text())), "no module docstring"
+    assert path.stem not in {"utils", "util", "helpers", "helper", "common", "base", "misc"}
+    assert not {part for part in path.relative_to(PACKAGE).parts[:-1] if part in {"utils", "helpers", "common", "base", "misc"}}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not any(path.is_relative_to(printer) for printer in PRINTERS)], ids=relative)
+def test_does_not_print(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    prints = [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+    assert not prints, f"print() in lines {prints}"
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").partition(".")[0]
+
+
+def test_triton_is_imported_in_one_file():
+    assert [relative(path) for path in FILES if "triton" in imported(path)] in ([], ["qvlm_hf/ops/triton_kernels.py"])
+
+
+def test_the_method_never_imports_transformers():
+    """Every module of core, ops, nn and calibration in a fresh process, below a bare package: qvlm_hf itself registers the quantizer."""
+    names = [module_name(path) for path in FILES if path.relative_to(PACKAGE).parts[0] in ("core", "ops", "nn", "calibration")]
+    names = [name for name in names if not name.endswith("triton_kernels")]
+    assert len(names) > 10
+    code = f"""
+import importlib, sys, types
+package = types.ModuleType("qvlm_hf")
+package.__path__ = [{str(PACKAGE)!r}]
+sys.modules["qvlm_hf"] = package
+for name in {names!r}:
+    importlib.import_module(name)
+    loaded = {{"transformers", "huggingface_hub", "optimum", "accelerate", "datasets"}} & set(sys.modules)
+    assert not loaded, f"{{name}} imports {{loaded}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
