@@ -35,9 +35,9 @@ from qvlm_hf.core.weight import quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules
 
-__all__ = ["calibrate_and_pack", "round_and_pack"]
+__all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "round_and_pack"]
 
-_CHECK_SAMPLES = 16
+CHECK_SAMPLES = 16  # held-out samples of the self-check
 
 
 def calibrate_and_pack(
@@ -64,11 +64,11 @@ def calibrate_and_pack(
 
     Raises:
         ValueError: unsupported model, a module that no sample reaches, NaN in weights or activations; under `settings.strict` also a
-            model that collapsed. The model is then unchanged, but for the collapse, which is seen after packing.
+            model that collapsed. The model is then unchanged.
     """
     segments = _resolve(model, settings)
     data = list(batches(samples, processor, settings.batch_size))
-    checks = list(batches(list(islice(held_out or samples, _CHECK_SAMPLES)), processor, settings.batch_size))
+    checks = list(batches(list(islice(held_out or samples, CHECK_SAMPLES)), processor, settings.batch_size))
     reference = [logits.cpu() for batch in checks for logits in answer_logits(model, batch)]
 
     first_layers = [segment.layers[0].name for segment in segments]
@@ -98,10 +98,12 @@ def calibrate_and_pack(
             below.enter_context(installed(sites))
             del full[first]
 
+    floating = {name: get_linear(model, name) for name in modules}
     replace_modules(model, modules)
     check = compare_answers(model, checks, reference, held_out=bool(held_out))
     warning = collapse_warning(check)
     if warning and settings.strict:
+        replace_modules(model, floating)
         raise ValueError(f"strict: {warning}")
     return CalibrationReport(
         settings=settings_dict(settings),

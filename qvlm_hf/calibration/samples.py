@@ -35,6 +35,7 @@ __all__ = [
     "check_image_tokens",
     "collate",
     "fingerprint",
+    "hold_out",
     "load_samples",
 ]
 
@@ -178,6 +179,18 @@ def load_samples(dataset: object, *, num_samples: int | None = None, seed: int =
     for sample in chosen:
         sample.check_images()
     return chosen
+
+
+def hold_out(samples: Sequence[Sample], num_samples: int, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Splits samples into those to calibrate on and the rest, which checks the result; both keep their order.
+
+    Args:
+        samples: as `load_samples` gives them.
+        num_samples: how many to calibrate on; all if there are not more.
+        seed: of the choice.
+    """
+    chosen = set(_choose(len(samples), num_samples, seed))
+    return [s for i, s in enumerate(samples) if i in chosen], [s for i, s in enumerate(samples) if i not in chosen]
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -65,6 +65,18 @@ class CalibrationSettings:
                 raise ValueError(f"{name}={value!r} must be a list.")
             object.__setattr__(self, name, tuple(value))
         self._check_granularity()
+        self._check_numbers()
+        if self.lm_head_bits not in (None, 8) or isinstance(self.lm_head_bits, bool):
+            raise ValueError(f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision).")
+        if self.weight_rounding not in ("nearest", "gptq"):
+            raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'.")
+        for name in ("quantize_vision", "quantize_projector", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if not all(isinstance(pattern, str) and pattern for pattern in self.modules_to_not_convert):
+            raise ValueError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of module names.")
+
+    def _check_numbers(self) -> None:
         self.scheme("language", self.start_granularity("language"))  # bits, group size and symmetry
         for name, low in (("num_samples", 1), ("batch_size", 1), ("seed", 0), ("max_block_depth", 1)):
             value = getattr(self, name)
@@ -76,15 +88,6 @@ class CalibrationSettings:
             raise ValueError(f"percentiles={self.percentiles!r} must be numbers from 0.9 to 1.0, as in (1.0, 0.9999).")
         if not all(_finite(m) and 1.0 < m <= 2.0 for m in self.margins):
             raise ValueError(f"margins={self.margins!r} must be factors above 1.0 and up to 2.0, as in (1.1, 1.25); () for none.")
-        if self.lm_head_bits not in (None, 8) or isinstance(self.lm_head_bits, bool):
-            raise ValueError(f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision).")
-        if self.weight_rounding not in ("nearest", "gptq"):
-            raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'.")
-        for name in ("quantize_vision", "quantize_projector", "strict"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
-        if not all(isinstance(pattern, str) and pattern for pattern in self.modules_to_not_convert):
-            raise ValueError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of module names.")
 
     @property
     def needs_data(self) -> bool:

@@ -26,16 +26,16 @@ _MAX_MODULES = 100_000  # a model of 70 B parameters has about 600 linear module
 # Fields that go to `CalibrationSettings` and to config.json as they are.
 _SETTINGS = (
     "group_size", "symmetric", "activation_granularity", "quantize_vision", "quantize_projector", "lm_head_bits", "modules_to_not_convert",
-    "num_samples", "batch_size", "seed", "max_block_depth", "entropy_threshold", "percentiles", "margins",
+    "num_samples", "batch_size", "seed", "max_block_depth", "entropy_threshold", "percentiles", "margins", "weight_rounding",
 )  # fmt: skip
-# Fields of api.md that this version has no code for, with the one value they take; the first four will shape results, so they are written.
+# Fields of api.md that this version has no code for, with the one value they take; the first three will shape results, so they are written.
 _LATER: dict[str, Any] = {
-    "optimize_vision": False, "weight_rounding": "nearest", "rotation": None, "precision_budget": None,
+    "optimize_vision": False, "rotation": None, "precision_budget": None,
     "resume_dir": None, "push_to_hub": False, "hub_model_id": None, "hub_private": None,
 }  # fmt: skip
 _SHARED = ("dataset", "processor", "callbacks")
-_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, *tuple(_LATER)[:4], "provenance", "modules")
-_FIELDS = (*_SERIALIZED, *tuple(_LATER)[4:], *_SHARED, "strict")
+_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, *tuple(_LATER)[:3], "provenance", "modules")
+_FIELDS = (*_SERIALIZED, *tuple(_LATER)[3:], *_SHARED, "strict")
 
 
 @config_class
@@ -63,9 +63,10 @@ class QVLMConfig(QuantizationConfigMixin):
         entropy_threshold: nats from which a layer depends on its neighbours (eq. 7); None is the mean of the segment.
         percentiles: range candidates: shares of the calibration values that a range covers.
         margins: range candidates: factors on the range of all values.
+        weight_rounding: "gptq" (second-order compensation of the rounding error) or "nearest".
         strict: raise instead of warning where something falls back. Never saved.
         callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. Never saved.
-        optimize_vision, weight_rounding, rotation, precision_budget, resume_dir, push_to_hub, hub_model_id, hub_private: not available
+        optimize_vision, rotation, precision_budget, resume_dir, push_to_hub, hub_model_id, hub_private: not available
             in this version; each takes its default alone.
         modules: canonical module name -> `QuantScheme` of every quantized module; filled by quantizing.
         provenance: what the quantization was made from (dataset, hash, counts, versions); filled by quantizing.
@@ -95,6 +96,7 @@ class QVLMConfig(QuantizationConfigMixin):
         entropy_threshold: float | None = None,
         percentiles: Sequence[float] = CalibrationSettings.percentiles,
         margins: Sequence[float] = CalibrationSettings.margins,
+        weight_rounding: str = CalibrationSettings.weight_rounding,
         strict: bool = False,
         callbacks: Sequence[Any] = (),
         modules: Mapping[str, Any] | None = None,
@@ -115,6 +117,7 @@ class QVLMConfig(QuantizationConfigMixin):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.max_block_depth, self.entropy_threshold = max_block_depth, entropy_threshold
         self.percentiles, self.margins, self.strict = percentiles, margins, strict
+        self.weight_rounding = weight_rounding
         self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():

@@ -10,7 +10,10 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +21,9 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
+from qvlm_hf.calibration.progress import ProgressBar
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.calibration.samples import Sample, load_samples
+from qvlm_hf.calibration.samples import Sample, hold_out, load_samples
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.registry import quantizer_class
@@ -27,7 +31,7 @@ from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_se
 from qvlm_hf.nn.footprint import count_parameters
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
-from qvlm_hf.quantize import calibrate_and_pack, round_and_pack
+from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -87,7 +91,8 @@ class QVLMHfQuantizer(HfQuantizer):
             raise ValueError(
                 "dataset needs the model's processor: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id))."
             )
-        self._samples = load_samples(config.dataset, num_samples=config.num_samples, seed=config.seed)
+        # a few more than asked for: they check the result
+        self._samples = load_samples(config.dataset, num_samples=config.num_samples + CHECK_SAMPLES, seed=config.seed)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of everything in full precision, unchanged.
@@ -163,7 +168,10 @@ class QVLMHfQuantizer(HfQuantizer):
 
     def _calibrate(self, model: PreTrainedModel) -> CalibrationReport:
         config = self.quantization_config
-        return calibrate_and_pack(model, config.settings(), self._samples or (), config.processor, callbacks=config.callbacks)
+        samples, held_out = hold_out(self._samples or (), config.num_samples, config.seed)
+        callbacks = config.callbacks or (ProgressBar(),)
+        report = calibrate_and_pack(model, config.settings(), samples, config.processor, held_out=held_out, callbacks=callbacks)
+        return replace(report, provenance={"dataset": _dataset_name(config.dataset), **report.provenance})
 
     def _finish(self, model: PreTrainedModel) -> None:
         """Records what is quantized, freezes it, tells the callbacks and lets go of the data."""
@@ -202,6 +210,13 @@ class QVLMHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """A quantized module is one operator with a shape-only implementation."""
         return True
+
+
+def _dataset_name(dataset: object) -> str:
+    """What config.json says of the data: a file's or folder's name without its path (nobody's home belongs there), a Hub id, or the type."""
+    if isinstance(dataset, str | os.PathLike):
+        return Path(dataset).name if Path(dataset).exists() else str(dataset)
+    return f"{type(dataset).__name__} in memory"
 
 
 def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationReport:

@@ -1,0 +1,76 @@
+"""`qvlm`: one file per command; only the chosen one is imported.
+
+Exit status 0, 1 (failed) or 2 (wrong usage); errors are one line, with a traceback only under --debug.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "demo": "quantize the embedded demo model and show what it did",
+    "quantize": "calibrate, quantize and save a model",
+    "ask": "ask a saved model about a picture",
+    "evaluate": "measure accuracy on a data set, against another model if wanted",
+    "inspect": "show what a saved model holds, or size a named shape",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments without the program's name; default: those of the process.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        SystemExit: wrong usage (2), --help and --version (0).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser(next((word for word in arguments if word in _COMMANDS), None)).parse_args(arguments)
+    try:
+        return _run(options)
+    except BrokenPipeError:
+        # the reader of our output has gone; Python would complain again while it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("qvlm: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if options.debug:
+            raise
+        print(f"qvlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qvlm", description="Q-VLM quantization of vision-language models.")
+    parser.add_argument("--version", action="version", version=f"qvlm {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == chosen:
+            importlib.import_module(f"qvlm_hf.cli.{name}").add_arguments(command)
+        command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _version() -> str:
+    return importlib.import_module("qvlm_hf").__version__
+
+
+def _run(options: argparse.Namespace) -> int:
+    command = importlib.import_module(f"qvlm_hf.cli.{options.command}")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads {options.threads} must be at least 1.")
+        importlib.import_module("torch").set_num_threads(options.threads)
+    return command.run(options)

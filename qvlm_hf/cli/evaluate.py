@@ -1,0 +1,40 @@
+"""`qvlm evaluate DIR --dataset F [--against MODEL]`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from qvlm_hf.calibration.samples import load_samples
+from qvlm_hf.cli.models import load_model, load_processor
+from qvlm_hf.evaluation import evaluate, format_comparison
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("model", metavar="DIR", help="directory or Hub id of a model, quantized or not")
+    parser.add_argument("--dataset", required=True, metavar="F", help="questions with answers: .jsonl, .json, ScienceQA folder or Hub id")
+    parser.add_argument("--against", metavar="MODEL", help="full-precision model to compare with, on the same questions")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="questions to ask (default: all)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions per forward pass (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of questions (default: 0)")
+    parser.add_argument("--json", metavar="F", help="write the result there as JSON")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    samples = load_samples(options.dataset, num_samples=options.num_samples, seed=options.seed)
+    model, processor = load_model(options.model), load_processor(options.model)
+    reference = None if options.against is None else load_model(options.against)
+    with tqdm(total=len(samples), desc="qvlm evaluate", unit="question", disable=None) as bar:
+        result = evaluate(
+            model, samples, processor, batch_size=options.batch_size, reference=reference, progress=lambda done, _: bar.update(done - bar.n)
+        )
+    for line in format_comparison(result, name=Path(options.model).name):
+        print(line)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    return 0

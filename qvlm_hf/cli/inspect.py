@@ -1,0 +1,74 @@
+"""`qvlm inspect DIR` and `qvlm inspect --shape NAME --scheme W4A4`."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.cli.models import silence
+from qvlm_hf.cli.story import block_lines, entropy_chart
+from qvlm_hf.integration.config import QVLMConfig
+from qvlm_hf.integration.rounding import planned_modules
+from qvlm_hf.integration.saving import REPORT_NAME
+from qvlm_hf.integration.shapes import SHAPES, shape_model, token_positions
+from qvlm_hf.nn.footprint import Footprint, footprint
+
+__all__ = ["add_arguments", "run", "saved_footprint"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("directory", nargs="?", metavar="DIR", help="a saved quantized model")
+    parser.add_argument("--shape", metavar="NAME", help=f"size a model by name instead: {', '.join(SHAPES)}")
+    parser.add_argument("--scheme", default="W4A4", help="for --shape: bits of weights and activations (default: W4A4)")
+    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="for --shape: inputs per weight scale (default: 128)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    if (options.directory is None) == (options.shape is None):
+        raise ValueError("name either a directory or a --shape: see qvlm inspect --help.")
+    silence()
+    if options.shape is not None:
+        settings = QVLMConfig(scheme=options.scheme, group_size=options.group_size).settings()
+        model = shape_model(options.shape)
+        sizes = footprint(model, planned_modules(model, settings), positions=token_positions(model.config))
+        print(f"{options.shape}, {options.scheme}, group size {options.group_size}, against bfloat16")
+        print(sizes)
+        return 0
+    config, sizes = saved_footprint(options.directory)
+    print(f"{config.scheme}, {len(config.modules)} modules quantized, sizes against full precision in the same dtype")
+    print(sizes)
+    kinds = Counter((f"W{s.weight_bits}A{s.activation_bits}", s.granularity) for s in config.modules.values())
+    for (bits, granularity), count in sorted(kinds.items()):
+        print(f"{count:5} modules {bits}, activations {granularity}")
+    report = Path(options.directory) / REPORT_NAME
+    if report.is_file():
+        loaded = CalibrationReport.from_dict(json.loads(report.read_text(encoding="utf-8")))
+        for line in (*entropy_chart(loaded), *block_lines(loaded), *(f"warning: {warning}" for warning in loaded.warnings)):
+            print(line)
+    return 0
+
+
+def saved_footprint(directory: str) -> tuple[QVLMConfig, Footprint]:
+    """The configuration of a saved quantized model, and its bytes counted from shapes.
+
+    Raises:
+        ValueError: the directory holds no qvlm model.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        raise ValueError(f"{directory}: holds no config.json: name the directory of a saved model.")
+    config = AutoConfig.from_pretrained(directory)
+    saved = getattr(config, "quantization_config", None)
+    if not isinstance(saved, dict) or saved.get("quant_method") != "qvlm":
+        raise ValueError(f"{directory}: is not quantized by qvlm_hf: name the directory that qvlm quantize wrote.")
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    quantization = QVLMConfig.from_dict(saved)
+    dtype = config.dtype or torch.float32
+    return quantization, footprint(model, quantization.modules, positions=token_positions(config), dtype=dtype)

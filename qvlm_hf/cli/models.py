@@ -1,0 +1,62 @@
+"""Loading models and making configurations for the commands, without the library's own chatter."""
+
+import argparse
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qvlm_hf.integration.config import QVLMConfig
+
+__all__ = ["METHODS", "add_scheme_arguments", "load_model", "load_processor", "make_config", "silence"]
+
+METHODS = ("qvlm", "rtn")
+
+
+def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say how to quantize."""
+    parser.add_argument("--scheme", default="W4A4", help="bits of weights and activations, W{2-8}A{3-8,16} (default: W4A4)")
+    parser.add_argument("--method", choices=METHODS, default="qvlm", help="qvlm: the search; rtn: plain rounding, no data (default: qvlm)")
+    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="inputs per weight scale, -1: whole row (default: 128)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in the output directory")
+
+
+def make_config(options: argparse.Namespace, **calibration: Any) -> QVLMConfig:  # noqa: ANN401 - fields of QVLMConfig
+    """The configuration that the options ask for.
+
+    Args:
+        options: of `add_scheme_arguments`.
+        **calibration: dataset, processor and what else only the search uses; dropped for plain rounding.
+    """
+    config = QVLMConfig(scheme=options.scheme, group_size=options.group_size, seed=options.seed)
+    if options.method == "qvlm":
+        return QVLMConfig(scheme=config.scheme, group_size=options.group_size, seed=options.seed, **calibration)
+    granularity = None if config.activation_bits == 16 else "dynamic_token"
+    return QVLMConfig(
+        scheme=config.scheme,
+        group_size=options.group_size,
+        seed=options.seed,
+        activation_granularity=granularity,
+        weight_rounding="nearest",
+    )
+
+
+def silence() -> None:
+    """Turns off Transformers' bars and notices: the commands report by themselves."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype | str = "auto") -> Any:  # noqa: ANN401 - any Transformers model
+    """A model from a directory or the Hub, quantized on the way if there is a configuration."""
+    silence()
+    options = {} if config is None else {"quantization_config": config}
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **options)
+
+
+def load_processor(name: str) -> Any:  # noqa: ANN401 - any Transformers processor
+    """Its processor."""
+    silence()
+    return AutoProcessor.from_pretrained(name)
