@@ -235,9 +235,7 @@ def test_padded_tokens_do_not_count(batch_size):
     keep = torch.arange(10).expand(8, 10) < torch.tensor([10, 7, 9, 4, 10, 3, 8, 6])[:, None]
     clean = torch.randn(8, 10, 6)
     hidden = torch.where(keep[..., None], clean, 1e4)
-    inputs = [
-        LayerInput(h, (), {}, k, ("a",) * batch_size) for h, k in zip(hidden.split(batch_size), keep.split(batch_size), strict=True)
-    ]
+    inputs = [LayerInput(h, (), {}, k, ("a",) * batch_size) for h, k in zip(hidden.split(batch_size), keep.split(batch_size), strict=True)]
     values, expected = clean[keep], []
     with torch.no_grad():
         for layer in layers:
@@ -272,9 +270,7 @@ def test_token_granularity_takes_ranges_per_position():
         second = layers[1](first)
     ranges = [tuple(f((0, 2))[:, None].expand(6, 5, 4) for f in (x.amin, x.amax)) for x in (first, second)]
     settings = CalibrationSettings(activation_granularity={"vision": "token"})
-    assert layer_dependencies(model, segment, inputs, settings) == pytest.approx(
-        [brute_dependency(first, second, *ranges, 16)], abs=1e-5
-    )
+    assert layer_dependencies(model, segment, inputs, settings) == pytest.approx([brute_dependency(first, second, *ranges, 16)], abs=1e-5)
 
 
 def test_dead_layers_and_single_layers_have_no_dependency():

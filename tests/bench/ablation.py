@@ -1,0 +1,73 @@
+"""What each part of the method is worth on the demo model: accuracy and answer KL over calibration seeds.
+
+python tests/bench/ablation.py --variants nearest gptq --seeds 5 --questions 600 --json tests/bench/results/ablation.json
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import mean
+
+import torch
+import transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import qvlm_hf
+from qvlm_hf.calibration.samples import load_samples
+from qvlm_hf.demo import dataset_path, model_dir
+from qvlm_hf.evaluation import evaluate
+
+VARIANTS = {
+    "rtn": {"activation_granularity": "dynamic_token", "dataset": None},
+    "paper": {"activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"}, "margins": (),
+              "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98)},
+    "greedy": {"max_block_depth": 1, "weight_rounding": "nearest"},
+    "nearest": {"weight_rounding": "nearest"},
+    "gptq": {"weight_rounding": "gptq"},
+    "gptq greedy": {"weight_rounding": "gptq", "max_block_depth": 1},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--scheme", default="W4A4")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--questions", type=int, default=600)
+    parser.add_argument("--model", default=str(model_dir()))
+    parser.add_argument("--data", default=str(dataset_path("test").parent))
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    processor = AutoProcessor.from_pretrained(options.model)
+    test = load_samples(f"{options.data}/test.jsonl", num_samples=options.questions)
+    base = evaluate(AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32), test, processor, keep_logits=True)
+    print(f"full precision {base.accuracy.value:.4f}", flush=True)
+    rows = []
+    for name in options.variants:
+        for seed in range(options.seeds if name != "rtn" else 1):
+            fields = {"dataset": f"{options.data}/calibration.jsonl", "processor": processor, **VARIANTS[name]}
+            start = time.perf_counter()
+            config = qvlm_hf.QVLMConfig(scheme=options.scheme, seed=seed, **fields)
+            model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32, quantization_config=config)
+            seconds = time.perf_counter() - start
+            found = evaluate(model, test, processor, reference=base)
+            rows.append({"variant": name, "seed": seed, "accuracy": found.accuracy.value, "kl": found.comparison.kl, "seconds": seconds})
+            print(rows[-1], flush=True)
+        own = [row for row in rows if row["variant"] == name]
+        print(f"{name:<14} accuracy {mean(r['accuracy'] for r in own):.4f}  KL {mean(r['kl'] for r in own):.5f}", flush=True)
+    if options.json:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+        result = {
+            "scheme": options.scheme,
+            "questions": options.questions,
+            "full_precision": base.accuracy.value,
+            "versions": versions,
+            "rows": rows,
+        }
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The commands as a user runs them, on a tiny model: what they print, what they write, how they fail."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_models import save_tiny, tiny_messages
+
+from qvlm_hf.cli import main
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+COMMANDS = ("demo", "quantize", "ask", "evaluate", "inspect")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, samples as a file, and its quantized form."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny(folder / "model")
+    lines = []
+    for index, record in enumerate(tiny_messages(12, seed=3)):
+        for message in record["messages"]:
+            for part in message["content"]:
+                if part["type"] == "image":
+                    part.pop("image", part.pop("path", None)) if not isinstance(part.get("image"), Image.Image) else part.pop("image").save(
+                        folder / f"{index}.png"
+                    )
+                    part["path"] = f"{index}.png"
+        lines.append(json.dumps(record))
+    (folder / "samples.jsonl").write_text("\n".join(lines))
+    arguments = ["quantize", f"{folder}/model", "--dataset", f"{folder}/samples.jsonl", "--output", f"{folder}/w4a4"]
+    assert main([*arguments, "--num-samples", "8", "--max-block-depth", "1"]) == 0
+    return folder
+
+
+def test_quantize_wrote_model_processor_and_report(folder):
+    assert {"config.json", "model.safetensors", "qvlm_report.json", "tokenizer.json"} <= {file.name for file in (folder / "w4a4").iterdir()}
+    config = json.loads((folder / "w4a4" / "config.json").read_text())["quantization_config"]
+    assert config["scheme"] == "W4A4"
+    assert config["provenance"]["dataset"] == "samples.jsonl"
+    assert str(folder) not in json.dumps(config)
+
+
+def test_inspect_counts_the_saved_bytes(folder, capsys):
+    from safetensors import safe_open
+
+    assert main(["inspect", f"{folder}/w4a4"]) == 0
+    printed = capsys.readouterr().out
+    assert "entropy D(k, k+1)" in printed
+    assert "language 0" in printed
+    from qvlm_hf.cli.inspect import saved_footprint
+
+    with safe_open(folder / "w4a4" / "model.safetensors", "pt") as tensors:
+        size = sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118 - safe_open is no dict
+    assert saved_footprint(str(folder / "w4a4"))[1].total.quantized_bytes == size
+
+
+def test_inspect_a_shape_beats_the_papers_memory(capsys):
+    assert main(["inspect", "--shape", "llava-1.5-13b", "--scheme", "W4A4"]) == 0
+    total = capsys.readouterr().out.splitlines()[-1].split()
+    assert total[0] == "total"
+    assert float(total[-1]) >= 3.5
+
+
+def test_ask_answers(folder, capsys):
+    assert main(["ask", f"{folder}/w4a4", "--image", f"{folder}/0.png", "what colour is it ?", "--max-new-tokens", "3"]) == 0
+    assert len(capsys.readouterr().out.split()) <= 3
+
+
+def test_evaluate_against_full_precision(folder, capsys):
+    arguments = ["evaluate", f"{folder}/w4a4", "--dataset", f"{folder}/samples.jsonl", "--against", f"{folder}/model"]
+    assert main([*arguments, "--json", f"{folder}/result.json"]) == 0
+    assert "McNemar" in capsys.readouterr().out
+    assert json.loads((folder / "result.json").read_text())["comparison"]["answer_kl_nats"] > 0
+
+
+def test_rounding_needs_no_data(folder, capsys):
+    assert main(["quantize", f"{folder}/model", "--method", "rtn", "--output", f"{folder}/rtn"]) == 0
+    assert "saved in rtn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "{f}/model", "--dataset", "{f}/none.jsonl", "--output", "{f}/x"], "no such file"),
+        (["quantize", "{f}/model", "--output", "{f}/x"], "has activation ranges to calibrate"),
+        (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--scheme", "W9A4"], "is not W"),
+        (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/w4a4"], "exists and is not empty"),
+        (["quantize", "{f}/nowhere", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x"], "nowhere"),
+        (["inspect", "--shape", "gpt-5"], "is unknown"),
+        (["inspect", "{f}/model"], "is not quantized"),
+        (["inspect", "{f}"], "no config.json"),
+        (["inspect"], "either a directory or a --shape"),
+        (["ask", "{f}/w4a4", "--image", "{f}/samples.jsonl", "what ?"], "unreadable picture"),
+        (["demo", "--questions", "none"], "must be a number"),
+        (["demo", "--threads", "0"], "must be at least 1"),
+    ],
+)
+def test_errors_are_one_line_and_status_1(folder, capsys, arguments, message):
+    assert main([word.replace("{f}", str(folder)) for word in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("qvlm: error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (folder / "x").exists()
+
+
+def test_debug_shows_the_traceback(folder):
+    with pytest.raises(ValueError, match="is unknown"):
+        main(["inspect", "--shape", "gpt-5", "--debug"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["ask", "x"], ["demo", "--method", "magic"]])
+def test_wrong_usage_is_status_2(arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_pinned(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == (GOLDEN / f"cli_help_{command}.txt").read_text()

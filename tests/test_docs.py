@@ -1,0 +1,64 @@
+"""README and docs do what they say: every block runs, every link leads somewhere, CI runs the README's command."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from qvlm_hf.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- not run: .*?-->\n)?```(python|bash)\n(.*?)```", re.S)
+TEST_COMMAND = 'pip install torch==2.13.0 ".[test]" && pytest'
+DEMO_COMMAND = "pip install torch==2.13.0 . && qvlm demo"
+
+
+def blocks(page):
+    return [(language, code) for skipped, language, code in BLOCK.findall(page.read_text()) if not skipped]
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = [code.strip() for language, code in blocks(ROOT / "README.md") if language == "bash"]
+    assert commands == [DEMO_COMMAND, TEST_COMMAND]
+    assert TEST_COMMAND in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readmes_example_is_one_block_that_compiles():
+    (example,) = [code for language, code in blocks(ROOT / "README.md") if language == "python"]  # .ci/run executes it
+    compile(example, "README.md", "exec")
+    assert len([line for line in example.splitlines() if line and "import" not in line]) <= 6
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md" and blocks(page)], ids=lambda page: page.name)
+def test_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for language, code in blocks(page):
+        if language == "python":
+            exec(compile(code, page.name, "exec"), namespace)
+        else:
+            program, *arguments = shlex.split(code)
+            assert program == "qvlm"
+            assert main(arguments) == 0
+
+
+def test_few_blocks_are_not_run():
+    assert sum(bool(skipped) for page in PAGES for skipped, _, _ in BLOCK.findall(page.read_text())) <= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_functions_named_in_the_algorithm_exist():
+    import importlib
+
+    for name in re.findall(r"`((?:core|calibration)\.[\w.]+)`", (ROOT / "docs" / "algorithm.md").read_text()):
+        module, _, attribute = name.partition(".")[2].partition(".")
+        found = importlib.import_module(f"qvlm_hf.{name.split('.')[0]}.{module}")
+        for part in attribute.split("."):
+            found = getattr(found, part) if part != "granularity" else found
