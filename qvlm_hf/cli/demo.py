@@ -36,9 +36,8 @@ def run(options: argparse.Namespace) -> int:
     full = load_model(str(model_dir()), dtype=torch.float32)
     test = load_samples(dataset_path("test"), num_samples=count, seed=0)
     _title("The model")
-    print(
-        f"{type(full).__name__}, {sum(p.numel() for p in full.parameters()):,} parameters, trained on {dataset_path('train').parent.name}/;"
-    )
+    parameters = sum(parameter.numel() for parameter in full.parameters())
+    print(f"{type(full).__name__}, {parameters:,} parameters, trained for this purpose on drawn pictures with handwritten digits;")
     print("its norms and MLPs carry the outlier channels that large language models have (see its README.md).")
     print(f"{len(test)} test questions, for example: {_question(test[0])!r} -> {test[0].answer!r}")
 
@@ -61,9 +60,9 @@ def run(options: argparse.Namespace) -> int:
         rows.append((f"{options.scheme} rtn", evaluate(_quantize(plain, processor), test, processor, reference=base)))
     for line in _table(base, rows):
         print(line)
-    print(
-        f"\n{_question(test[0])}\n  full precision: {answer(full, processor, test[0])}\n  quantized:      {answer(reloaded, processor, test[0])}"
-    )
+    print(f"\n{_question(test[0])}")
+    print(f"  full precision: {answer(full, processor, test[0])}")
+    print(f"  quantized:      {answer(reloaded, processor, test[0])}")
 
     _title("Yours to repeat")
     print(f"files    {_shown(path)}")
@@ -78,18 +77,15 @@ def _quantize(options: argparse.Namespace, processor: Any) -> Any:  # noqa: ANN4
 
 
 def _table(base: Evaluation, rows: list[tuple[str, Evaluation]]) -> list[str]:
-    lines = [
-        f"{'':<16}{'accuracy':>10}  {'95 % interval':<16}{'right: both':>12}{'only full':>11}{'only this':>11}{'McNemar p':>11}{'KL':>9}"
-    ]
+    counts = f"{'right: both':>12}{'only full':>11}{'only this':>11}"
+    lines = [f"{'':<16}{'accuracy':>10}  {'95 % interval':<16}{counts}{'McNemar p':>11}{'KL':>9}"]
     lines.append(f"{'full precision':<16}{_accuracy(base)}")
     for name, result in rows:
         found = result.comparison
         if found is not None:
-            counts = found.counts
-            lines.append(
-                f"{name:<16}{_accuracy(result)}{counts.both_right:>12}{counts.only_first:>11}{counts.only_second:>11}"
-                f"{found.p_value:>11.3g}{found.kl:>9.4f}"
-            )
+            same = found.counts
+            paired = f"{same.both_right:>12}{same.only_first:>11}{same.only_second:>11}"
+            lines.append(f"{name:<16}{_accuracy(result)}{paired}{found.p_value:>11.3g}{found.kl:>9.4f}")
     return lines
 
 
@@ -100,9 +96,8 @@ def _accuracy(result: Evaluation) -> str:
 
 
 def _question(sample: Sample) -> str:
-    return " ".join(
-        part["text"] for message in sample.messages if message["role"] == "user" for part in message["content"] if part["type"] == "text"
-    )
+    parts = [part for message in sample.messages if message["role"] == "user" for part in message["content"]]
+    return " ".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def _shown(path: Path) -> str:

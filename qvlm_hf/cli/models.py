@@ -30,17 +30,11 @@ def make_config(options: argparse.Namespace, **calibration: Any) -> QVLMConfig: 
         options: of `add_scheme_arguments`.
         **calibration: dataset, processor and what else only the search uses; dropped for plain rounding.
     """
-    config = QVLMConfig(scheme=options.scheme, group_size=options.group_size, seed=options.seed)
+    common = {"scheme": options.scheme, "group_size": options.group_size, "seed": options.seed}
     if options.method == "qvlm":
-        return QVLMConfig(scheme=config.scheme, group_size=options.group_size, seed=options.seed, **calibration)
-    granularity = None if config.activation_bits == 16 else "dynamic_token"
-    return QVLMConfig(
-        scheme=config.scheme,
-        group_size=options.group_size,
-        seed=options.seed,
-        activation_granularity=granularity,
-        weight_rounding="nearest",
-    )
+        return QVLMConfig(**common, **calibration)
+    granularity = None if QVLMConfig(**common).activation_bits == 16 else "dynamic_token"
+    return QVLMConfig(**common, activation_granularity=granularity, weight_rounding="nearest")
 
 
 def silence() -> None:

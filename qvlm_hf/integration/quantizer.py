@@ -213,7 +213,7 @@ class QVLMHfQuantizer(HfQuantizer):
 
 
 def _dataset_name(dataset: object) -> str:
-    """What config.json says of the data: a file's or folder's name without its path (nobody's home belongs there), a Hub id, or the type."""
+    """What config.json says of the data: a name without its path, a Hub id, or the type."""
     if isinstance(dataset, str | os.PathLike):
         return Path(dataset).name if Path(dataset).exists() else str(dataset)
     return f"{type(dataset).__name__} in memory"

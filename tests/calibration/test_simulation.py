@@ -1,0 +1,75 @@
+"""What the search simulates is what the packed integers compute."""
+
+import pytest
+import torch
+from torch import nn
+
+from qvlm_hf.calibration import simulation
+from qvlm_hf.calibration.settings import RangeCandidate
+from qvlm_hf.calibration.simulation import TrialSite, installed
+from qvlm_hf.core.architectures import Site
+from qvlm_hf.core.qparams import QParams, choose_qparams
+from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+
+
+def trial(granularity, bits=4, dtype=torch.float32):
+    torch.manual_seed(1)
+    linears = [nn.Linear(40, 24).to(dtype), nn.Linear(40, 16, bias=False).to(dtype)]
+    x = torch.randn(3, 7, 40, dtype=dtype) * torch.linspace(0.2, 5, 40).to(dtype)
+    activation_bits = 16 if granularity == "none" else bits
+    scheme = QuantScheme(weight_bits=4, activation_bits=activation_bits, group_size=16, granularity=granularity)
+    grid = None
+    if granularity == "channel":
+        grid = choose_qparams(x.flatten(0, 1).float().amin(0), x.flatten(0, 1).float().amax(0), bits)
+    if granularity == "token":
+        flat = choose_qparams(x.float().amin((0, 2)), x.float().amax((0, 2)), bits)
+        grid = QParams(flat.scale[:, None], flat.zero_point[:, None], bits)
+    site = TrialSite(Site(("a", "b")), linears, [RangeCandidate(granularity=granularity)], [grid], [scheme])
+    site.active = 0
+    return site, x
+
+
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_equals_the_packed_module(granularity, bits):
+    site, x = trial(granularity, bits)
+    for linear, quantized in zip(site.linears, site.quantized_weights(), strict=True):
+        packed = QVLMLinear.from_packed(linear, site.scheme, packed_tensors(quantized, site.scheme, site.input_qparams))
+        with installed([site]):
+            simulated = linear(x)
+        torch.testing.assert_close(simulated, packed(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keeps_the_dtype_of_16_bit_models(dtype):
+    site, x = trial("channel", dtype=dtype)
+    expected = site.linears[0](x)
+    with installed([site]):
+        found = site.linears[0](x)
+    assert found.dtype == dtype
+    assert 0 < (found - expected).float().norm() / expected.float().norm() < 0.3
+
+
+def test_full_precision_when_nothing_is_active_and_restored_after_errors():
+    site, x = trial("channel")
+    expected = site.linears[0](x)
+    site.active = None
+    with pytest.raises(RuntimeError, match="stop"), installed([site]):
+        assert torch.equal(site.linears[0](x), expected)
+        raise RuntimeError("stop")
+    assert "forward" not in vars(site.linears[0])
+    with pytest.raises(ValueError, match="no candidate in force"):
+        _ = site.choice
+
+
+def test_the_shared_input_is_quantized_once(monkeypatch):
+    site, x = trial("dynamic_token")
+    calls = []
+    original = simulation.shift_quantize
+    monkeypatch.setattr(simulation, "shift_quantize", lambda *args: (calls.append(1), original(*args))[1])
+    with installed([site]):
+        site.linears[0](x)
+        site.linears[1](x)
+        site.linears[0](x.clone())
+    assert len(calls) == 2

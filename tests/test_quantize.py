@@ -1,0 +1,165 @@
+"""The whole recipe on a tiny LLaVA: what it quantizes, what it refuses, what it leaves as it was."""
+
+import pytest
+import torch
+from tiny_models import tiny_llava, tiny_messages, tiny_processor
+from torch import nn
+
+from qvlm_hf import quantize
+from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.samples import load_samples
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.nn.replace import quantized_modules
+from qvlm_hf.quantize import calibrate_and_pack, round_and_pack
+
+
+def settings(**options):
+    return CalibrationSettings(**{"group_size": 32, "batch_size": 4, "max_block_depth": 2, **options})
+
+
+def samples(count=8, seed=0):
+    return load_samples(tiny_messages(count, seed=seed))
+
+
+def calibrate(model=None, held_out=(), callbacks=(), data=None, **options):
+    model = tiny_llava().eval() if model is None else model
+    report = calibrate_and_pack(model, settings(**options), data or samples(), tiny_processor(), held_out=held_out, callbacks=callbacks)
+    return model, report
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    return calibrate(held_out=samples(4, seed=9))
+
+
+def test_every_linear_but_the_head_is_quantized(calibrated):
+    model, report = calibrated
+    found = dict(quantized_modules(model))
+    assert set(found) == set(report.modules)
+    assert report.full_precision == ("lm_head",)
+    assert len(found) == 3 * 6 + 2 + 2 * 7
+    assert [segment.component for segment in report.segments] == ["vision", "projector", "language"]
+    assert report.dead == ("model.vision_tower.encoder.layers.2",)
+    for segment in report.segments:
+        live = [name for name in segment.layers if name not in report.dead]
+        assert [name for block in segment.blocks for name in block.layers] == live
+        assert len(segment.entropies) == len(live) - 1
+
+
+def test_the_report_survives_json(calibrated):
+    import json
+
+    _, report = calibrated
+    assert CalibrationReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    assert report.provenance["samples"] == 8
+    assert report.provenance["images"] == 8
+    assert report.self_check.held_out
+    with pytest.raises(ValueError, match="damaged or from another version"):
+        CalibrationReport.from_dict({"modules": {}})
+
+
+def test_two_runs_give_the_same_tensors(calibrated):
+    again, report = calibrate(held_out=samples(4, seed=9))
+    first, second = calibrated[0].state_dict(), again.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert report == calibrated[1]
+
+
+def test_gptq_lowers_the_block_errors():
+    plain = calibrate(weight_rounding="nearest", activation_granularity="channel", max_block_depth=1)[1]
+    compensated = calibrate(weight_rounding="gptq", activation_granularity="channel", max_block_depth=1)[1]
+    # the errors are measured before a block's own compensation: the last one shows what those below have gained
+    assert compensated.segments[-1].blocks[-1].joint < 0.9 * plain.segments[-1].blocks[-1].joint
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_llava().eval()
+    before = {name: (id(module), module.weight.data_ptr()) for name, module in model.named_modules() if type(module) is nn.Linear}
+    calls = []
+
+    def fail(search):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("stop")
+        return real(search)
+
+    from qvlm_hf.calibration import segment
+
+    real = segment.search_block
+    monkeypatch.setattr(segment, "search_block", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        calibrate(model)
+    after = {name: (id(module), module.weight.data_ptr()) for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert before == after
+    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+
+
+def test_text_only_data_names_the_module_and_the_remedy():
+    data = load_samples([{"image": None, "question": "what colour ?", "answer": "red"}] * 4)
+    with pytest.raises(ValueError, match=r"did not reach model\.vision_tower.*quantize_vision=False"):
+        calibrate(data=data)
+    _, report = calibrate(data=data, quantize_vision=False, quantize_projector=False)
+    assert {segment.component for segment in report.segments} == {"language"}
+
+
+def test_broken_weights_and_activations_are_named():
+    model = tiny_llava().eval()
+    model.model.language_model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"weight of model\.language_model\.layers\.1\.mlp\.up_proj holds NaN"):
+        calibrate(model)
+    model = tiny_llava().eval()
+    model.model.language_model.embed_tokens.weight.data[:] = torch.inf
+    with pytest.raises(ValueError, match="NaN"):
+        calibrate(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_models_keep_their_dtype(dtype):
+    model, report = calibrate(tiny_llava(dtype=dtype).eval(), max_block_depth=1, weight_bits=8, activation_bits=8)
+    assert model.lm_head.weight.dtype == dtype
+    assert all(module.bias is None or module.bias.dtype == dtype for _, module in quantized_modules(model))
+    assert report.self_check.kl < 0.01
+
+
+def test_collapse_is_a_warning_and_under_strict_an_error_that_leaves_the_model():
+    options = {"weight_bits": 2, "activation_bits": 3, "activation_granularity": "dynamic_token", "max_block_depth": 1}
+    _, report = calibrate(weight_rounding="nearest", **options)
+    assert "agrees with full precision on only" in report.warnings[0]
+    model = tiny_llava().eval()
+    with pytest.raises(ValueError, match="strict: "):
+        calibrate(model, strict=True, weight_rounding="nearest", **options)
+    assert next(quantized_modules(model), None) is None
+
+
+def test_head_tied_and_untied():
+    model, report = calibrate(lm_head_bits=8, max_block_depth=1)
+    assert report.modules["lm_head"].weight_bits == 8
+    assert model(input_ids=torch.tensor([[1, 5, 6]])).logits.isfinite().all()
+    with pytest.raises(ValueError, match="shares its weight"):
+        calibrate(tiny_llava(tie_word_embeddings=True).eval(), lm_head_bits=8)
+
+
+def test_rounding_without_data():
+    model = tiny_llava().eval()
+    report = round_and_pack(model, settings(activation_bits=16))
+    assert {scheme.granularity for scheme in report.modules.values()} == {"none"}
+    with pytest.raises(ValueError, match="pass a dataset"):
+        round_and_pack(tiny_llava().eval(), settings())
+    with pytest.raises(ValueError, match="cannot be quantized again"):
+        round_and_pack(model, settings(activation_bits=16))
+
+
+def test_excluded_modules_stay_and_progress_reaches_the_end():
+    steps = []
+
+    class Recorder:
+        def on_step(self, name, done, total):
+            steps.append((name, done, total))
+
+    model, report = calibrate(modules_to_not_convert=["mlp.down_proj", "vision_tower"], callbacks=[Recorder()])
+    assert type(model.model.language_model.layers[0].mlp.down_proj) is nn.Linear
+    assert not any("vision_tower" in name for name in report.modules)
+    assert [done for _, done, _ in steps] == sorted(done for _, done, _ in steps)
+    assert steps[-1][1] == steps[-1][2]
+    assert quantize.CHECK_SAMPLES > 0
