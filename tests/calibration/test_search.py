@@ -31,8 +31,10 @@ class OneLinear(nn.Module):
 
 
 def planted_block():
-    """Two layers of two channels. Channel 0 carries rare large values that layer 2 all but ignores; channel 1 the many small ones that it
-    amplifies. A wide range of layer 1's shared (per-token... per-position) grid is best for layer 1's own output, a clipped one for the block's.
+    """Two layers of two channels under one range per position.
+
+    Channel 0 is large and all but ignored by the second layer, channel 1 small and all that it passes on: the wide range is best for
+    the first layer's own output, the clipped one for the block's.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 400, 2, generator=generator)

@@ -53,7 +53,7 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
         ({"quant_method": "gptq"}, "quant_method='gptq' must be 'qvlm'"),
         ({"optimize_vision": True}, "optimize_vision=True is not available in this version; leave it at False"),
         ({"optimize_vision": 0}, "optimize_vision=0 is not available"),
-        ({"weight_rounding": "gptq"}, "weight_rounding='gptq' is not available in this version; leave it at 'nearest'"),
+        ({"weight_rounding": "learned"}, "weight_rounding='learned' must be 'nearest' or 'gptq'"),
         ({"rotation": "hadamard"}, "rotation='hadamard' is not available"),
         ({"precision_budget": 4.5}, "precision_budget=4.5 is not available"),
         ({"resume_dir": "x"}, "resume_dir='x' is not available"),
