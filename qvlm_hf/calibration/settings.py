@@ -64,9 +64,11 @@ class CalibrationSettings:
             if isinstance(value, str) or not hasattr(value, "__iter__"):
                 raise ValueError(f"{name}={value!r} must be a list.")
             object.__setattr__(self, name, tuple(value))
+        if not isinstance(self.activation_bits, int):
+            raise ValueError(f"activation_bits={self.activation_bits!r} must be an integer from 3 to 8, or 16 for floating point.")
         self._check_granularity()
         self._check_numbers()
-        if self.lm_head_bits not in (None, 8) or isinstance(self.lm_head_bits, bool):
+        if self.lm_head_bits is not None and (self.lm_head_bits != 8 or type(self.lm_head_bits) is not int):
             raise ValueError(f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision).")
         if self.weight_rounding not in ("nearest", "gptq"):
             raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'.")

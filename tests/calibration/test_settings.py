@@ -27,13 +27,7 @@ def percentile(granularity, value):
         ({"activation_bits": 2}, "activation_bits=2 must be an integer from 3 to 8, or 16 for floating point."),
         ({"activation_bits": 9}, "activation_bits=9 must be an integer from 3 to 8, or 16 for floating point."),
         *(
-            pytest.param(
-                {"activation_bits": value},
-                f"activation_bits={value!r} must be an integer from 3 to 8, or 16 for floating point.",
-                marks=pytest.mark.xfail(
-                    reason="granularities() compares before QuantScheme checks: TypeError", raises=TypeError, strict=True
-                ),
-            )
+            ({"activation_bits": value}, f"activation_bits={value!r} must be an integer from 3 to 8, or 16 for floating point.")
             for value in ("4", None)
         ),
         ({"group_size": 0}, "group_size=0 must be -1 (whole row) or an integer of at least 8; 128 is usual."),
@@ -60,12 +54,7 @@ def percentile(granularity, value):
             for name in ("percentiles", "margins", "modules_to_not_convert")
             for value in ("lm_head", 1.0, None)
         ),
-        *(({"lm_head_bits": value}, f"lm_head_bits={value!r} must be 8 or None (full precision).") for value in (4, 16, "8", True)),
-        pytest.param(
-            {"lm_head_bits": 8.0},
-            "lm_head_bits=8.0 must be 8 or None (full precision).",
-            marks=pytest.mark.xfail(reason="accepted, and refused under another name by head_scheme()", strict=True),
-        ),
+        *(({"lm_head_bits": value}, f"lm_head_bits={value!r} must be 8 or None (full precision).") for value in (4, 16, 8.0, "8", True)),
         *(
             ({name: value}, f"{name}={value!r} must be True or False.")
             for name in ("quantize_vision", "quantize_projector", "strict")
