@@ -221,3 +221,26 @@ def test_packed_tensors_are_what_the_format_names():
         "input_scale": ("float32", (40,)),
         "input_zero_point": ("int32", (40,)),
     }
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activation_granularity": {"vision": "token", "projector": "channel", "language": "dynamic_token"}}]
+)
+def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
+    from tiny_models import tiny_llava, tiny_messages, tiny_processor
+
+    import qvlm_hf
+
+    model, processor = tiny_llava().eval(), tiny_processor()
+    config = qvlm_hf.QVLMConfig(
+        scheme="W4A4", group_size=48, dataset=tiny_messages(6), processor=processor, num_samples=6, max_block_depth=1, **options
+    )
+    report = qvlm_hf.quantize_model(model, config)
+    qvlm_hf.save_quantized(model, processor, tmp_path / "saved", report=report)
+    generator = torch.Generator().manual_seed(0)
+    for name in report.modules:
+        module = model.get_submodule(name)
+        positions = module.input_scale.shape[0] if module.scheme.granularity == "token" else 5
+        x = torch.randn(positions, module.in_features, generator=generator)
+        expected = module(x).detach().numpy()
+        np.testing.assert_allclose(module_output(tmp_path / "saved", name, x.numpy()), expected, rtol=1e-4, atol=1e-4)

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         print(line)
     path = save_quantized(quantized, processor, options.output, report=report, overwrite=options.overwrite)
 
-    _title("Bytes, tensors as saved")
+    _title("Bytes of the saved tensors, against float32")
     print(saved_footprint(str(path))[1])
 
     _title("Answers")
