@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_llava
+from tiny_models import tiny_llava, tiny_messages, tiny_processor
 from torch import nn
 
+import qvlm_hf
 from qvlm_hf.core.architectures import canonical_name, resolve
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.qparams import QParams, choose_qparams
@@ -227,9 +228,7 @@ def test_packed_tensors_are_what_the_format_names():
     "options", [{}, {"activation_granularity": {"vision": "token", "projector": "channel", "language": "dynamic_token"}}]
 )
 def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
-    from tiny_models import tiny_llava, tiny_messages, tiny_processor
-
-    import qvlm_hf
+    from tiny_models import tiny_llava
 
     model, processor = tiny_llava().eval(), tiny_processor()
     config = qvlm_hf.QVLMConfig(
@@ -243,4 +242,4 @@ def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
         positions = module.input_scale.shape[0] if module.scheme.granularity == "token" else 5
         x = torch.randn(positions, module.in_features, generator=generator)
         expected = module(x).detach().numpy()
-        np.testing.assert_allclose(module_output(tmp_path / "saved", name, x.numpy()), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(format_reader.module_output(tmp_path / "saved", name, x.numpy()), expected, rtol=1e-4, atol=1e-4)
