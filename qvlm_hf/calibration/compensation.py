@@ -19,7 +19,7 @@ from qvlm_hf.core.weight import QuantizedWeight, group_expand, quantize_weight
 
 __all__ = ["compensate", "compensate_layer"]
 
-# Share of the mean diagonal that is added to it; raised tenfold until the factorisation succeeds.
+# Share of the mean diagonal that is added to it (the value of the GPTQ paper); raised tenfold until the factorisation succeeds.
 _DAMPING = 0.01
 _CHUNK = 64  # columns whose corrections are applied at once; only speed depends on it
 

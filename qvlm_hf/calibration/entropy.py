@@ -14,8 +14,8 @@ from torch import Tensor
 
 __all__ = ["DependencyHistogram", "conditional_entropy", "soft_assignment"]
 
-# Elements x levels of one chunk (256 MB of float32 would be 2^26), and of a whole pair of layers: beyond that tokens are subsampled
-# evenly. With 2^26 the entropy of the demo model moved by less than 0.002 nats against all elements, at 16 and at 256 levels.
+# Elements x levels of one chunk, and of a whole pair of layers: beyond that tokens are subsampled evenly. On the demo model 16 levels
+# stay below the budget; at 256 levels the subsample moved the entropies by at most 0.007 nats.
 _CHUNK = 2**23
 _BUDGET = 2**26
 

@@ -24,8 +24,8 @@ __all__ = ["BlockSearch", "SearchResult", "search_block"]
 
 Choice = tuple[tuple[int, ...], ...]  # per layer, per site: index of a candidate
 
-# Every fourth batch screens; the two best combinations are measured in full. On the demo model the screened search ended within
-# 0.5 % of the block errors of the unscreened one in a third of the time.
+# Every fourth batch screens; the two best combinations are measured in full. On the demo model (W4A4) the block errors ended between
+# 0.7 % below and 0.2 % above those of the unscreened search, with 40 % of its layer runs and half its time.
 _SCREEN_STRIDE = 4
 _FINALISTS = 2
 # A refinement below this relative gain is noise of the calibration set, not worth another evaluation.
