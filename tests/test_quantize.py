@@ -99,8 +99,13 @@ def test_text_only_data_names_the_module_and_the_remedy():
     data = load_samples([{"image": None, "question": "what colour ?", "answer": "red"}] * 4)
     with pytest.raises(ValueError, match=r"did not reach model\.vision_tower.*quantize_vision=False"):
         calibrate(data=data)
-    _, report = calibrate(data=data, quantize_vision=False, quantize_projector=False)
-    assert {segment.component for segment in report.segments} == {"language"}
+    for options in (
+        {"quantize_vision": False, "quantize_projector": False},
+        {"modules_to_not_convert": ["vision_tower", "multi_modal_projector"]},
+    ):
+        _, report = calibrate(data=data, max_block_depth=1, **options)
+        assert [segment.component for segment in report.segments] == ["language"]
+    assert any("static ranges from 4 samples" in warning for warning in report.warnings)
 
 
 def test_broken_weights_and_activations_are_named():
@@ -125,6 +130,7 @@ def test_16_bit_models_keep_their_dtype(dtype):
 def test_collapse_is_a_warning_and_under_strict_an_error_that_leaves_the_model():
     options = {"weight_bits": 2, "activation_bits": 3, "activation_granularity": "dynamic_token", "max_block_depth": 1}
     _, report = calibrate(weight_rounding="nearest", **options)
+    assert len(report.warnings) == 1
     assert "agrees with full precision on only" in report.warnings[0]
     model = tiny_llava().eval()
     with pytest.raises(ValueError, match="strict: "):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qvlm_hf.integration.config import QVLMConfig
 
@@ -46,6 +46,9 @@ def silence() -> None:
 def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype | str = "auto") -> Any:  # noqa: ANN401 - any Transformers model
     """A model from a directory or the Hub, quantized on the way if there is a configuration."""
     silence()
+    kind = AutoConfig.from_pretrained(name)
+    if type(kind) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give a LLaVA.")
     options = {} if config is None else {"quantization_config": config}
     return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **options)
 

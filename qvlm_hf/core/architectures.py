@@ -105,7 +105,8 @@ def resolve(
         modules_to_not_convert: patterns (see `matches`) of modules that stay in full precision.
 
     Returns:
-        The segments in execution order. A layer all of whose sites are excluded stays in its place with no sites.
+        The segments in execution order. A layer all of whose sites are excluded stays in its place with no sites; a segment without
+        any site is left out.
 
     Raises:
         ValueError: unknown family or layer kind; a pattern that matches no module; a listed module is missing or no nn.Linear;
@@ -142,7 +143,8 @@ def resolve(
         segments.append(Segment("projector", (layer(family.projector, _PROJECTOR_SITES[config.model_type]),)))
     count = len(_get(model, family.language_layers))  # type: ignore[arg-type]
     segments.append(Segment("language", tuple(layer(f"{family.language_layers}.{i}", decoder) for i in range(count))))
-    if not any(entry.sites for segment in segments for entry in segment.layers):
+    segments = [segment for segment in segments if any(entry.sites for entry in segment.layers)]
+    if not segments:
         raise ValueError("every module is excluded: shorten modules_to_not_convert.")
     return tuple(segments)
 

@@ -78,11 +78,14 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
         Its real path.
 
     Raises:
-        ValueError: it is a file; it holds something and `overwrite` is False; or it holds no saved model, so replacing it would destroy
-            something else.
+        ValueError: it is a file; it holds something and `overwrite` is False; its parent may not be written; or it holds no saved
+            model, so replacing it would destroy something else.
     """
     target = Path(output).resolve()
     if not target.exists():
+        parent = next(folder for folder in target.parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise ValueError(f"{output}: cannot be made in {parent}: choose a directory that you may write to.")
         return target
     if not target.is_dir():
         raise ValueError(f"{output}: is a file, must be a directory: choose another name.")

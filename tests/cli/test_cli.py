@@ -29,6 +29,8 @@ def folder(tmp_path_factory):
                     part["path"] = f"{index}.png"
         lines.append(json.dumps(record))
     (folder / "samples.jsonl").write_text("\n".join(lines))
+    (folder / "bert").mkdir()
+    (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
     arguments = ["quantize", f"{folder}/model", "--dataset", f"{folder}/samples.jsonl", "--output", f"{folder}/w4a4"]
     assert main([*arguments, "--num-samples", "8", "--max-block-depth", "1"]) == 0
     return folder
@@ -88,6 +90,8 @@ def test_rounding_needs_no_data(folder, capsys):
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--scheme", "W9A4"], "is not W"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/w4a4"], "exists and is not empty"),
         (["quantize", "{f}/nowhere", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x"], "nowhere"),
+        (["ask", "{f}/bert", "--image", "{f}/0.png", "what ?"], "'bert' is no image-text-to-text model"),
+        (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/samples.jsonl/x"], "choose a directory"),
         (["inspect", "--shape", "gpt-5"], "is unknown"),
         (["inspect", "{f}/model"], "is not quantized"),
         (["inspect", "{f}"], "no config.json"),
