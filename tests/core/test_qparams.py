@@ -110,6 +110,13 @@ def test_empty_range_and_ranges_on_one_side():
     assert qparams.zero_point.tolist() == [0, 0, 3, 0]
 
 
+def test_zero_point_stays_on_the_grid_of_a_subnormal_step():
+    """A step of 1.4e-45 is -low / 300 rounded down: without a clamp the zero point would be 300."""
+    qparams = choose_qparams(torch.tensor([-300 * 2.0**-149]), torch.tensor([0.0]), 8)
+    assert qparams.scale.item() == 2.0**-149
+    assert qparams.zero_point.item() == 255
+
+
 def test_half_precision_bounds_are_computed_in_float32():
     low, high = torch.tensor([-1.0, -0.3], dtype=torch.bfloat16), torch.tensor([2.0, 0.7], dtype=torch.bfloat16)
     qparams = choose_qparams(low, high, 8)

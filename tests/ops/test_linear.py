@@ -90,7 +90,7 @@ def make_case(
         weight=pack(integers, weight_bits),
         weight_scale=(torch.rand(out_features, groups) + 0.1).to(torch.bfloat16),
         weight_zero_point=None if symmetric else torch.randint(0, 2**weight_bits, (out_features, groups)).to(torch.uint8),
-        input_scale=None if statics is None else (torch.rand(statics) + 0.5) * 4 / top,
+        input_scale=None if statics is None else (torch.rand(statics) + 0.5) * (1 if granularity == "none" else 4 / top),
         input_zero_point=torch.randint(top // 4, top - top // 4 + 1, (statics,), dtype=torch.int32) if granularity in STATIC else None,
         bias=torch.randn(out_features).to(dtype) if bias else None,
     )
@@ -209,8 +209,9 @@ def test_one_token_without_a_batch(granularity):
 
 @pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
 @pytest.mark.parametrize("block", [2, 8, 16])
-def test_hadamard_comes_first(granularity, block):
-    case = make_case(granularity, 4, 6, shape=(2, 3, 48), group_size=16, hadamard=block, scaled_input=granularity == "none")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hadamard_comes_first_and_in_float32(granularity, block, dtype):
+    case = make_case(granularity, 4, 6, shape=(2, 3, 48), group_size=16, hadamard=block, scaled_input=granularity == "none", dtype=dtype)
     check(case)
     plain = replace(case, scheme=replace(case.scheme, hadamard=None))
     assert (case.run() - plain.run()).abs().max() > 0.1
@@ -279,26 +280,27 @@ def test_integer_sums_are_exact_beyond_float32(granularity):
     assert (terms.astype(F32).cumsum(-1, dtype=F32)[..., -1] != exact).any()  # the test would see the difference
 
 
-@pytest.mark.parametrize("in_features", [255, 256, 257, 258, 259, 300])
-def test_integer_sums_are_exact_around_the_limit_of_float32(in_features):
-    """8-bit sums reach 2^24 at 258 inputs: all of the largest products, and one odd one."""
-    case = make_case("channel", 8, 8, shape=(1, in_features), out_features=1, group_size=-1, bias=False)
-    x = torch.full((1, in_features), 255.0)
-    x[0, 0] = 254
-    integers = torch.full((1, in_features), 255, dtype=torch.uint8)
-    integers[0, 1] = 254
+@pytest.mark.parametrize("in_features", [255, 258, 259, 300, 1000, 2**16])
+def test_every_sum_is_rounded_once(in_features):
+    """Sums of positive products pass 2^24 at 259 inputs; at 2^16 even each of the many accumulators of a fast float32 product does.
+
+    An exact sum is rounded once, when it becomes float32; an inexact one differs in its last bits almost everywhere.
+    """
+    tokens, out_features = 16, 32
+    base = make_case("channel", 8, 8, shape=(tokens, in_features), out_features=out_features, group_size=-1, bias=False)
+    q, integers = torch.randint(200, 256, (tokens, in_features)), torch.randint(200, 256, (out_features, in_features))
     case = replace(
-        case,
-        x=x,
+        base,
+        x=q.float(),
         integers=integers,
         weight=pack(integers, 8),
-        weight_scale=torch.ones(1, 1, dtype=torch.bfloat16),
-        weight_zero_point=torch.zeros(1, 1, dtype=torch.uint8),
+        weight_scale=torch.ones(out_features, 1, dtype=torch.bfloat16),
+        weight_zero_point=torch.zeros(out_features, 1, dtype=torch.uint8),
         input_scale=torch.ones(in_features),
         input_zero_point=torch.zeros(in_features, dtype=torch.int32),
     )
-    exact = sum(int(a) * int(w) for a, w in zip(x[0], integers[0], strict=True))
-    assert case.run().item() == float(F32(exact))
+    exact = q.numpy().astype(np.int64) @ integers.numpy().astype(np.int64).T
+    np.testing.assert_array_equal(case.run().numpy(), exact.astype(F32))
 
 
 # Errors
