@@ -24,12 +24,13 @@ from qvlm_hf.calibration.answers import answer_logits
 from qvlm_hf.calibration.capture import capture_inputs
 from qvlm_hf.calibration.partition import partition_layers
 from qvlm_hf.calibration.report import BlockReport, CalibrationReport, SegmentReport, SiteReport, settings_dict
+from qvlm_hf.calibration.rotation import rotate
 from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, fingerprint
 from qvlm_hf.calibration.segment import SearchedBlock, layer_dependencies, search_segment
 from qvlm_hf.calibration.self_check import collapse_warning, compare_answers
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.simulation import installed
-from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve
+from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve, rotation_plan
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
@@ -71,7 +72,8 @@ def calibrate_and_pack(
     data = list(batches(samples, processor, settings.batch_size))
     checks = list(batches(list(islice(held_out or samples, CHECK_SAMPLES)), processor, settings.batch_size))
     reference = [logits.cpu() for batch in checks for logits in answer_logits(model, batch)]
-
+    if settings.rotation is not None:
+        rotate(model, rotation_plan(model), seed=settings.seed)
     first_layers = [segment.layers[0].name for segment in segments]
     full = capture_inputs(model, data, first_layers)
     modules: dict[str, QVLMLinear] = _pack_head(model, settings)
@@ -155,6 +157,7 @@ def _resolve(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, 
         quantize_vision=settings.quantize_vision,
         quantize_projector=settings.quantize_projector,
         modules_to_not_convert=settings.modules_to_not_convert,
+        rotated=settings.rotation is not None,
     )
     for segment in segments:
         for name in (name for layer in segment.layers for site in layer.sites for name in site.modules):

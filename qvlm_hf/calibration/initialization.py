@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qvlm_hf.calibration.capture import LayerInput, count_tokens, run_layer
 from qvlm_hf.calibration.observers import LpError, TailObserver, candidate_qparams
 from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
-from qvlm_hf.calibration.simulation import TrialSite
+from qvlm_hf.calibration.simulation import TrialSite, site_input
 from qvlm_hf.core.architectures import Layer, Site, get_linear
 from qvlm_hf.core.qparams import QParams
 
@@ -89,7 +89,7 @@ def _trial_site(
     if any(candidate.static for candidate in candidates) and not observers:
         raise ValueError(f"calibration did not reach {site.name}: no sample has what it reads (pictures for a vision module).")
     qparams: list[QParams | None] = [candidate_qparams(candidate, observers, settings.activation_bits) for candidate in candidates]
-    schemes = [settings.scheme(component, candidate.granularity) for candidate in candidates]
+    schemes = [settings.scheme(component, candidate.granularity, site.hadamard) for candidate in candidates]
     linears = [get_linear(model, name) for name in site.modules]
     return TrialSite(site, linears, candidates, qparams, schemes)
 
@@ -125,10 +125,10 @@ def _see_entry(see: Callable[[str, Tensor, LayerInput], None], entry: LayerInput
 
 @contextmanager
 def _site_hooks(model: nn.Module, layers: Sequence[Layer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: see(name, args[0].detach())
+    def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: see(site.name, site_input(site, args[0].detach()))
 
     with ExitStack() as stack:
         for site in (site for layer in layers for site in layer.sites):
-            stack.callback(model.get_submodule(site.name).register_forward_pre_hook(hook(site.name)).remove)
+            stack.callback(model.get_submodule(site.name).register_forward_pre_hook(hook(site)).remove)
         yield

@@ -56,6 +56,7 @@ class CalibrationSettings:
     percentiles: tuple[float, ...] = (1.0, 0.9999, 0.9995, 0.999)
     margins: tuple[float, ...] = (1.1, 1.25)
     weight_rounding: str = "nearest"
+    rotation: str | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +73,8 @@ class CalibrationSettings:
             raise ValueError(f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision).")
         if self.weight_rounding not in ("nearest", "gptq"):
             raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'.")
+        if self.rotation not in (None, "hadamard"):
+            raise ValueError(f"rotation={self.rotation!r} must be 'hadamard' or None.")
         for name in ("quantize_vision", "quantize_projector", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
@@ -122,8 +125,8 @@ class CalibrationSettings:
             candidates += [RangeCandidate(granularity=granularity, percentile=p) for p in sorted(self.percentiles, reverse=True)]
         return tuple(candidates)
 
-    def scheme(self, component: str, granularity: str) -> QuantScheme:
-        """The module scheme of a site of `component` whose input has `granularity`."""
+    def scheme(self, component: str, granularity: str, hadamard: int | None = None) -> QuantScheme:
+        """The module scheme of a site of `component` whose input has `granularity`, transformed in blocks of `hadamard`."""
         del component  # one scheme for all components until a precision budget sets bits per module
         return QuantScheme(
             weight_bits=self.weight_bits,
@@ -131,6 +134,7 @@ class CalibrationSettings:
             group_size=self.group_size,
             symmetric=self.symmetric,
             granularity=granularity,
+            hadamard=hadamard,
         )
 
     def head_scheme(self) -> QuantScheme | None:

@@ -14,11 +14,12 @@ from torch.nn import functional
 
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.core.architectures import Site
+from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import QuantizedWeight, quantize_weight
 
-__all__ = ["TrialSite", "installed"]
+__all__ = ["TrialSite", "installed", "site_input"]
 
 
 class TrialSite:
@@ -111,6 +112,7 @@ class TrialSite:
         if self._input is not None and self._input[0] is x and self._input[1] == choice:
             return self._input[2], self._input[3]
         bits, granularity, qparams = self.schemes[choice].activation_bits, self.candidates[choice].granularity, self.qparams[choice]
+        source, x = x, site_input(self.site, x)
         if granularity == "none":
             a, row_scale = x, None
         elif granularity == "dynamic_token":
@@ -119,11 +121,11 @@ class TrialSite:
         else:
             grid = _calibrated(qparams, self.site)
             a, row_scale = shift_quantize(x, grid), grid.scale if granularity == "token" else None
-        self._input = (x, choice, a, row_scale)
+        self._input = (source, choice, a, row_scale)
         return a, row_scale
 
     def _folded(self, linear: nn.Linear, choice: int) -> Tensor:
-        weight = linear.weight.detach().float()
+        weight = site_input(self.site, linear.weight.detach().float())  # W x = (W H) (H x): the transform is symmetric and its own inverse
         return weight * _calibrated(self.qparams[choice], self.site).scale if self.candidates[choice].granularity == "channel" else weight
 
     def _rounded(self, choice: int) -> tuple[QuantizedWeight, ...]:
@@ -134,6 +136,11 @@ class TrialSite:
             dtype = self.linears[0].weight.dtype
             self._weights[choice] = tuple(weight.dequantize().to(dtype) for weight in self._rounded(choice))
         return self._weights[choice]
+
+
+def site_input(site: Site, x: Tensor) -> Tensor:
+    """The values that are quantized: x [..., in], or its Hadamard transform where the site has one (then float32)."""
+    return x if site.hadamard is None else block_hadamard(x.float(), site.hadamard)
 
 
 @contextmanager

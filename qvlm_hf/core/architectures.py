@@ -2,23 +2,44 @@
 
 A family is a row in a table. `resolve` lays the rows over a real model and returns its segments in execution order, each a tuple
 of layers, each a tuple of sites (one input tensor and the linear modules that read it). Whatever is an nn.Linear of the model and
-in no row stays in full precision; the report lists it.
+in no row stays in full precision; the report lists it. `rotation_plan` reads from the same rows what a rotation must touch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-__all__ = ["Layer", "Segment", "Site", "canonical_name", "full_precision_modules", "get_linear", "matches", "output_head", "resolve"]
+from qvlm_hf.core.hadamard import largest_block
+
+__all__ = [
+    "Layer",
+    "RotationPlan",
+    "Segment",
+    "Site",
+    "ValuePath",
+    "canonical_name",
+    "full_precision_modules",
+    "get_linear",
+    "matches",
+    "output_head",
+    "resolve",
+    "rotation_plan",
+]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One input tensor and the linear modules that read it. Names are canonical module names."""
+    """One input tensor and the linear modules that read it. Names are canonical module names.
+
+    Attributes:
+        modules: the readers.
+        hadamard: block size of the Hadamard transform that the input goes through at run time, or None.
+    """
 
     modules: tuple[str, ...]
+    hadamard: int | None = None
 
     @property
     def name(self) -> str:
@@ -43,12 +64,59 @@ class Segment:
     layers: tuple[Layer, ...]
 
 
+@dataclass(frozen=True)
+class ValuePath:
+    """The way of the attention values: out of `value`, mixed over positions head by head, into `output`."""
+
+    value: str
+    output: str
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotationPlan:
+    """What a rotation folds into the weights of a model.
+
+    Attributes:
+        norms: normalisation -> the linear modules that read its output and nothing else.
+        embeddings: the token embeddings, the first writer of the language model's residual stream.
+        writers: linear modules whose output is added to that stream (or, for the projector's, takes the place of embeddings).
+        readers: linear modules that read it through a norm.
+        values: value paths of every attention layer.
+        head: the output head, one of `readers`.
+    """
+
+    norms: dict[str, tuple[str, ...]]
+    embeddings: str
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    values: tuple[ValuePath, ...]
+    head: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Family:
     vision_layers: str
     projector: str
     language_layers: str
+    embeddings: str
+    final_norm: str
     head: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerKind:
+    """A kind of transformer layer (or projector); names are relative to it.
+
+    `sites`: which modules share an input, in execution order. `transformed`: sites (by first module) that a rotation gives an online
+    Hadamard transform. `norms`: norm -> its readers. `writers`: modules that add to the residual stream. `value`: modules of a ValuePath.
+    """
+
+    sites: tuple[tuple[str, ...], ...]
+    transformed: tuple[str, ...] = ()
+    norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    writers: tuple[str, ...] = ()
+    value: tuple[str, str] | None = None
 
 
 _FAMILIES = {
@@ -56,24 +124,30 @@ _FAMILIES = {
         vision_layers="model.vision_tower.encoder.layers",
         projector="model.multi_modal_projector",
         language_layers="model.language_model.layers",
+        embeddings="model.language_model.embed_tokens",
+        final_norm="model.language_model.norm",
         head="lm_head",
     ),
 }
-_PROJECTOR_SITES = {"llava": (("linear_1",), ("linear_2",))}
-_ENCODER_SITES = {
-    "clip_vision_model": (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.out_proj",),
-        ("mlp.fc1",),
-        ("mlp.fc2",),
+_PROJECTORS = {
+    "llava": _LayerKind(sites=(("linear_1",), ("linear_2",)), transformed=("linear_1", "linear_2"), writers=("linear_2",)),
+}
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ENCODERS = {
+    "clip_vision_model": _LayerKind(
+        sites=(_QKV, ("self_attn.out_proj",), ("mlp.fc1",), ("mlp.fc2",)),
+        transformed=("self_attn.q_proj", "mlp.fc1", "mlp.fc2"),
+        norms=(("layer_norm1", _QKV), ("layer_norm2", ("mlp.fc1",))),
+        value=("self_attn.v_proj", "self_attn.out_proj"),
     ),
 }
-_DECODER_SITES = {
-    "llama": (
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
+_DECODERS = {
+    "llama": _LayerKind(
+        sites=(_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
+        transformed=("mlp.down_proj",),
+        norms=(("input_layernorm", _QKV), ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+        value=("self_attn.v_proj", "self_attn.o_proj"),
     ),
 }
 
@@ -94,7 +168,12 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def resolve(
-    model: nn.Module, *, quantize_vision: bool = True, quantize_projector: bool = True, modules_to_not_convert: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    quantize_vision: bool = True,
+    quantize_projector: bool = True,
+    modules_to_not_convert: Sequence[str] = (),
+    rotated: bool = False,
 ) -> tuple[Segment, ...]:
     """Lays the family table over a model.
 
@@ -103,6 +182,7 @@ def resolve(
         quantize_vision: include the vision encoder.
         quantize_projector: include the projector.
         modules_to_not_convert: patterns (see `matches`) of modules that stay in full precision.
+        rotated: whether the sites get the online transforms that belong to a rotation.
 
     Returns:
         The segments in execution order. A layer all of whose sites are excluded stays in its place with no sites; a segment without
@@ -113,9 +193,7 @@ def resolve(
             nothing is left to quantize.
     """
     config: Any = model.config
-    family = _row(_FAMILIES, config.model_type, "model_type")
-    encoder = _row(_ENCODER_SITES, config.vision_config.model_type, "vision_config.model_type")
-    decoder = _row(_DECODER_SITES, config.text_config.model_type, "text_config.model_type")
+    family, projector, encoder, decoder = _rows(config)
     names = {canonical_name(name) for name, _ in model.named_modules() if name}  # the model itself, "", is no module to name
     for pattern in modules_to_not_convert:
         if not any(matches(name, pattern) for name in names):
@@ -123,15 +201,14 @@ def resolve(
                 f"modules_to_not_convert: {pattern!r} matches no module: give a module path, a suffix of it or a component name."
             )
 
-    def layer(name: str, sites: Iterable[tuple[str, ...]], *, dead: bool = False) -> Layer:
+    def layer(name: str, kind: _LayerKind, *, dead: bool = False) -> Layer:
         kept = []
-        for group in sites:
+        for group in kind.sites:
             paths = (f"{name}.{module}" for module in group)
             modules = tuple(path for path in paths if not any(matches(path, pattern) for pattern in modules_to_not_convert))
-            for path in modules:
-                get_linear(model, path)
+            widths = [get_linear(model, path).in_features for path in modules]
             if modules:
-                kept.append(Site(modules))
+                kept.append(Site(modules, largest_block(widths[0]) if rotated and group[0] in kind.transformed else None))
         return Layer(name, tuple(kept), dead)
 
     segments = []
@@ -140,13 +217,43 @@ def resolve(
         used = _used_layers(config.vision_feature_layer, count)
         segments.append(Segment("vision", tuple(layer(f"{family.vision_layers}.{i}", encoder, dead=i >= used) for i in range(count))))
     if quantize_projector:
-        segments.append(Segment("projector", (layer(family.projector, _PROJECTOR_SITES[config.model_type]),)))
+        segments.append(Segment("projector", (layer(family.projector, projector),)))
     count = len(_get(model, family.language_layers))  # type: ignore[arg-type]
     segments.append(Segment("language", tuple(layer(f"{family.language_layers}.{i}", decoder) for i in range(count))))
     segments = [segment for segment in segments if any(entry.sites for entry in segment.layers)]
     if not segments:
         raise ValueError("every module is excluded: shorten modules_to_not_convert.")
     return tuple(segments)
+
+
+def rotation_plan(model: nn.Module) -> RotationPlan:
+    """What a rotation touches in a model.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    config: Any = model.config
+    family, projector, encoder, decoder = _rows(config)
+    vision = [f"{family.vision_layers}.{i}" for i in range(len(_get(model, family.vision_layers)))]  # type: ignore[arg-type]
+    language = [f"{family.language_layers}.{i}" for i in range(len(_get(model, family.language_layers)))]  # type: ignore[arg-type]
+    norms = {family.final_norm: (family.head,)}
+    values = []
+    for names, kind, part in ((vision, encoder, config.vision_config), (language, decoder, config.text_config)):
+        for name in names:
+            norms |= {f"{name}.{norm}": tuple(f"{name}.{reader}" for reader in readers) for norm, readers in kind.norms}
+            head_dim = getattr(part, "head_dim", None) or part.hidden_size // part.num_attention_heads
+            if kind.value is not None:
+                values.append(ValuePath(f"{name}.{kind.value[0]}", f"{name}.{kind.value[1]}", head_dim))
+    readers = [f"{name}.{reader}" for name in language for _, readers in decoder.norms for reader in readers]
+    writers = [f"{name}.{writer}" for name in language for writer in decoder.writers]
+    return RotationPlan(
+        norms=norms,
+        embeddings=family.embeddings,
+        writers=(*(f"{family.projector}.{writer}" for writer in projector.writers), *writers),
+        readers=(*readers, family.head),
+        values=tuple(values),
+        head=family.head,
+    )
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:
@@ -188,6 +295,14 @@ def _used_layers(vision_feature_layer: int | Sequence[int], count: int) -> int:
     """How many encoder layers reach the projector: hidden state i is the output of layer i-1, negative i count from the end."""
     indices = [vision_feature_layer] if isinstance(vision_feature_layer, int) else list(vision_feature_layer)
     return max(index if index >= 0 else count + 1 + index for index in indices)
+
+
+def _rows(config: Any) -> tuple[_Family, _LayerKind, _LayerKind, _LayerKind]:  # noqa: ANN401 - a model's configuration
+    """The rows of a model: family, projector, encoder layer, decoder layer."""
+    family = _row(_FAMILIES, config.model_type, "model_type")
+    encoder = _row(_ENCODERS, config.vision_config.model_type, "vision_config.model_type")
+    decoder = _row(_DECODERS, config.text_config.model_type, "text_config.model_type")
+    return family, _PROJECTORS[config.model_type], encoder, decoder
 
 
 def _row(table: dict[str, Any], key: str, what: str) -> Any:  # noqa: ANN401 - each table has rows of its own type

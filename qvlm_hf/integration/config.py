@@ -27,15 +27,16 @@ _MAX_MODULES = 100_000  # a model of 70 B parameters has about 600 linear module
 _SETTINGS = (
     "group_size", "symmetric", "activation_granularity", "quantize_vision", "quantize_projector", "lm_head_bits", "modules_to_not_convert",
     "num_samples", "batch_size", "seed", "max_block_depth", "entropy_threshold", "percentiles", "margins", "weight_rounding",
+    "rotation",
 )  # fmt: skip
-# Fields of api.md that this version has no code for, with the one value they take; the first three will shape results, so they are written.
+# Fields of api.md that this version has no code for, with the one value they take; the first two will shape results, so they are written.
 _LATER: dict[str, Any] = {
-    "optimize_vision": False, "rotation": None, "precision_budget": None,
+    "optimize_vision": False, "precision_budget": None,
     "resume_dir": None, "push_to_hub": False, "hub_model_id": None, "hub_private": None,
 }  # fmt: skip
 _SHARED = ("dataset", "processor", "callbacks")
-_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, *tuple(_LATER)[:3], "provenance", "modules")
-_FIELDS = (*_SERIALIZED, *tuple(_LATER)[3:], *_SHARED, "strict")
+_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, *tuple(_LATER)[:2], "provenance", "modules")
+_FIELDS = (*_SERIALIZED, *tuple(_LATER)[2:], *_SHARED, "strict")
 
 
 @config_class
@@ -97,6 +98,7 @@ class QVLMConfig(QuantizationConfigMixin):
         percentiles: Sequence[float] = CalibrationSettings.percentiles,
         margins: Sequence[float] = CalibrationSettings.margins,
         weight_rounding: str = CalibrationSettings.weight_rounding,
+        rotation: str | None = CalibrationSettings.rotation,
         strict: bool = False,
         callbacks: Sequence[Any] = (),
         modules: Mapping[str, Any] | None = None,
@@ -117,7 +119,7 @@ class QVLMConfig(QuantizationConfigMixin):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.max_block_depth, self.entropy_threshold = max_block_depth, entropy_threshold
         self.percentiles, self.margins, self.strict = percentiles, margins, strict
-        self.weight_rounding = weight_rounding
+        self.weight_rounding, self.rotation = weight_rounding, rotation
         self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():
