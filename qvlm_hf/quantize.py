@@ -1,6 +1,6 @@
 """The whole method, top to bottom: READ THIS FIRST.
 
-    samples -> capture -> (per segment) entropy -> partition -> joint search -> pack -> self-check
+    samples -> rotation -> capture -> (per segment) entropy -> partition -> joint search -> pack -> self-check
 
 `calibrate_and_pack` is the paper's recipe (Q-VLM, arXiv 2410.08119) as docs/algorithm.md maps it: activation entropy measures how much a
 layer depends on the one before it (eq. 4-6), layers that depend on each other form a block (eq. 7), rounding functions are searched
@@ -11,8 +11,8 @@ The model is changed only at the very end, when every module is ready: an error 
 """
 
 import platform
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -24,13 +24,14 @@ from qvlm_hf.calibration.answers import answer_logits
 from qvlm_hf.calibration.capture import capture_inputs
 from qvlm_hf.calibration.partition import partition_layers
 from qvlm_hf.calibration.report import BlockReport, CalibrationReport, SegmentReport, SiteReport, settings_dict
-from qvlm_hf.calibration.rotation import rotate
-from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, fingerprint
+from qvlm_hf.calibration.rotation import rotate, undone_on_error
+from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture, fingerprint
 from qvlm_hf.calibration.segment import SearchedBlock, layer_dependencies, search_segment
 from qvlm_hf.calibration.self_check import collapse_warning, compare_answers
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.simulation import installed
 from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve, rotation_plan
+from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
@@ -69,45 +70,18 @@ def calibrate_and_pack(
             model that collapsed. The model is then unchanged.
     """
     segments = _resolve(model, settings)
-    data = list(batches(samples, processor, settings.batch_size))
+    data = list(batches(by_picture(samples), processor, settings.batch_size))
     checks = list(batches(list(islice(held_out or samples, CHECK_SAMPLES)), processor, settings.batch_size))
     reference = [logits.cpu() for batch in checks for logits in answer_logits(model, batch)]
-    if settings.rotation is not None:
-        rotate(model, rotation_plan(model), seed=settings.seed)
-    first_layers = [segment.layers[0].name for segment in segments]
-    full = capture_inputs(model, data, first_layers)
-    modules: dict[str, QVLMLinear] = _pack_head(model, settings)
-    segment_reports: list[SegmentReport] = []
-    site_reports: list[SiteReport] = []
-    progress = _Progress(callbacks, sum(len(segment.layers) for segment in segments))
-    with ExitStack() as below:
-        for segment, first in zip(segments, first_layers, strict=True):
-            if not full[first]:
-                raise ValueError(_unreached(segment))
-            dependencies = layer_dependencies(model, segment, full[first], settings)
-            blocks, threshold = partition_layers(
-                dependencies, max_block_depth=settings.max_block_depth, threshold=settings.entropy_threshold
-            )
-            inputs = capture_inputs(model, data, [first])[first] if modules else full[first]
-            searched = []
-            for found in search_segment(model, segment, blocks, full[first], inputs, settings):
-                modules |= _pack_block(model, found)
-                searched.append(found)
-                progress.advance(len(found.layers))
-            segment_reports.append(_segment_report(segment, dependencies, threshold, searched))
-            sites = [site for found in searched for row in found.sites for site in row]
-            site_reports += [SiteReport(modules=site.site.modules, candidate=site.chosen) for site in sites]
-            # from here on the segment runs as quantized, so that the next one sees what it will see
-            below.enter_context(installed(sites))
-            del full[first]
-
-    floating = {name: get_linear(model, name) for name in modules}
-    replace_modules(model, modules)
-    check = compare_answers(model, checks, reference, held_out=bool(held_out))
-    collapsed = collapse_warning(check)
-    if collapsed and settings.strict:
-        replace_modules(model, floating)
-        raise ValueError(f"strict: {collapsed}")
+    with _rotated(model, settings):
+        modules, segment_reports, site_reports = _search(model, segments, data, settings, callbacks)
+        floating = {name: get_linear(model, name) for name in modules}
+        replace_modules(model, modules)
+        check = compare_answers(model, checks, reference, held_out=bool(held_out))
+        collapsed = collapse_warning(check)
+        if collapsed and settings.strict:
+            replace_modules(model, floating)
+            raise ValueError(f"strict: {collapsed}")
     warnings = [warning for warning in (collapsed, _few_samples(samples, settings)) if warning]
     return CalibrationReport(
         settings=settings_dict(settings),
@@ -135,11 +109,12 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
     if settings.needs_data:
         raise ValueError("this scheme has activation ranges to calibrate: pass a dataset, or activation_granularity='dynamic_token'.")
     segments = _resolve(model, settings)
-    modules = _pack_head(model, settings)
-    for segment in segments:
-        scheme = settings.scheme(segment.component, settings.start_granularity(segment.component))
-        names = [name for layer in segment.layers for site in layer.sites for name in site.modules]
-        modules |= {name: _round(model, name, scheme) for name in names}
+    with _rotated(model, settings):
+        modules = _pack_head(model, settings)
+        for segment in segments:
+            for site in (site for layer in segment.layers for site in layer.sites):
+                scheme = settings.scheme(segment.component, settings.start_granularity(segment.component), site.hadamard)
+                modules |= {name: _round(model, name, scheme) for name in site.modules}
     replace_modules(model, modules)
     return CalibrationReport(
         settings=settings_dict(settings),
@@ -148,6 +123,50 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
     )
+
+
+@contextmanager
+def _rotated(model: nn.Module, settings: CalibrationSettings) -> Iterator[None]:
+    """Folds the rotation that the settings ask for into the weights; an error inside leaves the model as it was."""
+    if settings.rotation is None:
+        yield
+        return
+    with undone_on_error(model):
+        rotate(model, rotation_plan(model), seed=settings.seed)
+        yield
+
+
+def _search(
+    model: nn.Module, segments: Sequence[Segment], data: Sequence[Batch], settings: CalibrationSettings, callbacks: Sequence[Any]
+) -> tuple[dict[str, QVLMLinear], list[SegmentReport], list[SiteReport]]:
+    """Entropy, partition and joint search of one segment after the other; returns the packed modules and what was found."""
+    first_layers = [segment.layers[0].name for segment in segments]
+    full = capture_inputs(model, data, first_layers)
+    modules: dict[str, QVLMLinear] = _pack_head(model, settings)
+    segment_reports: list[SegmentReport] = []
+    site_reports: list[SiteReport] = []
+    progress = _Progress(callbacks, sum(len(segment.layers) for segment in segments))
+    with ExitStack() as below:
+        for segment, first in zip(segments, first_layers, strict=True):
+            if not full[first]:
+                raise ValueError(_unreached(segment))
+            dependencies = layer_dependencies(model, segment, full[first], settings)
+            blocks, threshold = partition_layers(
+                dependencies, max_block_depth=settings.max_block_depth, threshold=settings.entropy_threshold
+            )
+            inputs = capture_inputs(model, data, [first])[first] if modules else full[first]
+            searched = []
+            for found in search_segment(model, segment, blocks, full[first], inputs, settings):
+                modules |= _pack_block(model, found)
+                searched.append(found)
+                progress.advance(len(found.layers))
+            segment_reports.append(_segment_report(segment, dependencies, threshold, searched))
+            sites = [site for found in searched for row in found.sites for site in row]
+            site_reports += [SiteReport(modules=site.site.modules, candidate=site.chosen) for site in sites]
+            # from here on the segment runs as quantized, so that the next one sees what it will see
+            below.enter_context(installed(sites))
+            del full[first]
+    return modules, segment_reports, site_reports
 
 
 def _resolve(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
@@ -186,7 +205,9 @@ def _pack_head(model: nn.Module, settings: CalibrationSettings) -> dict[str, QVL
 
 def _round(model: nn.Module, name: str, scheme: QuantScheme) -> QVLMLinear:
     linear = get_linear(model, name)
-    return QVLMLinear.from_packed(linear, scheme, packed_tensors(quantize_weight(linear.weight.detach(), scheme), scheme, None))
+    weight = linear.weight.detach().float()
+    transformed = weight if scheme.hadamard is None else block_hadamard(weight, scheme.hadamard)
+    return QVLMLinear.from_packed(linear, scheme, packed_tensors(quantize_weight(transformed, scheme), scheme, None))
 
 
 def _few_samples(samples: Sequence[Sample], settings: CalibrationSettings) -> str | None:

@@ -2,11 +2,15 @@
 
 Two passes over the block in full precision, fed with the outputs of the quantized layers below: one finds the tails of each site's
 input, one measures the L_2.4 error of every candidate. Memory does not grow with the number of tokens.
+
+A range that is judged on the values it was taken from never clips what it has not seen, and the tightest always looks best. So the
+search tries ranges of the even batches on the odd ones (`judging`); what is chosen is taken from all of them in the end.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +20,13 @@ from qvlm_hf.calibration.observers import LpError, TailObserver, candidate_qpara
 from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
 from qvlm_hf.calibration.simulation import TrialSite, site_input
 from qvlm_hf.core.architectures import Layer, Site, get_linear
-from qvlm_hf.core.qparams import QParams
 
-__all__ = ["initialize_sites"]
+__all__ = ["initialize_sites", "judging"]
+
+
+def judging(batches: Sequence[Any]) -> Sequence[Any]:
+    """The batches that candidates are judged on: every second one; all, where there is only one."""
+    return batches[1::2] or batches
 
 
 def initialize_sites(
@@ -48,7 +56,10 @@ def initialize_sites(
     candidates = settings.candidates(component)
     percentile = min(candidate.percentile for candidate in candidates)
     sites = [site for layer in layers for site in layer.sites]
+    # per site and granularity: of the batches that ranges are tried from, and of all
     observers: dict[str, dict[str, TailObserver]] = {site.name: {} for site in sites}
+    everything: dict[str, dict[str, TailObserver]] = {site.name: {} for site in sites}
+    fitted = {id(entry) for entry in inputs[::2]}
 
     def observe(name: str, x: Tensor, entry: LayerInput) -> None:
         if not torch.isfinite(x).all():
@@ -57,13 +68,14 @@ def initialize_sites(
             )
         for granularity in {candidate.granularity for candidate in candidates if candidate.static}:
             series = _series(x, entry, granularity)
-            if granularity not in observers[name]:
-                count = count_tokens(inputs) if granularity == "channel" else sum(e.hidden.shape[0] for e in inputs) * x.shape[-1]
-                observers[name][granularity] = TailObserver(count=count, percentile=percentile)
-            observers[name][granularity].update(series)
+            count = count_tokens(inputs) if granularity == "channel" else sum(e.hidden.shape[0] for e in inputs) * x.shape[-1]
+            for group in (observers, everything) if id(entry) in fitted else (everything,):
+                group[name].setdefault(granularity, TailObserver(count=count, percentile=percentile)).update(series)
 
     _feed(model, layers, inputs, hidden, observe)
-    trials = {site.name: _trial_site(model, site, component, candidates, observers[site.name], settings) for site in sites}
+    trials = {
+        site.name: _trial_site(model, site, component, candidates, observers[site.name], everything[site.name], settings) for site in sites
+    }
     starts = [i for i, candidate in enumerate(candidates) if candidate.granularity == settings.start_granularity(component)]
     errors = {name: LpError([trial.qparams[i] for i in starts], settings.activation_bits) for name, trial in trials.items()}
 
@@ -72,7 +84,7 @@ def initialize_sites(
         errors[name].update(x if entry.keep is None or x.shape[:2] != entry.keep.shape else x[entry.keep])
 
     if len(starts) > 1:
-        _feed(model, layers, inputs, hidden, measure)
+        _feed(model, layers, judging(inputs), judging(hidden), measure)
     for name, trial in trials.items():
         trial.active = starts[min(range(len(starts)), key=errors[name].totals.__getitem__)]
     return [[trials[site.name] for site in layer.sites] for layer in layers]
@@ -84,14 +96,17 @@ def _trial_site(
     component: str,
     candidates: Sequence[RangeCandidate],
     observers: dict[str, TailObserver],
+    everything: dict[str, TailObserver],
     settings: CalibrationSettings,
 ) -> TrialSite:
-    if any(candidate.static for candidate in candidates) and not observers:
+    if any(candidate.static for candidate in candidates) and not everything:
         raise ValueError(f"calibration did not reach {site.name}: no sample has what it reads (pictures for a vision module).")
-    qparams: list[QParams | None] = [candidate_qparams(candidate, observers, settings.activation_bits) for candidate in candidates]
+    tried, final = (
+        [candidate_qparams(candidate, group, settings.activation_bits) for candidate in candidates] for group in (observers, everything)
+    )
     schemes = [settings.scheme(component, candidate.granularity, site.hadamard) for candidate in candidates]
     linears = [get_linear(model, name) for name in site.modules]
-    return TrialSite(site, linears, candidates, qparams, schemes)
+    return TrialSite(site, linears, candidates, tried, schemes, final)
 
 
 def _series(x: Tensor, entry: LayerInput, granularity: str) -> Tensor:

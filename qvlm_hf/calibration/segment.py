@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qvlm_hf.calibration.capture import LayerInput, count_tokens, kept, run_layer, working_precision
 from qvlm_hf.calibration.compensation import compensate_layer
 from qvlm_hf.calibration.entropy import DependencyHistogram
-from qvlm_hf.calibration.initialization import initialize_sites
+from qvlm_hf.calibration.initialization import initialize_sites, judging
 from qvlm_hf.calibration.partition import Block
 from qvlm_hf.calibration.search import BlockSearch, SearchResult, search_block
 from qvlm_hf.calibration.settings import CalibrationSettings
@@ -103,17 +103,22 @@ def search_segment(
                 targets.append(full)
             sites = initialize_sites(model, layers, segment.component, inputs, hidden, settings)
             with installed(site for row in sites for site in row):
-                search = BlockSearch([model.get_submodule(layer.name) for layer in layers], sites, inputs, hidden, targets)
-                result = search_block(search)
-                for index, choice in enumerate(result.choice):
+                modules = [model.get_submodule(layer.name) for layer in layers]
+                result = search_block(BlockSearch(modules, sites, judging(inputs), judging(hidden), [judging(t) for t in targets]))
+                for module, row, choice in zip(modules, sites, result.choice, strict=True):
+                    for site, index in zip(row, choice, strict=True):
+                        site.active = index
+                        site.take_final_ranges()
                     if settings.weight_rounding == "gptq":
-                        compensate_layer(search.layers[index], sites[index], inputs, hidden)
-                    hidden = search.run(index, choice, hidden)
+                        compensate_layer(module, row, inputs, hidden)
+                    hidden = run_layer(module, inputs, hidden)
         # outside the context: whoever packs the block must see the model's own dtype
         yield _settled(layers, sites, result)
     if dead:
         with _calibrating(model, dead, inputs):
             sites = initialize_sites(model, dead, segment.component, inputs, hidden, settings)
+            for site in (site for row in sites for site in row):
+                site.take_final_ranges()
         yield _settled(dead, sites, None)
 
 

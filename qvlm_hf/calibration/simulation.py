@@ -28,7 +28,7 @@ class TrialSite:
     Attributes:
         site: the names.
         candidates: what may be chosen.
-        qparams: the activation grid of each candidate (None: found at run time, or floating point).
+        qparams: the activation grid of each candidate (None: found at run time, or floating point), as tried or final.
         active: index of the candidate in force, or None for full precision.
     """
 
@@ -39,9 +39,11 @@ class TrialSite:
         candidates: Sequence[RangeCandidate],
         qparams: Sequence[QParams | None],
         schemes: Sequence[QuantScheme],
+        final_qparams: Sequence[QParams | None] | None = None,
     ) -> None:
         self.site, self.linears = site, tuple(linears)
         self.candidates, self.qparams, self.schemes = tuple(candidates), tuple(qparams), tuple(schemes)
+        self._final_qparams = self.qparams if final_qparams is None else tuple(final_qparams)
         self.active: int | None = None
         self._weights: dict[int, tuple[Tensor, ...]] = {}
         self._settled: tuple[QuantizedWeight, ...] | None = None
@@ -80,6 +82,11 @@ class TrialSite:
         """What W' is multiplied by, float32 of x's shape: the integers of the input, times the token's scale where there is one."""
         a, row_scale = self._quantize_input(x, self.choice)
         return a.float() if row_scale is None else a * row_scale
+
+    def take_final_ranges(self) -> None:
+        """Replaces the grids that were tried by those of all samples."""
+        if self.qparams is not self._final_qparams:
+            self.qparams, self._weights, self._input = self._final_qparams, {}, None
 
     def settle(self) -> None:
         """Forgets the other candidates' weights."""

@@ -62,7 +62,9 @@ class QVLMHfQuantizer(HfQuantizer):
     @property
     def rounds_on_load(self) -> bool:
         """Whether weights are rounded one by one while they are loaded."""
-        return not self.pre_quantized and self.quantization_config.dataset is None
+        config = self.quantization_config
+        # a rotation needs norms and weights together, so it waits for the whole model
+        return not self.pre_quantized and config.dataset is None and config.settings().rotation is None
 
     def validate_environment(self, *args: object, device_map: Any = None, **kwargs: object) -> None:  # noqa: ANN401 - Transformers' signature
         """Reads and checks the calibration samples, before anything of the model is read. May be called twice.
@@ -167,7 +169,10 @@ class QVLMHfQuantizer(HfQuantizer):
         self._finish(model)
 
     def _calibrate(self, model: PreTrainedModel) -> CalibrationReport:
+        """Quantizes the loaded model, with data or without."""
         config = self.quantization_config
+        if config.dataset is None:
+            return round_and_pack(model, config.settings())
         samples, held_out = hold_out(self._samples or (), config.num_samples, config.seed)
         callbacks = config.callbacks or (ProgressBar(),)
         report = calibrate_and_pack(model, config.settings(), samples, config.processor, held_out=held_out, callbacks=callbacks)
@@ -237,7 +242,7 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationRep
     quantizer = QVLMHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment()
     quantizer.update_dtype(model.dtype)
-    report = round_and_pack(model, config.settings()) if quantizer.rounds_on_load else quantizer._calibrate(model)
+    report = quantizer._calibrate(model)
     quantizer.report = report
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
