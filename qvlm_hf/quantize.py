@@ -1,6 +1,6 @@
 """The whole method, top to bottom: READ THIS FIRST.
 
-    samples -> rotation -> capture -> (per segment) entropy -> partition -> joint search -> pack -> self-check
+    samples -> rotation -> capture -> sensitivity -> (per segment) entropy -> partition -> joint search -> pack -> self-check
 
 `calibrate_and_pack` is the paper's recipe (Q-VLM, arXiv 2410.08119) as docs/algorithm.md maps it: activation entropy measures how much a
 layer depends on the one before it (eq. 4-6), layers that depend on each other form a block (eq. 7), rounding functions are searched
@@ -11,8 +11,9 @@ The model is changed only at the very end, when every module is ready: an error 
 """
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -21,14 +22,15 @@ import torch
 from torch import nn
 
 from qvlm_hf.calibration.answers import answer_logits
-from qvlm_hf.calibration.capture import capture_inputs
+from qvlm_hf.calibration.capture import LayerInput, capture_inputs
 from qvlm_hf.calibration.partition import partition_layers
-from qvlm_hf.calibration.report import BlockReport, CalibrationReport, SegmentReport, SiteReport, settings_dict
+from qvlm_hf.calibration.report import BlockReport, CalibrationReport, Lift, SegmentReport, SiteReport, settings_dict
 from qvlm_hf.calibration.rotation import rotate, undone_on_error
 from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture, fingerprint
 from qvlm_hf.calibration.segment import SearchedBlock, layer_dependencies, search_segment
 from qvlm_hf.calibration.self_check import collapse_warning, compare_answers
-from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.sensitivity import SensitivityProbe, allocate_bits, guard_sites, measure_widths, site_parameters
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.calibration.simulation import installed
 from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve, rotation_plan
 from qvlm_hf.core.hadamard import block_hadamard
@@ -40,6 +42,7 @@ from qvlm_hf.nn.replace import replace_modules
 __all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "round_and_pack"]
 
 _FEW_SAMPLES = 16  # seen: four equal samples at W8A8 cost the demo model 60 points, and their own self-check could not know
+_GUARDED_BITS = 4  # schemes with more bits than this break no site
 CHECK_SAMPLES = 16  # held-out samples of the self-check
 
 
@@ -74,7 +77,12 @@ def calibrate_and_pack(
     checks = list(batches(list(islice(held_out or samples, CHECK_SAMPLES)), processor, settings.batch_size))
     reference = [logits.cpu() for batch in checks for logits in answer_logits(model, batch)]
     with _rotated(model, settings):
-        modules, segment_reports, site_reports = _search(model, segments, data, settings, callbacks)
+        full = capture_inputs(model, data, [segment.layers[0].name for segment in segments])
+        for segment in segments:
+            if not full[segment.layers[0].name]:
+                raise ValueError(_unreached(segment))
+        precisions, sensitivities, lifts = _choose_precisions(model, segments, full, data, settings, callbacks)
+        modules, segment_reports, site_reports = _search(model, segments, full, data, settings, precisions, callbacks)
         floating = {name: get_linear(model, name) for name in modules}
         replace_modules(model, modules)
         check = compare_answers(model, checks, reference, held_out=bool(held_out))
@@ -89,6 +97,9 @@ def calibrate_and_pack(
         modules={name: module.scheme for name, module in modules.items()},
         segments=tuple(segment_reports),
         sites=tuple(site_reports),
+        sensitivities=sensitivities,
+        lifts=tuple(lifts),
+        average_weight_bits=_average_bits(modules),
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
         self_check=check,
@@ -113,7 +124,7 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         modules = _pack_head(model, settings)
         for segment in segments:
             for site in (site for layer in segment.layers for site in layer.sites):
-                scheme = settings.scheme(segment.component, settings.start_granularity(segment.component), site.hadamard)
+                scheme = settings.scheme(settings.start_granularity(segment.component), site.hadamard)
                 modules |= {name: _round(model, name, scheme) for name in site.modules}
     replace_modules(model, modules)
     return CalibrationReport(
@@ -136,27 +147,52 @@ def _rotated(model: nn.Module, settings: CalibrationSettings) -> Iterator[None]:
         yield
 
 
+def _choose_precisions(
+    model: nn.Module,
+    segments: Sequence[Segment],
+    inputs: Mapping[str, Sequence[LayerInput]],
+    data: Sequence[Batch],
+    settings: CalibrationSettings,
+    callbacks: Sequence[Any],
+) -> tuple[dict[str, Precision], dict[str, float], list[Lift]]:
+    """Bits of the sites that differ from the scheme (guard, budget), and for the report each site's divergence and the lifts."""
+    guarded = settings.guard and min(settings.weight_bits, settings.activation_bits) <= _GUARDED_BITS
+    if not guarded and settings.precision_budget is None:
+        return {}, {}, []
+    parameters = site_parameters(model, segments)
+    probe = SensitivityProbe(model, segments, inputs, data, settings, _Progress("sensitivity", callbacks, len(parameters)).advance)
+    sensitivities, lifts = guard_sites(probe, settings) if guarded else ({}, [])
+    precisions = {lift.site: Precision(weight_bits=lift.weight_bits, activation_bits=lift.activation_bits) for lift in lifts}
+    if settings.precision_budget is not None:
+        for name, bits in allocate_bits(measure_widths(probe), parameters, settings.precision_budget).items():
+            precisions[name] = replace(precisions.get(name, settings.precision), weight_bits=bits)
+    return precisions, sensitivities, lifts
+
+
 def _search(
-    model: nn.Module, segments: Sequence[Segment], data: Sequence[Batch], settings: CalibrationSettings, callbacks: Sequence[Any]
+    model: nn.Module,
+    segments: Sequence[Segment],
+    full: dict[str, list[LayerInput]],
+    data: Sequence[Batch],
+    settings: CalibrationSettings,
+    precisions: Mapping[str, Precision],
+    callbacks: Sequence[Any],
 ) -> tuple[dict[str, QVLMLinear], list[SegmentReport], list[SiteReport]]:
     """Entropy, partition and joint search of one segment after the other; returns the packed modules and what was found."""
-    first_layers = [segment.layers[0].name for segment in segments]
-    full = capture_inputs(model, data, first_layers)
     modules: dict[str, QVLMLinear] = _pack_head(model, settings)
     segment_reports: list[SegmentReport] = []
     site_reports: list[SiteReport] = []
-    progress = _Progress(callbacks, sum(len(segment.layers) for segment in segments))
+    progress = _Progress("search", callbacks, sum(len(segment.layers) for segment in segments))
     with ExitStack() as below:
-        for segment, first in zip(segments, first_layers, strict=True):
-            if not full[first]:
-                raise ValueError(_unreached(segment))
+        for segment in segments:
+            first = segment.layers[0].name
             dependencies = layer_dependencies(model, segment, full[first], settings)
             blocks, threshold = partition_layers(
                 dependencies, max_block_depth=settings.max_block_depth, threshold=settings.entropy_threshold
             )
             inputs = capture_inputs(model, data, [first])[first] if modules else full[first]
             searched = []
-            for found in search_segment(model, segment, blocks, full[first], inputs, settings):
+            for found in search_segment(model, segment, blocks, full[first], inputs, settings, precisions):
                 modules |= _pack_block(model, found)
                 searched.append(found)
                 progress.advance(len(found.layers))
@@ -167,6 +203,11 @@ def _search(
             below.enter_context(installed(sites))
             del full[first]
     return modules, segment_reports, site_reports
+
+
+def _average_bits(modules: Mapping[str, QVLMLinear]) -> float:
+    sizes = {name: module.in_features * module.out_features for name, module in modules.items()}
+    return sum(size * modules[name].scheme.weight_bits for name, size in sizes.items()) / sum(sizes.values())
 
 
 def _resolve(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
@@ -264,14 +305,16 @@ def _versions() -> dict[str, str]:
 
 
 class _Progress:
-    """Tells the callbacks how many layers are searched."""
+    """Tells the callbacks how much of a step is done: layers searched, sites probed."""
 
-    def __init__(self, callbacks: Sequence[Any], total: int) -> None:
-        self._callbacks, self._total, self._done = [c for c in callbacks if hasattr(c, "on_step")], total, 0
+    def __init__(self, name: str, callbacks: Sequence[Any], total: int) -> None:
+        self._name, self._callbacks, self._total, self._done = name, [c for c in callbacks if hasattr(c, "on_step")], total, 0
         self.advance(0)
 
-    def advance(self, layers: int) -> None:
-        """Counts `layers` more."""
-        self._done += layers
+    def advance(self, count: int = 1) -> None:
+        """Counts `count` more; what goes beyond the total is not told."""
+        if count and self._done >= self._total:
+            return
+        self._done += count
         for callback in self._callbacks:
-            callback.on_step("search", self._done, self._total)
+            callback.on_step(self._name, self._done, self._total)

@@ -7,7 +7,7 @@ A range that is judged on the values it was taken from never clips what it has n
 search tries ranges of the even batches on the odd ones (`judging`); what is chosen is taken from all of them in the end.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qvlm_hf.calibration.capture import LayerInput, count_tokens, run_layer
 from qvlm_hf.calibration.observers import LpError, TailObserver, candidate_qparams
-from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
 from qvlm_hf.calibration.simulation import TrialSite, site_input
 from qvlm_hf.core.architectures import Layer, Site, get_linear
 
@@ -36,6 +36,7 @@ def initialize_sites(
     inputs: Sequence[LayerInput],
     hidden: Sequence[Tensor],
     settings: CalibrationSettings,
+    precisions: Mapping[str, Precision] | None = None,
 ) -> list[list[TrialSite]]:
     """The sites of consecutive layers with their candidates, `active` set to the best one of the starting granularity.
 
@@ -46,6 +47,7 @@ def initialize_sites(
         inputs: per batch, the masks and other arguments of the segment.
         hidden: per batch [B, T, H], what enters the first layer.
         settings: candidates and schemes.
+        precisions: site name -> bits, where they are not those of the settings.
 
     Returns:
         Per layer, per site.
@@ -74,10 +76,13 @@ def initialize_sites(
 
     _feed(model, layers, inputs, hidden, observe)
     trials = {
-        site.name: _trial_site(model, site, component, candidates, observers[site.name], everything[site.name], settings) for site in sites
-    }
+        site.name: _trial_site(
+            model, site, candidates, observers[site.name], everything[site.name], settings, (precisions or {}).get(site.name, settings.precision)
+        )
+        for site in sites
+    }  # fmt: skip
     starts = [i for i, candidate in enumerate(candidates) if candidate.granularity == settings.start_granularity(component)]
-    errors = {name: LpError([trial.qparams[i] for i in starts], settings.activation_bits) for name, trial in trials.items()}
+    errors = {name: LpError([trial.qparams[i] for i in starts], trial.schemes[0].activation_bits) for name, trial in trials.items()}
 
     def measure(name: str, x: Tensor, entry: LayerInput) -> None:
         # positions stay in place for per-position grids; only they need the shape
@@ -93,18 +98,18 @@ def initialize_sites(
 def _trial_site(
     model: nn.Module,
     site: Site,
-    component: str,
     candidates: Sequence[RangeCandidate],
     observers: dict[str, TailObserver],
     everything: dict[str, TailObserver],
     settings: CalibrationSettings,
+    precision: Precision,
 ) -> TrialSite:
     if any(candidate.static for candidate in candidates) and not everything:
         raise ValueError(f"calibration did not reach {site.name}: no sample has what it reads (pictures for a vision module).")
     tried, final = (
-        [candidate_qparams(candidate, group, settings.activation_bits) for candidate in candidates] for group in (observers, everything)
+        [candidate_qparams(candidate, group, precision.activation_bits) for candidate in candidates] for group in (observers, everything)
     )
-    schemes = [settings.scheme(component, candidate.granularity, site.hadamard) for candidate in candidates]
+    schemes = [settings.scheme(candidate.granularity, site.hadamard, precision) for candidate in candidates]
     linears = [get_linear(model, name) for name in site.modules]
     return TrialSite(site, linears, candidates, tried, schemes, final)
 

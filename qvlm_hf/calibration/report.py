@@ -8,7 +8,7 @@ from typing import Any
 from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["BlockReport", "CalibrationReport", "SegmentReport", "SelfCheck", "SiteReport", "settings_dict"]
+__all__ = ["BlockReport", "CalibrationReport", "Lift", "SegmentReport", "SelfCheck", "SiteReport", "settings_dict"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,17 @@ class SiteReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lift:
+    """A site, by its first module, that the guard gave more bits: the answers' divergence (nats) that it caused alone, before and after."""
+
+    site: str
+    weight_bits: int
+    activation_bits: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelfCheck:
     """The packed model against the full-precision one on a few samples.
 
@@ -77,6 +88,9 @@ class CalibrationReport:
         modules: canonical module name -> scheme: exactly what is quantized.
         segments: entropies and blocks, in execution order; empty where nothing was searched.
         sites: what was chosen.
+        sensitivities: site, by its first module -> KL of the answers (nats) when it alone is quantized; empty without guard.
+        lifts: what the guard lifted, worst first.
+        average_weight_bits: over all quantized weights, scales not counted.
         dead: layers whose output reaches nothing: rounded, not searched.
         full_precision: linear modules left alone.
         self_check: None where there was no data to check with.
@@ -88,6 +102,9 @@ class CalibrationReport:
     modules: dict[str, QuantScheme]
     segments: tuple[SegmentReport, ...] = ()
     sites: tuple[SiteReport, ...] = ()
+    sensitivities: dict[str, float] = field(default_factory=dict)
+    lifts: tuple[Lift, ...] = ()
+    average_weight_bits: float | None = None
     dead: tuple[str, ...] = ()
     full_precision: tuple[str, ...] = ()
     self_check: SelfCheck | None = None
@@ -113,6 +130,7 @@ class CalibrationReport:
             fields["sites"] = tuple(
                 SiteReport(modules=tuple(site["modules"]), candidate=RangeCandidate(**site["candidate"])) for site in entry["sites"]
             )
+            fields["lifts"] = tuple(Lift(**lift) for lift in entry["lifts"])
             for name in ("dead", "full_precision", "warnings"):
                 fields[name] = tuple(entry[name])
             fields["self_check"] = None if entry["self_check"] is None else SelfCheck(**entry["self_check"])

@@ -4,7 +4,7 @@ Two streams of hidden states run through the layers side by side: full precision
 really see). Only one block's worth of either is kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from qvlm_hf.calibration.entropy import DependencyHistogram
 from qvlm_hf.calibration.initialization import initialize_sites, judging
 from qvlm_hf.calibration.partition import Block
 from qvlm_hf.calibration.search import BlockSearch, SearchResult, search_block
-from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.calibration.simulation import TrialSite, installed
 from qvlm_hf.core.architectures import Layer, Segment
 
@@ -76,6 +76,7 @@ def search_segment(
     full_inputs: Sequence[LayerInput],
     inputs: Sequence[LayerInput],
     settings: CalibrationSettings,
+    precisions: Mapping[str, Precision],
 ) -> Iterator[SearchedBlock]:
     """Searches the blocks of a segment bottom to top (eq. 3), then gives dead layers their L_p start.
 
@@ -86,6 +87,7 @@ def search_segment(
         full_inputs: per batch, what enters the first layer in full precision.
         inputs: the same when everything below is quantized.
         settings: candidates and schemes.
+        precisions: site name -> bits, where they are not those of the settings.
 
     Yields:
         Each block when its search has ended.
@@ -101,7 +103,7 @@ def search_segment(
             for layer in layers:
                 full = run_layer(model.get_submodule(layer.name), full_inputs, full)
                 targets.append(full)
-            sites = initialize_sites(model, layers, segment.component, inputs, hidden, settings)
+            sites = initialize_sites(model, layers, segment.component, inputs, hidden, settings, precisions)
             with installed(site for row in sites for site in row):
                 modules = [model.get_submodule(layer.name) for layer in layers]
                 result = search_block(BlockSearch(modules, sites, judging(inputs), judging(hidden), [judging(t) for t in targets]))
@@ -116,7 +118,7 @@ def search_segment(
         yield _settled(layers, sites, result)
     if dead:
         with _calibrating(model, dead, inputs):
-            sites = initialize_sites(model, dead, segment.component, inputs, hidden, settings)
+            sites = initialize_sites(model, dead, segment.component, inputs, hidden, settings, precisions)
             for site in (site for row in sites for site in row):
                 site.take_final_ranges()
         yield _settled(dead, sites, None)

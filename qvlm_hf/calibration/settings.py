@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["COMPONENTS", "CalibrationSettings", "RangeCandidate"]
+__all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate"]
 
 COMPONENTS = ("vision", "projector", "language")
 
@@ -29,6 +29,14 @@ class RangeCandidate:
     def static(self) -> bool:
         """Whether the range is found by calibration (and stored) rather than at run time."""
         return self.granularity in ("channel", "token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Bits of a site's weights and of its input (16: floating point)."""
+
+    weight_bits: int
+    activation_bits: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +63,10 @@ class CalibrationSettings:
     entropy_threshold: float | None = None
     percentiles: tuple[float, ...] = (1.0, 0.9999, 0.9995, 0.999)
     margins: tuple[float, ...] = (1.1, 1.25)
-    weight_rounding: str = "nearest"
-    rotation: str | None = None
+    weight_rounding: str = "gptq"
+    rotation: str | None = "auto"
+    guard: bool = True
+    precision_budget: float | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -73,22 +83,26 @@ class CalibrationSettings:
             raise ValueError(f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision).")
         if self.weight_rounding not in ("nearest", "gptq"):
             raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'.")
-        if self.rotation not in (None, "hadamard"):
-            raise ValueError(f"rotation={self.rotation!r} must be 'hadamard' or None.")
-        for name in ("quantize_vision", "quantize_projector", "strict"):
+        if self.rotation not in ("auto", None, "hadamard"):
+            raise ValueError(f"rotation={self.rotation!r} must be 'hadamard', None or 'auto'.")
+        if self.rotation == "auto":
+            object.__setattr__(self, "rotation", "hadamard" if self._rotation_pays() else None)
+        for name in ("quantize_vision", "quantize_projector", "guard", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not all(isinstance(pattern, str) and pattern for pattern in self.modules_to_not_convert):
             raise ValueError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of module names.")
 
     def _check_numbers(self) -> None:
-        self.scheme("language", self.start_granularity("language"))  # bits, group size and symmetry
+        self.scheme(self.start_granularity("language"))  # bits, group size and symmetry
         for name, low in (("num_samples", 1), ("batch_size", 1), ("seed", 0), ("max_block_depth", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {low}.")
         if self.entropy_threshold is not None and not _finite(self.entropy_threshold):
             raise ValueError(f"entropy_threshold={self.entropy_threshold!r} must be a number (in nats) or None for the segment's mean.")
+        if self.precision_budget is not None and not (_finite(self.precision_budget) and 2 <= self.precision_budget <= 8):
+            raise ValueError(f"precision_budget={self.precision_budget!r} must be an average of 2 to 8 bits per weight, or None.")
         if not self.percentiles or not all(_finite(p) and 0.9 <= p <= 1.0 for p in self.percentiles):
             raise ValueError(f"percentiles={self.percentiles!r} must be numbers from 0.9 to 1.0, as in (1.0, 0.9999).")
         if not all(_finite(m) and 1.0 < m <= 2.0 for m in self.margins):
@@ -125,12 +139,21 @@ class CalibrationSettings:
             candidates += [RangeCandidate(granularity=granularity, percentile=p) for p in sorted(self.percentiles, reverse=True)]
         return tuple(candidates)
 
-    def scheme(self, component: str, granularity: str, hadamard: int | None = None) -> QuantScheme:
-        """The module scheme of a site of `component` whose input has `granularity`, transformed in blocks of `hadamard`."""
-        del component  # one scheme for all components until a precision budget sets bits per module
+    def _rotation_pays(self) -> bool:
+        """Measured (docs/results.md): from 6 bits on, per-token ranges of rotated inputs are best; below, per-channel ones of plain inputs."""
+        return 6 <= self.activation_bits <= 8 and self.needs_data
+
+    @property
+    def precision(self) -> Precision:
+        """What a site gets unless guard or budget say otherwise."""
+        return Precision(weight_bits=self.weight_bits, activation_bits=self.activation_bits)
+
+    def scheme(self, granularity: str, hadamard: int | None = None, precision: Precision | None = None) -> QuantScheme:
+        """The scheme of a module whose input has `granularity`, transformed in blocks of `hadamard`, at `precision` (default: `precision`)."""
+        precision = precision or self.precision
         return QuantScheme(
-            weight_bits=self.weight_bits,
-            activation_bits=self.activation_bits,
+            weight_bits=precision.weight_bits,
+            activation_bits=precision.activation_bits,
             group_size=self.group_size,
             symmetric=self.symmetric,
             granularity=granularity,

@@ -27,16 +27,16 @@ _MAX_MODULES = 100_000  # a model of 70 B parameters has about 600 linear module
 _SETTINGS = (
     "group_size", "symmetric", "activation_granularity", "quantize_vision", "quantize_projector", "lm_head_bits", "modules_to_not_convert",
     "num_samples", "batch_size", "seed", "max_block_depth", "entropy_threshold", "percentiles", "margins", "weight_rounding",
-    "rotation",
+    "rotation", "guard", "precision_budget",
 )  # fmt: skip
-# Fields of api.md that this version has no code for, with the one value they take; the first two will shape results, so they are written.
+# Fields of api.md that this version has no code for, with the one value they take; the first will shape results, so it is written.
 _LATER: dict[str, Any] = {
-    "optimize_vision": False, "precision_budget": None,
+    "optimize_vision": False,
     "resume_dir": None, "push_to_hub": False, "hub_model_id": None, "hub_private": None,
 }  # fmt: skip
 _SHARED = ("dataset", "processor", "callbacks")
-_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, *tuple(_LATER)[:2], "provenance", "modules")
-_FIELDS = (*_SERIALIZED, *tuple(_LATER)[2:], *_SHARED, "strict")
+_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, *tuple(_LATER)[:1], "provenance", "modules")
+_FIELDS = (*_SERIALIZED, *tuple(_LATER)[1:], *_SHARED, "strict")
 
 
 @config_class
@@ -65,9 +65,13 @@ class QVLMConfig(QuantizationConfigMixin):
         percentiles: range candidates: shares of the calibration values that a range covers.
         margins: range candidates: factors on the range of all values.
         weight_rounding: "gptq" (second-order compensation of the rounding error) or "nearest".
+        rotation: "hadamard" folds a Hadamard rotation into the weights, with online transforms where that cannot be; None does not; "auto"
+            does for calibrated inputs of 6 to 8 bits, where it measured best.
+        guard: lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth of them at most; needs data.
+        precision_budget: average bits of a weight: calibration gives every site its own width, from 2 to 8. None: those of the scheme.
         strict: raise instead of warning where something falls back. Never saved.
         callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. Never saved.
-        optimize_vision, rotation, precision_budget, resume_dir, push_to_hub, hub_model_id, hub_private: not available
+        optimize_vision, resume_dir, push_to_hub, hub_model_id, hub_private: not available
             in this version; each takes its default alone.
         modules: canonical module name -> `QuantScheme` of every quantized module; filled by quantizing.
         provenance: what the quantization was made from (dataset, hash, counts, versions); filled by quantizing.
@@ -99,6 +103,8 @@ class QVLMConfig(QuantizationConfigMixin):
         margins: Sequence[float] = CalibrationSettings.margins,
         weight_rounding: str = CalibrationSettings.weight_rounding,
         rotation: str | None = CalibrationSettings.rotation,
+        guard: bool = CalibrationSettings.guard,
+        precision_budget: float | None = CalibrationSettings.precision_budget,
         strict: bool = False,
         callbacks: Sequence[Any] = (),
         modules: Mapping[str, Any] | None = None,
@@ -119,16 +125,16 @@ class QVLMConfig(QuantizationConfigMixin):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.max_block_depth, self.entropy_threshold = max_block_depth, entropy_threshold
         self.percentiles, self.margins, self.strict = percentiles, margins, strict
-        self.weight_rounding, self.rotation = weight_rounding, rotation
+        self.weight_rounding, self.rotation, self.guard, self.precision_budget = weight_rounding, rotation, guard, precision_budget
         self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():
             setattr(self, name, value)
-        self.settings()  # raises where a value breaks a rule
+        self.rotation = self.settings().rotation  # raises where a value breaks a rule; "auto" becomes what it means
 
     @classmethod
     def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":  # noqa: ANN401 - fields of QVLMConfig
-        """The grid and the granularities of the Q-VLM paper (arXiv 2410.08119).
+        """The grid and the granularities of the Q-VLM paper (arXiv 2410.08119), nothing besides.
 
         Args:
             scheme: as in `QVLMConfig`.
@@ -141,6 +147,9 @@ class QVLMConfig(QuantizationConfigMixin):
             "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
             "margins": (),
             "activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"},
+            "weight_rounding": "nearest",
+            "rotation": None,
+            "guard": False,
         }
         return cls(scheme=scheme, **(fields | overrides))
 

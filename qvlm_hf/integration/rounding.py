@@ -79,7 +79,7 @@ def planned_modules(model: nn.Module, settings: CalibrationSettings) -> dict[str
     head = settings.head_scheme()
     modules = {} if head is None else {output_head(model): head}
     for segment in resolve_segments(model, settings):
-        scheme = settings.scheme(segment.component, settings.start_granularity(segment.component))
+        scheme = settings.scheme(settings.start_granularity(segment.component))
         modules |= {name: scheme for layer in segment.layers for site in layer.sites for name in site.modules}
     return modules
 

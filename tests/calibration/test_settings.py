@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from qvlm_hf.calibration.settings import COMPONENTS, CalibrationSettings, RangeCandidate
+from qvlm_hf.calibration.settings import COMPONENTS, CalibrationSettings, Precision, RangeCandidate
 from qvlm_hf.core.scheme import QuantScheme
 
 
@@ -239,12 +239,33 @@ def test_static_candidates(granularity, static):
     assert RangeCandidate(granularity=granularity).static is static
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_scheme_carries_bits_and_groups(component):
+def test_scheme_carries_bits_groups_and_transform():
     settings = CalibrationSettings(weight_bits=3, activation_bits=6, group_size=64, symmetric=True)
-    assert settings.scheme(component, "channel") == QuantScheme(
-        weight_bits=3, activation_bits=6, group_size=64, symmetric=True, granularity="channel"
-    )
+    expected = QuantScheme(weight_bits=3, activation_bits=6, group_size=64, symmetric=True, granularity="channel")
+    assert settings.scheme("channel") == expected
+    assert settings.scheme("channel", 8) == dataclasses.replace(expected, hadamard=8)
+    lifted = Precision(weight_bits=8, activation_bits=7)
+    assert settings.scheme("channel", None, lifted) == dataclasses.replace(expected, weight_bits=8, activation_bits=7)
+    assert settings.precision == Precision(weight_bits=3, activation_bits=6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rotation"),
+    [
+        ({"activation_bits": 4}, None),
+        ({"activation_bits": 5}, None),
+        ({"activation_bits": 6}, "hadamard"),
+        ({"activation_bits": 8}, "hadamard"),
+        ({"activation_bits": 16}, None),
+        ({"activation_bits": 8, "activation_granularity": "dynamic_token"}, None),  # rounded while loading: never whole in memory
+        ({"activation_bits": 8, "rotation": None}, None),
+        ({"activation_bits": 4, "rotation": "hadamard"}, "hadamard"),
+    ],
+)
+def test_what_auto_rotation_means(fields, rotation):
+    settings = CalibrationSettings(**fields)
+    assert settings.rotation == rotation
+    assert dataclasses.replace(settings, weight_bits=3).rotation == rotation
 
 
 def test_head_scheme():
