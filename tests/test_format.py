@@ -225,16 +225,27 @@ def test_packed_tensors_are_what_the_format_names():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"activation_granularity": {"vision": "token", "projector": "channel", "language": "dynamic_token"}}]
+    "options",
+    [
+        {},
+        {"activation_granularity": {"vision": "token", "projector": "channel", "language": "dynamic_token"}},
+        {"rotation": "hadamard"},
+        {"scheme": "W6A8"},  # rotated by default
+        {"precision_budget": 3.5},
+        {"rotation": "hadamard", "precision_budget": 5.0, "weight_rounding": "nearest", "activation_granularity": "dynamic_token"},
+    ],
+    ids=str,
 )
 def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
     from tiny_models import tiny_llava
 
     model, processor = tiny_llava().eval(), tiny_processor()
     config = qvlm_hf.QVLMConfig(
-        scheme="W4A4", group_size=48, dataset=tiny_messages(6), processor=processor, num_samples=6, max_block_depth=1, **options
+        group_size=48, dataset=tiny_messages(6), processor=processor, num_samples=6, max_block_depth=1, **options
     )
     report = qvlm_hf.quantize_model(model, config)
+    assert any(scheme.hadamard for scheme in report.modules.values()) == (config.rotation is not None)
+    assert len({scheme.weight_bits for scheme in report.modules.values()}) > 1 or config.precision_budget is None
     qvlm_hf.save_quantized(model, processor, tmp_path / "saved", report=report)
     generator = torch.Generator().manual_seed(0)
     for name in report.modules:

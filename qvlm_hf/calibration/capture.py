@@ -7,14 +7,16 @@ Legend: B samples (or pictures) of a batch, T tokens, H hidden size.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LayerInput", "capture_inputs", "compute_dtype", "count_tokens", "kept", "run_layer", "working_precision"]
+from qvlm_hf.core.architectures import Layer
+
+__all__ = ["LayerInput", "calibrating", "capture_inputs", "compute_dtype", "count_tokens", "kept", "run_layer", "working_precision"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ def working_precision(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for parameter, data in kept_tensors:
             parameter.data = data
+
+
+@contextmanager
+def calibrating(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[LayerInput]) -> Iterator[None]:
+    """`working_precision` for layers of `model`, in the dtype of the hidden states that enter them."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(working_precision(model.get_submodule(layer.name), inputs[0].hidden.dtype))
+        yield
 
 
 def capture_inputs(model: nn.Module, batches: Sequence[Any], layers: Sequence[str]) -> dict[str, list[LayerInput]]:

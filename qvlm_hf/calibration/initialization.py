@@ -55,7 +55,7 @@ def initialize_sites(
     Raises:
         ValueError: a site was not reached, its input is not finite, or it has no fixed number of positions for "token".
     """
-    candidates = settings.candidates(component)
+    candidates, precisions = settings.candidates(component), precisions or {}
     percentile = min(candidate.percentile for candidate in candidates)
     sites = [site for layer in layers for site in layer.sites]
     # per site and granularity: of the batches that ranges are tried from, and of all
@@ -77,10 +77,10 @@ def initialize_sites(
     _feed(model, layers, inputs, hidden, observe)
     trials = {
         site.name: _trial_site(
-            model, site, candidates, observers[site.name], everything[site.name], settings, (precisions or {}).get(site.name, settings.precision)
+            model, site, candidates, observers[site.name], everything[site.name], settings, precisions.get(site.name, settings.precision)
         )
         for site in sites
-    }  # fmt: skip
+    }
     starts = [i for i, candidate in enumerate(candidates) if candidate.granularity == settings.start_granularity(component)]
     errors = {name: LpError([trial.qparams[i] for i in starts], trial.schemes[0].activation_bits) for name, trial in trials.items()}
 

@@ -16,6 +16,7 @@ Legend: O out_features, I in_features, H hidden size of the language model.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
     Raises:
         ValueError: a module of the plan is missing, no nn.Linear, or on the meta device.
     """
-    embeddings = model.get_submodule(plan.embeddings)
+    embeddings: Any = model.get_submodule(plan.embeddings)
     head = get_linear(model, plan.head)
     if head.weight is embeddings.weight:
         _untie(model, head)
@@ -100,7 +101,7 @@ def residual_rotation(size: int, seed: int) -> Callable[[Tensor], Tensor]:
 def _fold_norm(norm: nn.Module, readers: list[nn.Linear]) -> None:
     """W (g n + b) + c = (W g) n + (W b + c): g and b of the norm become 1 and 0."""
     gain: Tensor = norm.weight  # type: ignore[assignment]
-    shift: Tensor | None = getattr(norm, "bias", None)  # type: ignore[assignment]
+    shift: Tensor | None = getattr(norm, "bias", None)
     for reader in readers:
         weight = reader.weight.detach().double()
         if shift is not None:
@@ -109,7 +110,7 @@ def _fold_norm(norm: nn.Module, readers: list[nn.Linear]) -> None:
                 if moved.any():
                     raise ValueError("a norm's bias cannot be folded into a linear module without one: use rotation=None for this model.")
             else:
-                _change(reader, "bias", lambda bias, moved=moved: bias + moved)
+                _change(reader, "bias", moved.add)
         _change(reader, "weight", lambda weight: weight * gain.detach().double())
     _change(norm, "weight", torch.ones_like)
     if shift is not None:

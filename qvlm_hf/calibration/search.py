@@ -4,7 +4,8 @@ The objective is the squared error of the block's output against full precision,
 the quantized layers below produce:
 
 1. greedy: each layer alone, its own output (eq. 2) - the same search on a block of one layer;
-2. joint: all combinations of one candidate per layer, sharing the prefix of the block, screened on a part of the batches;
+2. joint: all combinations of one candidate per layer, out of the three that did best for each layer alone, sharing the prefix of the
+   block, screened on a part of the batches;
 3. refine: coordinate descent over single sites until a sweep brings nothing.
 
 Greedy, the L_p start and the best combinations are compared on all batches and the best is refined, so on a block joint <= greedy.
@@ -27,6 +28,7 @@ Choice = tuple[tuple[int, ...], ...]  # per layer, per site: index of a candidat
 # Every fourth batch screens; the two best combinations are measured in full. On the demo model (W4A4) the block errors ended between
 # 0.7 % below and 0.2 % above those of the unscreened search, with 40 % of its layer runs and half its time.
 _SCREEN_STRIDE = 4
+_SHORTLIST = 3  # candidates of a layer that its block tries jointly: those that did best for the layer alone
 _FINALISTS = 2
 # A refinement below this relative gain is noise of the calibration set, not worth another evaluation.
 _MIN_GAIN = 1e-4
@@ -112,47 +114,60 @@ def search_block(search: BlockSearch) -> SearchResult:
     Returns:
         The choice and its errors; `joint` is never above `greedy`, nor above `initial`.
     """
+    return _search(search)[0]
+
+
+def _search(search: BlockSearch) -> tuple[SearchResult, list[int]]:
+    """The result, and the candidates of the first layer, those of the best combinations first."""
     start: Choice = tuple(tuple(site.choice for site in sites) for sites in search.sites)
     alone = len(search.layers) == 1
-    greedy = None if alone else _greedy(search)
-    contenders = dict.fromkeys([start, *([greedy] if greedy else []), *_combinations(search)])
+    greedy, shortlists = (None, [range(_candidate_count(search.sites[0]))]) if alone else _greedy(search)
+    combinations = _combinations(search, shortlists)
+    contenders = dict.fromkeys([start, *([greedy] if greedy else []), *combinations[:_FINALISTS]])
     errors = {choice: search.evaluate(choice, search.hidden, 0) for choice in contenders}
     best = min(errors, key=errors.__getitem__)
-    best, error = _refine(search, best, errors[best])
-    return SearchResult(best, errors[start], error if greedy is None else errors[greedy], error, search.evaluations)
+    best, error = _refine(search, best, errors[best], shortlists)
+    result = SearchResult(best, errors[start], error if greedy is None else errors[greedy], error, search.evaluations)
+    return result, [choice[0][0] for choice in combinations if choice[0]]
 
 
-def _greedy(search: BlockSearch) -> Choice:
-    """Layer after layer, each judged by its own output (eq. 2)."""
-    hidden, choice = list(search.hidden), []
+def _greedy(search: BlockSearch) -> tuple[Choice, list[Sequence[int]]]:
+    """Layer after layer, each judged by its own output (eq. 2); also each layer's best candidates by that measure."""
+    hidden = list(search.hidden)
+    choice: list[tuple[int, ...]] = []
+    shortlists: list[Sequence[int]] = []
     for layer in range(len(search.layers)):
         alone = search.sub_block(layer, hidden)
-        result = search_block(alone)
+        result, ranking = _search(alone)
         search.evaluations += alone.evaluations
         choice.append(result.choice[0])
+        shortlists.append(ranking[:_SHORTLIST] or [0])
         hidden = search.run(layer, result.choice[0], hidden)
-    return tuple(choice)
+    return tuple(choice), shortlists
 
 
-def _combinations(search: BlockSearch) -> list[Choice]:
-    """The best combinations of one candidate per layer, on the screening batches."""
+def _combinations(search: BlockSearch, shortlists: Sequence[Sequence[int]]) -> list[Choice]:
+    """Combinations of one shortlisted candidate per layer, best first, on the screening batches."""
     screen = slice(0, None, _SCREEN_STRIDE)
-    scored = [(error, order, choice) for order, (choice, error) in enumerate(_enumerate(search, (), search.hidden[screen], screen))]
-    return [choice for _, _, choice in sorted(scored)[:_FINALISTS]]
+    found = _enumerate(search, (), search.hidden[screen], screen, shortlists)
+    scored = [(error, order, choice) for order, (choice, error) in enumerate(found)]
+    return [choice for _, _, choice in sorted(scored)]
 
 
-def _enumerate(search: BlockSearch, prefix: Choice, hidden: Sequence[Tensor], screen: slice) -> Iterator[tuple[Choice, float]]:
+def _enumerate(
+    search: BlockSearch, prefix: Choice, hidden: Sequence[Tensor], screen: slice, shortlists: Sequence[Sequence[int]]
+) -> Iterator[tuple[Choice, float]]:
     """Depth first, so that layers that agree are run once."""
     layer = len(prefix)
     if layer == len(search.layers):
         yield prefix, search.error(layer - 1, hidden, screen)
         return
-    for index in range(_candidate_count(search.sites[layer])):
+    for index in shortlists[layer]:
         uniform = (index,) * len(search.sites[layer])
-        yield from _enumerate(search, (*prefix, uniform), search.run(layer, uniform, hidden, screen), screen)
+        yield from _enumerate(search, (*prefix, uniform), search.run(layer, uniform, hidden, screen), screen, shortlists)
 
 
-def _refine(search: BlockSearch, best: Choice, error: float) -> tuple[Choice, float]:
+def _refine(search: BlockSearch, best: Choice, error: float, shortlists: Sequence[Sequence[int]]) -> tuple[Choice, float]:
     """Coordinate descent over single sites; ends with a sweep in which no site improves."""
     screen = slice(0, None, _SCREEN_STRIDE)
     screened = len(search.inputs) > _SCREEN_STRIDE
@@ -163,9 +178,10 @@ def _refine(search: BlockSearch, best: Choice, error: float) -> tuple[Choice, fl
         hidden = list(search.hidden)
         for layer in range(len(search.layers)):
             for site in range(len(search.sites[layer])):
-                options = [c for i in range(len(search.sites[layer][site].candidates)) if (c := _with(best, layer, site, i)) not in tried]
-                if screened and len(options) > 1:
-                    options = [min(options, key=lambda option: search.evaluate(option, hidden, layer, screen))]
+                indices = shortlists[layer] if screened else range(len(search.sites[layer][site].candidates))
+                options = [c for index in indices if (c := _with(best, layer, site, index)) not in tried]
+                if screened and options:
+                    options = _promising(search, best, options, hidden, layer, screen)
                 for option in options:
                     tried.add(option)
                     candidate = search.evaluate(option, hidden, layer)
@@ -173,6 +189,15 @@ def _refine(search: BlockSearch, best: Choice, error: float) -> tuple[Choice, fl
                         best, error, improved = option, candidate, True
             hidden = search.run(layer, best[layer], hidden)
     return best, error
+
+
+def _promising(
+    search: BlockSearch, best: Choice, options: Sequence[Choice], hidden: Sequence[Tensor], layer: int, screen: slice
+) -> list[Choice]:
+    """The best of `options` on the screening batches, if it beats `best` there."""
+    errors = {option: search.evaluate(option, hidden, layer, screen) for option in (best, *options)}
+    first = min(errors, key=errors.__getitem__)
+    return [] if first == best else [first]
 
 
 def _with(choice: Choice, layer: int, site: int, index: int) -> Choice:

@@ -5,13 +5,12 @@ really see). Only one block's worth of either is kept.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.capture import LayerInput, count_tokens, kept, run_layer, working_precision
+from qvlm_hf.calibration.capture import LayerInput, calibrating, count_tokens, kept, run_layer
 from qvlm_hf.calibration.compensation import compensate_layer
 from qvlm_hf.calibration.entropy import DependencyHistogram
 from qvlm_hf.calibration.initialization import initialize_sites, judging
@@ -98,7 +97,7 @@ def search_segment(
     hidden = [entry.hidden for entry in inputs]
     for block in blocks:
         layers = live[block.start : block.stop]
-        with _calibrating(model, layers, inputs):
+        with calibrating(model, layers, inputs):
             targets = []
             for layer in layers:
                 full = run_layer(model.get_submodule(layer.name), full_inputs, full)
@@ -117,7 +116,7 @@ def search_segment(
         # outside the context: whoever packs the block must see the model's own dtype
         yield _settled(layers, sites, result)
     if dead:
-        with _calibrating(model, dead, inputs):
+        with calibrating(model, dead, inputs):
             sites = initialize_sites(model, dead, segment.component, inputs, hidden, settings, precisions)
             for site in (site for row in sites for site in row):
                 site.take_final_ranges()
@@ -131,16 +130,8 @@ def _settled(layers: Sequence[Layer], sites: Sequence[Sequence[TrialSite]], resu
     return SearchedBlock(tuple(layers), tuple(map(tuple, sites)), result)
 
 
-@contextmanager
-def _calibrating(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[LayerInput]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(working_precision(model.get_submodule(layer.name), inputs[0].hidden.dtype))
-        yield
-
-
 def _run_in_full_precision(model: nn.Module, layer: Layer, inputs: Sequence[LayerInput], hidden: Sequence[Tensor]) -> list[Tensor]:
-    with _calibrating(model, [layer], inputs):
+    with calibrating(model, [layer], inputs):
         out = run_layer(model.get_submodule(layer.name), inputs, hidden)
     for entry, h in zip(inputs, out, strict=True):
         if not torch.isfinite(kept(h, entry.keep)).all():

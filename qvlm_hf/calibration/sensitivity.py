@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from torch import Tensor, nn
 
 from qvlm_hf.calibration.answers import answer_kl, answer_logits
-from qvlm_hf.calibration.capture import LayerInput
+from qvlm_hf.calibration.capture import LayerInput, calibrating
 from qvlm_hf.calibration.initialization import initialize_sites, judging
 from qvlm_hf.calibration.report import Lift
 from qvlm_hf.calibration.samples import Batch
@@ -78,7 +78,8 @@ class SensitivityProbe:
             if not wanted:
                 continue
             hidden = [entry.hidden for entry in inputs]
-            trials = initialize_sites(self._model, live, segment.component, inputs, hidden, settings)
+            with calibrating(self._model, live, inputs):
+                trials = initialize_sites(self._model, live, segment.component, inputs, hidden, settings)
             for trial in (trial for row in trials for trial in row if trial.site in wanted):
                 with installed([trial]):
                     found[trial.site.name] = self._divergence(self._answers())

@@ -140,7 +140,7 @@ class CalibrationSettings:
         return tuple(candidates)
 
     def _rotation_pays(self) -> bool:
-        """Measured (docs/results.md): from 6 bits on, per-token ranges of rotated inputs are best; below, per-channel ones of plain inputs."""
+        """Measured (docs/results.md): from 6 bits on, per-token ranges of rotated inputs are best; below, per-channel ranges unrotated."""
         return 6 <= self.activation_bits <= 8 and self.needs_data
 
     @property
@@ -149,7 +149,7 @@ class CalibrationSettings:
         return Precision(weight_bits=self.weight_bits, activation_bits=self.activation_bits)
 
     def scheme(self, granularity: str, hadamard: int | None = None, precision: Precision | None = None) -> QuantScheme:
-        """The scheme of a module whose input has `granularity`, transformed in blocks of `hadamard`, at `precision` (default: `precision`)."""
+        """The scheme of a module whose input has `granularity`, transformed in blocks of `hadamard`; `precision` may differ."""
         precision = precision or self.precision
         return QuantScheme(
             weight_bits=precision.weight_bits,

@@ -236,7 +236,7 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     family, projector, encoder, decoder = _rows(config)
     vision = [f"{family.vision_layers}.{i}" for i in range(len(_get(model, family.vision_layers)))]  # type: ignore[arg-type]
     language = [f"{family.language_layers}.{i}" for i in range(len(_get(model, family.language_layers)))]  # type: ignore[arg-type]
-    norms = {family.final_norm: (family.head,)}
+    norms: dict[str, tuple[str, ...]] = {family.final_norm: (family.head,)}
     values = []
     for names, kind, part in ((vision, encoder, config.vision_config), (language, decoder, config.text_config)):
         for name in names:

@@ -94,9 +94,14 @@ def test_an_outlier_channel_disappears_from_every_input_it_reached():
 def test_an_error_gives_back_the_very_parameters():
     model = tiny_llava(tie_word_embeddings=True)
     before, pointers = logits(model), {name: p.data_ptr() for name, p in model.named_parameters()}
-    with pytest.raises(KeyboardInterrupt), undone_on_error(model):
-        rotate(model, rotation_plan(model), seed=0)
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with undone_on_error(model):
+            rotate(model, rotation_plan(model), seed=0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert model.config.tie_word_embeddings

@@ -80,7 +80,7 @@ def test_a_site_that_matters_gets_more_bits():
 
 
 def test_too_small_a_budget_is_refused():
-    with pytest.raises(ValueError, match="precision_budget=1.5 is below 2 bits"):
+    with pytest.raises(ValueError, match=r"precision_budget=1\.5 is below 2 bits"):
         allocate_bits({"a": {2: 1.0, 3: 0.5}}, {"a": 10}, 1.5)
 
 

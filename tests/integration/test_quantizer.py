@@ -76,7 +76,7 @@ def test_generators_lambdas_and_callbacks_survive_and_the_users_config_is_untouc
     assert config.dataset is not None
     report = model.hf_quantizer.report
     assert seen[-1] == (model, report)
-    assert seen[0][0] == "search"
+    assert seen[0][0] == "sensitivity"
     assert model.config.quantization_config is model.hf_quantizer.quantization_config
     assert model.config.quantization_config.modules == report.modules
     assert {name for name, module in model.named_modules() if isinstance(module, QVLMLinear)} == set(report.modules)
