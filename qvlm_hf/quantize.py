@@ -1,6 +1,7 @@
 """The whole method, top to bottom: READ THIS FIRST.
 
-    samples -> rotation -> capture -> sensitivity -> (per segment) entropy -> partition -> joint search -> pack -> self-check
+    samples -> rotation -> capture -> sensitivity and token importance
+            -> (per segment) entropy -> partition -> joint search -> pack -> self-check
 
 `calibrate_and_pack` is the paper's recipe (Q-VLM, arXiv 2410.08119) as docs/algorithm.md maps it: activation entropy measures how much a
 layer depends on the one before it (eq. 4-6), layers that depend on each other form a block (eq. 7), rounding functions are searched
@@ -19,10 +20,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvlm_hf.calibration.answers import answer_logits
 from qvlm_hf.calibration.capture import LayerInput, capture_inputs
+from qvlm_hf.calibration.importance import token_importance
 from qvlm_hf.calibration.partition import partition_layers
 from qvlm_hf.calibration.report import BlockReport, CalibrationReport, Lift, SegmentReport, SiteReport, settings_dict
 from qvlm_hf.calibration.rotation import rotate, undone_on_error
@@ -82,7 +84,8 @@ def calibrate_and_pack(
             if not full[segment.layers[0].name]:
                 raise ValueError(_unreached(segment))
         precisions, sensitivities, lifts = _choose_precisions(model, segments, full, data, settings, callbacks)
-        modules, segment_reports, site_reports = _search(model, segments, full, data, settings, precisions, callbacks)
+        importance = token_importance(model, segments, data, seed=settings.seed) if settings.token_importance else {}
+        modules, segment_reports, site_reports = _search(model, segments, full, data, settings, precisions, importance, callbacks)
         floating = {name: get_linear(model, name) for name in modules}
         replace_modules(model, modules)
         check = compare_answers(model, checks, reference, held_out=bool(held_out))
@@ -176,6 +179,7 @@ def _search(
     data: Sequence[Batch],
     settings: CalibrationSettings,
     precisions: Mapping[str, Precision],
+    importance: Mapping[str, Sequence[Tensor]],
     callbacks: Sequence[Any],
 ) -> tuple[dict[str, QVLMLinear], list[SegmentReport], list[SiteReport]]:
     """Entropy, partition and joint search of one segment after the other; returns the packed modules and what was found."""
@@ -192,7 +196,7 @@ def _search(
             )
             inputs = capture_inputs(model, data, [first])[first] if modules else full[first]
             searched = []
-            for found in search_segment(model, segment, blocks, full[first], inputs, settings, precisions):
+            for found in search_segment(model, segment, blocks, full[first], inputs, settings, precisions, importance):
                 modules |= _pack_block(model, found)
                 searched.append(found)
                 progress.advance(len(found.layers))

@@ -240,9 +240,7 @@ def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
     from tiny_models import tiny_llava
 
     model, processor = tiny_llava().eval(), tiny_processor()
-    config = qvlm_hf.QVLMConfig(
-        group_size=48, dataset=tiny_messages(6), processor=processor, num_samples=6, max_block_depth=1, **options
-    )
+    config = qvlm_hf.QVLMConfig(group_size=48, dataset=tiny_messages(6), processor=processor, num_samples=6, max_block_depth=1, **options)
     report = qvlm_hf.quantize_model(model, config)
     assert any(scheme.hadamard for scheme in report.modules.values()) == (config.rotation is not None)
     assert len({scheme.weight_bits for scheme in report.modules.values()}) > 1 or config.precision_budget is None

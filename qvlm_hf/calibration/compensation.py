@@ -24,7 +24,13 @@ _DAMPING = 0.01
 _CHUNK = 64  # columns whose corrections are applied at once; only speed depends on it
 
 
-def compensate_layer(layer: nn.Module, sites: Sequence[TrialSite], inputs: Sequence[LayerInput], hidden: Sequence[Tensor]) -> None:
+def compensate_layer(
+    layer: nn.Module,
+    sites: Sequence[TrialSite],
+    inputs: Sequence[LayerInput],
+    hidden: Sequence[Tensor],
+    weights: Sequence[Tensor] | None = None,
+) -> None:
     """Replaces the rounded weights of a layer's sites by compensated ones, site after site, each on what the sites before it now produce.
 
     Args:
@@ -32,18 +38,20 @@ def compensate_layer(layer: nn.Module, sites: Sequence[TrialSite], inputs: Seque
         sites: in execution order.
         inputs: per batch, masks and other arguments of the segment.
         hidden: per batch [B, T, H], what enters the layer.
+        weights: per batch [B, T], how much a token's error counts; None is all alike.
     """
+    tokens = weights or [torch.ones(h.shape[:-1], device=h.device) for h in hidden]
     for site in sites:
-        hessian = _hessian(layer, site, inputs, hidden)
-        weights = [site.folded_weight(index) for index in range(len(site.linears))]
-        site.set_weights([compensate(weight, hessian, site.scheme) for weight in weights])
+        hessian = _hessian(layer, site, inputs, hidden, tokens)
+        folded = [site.folded_weight(index) for index in range(len(site.linears))]
+        site.set_weights([compensate(weight, hessian, site.scheme) for weight in folded])
 
 
-def _hessian(layer: nn.Module, site: TrialSite, inputs: Sequence[LayerInput], hidden: Sequence[Tensor]) -> Tensor:
-    """Sum of a a^T over the tokens that count, float32 [I, I], a being what the site's weights are multiplied by."""
+def _hessian(layer: nn.Module, site: TrialSite, inputs: Sequence[LayerInput], hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
+    """Weighted sum of a a^T over the tokens that count, float32 [I, I], a being what the site's weights are multiplied by."""
     size = site.linears[0].in_features
     total = torch.zeros(size, size, device=site.linears[0].weight.device)
-    for entry, h in zip(inputs, hidden, strict=True):
+    for entry, h, weight in zip(inputs, hidden, tokens, strict=True):
         seen: list[Tensor] = []
         handle = site.linears[0].register_forward_pre_hook(lambda _module, args, seen=seen: seen.append(args[0]))
         try:
@@ -51,6 +59,8 @@ def _hessian(layer: nn.Module, site: TrialSite, inputs: Sequence[LayerInput], hi
         finally:
             handle.remove()
         a = site.multiplied_input(seen[0])
+        if a.shape[:-1] == weight.shape:
+            a = a * weight.sqrt().unsqueeze(-1)
         a = kept(a, entry.keep if entry.keep is not None and a.shape[:2] == entry.keep.shape else None)
         total.addmm_(a.T, a)
     return total

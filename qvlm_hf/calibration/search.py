@@ -1,7 +1,7 @@
 """The joint search inside one block (eq. 3 of the paper), and the greedy one (eq. 2) that it starts from and never falls behind.
 
-The objective is the squared error of the block's output against full precision, over the tokens that count, with the inputs that
-the quantized layers below produce:
+The objective is the squared error of the block's output against full precision, over the tokens that count and as much as they count
+(importance.py), with the inputs that the quantized layers below produce:
 
 1. greedy: each layer alone, its own output (eq. 2) - the same search on a block of one layer;
 2. joint: all combinations of one candidate per layer, out of the three that did best for each layer alone, sharing the prefix of the
@@ -61,6 +61,7 @@ class BlockSearch:
         inputs: per batch, masks and other arguments of the segment.
         hidden: per batch [B, T, H], output of the quantized layers below.
         targets: per layer, per batch [B, T, H], the full-precision output of each layer.
+        weights: per layer, per batch [B, T], how much a token's error counts; None is all alike.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class BlockSearch:
         inputs: Sequence[LayerInput],
         hidden: Sequence[Tensor],
         targets: Sequence[Sequence[Tensor]],
+        weights: Sequence[Sequence[Tensor]] | None = None,
     ) -> None:
         self.layers, self.sites, self.inputs, self.hidden, self.targets = layers, sites, inputs, hidden, targets
+        self.weights = weights or [[torch.ones(h.shape[:-1], device=h.device) for h in target] for target in targets]
         self.evaluations = 0.0
 
     def run(self, layer: int, choice: Sequence[int], hidden: Sequence[Tensor], batches: slice = slice(None)) -> list[Tensor]:
@@ -83,12 +86,13 @@ class BlockSearch:
         return run_layer(self.layers[layer], inputs, hidden)
 
     def error(self, layer: int, hidden: Sequence[Tensor], batches: slice = slice(None)) -> float:
-        """Relative squared error of the hidden states that leave `layer`."""
+        """Relative squared error of the hidden states that leave `layer`, token by token times its weight."""
         wrong = norm = 0.0
-        for entry, h, target in zip(self.inputs[batches], hidden, self.targets[layer][batches], strict=True):
-            reference = kept(target, entry.keep).float()
-            wrong += float((kept(h, entry.keep).float() - reference).square_().sum(dtype=torch.float64))
-            norm += float(reference.square().sum(dtype=torch.float64))
+        weights = self.weights[layer][batches]
+        for entry, h, target, weight in zip(self.inputs[batches], hidden, self.targets[layer][batches], weights, strict=True):
+            reference, counts = kept(target, entry.keep).float(), kept(weight.unsqueeze(-1), entry.keep).double()
+            wrong += float((kept(h, entry.keep).float() - reference).square_().mul(counts).sum())
+            norm += float(reference.square().mul(counts).sum())
         return wrong / norm if norm > 0 else wrong
 
     def evaluate(self, choice: Choice, prefix: Sequence[Tensor], start: int, batches: slice = slice(None)) -> float:
@@ -100,9 +104,8 @@ class BlockSearch:
 
     def sub_block(self, layer: int, hidden: Sequence[Tensor]) -> "BlockSearch":
         """The block of one layer, fed with `hidden`: what eq. 2 searches."""
-        return BlockSearch(
-            self.layers[layer : layer + 1], self.sites[layer : layer + 1], self.inputs, hidden, self.targets[layer : layer + 1]
-        )
+        part = slice(layer, layer + 1)
+        return BlockSearch(self.layers[part], self.sites[part], self.inputs, hidden, self.targets[part], self.weights[part])
 
 
 def search_block(search: BlockSearch) -> SearchResult:

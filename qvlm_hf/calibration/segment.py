@@ -76,6 +76,7 @@ def search_segment(
     inputs: Sequence[LayerInput],
     settings: CalibrationSettings,
     precisions: Mapping[str, Precision],
+    importance: Mapping[str, Sequence[Tensor]],
 ) -> Iterator[SearchedBlock]:
     """Searches the blocks of a segment bottom to top (eq. 3), then gives dead layers their L_p start.
 
@@ -87,6 +88,7 @@ def search_segment(
         inputs: the same when everything below is quantized.
         settings: candidates and schemes.
         precisions: site name -> bits, where they are not those of the settings.
+        importance: layer name -> weights of the tokens that leave it, per batch; empty: all tokens count alike.
 
     Yields:
         Each block when its search has ended.
@@ -105,13 +107,15 @@ def search_segment(
             sites = initialize_sites(model, layers, segment.component, inputs, hidden, settings, precisions)
             with installed(site for row in sites for site in row):
                 modules = [model.get_submodule(layer.name) for layer in layers]
-                result = search_block(BlockSearch(modules, sites, judging(inputs), judging(hidden), [judging(t) for t in targets]))
-                for module, row, choice in zip(modules, sites, result.choice, strict=True):
+                weights = [importance[layer.name] for layer in layers] if importance else [None] * len(layers)
+                judged = [judging(per_batch) for per_batch in weights if per_batch is not None]
+                result = search_block(BlockSearch(modules, sites, judging(inputs), judging(hidden), [judging(t) for t in targets], judged))
+                for module, row, choice, tokens in zip(modules, sites, result.choice, weights, strict=True):
                     for site, index in zip(row, choice, strict=True):
                         site.active = index
                         site.take_final_ranges()
                     if settings.weight_rounding == "gptq":
-                        compensate_layer(module, row, inputs, hidden)
+                        compensate_layer(module, row, inputs, hidden, tokens)
                     hidden = run_layer(module, inputs, hidden)
         # outside the context: whoever packs the block must see the model's own dtype
         yield _settled(layers, sites, result)

@@ -65,6 +65,7 @@ class CalibrationSettings:
     margins: tuple[float, ...] = (1.1, 1.25)
     weight_rounding: str = "gptq"
     rotation: str | None = "auto"
+    token_importance: bool = True
     guard: bool = True
     precision_budget: float | None = None
     strict: bool = False
@@ -87,7 +88,7 @@ class CalibrationSettings:
             raise ValueError(f"rotation={self.rotation!r} must be 'hadamard', None or 'auto'.")
         if self.rotation == "auto":
             object.__setattr__(self, "rotation", "hadamard" if self._rotation_pays() else None)
-        for name in ("quantize_vision", "quantize_projector", "guard", "strict"):
+        for name in ("quantize_vision", "quantize_projector", "token_importance", "guard", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not all(isinstance(pattern, str) and pattern for pattern in self.modules_to_not_convert):
@@ -140,8 +141,8 @@ class CalibrationSettings:
         return tuple(candidates)
 
     def _rotation_pays(self) -> bool:
-        """Measured (docs/results.md): from 6 bits on, per-token ranges of rotated inputs are best; below, per-channel ranges unrotated."""
-        return 6 <= self.activation_bits <= 8 and self.needs_data
+        """Measured (docs/results.md): at 8 bits per-token ranges of rotated inputs are best, at 6 and below per-channel ranges unrotated."""
+        return 7 <= self.activation_bits <= 8 and self.needs_data
 
     @property
     def precision(self) -> Precision:

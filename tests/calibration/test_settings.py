@@ -254,7 +254,8 @@ def test_scheme_carries_bits_groups_and_transform():
     [
         ({"activation_bits": 4}, None),
         ({"activation_bits": 5}, None),
-        ({"activation_bits": 6}, "hadamard"),
+        ({"activation_bits": 6}, None),
+        ({"activation_bits": 7}, "hadamard"),
         ({"activation_bits": 8}, "hadamard"),
         ({"activation_bits": 16}, None),
         ({"activation_bits": 8, "activation_granularity": "dynamic_token"}, None),  # rounded while loading: never whole in memory

@@ -17,6 +17,9 @@ KINDS: dict[str, Callable[[LlavaProcessor], QVLMConfig]] = {
     "rounded": lambda _: QVLMConfig(scheme="W4A16", symmetric=True, lm_head_bits=8),
     "dynamic": lambda _: QVLMConfig(scheme="W3A8", activation_granularity="dynamic_token", group_size=32),
     "searched": lambda processor: QVLMConfig(scheme="W4A4", dataset=tiny_messages(4), processor=processor, **SEARCH),
+    "rotated": lambda processor: QVLMConfig(scheme="W4A8", dataset=tiny_messages(4), processor=processor, **SEARCH),
+    "budgeted": lambda processor: QVLMConfig(precision_budget=3.5, dataset=tiny_messages(4), processor=processor, **SEARCH),
+    "rotated, rounded": lambda _: QVLMConfig(scheme="W4A16", rotation="hadamard"),
     "paper": lambda processor: QVLMConfig.paper(dataset=tiny_messages(4), processor=processor, num_samples=4, batch_size=4),
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_models import save_tiny
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
@@ -158,6 +159,19 @@ def test_in_memory_and_on_load_give_the_same_model(
         assert config.modules == {}
         stored = json.loads((saved[kind, "float32"].path / "qvlm_report.json").read_text())
         assert CalibrationReport.from_dict(stored) == report
+
+
+def test_a_rotated_model_with_tied_embeddings_is_saved_untied(tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable) -> None:
+    source = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    full = AutoModelForImageTextToText.from_pretrained(source)
+    model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=QVLMConfig(scheme="W8A16", rotation="hadamard"))
+    logits = ask(model, inputs)[0]
+    assert (logits - ask(full, inputs)[0]).abs().max() < 0.1 * logits.std()
+    save_quantized(model, None, tmp_path / "saved", report=None)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert torch.equal(ask(again, inputs)[0], logits)
+    assert not again.config.tie_word_embeddings
+    assert not torch.equal(again.lm_head.weight, again.model.language_model.embed_tokens.weight)
 
 
 def test_dequantize_gives_an_ordinary_model(saved: dict, tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable) -> None:
