@@ -141,7 +141,7 @@ class CalibrationSettings:
         return tuple(candidates)
 
     def _rotation_pays(self) -> bool:
-        """Measured (docs/results.md): at 8 bits per-token ranges of rotated inputs are best, at 6 and below per-channel ranges unrotated."""
+        """Measured (docs/results.md): at 8 bits per-token ranges of rotated inputs are best, at 6 and below per-channel ones unrotated."""
         return 7 <= self.activation_bits <= 8 and self.needs_data
 
     @property

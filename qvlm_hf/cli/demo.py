@@ -10,7 +10,7 @@ from qvlm_hf.calibration.samples import Sample, load_samples
 from qvlm_hf.cli.ask import answer
 from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import add_scheme_arguments, load_model, load_processor, make_config
-from qvlm_hf.cli.story import block_lines, entropy_chart
+from qvlm_hf.cli.story import story
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.evaluation import Evaluation, evaluate
 from qvlm_hf.integration.saving import check_output, save_quantized
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     _title(f"Quantizing to {options.scheme} ({options.method})")
     quantized = _quantize(options, processor)
     report = quantized.hf_quantizer.report
-    for line in (*entropy_chart(report), *block_lines(report), *(f"warning: {warning}" for warning in report.warnings)):
+    for line in story(report):
         print(line)
     path = save_quantized(quantized, processor, options.output, report=report, overwrite=options.overwrite)
 

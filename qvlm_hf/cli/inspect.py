@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.cli.models import silence
-from qvlm_hf.cli.story import block_lines, entropy_chart
+from qvlm_hf.cli.story import story
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.rounding import planned_modules
 from qvlm_hf.integration.saving import REPORT_NAME
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     report = Path(options.directory) / REPORT_NAME
     if report.is_file():
         loaded = CalibrationReport.from_dict(json.loads(report.read_text(encoding="utf-8")))
-        for line in (*entropy_chart(loaded), *block_lines(loaded), *(f"warning: {warning}" for warning in loaded.warnings)):
+        for line in story(loaded):
             print(line)
     return 0
 

@@ -3,7 +3,7 @@
 import argparse
 
 from qvlm_hf.cli.models import add_scheme_arguments, load_model, load_processor, make_config
-from qvlm_hf.cli.story import block_lines, entropy_chart
+from qvlm_hf.cli.story import story
 from qvlm_hf.integration.saving import check_output, save_quantized
 
 __all__ = ["add_arguments", "run"]
@@ -18,6 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="samples to calibrate on (default: 64)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per forward pass (default: 8)")
     parser.add_argument("--max-block-depth", type=int, default=3, metavar="N", help="layers searched together (default: 3)")
+    parser.add_argument("--rotation", default="auto", choices=("auto", "hadamard", "none"), help="fold a Hadamard rotation (default: auto)")
+    parser.add_argument("--precision-budget", type=float, metavar="BITS", help="average bits of a weight; widths are chosen per site")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the model (default: auto)")
     parser.add_argument("--modules-to-not-convert", nargs="*", default=None, metavar="NAME", help="modules that stay in full precision")
     parser.add_argument("--strict", action="store_true", help="fail where a fallback or a collapsed self-check would only warn")
@@ -35,13 +37,15 @@ def run(options: argparse.Namespace) -> int:
         num_samples=options.num_samples,
         batch_size=options.batch_size,
         max_block_depth=options.max_block_depth,
+        rotation=None if options.rotation == "none" else options.rotation,
+        precision_budget=options.precision_budget,
         modules_to_not_convert=options.modules_to_not_convert,
         strict=options.strict,
     )
     model = load_model(options.model, config, options.dtype)
     report = model.hf_quantizer.report
     path = save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
-    for line in (*entropy_chart(report), *block_lines(report), *(f"warning: {warning}" for warning in report.warnings)):
+    for line in story(report):
         print(line)
     print(f"{len(report.modules)} modules quantized to {options.scheme}; saved in {path.name}")
     return 0

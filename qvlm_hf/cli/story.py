@@ -4,9 +4,17 @@ from collections.abc import Iterator
 
 from qvlm_hf.calibration.report import CalibrationReport, SegmentReport
 
-__all__ = ["block_lines", "entropy_chart"]
+__all__ = ["block_lines", "entropy_chart", "lift_lines", "story"]
 
 _WIDTH = 40  # characters of the longest bar
+
+
+def story(report: CalibrationReport) -> Iterator[str]:
+    """All of it, warnings last."""
+    yield from entropy_chart(report)
+    yield from block_lines(report)
+    yield from lift_lines(report)
+    yield from (f"warning: {warning}" for warning in report.warnings)
 
 
 def entropy_chart(report: CalibrationReport) -> Iterator[str]:
@@ -32,6 +40,15 @@ def block_lines(report: CalibrationReport) -> Iterator[str]:
             name = f"{segment.component} {first}" if first == last else f"{segment.component} {first}-{last}"
             ratio = block.joint / block.greedy if block.greedy else 1.0
             yield f"  {name:<22}{block.initial:>12.6f}{block.greedy:>12.6f}{block.joint:>12.6f}{ratio:>14.3f}"
+
+
+def lift_lines(report: CalibrationReport) -> Iterator[str]:
+    """One line per site that the guard gave more bits."""
+    for lift in report.lifts:
+        yield (
+            f"guard: {lift.site} at W{lift.weight_bits}A{lift.activation_bits}: "
+            f"alone it moved the answers by {lift.before:.4f} nats, now by {lift.after:.4f}"
+        )
 
 
 def _block_ends(segment: SegmentReport) -> set[int]:
