@@ -55,7 +55,8 @@ class QVLMConfig(QuantizationConfigMixin):
         lm_head_bits: 8 quantizes the output head, None leaves it in full precision.
         modules_to_not_convert: module paths, suffixes or component names that stay in full precision, besides the output head and
             tied modules.
-        dataset: calibration samples: a path, a Hub id, a list, a Dataset or another iterable. Never saved.
+        dataset: calibration samples: a path, a Hub id, a list, a Dataset or another iterable; "synthetic" draws pictures and lets the
+            model answer. Never saved.
         processor: of the model; turns samples into inputs. Never saved.
         num_samples: samples taken from `dataset`.
         batch_size: samples per forward pass.

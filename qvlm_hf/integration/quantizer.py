@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from qvlm_hf.calibration.progress import ProgressBar
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.samples import Sample, hold_out, load_samples
+from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.registry import quantizer_class
@@ -93,6 +94,8 @@ class QVLMHfQuantizer(HfQuantizer):
             raise ValueError(
                 "dataset needs the model's processor: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id))."
             )
+        if config.dataset == SYNTHETIC:
+            return  # drawn when the model is there to answer
         # a few more than asked for: they check the result
         self._samples = load_samples(config.dataset, num_samples=config.num_samples + CHECK_SAMPLES, seed=config.seed)
 
@@ -173,6 +176,8 @@ class QVLMHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.dataset is None:
             return round_and_pack(model, config.settings())
+        if config.dataset == SYNTHETIC:
+            self._samples = synthesize(model, config.processor, config.num_samples + CHECK_SAMPLES, seed=config.seed)
         samples, held_out = hold_out(self._samples or (), config.num_samples, config.seed)
         callbacks = config.callbacks or (ProgressBar(),)
         report = calibrate_and_pack(model, config.settings(), samples, config.processor, held_out=held_out, callbacks=callbacks)
