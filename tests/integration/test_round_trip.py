@@ -36,7 +36,7 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory, saved: dict, inputs: dict
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kind", ["rounded", "dynamic", "searched", "paper"])
+@pytest.mark.parametrize("kind", ["rounded", "dynamic", "searched", "rotated", "budgeted", "rotated, rounded", "paper"])
 def test_a_fresh_process_answers_bit_for_bit_the_same(saved: dict, reloaded: dict, kind: str, dtype: str) -> None:
     before, after = saved[kind, dtype], reloaded[str(saved[kind, dtype].path)]
     assert after["logits"].dtype == getattr(torch, dtype)
