@@ -11,6 +11,7 @@ import it first. Read quantize.py first.
 """
 
 from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.settings import VisionOptimization
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.quantizer import QVLMHfQuantizer, quantize_model
 from qvlm_hf.integration.saving import save_quantized
@@ -23,6 +24,7 @@ __all__ = [
     "QVLMConfig",
     "QVLMHfQuantizer",
     "QVLMLinear",
+    "VisionOptimization",
     "__version__",
     "format_precision_table",
     "precision_table",

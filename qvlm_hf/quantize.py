@@ -1,6 +1,6 @@
 """The whole method, top to bottom: READ THIS FIRST.
 
-    samples -> rotation -> capture -> sensitivity and token importance
+    samples -> rotation -> capture -> sensitivity, token importance, visual encoder optimisation
             -> (per segment) entropy -> partition -> joint search -> pack -> self-check
 
 `calibrate_and_pack` is the paper's recipe (Q-VLM, arXiv 2410.08119) as docs/algorithm.md maps it: activation entropy measures how much a
@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qvlm_hf.calibration.answers import answer_logits
 from qvlm_hf.calibration.capture import LayerInput, capture_inputs
@@ -29,11 +29,12 @@ from qvlm_hf.calibration.partition import partition_layers
 from qvlm_hf.calibration.report import BlockReport, CalibrationReport, Lift, SegmentReport, SiteReport, settings_dict
 from qvlm_hf.calibration.rotation import rotate, undone_on_error
 from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture, fingerprint
-from qvlm_hf.calibration.segment import SearchedBlock, layer_dependencies, search_segment
+from qvlm_hf.calibration.segment import Evidence, SearchedBlock, layer_dependencies, search_segment
 from qvlm_hf.calibration.self_check import collapse_warning, compare_answers
 from qvlm_hf.calibration.sensitivity import SensitivityProbe, allocate_bits, guard_sites, measure_widths, site_parameters
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.calibration.simulation import installed
+from qvlm_hf.calibration.vision_encoder import OptimizedVision, optimize_vision
 from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve, rotation_plan
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.scheme import QuantScheme
@@ -85,7 +86,9 @@ def calibrate_and_pack(
                 raise ValueError(_unreached(segment))
         precisions, sensitivities, lifts = _choose_precisions(model, segments, full, data, settings, callbacks)
         importance = token_importance(model, segments, data, seed=settings.seed) if settings.token_importance else {}
-        modules, segment_reports, site_reports = _search(model, segments, full, data, settings, precisions, importance, callbacks)
+        vision = _optimize_vision(model, segments, full, data, settings, precisions, callbacks)
+        evidence = Evidence(precisions, importance, vision.ranges, vision.dependencies) if vision else Evidence(precisions, importance)
+        modules, segment_reports, site_reports = _search(model, segments, full, data, settings, evidence, callbacks)
         floating = {name: get_linear(model, name) for name in modules}
         replace_modules(model, modules)
         check = compare_answers(model, checks, reference, held_out=bool(held_out))
@@ -102,6 +105,7 @@ def calibrate_and_pack(
         sites=tuple(site_reports),
         sensitivities=sensitivities,
         lifts=tuple(lifts),
+        vision=None if vision is None else vision.report,
         average_weight_bits=_average_bits(modules),
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
@@ -172,14 +176,28 @@ def _choose_precisions(
     return precisions, sensitivities, lifts
 
 
+def _optimize_vision(
+    model: nn.Module,
+    segments: Sequence[Segment],
+    inputs: Mapping[str, Sequence[LayerInput]],
+    data: Sequence[Batch],
+    settings: CalibrationSettings,
+    precisions: Mapping[str, Precision],
+    callbacks: Sequence[Any],
+) -> OptimizedVision | None:
+    if settings.optimize_vision is None:
+        return None
+    advance = _Progress("vision", callbacks, settings.optimize_vision.epochs).advance
+    return optimize_vision(model, segments, inputs, data, settings, precisions, advance)
+
+
 def _search(
     model: nn.Module,
     segments: Sequence[Segment],
     full: dict[str, list[LayerInput]],
     data: Sequence[Batch],
     settings: CalibrationSettings,
-    precisions: Mapping[str, Precision],
-    importance: Mapping[str, Sequence[Tensor]],
+    evidence: Evidence,
     callbacks: Sequence[Any],
 ) -> tuple[dict[str, QVLMLinear], list[SegmentReport], list[SiteReport]]:
     """Entropy, partition and joint search of one segment after the other; returns the packed modules and what was found."""
@@ -190,13 +208,13 @@ def _search(
     with ExitStack() as below:
         for segment in segments:
             first = segment.layers[0].name
-            dependencies = layer_dependencies(model, segment, full[first], settings)
-            blocks, threshold = partition_layers(
-                dependencies, max_block_depth=settings.max_block_depth, threshold=settings.entropy_threshold
-            )
+            dependencies, threshold = evidence.dependencies.get(segment.component) or (
+                layer_dependencies(model, segment, full[first], settings), settings.entropy_threshold,
+            )  # fmt: skip
+            blocks, threshold = partition_layers(dependencies, max_block_depth=settings.max_block_depth, threshold=threshold)
             inputs = capture_inputs(model, data, [first])[first] if modules else full[first]
             searched = []
-            for found in search_segment(model, segment, blocks, full[first], inputs, settings, precisions, importance):
+            for found in search_segment(model, segment, blocks, full[first], inputs, settings, evidence):
                 modules |= _pack_block(model, found)
                 searched.append(found)
                 progress.advance(len(found.layers))

@@ -232,6 +232,7 @@ def test_packed_tensors_are_what_the_format_names():
         {"rotation": "hadamard"},
         {"scheme": "W6A8"},  # rotated by default
         {"precision_budget": 3.5},
+        {"optimize_vision": True, "batch_size": 3},
         {"rotation": "hadamard", "precision_budget": 5.0, "weight_rounding": "nearest", "activation_granularity": "dynamic_token"},
     ],
     ids=str,

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -25,7 +26,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-__all__ = ["ANSWERS", "CHAT_TEMPLATE", "IMAGE_TOKENS", "VOCABULARY", "save_tiny", "tiny_llava", "tiny_messages", "tiny_processor"]
+from qvlm_hf.calibration.settings import RangeCandidate
+from qvlm_hf.calibration.simulation import TrialSite
+from qvlm_hf.core.architectures import Site
+from qvlm_hf.core.qparams import QParams, choose_qparams
+from qvlm_hf.core.scheme import QuantScheme
+
+__all__ = [
+    "ANSWERS",
+    "CHAT_TEMPLATE",
+    "IMAGE_TOKENS",
+    "VOCABULARY",
+    "save_tiny",
+    "tiny_llava",
+    "tiny_messages",
+    "tiny_processor",
+    "tiny_trial",
+]
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 8
@@ -215,3 +232,21 @@ def save_tiny(directory: str | Path, dtype: torch.dtype = torch.float32, *, seed
     tiny_llava(seed, dtype=dtype, **overrides).save_pretrained(path)  # type: ignore[arg-type]
     tiny_processor().save_pretrained(path)
     return path
+
+
+def tiny_trial(granularity, bits=4, dtype=torch.float32):
+    """A site of two linear modules with one candidate, in force, and an input [3, 7, 40] of uneven channels."""
+    torch.manual_seed(1)
+    linears = [nn.Linear(40, 24).to(dtype), nn.Linear(40, 16, bias=False).to(dtype)]
+    x = torch.randn(3, 7, 40, dtype=dtype) * torch.linspace(0.2, 5, 40).to(dtype)
+    activation_bits = 16 if granularity == "none" else bits
+    scheme = QuantScheme(weight_bits=4, activation_bits=activation_bits, group_size=16, granularity=granularity)
+    grid = None
+    if granularity == "channel":
+        grid = choose_qparams(x.flatten(0, 1).float().amin(0), x.flatten(0, 1).float().amax(0), bits)
+    if granularity == "token":
+        flat = choose_qparams(x.float().amin((0, 2)), x.float().amax((0, 2)), bits)
+        grid = QParams(flat.scale[:, None], flat.zero_point[:, None], bits)
+    site = TrialSite(Site(("a", "b")), linears, [RangeCandidate(granularity=granularity)], [grid], [scheme])
+    site.active = 0
+    return site, x

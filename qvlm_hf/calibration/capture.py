@@ -6,7 +6,7 @@ one layer at a time, so that no more than a layer's work is ever alive. Hooks ar
 Legend: B samples (or pictures) of a batch, T tokens, H hidden size.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 from qvlm_hf.core.architectures import Layer
 
-__all__ = ["LayerInput", "calibrating", "capture_inputs", "compute_dtype", "count_tokens", "kept", "run_layer", "working_precision"]
+__all__ = [
+    "LayerInput", "calibrating", "capture_inputs", "compute_dtype", "count_tokens", "frozen", "kept", "layer_outputs", "run_layer",
+    "working_precision",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,41 @@ def kept(hidden: Tensor, keep: Tensor | None) -> Tensor:
 def count_tokens(inputs: Sequence[LayerInput]) -> int:
     """Tokens that count, over all batches."""
     return sum(int(entry.keep.sum()) if entry.keep is not None else entry.hidden.shape[:-1].numel() for entry in inputs)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside the context: only hidden states do."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def layer_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collects the layers' outputs while the model runs; the first one starts the graph."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def collect(_module: nn.Module, _args: Any, output: Any) -> None:  # noqa: ANN401 - a layer returns hidden states or a tuple
+            hidden = _first(output)
+            if not hidden.requires_grad:
+                hidden.requires_grad_(True)
+            outputs[name] = hidden
+
+        return collect
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

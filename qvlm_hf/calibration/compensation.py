@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from qvlm_hf.calibration.capture import LayerInput, kept, run_layer
 from qvlm_hf.calibration.simulation import TrialSite
-from qvlm_hf.core.scheme import QuantScheme
-from qvlm_hf.core.weight import QuantizedWeight, group_expand, quantize_weight
+from qvlm_hf.core.weight import QuantizedWeight, group_expand
 
 __all__ = ["compensate", "compensate_layer"]
 
@@ -43,8 +42,8 @@ def compensate_layer(
     tokens = weights or [torch.ones(h.shape[:-1], device=h.device) for h in hidden]
     for site in sites:
         hessian = _hessian(layer, site, inputs, hidden, tokens)
-        folded = [site.folded_weight(index) for index in range(len(site.linears))]
-        site.set_weights([compensate(weight, hessian, site.scheme) for weight in folded])
+        starts = enumerate(site.quantized_weights())
+        site.set_weights([compensate(site.folded_weight(index), hessian, start, site.scheme.weight_bits) for index, start in starts])
 
 
 def _hessian(layer: nn.Module, site: TrialSite, inputs: Sequence[LayerInput], hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
@@ -66,27 +65,27 @@ def _hessian(layer: nn.Module, site: TrialSite, inputs: Sequence[LayerInput], hi
     return total
 
 
-def compensate(weight: Tensor, hessian: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+def compensate(weight: Tensor, hessian: Tensor, start: QuantizedWeight, bits: int) -> QuantizedWeight:
     """Rounds a folded weight column by column with second-order compensation.
 
     Args:
         weight: [O, I], folded.
         hessian: float32 [I, I], sum of a a^T over calibration tokens.
-        scheme: bits and groups.
+        start: the weight rounded to nearest; its grids stay.
+        bits: of the integers.
 
     Returns:
-        Integers on the same grids as `quantize_weight` would choose.
+        Integers on the grids of `start`.
 
     Raises:
         ValueError: the Hessian is not finite.
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian of the inputs holds NaN or infinity: check weights and data.")
-    start = quantize_weight(weight, scheme)
     length = weight.shape[1]
     scale = group_expand(start.scale, start.group_length, length).float()
     zero = group_expand(start.zero_point, start.group_length, length).float()
-    top = 2**scheme.weight_bits - 1
+    top = 2**bits - 1
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order])
     rest, scale, zero = weight.float()[:, order].clone(), scale[:, order], zero[:, order]

@@ -9,10 +9,12 @@ Delta is the step of a grid of M levels over the smallest and largest value of e
 must have one shape, so D never crosses a segment. The M x M histogram is accumulated in chunks.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["DependencyHistogram", "conditional_entropy", "soft_assignment"]
+__all__ = ["DependencyHistogram", "conditional_entropy", "soft_assignment", "value_bounds"]
 
 # Elements x levels of one chunk, and of a whole pair of layers: beyond that tokens are subsampled evenly. On the demo model 16 levels
 # stay below the budget; at 256 levels the subsample moved the entropies by at most 0.007 nats.
@@ -34,27 +36,36 @@ def soft_assignment(units: Tensor, levels: int) -> Tensor:
     return torch.softmax(-((units.float().unsqueeze(-1) - grid) ** 2), dim=-1)
 
 
-def conditional_entropy(joint: Tensor) -> float:
-    """D of eq. 4 in nats, of a joint distribution [M, M] (rows: the first layer's level); 0 log 0 is 0."""
+def conditional_entropy(joint: Tensor) -> Tensor:
+    """D of eq. 4 in nats, float64 scalar, of a joint distribution [M, M] (rows: the first layer's level); 0 log 0 is 0."""
     joint = joint.double()
     marginal = joint.sum(1, keepdim=True).expand_as(joint)
     mass = joint > 0
-    return float(-(joint[mass] * torch.log(joint[mass] / marginal[mass])).sum())
+    return -(joint[mass] * torch.log(joint[mass] / marginal[mass])).sum()
 
 
 class DependencyHistogram:
-    """P[m, m'] of two consecutive hidden states, streamed over batches.
+    """P[m, m'] of two consecutive hidden states, streamed over batches; differentiable where the values are.
 
     Args:
         first_range: (smallest, largest) of the first layer's values, broadcastable against [tokens, H].
         second_range: the same of the second layer.
         levels: M: 2^activation_bits, or 256 when activations stay in floating point.
-        elements: values that will come in all; more than the budget are subsampled by an even stride over tokens.
+        elements: values that will come in all.
+        budget: elements x levels beyond which values are subsampled by an even stride over tokens; None is 2^26.
     """
 
-    def __init__(self, first_range: tuple[Tensor, Tensor], second_range: tuple[Tensor, Tensor], *, levels: int, elements: int) -> None:
+    def __init__(
+        self,
+        first_range: tuple[Tensor, Tensor],
+        second_range: tuple[Tensor, Tensor],
+        *,
+        levels: int,
+        elements: int,
+        budget: int | None = None,
+    ) -> None:
         self._ranges, self._levels = (first_range, second_range), levels
-        self._stride = -(-elements * levels // _BUDGET)
+        self._stride = -(-elements * levels // (budget or _BUDGET))
         self._sum = torch.zeros(levels, levels, dtype=torch.float64, device=first_range[0].device)
         self._count = self._seen = 0
 
@@ -74,14 +85,23 @@ class DependencyHistogram:
         rows = max(1, _CHUNK // self._levels)
         for start in range(0, a.numel(), rows):
             part = slice(start, start + rows)
-            self._sum += (soft_assignment(a[part], self._levels).T @ soft_assignment(b[part], self._levels)).double()
+            self._sum = self._sum + (soft_assignment(a[part], self._levels).T @ soft_assignment(b[part], self._levels)).double()
         self._count += a.numel()
 
-    def entropy(self) -> float:
-        """D(k, k+1) in nats."""
+    def entropy(self) -> Tensor:
+        """D(k, k+1) in nats, float64 scalar."""
         return conditional_entropy(self._sum / max(self._count, 1))
 
     def _units(self, x: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
         low, high = bounds
         step = (high - low).float() / (self._levels - 1)
         return (x.float() - low) / torch.where(step > 0, step, torch.ones_like(step))
+
+
+def value_bounds(values: Sequence[Tensor], per_position: bool) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value per channel, [H], of [tokens, H] values, or per position, [T, 1], of [B, T, H] values."""
+    if per_position:
+        low = torch.stack([v.amin((0, 2)) for v in values]).amin(0)
+        high = torch.stack([v.amax((0, 2)) for v in values]).amax(0)
+        return low[:, None], high[:, None]
+    return torch.stack([v.amin(0) for v in values]).amin(0), torch.stack([v.amax(0) for v in values]).amax(0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qvlm_hf.calibration.capture import LayerInput, count_tokens, run_layer
 from qvlm_hf.calibration.observers import LpError, TailObserver, candidate_qparams
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
-from qvlm_hf.calibration.simulation import TrialSite, site_input
+from qvlm_hf.calibration.simulation import LearnedRanges, TrialSite, site_input
 from qvlm_hf.core.architectures import Layer, Site, get_linear
 
 __all__ = ["initialize_sites", "judging"]
@@ -37,8 +37,9 @@ def initialize_sites(
     hidden: Sequence[Tensor],
     settings: CalibrationSettings,
     precisions: Mapping[str, Precision] | None = None,
+    learned: Mapping[str, LearnedRanges] | None = None,
 ) -> list[list[TrialSite]]:
-    """The sites of consecutive layers with their candidates, `active` set to the best one of the starting granularity.
+    """The sites of consecutive layers with their candidates, `active` set to the best one of the starting granularity or the learned one.
 
     Args:
         model: holds the layers, in the compute dtype.
@@ -48,6 +49,7 @@ def initialize_sites(
         hidden: per batch [B, T, H], what enters the first layer.
         settings: candidates and schemes.
         precisions: site name -> bits, where they are not those of the settings.
+        learned: site name -> ranges that were learned: one more candidate, and the start.
 
     Returns:
         Per layer, per site.
@@ -92,6 +94,8 @@ def initialize_sites(
         _feed(model, layers, judging(inputs), judging(hidden), measure)
     for name, trial in trials.items():
         trial.active = starts[min(range(len(starts)), key=errors[name].totals.__getitem__)]
+        if learned and name in learned:
+            trial.add_learned(learned[name])
     return [[trials[site.name] for site in layer.sites] for layer in layers]
 
 

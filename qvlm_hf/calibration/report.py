@@ -8,7 +8,7 @@ from typing import Any
 from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["BlockReport", "CalibrationReport", "Lift", "SegmentReport", "SelfCheck", "SiteReport", "settings_dict"]
+__all__ = ["BlockReport", "CalibrationReport", "Lift", "SegmentReport", "SelfCheck", "SiteReport", "VisionReport", "settings_dict"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,26 @@ class Lift:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionReport:
+    """The visual encoder optimisation (eq. 8-10).
+
+    Attributes:
+        epochs: that ran.
+        error_before, error_after: L_err on the held-out batches with the ranges at their start, and with the best ones learned.
+        kept: whether the learned ranges were used.
+        depth_before, depth_after: mean layers per block of the vision encoder, partitioned by the entropies of its quantized hidden
+            states; None without vision encoder.
+    """
+
+    epochs: int
+    error_before: float
+    error_after: float
+    kept: bool
+    depth_before: float | None
+    depth_after: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelfCheck:
     """The packed model against the full-precision one on a few samples.
 
@@ -90,6 +110,7 @@ class CalibrationReport:
         sites: what was chosen.
         sensitivities: site, by its first module -> KL of the answers (nats) when it alone is quantized; empty without guard.
         lifts: what the guard lifted, worst first.
+        vision: what the visual encoder optimisation did; None where it did not run.
         average_weight_bits: over all quantized weights, scales not counted.
         dead: layers whose output reaches nothing: rounded, not searched.
         full_precision: linear modules left alone.
@@ -104,6 +125,7 @@ class CalibrationReport:
     sites: tuple[SiteReport, ...] = ()
     sensitivities: dict[str, float] = field(default_factory=dict)
     lifts: tuple[Lift, ...] = ()
+    vision: VisionReport | None = None
     average_weight_bits: float | None = None
     dead: tuple[str, ...] = ()
     full_precision: tuple[str, ...] = ()
@@ -133,6 +155,7 @@ class CalibrationReport:
             fields["lifts"] = tuple(Lift(**lift) for lift in entry["lifts"])
             for name in ("dead", "full_precision", "warnings"):
                 fields[name] = tuple(entry[name])
+            fields["vision"] = None if entry["vision"] is None else VisionReport(**entry["vision"])
             fields["self_check"] = None if entry["self_check"] is None else SelfCheck(**entry["self_check"])
             return cls(**fields)
         except (KeyError, TypeError) as error:

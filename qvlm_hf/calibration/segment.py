@@ -5,22 +5,39 @@ really see). Only one block's worth of either is kept.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from qvlm_hf.calibration.capture import LayerInput, calibrating, count_tokens, kept, run_layer
 from qvlm_hf.calibration.compensation import compensate_layer
-from qvlm_hf.calibration.entropy import DependencyHistogram
+from qvlm_hf.calibration.entropy import DependencyHistogram, value_bounds
 from qvlm_hf.calibration.initialization import initialize_sites, judging
 from qvlm_hf.calibration.partition import Block
 from qvlm_hf.calibration.search import BlockSearch, SearchResult, search_block
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision
-from qvlm_hf.calibration.simulation import TrialSite, installed
+from qvlm_hf.calibration.simulation import LearnedRanges, TrialSite, installed
 from qvlm_hf.core.architectures import Layer, Segment
 
-__all__ = ["SearchedBlock", "layer_dependencies", "search_segment"]
+__all__ = ["Evidence", "SearchedBlock", "layer_dependencies", "search_segment"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured before the search and shapes it.
+
+    Attributes:
+        precisions: site name -> bits, where they are not those of the settings.
+        importance: layer name -> weights of the tokens that leave it, per batch; empty: all tokens count alike.
+        ranges: site name -> ranges that were learned, one more candidate.
+        dependencies: component -> its entropies and their threshold, where they are not those of full precision.
+    """
+
+    precisions: Mapping[str, Precision] = field(default_factory=dict)
+    importance: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    ranges: Mapping[str, LearnedRanges] = field(default_factory=dict)
+    dependencies: Mapping[str, tuple[list[float], float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,6 @@ def layer_dependencies(model: nn.Module, segment: Segment, inputs: Sequence[Laye
     Raises:
         ValueError: a layer's output is not finite.
     """
-    levels = 256 if settings.activation_bits == 16 else 2**settings.activation_bits
     per_position = settings.start_granularity(segment.component) == "token"
     live = [layer for layer in segment.layers if not layer.dead]
     hidden = [entry.hidden for entry in inputs]
@@ -59,11 +75,11 @@ def layer_dependencies(model: nn.Module, segment: Segment, inputs: Sequence[Laye
         if previous is not None:
             elements = count_tokens(inputs) * hidden[0].shape[-1]
             histogram = DependencyHistogram(
-                _bounds(previous, per_position), _bounds(values, per_position), levels=levels, elements=elements
+                value_bounds(previous, per_position), value_bounds(values, per_position), levels=settings.entropy_levels, elements=elements
             )
             for first, second in zip(previous, values, strict=True):
                 histogram.update(first, second)
-            dependencies.append(histogram.entropy())
+            dependencies.append(float(histogram.entropy()))
         previous = values
     return dependencies
 
@@ -75,8 +91,7 @@ def search_segment(
     full_inputs: Sequence[LayerInput],
     inputs: Sequence[LayerInput],
     settings: CalibrationSettings,
-    precisions: Mapping[str, Precision],
-    importance: Mapping[str, Sequence[Tensor]],
+    evidence: Evidence,
 ) -> Iterator[SearchedBlock]:
     """Searches the blocks of a segment bottom to top (eq. 3), then gives dead layers their L_p start.
 
@@ -87,8 +102,7 @@ def search_segment(
         full_inputs: per batch, what enters the first layer in full precision.
         inputs: the same when everything below is quantized.
         settings: candidates and schemes.
-        precisions: site name -> bits, where they are not those of the settings.
-        importance: layer name -> weights of the tokens that leave it, per batch; empty: all tokens count alike.
+        evidence: what was measured before.
 
     Yields:
         Each block when its search has ended.
@@ -104,10 +118,10 @@ def search_segment(
             for layer in layers:
                 full = run_layer(model.get_submodule(layer.name), full_inputs, full)
                 targets.append(full)
-            sites = initialize_sites(model, layers, segment.component, inputs, hidden, settings, precisions)
+            sites = initialize_sites(model, layers, segment.component, inputs, hidden, settings, evidence.precisions, evidence.ranges)
             with installed(site for row in sites for site in row):
                 modules = [model.get_submodule(layer.name) for layer in layers]
-                weights = [importance[layer.name] for layer in layers] if importance else [None] * len(layers)
+                weights = [evidence.importance[layer.name] for layer in layers] if evidence.importance else [None] * len(layers)
                 judged = [judging(per_batch) for per_batch in weights if per_batch is not None]
                 result = search_block(BlockSearch(modules, sites, judging(inputs), judging(hidden), [judging(t) for t in targets], judged))
                 for module, row, choice, tokens in zip(modules, sites, result.choice, weights, strict=True):
@@ -121,7 +135,7 @@ def search_segment(
         yield _settled(layers, sites, result)
     if dead:
         with calibrating(model, dead, inputs):
-            sites = initialize_sites(model, dead, segment.component, inputs, hidden, settings, precisions)
+            sites = initialize_sites(model, dead, segment.component, inputs, hidden, settings, evidence.precisions)
             for site in (site for row in sites for site in row):
                 site.take_final_ranges()
         yield _settled(dead, sites, None)
@@ -143,12 +157,3 @@ def _run_in_full_precision(model: nn.Module, layer: Layer, inputs: Sequence[Laye
                 f"the output of {layer.name} holds NaN or infinity for the samples {', '.join(entry.origins)}: check weights and data."
             )
     return out
-
-
-def _bounds(values: Sequence[Tensor], per_position: bool) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value per channel, [H], or per position, [T, 1]."""
-    if per_position:
-        low = torch.stack([v.amin((0, 2)) for v in values]).amin(0)
-        high = torch.stack([v.amax((0, 2)) for v in values]).amax(0)
-        return low[:, None], high[:, None]
-    return torch.stack([v.amin(0) for v in values]).amin(0), torch.stack([v.amax(0) for v in values]).amax(0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate"]
+__all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate", "VisionOptimization"]
 
 COMPONENTS = ("vision", "projector", "language")
 
@@ -19,11 +19,13 @@ class RangeCandidate:
         granularity: "channel", "token", "dynamic_token" or "none".
         percentile: p; the range is [quantile(1-p), quantile(p)] of the calibration values (1.0: all of them). Static only.
         margin: factor on that range, for values that calibration did not reach. Static only.
+        learned: whether the visual encoder optimisation scaled the range further (vision_encoder.py).
     """
 
     granularity: str
     percentile: float = 1.0
     margin: float = 1.0
+    learned: bool = False
 
     @property
     def static(self) -> bool:
@@ -37,6 +39,37 @@ class Precision:
 
     weight_bits: int
     activation_bits: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionOptimization:
+    """How the ranges of vision encoder and projector are learned (eq. 8-10).
+
+    Attributes:
+        epochs: passes over the even calibration batches, at most.
+        learning_rate: of Adam, on the logarithms of the factors on ranges; falls linearly to 0.
+        entropy_weight: lambda1, of the entropies between the layers of the vision encoder.
+        error_weight: lambda2, of the relative errors of hidden states.
+        output_weight: eta, share of the language model's last hidden states in that error.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    epochs: int = 10
+    learning_rate: float = 0.01
+    entropy_weight: float = 0.1
+    error_weight: float = 1.0
+    output_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 1:
+            raise ValueError(f"VisionOptimization: epochs={self.epochs!r} must be an integer of at least 1.")
+        if not _finite(self.learning_rate) or not 0 < self.learning_rate <= 1:
+            raise ValueError(f"VisionOptimization: learning_rate={self.learning_rate!r} must be a number above 0 and up to 1.")
+        for name in ("entropy_weight", "error_weight", "output_weight"):
+            if not _finite(value := getattr(self, name)) or value < 0:
+                raise ValueError(f"VisionOptimization: {name}={value!r} must be a number of at least 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +101,7 @@ class CalibrationSettings:
     token_importance: bool = True
     guard: bool = True
     precision_budget: float | None = None
+    optimize_vision: VisionOptimization | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +112,7 @@ class CalibrationSettings:
             object.__setattr__(self, name, tuple(value))
         if not isinstance(self.activation_bits, int):
             raise ValueError(f"activation_bits={self.activation_bits!r} must be an integer from 3 to 8, or 16 for floating point.")
+        object.__setattr__(self, "optimize_vision", _vision_optimization(self.optimize_vision))
         self._check_granularity()
         self._check_numbers()
         if self.lm_head_bits is not None and (self.lm_head_bits != 8 or type(self.lm_head_bits) is not int):
@@ -113,6 +148,11 @@ class CalibrationSettings:
     def needs_data(self) -> bool:
         """Whether any activation range is static or open to search; otherwise weights can be rounded one by one."""
         return any(self.granularities(component) not in (("none",), ("dynamic_token",)) for component in COMPONENTS)
+
+    @property
+    def entropy_levels(self) -> int:
+        """M of eq. 4: 2^activation_bits, or 256 where activations stay in floating point."""
+        return 256 if self.activation_bits == 16 else 2**self.activation_bits
 
     def granularities(self, component: str) -> tuple[str, ...]:
         """The granularities that the search may give a site of `component`, the starting one first."""
@@ -191,6 +231,22 @@ class CalibrationSettings:
                 )
         if self.activation_bits == 16:
             raise ValueError("activation_granularity has no meaning for 16-bit (floating point) activations: leave it out.")
+
+
+def _vision_optimization(value: object) -> VisionOptimization | None:
+    """True is the default, a mapping what config.json holds."""
+    if value is None or value is False:
+        return None
+    if value is True:
+        return VisionOptimization()
+    if isinstance(value, Mapping):
+        try:
+            return VisionOptimization(**value)
+        except TypeError as error:
+            raise ValueError(f"optimize_vision={dict(value)!r} does not have the fields of VisionOptimization.") from error
+    if not isinstance(value, VisionOptimization):
+        raise ValueError(f"optimize_vision={value!r} must be True, False or a VisionOptimization.")
+    return value
 
 
 def _finite(value: object) -> bool:

@@ -8,6 +8,8 @@ A `TrialSite` is installed into its nn.Linear modules by `installed`; setting `a
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,11 +17,37 @@ from torch.nn import functional
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.core.architectures import Site
 from qvlm_hf.core.hadamard import block_hadamard
-from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.core.qparams import QParams, choose_qparams, dynamic_token_qparams, grid_bounds, shift_quantize
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import QuantizedWeight, quantize_weight
 
-__all__ = ["TrialSite", "installed", "site_input"]
+__all__ = ["InstallableSite", "LearnedRanges", "TrialSite", "installed", "site_input"]
+
+
+class InstallableSite(Protocol):
+    """What `installed` puts in the place of linear modules."""
+
+    @property
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """The modules."""
+
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        """What module `index` returns for x."""
+
+
+@dataclass(frozen=True)
+class LearnedRanges:
+    """Factors on the ranges of a site that an optimisation found (vision_encoder.py).
+
+    Attributes:
+        start: the candidate that they apply to.
+        activations: float32, factors on the lower and the upper bound of its activation grid, of the grid's shape; None without a grid.
+        weights: per module float32 [O, G], factors on the groups' ranges of W'.
+    """
+
+    start: RangeCandidate
+    activations: tuple[Tensor, ...] | None
+    weights: tuple[Tensor, ...]
 
 
 class TrialSite:
@@ -46,6 +74,7 @@ class TrialSite:
         self._final_qparams = self.qparams if final_qparams is None else tuple(final_qparams)
         self.active: int | None = None
         self._weights: dict[int, tuple[Tensor, ...]] = {}
+        self._clips: dict[int, tuple[Tensor, ...]] = {}
         self._settled: tuple[QuantizedWeight, ...] | None = None
         self._input: tuple[Tensor, int, Tensor, Tensor | None] | None = None
 
@@ -82,6 +111,16 @@ class TrialSite:
         """What W' is multiplied by, float32 of x's shape: the integers of the input, times the token's scale where there is one."""
         a, row_scale = self._quantize_input(x, self.choice)
         return a.float() if row_scale is None else a * row_scale
+
+    def add_learned(self, learned: LearnedRanges) -> None:
+        """Adds a candidate, as the last one and in force: that of `learned.start` with its ranges scaled."""
+        start = self.candidates.index(learned.start)
+        self.active = len(self.candidates)
+        self.candidates += (replace(learned.start, learned=True),)
+        self.schemes += (self.schemes[start],)
+        self._final_qparams += (_scaled(self._final_qparams[start], learned),)
+        self.qparams += (_scaled(self.qparams[start], learned),)
+        self._clips[self.active] = learned.weights
 
     def take_final_ranges(self) -> None:
         """Replaces the grids that were tried by those of all samples."""
@@ -136,7 +175,9 @@ class TrialSite:
         return weight * _calibrated(self.qparams[choice], self.site).scale if self.candidates[choice].granularity == "channel" else weight
 
     def _rounded(self, choice: int) -> tuple[QuantizedWeight, ...]:
-        return tuple(quantize_weight(self._folded(linear, choice), self.schemes[choice]) for linear in self.linears)
+        clips = self._clips.get(choice, (None,) * len(self.linears))
+        pairs = zip(self.linears, clips, strict=True)
+        return tuple(quantize_weight(self._folded(linear, choice), self.schemes[choice], clip) for linear, clip in pairs)
 
     def _dequantized(self, choice: int) -> tuple[Tensor, ...]:
         if choice not in self._weights:
@@ -151,7 +192,7 @@ def site_input(site: Site, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def installed(sites: Iterable[TrialSite]) -> Iterator[None]:
+def installed(sites: Iterable[InstallableSite]) -> Iterator[None]:
     """The modules of `sites` run through them inside the context, and as before afterwards."""
     changed: list[nn.Linear] = []
     try:
@@ -165,8 +206,15 @@ def installed(sites: Iterable[TrialSite]) -> Iterator[None]:
             del linear.forward
 
 
-def _bound(site: TrialSite, index: int) -> Callable[[Tensor], Tensor]:
+def _bound(site: InstallableSite, index: int) -> Callable[[Tensor], Tensor]:
     return lambda x: site.forward(index, x)
+
+
+def _scaled(qparams: QParams | None, learned: LearnedRanges) -> QParams | None:
+    if qparams is None or learned.activations is None:
+        return qparams
+    low, high = (bound * factor for bound, factor in zip(grid_bounds(qparams), learned.activations, strict=True))
+    return choose_qparams(low, high, qparams.bits)
 
 
 def _calibrated(qparams: QParams | None, site: Site) -> QParams:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from qvlm_hf.calibration.report import CalibrationReport, SegmentReport
 
-__all__ = ["block_lines", "entropy_chart", "lift_lines", "story"]
+__all__ = ["block_lines", "entropy_chart", "lift_lines", "story", "vision_lines"]
 
 _WIDTH = 40  # characters of the longest bar
 
@@ -14,6 +14,7 @@ def story(report: CalibrationReport) -> Iterator[str]:
     yield from entropy_chart(report)
     yield from block_lines(report)
     yield from lift_lines(report)
+    yield from vision_lines(report)
     yield from (f"warning: {warning}" for warning in report.warnings)
 
 
@@ -49,6 +50,18 @@ def lift_lines(report: CalibrationReport) -> Iterator[str]:
             f"guard: {lift.site} at W{lift.weight_bits}A{lift.activation_bits}: "
             f"alone it moved the answers by {lift.before:.4f} nats, now by {lift.after:.4f}"
         )
+
+
+def vision_lines(report: CalibrationReport) -> Iterator[str]:
+    """What the visual encoder optimisation did: its error on held-out samples, and how fine the blocks became."""
+    if (vision := report.vision) is None:
+        return
+    yield (
+        f"visual encoder optimisation, {vision.epochs} epochs: error on held-out samples {vision.error_before:.4f} -> "
+        f"{vision.error_after:.4f}, {'kept' if vision.kept else 'not kept'}"
+    )
+    if vision.depth_before is not None and vision.depth_after is not None:
+        yield f"  mean depth of the vision encoder's blocks {vision.depth_before:.2f} -> {vision.depth_after:.2f} layers"
 
 
 def _block_ends(segment: SegmentReport) -> set[int]:

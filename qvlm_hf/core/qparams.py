@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["QParams", "choose_qparams", "dequantize", "dynamic_token_qparams", "fake_quantize", "quantize", "shift_quantize"]
+__all__ = ["QParams", "choose_qparams", "dequantize", "dynamic_token_qparams", "fake_quantize", "grid_bounds", "quantize", "shift_quantize"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ def _grid(low: Tensor, high: Tensor, bits: int) -> QParams:
     scale = (high - low) / (2**bits - 1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return QParams(scale, torch.round(-low / scale).clamp(0, 2**bits - 1).to(torch.int32), bits)
+
+
+def grid_bounds(qparams: QParams) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value of a grid, float32 of the scale's shape."""
+    zero_point = qparams.zero_point.float()
+    return -zero_point * qparams.scale, (2**qparams.bits - 1 - zero_point) * qparams.scale
 
 
 def shift_quantize(x: Tensor, qparams: QParams) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["QuantizedWeight", "group_expand", "quantize_weight"]
+__all__ = ["QuantizedWeight", "chosen_clip", "group_expand", "grouped_weight", "quantize_weight"]
 
 # Factors on a group's min-max range that are tried.
 _SHRINK = tuple(1.0 - 0.04 * step for step in range(11))
@@ -47,12 +47,13 @@ def group_expand(per_group: Tensor, group_length: int, in_features: int) -> Tens
     return per_group.repeat_interleave(group_length, dim=1)[:, :in_features]
 
 
-def quantize_weight(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
+def quantize_weight(weight: Tensor, scheme: QuantScheme, clip: Tensor | None = None) -> QuantizedWeight:
     """Rounds a weight to nearest on per-group grids whose ranges have the lowest L_2.4 error.
 
     Args:
         weight: [O, I], already multiplied by the input scale where the input is quantized per channel.
         scheme: gives weight_bits, group_size and symmetric.
+        clip: [O, G], factors on the groups' ranges that are used instead of those of the lowest error.
 
     Returns:
         The integers and their parameters.
@@ -62,11 +63,11 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     """
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity: repair the checkpoint before quantizing it.")
-    grouped = _grouped(weight.float(), scheme)
+    grouped = grouped_weight(weight.float(), scheme)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.ones_like(low, dtype=torch.bfloat16), torch.zeros_like(low)
-    for shrink in _SHRINK:
+    for shrink in _SHRINK if clip is None else (clip,):
         scale, zero = _range_to_grid(low * shrink, high * shrink, scheme)
         error = (
             (_round(grouped, scale, zero, scheme.weight_bits).sub_(zero.unsqueeze(-1)).mul_(scale.float().unsqueeze(-1)) - grouped)
@@ -81,7 +82,15 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:
     return QuantizedWeight(values.to(torch.uint8).contiguous(), best_scale, best_zero.to(torch.uint8), scheme.group_length(weight.shape[1]))
 
 
-def _grouped(weight: Tensor, scheme: QuantScheme) -> Tensor:
+def chosen_clip(weight: Tensor, quantized: QuantizedWeight, scheme: QuantScheme) -> Tensor:
+    """The factors on the groups' ranges, float32 [O, G], with which `quantize_weight` made `quantized` of `weight`."""
+    grouped = grouped_weight(weight.float(), scheme)
+    full, _ = _range_to_grid(grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0), scheme)
+    tried = torch.tensor(_SHRINK, device=weight.device)
+    return tried[((quantized.scale.float() / full.float()).unsqueeze(-1) - tried).abs().argmin(-1)]
+
+
+def grouped_weight(weight: Tensor, scheme: QuantScheme) -> Tensor:
     """[O, I] -> [O, G, L], the last group filled with zeros: 0 is in every range and always exact, so they change nothing."""
     length, groups = scheme.group_length(weight.shape[1]), scheme.groups(weight.shape[1])
     return torch.nn.functional.pad(weight, (0, groups * length - weight.shape[1])).unflatten(1, (groups, length))

@@ -9,11 +9,12 @@ import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization
 from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.core.scheme import QuantScheme, parse_scheme
 from qvlm_hf.integration.registry import QUANT_METHOD, config_class
@@ -27,16 +28,13 @@ _MAX_MODULES = 100_000  # a model of 70 B parameters has about 600 linear module
 _SETTINGS = (
     "group_size", "symmetric", "activation_granularity", "quantize_vision", "quantize_projector", "lm_head_bits", "modules_to_not_convert",
     "num_samples", "batch_size", "seed", "max_block_depth", "entropy_threshold", "percentiles", "margins", "weight_rounding",
-    "rotation", "token_importance", "guard", "precision_budget",
+    "rotation", "token_importance", "guard", "precision_budget", "optimize_vision",
 )  # fmt: skip
-# Fields of api.md that this version has no code for, with the one value they take; the first will shape results, so it is written.
-_LATER: dict[str, Any] = {
-    "optimize_vision": False,
-    "resume_dir": None, "push_to_hub": False, "hub_model_id": None, "hub_private": None,
-}  # fmt: skip
+# Fields of api.md that this version has no code for, with the one value they take.
+_LATER: dict[str, Any] = {"resume_dir": None, "push_to_hub": False, "hub_model_id": None, "hub_private": None}
 _SHARED = ("dataset", "processor", "callbacks")
-_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, *tuple(_LATER)[:1], "provenance", "modules")
-_FIELDS = (*_SERIALIZED, *tuple(_LATER)[1:], *_SHARED, "strict")
+_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, "provenance", "modules")
+_FIELDS = (*_SERIALIZED, *_LATER, *_SHARED, "strict")
 
 
 @config_class
@@ -73,8 +71,9 @@ class QVLMConfig(QuantizationConfigMixin):
         precision_budget: average bits of a weight: calibration gives every site its own width, from 2 to 8. None: those of the scheme.
         strict: raise instead of warning where something falls back. Never saved.
         callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. Never saved.
-        optimize_vision, resume_dir, push_to_hub, hub_model_id, hub_private: not available
-            in this version; each takes its default alone.
+        optimize_vision: learn the ranges of vision encoder and projector by gradient descent (eq. 8-10); True, False or a
+            `VisionOptimization`. Kept only if it lowers the error on held-out calibration samples.
+        resume_dir, push_to_hub, hub_model_id, hub_private: not available in this version; each takes its default alone.
         modules: canonical module name -> `QuantScheme` of every quantized module; filled by quantizing.
         provenance: what the quantization was made from (dataset, hash, counts, versions); filled by quantizing.
         format_version: of the files (docs/format.md).
@@ -108,6 +107,7 @@ class QVLMConfig(QuantizationConfigMixin):
         token_importance: bool = CalibrationSettings.token_importance,
         guard: bool = CalibrationSettings.guard,
         precision_budget: float | None = CalibrationSettings.precision_budget,
+        optimize_vision: bool | VisionOptimization | Mapping[str, Any] | None = CalibrationSettings.optimize_vision,
         strict: bool = False,
         callbacks: Sequence[Any] = (),
         modules: Mapping[str, Any] | None = None,
@@ -129,12 +129,13 @@ class QVLMConfig(QuantizationConfigMixin):
         self.max_block_depth, self.entropy_threshold = max_block_depth, entropy_threshold
         self.percentiles, self.margins, self.strict = percentiles, margins, strict
         self.weight_rounding, self.rotation, self.token_importance = weight_rounding, rotation, token_importance
-        self.guard, self.precision_budget = guard, precision_budget
+        self.guard, self.precision_budget, self.optimize_vision = guard, precision_budget, optimize_vision
         self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():
             setattr(self, name, value)
-        self.rotation = self.settings().rotation  # raises where a value breaks a rule; "auto" becomes what it means
+        settings = self.settings()  # raises where a value breaks a rule; "auto" and True become what they mean
+        self.rotation, self.optimize_vision = settings.rotation, settings.optimize_vision
 
     @classmethod
     def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":  # noqa: ANN401 - fields of QVLMConfig
@@ -155,6 +156,7 @@ class QVLMConfig(QuantizationConfigMixin):
             "rotation": None,
             "token_importance": False,
             "guard": False,
+            "optimize_vision": True,
         }
         return cls(scheme=scheme, **(fields | overrides))
 
@@ -231,6 +233,8 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - any field
     """`value` as JSON has it: new dicts and lists, schemes as their dicts."""
     if isinstance(value, QuantScheme):
         return value.to_dict()
+    if isinstance(value, VisionOptimization):
+        return asdict(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -60,7 +60,7 @@ def measured(first, second, first_range=None, second_range=None, *, levels=16, s
     sizes = splits or [first.shape[0]]
     for a, b in zip(first.split(sizes), second.split(sizes), strict=True):
         histogram.update(a, b)
-    return histogram.entropy()
+    return float(histogram.entropy())
 
 
 def unit_range(levels, channels=1):
@@ -114,7 +114,7 @@ def test_ranges_per_position():
     for a, b in zip(first.split([2, 4]), second.split([2, 4]), strict=True):
         histogram.update(a, b)
     per_position = brute_dependency(first, second, *(tuple(low.expand(6, 5, 4) for low in pair) for pair in bounds), 8)
-    assert histogram.entropy() == pytest.approx(per_position, abs=1e-5)
+    assert float(histogram.entropy()) == pytest.approx(per_position, abs=1e-5)
     assert abs(measured(first.flatten(0, 1), second.flatten(0, 1), levels=8) - per_position) > 1e-3  # and that is no per-channel range
 
 

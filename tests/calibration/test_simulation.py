@@ -2,32 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from tiny_models import tiny_trial as trial
 
 from qvlm_hf.calibration import simulation
-from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.calibration.simulation import TrialSite, installed
-from qvlm_hf.core.architectures import Site
-from qvlm_hf.core.qparams import QParams, choose_qparams
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.calibration.simulation import installed
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
-
-
-def trial(granularity, bits=4, dtype=torch.float32):
-    torch.manual_seed(1)
-    linears = [nn.Linear(40, 24).to(dtype), nn.Linear(40, 16, bias=False).to(dtype)]
-    x = torch.randn(3, 7, 40, dtype=dtype) * torch.linspace(0.2, 5, 40).to(dtype)
-    activation_bits = 16 if granularity == "none" else bits
-    scheme = QuantScheme(weight_bits=4, activation_bits=activation_bits, group_size=16, granularity=granularity)
-    grid = None
-    if granularity == "channel":
-        grid = choose_qparams(x.flatten(0, 1).float().amin(0), x.flatten(0, 1).float().amax(0), bits)
-    if granularity == "token":
-        flat = choose_qparams(x.float().amin((0, 2)), x.float().amax((0, 2)), bits)
-        grid = QParams(flat.scale[:, None], flat.zero_point[:, None], bits)
-    site = TrialSite(Site(("a", "b")), linears, [RangeCandidate(granularity=granularity)], [grid], [scheme])
-    site.active = 0
-    return site, x
 
 
 @pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
