@@ -1,6 +1,6 @@
 """The whole method, top to bottom: READ THIS FIRST.
 
-    samples -> rotation -> capture -> sensitivity, token importance, visual encoder optimisation
+    samples -> rotation, equalization -> capture -> sensitivity, token importance, visual encoder optimisation
             -> (per segment) entropy -> partition -> joint search -> pack -> self-check
 
 `calibrate_and_pack` is the paper's recipe (Q-VLM, arXiv 2410.08119) as docs/algorithm.md maps it: activation entropy measures how much a
@@ -13,7 +13,7 @@ The model is changed only at the very end, when every module is ready: an error 
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from itertools import islice
@@ -24,8 +24,10 @@ from torch import nn
 
 from qvlm_hf.calibration.answers import answer_logits
 from qvlm_hf.calibration.capture import LayerInput, capture_inputs
+from qvlm_hf.calibration.equalization import equalize
 from qvlm_hf.calibration.importance import token_importance
 from qvlm_hf.calibration.partition import partition_layers
+from qvlm_hf.calibration.recombination import recombined
 from qvlm_hf.calibration.report import BlockReport, CalibrationReport, Lift, SegmentReport, SiteReport, settings_dict
 from qvlm_hf.calibration.rotation import rotate, undone_on_error
 from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture, fingerprint
@@ -35,7 +37,7 @@ from qvlm_hf.calibration.sensitivity import SensitivityProbe, allocate_bits, gua
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.calibration.simulation import installed
 from qvlm_hf.calibration.vision_encoder import OptimizedVision, optimize_vision
-from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve, rotation_plan
+from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve, rotation_plan, scale_paths
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import quantize_weight
@@ -46,6 +48,7 @@ __all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "round_and_pack"]
 
 _FEW_SAMPLES = 16  # seen: four equal samples at W8A8 cost the demo model 60 points, and their own self-check could not know
 _GUARDED_BITS = 4  # schemes with more bits than this break no site
+_RECOMBINATIONS = 3  # times the calibration samples that learned rounding sees besides them
 CHECK_SAMPLES = 16  # held-out samples of the self-check
 
 
@@ -79,16 +82,17 @@ def calibrate_and_pack(
     data = list(batches(by_picture(samples), processor, settings.batch_size))
     checks = list(batches(list(islice(held_out or samples, CHECK_SAMPLES)), processor, settings.batch_size))
     reference = [logits.cpu() for batch in checks for logits in answer_logits(model, batch)]
-    with _rotated(model, settings):
+    with _transformed(model, settings, segments, data):
         full = capture_inputs(model, data, [segment.layers[0].name for segment in segments])
         for segment in segments:
             if not full[segment.layers[0].name]:
                 raise ValueError(_unreached(segment))
         precisions, sensitivities, lifts = _choose_precisions(model, segments, full, data, settings, callbacks)
-        importance = token_importance(model, segments, data, seed=settings.seed) if settings.token_importance else {}
+        more = recombined(data, _RECOMBINATIONS, seed=settings.seed) if settings.weight_rounding == "learned" else []
+        importance = token_importance(model, segments, [*data, *more], seed=settings.seed) if settings.token_importance else {}
         vision = _optimize_vision(model, segments, full, data, settings, precisions, callbacks)
         evidence = Evidence(precisions, importance, vision.ranges, vision.dependencies) if vision else Evidence(precisions, importance)
-        modules, segment_reports, site_reports = _search(model, segments, full, data, settings, evidence, callbacks)
+        modules, segment_reports, site_reports = _search(model, segments, full, data, more, settings, evidence, callbacks)
         floating = {name: get_linear(model, name) for name in modules}
         replace_modules(model, modules)
         check = compare_answers(model, checks, reference, held_out=bool(held_out))
@@ -127,7 +131,7 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
     if settings.needs_data:
         raise ValueError("this scheme has activation ranges to calibrate: pass a dataset, or activation_granularity='dynamic_token'.")
     segments = _resolve(model, settings)
-    with _rotated(model, settings):
+    with _transformed(model, settings):
         modules = _pack_head(model, settings)
         for segment in segments:
             for site in (site for layer in segment.layers for site in layer.sites):
@@ -144,13 +148,16 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
 
 
 @contextmanager
-def _rotated(model: nn.Module, settings: CalibrationSettings) -> Iterator[None]:
-    """Folds the rotation that the settings ask for into the weights; an error inside leaves the model as it was."""
-    if settings.rotation is None:
-        yield
-        return
-    with undone_on_error(model):
-        rotate(model, rotation_plan(model), seed=settings.seed)
+def _transformed(
+    model: nn.Module, settings: CalibrationSettings, segments: Sequence[Segment] = (), data: Sequence[Batch] = ()
+) -> Iterator[None]:
+    """Folds the rotation and the scales that the settings ask for into the weights; an error inside leaves the model as it was."""
+    equalized = settings.equalization and settings.activation_bits < 16 and len(data) > 0
+    with undone_on_error(model) if settings.rotation or equalized else nullcontext():
+        if settings.rotation is not None:
+            rotate(model, rotation_plan(model), seed=settings.seed)
+        if equalized:
+            equalize(model, scale_paths(model, segments), data)
         yield
 
 
@@ -196,6 +203,7 @@ def _search(
     segments: Sequence[Segment],
     full: dict[str, list[LayerInput]],
     data: Sequence[Batch],
+    more: Sequence[Batch],
     settings: CalibrationSettings,
     evidence: Evidence,
     callbacks: Sequence[Any],
@@ -205,6 +213,7 @@ def _search(
     segment_reports: list[SegmentReport] = []
     site_reports: list[SiteReport] = []
     progress = _Progress("search", callbacks, sum(len(segment.layers) for segment in segments))
+    unsearched = capture_inputs(model, more, [segment.layers[0].name for segment in segments])
     with ExitStack() as below:
         for segment in segments:
             first = segment.layers[0].name
@@ -212,9 +221,11 @@ def _search(
                 layer_dependencies(model, segment, full[first], settings), settings.entropy_threshold,
             )  # fmt: skip
             blocks, threshold = partition_layers(dependencies, max_block_depth=settings.max_block_depth, threshold=threshold)
-            inputs = capture_inputs(model, data, [first])[first] if modules else full[first]
+            count = len(full[first])
+            full[first] += unsearched[first]
+            inputs = capture_inputs(model, [*data, *more], [first])[first] if modules else full[first]
             searched = []
-            for found in search_segment(model, segment, blocks, full[first], inputs, settings, evidence):
+            for found in search_segment(model, segment, blocks, full[first], inputs, settings, evidence, count):
                 modules |= _pack_block(model, found)
                 searched.append(found)
                 progress.advance(len(found.layers))
@@ -223,7 +234,7 @@ def _search(
             site_reports += [SiteReport(modules=site.site.modules, candidate=site.chosen) for site in sites]
             # from here on the segment runs as quantized, so that the next one sees what it will see
             below.enter_context(installed(sites))
-            del full[first]
+            del full[first], unsearched[first]
     return modules, segment_reports, site_reports
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from qvlm_hf.core.architectures import Layer
 
 __all__ = [
-    "LayerInput", "calibrating", "capture_inputs", "compute_dtype", "count_tokens", "frozen", "kept", "layer_outputs", "run_layer",
+    "LayerInput", "calibrating", "capture_inputs", "compute_dtype", "count_tokens", "frozen", "kept", "layer_output", "layer_outputs",
+    "run_layer",
     "working_precision",
 ]  # fmt: skip
 
@@ -122,7 +123,12 @@ def run_layer(layer: nn.Module, inputs: Sequence[LayerInput], hidden: Sequence[T
         Per batch [B, T, H'].
     """
     with torch.no_grad():
-        return [_first(layer(h, *entry.args, **entry.kwargs)) for entry, h in zip(inputs, hidden, strict=True)]
+        return [layer_output(layer, entry, h) for entry, h in zip(inputs, hidden, strict=True)]
+
+
+def layer_output(layer: nn.Module, entry: LayerInput, hidden: Tensor) -> Tensor:
+    """What leaves a layer for one batch, [B, T, H'] of [B, T, H], with gradients where they are asked for."""
+    return _first(layer(hidden, *entry.args, **entry.kwargs))
 
 
 def kept(hidden: Tensor, keep: Tensor | None) -> Tensor:

@@ -98,6 +98,7 @@ class CalibrationSettings:
     margins: tuple[float, ...] = (1.1, 1.25)
     weight_rounding: str = "gptq"
     rotation: str | None = "auto"
+    equalization: bool = True
     token_importance: bool = True
     guard: bool = True
     precision_budget: float | None = None
@@ -117,13 +118,13 @@ class CalibrationSettings:
         self._check_numbers()
         if self.lm_head_bits is not None and (self.lm_head_bits != 8 or type(self.lm_head_bits) is not int):
             raise ValueError(f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision).")
-        if self.weight_rounding not in ("nearest", "gptq"):
-            raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'.")
+        if self.weight_rounding not in ("nearest", "gptq", "learned"):
+            raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest', 'gptq' or 'learned'.")
         if self.rotation not in ("auto", None, "hadamard"):
             raise ValueError(f"rotation={self.rotation!r} must be 'hadamard', None or 'auto'.")
         if self.rotation == "auto":
             object.__setattr__(self, "rotation", "hadamard" if self._rotation_pays() else None)
-        for name in ("quantize_vision", "quantize_projector", "token_importance", "guard", "strict"):
+        for name in ("quantize_vision", "quantize_projector", "equalization", "token_importance", "guard", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not all(isinstance(pattern, str) and pattern for pattern in self.modules_to_not_convert):

@@ -1,9 +1,10 @@
 """A site's quantized forward pass with gradients: rounding passes them on unchanged (the straight-through estimator).
 
-What is computed equals `TrialSite.forward` under the candidate in force; only the derivatives differ. The factors on the ranges are
-parameters, so that an optimiser can move them; they start at 1 for activations and where the L_p search put them for weights.
+What is computed equals `TrialSite.forward` under the candidate in force; only the derivatives differ. What an optimiser may move depends
+on the class: nothing (`StraightThroughSite`), ranges (`RangeSite`, for the visual encoder optimisation), integers of the weights
+(`IntegerSite`, for learned rounding).
 
-Legend: O out_features, G groups of inputs that share a weight scale.
+Legend: O out_features, I in_features, G groups of inputs that share a weight scale.
 """
 
 import torch
@@ -12,33 +13,69 @@ from torch.nn import functional
 
 from qvlm_hf.calibration.simulation import LearnedRanges, TrialSite, site_input
 from qvlm_hf.core.qparams import grid_bounds
-from qvlm_hf.core.weight import chosen_clip, group_expand, grouped_weight
+from qvlm_hf.core.weight import QuantizedWeight, chosen_clip, group_expand, grouped_weight
 
-__all__ = ["StraightThroughSite"]
+__all__ = ["IntegerSite", "RangeSite", "StraightThroughSite"]
 
 
 class StraightThroughSite:
-    """One site whose ranges can be learned; goes where `simulation.installed` puts it.
+    """One site with everything fixed: gradients reach its input alone. Goes where `simulation.installed` puts it.
 
     Args:
-        trial: the site at its start.
-        learn: whether its ranges are parameters; else only its input gets gradients.
+        trial: the site under a candidate.
     """
 
-    def __init__(self, trial: TrialSite, *, learn: bool) -> None:
+    def __init__(self, trial: TrialSite) -> None:
         self._trial, self.linears = trial, trial.linears
         qparams = trial.qparams[trial.choice]
         self._bounds = None if qparams is None else grid_bounds(qparams)
-        # logarithms of the factors
-        self._logs = () if self._bounds is None else tuple(torch.zeros_like(bound) for bound in self._bounds)
-        weights = trial.quantized_weights()
-        self._clips = tuple(chosen_clip(trial.folded_weight(i), w, trial.scheme).log() for i, w in enumerate(weights)) if learn else ()
-        self._fixed = None if learn else tuple(weight.dequantize() for weight in weights)
-        for parameter in self.parameters() if learn else ():
-            parameter.requires_grad_(True)
+        self._dequantized = tuple(weight.dequantize() for weight in trial.quantized_weights())
 
     def parameters(self) -> list[Tensor]:
-        """The logarithms of all factors on ranges."""
+        """What can be learned."""
+        return []
+
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        """What module `index` of the site returns for x [..., I]: [..., O] in x's dtype."""
+        linear = self.linears[index]
+        a, scale = self._input(site_input(self._trial.site, x).float())
+        y = functional.linear(a, self._weight(index, scale))
+        return (y if linear.bias is None else y + linear.bias.float()).to(x.dtype)
+
+    def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:  # noqa: ARG002 - subclasses fold it
+        """W' on its grid, float32 [O, I]."""
+        return self._dequantized[index]
+
+    def _range(self) -> tuple[Tensor, ...] | None:
+        """Smallest and largest value of the activation grid, or None where a token finds its own."""
+        return self._bounds
+
+    def _input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the weight is multiplied by, and the scale that is folded into it, if one is."""
+        granularity, top = self._trial.chosen.granularity, 2**self._trial.scheme.activation_bits - 1
+        if granularity == "none":
+            return x, None
+        low, high = self._range() or (x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0))
+        scale = _positive((high - low) / top)
+        a = _quantized(x, scale, _round(-low / scale), top)
+        return (a, scale) if granularity == "channel" else (a * scale, None)
+
+
+class RangeSite(StraightThroughSite):
+    """A site whose ranges can be learned: logarithms of factors on the bounds of the activation grid and on every weight group's range.
+
+    They start at what the site has: 0 for activations, the L_p search's choice for weights.
+    """
+
+    def __init__(self, trial: TrialSite) -> None:
+        super().__init__(trial)
+        self._logs = () if self._bounds is None else tuple(torch.zeros_like(bound) for bound in self._bounds)
+        weights = enumerate(trial.quantized_weights())
+        self._clips = tuple(chosen_clip(trial.folded_weight(i), weight, trial.scheme).log() for i, weight in weights)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+
+    def parameters(self) -> list[Tensor]:  # noqa: D102 - as the class above
         return [*self._logs, *self._clips]
 
     def learned(self) -> LearnedRanges:
@@ -46,28 +83,10 @@ class StraightThroughSite:
         activations, weights = (tuple(log.detach().exp() for log in logs) for logs in (self._logs, self._clips))
         return LearnedRanges(self._trial.chosen, activations or None, weights)
 
-    def forward(self, index: int, x: Tensor) -> Tensor:
-        """What module `index` of the site returns for x [..., in]: [..., out] in x's dtype."""
-        linear = self.linears[index]
-        a, scale = self._input(site_input(self._trial.site, x).float())
-        y = functional.linear(a, self._fixed[index] if self._fixed else self._weight(index, scale))
-        return (y if linear.bias is None else y + linear.bias.float()).to(x.dtype)
-
-    def _input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the weight is multiplied by, and the scale that is folded into it, if one is."""
-        granularity, top = self._trial.chosen.granularity, 2**self._trial.scheme.activation_bits - 1
-        if granularity == "none":
-            return x, None
-        if self._bounds is None:
-            low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        else:
-            low, high = (bound * log.exp() for bound, log in zip(self._bounds, self._logs, strict=True))
-        scale = _positive((high - low) / top)
-        a = _quantized(x, scale, _round(-low / scale), top)
-        return (a, scale) if granularity == "channel" else (a * scale, None)
+    def _range(self) -> tuple[Tensor, ...] | None:
+        return None if self._bounds is None else tuple(bound * log.exp() for bound, log in zip(self._bounds, self._logs, strict=True))
 
     def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:
-        """W' on its grid, float32 [O, in]."""
         scheme, weight = self._trial.scheme, site_input(self._trial.site, self.linears[index].weight.detach().float())
         if input_scale is not None:
             weight = weight * input_scale
@@ -80,6 +99,34 @@ class StraightThroughSite:
         length = scheme.group_length(weight.shape[1])
         scale, zero_point = (group_expand(part, length, weight.shape[1]) for part in (scale, zero_point))
         return _quantized(weight, scale, zero_point, 2 * half - 1) * scale
+
+
+class IntegerSite(StraightThroughSite):
+    """A site whose weights can move to a neighbouring integer: offsets [O, I] in steps of the grid, from -1 to 1, 0 at the start."""
+
+    def __init__(self, trial: TrialSite) -> None:
+        super().__init__(trial)
+        self._weights = trial.quantized_weights()
+        self._offsets = tuple(torch.zeros(w.values.shape, device=w.values.device, requires_grad=True) for w in self._weights)
+
+    def parameters(self) -> list[Tensor]:  # noqa: D102 - as the class above
+        return list(self._offsets)
+
+    def quantized(self) -> tuple[QuantizedWeight, ...]:
+        """The weights as they are now, on the grids that they had."""
+        return tuple(
+            QuantizedWeight(self._integers(i).detach().to(torch.uint8), weight.scale, weight.zero_point, weight.group_length)
+            for i, weight in enumerate(self._weights)
+        )
+
+    def _integers(self, index: int) -> Tensor:
+        moved = self._weights[index].values.float() + self._offsets[index].clamp(-1, 1)
+        return _round(moved).clamp(0, 2**self._trial.scheme.weight_bits - 1)
+
+    def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:  # noqa: ARG002 - the grids are those of the folded weight
+        weight, length = self._weights[index], self.linears[index].in_features
+        scale, zero_point = (group_expand(part, weight.group_length, length).float() for part in (weight.scale, weight.zero_point))
+        return (self._integers(index) - zero_point) * scale
 
 
 def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:

@@ -31,7 +31,7 @@ from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 from qvlm_hf.calibration.segment import layer_dependencies
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
 from qvlm_hf.calibration.simulation import LearnedRanges, installed
-from qvlm_hf.calibration.straight_through import StraightThroughSite
+from qvlm_hf.calibration.straight_through import RangeSite, StraightThroughSite
 from qvlm_hf.core.architectures import Segment
 
 __all__ = ["OptimizedVision", "optimize_vision"]
@@ -84,12 +84,11 @@ def optimize_vision(
     if options is None or not learning or len(data) < 2 or any(len(inputs[s.layers[0].name]) < len(data) for s in learning):
         return None
     sites = {segment.component: _sites(model, segment, inputs, settings, precisions) for segment in segments}
-    learned = [site for segment in learning for site in sites[segment.component].values()]
     everything = [site for group in sites.values() for site in group.values()]
     vision = next((segment for segment in learning if segment.component == "vision"), None)
     loss = _Loss(model, segments, data, settings, options)
     before = _partition(model, vision, inputs, settings, everything)
-    parameters = [parameter for site in learned for parameter in site.parameters()]
+    parameters = [parameter for site in everything for parameter in site.parameters()]
     with frozen(model), installed(everything), _checkpointed(model, segments):
         start = loss.held_out_error()
         error, epochs = _descend(loss, parameters, options, start, advance)
@@ -101,7 +100,7 @@ def optimize_vision(
     )  # fmt: skip
     if not improved:
         return OptimizedVision({}, {}, report)
-    ranges = {name: site.learned() for segment in learning for name, site in sites[segment.component].items()}
+    ranges = {name: site.learned() for group in sites.values() for name, site in group.items() if isinstance(site, RangeSite)}
     return OptimizedVision(ranges, {} if after is None else {"vision": (after.dependencies, after.threshold)}, report)
 
 
@@ -116,8 +115,8 @@ def _sites(
     entries = inputs[segment.layers[0].name]
     with calibrating(model, live, entries):
         rows = initialize_sites(model, live, segment.component, entries, [e.hidden for e in entries], settings, precisions)
-    learn = segment.component != "language"
-    return {trial.site.name: StraightThroughSite(trial, learn=learn) for row in rows for trial in row}
+    kind = StraightThroughSite if segment.component == "language" else RangeSite
+    return {trial.site.name: kind(trial) for row in rows for trial in row}
 
 
 def _descend(

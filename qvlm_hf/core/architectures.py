@@ -16,6 +16,7 @@ from qvlm_hf.core.hadamard import largest_block
 __all__ = [
     "Layer",
     "RotationPlan",
+    "ScalePath",
     "Segment",
     "Site",
     "ValuePath",
@@ -26,6 +27,7 @@ __all__ = [
     "output_head",
     "resolve",
     "rotation_plan",
+    "scale_paths",
 ]
 
 
@@ -73,6 +75,21 @@ class ValuePath:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class ScalePath:
+    """The way of a site's input, channel by channel: what `source` (a norm or a linear module) writes, `readers` read.
+
+    Attributes:
+        source: its output channels can take a factor that the columns of the readers' weights undo.
+        readers: everything that reads them.
+        width: channels that stay together where the source's are repeated for several readers' (grouped queries): a head, or all.
+    """
+
+    source: str
+    readers: tuple[str, ...]
+    width: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class RotationPlan:
     """What a rotation folds into the weights of a model.
@@ -110,6 +127,7 @@ class _LayerKind:
 
     `sites`: which modules share an input, in execution order. `transformed`: sites (by first module) that a rotation gives an online
     Hadamard transform. `norms`: norm -> its readers. `writers`: modules that add to the residual stream. `value`: modules of a ValuePath.
+    `product`: a module that an elementwise product passes on unchanged but for a factor, and its reader.
     """
 
     sites: tuple[tuple[str, ...], ...]
@@ -117,6 +135,7 @@ class _LayerKind:
     norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
     writers: tuple[str, ...] = ()
     value: tuple[str, str] | None = None
+    product: tuple[str, str] | None = None
 
 
 _FAMILIES = {
@@ -148,6 +167,7 @@ _DECODERS = {
         norms=(("input_layernorm", _QKV), ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))),
         writers=("self_attn.o_proj", "mlp.down_proj"),
         value=("self_attn.v_proj", "self_attn.o_proj"),
+        product=("mlp.up_proj", "mlp.down_proj"),
     ),
 }
 
@@ -254,6 +274,30 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
         values=tuple(values),
         head=family.head,
     )
+
+
+def scale_paths(model: nn.Module, segments: Sequence[Segment]) -> tuple[ScalePath, ...]:
+    """The paths of all live sites that have one and no online transform, in execution order.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    config: Any = model.config
+    _, _, encoder, decoder = _rows(config)
+    paths = []
+    for segment in segments:
+        kind, part = (encoder, config.vision_config) if segment.component == "vision" else (decoder, config.text_config)
+        for layer in segment.layers if segment.component != "projector" else ():
+            plain = {site.name for site in layer.sites if site.hadamard is None and not layer.dead}
+            head_dim = getattr(part, "head_dim", None) or part.hidden_size // part.num_attention_heads
+            sources = [(norm, readers, None) for norm, readers in kind.norms]
+            sources += [(kind.value[0], kind.value[1:], head_dim)] if kind.value else []
+            sources += [(kind.product[0], kind.product[1:], None)] if kind.product else []
+            for source, readers, width in sources:
+                names = tuple(f"{layer.name}.{reader}" for reader in readers)
+                if names[0] in plain:
+                    paths.append(ScalePath(f"{layer.name}.{source}", names, width or get_linear(model, names[0]).in_features))
+    return tuple(paths)
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:

@@ -28,7 +28,7 @@ _MAX_MODULES = 100_000  # a model of 70 B parameters has about 600 linear module
 _SETTINGS = (
     "group_size", "symmetric", "activation_granularity", "quantize_vision", "quantize_projector", "lm_head_bits", "modules_to_not_convert",
     "num_samples", "batch_size", "seed", "max_block_depth", "entropy_threshold", "percentiles", "margins", "weight_rounding",
-    "rotation", "token_importance", "guard", "precision_budget", "optimize_vision",
+    "rotation", "equalization", "token_importance", "guard", "precision_budget", "optimize_vision",
 )  # fmt: skip
 # Fields of api.md that this version has no code for, with the one value they take.
 _LATER: dict[str, Any] = {"resume_dir": None, "push_to_hub": False, "hub_model_id": None, "hub_private": None}
@@ -63,9 +63,11 @@ class QVLMConfig(QuantizationConfigMixin):
         entropy_threshold: nats from which a layer depends on its neighbours (eq. 7); None is the mean of the segment.
         percentiles: range candidates: shares of the calibration values that a range covers.
         margins: range candidates: factors on the range of all values.
-        weight_rounding: "gptq" (second-order compensation of the rounding error) or "nearest".
+        weight_rounding: "gptq" (second-order compensation of the rounding error), "learned" (that, then gradient descent block by
+            block) or "nearest".
         rotation: "hadamard" folds a Hadamard rotation into the weights, with online transforms where that cannot be; None does not; "auto"
             does for calibrated inputs of 7 or 8 bits, where it measured best.
+        equalization: move scales of input channels into the weights that read them, exactly; calibrated inputs only.
         token_importance: weigh every token's error by the gradient of the answers there (a few backward passes through the model).
         guard: lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth of them at most; needs data.
         precision_budget: average bits of a weight: calibration gives every site its own width, from 2 to 8. None: those of the scheme.
@@ -104,6 +106,7 @@ class QVLMConfig(QuantizationConfigMixin):
         margins: Sequence[float] = CalibrationSettings.margins,
         weight_rounding: str = CalibrationSettings.weight_rounding,
         rotation: str | None = CalibrationSettings.rotation,
+        equalization: bool = CalibrationSettings.equalization,
         token_importance: bool = CalibrationSettings.token_importance,
         guard: bool = CalibrationSettings.guard,
         precision_budget: float | None = CalibrationSettings.precision_budget,
@@ -128,7 +131,8 @@ class QVLMConfig(QuantizationConfigMixin):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.max_block_depth, self.entropy_threshold = max_block_depth, entropy_threshold
         self.percentiles, self.margins, self.strict = percentiles, margins, strict
-        self.weight_rounding, self.rotation, self.token_importance = weight_rounding, rotation, token_importance
+        self.weight_rounding, self.rotation, self.equalization = weight_rounding, rotation, equalization
+        self.token_importance = token_importance
         self.guard, self.precision_budget, self.optimize_vision = guard, precision_budget, optimize_vision
         self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
@@ -154,6 +158,7 @@ class QVLMConfig(QuantizationConfigMixin):
             "activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"},
             "weight_rounding": "nearest",
             "rotation": None,
+            "equalization": False,
             "token_importance": False,
             "guard": False,
             "optimize_vision": True,

@@ -19,7 +19,8 @@ DOWN = "model.language_model.layers.0.mlp.down_proj"
 
 
 def calibrate(model, **options):
-    fields = {"group_size": 32, "batch_size": 4, "max_block_depth": 1, "weight_rounding": "nearest", "activation_granularity": "channel"}
+    fields = {"group_size": 32, "batch_size": 4, "max_block_depth": 1, "weight_rounding": "nearest", "activation_granularity": "channel",
+              "equalization": False}  # fmt: skip
     report = calibrate_and_pack(
         model, CalibrationSettings(**{**fields, **options}), load_samples(tiny_messages(8, seed=0)), tiny_processor()
     )

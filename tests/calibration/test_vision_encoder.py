@@ -7,13 +7,12 @@ import torch
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 from tiny_models import tiny_trial as trial
 
-from qvlm_hf.calibration import straight_through, vision_encoder
+from qvlm_hf.calibration import vision_encoder
 from qvlm_hf.calibration.capture import capture_inputs, frozen
 from qvlm_hf.calibration.entropy import DependencyHistogram, value_bounds
 from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
 from qvlm_hf.calibration.simulation import LearnedRanges, installed
-from qvlm_hf.calibration.straight_through import StraightThroughSite
 from qvlm_hf.calibration.vision_encoder import optimize_vision
 from qvlm_hf.core.architectures import resolve
 from qvlm_hf.core.qparams import grid_bounds
@@ -37,49 +36,6 @@ def patched(model):
 
 def run(*parts, precisions=None):
     return optimize_vision(*parts, precisions or {}, lambda: None)
-
-
-@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
-def test_forward_equals_the_simulation(granularity):
-    site, x = trial(granularity)
-    with installed([StraightThroughSite(site, learn=True)]), torch.no_grad():
-        differentiable = [linear(x) for linear in site.linears]
-    with installed([site]), torch.no_grad():
-        for linear, y in zip(site.linears, differentiable, strict=True):
-            expected = linear(x)
-            assert (y - expected).norm() < 2e-3 * expected.norm()  # a value on the edge of two integers may fall to the other side
-
-
-@pytest.mark.parametrize("granularity", ["channel", "token"])
-@pytest.mark.parametrize("which", ["low", "high", "clip"])
-def test_gradients_equal_finite_differences(granularity, which, monkeypatch):
-    """With rounding replaced by the identity, which is what straight-through assumes, the function is piecewise smooth."""
-    monkeypatch.setattr(straight_through, "_straight_through", lambda x, rounded: x)
-    site, x = trial(granularity)
-    differentiable = StraightThroughSite(site, learn=True)
-    parameters = differentiable.parameters()
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.sub_(0.3)  # clip, so that the ranges matter
-    parameter = parameters[{"low": 0, "high": 1, "clip": 2}[which]]
-    targets = [torch.randn(3, 7, linear.out_features, generator=torch.Generator().manual_seed(2)) for linear in site.linears]
-
-    def loss():
-        with installed([differentiable]):
-            return sum((linear(x) - target).double().square().sum() for linear, target in zip(site.linears, targets, strict=True))
-
-    (gradient,) = torch.autograd.grad(loss(), parameter)
-    assert gradient.abs().max() > 1e-2
-    expected = torch.zeros_like(gradient)
-    with torch.no_grad():
-        for i in range(parameter.numel()):
-            values = []
-            for step in (5e-3, -5e-3):
-                parameter.view(-1)[i] += step
-                values.append(float(loss()))
-                parameter.view(-1)[i] -= step
-            expected.view(-1)[i] = (values[0] - values[1]) / 1e-2
-    assert (gradient - expected).norm() < 0.05 * expected.norm()
 
 
 def test_entropy_gradients_equal_finite_differences():

@@ -54,7 +54,7 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
         ({"optimize_vision": 0}, "optimize_vision=0 must be True, False or a VisionOptimization"),
         ({"optimize_vision": {"epoch": 3}}, "does not have the fields of VisionOptimization"),
         ({"optimize_vision": {"epochs": 0}}, "VisionOptimization: epochs=0 must be an integer of at least 1"),
-        ({"weight_rounding": "learned"}, "weight_rounding='learned' must be 'nearest' or 'gptq'"),
+        ({"weight_rounding": "best"}, "weight_rounding='best' must be 'nearest', 'gptq' or 'learned'"),
         ({"rotation": "givens"}, "rotation='givens' must be 'hadamard', None or 'auto'"),
         ({"precision_budget": 1.5}, "precision_budget=1.5 must be an average of 2 to 8 bits"),
         ({"guard": "yes"}, "guard='yes' must be True or False"),
