@@ -102,12 +102,15 @@ class RangeSite(StraightThroughSite):
 
 
 class IntegerSite(StraightThroughSite):
-    """A site whose weights can move to a neighbouring integer: offsets [O, I] in steps of the grid, from -1 to 1, 0 at the start."""
+    """A site whose weights can move to a neighbouring integer: offsets [O, I] from it in steps of the grid, from -1 to 1.
+
+    They start at what rounding took away, so that the weights that were nearest to their neighbours reach them first.
+    """
 
     def __init__(self, trial: TrialSite) -> None:
         super().__init__(trial)
         self._weights = trial.quantized_weights()
-        self._offsets = tuple(torch.zeros(w.values.shape, device=w.values.device, requires_grad=True) for w in self._weights)
+        self._offsets = tuple(_remainder(trial.folded_weight(i), w).requires_grad_(True) for i, w in enumerate(self._weights))
 
     def parameters(self) -> list[Tensor]:  # noqa: D102 - as the class above
         return list(self._offsets)
@@ -127,6 +130,13 @@ class IntegerSite(StraightThroughSite):
         weight, length = self._weights[index], self.linears[index].in_features
         scale, zero_point = (group_expand(part, weight.group_length, length).float() for part in (weight.scale, weight.zero_point))
         return (self._integers(index) - zero_point) * scale
+
+
+def _remainder(folded: Tensor, weight: QuantizedWeight) -> Tensor:
+    """W' minus its quantized values in steps of the grid, kept inside half a step, [O, I]."""
+    length = folded.shape[1]
+    scale = group_expand(weight.scale, weight.group_length, length).float()
+    return ((folded - weight.dequantize()) / scale).clamp(-0.49, 0.49)
 
 
 def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:

@@ -13,6 +13,7 @@ from qvlm_hf.core.packing import pack
 from qvlm_hf.core.qparams import QParams
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import QuantizedWeight
+from qvlm_hf.ops.cpu import kernel_name
 from qvlm_hf.ops.reference import dequantize_weight
 from qvlm_hf.ops.schema import linear
 
@@ -44,7 +45,11 @@ class QVLMLinear(nn.Linear):
 
     Parameters (never trainable but `bias`): `weight` int32 [out, words], `weight_scale` bfloat16 [out, groups], `weight_zero_point` uint8
     [out, groups] or None, `input_scale` float32 and `input_zero_point` int32 [in] or [positions] or None, `bias` [out] or None.
+
+    `reference` (False): whether the reference computes the module and no kernel; `set_backend` sets it, files do not hold it.
     """
+
+    reference = False
 
     def __init__(
         self,
@@ -120,7 +125,18 @@ class QVLMLinear(nn.Linear):
             self.bias,
             self.in_features,
             self.scheme,
+            reference=self.reference,
         )
+
+    @property
+    def kernel(self) -> str:
+        """What computes this module where its weight is now: a kernel's name, or "reference", with the reason unless it was asked for."""
+        if self.reference:
+            return "reference"
+        if self.weight.device.type != "cpu":
+            return f"reference (no kernels for {self.weight.device.type})"
+        scheme = self.scheme
+        return kernel_name(self.in_features, scheme.weight_bits, scheme.activation_bits, scheme.group_length(self.in_features))
 
     def dequantize(self) -> Tensor:
         """The float weight that this module multiplies by, float32 [out_features, in_features] (without the input's rounding)."""

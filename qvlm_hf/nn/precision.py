@@ -10,7 +10,7 @@ from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["BACKENDS", "PrecisionRow", "format_precision_table", "precision_table", "set_backend"]
 
-BACKENDS = ("auto", "reference")  # "auto" takes the fastest kernel that fits; so far that is the reference
+BACKENDS = ("auto", "reference")  # "auto" takes the fastest kernel that fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,8 @@ class PrecisionRow:
         weight_bits: bits of a weight; those of its dtype in full precision.
         activation_bits: bits of an input value; 16 where a quantized module leaves the input alone, those of the dtype in full precision.
         granularity: of the quantized input, "none" for a floating point one.
-        kernel: what computes it: the backend's name, or "torch" and the dtype in full precision.
+        kernel: what computes it: a kernel's name, "reference" (with the reason, unless it was asked for), or "torch" and the dtype in full
+            precision.
     """
 
     module: str
@@ -59,8 +60,11 @@ def set_backend(model: nn.Module, name: str) -> None:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} does not exist: this version has {', '.join(BACKENDS)}.")
-    if next(quantized_modules(model), None) is None:
+    modules = [module for _, module in quantized_modules(model)]
+    if not modules:
         raise ValueError("set_backend needs a quantized model: nothing in this one is quantized.")
+    for module in modules:
+        module.reference = name == "reference"
 
 
 def _row(name: str, module: nn.Linear) -> PrecisionRow:
@@ -68,7 +72,7 @@ def _row(name: str, module: nn.Linear) -> PrecisionRow:
         scheme = module.scheme
         weight_bits, activation_bits, granularity = scheme.weight_bits, scheme.activation_bits, scheme.granularity
         return PrecisionRow(
-            module=name, weight_bits=weight_bits, activation_bits=activation_bits, granularity=granularity, kernel="reference"
+            module=name, weight_bits=weight_bits, activation_bits=activation_bits, granularity=granularity, kernel=module.kernel
         )
     bits = 8 * module.weight.dtype.itemsize
     kernel = f"torch {str(module.weight.dtype).removeprefix('torch.')}"

@@ -123,4 +123,5 @@ def _zero_point(weight_scale: Tensor, weight_zero_point: Tensor | None, bits: in
 
 
 LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
+LIBRARY.impl("linear_reference", linear, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_input_grad", linear_input_grad, "CompositeExplicitAutograd")

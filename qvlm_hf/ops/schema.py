@@ -17,10 +17,12 @@ __all__ = ["LIBRARY", "linear"]
 
 # torch.library.define + impl costs about 3 us a call, custom_op about 14: 200 linears per token feel it.
 LIBRARY = torch.library.Library("qvlm_hf", "DEF")
-LIBRARY.define(
-    "linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale, Tensor? input_zero_point,"
+_LINEAR = (
+    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale, Tensor? input_zero_point,"
     " Tensor? bias, int in_features, int weight_bits, int activation_bits, int group_length, str granularity, int hadamard) -> Tensor"
 )
+LIBRARY.define("linear" + _LINEAR)
+LIBRARY.define("linear_reference" + _LINEAR)  # the same, by the reference whatever kernels there are
 LIBRARY.define(
     "linear_input_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale,"
     " int in_features, int weight_bits, int group_length, str granularity, int hadamard) -> Tensor"
@@ -37,6 +39,8 @@ def linear(
     bias: Tensor | None,
     in_features: int,
     scheme: QuantScheme,
+    *,
+    reference: bool = False,
 ) -> Tensor:
     """y = bias + r * sum_g weight_scale[:, g] * sum_{k in g} a_k (w_k - weight_zero_point[:, g]), a_k and r by granularity.
 
@@ -50,6 +54,7 @@ def linear(
         bias: [N] or None.
         in_features: K.
         scheme: bits, group size, granularity and input transform.
+        reference: whether the reference computes it and no kernel.
 
     Returns:
         [..., N] in the dtype of `x`.
@@ -57,12 +62,14 @@ def linear(
     Raises:
         ValueError: K differs, or a "token" input has another number of positions than calibrated.
     """
-    return torch.ops.qvlm_hf.linear(
+    operator = torch.ops.qvlm_hf.linear_reference if reference else torch.ops.qvlm_hf.linear
+    return operator(
         x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias,
         in_features, scheme.weight_bits, scheme.activation_bits, scheme.group_length(in_features), scheme.granularity, scheme.hadamard or 0,
     )  # fmt: skip
 
 
+@torch.library.register_fake("qvlm_hf::linear_reference", lib=LIBRARY)
 @torch.library.register_fake("qvlm_hf::linear", lib=LIBRARY)
 def _linear_fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -90,4 +97,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN
     return grad_x, None, None, None, None, None, grad_bias, None, None, None, None, None, None
 
 
-torch.library.register_autograd("qvlm_hf::linear", _backward, setup_context=_setup_context, lib=LIBRARY)
+for _name in ("linear", "linear_reference"):
+    torch.library.register_autograd(f"qvlm_hf::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY)

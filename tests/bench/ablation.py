@@ -1,7 +1,7 @@
 """What each part of the method is worth on the demo model: accuracy and answer KL over calibration seeds.
 
-Every line adds one part to the line above it (`LINES`); `greedy` and `paper` stand beside them. Seconds are processor time, which other
-programs on the machine do not change.
+Every line adds one part to the line above it (`LINES`), those below "+ equalization" to that one; `greedy` and `paper` stand beside them.
+Seconds are processor time, which other programs on the machine do not change.
 
 python tests/bench/ablation.py --seeds 5 --questions 1000 --json tests/bench/results/ablation_w4a4.json
 """
@@ -21,13 +21,21 @@ from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.evaluation import evaluate
 
-_BARE = {"weight_rounding": "nearest", "rotation": None, "guard": False, "token_importance": False}
+_BARE = {
+    "weight_rounding": "nearest", "rotation": None, "guard": False, "token_importance": False, "equalization": False,
+    "optimize_vision": False,
+}  # fmt: skip
+_GUARDED = _BARE | {"weight_rounding": "gptq", "guard": True}
+_BEST = _GUARDED | {"token_importance": True, "equalization": True}
 LINES = {
     "search": _BARE,
     "+ gptq": _BARE | {"weight_rounding": "gptq"},
-    "+ guard": _BARE | {"weight_rounding": "gptq", "guard": True},
-    "+ token importance": _BARE | {"weight_rounding": "gptq", "guard": True, "token_importance": True},
-    "+ rotation": _BARE | {"weight_rounding": "gptq", "guard": True, "rotation": "hadamard"},
+    "+ guard": _GUARDED,
+    "+ token importance": _GUARDED | {"token_importance": True},
+    "+ equalization": _BEST,
+    "+ vision optimisation": _BEST | {"optimize_vision": True},
+    "+ learned rounding": _BEST | {"weight_rounding": "learned"},
+    "+ rotation": _BEST | {"rotation": "hadamard"},
 }
 VARIANTS = LINES | {
     "rtn": {"activation_granularity": "dynamic_token", "dataset": None, "rotation": None},

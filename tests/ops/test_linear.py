@@ -1,4 +1,4 @@
-"""`qvlm_hf::linear`: the reference against a loop over single numbers, and what PyTorch asks of an operator.
+"""`qvlm_hf::linear`: kernels and reference against a loop over single numbers, and what PyTorch asks of an operator.
 
 Legend: B batch, T tokens, K in_features, N out_features, G groups of L inputs.
 """
@@ -21,6 +21,13 @@ STATIC = ("channel", "token")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 F32 = np.float32
+REFERENCE = [False]
+
+
+@pytest.fixture(autouse=True, params=["kernel", "reference"])
+def _backend(request):
+    """Every test runs with the kernel that this machine has, and with the reference."""
+    REFERENCE[0] = request.param == "reference"
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Case:
     input_scale: Tensor | None
     input_zero_point: Tensor | None
     bias: Tensor | None
+    reference: bool
 
     @property
     def arguments(self):
@@ -43,7 +51,7 @@ class Case:
         return (self.weight, *statics, self.integers.shape[1])
 
     def run(self):
-        return linear(self.x, *self.arguments, self.scheme)
+        return linear(self.x, *self.arguments, self.scheme, reference=self.reference)
 
     def op_arguments(self):
         s, k = self.scheme, self.integers.shape[1]
@@ -93,6 +101,7 @@ def make_case(
         input_scale=None if statics is None else (torch.rand(statics) + 0.5) * (1 if granularity == "none" else 4 / top),
         input_zero_point=torch.randint(top // 4, top - top // 4 + 1, (statics,), dtype=torch.int32) if granularity in STATIC else None,
         bias=torch.randn(out_features).to(dtype) if bias else None,
+        reference=REFERENCE[0],
     )
 
 
@@ -405,7 +414,8 @@ def test_opcheck(granularity, gradient):
     case = make_case(granularity, hadamard=8, shape=(2, 3, 24), symmetric=granularity == "token")
     if gradient:
         case = replace(case, x=case.x.requires_grad_(), bias=case.bias.requires_grad_())
-    torch.library.opcheck(torch.ops.qvlm_hf.linear.default, case.op_arguments())
+    operator = torch.ops.qvlm_hf.linear_reference if case.reference else torch.ops.qvlm_hf.linear
+    torch.library.opcheck(operator.default, case.op_arguments())
 
 
 def test_opcheck_of_the_gradient():

@@ -1,0 +1,248 @@
+"""CPU kernels of `qvlm_hf::linear`: one C++ file, compiled where it runs, checked against the reference before it is used.
+
+The source is part of the package and is compiled at first use with the host's C++ compiler for the host's own instruction set; the
+library is kept in the user's cache under a hash of source, flags, compiler and processor. It computes with PyTorch's own OpenMP threads.
+Where there is no compiler, or the result is not what the reference says, the reference computes, and `kernel_name` tells so.
+
+Left out: repacking. The kernels read the bytes as they lie on disk, so a model is in memory once.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qvlm_hf.core.hadamard import block_hadamard
+from qvlm_hf.core.packing import pack
+from qvlm_hf.ops import reference
+from qvlm_hf.ops.schema import LIBRARY
+
+__all__ = ["kernel_name", "linear"]
+
+_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+# -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels flip
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+_COMPILE_SECONDS = 300
+_INT32 = 2**30  # the kernels add two partial sums of a group
+_FEW_TOKENS = 16  # up to here floating-point inputs meet packed weights; beyond, a dequantized copy of the weight is cheaper
+_GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2}
+_VARIANTS = {0: "cpu portable", 1: "cpu avx512-vnni"}
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """The compiled library and its name, or why there is none."""
+
+    library: ctypes.CDLL | None
+    name: str
+
+
+def kernel_name(in_features: int, weight_bits: int, activation_bits: int, group_length: int) -> str:
+    """What computes a module on this CPU: "cpu avx512-vnni", "cpu portable", or "reference" with the reason."""
+    return _misfit(in_features, weight_bits, activation_bits, group_length) or _kernels().name
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    weight_bits: int,
+    activation_bits: int,
+    group_length: int,
+    granularity: str,
+    hadamard: int,
+) -> Tensor:
+    """`qvlm_hf::linear` on a CPU; arguments and errors as in `ops.schema.linear`."""
+    arguments = (weight, weight_scale, weight_zero_point, input_scale, input_zero_point)
+    valid = x.dim() > 0 and x.shape[-1] == in_features and _ranges_fit(x, input_scale, input_zero_point, granularity)
+    misfit = _misfit(in_features, weight_bits, activation_bits, group_length)
+    library = _kernels().library if valid and not misfit else None
+    if library is None:  # the reference also has the words for what is wrong
+        return reference.linear(
+            x, *arguments, bias, in_features, weight_bits, activation_bits, group_length, granularity, hadamard
+        )  # fmt: skip
+    values = block_hadamard(x.float(), hadamard) if hadamard else x
+    if granularity == "none":
+        return _floating(library, values, *arguments[:4], bias, weight_bits, group_length).to(x.dtype)
+    if values.dtype not in (torch.float32, torch.bfloat16):
+        values = values.float()
+    values = values.contiguous()
+    y = values.new_empty((*x.shape[:-1], weight.shape[0]))
+    if y.numel():
+        kept = [None if t is None else t.contiguous() for t in (*arguments, None if bias is None else bias.to(values.dtype))]
+        library.qvlm_linear(
+            _pointer(values), _pointer(kept[5]), _pointer(y), int(values.dtype == torch.bfloat16), values.numel() // in_features,
+            *map(_pointer, kept[:3]), *_sizes(weight, weight_scale, in_features, group_length), weight_bits,
+            *map(_pointer, kept[3:5]), 0 if granularity != "token" or input_scale is None else input_scale.shape[0],
+            activation_bits, _GRANULARITIES[granularity],
+        )  # fmt: skip
+    return y.to(x.dtype)
+
+
+def _floating(
+    library: ctypes.CDLL,
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_zero_point: Tensor | None,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    weight_bits: int,
+    group_length: int,
+) -> Tensor:
+    """Floating-point inputs, float32 [..., N]."""
+    values = (x.float() if input_scale is None else x.float() / input_scale).contiguous()
+    offset = None if bias is None else bias.float().contiguous()
+    tokens, in_features = values.shape[:-1].numel(), values.shape[-1]
+    if tokens > _FEW_TOKENS:
+        dense = reference.dequantize_weight(
+            weight, weight_scale, weight_zero_point, None, in_features, weight_bits, group_length, "none", 0
+        )
+        return functional.linear(values, dense, offset)
+    y = values.new_empty((*x.shape[:-1], weight.shape[0]))
+    if tokens:
+        kept = [None if t is None else t.contiguous() for t in (weight, weight_scale, weight_zero_point)]
+        library.qvlm_linear_float(
+            _pointer(values), _pointer(offset), _pointer(y), tokens, *map(_pointer, kept),
+            *_sizes(weight, weight_scale, in_features, group_length), weight_bits,
+        )  # fmt: skip
+    return y
+
+
+def _sizes(weight: Tensor, weight_scale: Tensor, in_features: int, group_length: int) -> tuple[int, int, int, int, int]:
+    """N, K, G, L and the bytes of a packed row."""
+    return weight.shape[0], in_features, weight_scale.shape[1], group_length, weight.shape[1] * 4
+
+
+def _misfit(in_features: int, weight_bits: int, activation_bits: int, group_length: int) -> str | None:
+    """Why the kernels do not take such a module, or None."""
+    if group_length < in_features and group_length * weight_bits % 8:
+        return f"reference (groups of {group_length} x {weight_bits} bits do not start at a byte)"
+    if activation_bits <= 8 and group_length * (2**weight_bits - 1) * (2**activation_bits - 1) >= _INT32:
+        return f"reference (a sum over {group_length} inputs can leave int32)"
+    return None
+
+
+def _ranges_fit(x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None, granularity: str) -> bool:
+    """Whether static ranges are there where they must be, for this many positions."""
+    if granularity not in ("channel", "token"):
+        return True
+    if input_scale is None or input_zero_point is None:
+        return False
+    return granularity == "channel" or (x.dim() >= 2 and x.shape[-2] == input_scale.shape[0])
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+@functools.cache
+def _kernels() -> _Kernels:
+    """Compiles, loads and checks the library, once per process."""
+    try:
+        library = _load(_compiled())
+        name = _VARIANTS[library.qvlm_variant()]
+        wrong = _self_check(library)
+    except (OSError, RuntimeError) as error:
+        return _Kernels(None, f"reference ({error})")
+    return _Kernels(None, f"reference (the compiled kernel is wrong for {wrong})") if wrong else _Kernels(library, name)
+
+
+def _compiled() -> Path:
+    """The library for this source, compiler and processor, from the cache or compiled now.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed.
+        OSError: nothing can be written.
+    """
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise RuntimeError(f"no kernels for {platform.system()} on {platform.machine()}")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler found: install g++ or set CXX")
+    identity = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), _output(compiler, "--version"), _processor(), torch.__version__.encode()]
+    target = _cache() / f"cpu_kernels-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            _output(compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-Wl,--as-needed", *_openmp())
+            os.replace(made, target)  # whole or not at all, whoever else compiles
+    return target
+
+
+def _output(*command: str) -> bytes:
+    done = subprocess.run(command, capture_output=True, timeout=_COMPILE_SECONDS, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{Path(command[0]).name} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
+    return done.stdout
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvlm_hf"
+
+
+def _processor() -> bytes:
+    """What -march=native depends on."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    return b"|".join(dict.fromkeys(line for line in lines if line.startswith((b"model name", b"flags"))))
+
+
+def _openmp() -> list[str]:
+    """The OpenMP runtime that PyTorch has loaded: a second one would be a second pool of threads."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [path for path in dict.fromkeys(line.split()[-1] for line in maps) if "libgomp" in path or "libiomp" in path][:1]
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    size, whole, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+    matrix = [pointer] * 3 + [size] * 5 + [whole]
+    library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], whole
+    library.qvlm_linear.argtypes = [pointer, pointer, pointer, whole, size, *matrix, pointer, pointer, size, whole, whole]
+    library.qvlm_linear_float.argtypes = [pointer, pointer, pointer, size, *matrix]
+    library.qvlm_linear.restype = library.qvlm_linear_float.restype = None
+    return library
+
+
+def _self_check(library: ctypes.CDLL) -> str | None:
+    """The first small case that does not come out as the reference has it, or None."""
+    generator = torch.Generator().manual_seed(0)
+    for weight_bits, activation_bits, granularity, tokens in ((4, 4, "channel", 1), (4, 8, "dynamic_token", 9), (6, 8, "channel", 20)):
+        integers = torch.randint(0, 2**weight_bits, (70, 136), generator=generator, dtype=torch.uint8)
+        arguments = (
+            pack(integers, weight_bits),
+            torch.rand(70, 2, generator=generator).add(0.5).bfloat16(),
+            torch.randint(0, 2**weight_bits, (70, 2), generator=generator, dtype=torch.uint8),
+            torch.rand(136, generator=generator).add(0.1) if granularity == "channel" else None,
+            torch.randint(0, 2**activation_bits, (136,), generator=generator, dtype=torch.int32) if granularity == "channel" else None,
+        )
+        x = torch.randn(tokens, 136, generator=generator)
+        expected = reference.linear(x, *arguments, None, 136, weight_bits, activation_bits, 128, granularity, 0)
+        y = torch.empty_like(expected)
+        library.qvlm_linear(
+            _pointer(x), None, _pointer(y), 0, tokens, *map(_pointer, arguments[:3]), *_sizes(arguments[0], arguments[1], 136, 128),
+            weight_bits, *map(_pointer, arguments[3:]), 0, activation_bits, _GRANULARITIES[granularity],
+        )  # fmt: skip
+        if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
+            return f"W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
+    return None
+
+
+LIBRARY.impl("linear", linear, "CPU")

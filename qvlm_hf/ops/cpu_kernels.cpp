@@ -1,0 +1,686 @@
+// Quantized linear layers on x86-64 CPUs, straight from the packed bytes on disk: nothing is repacked, memory holds one copy.
+//
+//   y[m, n] = bias[n] + r[m] * sum_g ws[n, g] * sum_{k in g} a[m, k] (w[n, k] - zp[n, g])
+//
+// Integers. The weights stay unsigned (w, 0 ... 2^bits - 1) and are the unsigned operand of vpdpbusd; inputs are the signed one. Up to 7
+// bits a = q - z fits into int8. At 8 bits it does not; then q - 128 is multiplied, and what is missing, 128 - z, comes from further rows of
+// the same product: two halves of it for z per input (128 itself does not fit), a row of ones for z per token. All of this is added as
+// int32, exactly; the only rounding is that of float(sum) * ws and its accumulation over groups, as in reference.py.
+//
+// Unpacking. A row is a bit stream; eight values of b bits are b bytes. vpermb puts each run of b bytes into a 64-bit lane,
+// vpmultishiftqb cuts it into eight bytes: three instructions for 64 values of any width from 2 to 8.
+//
+// Legend: M tokens, N out_features, K in_features, G groups of L inputs (the last may be short), P inputs of a group padded to a multiple of
+// 64 (padding is 0 in the inputs, so whatever weight it meets adds nothing), KP = G * P.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define QVLM_AVX512 1
+#include <immintrin.h>
+#else
+#define QVLM_AVX512 0
+#endif
+
+namespace {
+
+constexpr int64_t kStep = 64;   // values unpacked at a time
+constexpr int64_t kTileN = 64;  // output columns that a thread works on at a time
+constexpr int64_t kTileM = 192;  // tokens between two unpackings of the same weights: inputs and sums of a tile stay in the L2 cache
+
+struct Weight {
+    const uint8_t* bytes;       // [N, row_bytes]
+    const uint16_t* scale;      // bfloat16 [N, G]
+    const uint8_t* zero_point;  // [N, G] or null for 2^(bits - 1)
+    int64_t n, k, groups, length, row_bytes;
+    int bits;
+
+    int64_t padded() const { return (std::min(length, k) + kStep - 1) / kStep * kStep; }
+    // From one token's inputs to the next: KP and a cache line more, or the tokens of a power of two would share a cache set.
+    int64_t stride() const { return groups * padded() + 64; }
+    int zero(int64_t row, int64_t g) const { return zero_point ? zero_point[row * groups + g] : 1 << (bits - 1); }
+    float factor(int64_t row, int64_t g) const {
+        uint32_t word = uint32_t(scale[row * groups + g]) << 16;
+        float value;
+        std::memcpy(&value, &word, 4);
+        return value;
+    }
+    // Values of a group that exist, and the first byte of it in a row.
+    int64_t count(int64_t g) const { return std::min(length, k - g * length); }
+    int64_t start(int64_t g) const { return g * length * bits / 8; }
+};
+
+// Quantized inputs of some tokens, and the rows that put back what did not fit.
+struct Rows {
+    const int8_t* a;        // [M, KP]
+    const int32_t* sums;    // [M, G], over each group of a
+    const int32_t* shift;   // [M], factor of a single correction row; not read otherwise
+    const int8_t* more;     // [corrections, KP]
+    const int32_t* more_sums;
+    bool wide;              // whether a sum over a group can leave the 24 bits that float holds
+
+    Rows from(const Weight& w, int64_t m) const { return {a + m * w.stride(), sums + m * w.groups, shift + m, more, more_sums, wide}; }
+};
+
+#if QVLM_AVX512
+
+// Sums live in registers only if every index into them is known when compiling.
+#define QVLM_UNROLL _Pragma("GCC unroll 16")
+
+// How vpermb and vpmultishiftqb cut eight values of BITS bits out of each run of BITS bytes.
+template <int BITS>
+struct Cut {
+    alignas(64) uint8_t index[64];
+    alignas(64) uint8_t shift[64];
+    constexpr Cut() : index(), shift() {
+        for (int lane = 0; lane < 8; ++lane)
+            for (int i = 0; i < 8; ++i) {
+                index[8 * lane + i] = uint8_t(lane * BITS + (i < BITS ? i : 0));
+                shift[8 * lane + i] = uint8_t(i * BITS);
+            }
+    }
+};
+template <int BITS>
+constexpr Cut<BITS> kCut{};
+
+// 64 values as bytes, natural order; nothing from `end` on is read.
+template <int BITS>
+inline __m512i unpack64(const uint8_t* source, const uint8_t* end) {
+    __m512i raw;
+    if (__builtin_expect(source + 64 <= end, 1))
+        raw = _mm512_loadu_si512(source);
+    else
+        raw = _mm512_maskz_loadu_epi8((1ull << std::max<int64_t>(end - source, 0)) - 1, source);
+    if constexpr (BITS == 8) return raw;
+    const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(kCut<BITS>.index), raw);
+    const __m512i values = _mm512_multishift_epi64_epi8(_mm512_load_si512(kCut<BITS>.shift), lanes);
+    return _mm512_and_si512(values, _mm512_set1_epi8(char((1 << BITS) - 1)));
+}
+
+// Scales and zero points of 16 groups of a row from `g` on, of those that exist.
+struct Parameters {
+    __m512 scale;
+    __m512i zero;
+};
+inline Parameters parameters16(const Weight& w, int64_t row, int64_t g) {
+    const __mmask16 exist = w.groups - g >= 16 ? 0xffff : __mmask16((1u << (w.groups - g)) - 1);
+    const __m512i scale = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, w.scale + row * w.groups + g));
+    const __m512i zero = w.zero_point ? _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(exist, w.zero_point + row * w.groups + g))
+                                      : _mm512_set1_epi32(1 << (w.bits - 1));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(scale, 16)), zero};
+}
+
+// vpdpbusd as one instruction: GCC 12 spills the accumulators around the intrinsic.
+inline void dot(__m512i& sum, __m512i weights, __m512i inputs) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs)); }
+
+// Sums of several rows. Not an array: GCC 12 keeps one in memory as soon as a loop runs around it.
+template <int ROWS>
+struct Sums {
+    __m512i head;
+    Sums<ROWS - 1> tail;
+
+    void start(const int32_t* values, int64_t stride) {
+        head = _mm512_zextsi128_si512(_mm_cvtsi32_si128(*values));
+        tail.start(values + stride, stride);
+    }
+    void add(__m512i weights, const int8_t* a, int64_t stride) {
+        dot(head, weights, _mm512_loadu_si512(a));
+        tail.add(weights, a + stride, stride);
+    }
+    void store(__m512i* out) const {
+        *out = head;
+        tail.store(out + 1);
+    }
+};
+template <>
+struct Sums<0> {
+    void start(const int32_t*, int64_t) {}
+    void add(__m512i, const int8_t*, int64_t) {}
+    void store(__m512i*) const {}
+};
+
+// Few tokens: one pass over the weights, every value unpacked once for ROWS tokens and MORE correction rows. out [ROWS, N] float.
+template <int BITS, int ROWS, int MORE>
+void gemv(const Weight& w, const Rows& x, float* out, int64_t first, int64_t last) {
+    const int64_t padded = w.padded(), stride = w.stride();
+    alignas(64) float scale[16];
+    alignas(64) int32_t start[ROWS + MORE + 1][16];  // minus zero point times sum of inputs: where the sum of a group starts
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t *bytes = w.bytes + row * w.row_bytes, *end = bytes + w.row_bytes;
+        __m512 total[ROWS];
+        QVLM_UNROLL
+        for (int m = 0; m < ROWS; ++m) total[m] = _mm512_setzero_ps();
+        for (int64_t g = 0; g < w.groups; ++g) {
+            if (g % 16 == 0) {
+                const Parameters parameters = parameters16(w, row, g);
+                const __mmask16 exist = w.groups - g >= 16 ? 0xffff : __mmask16((1u << (w.groups - g)) - 1);
+                _mm512_store_ps(scale, parameters.scale);
+                QVLM_UNROLL
+                for (int m = 0; m < ROWS + MORE; ++m) {
+                    const int32_t* inputs = m < ROWS ? x.sums + m * w.groups : x.more_sums + (m - ROWS) * w.groups;
+                    const __m512i product = _mm512_mullo_epi32(parameters.zero, _mm512_maskz_loadu_epi32(exist, inputs + g));
+                    _mm512_store_si512(start[m], _mm512_sub_epi32(_mm512_setzero_si512(), product));
+                }
+            }
+            Sums<ROWS> sums;
+            Sums<MORE> corrections;
+            sums.start(&start[0][g % 16], 16);
+            corrections.start(&start[ROWS][g % 16], 16);
+            const uint8_t* source = bytes + w.start(g);
+            const int8_t *a = x.a + g * padded, *more = x.more + g * padded;
+            for (const int8_t* last = a + w.count(g); a < last; a += kStep, more += kStep, source += kStep * BITS / 8) {
+                const __m512i weights = unpack64<BITS>(source, end);
+                sums.add(weights, a, stride);
+                corrections.add(weights, more, stride);
+            }
+            __m512i sum[ROWS + MORE];
+            sums.store(sum);
+            corrections.store(sum + ROWS);
+            const __m512 factor = _mm512_set1_ps(scale[g % 16]);
+            QVLM_UNROLL
+            for (int m = 0; m < ROWS; ++m) {
+                if constexpr (MORE == 1) sum[m] = _mm512_add_epi32(sum[m], _mm512_mullo_epi32(sum[ROWS], _mm512_set1_epi32(x.shift[m])));
+                if constexpr (MORE == 2) sum[m] = _mm512_add_epi32(sum[m], _mm512_add_epi32(sum[ROWS], sum[ROWS + 1]));
+                // lanes as floats add up to the exact sum while every one of them is exact
+                const __m512 exact = x.wide ? _mm512_zextps128_ps512(_mm_set_ss(float(_mm512_reduce_add_epi32(sum[m])))) : _mm512_cvtepi32_ps(sum[m]);
+                total[m] = _mm512_fmadd_ps(exact, factor, total[m]);
+            }
+        }
+        QVLM_UNROLL
+        for (int m = 0; m < ROWS; ++m) out[m * w.n + row] = _mm512_reduce_add_ps(total[m]);
+    }
+}
+
+// The same for floating-point inputs: a [ROWS, KP] float, sums [ROWS, G] float.
+template <int BITS, int ROWS>
+void gemv_float(const Weight& w, const float* a, const float* sums, float* out, int64_t first, int64_t last) {
+    const int64_t padded = w.padded(), stride = w.stride();
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t* bytes = w.bytes + row * w.row_bytes;
+        __m512 total[ROWS];
+        float shift[ROWS];
+        QVLM_UNROLL
+        for (int m = 0; m < ROWS; ++m) total[m] = _mm512_setzero_ps(), shift[m] = 0;
+        for (int64_t g = 0; g < w.groups; ++g) {
+            __m512 sum[ROWS];
+            QVLM_UNROLL
+            for (int m = 0; m < ROWS; ++m) sum[m] = _mm512_setzero_ps();
+            const int64_t begin = w.start(g), count = w.count(g);
+            for (int64_t k = 0; k < count; k += kStep) {
+                const int64_t offset = begin + k * BITS / 8;
+                const __m512i weights = unpack64<BITS>(bytes + offset, bytes + w.row_bytes);
+                const __m128i part[4] = {_mm512_castsi512_si128(weights), _mm512_extracti32x4_epi32(weights, 1),
+                                         _mm512_extracti32x4_epi32(weights, 2), _mm512_extracti32x4_epi32(weights, 3)};
+                for (int i = 0; i < 4; ++i) {
+                    const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part[i]));
+                    QVLM_UNROLL
+                    for (int m = 0; m < ROWS; ++m)
+                        sum[m] = _mm512_fmadd_ps(values, _mm512_loadu_ps(a + m * stride + g * padded + k + 16 * i), sum[m]);
+                }
+            }
+            const float scale = w.factor(row, g), zero = float(w.zero(row, g));
+            QVLM_UNROLL
+            for (int m = 0; m < ROWS; ++m) {
+                total[m] = _mm512_fmadd_ps(sum[m], _mm512_set1_ps(scale), total[m]);
+                shift[m] += scale * zero * sums[m * w.groups + g];
+            }
+        }
+        QVLM_UNROLL
+        for (int m = 0; m < ROWS; ++m) out[m * w.n + row] = _mm512_reduce_add_ps(total[m]) - shift[m];
+    }
+}
+
+// rows [16][16 dwords] -> columns [16 dwords][16 rows]
+inline void transpose16(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// One group of `panels` x 16 columns, unpacked for the tile product: [padded / 4][panels][16 columns][4 inputs]. Columns beyond N repeat the last.
+template <int BITS>
+void unpack_panels(const Weight& w, int64_t first, int panels, int64_t g, uint8_t* tile) {
+    const int64_t begin = w.start(g), padded = w.padded(), count = w.count(g);
+    QVLM_UNROLL
+    for (int p = 0; p < panels; ++p)
+        for (int64_t k = 0; k < padded; k += kStep) {
+            __m512i block[16];
+            const int64_t offset = begin + k * BITS / 8;
+            for (int i = 0; i < 16; ++i) {
+                const int64_t row = std::min(first + 16 * p + i, w.n - 1);
+                block[i] = k < count ? unpack64<BITS>(w.bytes + row * w.row_bytes + offset, w.bytes + (row + 1) * w.row_bytes) : _mm512_setzero_si512();
+            }
+            transpose16(block);
+            for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + ((k / 4 + i) * panels + p) * 64, block[i]);
+        }
+}
+
+// One group's exact sums of ROWS tokens x PANELS * 16 columns.
+template <int ROWS, int PANELS>
+__attribute__((always_inline)) inline void tile_sums(const int8_t* a, int64_t stride, const int32_t* sums, int64_t groups, const uint8_t* tile, int64_t padded,
+                      const int32_t* zero, __m512i sum[ROWS][PANELS]) {
+    QVLM_UNROLL
+    for (int m = 0; m < ROWS; ++m)
+        QVLM_UNROLL
+        for (int p = 0; p < PANELS; ++p) sum[m][p] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < padded; k += 4) {
+        __m512i weights[PANELS];
+        QVLM_UNROLL
+        for (int p = 0; p < PANELS; ++p) weights[p] = _mm512_load_si512(tile + (k / 4 * PANELS + p) * 64);
+        QVLM_UNROLL
+        for (int m = 0; m < ROWS; ++m) {
+            int32_t four;
+            std::memcpy(&four, a + m * stride + k, 4);
+            const __m512i inputs = _mm512_set1_epi32(four);
+            QVLM_UNROLL
+            for (int p = 0; p < PANELS; ++p) dot(sum[m][p], weights[p], inputs);
+        }
+    }
+    QVLM_UNROLL
+    for (int p = 0; p < PANELS; ++p) {
+        const __m512i z = _mm512_load_si512(zero + 16 * p);
+        QVLM_UNROLL
+        for (int m = 0; m < ROWS; ++m)
+            sum[m][p] = _mm512_sub_epi32(sum[m][p], _mm512_mullo_epi32(z, _mm512_set1_epi32(sums[m * groups])));
+    }
+}
+
+// What a tile of columns has in one group.
+struct Tile {
+    alignas(64) float scale[kTileN];
+    alignas(64) int32_t zero[kTileN];
+    alignas(64) int32_t more[kTileN];  // sum of the correction rows
+    const uint8_t* weights;            // see unpack_panels
+};
+
+// ROWS tokens of one group, added to out [ROWS, kTileN] in float, in the order of groups and without fused rounding: as in reference.py.
+template <int ROWS, int MORE>
+inline void tile_product(const Weight& w, const Rows& x, int64_t g, const Tile& tile, float* out) {
+    constexpr int panels = kTileN / 16;
+    const int64_t padded = w.padded(), stride = w.stride();
+    __m512i sum[ROWS][panels];
+    tile_sums<ROWS, panels>(x.a + g * padded, stride, x.sums + g, w.groups, tile.weights, padded, tile.zero, sum);
+    QVLM_UNROLL
+    for (int p = 0; p < panels; ++p) {
+        const __m512 scale = _mm512_load_ps(tile.scale + 16 * p);
+        const __m512i more = _mm512_load_si512(tile.more + 16 * p);
+        QVLM_UNROLL
+        for (int m = 0; m < ROWS; ++m) {
+            if constexpr (MORE == 1) sum[m][p] = _mm512_add_epi32(sum[m][p], _mm512_mullo_epi32(more, _mm512_set1_epi32(x.shift[m])));
+            if constexpr (MORE == 2) sum[m][p] = _mm512_add_epi32(sum[m][p], more);
+            float* y = out + m * kTileN + 16 * p;
+            const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][p]), scale);
+            _mm512_store_ps(y, g == 0 ? part : _mm512_add_ps(_mm512_load_ps(y), part));
+        }
+    }
+}
+
+// Many tokens: the tile of columns from `first` on. out [M, N] float.
+template <int BITS, int MORE>
+void gemm(const Weight& w, const Rows& x, float* out, int64_t m, int64_t first) {
+    constexpr int panels = kTileN / 16;
+    const int64_t padded = w.padded(), stride = w.stride(), columns = std::min(kTileN, w.n - first);
+    thread_local std::vector<uint8_t> memory;
+    memory.resize(padded * kTileN + 64);
+    uint8_t* weights = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    alignas(64) float part[kTileM * kTileN];
+    Tile tile;
+    tile.weights = weights;
+    for (int64_t begin = 0; begin < m; begin += kTileM) {
+        const int64_t rows = std::min(kTileM, m - begin);
+        for (int64_t g = 0; g < w.groups; ++g) {
+            unpack_panels<BITS>(w, first, panels, g, weights);
+            for (int64_t n = 0; n < kTileN; ++n) {
+                const int64_t row = std::min(first + n, w.n - 1);
+                tile.scale[n] = w.factor(row, g), tile.zero[n] = w.zero(row, g);
+            }
+            if constexpr (MORE > 0) {
+                __m512i sum[MORE][panels];
+                tile_sums<MORE, panels>(x.more + g * padded, stride, x.more_sums + g, w.groups, weights, padded, tile.zero, sum);
+                QVLM_UNROLL
+                for (int p = 0; p < panels; ++p)
+                    _mm512_store_si512(tile.more + 16 * p, MORE == 1 ? sum[0][p] : _mm512_add_epi32(sum[0][p], sum[MORE - 1][p]));
+            }
+            int64_t i = 0;
+            for (; i + 6 <= rows; i += 6) tile_product<6, MORE>(w, x.from(w, begin + i), g, tile, part + i * kTileN);
+            for (; i + 2 <= rows; i += 2) tile_product<2, MORE>(w, x.from(w, begin + i), g, tile, part + i * kTileN);
+            for (; i < rows; ++i) tile_product<1, MORE>(w, x.from(w, begin + i), g, tile, part + i * kTileN);
+        }
+        for (int64_t i = 0; i < rows; ++i) std::memcpy(out + (begin + i) * w.n + first, part + i * kTileN, columns * 4);
+    }
+}
+
+#else  // portable: the compiler vectorises it for the machine it runs on
+
+inline void unpack_row(const Weight& w, int64_t row, int64_t g, uint8_t* values) {
+    const uint8_t* bytes = w.bytes + row * w.row_bytes + w.start(g);
+    const int64_t available = w.row_bytes - w.start(g), count = w.count(g);
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t bit = i * w.bits, at = bit / 8;
+        const uint32_t two = bytes[at] | (at + 1 < available ? uint32_t(bytes[at + 1]) << 8 : 0u);
+        values[i] = uint8_t(two >> (bit % 8) & ((1u << w.bits) - 1));
+    }
+    std::memset(values + count, 0, w.padded() - count);
+}
+
+// columns first ... last - 1 for all M tokens
+void columns_portable(const Weight& w, const Rows& x, int more, float* out, int64_t m, int64_t first, int64_t last) {
+    const int64_t padded = w.padded(), stride = w.stride();
+    std::vector<uint8_t> values(padded);
+    const auto sum = [&](const int8_t* a, int32_t inputs, int32_t zero) {
+        int32_t total = 0;
+        for (int64_t k = 0; k < padded; ++k) total += int32_t(values[k]) * int32_t(a[k]);
+        return total - zero * inputs;
+    };
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t g = 0; g < w.groups; ++g) {
+            unpack_row(w, row, g, values.data());
+            const float scale = w.factor(row, g);
+            const int32_t zero = w.zero(row, g);
+            int32_t correction = 0;
+            for (int r = 0; r < more; ++r) correction += sum(x.more + r * stride + g * padded, x.more_sums[r * w.groups + g], zero);
+            for (int64_t i = 0; i < m; ++i) {
+                const int32_t exact = sum(x.a + i * stride + g * padded, x.sums[i * w.groups + g], zero) + (more == 1 ? x.shift[i] : 1) * correction;
+                float& y = out[i * w.n + row];
+                y = (g == 0 ? 0.0f : y) + float(exact) * scale;
+            }
+        }
+}
+
+#endif
+
+#if QVLM_AVX512
+template <int BITS, int MORE>
+void few_tokens(const Weight& w, const Rows& x, float* out, int64_t m, int64_t first, int64_t last) {
+    int64_t i = 0;
+    for (; i + 8 <= m; i += 8) gemv<BITS, 8, MORE>(w, x.from(w, i), out + i * w.n, first, last);
+    for (; i + 4 <= m; i += 4) gemv<BITS, 4, MORE>(w, x.from(w, i), out + i * w.n, first, last);
+    for (; i + 2 <= m; i += 2) gemv<BITS, 2, MORE>(w, x.from(w, i), out + i * w.n, first, last);
+    for (; i < m; ++i) gemv<BITS, 1, MORE>(w, x.from(w, i), out + i * w.n, first, last);
+}
+#endif
+
+template <int BITS, int MORE>
+void product(const Weight& w, const Rows& x, float* out, int64_t m) {
+#if QVLM_AVX512
+    constexpr int64_t few = 8, chunk = 16;
+    if (m <= few) {
+#pragma omp parallel for schedule(static)
+        for (int64_t first = 0; first < w.n; first += chunk) few_tokens<BITS, MORE>(w, x, out, m, first, std::min(first + chunk, w.n));
+        return;
+    }
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t first = 0; first < w.n; first += kTileN) gemm<BITS, MORE>(w, x, out, m, first);
+#else
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < w.n; first += 16) columns_portable(w, x, MORE, out, m, first, std::min(first + 16, w.n));
+#endif
+}
+
+template <int BITS>
+void product(const Weight& w, const Rows& x, int64_t more, float* out, int64_t m) {
+    if (more == 0) product<BITS, 0>(w, x, out, m);
+    if (more == 1) product<BITS, 1>(w, x, out, m);
+    if (more == 2) product<BITS, 2>(w, x, out, m);
+}
+
+// bfloat16 <-> float
+inline float widen(uint16_t bits) {
+    uint32_t word = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+inline float widen(float value) { return value; }
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(float value, uint16_t& out) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    out = std::isnan(value) ? uint16_t(0x7fc0) : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+// A buffer that grows and is kept: a layer asks for the same sizes again and again.
+template <class T>
+T* scratch(int64_t count) {
+    thread_local std::vector<T> memory;
+    if (int64_t(memory.size()) < count + 64 / int64_t(sizeof(T))) memory.resize(count + 64 / sizeof(T));
+    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+}
+
+#if QVLM_AVX512
+inline __m512 load16(const float* x, __mmask16 exist) { return _mm512_maskz_loadu_ps(exist, x); }
+inline __m512 load16(const uint16_t* x, __mmask16 exist) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, x)), 16));
+}
+#endif
+
+enum Granularity { kChannel = 0, kToken = 1, kDynamicToken = 2 };
+
+struct Input {
+    const float* scale;         // [K] for "channel", [positions] for "token"
+    const int32_t* zero_point;  // likewise
+    int64_t positions;
+    int bits, granularity;
+
+    float top() const { return float((1 << bits) - 1); }
+    // Subtracted from q on top of its zero point, so that the difference fits into int8.
+    bool offset() const { return bits == 8; }
+    // Further rows of the product that put it back.
+    int64_t corrections() const { return !offset() ? 0 : granularity == kChannel ? 2 : 1; }
+};
+
+// Integers q - z of `count` values, or q - 128; returns their sum. `zeros` null: one scale and the zero point `zero` for all.
+template <class T>
+int32_t quantize_values(const T* x, int64_t count, const float* scales, const int32_t* zeros, float zero, float top, bool offset, int8_t* values) {
+    int64_t i = 0;
+    int32_t sum = 0;
+#if QVLM_AVX512
+    __m512i total = _mm512_setzero_si512();
+    for (; i < count; i += 16) {
+        const __mmask16 exist = count - i >= 16 ? 0xffff : __mmask16((1u << (count - i)) - 1);
+        const __m512 z = zeros ? _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(exist, zeros + i)) : _mm512_set1_ps(zero);
+        const __m512 scale = zeros ? _mm512_mask_loadu_ps(_mm512_set1_ps(1.0f), exist, scales + i) : _mm512_set1_ps(*scales);
+        const __m512 low = _mm512_sub_ps(_mm512_setzero_ps(), z), high = _mm512_sub_ps(_mm512_set1_ps(top), z);
+        __m512 q = _mm512_roundscale_ps(_mm512_div_ps(load16(x + i, exist), scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        q = _mm512_min_ps(_mm512_max_ps(q, low), high);
+        if (offset) q = _mm512_add_ps(q, _mm512_sub_ps(z, _mm512_set1_ps(128.0f)));
+        const __m512i integers = _mm512_maskz_cvtps_epi32(exist, q);
+        total = _mm512_add_epi32(total, integers);
+        _mm512_mask_cvtepi32_storeu_epi8(values + i, exist, integers);
+    }
+    sum = _mm512_reduce_add_epi32(total);
+#else
+    for (; i < count; ++i) {
+        const float z = zeros ? float(zeros[i]) : zero;
+        float q = std::nearbyint(widen(x[i]) / (zeros ? scales[i] : *scales));
+        q = std::min(std::max(q, -z), top - z) + (offset ? z - 128.0f : 0.0f);
+        values[i] = int8_t(q), sum += int32_t(q);
+    }
+#endif
+    return sum;
+}
+
+// One token: integers [KP], their sums per group; its scale and 128 - z where those are the token's own.
+template <class T>
+void quantize_token(const Weight& w, const Input& input, const T* x, int64_t position, int8_t* a, int32_t* sums, float& row_scale, int32_t& shift) {
+    const int64_t padded = w.padded();
+    const float top = input.top();
+    float scale = 1, zero = 0;
+    if (input.granularity == kDynamicToken) {
+        float low = 0, high = 0;
+#pragma omp simd reduction(min : low) reduction(max : high)
+        for (int64_t k = 0; k < w.k; ++k) low = std::min(low, widen(x[k])), high = std::max(high, widen(x[k]));
+        scale = (high - low) / top;
+        scale = scale > 0 ? scale : 1.0f;
+        zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), top);
+    } else if (input.granularity == kToken) {
+        scale = input.scale[position], zero = float(input.zero_point[position]);
+    }
+    row_scale = scale, shift = 128 - int32_t(zero);
+    const bool own = input.granularity != kChannel;
+    for (int64_t g = 0; g < w.groups; ++g) {
+        const int64_t count = w.count(g), begin = g * w.length;
+        const float* scales = own ? &scale : input.scale + begin;
+        const int32_t* zeros = own ? nullptr : input.zero_point + begin;
+        sums[g] = quantize_values(x + begin, count, scales, zeros, zero, top, input.offset(), a + g * padded);
+        std::memset(a + g * padded + count, 0, padded - count);
+    }
+}
+
+// Rows that put 128 - z back: two halves of it per input ("channel"), or ones.
+void correction_rows(const Weight& w, const Input& input, int8_t* a, int32_t* sums) {
+    const int64_t padded = w.padded(), stride = w.stride(), rows = input.corrections();
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t g = 0; g < w.groups; ++g) {
+            int8_t* values = a + r * stride + g * padded;
+            int32_t sum = 0;
+            std::memset(values, 0, padded);
+            for (int64_t i = 0; i < w.count(g); ++i) {
+                const int32_t whole = input.granularity == kChannel ? 128 - input.zero_point[g * w.length + i] : 1;
+                const int32_t half = rows == 1 ? whole : r == 0 ? whole >> 1 : whole - (whole >> 1);
+                values[i] = int8_t(half), sum += half;
+            }
+            sums[r * w.groups + g] = sum;
+        }
+}
+
+template <class T>
+void linear(const Weight& w, const Input& input, const T* x, const T* bias, T* y, int64_t m) {
+    constexpr int64_t kChunk = 768;  // tokens at once: bounds the memory for inputs and sums
+    const int64_t stride = w.stride(), extra = input.corrections();
+    for (int64_t begin = 0; begin < m; begin += kChunk) {
+        const int64_t rows = std::min(kChunk, m - begin);
+        int8_t* a = scratch<int8_t>((rows + extra) * stride);
+        int32_t* sums = scratch<int32_t>((rows + extra) * w.groups);
+        float* out = scratch<float>(rows * w.n + 2 * rows);
+        float* row_scale = out + rows * w.n;
+        int32_t* shift = reinterpret_cast<int32_t*>(row_scale + rows);
+#pragma omp parallel for schedule(static) if (rows > 4)
+        for (int64_t i = 0; i < rows; ++i) {
+            const int64_t position = input.positions ? (begin + i) % input.positions : 0;
+            quantize_token(w, input, x + (begin + i) * w.k, position, a + i * stride, sums + i * w.groups, row_scale[i], shift[i]);
+        }
+        correction_rows(w, input, a + rows * stride, sums + rows * w.groups);
+        const bool wide = std::min(w.length, w.k) * ((1ll << w.bits) - 1) * ((1ll << input.bits) - 1) >= 1ll << 24;
+        const Rows packed{a, sums, shift, a + rows * stride, sums + rows * w.groups, wide};
+        switch (w.bits) {
+            case 2: product<2>(w, packed, extra, out, rows); break;
+            case 3: product<3>(w, packed, extra, out, rows); break;
+            case 4: product<4>(w, packed, extra, out, rows); break;
+            case 5: product<5>(w, packed, extra, out, rows); break;
+            case 6: product<6>(w, packed, extra, out, rows); break;
+            case 7: product<7>(w, packed, extra, out, rows); break;
+            default: product<8>(w, packed, extra, out, rows); break;
+        }
+#pragma omp parallel for schedule(static) if (rows * w.n > 16384)
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t n = 0; n < w.n; ++n) {
+                float value = out[i * w.n + n];
+                if (input.granularity != kChannel) value *= row_scale[i];
+                narrow(bias ? value + widen(bias[n]) : value, y[(begin + i) * w.n + n]);
+            }
+    }
+}
+
+// Floating-point inputs, few tokens: x [m, k] float32, y [m, n] float32.
+template <int BITS>
+void linear_float(const Weight& w, const float* x, const float* bias, float* y, int64_t m) {
+    const int64_t padded = w.padded(), stride = w.stride();
+    float* a = scratch<float>(m * (stride + w.groups));
+    float* sums = a + m * stride;
+    for (int64_t i = 0; i < m; ++i)
+        for (int64_t g = 0; g < w.groups; ++g) {
+            const int64_t count = w.count(g);
+            float* values = a + i * stride + g * padded;
+            std::memcpy(values, x + i * w.k + g * w.length, count * 4);
+            std::memset(values + count, 0, (padded - count) * 4);
+            sums[i * w.groups + g] = std::accumulate(values, values + count, 0.0f);
+        }
+#if QVLM_AVX512
+    const int64_t chunk = 16;
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < w.n; first += chunk) {
+        const int64_t last = std::min(first + chunk, w.n);
+        int64_t i = 0;
+        for (; i + 4 <= m; i += 4) gemv_float<BITS, 4>(w, a + i * stride, sums + i * w.groups, y + i * w.n, first, last);
+        for (; i < m; ++i) gemv_float<BITS, 1>(w, a + i * stride, sums + i * w.groups, y + i * w.n, first, last);
+    }
+#else
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < w.n; ++row) {
+        std::vector<uint8_t> values(padded);
+        for (int64_t i = 0; i < m; ++i) y[i * w.n + row] = 0;
+        for (int64_t g = 0; g < w.groups; ++g) {
+            unpack_row(w, row, g, values.data());
+            for (int64_t i = 0; i < m; ++i) {
+                float sum = 0;
+                for (int64_t k = 0; k < padded; ++k) sum += float(values[k]) * a[i * stride + g * padded + k];
+                y[i * w.n + row] += w.factor(row, g) * (sum - float(w.zero(row, g)) * sums[i * w.groups + g]);
+            }
+        }
+    }
+#endif
+    if (bias)
+        for (int64_t i = 0; i < m; ++i)
+            for (int64_t n = 0; n < w.n; ++n) y[i * w.n + n] += bias[n];
+}
+
+}  // namespace
+
+extern "C" {
+
+// What the code was compiled for: 1 AVX-512 with VNNI and VBMI, 0 portable.
+int qvlm_variant() { return QVLM_AVX512; }
+
+// y [m, n] = the linear layer of x [m, k]; dtype 0 float32, 1 bfloat16 (x, bias, y alike). bias and zero_point may be null.
+void qvlm_linear(const void* x, const void* bias, void* y, int dtype, int64_t m, const uint8_t* bytes, const uint16_t* scale, const uint8_t* zero_point,
+                 int64_t n, int64_t k, int64_t groups, int64_t length, int64_t row_bytes, int weight_bits, const float* input_scale,
+                 const int32_t* input_zero_point, int64_t positions, int activation_bits, int granularity) {
+    const Weight w{bytes, scale, zero_point, n, k, groups, length, row_bytes, weight_bits};
+    const Input input{input_scale, input_zero_point, positions, activation_bits, granularity};
+    if (dtype == 0)
+        linear(w, input, static_cast<const float*>(x), static_cast<const float*>(bias), static_cast<float*>(y), m);
+    else
+        linear(w, input, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(y), m);
+}
+
+// The same for floating-point inputs: few tokens, float32 throughout.
+void qvlm_linear_float(const float* x, const float* bias, float* y, int64_t m, const uint8_t* bytes, const uint16_t* scale, const uint8_t* zero_point,
+                       int64_t n, int64_t k, int64_t groups, int64_t length, int64_t row_bytes, int weight_bits) {
+    const Weight w{bytes, scale, zero_point, n, k, groups, length, row_bytes, weight_bits};
+    switch (weight_bits) {
+        case 2: linear_float<2>(w, x, bias, y, m); break;
+        case 3: linear_float<3>(w, x, bias, y, m); break;
+        case 4: linear_float<4>(w, x, bias, y, m); break;
+        case 5: linear_float<5>(w, x, bias, y, m); break;
+        case 6: linear_float<6>(w, x, bias, y, m); break;
+        case 7: linear_float<7>(w, x, bias, y, m); break;
+        default: linear_float<8>(w, x, bias, y, m); break;
+    }
+}
+}

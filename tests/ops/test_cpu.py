@@ -1,0 +1,176 @@
+"""CPU kernels: the reference's values at real sizes, and an honest way out where they cannot run."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qvlm_hf.core.packing import pack
+from qvlm_hf.ops import cpu, reference
+
+TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+def arguments(weight_bits, activation_bits, granularity, out_features, in_features, group_length, positions, symmetric, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-in_features // group_length)
+    statics = {"channel": in_features, "token": positions}.get(granularity)
+    integers = torch.randint(0, 2**weight_bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
+    zero_point = torch.randint(0, 2**weight_bits, (out_features, groups), generator=generator, dtype=torch.uint8)
+    return (
+        pack(integers, weight_bits),
+        ((torch.rand(out_features, groups, generator=generator) + 0.5) / 2 ** (weight_bits + activation_bits)).bfloat16(),
+        None if symmetric else zero_point,
+        None if statics is None else torch.rand(statics, generator=generator) * 8 / 2**activation_bits + 0.01,
+        None if statics is None else torch.randint(0, 2**activation_bits, (statics,), generator=generator, dtype=torch.int32),
+        torch.randn(out_features, generator=generator).to(dtype),
+        in_features, weight_bits, 16 if granularity == "none" else activation_bits, group_length, granularity, 0,
+    )  # fmt: skip
+
+
+def compare(x, rest):
+    expected, y = reference.linear(x, *rest).float(), cpu.linear(x, *rest).float()
+    assert y.shape == expected.shape
+    if y.numel():
+        assert (y - expected).abs().max() <= TIGHT[x.dtype] * expected.abs().max()
+
+
+@pytest.fixture
+def fresh_kernels():
+    """Whatever a test finds out about kernels, others find out again."""
+    cpu._kernels.cache_clear()
+    yield
+    cpu._kernels.cache_clear()
+
+
+def test_this_machine_has_kernels():
+    """Where there is a compiler the kernels must compile and pass their self-check; where there is none, the name says so."""
+    name = cpu.kernel_name(128, 4, 4, 64)
+    if any(map(shutil.which, ("c++", "g++", "clang++"))):
+        assert name in ("cpu avx512-vnni", "cpu portable")
+    else:
+        assert name == "reference (no C++ compiler found: install g++ or set CXX)"
+
+
+@given(
+    weight_bits=st.integers(2, 8),
+    activation_bits=st.integers(3, 8),
+    granularity=st.sampled_from(["channel", "token", "dynamic_token", "none"]),
+    tokens=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 64, 193]),
+    out_features=st.sampled_from([1, 15, 16, 17, 64, 65, 130]),
+    sizes=st.sampled_from([(64, 64), (43, 43), (520, 128), (256, 64), (96, 32), (344, 344), (200, 8), (1030, 256), (128, 16)]),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(list(TIGHT)),
+    seed=st.integers(0, 3),
+)
+def test_equals_the_reference(weight_bits, activation_bits, granularity, tokens, out_features, sizes, symmetric, dtype, seed):
+    in_features, length = sizes
+    rest = arguments(weight_bits, activation_bits, granularity, out_features, in_features, length, tokens, symmetric, dtype, seed)
+    compare((torch.randn(2, tokens, in_features, generator=torch.Generator().manual_seed(seed)) * 2).to(dtype), rest)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
+@pytest.mark.parametrize("tokens", [1, 8, 40, 1000])
+def test_sums_are_exact(granularity, tokens):
+    """Scales of one: outputs are integers, and equal bit for bit. 1000 tokens are more than the kernel takes at once."""
+    x = torch.randint(-128, 128, (tokens, 512)).float()
+    x[:, 0], x[:, 1] = -128, 127  # the range of a token is 255 steps of one
+    integers = torch.randint(0, 256, (96, 512), dtype=torch.uint8)
+    statics = granularity == "channel"
+    rest = (
+        pack(integers, 8), torch.ones(96, 4, dtype=torch.bfloat16), torch.full((96, 4), 128, dtype=torch.uint8),
+        torch.ones(512) if statics else None, torch.full((512,), 128, dtype=torch.int32) if statics else None,
+        None, 512, 8, 8, 128, granularity, 0,
+    )  # fmt: skip
+    exact = x.long() @ (integers.long() - 128).T
+    assert torch.equal(cpu.linear(x, *rest).long(), exact)
+
+
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_threads_do_not_change_the_result(tokens):
+    rest = arguments(4, 8, "dynamic_token", 300, 512, 128, tokens, False, torch.float32)
+    x, threads = torch.randn(tokens, 512), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(cpu.linear(x, *rest))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+def test_what_does_not_fit_is_named_and_left_to_the_reference():
+    assert cpu.kernel_name(26, 5, 4, 13) == "reference (groups of 13 x 5 bits do not start at a byte)"
+    assert cpu.kernel_name(2**16, 8, 8, 2**16) == f"reference (a sum over {2**16} inputs can leave int32)"
+    compare(torch.randn(3, 26), arguments(5, 4, "channel", 7, 26, 13, 3, False, torch.float32))
+
+
+def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch, fresh_kernels):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert cpu.kernel_name(64, 4, 4, 64) == "reference (no C++ compiler found: install g++ or set CXX)"
+    rest = arguments(4, 4, "channel", 8, 64, 64, 3, False, torch.float32)
+    x = torch.randn(3, 64)
+    assert torch.equal(cpu.linear(x, *rest), reference.linear(x, *rest))
+
+
+def test_a_compiler_that_fails_is_reported_in_its_own_words(monkeypatch, fresh_kernels, tmp_path):
+    compiler = tmp_path / "cxx"
+    script = ("#!/bin/sh", 'if [ "$1" = --version ]; then exit 0; fi', 'echo "x.cpp:3: error: no such instruction" >&2', "exit 1")
+    compiler.write_text("\n".join(script))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cpu.kernel_name(64, 4, 4, 64) == "reference (cxx failed: x.cpp:3: error: no such instruction)"
+    assert not list((tmp_path / "cache" / "qvlm_hf").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_no_disaster(monkeypatch, fresh_kernels, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cpu.kernel_name(64, 4, 4, 64).startswith("reference (")
+
+
+def test_a_wrong_kernel_is_not_used(monkeypatch, fresh_kernels):
+    if cpu._kernels().library is None:
+        pytest.skip("no kernels on this machine")
+    cpu._kernels.cache_clear()
+    monkeypatch.setattr(cpu.reference, "linear", lambda x, weight, *_: torch.ones(*x.shape[:-1], weight.shape[0]))
+    assert cpu.kernel_name(64, 4, 4, 64) == "reference (the compiled kernel is wrong for W4A4 channel, 1 tokens)"
+
+
+def test_compiled_once_per_source_and_machine(monkeypatch, fresh_kernels, tmp_path):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "_FLAGS", ("-O0", *cpu._FLAGS[1:]))
+    first = cpu._compiled()
+    assert first.parent == tmp_path / "qvlm_hf"
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    stamp = os.stat(first).st_mtime_ns
+    assert cpu._compiled() == first
+    assert os.stat(first).st_mtime_ns == stamp
+    monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-DX=1"))
+    assert cpu._compiled() != first
+
+
+def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels, tmp_path):
+    """What a CPU without AVX-512 runs, compiled here without it."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "_FLAGS", tuple(flag for flag in cpu._FLAGS if flag != "-march=native"))
+    assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
+    for granularity in ("channel", "token", "dynamic_token", "none"):
+        for weight_bits, activation_bits in ((4, 4), (3, 8), (6, 6), (8, 8)):
+            for tokens in (1, 12):
+                rest = arguments(weight_bits, activation_bits, granularity, 35, 200, 64, tokens, False, torch.float32)
+                compare(torch.randn(tokens, 200), rest)
+
+
+def test_the_source_travels_with_the_package():
+    assert Path(cpu.__file__).with_name("cpu_kernels.cpp").is_file()
