@@ -34,7 +34,7 @@ _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _COMPILE_SECONDS = 300
 _INT32 = 2**30  # the kernels add two partial sums of a group
-_FEW_TOKENS = 16  # up to here floating-point inputs meet packed weights; beyond, a dequantized copy of the weight is cheaper
+_FEW_TOKENS = 512  # up to here floating-point inputs meet packed weights; beyond, a dequantized copy of the weight is cheaper
 _GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2}
 _VARIANTS = {0: "cpu portable", 1: "cpu avx512-vnni"}
 
@@ -70,8 +70,8 @@ def linear(
     """`qvlm_hf::linear` on a CPU; arguments and errors as in `ops.schema.linear`."""
     arguments = (weight, weight_scale, weight_zero_point, input_scale, input_zero_point)
     valid = x.dim() > 0 and x.shape[-1] == in_features and _ranges_fit(x, input_scale, input_zero_point, granularity)
-    misfit = _misfit(in_features, weight_bits, activation_bits, group_length)
-    library = _kernels().library if valid and not misfit else None
+    fits = valid and _misfit(in_features, weight_bits, activation_bits, group_length) is None
+    library = _kernels().library if fits else None
     if library is None:  # the reference also has the words for what is wrong
         return reference.linear(
             x, *arguments, bias, in_features, weight_bits, activation_bits, group_length, granularity, hadamard
@@ -129,6 +129,7 @@ def _sizes(weight: Tensor, weight_scale: Tensor, in_features: int, group_length:
     return weight.shape[0], in_features, weight_scale.shape[1], group_length, weight.shape[1] * 4
 
 
+@functools.cache
 def _misfit(in_features: int, weight_bits: int, activation_bits: int, group_length: int) -> str | None:
     """Why the kernels do not take such a module, or None."""
     if group_length < in_features and group_length * weight_bits % 8:
@@ -147,8 +148,8 @@ def _ranges_fit(x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor 
     return granularity == "channel" or (x.dim() >= 2 and x.shape[-2] == input_scale.shape[0])
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

@@ -31,6 +31,7 @@ namespace {
 
 constexpr int64_t kStep = 64;   // values unpacked at a time
 constexpr int64_t kTileN = 64;  // output columns that a thread works on at a time
+constexpr int64_t kAhead = 4096;  // bytes that few tokens ask memory for in advance: it does not look beyond a page by itself
 constexpr int64_t kTileM = 192;  // tokens between two unpackings of the same weights: inputs and sums of a tile stay in the L2 cache
 
 struct Weight {
@@ -174,6 +175,7 @@ void gemv(const Weight& w, const Rows& x, float* out, int64_t first, int64_t las
             const uint8_t* source = bytes + w.start(g);
             const int8_t *a = x.a + g * padded, *more = x.more + g * padded;
             for (const int8_t* last = a + w.count(g); a < last; a += kStep, more += kStep, source += kStep * BITS / 8) {
+                _mm_prefetch(reinterpret_cast<const char*>(source + kAhead), _MM_HINT_T0);
                 const __m512i weights = unpack64<BITS>(source, end);
                 sums.add(weights, a, stride);
                 corrections.add(weights, more, stride);
