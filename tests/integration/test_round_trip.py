@@ -206,6 +206,18 @@ def test_precision_table_and_backends(saved: dict) -> None:
         qvlm_hf.set_backend(model, name)
         kernels[name] = {row.kernel for row in qvlm_hf.precision_table(model) if row.module != "lm_head"}
     assert kernels == {"reference": {"reference"}, "auto": {kernel_name(128, 4, 4, 64)}}
+
+
+@pytest.mark.parametrize("kind", ["rounded", "dynamic", "searched", "rotated", "paper"])
+def test_kernels_and_reference_answer_alike(saved: dict, inputs: dict[str, torch.Tensor], kind: str) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(saved[kind, "float32"].path)
+    logits = {}
+    for name in ("auto", "reference"):
+        qvlm_hf.set_backend(model, name)
+        with torch.no_grad():
+            logits[name] = model(**inputs).logits
+    torch.testing.assert_close(logits["auto"], logits["reference"], rtol=1e-4, atol=1e-5 * float(logits["reference"].abs().max()))
+    assert torch.equal(logits["auto"].argmax(-1), logits["reference"].argmax(-1))
     with pytest.raises(ValueError, match="'triton' does not exist: this version has auto, reference"):
         qvlm_hf.set_backend(model, "triton")
     with pytest.raises(ValueError, match="nothing in this one is quantized"):
