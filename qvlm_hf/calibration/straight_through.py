@@ -1,11 +1,13 @@
 """A site's quantized forward pass with gradients: rounding passes them on unchanged (the straight-through estimator).
 
 What is computed equals `TrialSite.forward` under the candidate in force; only the derivatives differ. What an optimiser may move depends
-on the class: nothing (`StraightThroughSite`), ranges (`RangeSite`, for the visual encoder optimisation), integers of the weights
+on the class: nothing (`FixedSite`), ranges (`RangeSite`, for the visual encoder optimisation), integers of the weights
 (`IntegerSite`, for learned rounding).
 
 Legend: O out_features, I in_features, G groups of inputs that share a weight scale.
 """
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -15,11 +17,11 @@ from qvlm_hf.calibration.simulation import LearnedRanges, TrialSite, site_input
 from qvlm_hf.core.qparams import grid_bounds
 from qvlm_hf.core.weight import QuantizedWeight, chosen_clip, group_expand, grouped_weight
 
-__all__ = ["IntegerSite", "RangeSite", "StraightThroughSite"]
+__all__ = ["FixedSite", "IntegerSite", "RangeSite", "StraightThroughSite"]
 
 
-class StraightThroughSite:
-    """One site with everything fixed: gradients reach its input alone. Goes where `simulation.installed` puts it.
+class StraightThroughSite(ABC):
+    """One site of any of the three kinds. Goes where `simulation.installed` puts it.
 
     Args:
         trial: the site under a candidate.
@@ -29,11 +31,10 @@ class StraightThroughSite:
         self._trial, self.linears = trial, trial.linears
         qparams = trial.qparams[trial.choice]
         self._bounds = None if qparams is None else grid_bounds(qparams)
-        self._dequantized = tuple(weight.dequantize() for weight in trial.quantized_weights())
 
+    @abstractmethod
     def parameters(self) -> list[Tensor]:
         """What can be learned."""
-        return []
 
     def forward(self, index: int, x: Tensor) -> Tensor:
         """What module `index` of the site returns for x [..., I]: [..., O] in x's dtype."""
@@ -42,9 +43,9 @@ class StraightThroughSite:
         y = functional.linear(a, self._weight(index, scale))
         return (y if linear.bias is None else y + linear.bias.float()).to(x.dtype)
 
-    def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:  # noqa: ARG002 - subclasses fold it
-        """W' on its grid, float32 [O, I]."""
-        return self._dequantized[index]
+    @abstractmethod
+    def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:
+        """W' on its grid, float32 [O, I]; `input_scale` is what a grid that can move has to fold."""
 
     def _range(self) -> tuple[Tensor, ...] | None:
         """Smallest and largest value of the activation grid, or None where a token finds its own."""
@@ -61,6 +62,20 @@ class StraightThroughSite:
         return (a, scale) if granularity == "channel" else (a * scale, None)
 
 
+class FixedSite(StraightThroughSite):
+    """A site that stays as it is: gradients reach its input alone."""
+
+    def __init__(self, trial: TrialSite) -> None:
+        super().__init__(trial)
+        self._dequantized = tuple(weight.dequantize() for weight in trial.quantized_weights())
+
+    def parameters(self) -> list[Tensor]:  # noqa: D102 - as the first class
+        return []
+
+    def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:  # noqa: ARG002 - folded already
+        return self._dequantized[index]
+
+
 class RangeSite(StraightThroughSite):
     """A site whose ranges can be learned: logarithms of factors on the bounds of the activation grid and on every weight group's range.
 
@@ -75,7 +90,7 @@ class RangeSite(StraightThroughSite):
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 
-    def parameters(self) -> list[Tensor]:  # noqa: D102 - as the class above
+    def parameters(self) -> list[Tensor]:  # noqa: D102 - as the first class
         return [*self._logs, *self._clips]
 
     def learned(self) -> LearnedRanges:
@@ -112,7 +127,7 @@ class IntegerSite(StraightThroughSite):
         self._weights = trial.quantized_weights()
         self._offsets = tuple(_remainder(trial.folded_weight(i), w).requires_grad_(True) for i, w in enumerate(self._weights))
 
-    def parameters(self) -> list[Tensor]:  # noqa: D102 - as the class above
+    def parameters(self) -> list[Tensor]:  # noqa: D102 - as the first class
         return list(self._offsets)
 
     def quantized(self) -> tuple[QuantizedWeight, ...]:

@@ -31,7 +31,7 @@ from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 from qvlm_hf.calibration.segment import layer_dependencies
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
 from qvlm_hf.calibration.simulation import LearnedRanges, installed
-from qvlm_hf.calibration.straight_through import RangeSite, StraightThroughSite
+from qvlm_hf.calibration.straight_through import FixedSite, RangeSite, StraightThroughSite
 from qvlm_hf.core.architectures import Segment
 
 __all__ = ["OptimizedVision", "optimize_vision"]
@@ -115,7 +115,7 @@ def _sites(
     entries = inputs[segment.layers[0].name]
     with calibrating(model, live, entries):
         rows = initialize_sites(model, live, segment.component, entries, [e.hidden for e in entries], settings, precisions)
-    kind = StraightThroughSite if segment.component == "language" else RangeSite
+    kind = FixedSite if segment.component == "language" else RangeSite
     return {trial.site.name: kind(trial) for row in rows for trial in row}
 
 

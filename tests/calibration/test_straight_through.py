@@ -6,11 +6,11 @@ from tiny_models import tiny_trial as trial
 
 from qvlm_hf.calibration import straight_through
 from qvlm_hf.calibration.simulation import installed
-from qvlm_hf.calibration.straight_through import IntegerSite, RangeSite, StraightThroughSite
+from qvlm_hf.calibration.straight_through import FixedSite, IntegerSite, RangeSite
 
 
 @pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
-@pytest.mark.parametrize("kind", [StraightThroughSite, RangeSite, IntegerSite])
+@pytest.mark.parametrize("kind", [FixedSite, RangeSite, IntegerSite])
 def test_forward_equals_the_simulation(granularity, kind):
     site, x = trial(granularity)
     with installed([kind(site)]), torch.no_grad():
