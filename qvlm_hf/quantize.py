@@ -94,16 +94,19 @@ def calibrate_and_pack(
         evidence = Evidence(precisions, importance, vision.ranges, vision.dependencies) if vision else Evidence(precisions, importance)
         modules, segment_reports, site_reports = _search(model, segments, full, data, more, settings, evidence, callbacks)
         floating = {name: get_linear(model, name) for name in modules}
-        replace_modules(model, modules)
-        check = compare_answers(model, checks, reference, held_out=bool(held_out))
-        collapsed = collapse_warning(check)
-        if collapsed and settings.strict:
+        try:
+            replace_modules(model, modules)
+            check = compare_answers(model, checks, reference, held_out=bool(held_out))
+            collapsed = collapse_warning(check)
+            if collapsed and settings.strict:
+                raise ValueError(f"strict: {collapsed}")
+        except BaseException:
             replace_modules(model, floating)
-            raise ValueError(f"strict: {collapsed}")
-    warnings = [warning for warning in (collapsed, _few_samples(samples, settings)) if warning]
+            raise
+    warnings = [warning for warning in (collapsed, _few_samples(samples, settings), _not_optimized(vision, settings)) if warning]
     return CalibrationReport(
         settings=settings_dict(settings),
-        provenance=_provenance(samples, data, settings),
+        provenance=_provenance(samples, data, settings) | _vision_provenance(vision, settings),
         modules={name: module.scheme for name, module in modules.items()},
         segments=tuple(segment_reports),
         sites=tuple(site_reports),
@@ -195,7 +198,27 @@ def _optimize_vision(
     if settings.optimize_vision is None:
         return None
     advance = _Progress("vision", callbacks, settings.optimize_vision.epochs).advance
-    return optimize_vision(model, segments, inputs, data, settings, precisions, advance)
+    vision = optimize_vision(model, segments, inputs, data, settings, precisions, advance)
+    if vision is None and settings.strict:
+        raise ValueError(f"strict: {_not_optimized(vision, settings)}")
+    return vision
+
+
+def _not_optimized(vision: OptimizedVision | None, settings: CalibrationSettings) -> str | None:
+    """One line if the visual encoder optimisation was asked for and could not run."""
+    if settings.optimize_vision is None or vision is not None:
+        return None
+    return (
+        "optimize_vision did not run: it needs at least two batches with pictures (lower batch_size, or more samples) and a vision "
+        "encoder or projector to quantize."
+    )
+
+
+def _vision_provenance(vision: OptimizedVision | None, settings: CalibrationSettings) -> dict[str, str]:
+    """What came of `optimize_vision`, for config.json, which otherwise holds only that it was asked for."""
+    if settings.optimize_vision is None:
+        return {}
+    return {"optimize_vision": "did not run" if vision is None else "kept" if vision.report.kept else "not kept: no better"}
 
 
 def _search(

@@ -27,6 +27,7 @@ __all__ = ["KernelRow", "measure_kernels", "read_bandwidth"]
 BASELINE = "torch bfloat16"
 _SCHEMES = (("W4A4", "channel"), ("W4A8", "dynamic_token"), ("W6A6", "channel"), ("W8A8", "dynamic_token"), ("W4A16", "none"))
 _CACHES = 96 * 2**20  # bytes of weights that one way goes through before it meets the same copy again
+_MOST_COPIES = 64  # of a layer so small that the caches hold it all the same
 _INT_MM_TOKENS = 17  # torch._int_mm takes no fewer
 
 
@@ -40,7 +41,7 @@ class KernelRow:
         milliseconds: median of one call.
         spread: interquartile range over the median.
         speedup: the baseline's median over this one's.
-        bandwidth: bytes of weights read per second over the machine's read bandwidth; what limits few tokens.
+        bandwidth: bytes of weights read per second over the machine's read bandwidth; what limits few tokens of layers beyond the caches.
     """
 
     way: str
@@ -127,7 +128,7 @@ def _ways(out_features: int, in_features: int, group_size: int, cache_bytes: int
     weight = torch.randn(out_features, in_features)
 
     def copies(tensor_bytes: float) -> int:
-        return 1 + int(cache_bytes // tensor_bytes)
+        return _copies(tensor_bytes, cache_bytes)
 
     half = [weight.bfloat16() for _ in range(copies(2 * size))]
     single = [weight.clone() for _ in range(copies(4 * size))]
@@ -146,6 +147,10 @@ def _ways(out_features: int, in_features: int, group_size: int, cache_bytes: int
     return ways
 
 
+def _copies(tensor_bytes: float, cache_bytes: int) -> int:
+    return min(_MOST_COPIES, 1 + int(cache_bytes // tensor_bytes))
+
+
 def _call(modules: Sequence[QVLMLinear], x: Tensor, copy: int) -> Tensor:
     return modules[copy](x)
 
@@ -159,7 +164,7 @@ def _modules(weight: Tensor, bits: str, granularity: str, group_size: int, cache
         statics = QParams(scale, torch.full(scale.shape, 2 ** (activation_bits - 1), dtype=torch.int32), activation_bits)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=torch.bfloat16)
     tensors = packed_tensors(quantize_weight(weight, scheme), scheme, statics)
-    count = 1 + int(cache_bytes // (tensors["weight"].numel() * 4))
+    count = _copies(tensors["weight"].numel() * 4, cache_bytes)
     return [QVLMLinear.from_packed(linear, scheme, {name: tensor.clone() for name, tensor in tensors.items()}) for _ in range(count)]
 
 

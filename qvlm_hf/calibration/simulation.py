@@ -154,7 +154,7 @@ class TrialSite:
         return self.active
 
     def _quantize_input(self, x: Tensor, choice: int) -> tuple[Tensor, Tensor | None]:
-        """a and r of api.md; computed once for the modules that share x."""
+        """a and r of docs/format.md; computed once for the modules that share x."""
         if self._input is not None and self._input[0] is x and self._input[1] == choice:
             return self._input[2], self._input[3]
         bits, granularity, qparams = self.schemes[choice].activation_bits, self.candidates[choice].granularity, self.qparams[choice]

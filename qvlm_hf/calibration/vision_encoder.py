@@ -76,12 +76,13 @@ def optimize_vision(
         advance: called after every epoch.
 
     Returns:
-        The learned ranges, or None where there is nothing to learn or nothing held out: no vision side, a single batch, a batch
-        without a picture.
+        The learned ranges, or None where there is nothing to learn or nothing held out: no vision side, fewer than two batches with
+        pictures.
     """
     options = settings.optimize_vision
     learning = [segment for segment in segments if segment.component != "language"]
-    if options is None or not learning or len(data) < 2 or any(len(inputs[s.layers[0].name]) < len(data) for s in learning):
+    data = [batch for batch in data if "pixel_values" in batch.inputs]  # the others do not reach what learns
+    if options is None or not learning or len(data) < 2:
         return None
     sites = {segment.component: _sites(model, segment, inputs, settings, precisions) for segment in segments}
     everything = [site for group in sites.values() for site in group.values()]

@@ -31,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     if min(options.out_features, options.in_features, options.rounds - 1, *options.tokens) < 1 or options.in_features % 128:
         raise ValueError("sizes must be at least 1, --rounds at least 2, and --in-features a multiple of 128.")
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {options.json}: the directory does not exist.")
     print(f"{_device()}, {torch.get_num_threads()} threads, {options.out_features} x {options.in_features}")
     with tqdm(total=len(options.tokens), disable=None, leave=False) as bar:
         rows = measure_kernels(options.out_features, options.in_features, options.tokens, rounds=options.rounds, advance=bar.update)

@@ -42,5 +42,5 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
 
 
 def largest_block(in_features: int) -> int:
-    """The largest power of two that divides `in_features`, at most 4096 (api.md, `input_transform`)."""
+    """The largest power of two that divides `in_features`, at most 4096 (docs/format.md, `input_transform`)."""
     return min(in_features & -in_features, MAX_HADAMARD_BLOCK)

@@ -238,7 +238,7 @@ def _check_module(name: str, linear: nn.Linear, scheme: QuantScheme, headers: Ma
 def _wanted(
     linear: nn.Linear, scheme: QuantScheme, positions: int | None, has_input_scale: bool
 ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Part -> dtypes and shape (api.md, "Tensors of one quantized linear module")."""
+    """Part -> dtypes and shape (docs/format.md, "Tensors of one quantized linear module")."""
     inputs, outputs = linear.in_features, linear.out_features
     per_group = (outputs, scheme.groups(inputs))
     statics = (inputs,) if positions is None else (positions,)

@@ -30,7 +30,7 @@ _SETTINGS = (
     "num_samples", "batch_size", "seed", "max_block_depth", "entropy_threshold", "percentiles", "margins", "weight_rounding",
     "rotation", "equalization", "token_importance", "guard", "precision_budget", "optimize_vision",
 )  # fmt: skip
-# Fields of api.md that this version has no code for, with the one value they take.
+# Fields that this version has no code for, with the one value they take.
 _LATER: dict[str, Any] = {"resume_dir": None, "push_to_hub": False, "hub_model_id": None, "hub_private": None}
 _SHARED = ("dataset", "processor", "callbacks")
 _SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, "provenance", "modules")
@@ -143,7 +143,9 @@ class QVLMConfig(QuantizationConfigMixin):
 
     @classmethod
     def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":  # noqa: ANN401 - fields of QVLMConfig
-        """The grid and the granularities of the Q-VLM paper (arXiv 2410.08119), nothing besides.
+        """What the Q-VLM paper (arXiv 2410.08119) has and nothing besides: percentiles, granularities, visual encoder optimisation.
+
+        Rounding is to nearest; guard, token importance, equalization and rotation are off.
 
         Args:
             scheme: as in `QVLMConfig`.
@@ -152,7 +154,7 @@ class QVLMConfig(QuantizationConfigMixin):
         Raises:
             ValueError: as `QVLMConfig`.
         """
-        fields = {
+        fields: dict[str, Any] = {
             "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
             "margins": (),
             "activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"},
@@ -163,6 +165,8 @@ class QVLMConfig(QuantizationConfigMixin):
             "guard": False,
             "optimize_vision": True,
         }
+        if parse_scheme(scheme)[1] == 16:  # nothing of an input is quantized
+            fields["activation_granularity"] = None
         return cls(scheme=scheme, **(fields | overrides))
 
     @classmethod
@@ -200,6 +204,22 @@ class QVLMConfig(QuantizationConfigMixin):
         if fields["modules_to_not_convert"] is None:
             fields["modules_to_not_convert"] = ()
         return CalibrationSettings(weight_bits=self.weight_bits, activation_bits=self.activation_bits, strict=self.strict, **fields)
+
+    def settle_without_data(self) -> None:
+        """Sets what only calibration does to what happens without data: rounding to nearest, nothing besides.
+
+        Raises:
+            ValueError: something was asked for that needs data.
+        """
+        needing = {
+            "weight_rounding='learned'": self.weight_rounding == "learned",
+            "optimize_vision": self.optimize_vision is not None,
+            "precision_budget": self.precision_budget is not None,
+        }
+        for field, asked in needing.items():
+            if asked:
+                raise ValueError(f"{field} needs calibration data: pass dataset= and processor= to QVLMConfig, or leave it out.")
+        self.weight_rounding, self.equalization, self.token_importance, self.guard = "nearest", False, False, False
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that config.json holds: only the fields that belong there."""

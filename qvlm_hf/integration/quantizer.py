@@ -89,6 +89,7 @@ class QVLMHfQuantizer(HfQuantizer):
                     f"scheme={config.scheme!r} has activation ranges to calibrate: pass QVLMConfig(dataset='samples.jsonl', processor=...) "
                     "or take activation_granularity='dynamic_token' or 16-bit activations, which need no data."
                 )
+            config.settle_without_data()
             return
         if config.processor is None:
             raise ValueError(

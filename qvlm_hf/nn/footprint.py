@@ -1,6 +1,6 @@
 """Bytes of a model on disk and in memory, before and after quantizing, from shapes alone.
 
-Counts exactly the tensors of api.md, "Tensors of one quantized linear module"; a test compares the sum with saved safetensors, to the
+Counts exactly the tensors of the format, "Tensors of one quantized linear module"; a test compares the sum with saved safetensors, to the
 byte. The model may lie on the meta device, so a laptop can size a 13-billion-parameter one.
 """
 

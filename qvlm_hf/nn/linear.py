@@ -1,4 +1,4 @@
-"""`QVLMLinear`: packed parameters under the names of api.md, and a forward pass that is one operator.
+"""`QVLMLinear`: packed parameters under the names of docs/format.md, and a forward pass that is one operator.
 
 It is an nn.Linear so that LoRA, offloading and tensor-parallel code treat it as one, and it keeps its integers in `weight` with
 a shape that no float weight can have, so that a program without this package fails to load it instead of running garbage.
@@ -23,7 +23,7 @@ _FIXED_DTYPE = ("weight_scale", "input_scale")  # float parameters that `.to(dty
 
 
 def packed_tensors(quantized: QuantizedWeight, scheme: QuantScheme, input_qparams: QParams | None) -> dict[str, Tensor]:
-    """The tensors of one module as they lie on disk, without `bias` (api.md, "Files in a saved directory").
+    """The tensors of one module as they lie on disk, without `bias` (docs/format.md, "Files in a saved directory").
 
     Args:
         quantized: integers of the (folded) weight.

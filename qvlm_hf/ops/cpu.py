@@ -10,8 +10,10 @@ Left out: repacking. The kernels read the bytes as they lie on disk, so a model 
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -156,12 +158,25 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _kernels() -> _Kernels:
     """Compiles, loads and checks the library, once per process."""
     try:
-        library = _load(_compiled())
+        library = _fresh_or_again(_compiled())
         name = _VARIANTS[library.qvlm_variant()]
         wrong = _self_check(library)
+        if not wrong:
+            return _Kernels(library, name)
+        reason = f"the compiled kernel is wrong for {wrong}"
     except (OSError, RuntimeError) as error:
-        return _Kernels(None, f"reference ({error})")
-    return _Kernels(None, f"reference (the compiled kernel is wrong for {wrong})") if wrong else _Kernels(library, name)
+        reason = str(error)
+    logging.getLogger(__name__).warning("quantized layers run in plain PyTorch, correct but slow: %s", reason)
+    return _Kernels(None, f"reference ({reason})")
+
+
+def _fresh_or_again(path: Path) -> ctypes.CDLL:
+    """Loads the library; one that cannot be loaded was damaged in the cache and is compiled anew, once."""
+    try:
+        return _load(path)
+    except OSError:
+        path.unlink()
+        return _load(_compiled())
 
 
 def _compiled() -> Path:
@@ -171,20 +186,34 @@ def _compiled() -> Path:
         RuntimeError: there is no compiler, or it failed.
         OSError: nothing can be written.
     """
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++"))), None)
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"no kernels for {platform.system()} on {platform.machine()}")
-    if compiler is None:
-        raise RuntimeError("no C++ compiler found: install g++ or set CXX")
-    identity = [_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), _output(compiler, "--version"), _processor(), torch.__version__.encode()]
+    compiler = _compiler()
+    version = _output(*compiler, "--version")
+    identity = [_SOURCE.read_bytes(), " ".join((*compiler, *_FLAGS)).encode(), version, _processor(), torch.__version__.encode()]
     target = _cache() / f"cpu_kernels-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            _output(compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-Wl,--as-needed", *_openmp())
+            _output(*compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-Wl,--as-needed", *_openmp())
+            if not made.exists():
+                raise RuntimeError(f"{compiler[0]} reported success and wrote nothing")
             os.replace(made, target)  # whole or not at all, whoever else compiles
     return target
+
+
+def _compiler() -> list[str]:
+    """The command that compiles: CXX, with its flags if it has some, or the first of the usual names.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for name in asked[:1] or ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found, *asked[1:]]
+    raise RuntimeError(f"CXX={asked[0]} is not there" if asked else "no C++ compiler found: install g++ or set CXX")
 
 
 def _output(*command: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Plain PyTorch: the arithmetic of api.md written out once, on every device. The oracle that each kernel is tested against.
+"""Plain PyTorch: the arithmetic of docs/format.md written out once, on every device. The oracle that each kernel is tested against.
 
 It multiplies true integers. They travel in float32 as long as every partial sum stays below 2^24, where float32 holds
 each integer exactly, and in float64 (exact up to 2^53) beyond; so the accumulators equal int32 ones bit for bit.

@@ -1,7 +1,7 @@
 """One definition, one fake (shape-only) implementation and one gradient per operator.
 
 `qvlm_hf::linear` is a whole quantized linear module: transform and quantize the input, multiply integers, scale, add the bias
-(api.md, "Values"). Implementations register for a dispatch key; PyTorch picks one, modules never ask for a device.
+(docs/format.md, "Values"). Implementations register for a dispatch key; PyTorch picks one, modules never ask for a device.
 
 Legend: M tokens (all leading dimensions), K in_features, N out_features, G weight groups, W packed words of a row.
 """

@@ -107,3 +107,18 @@ def test_a_calibration_that_fails_leaves_the_model_alone(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         calibrate_and_pack(model, CalibrationSettings(batch_size=2, guard=False), load_samples(tiny_messages(4)), tiny_processor())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_an_interrupted_self_check_leaves_the_model_alone(monkeypatch):
+    model = uneven_model()
+    before, kinds = {name: p.clone() for name, p in model.named_parameters()}, [type(module) for module in model.modules()]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qvlm_hf.quantize.compare_answers", interrupted)
+    settings = CalibrationSettings(batch_size=2, guard=False, max_block_depth=1, token_importance=False)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_and_pack(model, settings, load_samples(tiny_messages(4)), tiny_processor())
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

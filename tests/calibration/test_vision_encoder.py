@@ -98,6 +98,25 @@ def test_nothing_held_out_or_nothing_to_learn_means_nothing_is_done():
     assert run(*setup(optimize_vision=None)) is None
 
 
+def test_what_did_not_run_is_said():
+    model, settings = tiny_llava(seed=1).eval(), setup()[-1]
+    report = calibrate_and_pack(model, replace(settings, batch_size=8), load_samples(tiny_messages(8, seed=0)), tiny_processor())
+    assert report.vision is None
+    assert any("optimize_vision did not run" in warning for warning in report.warnings)
+    assert report.provenance["optimize_vision"] == "did not run"
+    strict = replace(settings, batch_size=8, strict=True)
+    with pytest.raises(ValueError, match=r"^strict: optimize_vision did not run"):
+        calibrate_and_pack(tiny_llava(seed=1).eval(), strict, load_samples(tiny_messages(8, seed=0)), tiny_processor())
+
+
+def test_batches_without_pictures_do_not_stand_in_the_way():
+    model, segments, _, data, settings = setup()
+    text = [{"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}]}] * 4
+    data = [*data, *batches(load_samples(text), tiny_processor(), 4)]
+    inputs = capture_inputs(model, data, [segment.layers[0].name for segment in segments])
+    assert run(model, segments, inputs, data, settings).report.epochs > 0
+
+
 def test_without_vision_encoder_the_projector_learns_alone():
     model, segments, *rest = setup()
     result = run(model, segments[1:], *rest)
@@ -156,6 +175,7 @@ def test_the_whole_calibration_uses_and_reports_it():
     assert not any(learned for name, learned in chosen.items() if "language" in name)
     assert all(torch.isfinite(module.weight_scale.float()).all() for _, module in quantized_modules(model))
     assert report.settings["optimize_vision"]["epochs"] == 3
+    assert report.provenance["optimize_vision"] == "kept"
     assert type(report).from_dict(report.to_dict()) == report
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,26 @@ def test_a_checkpoint_keeps_its_own_configuration(saved: dict) -> None:
     assert model.hf_quantizer.quantization_config.dataset is None
     with pytest.raises(ValueError, match="quantized with QVLMConfig but you are passing a GPTQConfig"):
         AutoModelForImageTextToText.from_pretrained(path, quantization_config=GPTQConfig(bits=4))
+
+
+def test_without_data_only_rounding_is_recorded():
+    config = QVLMConfig(scheme="W4A16")
+    config.settle_without_data()
+    assert (config.weight_rounding, config.equalization, config.token_importance, config.guard) == ("nearest", False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"weight_rounding": "learned"}, "weight_rounding='learned'"),
+        ({"optimize_vision": True}, "optimize_vision"),
+        ({"precision_budget": 3.0}, "precision_budget"),
+    ],
+)
+def test_without_data_nothing_else_can_be_asked_for(fields, name):
+    with pytest.raises(ValueError, match=f"^{re.escape(name)} needs calibration data"):
+        QVLMConfig(scheme="W4A16", **fields).settle_without_data()
+
+
+def test_the_papers_settings_fit_weight_only_schemes_too():
+    assert QVLMConfig.paper("W4A16").activation_granularity is None

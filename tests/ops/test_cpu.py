@@ -110,12 +110,14 @@ def test_what_does_not_fit_is_named_and_left_to_the_reference():
     compare(torch.randn(3, 26), arguments(5, 4, "channel", 7, 26, 13, 3, False, torch.float32))
 
 
-def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch, fresh_kernels):
+def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch, fresh_kernels, caplog):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert cpu.kernel_name(64, 4, 4, 64) == "reference (no C++ compiler found: install g++ or set CXX)"
     rest = arguments(4, 4, "channel", 8, 64, 64, 3, False, torch.float32)
     x = torch.randn(3, 64)
     assert torch.equal(cpu.linear(x, *rest), reference.linear(x, *rest))
+    (record,) = caplog.records
+    assert "plain PyTorch, correct but slow: no C++ compiler found" in record.getMessage()
 
 
 def test_a_compiler_that_fails_is_reported_in_its_own_words(monkeypatch, fresh_kernels, tmp_path):
@@ -133,6 +135,30 @@ def test_a_cache_that_cannot_be_written_is_no_disaster(monkeypatch, fresh_kernel
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cpu.kernel_name(64, 4, 4, 64).startswith("reference (")
+
+
+def test_cxx_is_taken_at_its_word(monkeypatch, fresh_kernels, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nope/g++")
+    assert cpu.kernel_name(64, 4, 4, 64) == "reference (CXX=/nope/g++ is not there)"
+    cpu._kernels.cache_clear()
+    monkeypatch.setenv("CXX", "true")
+    assert cpu.kernel_name(64, 4, 4, 64) == f"reference ({shutil.which('true')} reported success and wrote nothing)"
+    if compiler := shutil.which("g++"):
+        monkeypatch.setenv("CXX", f"{compiler} -DASKED=1")
+        assert cpu._compiler() == [compiler, "-DASKED=1"]
+
+
+def test_a_damaged_library_is_compiled_again(monkeypatch, fresh_kernels, tmp_path, caplog):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "_FLAGS", ("-O0", *cpu._FLAGS[1:]))
+    library = cpu._compiled()
+    library.write_bytes(b"")
+    assert cpu.kernel_name(64, 4, 4, 64).startswith("cpu ")
+    assert library.stat().st_size > 1000
+    assert not caplog.records
 
 
 def test_a_wrong_kernel_is_not_used(monkeypatch, fresh_kernels):
