@@ -52,6 +52,12 @@ def test_a_fresh_process_answers_bit_for_bit_the_same(saved: dict, reloaded: dic
     assert after["rows"] == ({kernel} if kind == "rounded" else {kernel, "torch"})
 
 
+def test_a_model_rounded_without_data_records_nothing_that_did_not_happen(saved: dict) -> None:
+    config = json.loads((saved["rounded", "float32"].path / "config.json").read_text())["quantization_config"]
+    assert config["weight_rounding"] == "nearest"
+    assert not any(config[field] for field in ("equalization", "token_importance", "guard", "optimize_vision"))
+
+
 def test_a_pipeline_runs_on_a_saved_directory(reloaded: dict) -> None:
     assert isinstance(reloaded["pipeline"], str)
     assert reloaded["pipeline"].strip()
