@@ -11,11 +11,9 @@ already quantized modules below it produce. `round_and_pack` is for schemes that
 The model is changed only at the very end, when every module is ready: an error on the way leaves it as it was.
 """
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
@@ -27,12 +25,14 @@ from qvlm_hf.calibration.capture import LayerInput, capture_inputs
 from qvlm_hf.calibration.equalization import equalize
 from qvlm_hf.calibration.importance import token_importance
 from qvlm_hf.calibration.partition import partition_layers
+from qvlm_hf.calibration.progress import Steps
+from qvlm_hf.calibration.provenance import provenance, versions
 from qvlm_hf.calibration.recombination import recombined
 from qvlm_hf.calibration.report import BlockReport, CalibrationReport, Lift, SegmentReport, SiteReport, settings_dict
 from qvlm_hf.calibration.rotation import rotate, undone_on_error
-from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture, fingerprint
+from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture
 from qvlm_hf.calibration.segment import Evidence, SearchedBlock, layer_dependencies, search_segment
-from qvlm_hf.calibration.self_check import collapse_warning, compare_answers
+from qvlm_hf.calibration.self_check import collapse_warning, compare_answers, head_warning
 from qvlm_hf.calibration.sensitivity import SensitivityProbe, allocate_bits, guard_sites, measure_widths, site_parameters
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.calibration.simulation import installed
@@ -93,20 +93,28 @@ def calibrate_and_pack(
         vision = _optimize_vision(model, segments, full, data, settings, precisions, callbacks)
         evidence = Evidence(precisions, importance, vision.ranges, vision.dependencies) if vision else Evidence(precisions, importance)
         modules, segment_reports, site_reports = _search(model, segments, full, data, more, settings, evidence, callbacks)
-        floating = {name: get_linear(model, name) for name in modules}
+        head = _pack_head(model, settings)
+        floating = {name: get_linear(model, name) for name in (*modules, *head)}
         try:
             replace_modules(model, modules)
             check = compare_answers(model, checks, reference, held_out=bool(held_out))
             collapsed = collapse_warning(check)
-            if collapsed and settings.strict:
-                raise ValueError(f"strict: {collapsed}")
+            replace_modules(model, head)
+            with_head = compare_answers(model, checks, reference, held_out=bool(held_out)) if head else check
+            harmful = head_warning(check, with_head)
+            if settings.strict and (collapsed or harmful):
+                raise ValueError(f"strict: {collapsed or harmful}")
         except BaseException:
             replace_modules(model, floating)
             raise
-    warnings = [warning for warning in (collapsed, _few_samples(samples, settings), _not_optimized(vision, settings)) if warning]
+        if harmful:
+            replace_modules(model, {name: floating[name] for name in head})
+        else:
+            modules, check = head | modules, with_head
+    warnings = [warning for warning in (collapsed, harmful, _few_samples(samples, settings), _not_optimized(vision, settings)) if warning]
     return CalibrationReport(
         settings=settings_dict(settings),
-        provenance=_provenance(samples, data, settings) | _vision_provenance(vision, settings),
+        provenance=provenance(samples, data, settings) | _vision_provenance(vision, settings),
         modules={name: module.scheme for name, module in modules.items()},
         segments=tuple(segment_reports),
         sites=tuple(site_reports),
@@ -143,7 +151,7 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
     replace_modules(model, modules)
     return CalibrationReport(
         settings=settings_dict(settings),
-        provenance={"versions": _versions()},
+        provenance={"versions": versions()},
         modules={name: module.scheme for name, module in modules.items()},
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
@@ -177,7 +185,7 @@ def _choose_precisions(
     if not guarded and settings.precision_budget is None:
         return {}, {}, []
     parameters = site_parameters(model, segments)
-    probe = SensitivityProbe(model, segments, inputs, data, settings, _Progress("sensitivity", callbacks, len(parameters)).advance)
+    probe = SensitivityProbe(model, segments, inputs, data, settings, Steps("sensitivity", callbacks, len(parameters)).advance)
     sensitivities, lifts = guard_sites(probe, settings) if guarded else ({}, [])
     precisions = {lift.site: Precision(weight_bits=lift.weight_bits, activation_bits=lift.activation_bits) for lift in lifts}
     if settings.precision_budget is not None:
@@ -197,7 +205,7 @@ def _optimize_vision(
 ) -> OptimizedVision | None:
     if settings.optimize_vision is None:
         return None
-    advance = _Progress("vision", callbacks, settings.optimize_vision.epochs).advance
+    advance = Steps("vision", callbacks, settings.optimize_vision.epochs).advance
     vision = optimize_vision(model, segments, inputs, data, settings, precisions, advance)
     if vision is None and settings.strict:
         raise ValueError(f"strict: {_not_optimized(vision, settings)}")
@@ -232,10 +240,10 @@ def _search(
     callbacks: Sequence[Any],
 ) -> tuple[dict[str, QVLMLinear], list[SegmentReport], list[SiteReport]]:
     """Entropy, partition and joint search of one segment after the other; returns the packed modules and what was found."""
-    modules: dict[str, QVLMLinear] = _pack_head(model, settings)
+    modules: dict[str, QVLMLinear] = {}
     segment_reports: list[SegmentReport] = []
     site_reports: list[SiteReport] = []
-    progress = _Progress("search", callbacks, sum(len(segment.layers) for segment in segments))
+    progress = Steps("search", callbacks, sum(len(segment.layers) for segment in segments))
     unsearched = capture_inputs(model, more, [segment.layers[0].name for segment in segments])
     with ExitStack() as below:
         for segment in segments:
@@ -342,35 +350,3 @@ def _segment_report(segment: Segment, dependencies: Sequence[float], threshold: 
         threshold=threshold,
         blocks=blocks,
     )
-
-
-def _provenance(samples: Sequence[Sample], data: Sequence[Batch], settings: CalibrationSettings) -> dict[str, Any]:
-    return {
-        "samples": len(samples),
-        "images": sum(len(sample.images()) for sample in samples),
-        "tokens": sum(int(batch.inputs["attention_mask"].sum()) for batch in data),
-        "sha256": fingerprint(samples),
-        "seed": settings.seed,
-        "threads": torch.get_num_threads(),
-        "versions": _versions(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in ("qvlm_hf", "torch", "transformers")}}
-
-
-class _Progress:
-    """Tells the callbacks how much of a step is done: layers searched, sites probed."""
-
-    def __init__(self, name: str, callbacks: Sequence[Any], total: int) -> None:
-        self._name, self._callbacks, self._total, self._done = name, [c for c in callbacks if hasattr(c, "on_step")], total, 0
-        self.advance(0)
-
-    def advance(self, count: int = 1) -> None:
-        """Counts `count` more; what goes beyond the total is not told."""
-        if count and self._done >= self._total:
-            return
-        self._done += count
-        for callback in self._callbacks:
-            callback.on_step(self._name, self._done, self._total)

@@ -1,4 +1,4 @@
-"""The format of api.md, read by a program that shares no line with qvlm_hf (format_reader), against QVLMLinear."""
+"""The format of docs/format.md, read by a program that shares no line with qvlm_hf (format_reader), against QVLMLinear."""
 
 import json
 import struct

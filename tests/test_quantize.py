@@ -146,6 +146,27 @@ def test_head_tied_and_untied():
         calibrate(tiny_llava(tie_word_embeddings=True).eval(), lm_head_bits=8)
 
 
+def test_a_head_that_moves_the_answers_stays_in_full_precision():
+    def model():
+        model = tiny_llava().eval()
+        with torch.no_grad():
+            model.lm_head.weight *= 50  # answers that are sure of themselves
+            model.lm_head.weight[:, 0] = 1e4  # shifts all logits alike: no answer changes, but 8 bits cannot hold it beside the others
+        return model
+
+    quantized, report = calibrate(model(), lm_head_bits=8, max_block_depth=1)
+    assert type(quantized.lm_head) is torch.nn.Linear
+    assert "lm_head" not in report.modules
+    assert "lm_head" in report.full_precision
+    assert "the head stays in full precision" in report.warnings[0]
+    _, without = calibrate(model(), max_block_depth=1)
+    assert report.self_check == without.self_check
+    untouched = model()
+    with pytest.raises(ValueError, match="strict: lm_head_bits"):
+        calibrate(untouched, lm_head_bits=8, max_block_depth=1, strict=True)
+    assert next(quantized_modules(untouched), None) is None
+
+
 def test_rounding_without_data():
     model = tiny_llava().eval()
     report = round_and_pack(model, settings(activation_bits=16))

@@ -1,6 +1,6 @@
 """Which tokens matter to the answers: weights for the squared error that search and compensation minimise.
 
-The error of a layer's output is dominated by picture tokens that no answer depends on (method.md, measured findings). A token's weight is
+The error of a layer's output is dominated by picture tokens that no answer depends on. A token's weight is
 the norm of the gradient of the answers' log-likelihood with respect to that layer's output at the token. Answers are drawn from the
 full-precision model's own softened predictions, so that confident samples count as well, and the dataset's labels do not.
 

@@ -1,6 +1,6 @@
 """Statistics of a site's input: exact tail quantiles and the L_p error of each candidate range, in bounded memory.
 
-A static range is [quantile(1-p), quantile(p)] per channel or position (method.md, "Notation"). Only the tails are needed, so
+A static range is [quantile(1-p), quantile(p)] per channel or position. Only the tails are needed, so
 `TailObserver` keeps the few largest and smallest values of each, exactly, whatever the number of tokens.
 """
 
@@ -15,7 +15,7 @@ from qvlm_hf.core.qparams import QParams, choose_qparams, dynamic_token_qparams,
 
 __all__ = ["LpError", "TailObserver", "candidate_qparams"]
 
-_NORM = 2.4  # exponent of the L_p error (method.md, joint search, step 1)
+_NORM = 2.4  # exponent of the L_p error: larger errors count more than in squares
 
 
 class TailObserver:

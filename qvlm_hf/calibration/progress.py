@@ -1,8 +1,11 @@
-"""A progress bar as a callback: what a calibration shows when nobody asked for anything else."""
+"""Counting the steps of a calibration for its callbacks, and the progress bar that is one when nobody asked for anything else."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["ProgressBar"]
+__all__ = ["ProgressBar", "Steps"]
 
 
 class ProgressBar:
@@ -17,3 +20,19 @@ class ProgressBar:
         bar.update(done - bar.n)
         if done >= total:
             self._bars.pop(name).close()
+
+
+class Steps:
+    """Tells the callbacks how much of a step is done: layers searched, sites probed."""
+
+    def __init__(self, name: str, callbacks: Sequence[Any], total: int) -> None:
+        self._name, self._callbacks, self._total, self._done = name, [c for c in callbacks if hasattr(c, "on_step")], total, 0
+        self.advance(0)
+
+    def advance(self, count: int = 1) -> None:
+        """Counts `count` more; what goes beyond the total is not told."""
+        if count and self._done >= self._total:
+            return
+        self._done += count
+        for callback in self._callbacks:
+            callback.on_step(self._name, self._done, self._total)

@@ -8,10 +8,13 @@ from qvlm_hf.calibration.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.report import SelfCheck
 from qvlm_hf.calibration.samples import Batch
 
-__all__ = ["collapse_warning", "compare_answers"]
+__all__ = ["collapse_warning", "compare_answers", "head_warning"]
 
 # On the demo model sound W4A4 agreed on 0.98 of the answer tokens, W4A4 rounded with dynamic ranges, which breaks it, on 0.52.
 _COLLAPSED_AGREEMENT = 0.75
+# What a quantized output head may cost of them.
+_HEAD_AGREEMENT = 0.005
+_HEAD_KL = 0.001
 
 
 def compare_answers(model: nn.Module, batches: Sequence[Batch], reference: Sequence[Tensor], *, held_out: bool) -> SelfCheck | None:
@@ -50,4 +53,21 @@ def collapse_warning(check: SelfCheck | None) -> str | None:
         f"the quantized model agrees with full precision on only {100 * check.agreement:.0f} % of {check.answer_tokens} answer tokens "
         f"(KL {check.kl:.2g}): "
         "use more bits or activation_granularity=None, or calibrate with data like yours."
+    )
+
+
+def head_warning(before: SelfCheck | None, after: SelfCheck | None) -> str | None:
+    """One line if quantizing the output head as well cost answers, else None.
+
+    Args:
+        before: the check with the head in full precision.
+        after: the check with the quantized head; None where no sample has an answer to compare.
+    """
+    if before is None or after is None:
+        return None
+    if after.agreement >= before.agreement - _HEAD_AGREEMENT and after.kl <= before.kl + _HEAD_KL:
+        return None
+    return (
+        f"lm_head_bits: the quantized output head moved the answers (agreement {before.agreement:.1%} to {after.agreement:.1%}, "
+        f"KL {before.kl:.2g} to {after.kl:.2g}): the head stays in full precision."
     )

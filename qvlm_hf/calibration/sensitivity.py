@@ -2,7 +2,7 @@
 
 Forward passes only. Every site is tried by itself, everything else in full precision, ranges of the even calibration batches on the odd
 ones; what counts is the KL divergence of the answers (nats), because the error of hidden states is dominated by picture tokens that no
-answer depends on (method.md, measured findings). Two decisions are made of it:
+answer depends on. Two decisions are made of it:
 
 - the guard lifts sites that few bits break, the worst first: inputs to 8 bits, and weights too where that is not enough;
 - a precision budget spreads weight bits over the sites so that their average holds, where they lower the divergence most.

@@ -163,7 +163,7 @@ class CalibrationSettings:
         fixed = asked.get(component) if isinstance(asked, Mapping) else asked
         if fixed is not None:
             return (fixed,)
-        # Measured (method.md): static per channel survives outliers at 4 bits, dynamic is better where bits are plenty.
+        # Measured on the demo model: static per channel survives outliers at 4 bits, dynamic is better where bits are plenty.
         return ("channel", "dynamic_token") if self.activation_bits <= 5 else ("dynamic_token", "channel")
 
     def start_granularity(self, component: str) -> str:

@@ -1,7 +1,7 @@
 """Sites under trial: the forward pass that a site's modules would have under each candidate, in floating point.
 
 Used while searching only; what is saved and run afterwards is integers. "channel" is simulated as it will run, with the input
-scale folded into the weight before the weight is rounded (method.md, "Per-channel static activations").
+scale folded into the weight before the weight is rounded (docs/format.md).
 
 A `TrialSite` is installed into its nn.Linear modules by `installed`; setting `active` chooses the candidate.
 """

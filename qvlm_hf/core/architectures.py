@@ -28,6 +28,7 @@ __all__ = [
     "resolve",
     "rotation_plan",
     "scale_paths",
+    "shared_inputs",
 ]
 
 
@@ -298,6 +299,21 @@ def scale_paths(model: nn.Module, segments: Sequence[Segment]) -> tuple[ScalePat
                 if names[0] in plain:
                     paths.append(ScalePath(f"{layer.name}.{source}", names, width or get_linear(model, names[0]).in_features))
     return tuple(paths)
+
+
+def shared_inputs(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Full names of the modules that read one tensor wherever there are several, quantized or not; empty for an unknown family.
+
+    Args:
+        model: of a family, whole or without its output head (then names lack a prefix).
+    """
+    config: Any = model.config
+    if config.model_type not in _FAMILIES:
+        return ()
+    _, _, encoder, decoder = _rows(config)
+    sites = dict.fromkeys(site for kind in (encoder, decoder) for site in kind.sites if len(site) > 1)
+    found = [(name.removesuffix(site[0]), site) for name, _ in model.named_modules() for site in sites if name.endswith(f".{site[0]}")]
+    return tuple(tuple(layer + module for module in site) for layer, site in found)
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:

@@ -2,7 +2,7 @@
 
 Legend: O out_features, I in_features, L group length, G = ceil(I / L) groups; the last group may be short. Scales are rounded
 to bfloat16 BEFORE the integers are chosen, because that is what is stored. The caller folds a static per-channel input scale into
-the columns first (W' = W diag(s), method.md "Per-channel static activations"), so that rounding sees the error that counts.
+the columns first (W' = W diag(s), docs/format.md), so that rounding sees the error that counts.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ __all__ = ["QuantizedWeight", "chosen_clip", "group_expand", "grouped_weight", "
 
 # Factors on a group's min-max range that are tried.
 _SHRINK = tuple(1.0 - 0.04 * step for step in range(11))
-_NORM = 2.4  # the exponent p of the L_p error that chooses a range (method.md, joint search, step 1)
+_NORM = 2.4  # the exponent p of the L_p error that chooses a range: larger errors count more than in squares
 
 
 @dataclass(frozen=True)

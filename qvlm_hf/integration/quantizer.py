@@ -25,6 +25,7 @@ from qvlm_hf.calibration.progress import ProgressBar
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.samples import Sample, hold_out, load_samples
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
+from qvlm_hf.core.architectures import shared_inputs
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.registry import quantizer_class
@@ -32,6 +33,7 @@ from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_se
 from qvlm_hf.nn.footprint import count_parameters
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
+from qvlm_hf.nn.shared_input import share_inputs
 from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -109,6 +111,14 @@ class QVLMHfQuantizer(HfQuantizer):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, _DTYPES))}: pass dtype=torch.bfloat16.")
         return dtype
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The language model attends as attention.py says, unless the user asked for an implementation; never saved."""
+        from qvlm_hf.integration.attention import ATTENTION  # registers it; not at the top: Transformers' modeling code takes a second
+
+        if config._attn_implementation is None and "text_config" in config.sub_configs:
+            config._attn_implementation = {"text_config": ATTENTION}
+        return config
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
         """Leaves `plan` alone.
@@ -189,6 +199,7 @@ class QVLMHfQuantizer(HfQuantizer):
         config = self.quantization_config
         for _, module in quantized_modules(model):
             module.requires_grad_(False)
+        share_inputs(model, shared_inputs(model))
         if self.report is not None:
             config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
             for callback in config.callbacks:

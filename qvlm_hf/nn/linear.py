@@ -4,7 +4,7 @@ It is an nn.Linear so that LoRA, offloading and tensor-parallel code treat it as
 a shape that no float weight can have, so that a program without this package fails to load it instead of running garbage.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from qvlm_hf.core.weight import QuantizedWeight
 from qvlm_hf.ops.cpu import kernel_name
 from qvlm_hf.ops.reference import dequantize_weight
 from qvlm_hf.ops.schema import linear
+
+if TYPE_CHECKING:
+    from qvlm_hf.nn.shared_input import SharedInput
 
 __all__ = ["QVLMLinear", "packed_tensors"]
 
@@ -47,9 +50,11 @@ class QVLMLinear(nn.Linear):
     [out, groups] or None, `input_scale` float32 and `input_zero_point` int32 [in] or [positions] or None, `bias` [out] or None.
 
     `reference` (False): whether the reference computes the module and no kernel; `set_backend` sets it, files do not hold it.
+    `shared` (None): the modules that it is computed together with, and its place among them (shared_input.py).
     """
 
     reference = False
+    shared: "tuple[SharedInput, int] | None" = None
 
     def __init__(
         self,
@@ -115,6 +120,8 @@ class QVLMLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of `x`; errors as in `ops.schema.linear`."""
+        if self.shared is not None and (y := self.shared[0].output(self.shared[1], x)) is not None:
+            return y
         return linear(
             x,
             self.weight,
@@ -163,10 +170,15 @@ class QVLMLinear(nn.Linear):
         )
 
     def _mark_initialized(self) -> None:
-        # Transformers initialises what does not carry this mark; normal_() on integers raises (transformers.md 2.4).
+        # Transformers initialises what does not carry this mark; normal_() on integers raises.
         for parameter in self.parameters(recurse=False):
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         self._is_hf_initialized = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's own signature
+        if self.shared is not None:  # other activation grids may come than those that were found equal
+            self.shared[0].dissolve()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QVLMLinear":  # noqa: ANN401 - torch's own signature
         kept = {name: parameter.data for name in _FIXED_DTYPE if (parameter := getattr(self, name)) is not None}

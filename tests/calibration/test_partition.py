@@ -17,7 +17,7 @@ def bounds(blocks):
 
 
 def walk(entropies, depth, h0):
-    """Eq. 7 once more, from the words of method.md."""
+    """Eq. 7 once more, from the words of the paper."""
     blocks, current, inside = [], [0], []
     for layer, entropy in enumerate(entropies, start=1):
         if len(current) + 1 <= depth and math.fsum([*inside, entropy]) / (len(inside) + 1) > h0:

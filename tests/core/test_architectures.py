@@ -16,6 +16,7 @@ from qvlm_hf.core.architectures import (
     matches,
     output_head,
     resolve,
+    shared_inputs,
 )
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear
@@ -258,3 +259,16 @@ def test_canonical_name():
     assert canonical_name(old) == "model.vision_tower.encoder.layers.0.mlp.fc1"
     assert canonical_name(canonical_name(old)) == canonical_name(old)
     assert canonical_name("model.language_model.layers.0") == "model.language_model.layers.0"
+
+
+def test_modules_that_share_an_input():
+    model = tiny_llava()
+    groups = shared_inputs(model)
+    vision, language = model.config.vision_config.num_hidden_layers, model.config.text_config.num_hidden_layers
+    assert len(groups) == vision + 2 * language
+    attention = "model.language_model.layers.0.self_attn"
+    assert (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj") in groups
+    assert ("model.language_model.layers.1.mlp.gate_proj", "model.language_model.layers.1.mlp.up_proj") in groups
+    assert {name.removeprefix("model.") for group in groups for name in group} == {n for group in shared_inputs(model.model) for n in group}
+    model.config.model_type = "unheard_of"
+    assert shared_inputs(model) == ()

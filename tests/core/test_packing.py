@@ -22,7 +22,7 @@ def tensor(rows, length, dtype=torch.uint8):
 
 
 def words_of(row, bits):
-    """The layout of api.md with one Python integer for the whole bit stream: int32 words of a row."""
+    """The layout of docs/format.md with one Python integer for the whole bit stream: int32 words of a row."""
     stream = 0
     for k, value in enumerate(row):
         for i in range(bits):

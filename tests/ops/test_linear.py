@@ -121,7 +121,7 @@ def transform(row, block):
 
 
 def quantize_row(row, position, case):
-    """(a, r) of one token by the formulas of api.md: Python integers (or float32 for "none"), one float32 division per value."""
+    """(a, r) of one token by the formulas of docs/format.md: Python integers (or float32 for "none"), one float32 division per value."""
     granularity, top = case.scheme.granularity, 2**case.scheme.activation_bits - 1
     if granularity == "none":
         return [value if case.input_scale is None else F32(value / F32(case.input_scale[k])) for k, value in enumerate(row)], F32(1)
@@ -345,7 +345,7 @@ def test_a_block_that_does_not_divide_raises():
 
 
 def float_weight(case):
-    """W of api.md's `dequantize`, number by number, in float64 [N, K]."""
+    """W of docs/format.md's `dequantize`, number by number, in float64 [N, K]."""
     length, half = case.scheme.group_length(case.integers.shape[1]), 2 ** (case.scheme.weight_bits - 1)
     weight = np.zeros(tuple(case.integers.shape))
     for n, row in enumerate(case.integers.tolist()):

@@ -1,0 +1,114 @@
+"""Modules that read one input tensor (q/k/v, gate/up), computed by one operator although each is called by itself.
+
+The module that is called first computes all of them; the others hand out their result when they are called with the very same tensor. No
+module, parameter or saved name changes, so hooks and adapters see what they always see. Where the modules do not follow one another
+(an adapter feeds one of them another tensor, only one is used) results wait in vain; after a few such calls the group dissolves.
+
+Left out: gradients. With a graph to build, every module computes by itself.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qvlm_hf.nn.linear import QVLMLinear
+from qvlm_hf.ops.schema import linears
+
+__all__ = ["SharedInput", "share_inputs"]
+
+_PATIENCE = 3  # calls in a row whose results nobody asked for, after which the modules compute by themselves
+
+
+class SharedInput:
+    """The modules of one site. `module.shared` of each is this and the module's place in `modules`.
+
+    Attributes:
+        modules: of one scheme, with equal activation grids.
+    """
+
+    def __init__(self, modules: Sequence[QVLMLinear]) -> None:
+        self.modules = tuple(modules)
+        self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None  # input, its version, results by place
+        self._in_vain = 0
+        for place, module in enumerate(self.modules):
+            module.shared = (self, place)
+
+    def output(self, place: int, x: Tensor) -> Tensor | None:
+        """What module `place` returns for x, or None if it has to compute by itself."""
+        if (torch.is_grad_enabled() and x.requires_grad) or not self._together(x):
+            return None
+        version, waiting = _version(x), self._waiting  # one read: another thread may replace it
+        if waiting is not None and waiting[0] is x and waiting[1] == version and place in waiting[2]:
+            result = waiting[2].pop(place)
+            if not waiting[2]:
+                self._waiting, self._in_vain = None, 0
+            return result
+        if waiting is not None:
+            self._in_vain += 1
+            if self._in_vain >= _PATIENCE:
+                self.dissolve()
+                return None
+        results = dict(enumerate(self._compute(x)))
+        result = results.pop(place)
+        self._waiting = (x, version, results)
+        return result
+
+    def dissolve(self) -> None:
+        """From now on every module computes by itself."""
+        self._waiting = None
+        for module in self.modules:
+            module.shared = None
+
+    def _together(self, x: Tensor) -> bool:
+        """Whether all modules lie where x is (offloading moves them one by one) and none is to be computed by the reference."""
+        return all(module.weight.device == x.device and not module.reference for module in self.modules)
+
+    def _compute(self, x: Tensor) -> list[Tensor]:
+        first, modules = self.modules[0], self.modules
+        return linears(
+            x,
+            [module.weight for module in modules],
+            [module.weight_scale for module in modules],
+            None if first.weight_zero_point is None else [module.weight_zero_point for module in modules],
+            first.input_scale,
+            first.input_zero_point,
+            None if first.bias is None else [module.bias for module in modules],
+            first.in_features,
+            first.scheme,
+        )
+
+
+def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:
+    """Lets the quantized modules of each site be computed together where schemes and activation grids agree.
+
+    Args:
+        model: its modules may be quantized or not; tensors on the meta device (offloaded) are left alone.
+        sites: names of modules that read the same tensor.
+    """
+    for names in sites:
+        modules = [model.get_submodule(name) for name in names]
+        if len(modules) > 1 and all(isinstance(module, QVLMLinear) for module in modules) and _agree(modules):  # type: ignore[arg-type]
+            SharedInput(modules)  # type: ignore[arg-type]
+
+
+def _agree(modules: Sequence[QVLMLinear]) -> bool:
+    first = modules[0]
+    return not first.weight.is_meta and all(
+        module.scheme == first.scheme
+        and module.in_features == first.in_features
+        and (module.bias is None) == (first.bias is None)
+        and module.weight.device == first.weight.device
+        and _equal(module.input_scale, first.input_scale)
+        and _equal(module.input_zero_point, first.input_zero_point)
+        for module in modules
+    )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
+
+
+def _version(x: Tensor) -> int:
+    """Changes when x is written to; inference tensors do not count, and a compiler sees writes by itself."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
