@@ -70,10 +70,10 @@ class SharedInput:
             x,
             [module.weight for module in modules],
             [module.weight_scale for module in modules],
-            None if first.weight_zero_point is None else [module.weight_zero_point for module in modules],
+            [module.weight_zero_point for module in modules if module.weight_zero_point is not None],
             first.input_scale,
             first.input_zero_point,
-            None if first.bias is None else [module.bias for module in modules],
+            [module.bias for module in modules if module.bias is not None],
             first.in_features,
             first.scheme,
         )
