@@ -28,7 +28,7 @@ from qvlm_hf.bench.rounds import Figure, figure, one_line, take_turns
 __all__ = ["ModelRow", "Phase", "Way", "fits_together", "measure_models", "phase"]
 
 _HALF = 0.5  # of a limit, from which on it is the limit
-_RESERVE = 1.15  # times the stored bytes: activations and caches
+_RESERVE = 1.1  # times the stored bytes: activations and caches
 _COMPILED_WARM_UPS = 2  # importing one package can void the code that was compiled for another way
 _COMPILED = 256  # variants that torch.compile may keep of one function: ways share the code of their models
 
@@ -44,6 +44,7 @@ class Way:
         new_cache: batch size, length -> an empty key-value cache.
         compute: the type that its matrix products could run in, a key of `Limits.operations`.
         size: bytes of the weights, estimated.
+        building: bytes that `build` needs besides, for a while.
         missing: why it cannot run here, or None.
     """
 
@@ -53,6 +54,7 @@ class Way:
     new_cache: Callable[[int, int], Any]
     compute: str = "bfloat16"
     size: int = 0
+    building: int = 0
     missing: str | None = None
 
 
@@ -168,9 +170,9 @@ def measure_models(
 
 
 def fits_together(ways: Sequence[Way], available: int | None) -> bool:
-    """Whether all ways fit into memory at once, with room to build the largest beside the others."""
-    sizes = [way.size for way in ways if way.missing is None]
-    return available is None or sum(sizes) * _RESERVE + max(sizes, default=0) < available
+    """Whether all ways fit into memory at once, with room to build each beside the others."""
+    here = [way for way in ways if way.missing is None]
+    return available is None or sum(way.size for way in here) * _RESERVE + max((way.building for way in here), default=0) < available
 
 
 def phase(time: Figure, moved: float, computed: float, limits: Limits, compute: str) -> Phase:

@@ -152,7 +152,7 @@ def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device
             quantize(model)
             return model
 
-        ways.append(replace(way(peer.name, build_peer, peer.compute, peer.share), missing=peer.missing))
+        ways.append(replace(way(peer.name, build_peer, peer.compute, peer.share), building=size, missing=peer.missing))
     return ways
 
 

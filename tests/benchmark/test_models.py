@@ -161,10 +161,10 @@ def test_models_get_rows_ratios_and_errors():
 
 def test_one_after_the_other_where_memory_is_short():
     model, calls = tiny_llava(), []
-    run = way("base", model, calls, size=100), way("other", model, calls, size=50)
+    run = way("base", model, calls, size=100), way("other", model, calls, size=50, building=90)
     assert fits_together(run, 10**6)
     assert fits_together(run, None)
-    assert not fits_together(run, 250)  # both, a reserve, and room to build the larger
+    assert not fits_together(run, 250)  # both, a reserve, and room to build
     rows = measure_models(
         run, [1], LIMITS, CPU, new_tokens=2, rounds=2, clock=Ticks(), together=False, advance=lambda: calls.append("pass")
     )
