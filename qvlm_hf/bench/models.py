@@ -11,6 +11,7 @@ Left out: the products of attention itself, a few percent of a prompt of 600 tok
 """
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from qvlm_hf.bench.generation import Pass, generate
 from qvlm_hf.bench.machine import Clock, Limits
 from qvlm_hf.bench.memory import decoder_bytes, peak_bytes, stored_bytes
 from qvlm_hf.bench.rounds import Figure, figure, one_line, take_turns
+from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["ModelRow", "Phase", "Way", "fits_together", "measure_models", "phase"]
 
@@ -86,7 +88,8 @@ class ModelRow:
         decode: one further token.
         tokens_per_second: of all prompts, while decoding.
         weight_bytes: stored.
-        peak_bytes: the weights and the most that a pass takes besides; None where that cannot be measured.
+        peak_bytes: the weights and the most that the first pass takes besides (compiling included); None where that cannot be measured.
+        kernel: what computes most of the quantized modules, None where there are none.
     """
 
     way: str
@@ -98,6 +101,7 @@ class ModelRow:
     tokens_per_second: float | None = None
     weight_bytes: int | None = None
     peak_bytes: int | None = None
+    kernel: str | None = None
 
 
 @dataclass
@@ -115,6 +119,7 @@ class _Measured:
     peak: int | None = None
     weights: int = 0
     read: int = 0
+    kernel: str | None = None
 
 
 def measure_models(
@@ -255,7 +260,7 @@ def _turns(
         entry, peak = ready[name], peaks.get(name)
         # counted after the passes: some packages quantize or reorder at the first call
         weights, read = stored_bytes(entry.model), decoder_bytes(entry.model)
-        found[name] = _Measured(result, None if peak is None else weights + peak, weights, read)
+        found[name] = _Measured(result, None if peak is None else weights + peak, weights, read, _kernel(entry.model))
     return found
 
 
@@ -275,13 +280,18 @@ def _row(way: Way, batch: int, base: Way, measured: Mapping[tuple[str, int], _Me
         way=way.name, batch=batch, first_token=timed("first_token"),
         prefill=phase(timed("prefill"), own.read, operations * prompt, limits, way.compute),
         decode=phase(decode, own.read + cached, operations * batch, limits, way.compute),
-        tokens_per_second=batch / decode.seconds, weight_bytes=own.weights, peak_bytes=own.peak,
+        tokens_per_second=batch / decode.seconds, weight_bytes=own.weights, peak_bytes=own.peak, kernel=own.kernel,
     )  # fmt: skip
 
 
 def _operations(model: Any) -> int:  # noqa: ANN401 - any Transformers model
     """Multiplications and additions of the decoder's linear modules for one token; the head, which sees one of many, is not counted."""
     return sum(2 * module.in_features * module.out_features for module in model.get_decoder().modules() if isinstance(module, nn.Linear))
+
+
+def _kernel(model: nn.Module) -> str | None:
+    counts = Counter(module.kernel for _, module in quantized_modules(model))
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _release(device: torch.device) -> None:

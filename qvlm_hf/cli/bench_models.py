@@ -213,7 +213,7 @@ def _line(row: ModelRow) -> str:
         f"{row.way:<27}{first.seconds * 1e3:>9.1f}{first.spread:>7.0%}{first.speedup:>6.2f}  "
         f"{prefill.seconds * 1e3:>9.1f}{prefill.speedup:>6.2f}  {_limit(row.prefill):<14}  "
         f"{decode.seconds * 1e3:>9.2f}{decode.spread:>7.0%}{decode.speedup:>6.2f}  {_limit(row.decode):<14}"
-        f"{row.tokens_per_second:>8.1f}{row.weight_bytes / 2**20:>10.1f}{peak:>9}"
+        f"{row.tokens_per_second:>8.1f}{row.weight_bytes / 2**20:>10.1f}{peak:>9}  {row.kernel or ''}".rstrip()
     )
 
 

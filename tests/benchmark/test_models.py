@@ -13,6 +13,7 @@ from qvlm_hf.bench.memory import decoder_bytes, peak_bytes, stored_bytes
 from qvlm_hf.bench.models import Way, fits_together, measure_models, phase
 from qvlm_hf.bench.rounds import Figure, figure, one_line, take_turns
 from qvlm_hf.cli import main
+from qvlm_hf.cli.bench_models import _caches
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.random_models import random_model, random_prompt
 from qvlm_hf.integration.rounding import planned_modules
@@ -253,6 +254,33 @@ def test_a_prompt_without_room_for_its_pictures_is_refused():
         random_prompt(tiny_llava().config, 1, prompt_tokens=20, images=2, dtype=torch.float32, device=CPU)
 
 
+# ---- caches -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_static_caches_are_used_again_and_empty():
+    model = tiny_llava()
+    new_cache, inputs = _caches(model.config, static=True), prompt(model, 1)
+    cache = new_cache(1, 30)
+    first = generate(model, inputs, 3, cache, Clock(CPU))
+    assert new_cache(1, 30) is cache
+    assert int(cache.get_seq_length()) == 0
+    assert torch.equal(generate(model, inputs, 3, cache, Clock(CPU)).tokens, first.tokens)
+    assert new_cache(2, 30) is not cache
+    assert isinstance(_caches(model.config, static=False)(1, 30), DynamicCache)
+
+
+@pytest.mark.slow
+def test_compiled_decoding_answers_the_same():
+    model = tiny_llava()
+    static = _caches(model.config, static=True)
+    eager = generate(model, prompt(model, 2), 4, static(2, 40), Clock(CPU))
+    run = way("base", model, new_cache=static)
+    (row,) = measure_models([run], [2], LIMITS, CPU, new_tokens=4, rounds=2, compiled=True)
+    assert row.decode.time.seconds > 0
+    step = torch.compile(model.forward)
+    assert torch.equal(generate(model, prompt(model, 2), 4, static(2, 40), Clock(CPU), step).tokens, eager.tokens)
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +304,7 @@ def test_the_command_times_a_saved_model(saved, capsys):
     assert all(row["error"] is None and row["decode"]["time"]["seconds"] > 0 for row in result["rows"])
     assert result["rows"][0]["weight_bytes"] > result["rows"][len(ways) - 1]["weight_bytes"]
     assert result["settings"]["prompt_tokens"] == 48
+    assert [row["kernel"] is None for row in result["rows"][: len(ways)]] == [True] * (len(ways) - 1) + [False]
     assert str(saved) not in json.dumps(result)
 
 
