@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qvlm_hf.nn.replace import replace_modules
 
 __all__ = ["PEERS", "Peer"]
+
+
+_GROUP = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,7 @@ class Peer:
 
 
 def _bitsandbytes_8bit(model: Any) -> None:  # noqa: ANN401 - any Transformers model
-    # a line at every call of every module would be timed too
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _silence()
     import bitsandbytes
 
     def quantized(linear: nn.Linear) -> nn.Module:
@@ -58,8 +60,7 @@ def _bitsandbytes_8bit(model: Any) -> None:  # noqa: ANN401 - any Transformers m
 
 
 def _bitsandbytes_4bit(model: Any) -> None:  # noqa: ANN401 - any Transformers model
-    # a line at every call of every module would be timed too
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _silence()
     import bitsandbytes
 
     def quantized(linear: nn.Linear) -> nn.Module:
@@ -82,10 +83,12 @@ def _torchao_int4(model: Any) -> None:  # noqa: ANN401 - any Transformers model
         # torchao moved the layout that its CPU kernel reads
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
-        config: Any = PrototypeInt4WeightOnlyConfig(group_size=128, set_inductor_config=False)
+        config: Any = PrototypeInt4WeightOnlyConfig(group_size=_GROUP, set_inductor_config=False)
     else:
-        config = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+        config = Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
     quantize_(model, config, filter_fn=_chosen(model))
+    if all(type(module.weight.data) is Tensor for _, module in _linears(model)):
+        raise ValueError(f"torchao quantizes nothing here: no module has a multiple of {_GROUP} inputs.")
 
 
 def _torchao_int8(model: Any) -> None:  # noqa: ANN401 - any Transformers model
@@ -100,6 +103,11 @@ PEERS = (
     Peer(name="torchao int4 weight-only", package="torchao", quantize=_torchao_int4, compute="bfloat16", share=0.28),
     Peer(name="torchao int8 dynamic", package="torchao", quantize=_torchao_int8, compute="int8", share=0.5),
 )
+
+
+def _silence() -> None:
+    """Stops the line at every call of every module, which would be timed too."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:  # noqa: ANN401 - any Transformers model

@@ -11,6 +11,7 @@ from qvlm_hf.bench.generation import generate
 from qvlm_hf.bench.machine import Clock, Limits, measure_limits
 from qvlm_hf.bench.memory import decoder_bytes, peak_bytes, stored_bytes
 from qvlm_hf.bench.models import Way, fits_together, measure_models, phase
+from qvlm_hf.bench.peers import PEERS
 from qvlm_hf.bench.rounds import Figure, figure, one_line, take_turns
 from qvlm_hf.cli import main
 from qvlm_hf.cli.bench_models import _caches
@@ -252,6 +253,29 @@ def test_prompts_hold_their_pictures(images, tokens):
 def test_a_prompt_without_room_for_its_pictures_is_refused():
     with pytest.raises(ValueError, match="must be more than the 32 that 2 pictures take"):
         random_prompt(tiny_llava().config, 1, prompt_tokens=20, images=2, dtype=torch.float32, device=CPU)
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_peers_shrink_all_but_the_head_and_still_answer(peer):
+    pytest.importorskip(peer.package)
+    sizes = {"vision_hidden_size": 128, "vision_intermediate_size": 256, "text_hidden_size": 128, "text_intermediate_size": 256}
+    model, full = (tiny_llava(dtype=torch.bfloat16, **sizes) for _ in range(2))
+    peer.quantize(model)
+    ways = [way("full", full), way(peer.name, model)]
+    base, row = measure_models(ways, [1], LIMITS, CPU, new_tokens=3, rounds=2, clock=Ticks())
+    assert row.error is None
+    assert row.weight_bytes < (0.5 + peer.share) * base.weight_bytes
+    assert torch.equal(model.lm_head.weight, full.lm_head.weight)
+
+
+def test_a_torchao_model_that_stays_as_it_was_is_an_error():
+    pytest.importorskip("torchao")
+    peer = next(peer for peer in PEERS if "int4" in peer.name)
+    with pytest.raises(ValueError, match="quantizes nothing here"):
+        peer.quantize(tiny_llava(dtype=torch.bfloat16))
 
 
 # ---- caches -----------------------------------------------------------------------------------------------------------------------------
