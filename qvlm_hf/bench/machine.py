@@ -27,13 +27,18 @@ class Limits:
     """Measured maxima of one device.
 
     Attributes:
-        bandwidth: bytes per second. CPU: reading with all threads; CUDA: reading and writing of a copy, together.
+        bandwidth: bytes per second. CPU: reading with all threads (`read_bandwidth`); CUDA: reading and writing of a copy, together.
         operations: "bfloat16", "float32", "int8" -> multiplications and additions per second of PyTorch's own product of large matrices;
             a type that it cannot multiply is absent.
     """
 
     bandwidth: float
     operations: dict[str, float]
+
+    def highest(self, other: "Limits") -> "Limits":
+        """The higher of two measurements, one by one: other programs only ever take away."""
+        operations = {name: max(self.operations[name], other.operations.get(name, 0)) for name in self.operations}
+        return Limits(bandwidth=max(self.bandwidth, other.bandwidth), operations=operations)
 
 
 class Clock:

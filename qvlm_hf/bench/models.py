@@ -125,7 +125,7 @@ class _Measured:
 def measure_models(
     ways: Sequence[Way],
     batches: Sequence[int],
-    limits: Limits,
+    limits: Callable[[], Limits],
     device: torch.device,
     *,
     new_tokens: int = 32,
@@ -134,13 +134,13 @@ def measure_models(
     together: bool = True,
     clock: Clock | None = None,
     advance: Callable[[], object] = lambda: None,
-) -> list[ModelRow]:
+) -> tuple[list[ModelRow], Limits]:
     """Measures every way at every batch size.
 
     Args:
         ways: the first is the baseline.
         batches: batch sizes.
-        limits: of the device, from `measure_limits`.
+        limits: measures those of the device; called before and after everything else, and the higher ones count.
         device: where the models are.
         new_tokens: generated per prompt, at least 2.
         rounds: turns that count, at least 2.
@@ -150,13 +150,14 @@ def measure_models(
         advance: called after every pass.
 
     Returns:
-        Rows by batch size, in the order of `ways`.
+        Rows by batch size, in the order of `ways`; and the limits.
 
     Raises:
         ValueError: the baseline failed.
     """
     clock, operations = clock or Clock(device), 0
     measured: dict[tuple[str, int], _Measured] = {}
+    before = limits()
     with _many_variants() if compiled else nullcontext():
         for group in [list(ways)] if together else [[way] for way in ways]:
             built = {way.name: _build(way, compiled) for way in group}
@@ -171,7 +172,8 @@ def measure_models(
             built.clear()
             baseline = None
             _release(device)
-    return [_row(way, batch, ways[0], measured, limits, operations) for batch in batches for way in ways]
+    highest = before.highest(limits())
+    return [_row(way, batch, ways[0], measured, highest, operations) for batch in batches for way in ways], highest
 
 
 def fits_together(ways: Sequence[Way], available: int | None) -> bool:

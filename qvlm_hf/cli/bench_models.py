@@ -62,19 +62,18 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
     inputs(1, dtype=torch.bfloat16)  # a wrong length should not wait for the models
     ways = _ways(subject, inputs, device, static=options.compile, peers=options.peers)
     together = fits_together(ways, available_bytes(device))
-    limits = measure_limits(device)
     print(f"{subject.title}: {prompt_tokens} prompt tokens with {options.images} pictures, {options.new_tokens} new ones")
-    print(_machine(device, limits))
     passes = len(options.batch) * (options.rounds + 1 + options.compile) * sum(way.missing is None for way in ways)
     with tqdm(total=passes, disable=None, leave=False) as bar:
-        rows = measure_models(
-            ways, options.batch, limits, device, new_tokens=options.new_tokens, rounds=options.rounds, compiled=options.compile,
-            together=together, advance=bar.update,
+        rows, limits = measure_models(
+            ways, options.batch, partial(measure_limits, device), device, new_tokens=options.new_tokens, rounds=options.rounds,
+            compiled=options.compile, together=together, advance=bar.update,
         )  # fmt: skip
     order = f"median of {options.rounds} rounds, " + ("every way in turns" if together else "one way after the other: memory holds one")
     print(order + (", torch.compile and a static cache" if options.compile else ""))
     for line in _table(rows):
         print(line)
+    print(_machine(device, limits))
     settings = {
         "model": subject.title, "batch": options.batch, "prompt_tokens": prompt_tokens, "images": options.images,
         "new_tokens": options.new_tokens, "rounds": options.rounds, "compile": options.compile,

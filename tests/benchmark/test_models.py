@@ -143,7 +143,7 @@ def test_models_get_rows_ratios_and_errors():
         way("broken", model, build=broken),
     ]  # fmt: skip
     passes = []
-    rows = measure_models(ways, [1, 3], LIMITS, CPU, new_tokens=3, rounds=2, clock=Ticks(), advance=lambda: passes.append(1))
+    rows, _ = measure_models(ways, [1, 3], lambda: LIMITS, CPU, new_tokens=3, rounds=2, clock=Ticks(), advance=lambda: passes.append(1))
     assert [(row.way, row.batch) for row in rows] == [(w.name, batch) for batch in (1, 3) for w in ways]
     assert built == ["base", "half"]
     assert len(passes) == 2 * 2 * 3
@@ -167,8 +167,8 @@ def test_one_after_the_other_where_memory_is_short():
     assert fits_together(run, 10**6)
     assert fits_together(run, None)
     assert not fits_together(run, 250)  # both, a reserve, and room to build
-    rows = measure_models(
-        run, [1], LIMITS, CPU, new_tokens=2, rounds=2, clock=Ticks(), together=False, advance=lambda: calls.append("pass")
+    rows, _ = measure_models(
+        run, [1], lambda: LIMITS, CPU, new_tokens=2, rounds=2, clock=Ticks(), together=False, advance=lambda: calls.append("pass")
     )
     assert calls == ["base", "pass", "pass", "pass", "other", "pass", "pass", "pass"]
     assert rows[1].decode.time.speedup == 1
@@ -177,7 +177,9 @@ def test_one_after_the_other_where_memory_is_short():
 def test_without_a_baseline_there_is_nothing_to_compare():
     model = tiny_llava()
     with pytest.raises(ValueError, match="the baseline base failed"):
-        measure_models([way("base", model, missing="not here"), way("b", model)], [1], LIMITS, CPU, new_tokens=2, rounds=2, clock=Ticks())
+        measure_models(
+            [way("base", model, missing="not here"), way("b", model)], [1], lambda: LIMITS, CPU, new_tokens=2, rounds=2, clock=Ticks()
+        )
 
 
 # ---- memory and limits ----------------------------------------------------------------------------------------------------------------
@@ -205,6 +207,13 @@ def test_the_peak_is_what_was_taken_for_a_while():
     size = 2**26
     found = peak_bytes(lambda: torch.ones(size // 4).sum(), CPU)
     assert found is None or 0.9 * size < found < 2 * size  # the system counts pages in batches
+
+
+def test_the_higher_limits_count():
+    model, seen = tiny_llava(), iter([LIMITS, Limits(bandwidth=50.0, operations={"bfloat16": 2000.0})])
+    _, limits = measure_models([way("base", model)], [1], lambda: next(seen), CPU, new_tokens=2, rounds=2, clock=Ticks())
+    assert limits == Limits(bandwidth=100.0, operations={"bfloat16": 2000.0})
+    assert next(seen, None) is None
 
 
 def test_limits_are_measured():
@@ -265,7 +274,7 @@ def test_peers_shrink_all_but_the_head_and_still_answer(peer):
     model, full = (tiny_llava(dtype=torch.bfloat16, **sizes) for _ in range(2))
     peer.quantize(model)
     ways = [way("full", full), way(peer.name, model)]
-    base, row = measure_models(ways, [1], LIMITS, CPU, new_tokens=3, rounds=2, clock=Ticks())
+    (base, row), _ = measure_models(ways, [1], lambda: LIMITS, CPU, new_tokens=3, rounds=2, clock=Ticks())
     assert row.error is None
     assert row.weight_bytes < (0.5 + peer.share) * base.weight_bytes
     assert torch.equal(model.lm_head.weight, full.lm_head.weight)
@@ -299,7 +308,7 @@ def test_compiled_decoding_answers_the_same():
     static = _caches(model.config, static=True)
     eager = generate(model, prompt(model, 2), 4, static(2, 40), Clock(CPU))
     run = way("base", model, new_cache=static)
-    (row,) = measure_models([run], [2], LIMITS, CPU, new_tokens=4, rounds=2, compiled=True)
+    ((row,), _) = measure_models([run], [2], lambda: LIMITS, CPU, new_tokens=4, rounds=2, compiled=True)
     assert row.decode.time.seconds > 0
     step = torch.compile(model.forward)
     assert torch.equal(generate(model, prompt(model, 2), 4, static(2, 40), Clock(CPU), step).tokens, eager.tokens)
