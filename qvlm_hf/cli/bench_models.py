@@ -62,7 +62,7 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
     inputs(1, dtype=torch.bfloat16)  # a wrong length should not wait for the models
     ways = _ways(subject, inputs, device, static=options.compile, peers=options.peers)
     together = fits_together(ways, available_bytes(device))
-    print(f"{subject.title}: {prompt_tokens} prompt tokens with {options.images} pictures, {options.new_tokens} new ones")
+    print(f"{subject.title}; prompt tokens: {prompt_tokens}, pictures: {options.images}, new tokens: {options.new_tokens}")
     passes = len(options.batch) * (options.rounds + 1 + options.compile) * sum(way.missing is None for way in ways)
     with tqdm(total=passes, disable=None, leave=False) as bar:
         rows, limits = measure_models(

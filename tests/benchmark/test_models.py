@@ -329,7 +329,7 @@ def test_the_command_times_a_saved_model(saved, capsys):
     arguments = ["--against", f"{saved}/model", "--batch", "1", "2", "--new-tokens", "3", "--rounds", "2", "--no-peers"]
     assert main(["bench", f"{saved}/w4a8", *arguments, "--json", f"{saved}/rows.json"]) == 0
     printed = capsys.readouterr().out
-    assert "w4a8 against model: 48 prompt tokens with 1 pictures, 3 new ones" in printed
+    assert "w4a8 against model; prompt tokens: 48, pictures: 1, new tokens: 3" in printed
     assert "every way in turns" in printed
     result = json.loads((saved / "rows.json").read_text())
     ways = ["bfloat16", "qvlm_hf W4A8"] if result["bfloat16_units"] else ["bfloat16", "float32", "qvlm_hf W4A8"]
