@@ -1,5 +1,6 @@
-"""Measurements that users run on their own machine: how fast the kernels are, beside what PyTorch offers instead."""
+"""Measurements that users run on their own machine: kernels and whole models, beside full precision and what else there is."""
 
 from qvlm_hf.bench.kernels import KernelRow, measure_kernels, read_bandwidth
+from qvlm_hf.bench.models import ModelRow, Way, measure_models
 
-__all__ = ["KernelRow", "measure_kernels", "read_bandwidth"]
+__all__ = ["KernelRow", "ModelRow", "Way", "measure_kernels", "measure_models", "read_bandwidth"]

@@ -28,6 +28,10 @@ def _llava_15(**text: Any) -> LlavaConfig:  # noqa: ANN401 - sizes of LlamaConfi
 
 
 SHAPES: dict[str, Callable[[], LlavaConfig]] = {
+    # the sizes of TinyLlama-1.1B behind LLaVA-1.5's vision encoder
+    "demo-1b": lambda: _llava_15(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+    ),
     "llava-1.5-7b": lambda: _llava_15(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
     "llava-1.5-13b": lambda: _llava_15(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
 }

@@ -1,0 +1,132 @@
+"""What users would take instead, where it is installed: bitsandbytes and torchao, applied to a float model module by module.
+
+Each peer quantizes what it would quantize inside Transformers: every nn.Linear but the output head. Left out: gptqmodel, which wants
+calibration before there is anything to time.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor, nn
+
+from qvlm_hf.nn.replace import replace_modules
+
+__all__ = ["PEERS", "Peer"]
+
+
+_GROUP = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """Another package's way.
+
+    Attributes:
+        name: of the row.
+        package: to import.
+        quantize: changes a model in place.
+        compute: type of its products.
+        share: bytes of its weights over those of bfloat16, roughly.
+    """
+
+    name: str
+    package: str
+    quantize: Callable[[Any], None]
+    compute: str
+    share: float
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        return None if find_spec(self.package) else "not installed"
+
+
+def _bitsandbytes_8bit(model: Any) -> None:  # noqa: ANN401 - any Transformers model
+    _silence()
+    import bitsandbytes
+
+    def quantized(linear: nn.Linear) -> nn.Module:
+        module = bitsandbytes.nn.Linear8bitLt(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
+        )
+        # from the CPU: bitsandbytes quantizes 8-bit weights only on their way to another place
+        module.weight = bitsandbytes.nn.Int8Params(linear.weight.data.cpu(), has_fp16_weights=False, requires_grad=False)
+        return module
+
+    _replace(model, quantized)
+
+
+def _bitsandbytes_4bit(model: Any) -> None:  # noqa: ANN401 - any Transformers model
+    _silence()
+    import bitsandbytes
+
+    def quantized(linear: nn.Linear) -> nn.Module:
+        module = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype, quant_type="nf4",
+            compress_statistics=False, device="meta",
+        )  # fmt: skip
+        module.weight = bitsandbytes.nn.Params4bit(
+            linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=False, module=module
+        )
+        return module
+
+    _replace(model, quantized)
+
+
+def _torchao_int4(model: Any) -> None:  # noqa: ANN401 - any Transformers model
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    if model.device.type == "cpu":
+        # torchao moved the layout that its CPU kernel reads
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+
+        config: Any = PrototypeInt4WeightOnlyConfig(group_size=_GROUP, set_inductor_config=False)
+    else:
+        config = Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+    quantize_(model, config, filter_fn=_chosen(model))
+    if all(type(module.weight.data) is Tensor for _, module in _linears(model)):
+        raise ValueError(f"torchao quantizes nothing here: no module has a multiple of {_GROUP} inputs.")
+
+
+def _torchao_int8(model: Any) -> None:  # noqa: ANN401 - any Transformers model
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), filter_fn=_chosen(model))
+
+
+PEERS = (
+    Peer(name="bitsandbytes 8-bit", package="bitsandbytes", quantize=_bitsandbytes_8bit, compute="int8", share=0.5),
+    Peer(name="bitsandbytes 4-bit (nf4)", package="bitsandbytes", quantize=_bitsandbytes_4bit, compute="bfloat16", share=0.28),
+    Peer(name="torchao int4 weight-only", package="torchao", quantize=_torchao_int4, compute="bfloat16", share=0.28),
+    Peer(name="torchao int8 dynamic", package="torchao", quantize=_torchao_int8, compute="int8", share=0.5),
+)
+
+
+def _silence() -> None:
+    """Stops the line at every call of every module, which would be timed too."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:  # noqa: ANN401 - any Transformers model
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and module is not head:
+            yield name, module
+
+
+def _chosen(model: Any) -> Callable[[nn.Module, str], bool]:  # noqa: ANN401 - any Transformers model
+    names = {name for name, _ in _linears(model)}
+    return lambda _, name: name in names
+
+
+def _replace(model: Any, quantized: Callable[[nn.Linear], nn.Module]) -> None:  # noqa: ANN401 - any Transformers model
+    """One module at a time, so that no second model is in memory."""
+    for name, linear in _linears(model):
+        module = quantized(linear)
+        if linear.bias is not None:
+            module.bias = linear.bias
+        # bitsandbytes quantizes when the weight is moved
+        replace_modules(model, {name: module.to(linear.weight.device).eval()})

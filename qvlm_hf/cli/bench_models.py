@@ -1,0 +1,220 @@
+"""Whole models for `qvlm bench`: which ways there are, how each is built, and the table."""
+
+import argparse
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, DynamicCache, StaticCache
+
+from qvlm_hf.bench.machine import Limits, available_bytes, device_name, has_bfloat16_units, measure_limits
+from qvlm_hf.bench.models import ModelRow, Phase, Way, fits_together, measure_models
+from qvlm_hf.bench.peers import PEERS
+from qvlm_hf.cli.inspect import saved_footprint
+from qvlm_hf.cli.models import load_model, silence
+from qvlm_hf.core.scheme import parse_scheme
+from qvlm_hf.integration.config import QVLMConfig
+from qvlm_hf.integration.random_models import random_model, random_prompt
+from qvlm_hf.integration.rounding import planned_modules
+from qvlm_hf.integration.shapes import shape_config, shape_model, token_positions
+from qvlm_hf.nn.footprint import footprint
+from qvlm_hf.nn.replace import dequantize_modules
+
+__all__ = ["bench_models"]
+
+_BEHIND_PICTURES = 32  # tokens of a short question
+_VERSIONS = ("qvlm_hf", "torch", "transformers", "bitsandbytes", "torchao", "triton")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What is measured: a configuration, the full-precision model, and the quantized ones (name, bits of inputs, build, bytes)."""
+
+    title: str
+    config: Any
+    full_precision: Callable[[torch.dtype], Any]
+    bfloat16_bytes: int
+    quantized: tuple[tuple[str, int, Callable[[], Any], int], ...]
+
+
+def bench_models(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures, prints and returns the result as JSON has it.
+
+    Raises:
+        ValueError: a value makes no sense, there is no such device, or the baseline failed.
+    """
+    if min(options.new_tokens, options.rounds, 1 + min(options.batch)) < 2 or options.images < 0:
+        raise ValueError("--new-tokens and --rounds must be at least 2, --batch at least 1, --images at least 0.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here: take --device cpu.")
+    silence()
+    device = torch.device(options.device)
+    subject = _shape(options, device) if options.directory is None else _saved(options, device)
+    prompt_tokens = options.prompt_tokens or options.images * subject.config.image_seq_length + _BEHIND_PICTURES
+    inputs = partial(random_prompt, subject.config, prompt_tokens=prompt_tokens, images=options.images, device=device)
+    inputs(1, dtype=torch.bfloat16)  # a wrong length should not wait for the models
+    ways = _ways(subject, inputs, device, static=options.compile, peers=options.peers)
+    together = fits_together(ways, available_bytes(device))
+    print(f"{subject.title}; prompt tokens: {prompt_tokens}, pictures: {options.images}, new tokens: {options.new_tokens}")
+    passes = len(options.batch) * (options.rounds + 1 + options.compile) * sum(way.missing is None for way in ways)
+    with tqdm(total=passes, disable=None, leave=False) as bar:
+        rows, limits = measure_models(
+            ways, options.batch, partial(measure_limits, device), device, new_tokens=options.new_tokens, rounds=options.rounds,
+            compiled=options.compile, together=together, advance=bar.update,
+        )  # fmt: skip
+    order = f"median of {options.rounds} rounds, " + ("every way in turns" if together else "one way after the other: memory holds one")
+    print(order + (", torch.compile and a static cache" if options.compile else ""))
+    for line in _table(rows):
+        print(line)
+    print(_machine(device, limits))
+    settings = {
+        "model": subject.title, "batch": options.batch, "prompt_tokens": prompt_tokens, "images": options.images,
+        "new_tokens": options.new_tokens, "rounds": options.rounds, "compile": options.compile,
+    }  # fmt: skip
+    return {
+        "device": device_name(device), "device_type": device.type, "bfloat16_units": has_bfloat16_units(device),
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": _versions(), "settings": settings,
+        "limits": asdict(limits), "together": together, "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+
+
+def _shape(options: argparse.Namespace, device: torch.device) -> _Subject:
+    """A named shape with random weights."""
+    name, config = options.shape, shape_config(options.shape)
+    model = shape_model(name)
+    quantized, full = [], 0
+    for scheme in options.scheme or ["W4A8"]:
+        modules = planned_modules(model, QVLMConfig(scheme=scheme).settings())
+        sizes = footprint(model, modules, positions=token_positions(config)).total
+        full = sizes.full_precision_bytes
+        build = partial(random_model, config, dtype=torch.bfloat16, device=device, modules=modules)
+        quantized.append((f"qvlm_hf {scheme.upper()}", parse_scheme(scheme)[1], build, sizes.quantized_bytes))
+    return _Subject(
+        title=f"{name}, random weights", config=config, bfloat16_bytes=full, quantized=tuple(quantized),
+        full_precision=lambda dtype: random_model(config, dtype=dtype, device=device),
+    )  # fmt: skip
+
+
+def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
+    """A saved model beside its full-precision one."""
+    directory = options.directory
+    quantization, sizes = saved_footprint(directory)
+    config = AutoConfig.from_pretrained(directory)
+    base = options.against
+
+    def full_precision(dtype: torch.dtype) -> Any:  # noqa: ANN401 - any Transformers model
+        if base is not None:
+            return load_model(base, dtype=dtype).to(device)
+        model = load_model(directory, dtype=dtype)
+        dequantize_modules(model, dtype)
+        return model.to(device)
+
+    def quantized() -> Any:  # noqa: ANN401 - any Transformers model
+        return load_model(directory, dtype=torch.bfloat16).to(device)
+
+    parameters = sum(row.parameters for row in sizes.rows)
+    against = "its own weights, dequantized" if base is None else Path(base).name
+    entry = (f"qvlm_hf {quantization.scheme}", quantization.activation_bits, quantized, sizes.total.quantized_bytes)
+    return _Subject(
+        title=f"{Path(directory).resolve().name} against {against}", config=config, bfloat16_bytes=2 * parameters, quantized=(entry,),
+        full_precision=full_precision,
+    )  # fmt: skip
+
+
+def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device: torch.device, *, static: bool, peers: bool) -> list[Way]:
+    """The baseline first."""
+    size = subject.bfloat16_bytes
+
+    def way(name: str, build: Callable[[], Any], compute: str, share: float, dtype: torch.dtype = torch.bfloat16) -> Way:
+        return Way(
+            name=name, build=build, inputs=partial(inputs, dtype=dtype), new_cache=_caches(subject.config, static=static), compute=compute,
+            size=int(size * share),
+        )  # fmt: skip
+
+    ways = [way("bfloat16", partial(subject.full_precision, torch.bfloat16), "bfloat16", 1)]
+    if not has_bfloat16_units(device):
+        ways.append(way("float32", partial(subject.full_precision, torch.float32), "float32", 2, torch.float32))
+    floating = "bfloat16" if device.type == "cuda" else "float32"  # of products with floating-point inputs
+    for name, bits, build, packed in subject.quantized:
+        ways.append(way(name, build, "int8" if bits <= 8 else floating, packed / size))
+    for peer in PEERS if peers else ():
+
+        def build_peer(quantize: Callable[[Any], None] = peer.quantize) -> Any:  # noqa: ANN401 - any Transformers model
+            model = subject.full_precision(torch.bfloat16)
+            quantize(model)
+            return model
+
+        ways.append(replace(way(peer.name, build_peer, peer.compute, peer.share), building=size, missing=peer.missing))
+    return ways
+
+
+def _caches(config: Any, *, static: bool) -> Callable[[int, int], Any]:  # noqa: ANN401 - any Transformers configuration
+    """Batch size, length -> an empty cache; a static one is used again, because compiled code is tied to its memory."""
+    kept: dict[tuple[int, int], Any] = {}
+
+    def new_cache(batch: int, length: int) -> Any:  # noqa: ANN401 - any Transformers cache
+        if not static:
+            return DynamicCache(config=config.get_text_config(decoder=True))
+        if (batch, length) not in kept:
+            kept.clear()
+            kept[batch, length] = StaticCache(config=config, max_cache_len=length)
+        else:
+            kept[batch, length].reset()
+        return kept[batch, length]
+
+    return new_cache
+
+
+def _machine(device: torch.device, limits: Limits) -> str:
+    speeds = ", ".join(f"{name} {rate / 1e12:.3g} T/s" for name, rate in limits.operations.items())
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    units = "" if has_bfloat16_units(device) else ", no bfloat16 unit"
+    verb = "copies" if device.type == "cuda" else "reads"
+    return f"{device_name(device)}{threads}{units}: {verb} {limits.bandwidth / 1e9:.1f} GB/s, multiplies {speeds}"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _table(rows: Sequence[ModelRow]) -> list[str]:
+    """A block per batch size. "x" is against the baseline of the run; the last columns of a phase are its limit and the share reached."""
+    lines = []
+    for batch in dict.fromkeys(row.batch for row in rows):
+        lines += [
+            f"{f'batch {batch}':<27}{'first token':^22}  {'prefill of it':^31}  {'a token':^38}{'tokens':>8}{'weights':>10}{'peak':>9}",
+            f"{'':<27}{'ms':>9}{'spread':>7}{'x':>6}  {'ms':>9}{'x':>6}  {'limit':<14}  {'ms':>9}{'spread':>7}{'x':>6}  {'limit':<14}"
+            f"{'per s':>8}{'MiB':>10}{'MiB':>9}",
+        ]
+        lines += [_line(row) for row in rows if row.batch == batch]
+    return lines
+
+
+def _line(row: ModelRow) -> str:
+    if row.first_token is None or row.prefill is None or row.decode is None or row.weight_bytes is None:
+        return f"{row.way:<27}{row.error}"
+    first, prefill, decode = row.first_token, row.prefill.time, row.decode.time
+    peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
+    return (
+        f"{row.way:<27}{first.seconds * 1e3:>9.1f}{first.spread:>7.0%}{first.speedup:>6.2f}  "
+        f"{prefill.seconds * 1e3:>9.1f}{prefill.speedup:>6.2f}  {_limit(row.prefill):<14}  "
+        f"{decode.seconds * 1e3:>9.2f}{decode.spread:>7.0%}{decode.speedup:>6.2f}  {_limit(row.decode):<14}"
+        f"{row.tokens_per_second:>8.1f}{row.weight_bytes / 2**20:>10.1f}{peak:>9}  {row.kernel or ''}".rstrip()
+    )
+
+
+def _limit(phase: Phase) -> str:
+    return f"{phase.regime} {phase.of_limit:.0%}"
