@@ -1,15 +1,18 @@
-"""`attn_implementation="qvlm"`: PyTorch's attention, but for one query token on a CPU two matrix products where those are faster.
+"""`attn_implementation="qvlm"`: PyTorch's attention, but one query token on a CPU takes the form that is fastest there.
 
-PyTorch's CPU kernel walks over the keys head by head. With 16-bit keys of as many heads as queries (LLaVA-1.5) it took 8 times as long
-as two batched products (docs/benchmarks.md, "Attention of one token"); with grouped queries, or float32 keys, it is the faster one.
+- Grouped queries (fewer key heads than query heads): the queries of a group become rows of one small product, so that a key head is read
+  once; Transformers leaves the grouping to PyTorch, which took 17 times as long (docs/benchmarks.md, "Attention of one token").
+- As many key heads as query heads (LLaVA-1.5), 16-bit: two batched products, where PyTorch's kernel took 3 to 11 times as long.
+  They are those of Transformers' `eager` attention: scores in the model's dtype, softmax in float32.
 
-The products are those of Transformers' `eager` attention: scores in the model's dtype, softmax in float32.
+Everything else is Transformers' `sdpa`.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -17,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 __all__ = ["ATTENTION", "attend"]
 
 ATTENTION = "qvlm"
+_NOT_OURS = ("position_bias", "cache", "softcap")  # arguments of other models
 
 
 def attend(
@@ -34,21 +38,22 @@ def attend(
     Returns:
         [B, T, H, D], and None for the weights, which are not kept.
     """
-    if not _products_win(query, key, kwargs):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    one_token = query.shape[2] == 1 and query.device.type == "cpu" and not any(kwargs.get(name) is not None for name in _NOT_OURS)
+    if one_token and key.shape[1] < query.shape[1] and (attention_mask is None or attention_mask.shape[1] == 1):
+        rows = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+        out = functional.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+        return out.reshape(query.shape).transpose(1, 2), None
+    if one_token and key.shape[1] == query.shape[1] and query.dtype in (torch.bfloat16, torch.float16):
+        return _products(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scaling: float | None) -> Tensor:
     scores = torch.matmul(query, key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        boolean = attention_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attention_mask, float("-inf")) if boolean else scores + attention_mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
-    weights = torch.dropout(weights, dropout, train=dropout > 0)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None
-
-
-def _products_win(query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> bool:
-    plain = kwargs.get("position_bias") is None and kwargs.get("cache") is None and kwargs.get("softcap") is None
-    one_token = query.shape[2] == 1 and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-    return one_token and query.shape[1] == key.shape[1] and plain
+    return torch.matmul(torch.dropout(weights, dropout, train=dropout > 0), value)
 
 
 AttentionInterface.register(ATTENTION, attend)

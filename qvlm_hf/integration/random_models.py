@@ -4,6 +4,7 @@ A tensor is made where it will stay, packed ones as packed bytes, so that a mode
 quantized size. Values come from one block of a million that is repeated: drawing each of billions would take minutes and change no time.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,10 +13,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from qvlm_hf.core.architectures import canonical_name
+from qvlm_hf.core.architectures import canonical_name, shared_inputs
 from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.integration.attention import ATTENTION
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import replace_modules
+from qvlm_hf.nn.shared_input import share_inputs
 
 __all__ = ["random_model", "random_prompt", "random_tensors", "skeleton"]
 
@@ -39,13 +42,17 @@ def random_model(
         device: of all tensors.
         modules: canonical names of quantized modules and their schemes ("token" is not possible); default: none.
     """
+    if modules:
+        config = copy.deepcopy(config)
+        config._attn_implementation = {"text_config": ATTENTION}  # as a quantized model is loaded
     model = skeleton(config, dtype=dtype, modules=modules or {})
     for name, tensor in random_tensors(model, device):
         parent, _, part = name.rpartition(".")
         setattr(model.get_submodule(parent), part, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
-    # what is left are the few buffers
-    return model.to(device).eval()
+    model.to(device)  # what is left are the few buffers
+    share_inputs(model, shared_inputs(model))
+    return model.eval()
 
 
 def skeleton(config: Any, *, dtype: torch.dtype, modules: Mapping[str, QuantScheme]) -> Any:  # noqa: ANN401 - any Transformers model

@@ -27,18 +27,20 @@ def attention_module(groups=1):
 
 
 @pytest.mark.parametrize("mask", [None, "boolean", "additive"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_one_token_attends_as_torch_does(mask, dtype):
-    query, key, value = tensors(dtype=dtype)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_one_token_attends_to_what_it_should(mask, dtype, kv_heads):
+    query, key, value = tensors(dtype=dtype, kv_heads=kv_heads)
     allowed = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     allowed[1, ..., :4] = False
     additive = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
     argument = {None: None, "boolean": allowed, "additive": additive}[mask]
-    ours, weights = attend(attention_module(), query, key, value, argument, scaling=0.3)
-    double = (query.double() @ key.double().transpose(-1, -2)) * 0.3
+    ours, weights = attend(attention_module(4 // kv_heads), query, key, value, argument, scaling=0.3)
+    key, value = (t.double().repeat_interleave(4 // kv_heads, 1) for t in (key, value))
+    double = (query.double() @ key.transpose(-1, -2)) * 0.3
     if mask is not None:
         double = double.masked_fill(~allowed, -torch.inf)
-    exact = (double.softmax(-1) @ value.double()).transpose(1, 2)
+    exact = (double.softmax(-1) @ value).transpose(1, 2)
     assert weights is None
     assert ours.shape == (2, 1, 4, 16)
     assert ours.dtype == dtype
@@ -46,7 +48,7 @@ def test_one_token_attends_as_torch_does(mask, dtype):
     assert (ours.double() - exact).abs().max() < 8 * step  # the scores are rounded to the dtype: |score| < 8
 
 
-@pytest.mark.parametrize("sizes", [{"tokens": 3}, {"kv_heads": 2}, {"dtype": torch.float32}])
+@pytest.mark.parametrize("sizes", [{"tokens": 3}, {"tokens": 3, "kv_heads": 2}, {"dtype": torch.float32}])
 def test_everything_else_is_left_to_torch(sizes):
     query, key, value = tensors(**sizes)
     module = attention_module(query.shape[1] // key.shape[1])
