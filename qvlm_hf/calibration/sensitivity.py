@@ -73,10 +73,10 @@ class SensitivityProbe:
         found = {}
         for segment in self._segments:
             live = [layer for layer in segment.layers if not layer.dead]
-            inputs = self._inputs[live[0].name]
             wanted = [site for layer in live for site in layer.sites if sites is None or site.name in sites]
             if not wanted:
                 continue
+            inputs = self._inputs[live[0].name]
             hidden = [entry.hidden for entry in inputs]
             with calibrating(self._model, live, inputs):
                 trials = initialize_sites(self._model, live, segment.component, inputs, hidden, settings)
