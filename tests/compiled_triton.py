@@ -1,7 +1,7 @@
 """Compiles what `qvlm_hf.ops.gpu` would launch, for devices that are not there; run as a program, prints JSON.
 
-A driver that only names its target takes the place of the CUDA driver, and every launch becomes a compilation (`JITFunction.warmup`): signature,
-alignment and sizes are those of a real call. Registers and spills are read from the machine code, instructions from its disassembly.
+A driver that only names its target takes the place of the CUDA driver, and every launch becomes a compilation (`JITFunction.warmup`):
+signature, alignment and sizes are those of a real call. Registers come from the machine code, instructions from its disassembly.
 """
 
 import collections

@@ -28,6 +28,18 @@ _tensor_patch, _cast, _dot = (
 _tl = interpreter.tl
 
 
+_builtins = {}
+
+
+def _patch_builtin(package, builder, scope):
+    """The same as the original, which looks through every name of a package anew at every call of every function."""
+    if package not in _builtins:
+        _builtins[package] = [name for name in dir(package) if _tl.core.is_builtin(getattr(package, name))]
+    for name in _builtins[package]:
+        if _tl.core.is_builtin(member := getattr(package, name)):
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+
 def _patch_lang_tensor(tensor, scope):
     _tensor_patch(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
@@ -61,6 +73,7 @@ def _create_inline_asm(self, code, constraints, values, types, is_pure, pack):
     return SimpleNamespace(get_result=lambda index: result)
 
 
+interpreter._patch_builtin = _patch_builtin
 interpreter._patch_lang_tensor = _patch_lang_tensor
 interpreter.InterpreterBuilder.cast_impl = _cast_impl
 interpreter.InterpreterBuilder.create_dot = _create_dot

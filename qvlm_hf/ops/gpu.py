@@ -12,7 +12,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,10 +34,10 @@ _MOST_SPLITS = 16
 _KERNELS = "qvlm_hf.ops.triton_kernels"
 
 # Bytes, words, correction rows, one and many tokens, float inputs.
-_CHECKED = ((4, 4, "channel", 1), (4, 8, "dynamic_token", 1), (6, 8, "channel", 40), (8, 8, "dynamic_token", 140), (4, 16, "none", 20))
+_CHECKED = ((4, 4, "channel", 1), (4, 8, "dynamic_token", 1), (6, 8, "channel", 40), (8, 8, "dynamic_token", 70), (4, 16, "none", 20))
 
-# Tokens of a tile -> (out_features of a tile, warps, stages), by the oldest compute capability that takes them. Chosen by compiling for each
-# capability without a device (registers, spills, matrix instructions: tests/ops/test_triton_compile.py) and NOT yet by measurement:
+# Tokens of a tile -> (out_features of a tile, warps, stages), by the oldest compute capability that takes them. Chosen by compiling
+# without a device (registers, spills, matrix instructions: tests/ops/test_triton_compile.py) and NOT yet by measurement:
 # tests/gpu/tune_tiles.py prints a measured table.
 TILES: dict[tuple[int, int], dict[int, tuple[int, int, int]]] = {
     (8, 0): {16: (64, 4, 4), 32: (64, 4, 4), 64: (128, 8, 3), 128: (128, 8, 3)},
@@ -242,13 +242,12 @@ def self_check(kernels: ModuleType, device: Device, where: torch.device) -> str 
         input_scale = torch.rand(300, generator=generator).add(0.1) if statics else None
         input_zero_point = torch.randint(0, 2**activation_bits, (300,), generator=generator, dtype=torch.int32) if statics else None
         x = torch.randn(tokens, 300, generator=generator).to(torch.float32 if activation_bits <= 8 else torch.bfloat16)
-        tensors = (weight, weight_scale, weight_zero_point, input_scale, input_zero_point, None)
-        y = run(
-            kernels, device, x.to(where), *(None if tensor is None else tensor.to(where) for tensor in tensors),  # type: ignore[arg-type]
-            300, weight_bits, activation_bits, 128, granularity, 0,
-        )  # fmt: skip
-        y = y.float().cpu()
-        expected = reference.linear(x.float(), *tensors, 300, weight_bits, activation_bits, 128, granularity, 0)  # type: ignore[arg-type]
+        tensors: list[Any] = [weight, weight_scale, weight_zero_point, input_scale, input_zero_point, None]
+        there: list[Any] = [None if tensor is None else tensor.to(where) for tensor in tensors]
+        sizes: dict[str, Any] = {"in_features": 300, "weight_bits": weight_bits, "activation_bits": activation_bits, "group_length": 128}
+        sizes |= {"granularity": granularity, "hadamard": 0}
+        y = run(kernels, device, x.to(where), *there, **sizes).float().cpu()
+        expected = reference.linear(x.float(), *tensors, **sizes)
         if not torch.allclose(y, expected, rtol=1e-4 if activation_bits <= 8 else 2**-7, atol=1e-5 * float(expected.abs().max())):
             return f"the compiled kernel is wrong for W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
     return None

@@ -18,7 +18,7 @@ Legend: M tokens, N out_features, K in_features, G groups of L inputs (the last 
 """
 
 # Kernels in Triton's own style: untyped, constants in capitals, branches that only the compiler sees.
-# ruff: noqa: ANN001, ANN202, C901, N803, N806, SIM102
+# ruff: noqa: ANN001, ANN202, C901, N803, N806, RET505, SIM102, SIM108
 # mypy: disable-error-code="no-untyped-def, attr-defined"
 
 from dataclasses import dataclass
@@ -184,11 +184,12 @@ def arrange(
     # A token is a program's work, or, where there are few, that of up to eight, each of which takes the token's statistics by itself.
     parts = max(1, min(8 if tokens <= 64 else 1, number // at_once))
     _arrange[(tokens, parts)](
-        x, other, norm_bias, input_scale, input_zero_point, arranged.values, arranged.sums, arranged.more, arranged.more_sums, arranged.shift,
-        arranged.row_scale, layout.in_features, layout.group_length, number, rows, 1 if input_scale is None else input_scale.shape[0], epsilon,
-        BITS=bits, GRANULARITY=granularity, SOURCE=source, HAS_SCALE=input_scale is not None, TERMS=terms, EXTRA=extra, BLOCK=layout.block,
-        BLOCKS=layout.blocks, SLICES=layout.slices, AT_ONCE=at_once, CHUNK=min(2048, triton.next_power_of_2(layout.in_features)), ROUND=_ROUND,
-        num_warps=4,
+        x, other, norm_bias, input_scale, input_zero_point, arranged.values, arranged.sums, arranged.more, arranged.more_sums,
+        arranged.shift, arranged.row_scale, layout.in_features, layout.group_length, number, rows,
+        1 if input_scale is None else input_scale.shape[0], epsilon,
+        BITS=bits, GRANULARITY=granularity, SOURCE=source, HAS_SCALE=input_scale is not None, TERMS=terms, EXTRA=extra, ROUND=_ROUND,
+        BLOCK=layout.block, BLOCKS=layout.blocks, SLICES=layout.slices, AT_ONCE=at_once,
+        CHUNK=min(2048, triton.next_power_of_2(layout.in_features)), num_warps=4,
     )  # fmt: skip
     return arranged
 
@@ -227,13 +228,13 @@ def multiply(
     _multiply[(triton.cdiv(out_features, tile.out_features), triton.cdiv(tokens, tile.tokens), splits)](
         inputs.values, inputs.sums, inputs.more, inputs.more_sums, inputs.shift, inputs.row_scale,
         weight.view(torch.uint8) if bytes_ else weight, weight_scale, weight_zero_point, bias, partial,
-        tokens, out_features, weight.shape[1] * (4 if bytes_ else 1), layout.groups, layout.group_length * layout.weight_bits // (8 if bytes_ else 1),
-        inputs.values.shape[1],
+        tokens, out_features, weight.shape[1] * (4 if bytes_ else 1), layout.groups,
+        layout.group_length * layout.weight_bits // (8 if bytes_ else 1), inputs.values.shape[1],
         triton.cdiv(layout.groups if layout.groups > 1 else layout.blocks, splits),
         BITS=layout.weight_bits, SLICES=layout.slices, BYTEWISE=bytes_, WHOLE=layout.whole, BLOCK=layout.block, BLOCKS=layout.blocks,
         ONE_GROUP=layout.groups == 1, EXTRA=0 if inputs.more is None else inputs.more.shape[0], TERMS=inputs.values.shape[0],
-        FLOATING=inputs.sums is None, SMALL=inputs.bound < 2**22, FLOAT_START=_ROUND, SPLIT=splits > 1, EVEN=out_features % tile.out_features == 0, TN=tile.out_features, TM=tile.tokens,
-        num_warps=tile.warps, num_stages=tile.stages,
+        FLOATING=inputs.sums is None, SMALL=inputs.bound < 2**22, FLOAT_START=_ROUND, SPLIT=splits > 1,
+        EVEN=out_features % tile.out_features == 0, TN=tile.out_features, TM=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
         columns = 256
@@ -537,7 +538,6 @@ def _multiply(
     n_offset = n_read * row_size
     m_offset = m * padded
     term_stride = rows * padded
-    number = G * BLOCKS
     first_g = 0
     last_g = 1
     first_b = 0
@@ -571,8 +571,8 @@ def _multiply(
         more_inputs = 0
         if BLOCKS == 1:
             sums, more = _products(
-                sums, more, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset, term_stride, row_size, padded, g * group_start, g,
-                BITS, SLICES, BYTEWISE, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
+                sums, more, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset, term_stride, row_size, padded,
+                g * group_start, g, BITS, SLICES, BYTEWISE, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
             )  # fmt: skip
             if EXTRA > 0:
                 more_inputs = tl.load(more_sums_ptr + g)
@@ -581,7 +581,8 @@ def _multiply(
                 block = g * BLOCKS + b
                 sums, more = _products(
                     sums, more, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset, term_stride, row_size, padded,
-                    g * group_start + b * (BLOCK * BITS // (8 if BYTEWISE else 1)), block, BITS, SLICES, BYTEWISE, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
+                    g * group_start + b * (BLOCK * BITS // (8 if BYTEWISE else 1)), block,
+                    BITS, SLICES, BYTEWISE, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
                 )  # fmt: skip
                 if not FLOATING:
                     input_sums += tl.load(sums_ptr + block * rows + m)

@@ -1,6 +1,7 @@
 """GPU kernels on a CPU, by Triton's interpreter: values against the reference and, for the fused ones, against Transformers' modules.
 
-Not collected by itself: test_triton.py runs it in a process of its own. By hand: `TRITON_INTERPRET=1 pytest --no-cov tests/ops/interpreted_kernels.py`.
+Not collected by itself: test_triton.py runs it in a process of its own. By hand:
+`TRITON_INTERPRET=1 pytest --no-cov tests/ops/interpreted_kernels.py`.
 """
 
 import pytest
@@ -46,10 +47,10 @@ def compare(x, rest, device=HOPPER):
 # K, L, tokens, N, dtype: short last group, groups at odd bits, whole rows of several blocks, groups of several blocks; N of no tile
 SIZES = (
     (200, 64, 3, 35, torch.float32),
-    (143, 13, 17, 16, torch.bfloat16),
+    (143, 13, 9, 16, torch.bfloat16),
     (300, 300, 1, 70, torch.float16),
     (520, 256, 2, 20, torch.bfloat16),
-    (96, 32, 5, 64, torch.float32),
+    (96, 32, 2, 64, torch.float32),
 )
 
 
@@ -80,7 +81,7 @@ def test_floating_inputs(dtype, scaled):
 
 
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 4), (8, 8), (3, 8), (6, 6), (8, 4), (2, 8)])
-@pytest.mark.parametrize(("tokens", "granularity"), [(1, "channel"), (20, "channel"), (1, "dynamic_token"), (20, "dynamic_token")])
+@pytest.mark.parametrize(("tokens", "granularity"), [(1, "dynamic_token"), (17, "channel")])
 def test_sums_are_exact(weight_bits, activation_bits, granularity, tokens):
     """Scales of one: outputs are the integer sums, and equal bit for bit, also where K is split."""
     top = 2**activation_bits - 1
@@ -147,7 +148,7 @@ def test_inputs_are_rounded_as_the_reference_rounds(granularity, bits):
 
 def fused_cases(dtype):
     """Name, what Transformers or PyTorch computes before the linear layer, and the arguments that fuse it."""
-    x, up = torch.randn(5, 200, dtype=dtype) * 2, torch.randn(5, 200, dtype=dtype)
+    x, up = torch.randn(3, 200, dtype=dtype) * 2, torch.randn(3, 200, dtype=dtype)
     rms = LlamaRMSNorm(200, eps=1e-5).to(dtype)
     layer = torch.nn.LayerNorm(200, eps=1e-5, dtype=dtype)
     mlp = LlamaMLP(LlamaConfig(hidden_size=200, intermediate_size=200, num_attention_heads=4)).to(dtype)
@@ -168,7 +169,7 @@ def test_fused_quantizers_round_where_the_model_rounds(dtype):
     """In 16 bits what is quantized must be the values of the model, in float32 up to its last places."""
     layout = kernels.Layout.of(200, 64, 8)
     for source, x, expected, fused in fused_cases(dtype):
-        values = kernels.arrange(x, layout, 16, "none", rows=16, source=source, **fused).values[0, :5, order(layout)]
+        values = kernels.arrange(x, layout, 16, "none", rows=16, source=source, **fused).values[0, :3, order(layout)]
         if dtype == torch.float32:
             torch.testing.assert_close(values, expected, rtol=3e-6, atol=3e-6)
         else:
@@ -180,8 +181,8 @@ def test_fused_quantizers_round_where_the_model_rounds(dtype):
             zero = torch.randint(0, 256, (200,), dtype=torch.int32) if granularity == "channel" else None
             one = kernels.arrange(x, layout, 8, granularity, scale, zero, rows=16, source=source, **fused)
             two = kernels.arrange(values.contiguous(), layout, 8, granularity, scale, zero, rows=16)
-            assert torch.equal(one.values[0, :5], two.values[0, :5])
-            assert torch.equal(one.sums[:, :5], two.sums[:, :5])
+            assert torch.equal(one.values[0, :3], two.values[0, :3])
+            assert torch.equal(one.sums[:, :3], two.sums[:, :3])
 
 
 def test_shapes_and_strides():
@@ -197,7 +198,7 @@ def test_shapes_and_strides():
 
 def test_many_tokens_and_every_tile():
     """Tiles of every size in the table, with a rest in both directions."""
-    for tokens in (33, 150):
+    for tokens in (33, 70):
         rest = arguments(4, 8, "dynamic_token", 70, 128, 128, 1)
         compare(torch.randn(tokens, 128), rest)
     compare(torch.randn(40, 128).bfloat16(), arguments(8, 16, "none", 70, 128, 64, 1, dtype=torch.bfloat16))
