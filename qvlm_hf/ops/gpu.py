@@ -38,10 +38,10 @@ _CHECKED = ((4, 4, "channel", 1), (4, 8, "dynamic_token", 1), (6, 8, "channel", 
 
 # Tokens of a tile -> (out_features of a tile, warps, stages), by the oldest compute capability that takes them. Chosen by compiling
 # without a device (registers, spills, matrix instructions: tests/ops/test_triton_compile.py) and NOT yet by measurement:
-# tests/gpu/tune_tiles.py prints a measured table.
-TILES: dict[tuple[int, int], dict[int, tuple[int, int, int]]] = {
-    (8, 0): {16: (64, 4, 4), 32: (64, 4, 4), 64: (128, 8, 3), 128: (128, 8, 3)},
-}
+# tests/gpu/tune_tiles.py prints a measured table. Only Hopper's warpgroup products leave room for 128 tokens without spills.
+_FEW = {16: (64, 4, 4), 32: (64, 4, 4), 64: (128, 8, 3)}
+TILES: dict[tuple[int, int], dict[int, tuple[int, int, int]]] = {(8, 0): _FEW, (9, 0): {**_FEW, 128: (128, 8, 3)}, (10, 0): _FEW}
+_MOST_FLOATING = 64  # tokens of a tile of floating-point inputs: sums and weights of two bytes fill the registers
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def tile_of(device: Device, tokens: int, *, floating: bool) -> "Tile":
     known = TILES[max(capability for capability in TILES if capability <= device.capability)]
     size = min((size for size in known if size >= tokens), default=max(known))
     if floating:
-        size = min(size, 64)
+        size = min(size, _MOST_FLOATING)
     out_features, warps, stages = known[size]
     return Tile(out_features, size, warps, stages)
 
