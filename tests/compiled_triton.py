@@ -5,6 +5,7 @@ signature, alignment and sizes are those of a real call. Registers come from the
 """
 
 import collections
+import contextlib
 import json
 import re
 import subprocess
@@ -55,18 +56,9 @@ class NamedTarget(DriverBase):
         raise NotImplementedError
 
 
-def compiled(
-    capability,
-    weight_bits,
-    activation_bits,
-    granularity,
-    tokens,
-    out_features=4096,
-    in_features=4096,
-    group_length=128,
-    dtype=torch.bfloat16,
-):
-    """The kernels of one call, {name: CompiledKernel}."""
+@contextlib.contextmanager
+def compiling(capability):
+    """Launches compile for `capability` instead; yields {name: CompiledKernel} of those that there were."""
     kernels = {}
 
     def compile_only(self, grid):
@@ -75,25 +67,42 @@ def compiled(
 
         return launch
 
-    statics = granularity == "channel"
-    groups = -(-in_features // group_length)
-    arguments = (
-        torch.empty(tokens, in_features, dtype=dtype),
-        torch.empty(out_features, -(-in_features * weight_bits // 32), dtype=torch.int32),
-        torch.empty(out_features, groups, dtype=torch.bfloat16),
-        torch.empty(out_features, groups, dtype=torch.uint8),
-        torch.empty(in_features) if statics else None,
-        torch.empty(in_features, dtype=torch.int32) if statics else None,
-        None,
-    )  # fmt: skip
     triton.runtime.driver.set_active(NamedTarget(capability))
     original, JITFunction.__getitem__ = JITFunction.__getitem__, compile_only
     try:
-        device = gpu.Device(divmod(capability, 10), PROCESSORS[capability])
-        gpu.run(triton_kernels, device, *arguments, in_features, weight_bits, activation_bits, group_length, granularity, 0)
+        yield kernels
     finally:
         JITFunction.__getitem__ = original
+
+
+def compiled(
+    capability, weight_bits, activation_bits, granularity, tokens, out_features=4096, in_features=4096, group_length=128, dtype="bfloat16"
+):
+    """The kernels of one call, {name: CompiledKernel}."""
+    groups, statics = -(-in_features // group_length), {"channel": in_features, "token": tokens}.get(granularity)
+    arguments = (
+        torch.empty(tokens, in_features, dtype=getattr(torch, dtype)),
+        torch.empty(out_features, -(-in_features * weight_bits // 32), dtype=torch.int32),
+        torch.empty(out_features, groups, dtype=torch.bfloat16),
+        torch.empty(out_features, groups, dtype=torch.uint8),
+        None if statics is None else torch.empty(statics),
+        None if statics is None else torch.empty(statics, dtype=torch.int32),
+        None,
+    )
+    with compiling(capability) as kernels:
+        device = gpu.Device(divmod(capability, 10), PROCESSORS[capability])
+        gpu.run(triton_kernels, device, *arguments, in_features, weight_bits, activation_bits, group_length, granularity, 0)
     return kernels
+
+
+def fused(capability, source, granularity):
+    """A fused quantizer of 608 tokens, {name: CompiledKernel}."""
+    layout, x, per_channel = triton_kernels.Layout.of(4096, 128, 4), torch.empty(608, 4096, dtype=torch.bfloat16), torch.empty(4096)
+    other = x if source == "swiglu" else x[0]
+    statics = (per_channel, per_channel.int()) if granularity == "channel" else (None, None)
+    with compiling(capability) as kernels:
+        triton_kernels.arrange(x, layout, 8, granularity, *statics, rows=640, source=source, other=other, norm_bias=other, epsilon=1e-5)
+    return {f"{source} {name}": kernel for name, kernel in kernels.items()}
 
 
 def facts(kernel):
@@ -115,4 +124,5 @@ def facts(kernel):
 
 if __name__ == "__main__":
     cases = json.loads(sys.argv[1])
-    print(json.dumps([{name: facts(kernel) for name, kernel in compiled(*case).items()} for case in cases]))
+    calls = [fused(*case) if isinstance(case[1], str) else compiled(*case) for case in cases]
+    print(json.dumps([{name: facts(kernel) for name, kernel in kernels.items()} for kernels in calls]))

@@ -36,8 +36,9 @@ REST = (
     (4, 4, "channel", 608, 11008, 4096, 512),
     (4, 4, "channel", 608, 1000, 1000, 64),
     (8, 8, "channel", 608, 4100, 4096, 32),
+    (4, 16, "none", 1, 4096, 4096, 128, "float16"),
 )
-# Registers of a thread, by tokens of a tile. 16 tokens: four programs of four warps on a processor. 64: one of eight warps, no ceiling but 255.
+# Registers of a thread, by tokens of a tile. 16 tokens: four programs of four warps on a processor. 64: one of eight warps, which has 255.
 CEILING = {16: 128, 32: 168, 64: 255, 128: 255}
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program can have
 
@@ -95,3 +96,16 @@ def test_every_width_and_layout(capability, tmp_path):
     cases = [(capability, *case) for case in REST]
     for case, kernels in zip(cases, compiled(cases, tmp_path), strict=True):
         check(case, kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_fused_quantizers_and_float32_do_not_spill(capability, tmp_path):
+    """float32 inputs are multiplied in float32: no matrix instruction has its precision."""
+    cases = [
+        (capability, source, granularity) for source in ("rms_norm", "layer_norm", "swiglu") for granularity in ("channel", "dynamic_token")
+    ]
+    cases += [(capability, 4, 16, "none", tokens, 4096, 4096, 128, "float32") for tokens in (1, 608)]
+    for case, kernels in zip(cases, compiled(cases, tmp_path), strict=True):
+        for name, facts in kernels.items():
+            assert facts["stack"] == 0, (case, name, facts)
