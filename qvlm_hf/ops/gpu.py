@@ -41,7 +41,8 @@ _CHECKED = ((4, 4, "channel", 1), (4, 8, "dynamic_token", 1), (6, 8, "channel", 
 # tests/gpu/tune_tiles.py prints a measured table. Only Hopper's warpgroup products leave room for 128 tokens without spills.
 _FEW = {16: (64, 4, 4), 32: (64, 4, 4), 64: (128, 8, 3)}
 TILES: dict[tuple[int, int], dict[int, tuple[int, int, int]]] = {(8, 0): _FEW, (9, 0): {**_FEW, 128: (128, 8, 3)}, (10, 0): _FEW}
-_MOST_FLOATING = 64  # tokens of a tile of floating-point inputs: sums and weights of two bytes fill the registers
+# Tokens of a tile of floating-point inputs at most: sums and wider weights fill the registers.
+_MOST_TOKENS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 32}
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def run(
     most = max(1, _OFFSETS // (2 * layout.padded) - 128)
     positions = x.shape[-2] if granularity == "token" else 1
     for part in values.split(max(1, most // positions) * positions) if len(values) else ():  # a part begins at position 0
-        tile = tile_of(device, len(part), floating=granularity == "none")
+        tile = tile_of(device, len(part), part.dtype if granularity == "none" else torch.int8)
         rows = -(-len(part) // tile.tokens) * tile.tokens
         arranged = kernels.arrange(part, layout, activation_bits, granularity, input_scale, input_zero_point, rows=rows)
         splits = splits_of(device, layout, len(part), weight.shape[0], tile)
@@ -140,20 +141,19 @@ def run(
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def tile_of(device: Device, tokens: int, *, floating: bool) -> "Tile":
+def tile_of(device: Device, tokens: int, inputs: torch.dtype) -> "Tile":
     """The tile for so many tokens: the smallest that holds them, or the largest.
 
     Args:
         device: gives the capability.
         tokens: M.
-        floating: whether inputs are floating point.
+        inputs: dtype of what is multiplied: int8, or a floating-point one.
     """
     from qvlm_hf.ops.triton_kernels import Tile
 
     known = TILES[max(capability for capability in TILES if capability <= device.capability)]
     size = min((size for size in known if size >= tokens), default=max(known))
-    if floating:
-        size = min(size, _MOST_FLOATING)
+    size = min(size, _MOST_TOKENS.get(inputs, size))
     out_features, warps, stages = known[size]
     return Tile(out_features, size, warps, stages)
 

@@ -76,6 +76,11 @@ class Layout:
         return _bytewise(self.group_length, self.in_features, self.weight_bits)
 
     @property
+    def runs(self) -> bool:
+        """Whether slices are cut out of whole runs of 32 values: a group begins at a word and a row has at least one run."""
+        return not self.bytewise and (self.groups == 1 or self.group_length % 32 == 0) and self.in_features % 32 == 0
+
+    @property
     def slices(self) -> int:
         """Slices of a block."""
         return _slices(self.weight_bits, self.bytewise)
@@ -231,8 +236,8 @@ def multiply(
         tokens, out_features, weight.shape[1] * (4 if bytes_ else 1), layout.groups,
         layout.group_length * layout.weight_bits // (8 if bytes_ else 1), inputs.values.shape[1],
         triton.cdiv(layout.groups if layout.groups > 1 else layout.blocks, splits),
-        BITS=layout.weight_bits, SLICES=layout.slices, BYTEWISE=bytes_, WHOLE=layout.whole, BLOCK=layout.block, BLOCKS=layout.blocks,
-        ONE_GROUP=layout.groups == 1, EXTRA=0 if inputs.more is None else inputs.more.shape[0], TERMS=inputs.values.shape[0],
+        BITS=layout.weight_bits, SLICES=layout.slices, BYTEWISE=bytes_, RUNS=layout.runs, WHOLE=layout.whole, BLOCK=layout.block,
+        BLOCKS=layout.blocks, ONE_GROUP=layout.groups == 1, EXTRA=0 if inputs.more is None else inputs.more.shape[0], TERMS=inputs.values.shape[0],
         FLOATING=inputs.sums is None, SMALL=inputs.bound < 2**22, FLOAT_START=_ROUND, SPLIT=splits > 1,
         EVEN=out_features % tile.out_features == 0, TN=tile.out_features, TM=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -423,6 +428,17 @@ def _four_bytes(packed, CODE: tl.constexpr):
 
 
 @triton.jit
+def _four_values(weight_ptr, run, BITS: tl.constexpr, i: tl.constexpr):
+    """Values 4 i ... 4 i + 3 of runs of 32 values, which are BITS words, in the low bits of a word."""
+    WORD: tl.constexpr = 4 * BITS * i // 32
+    SHIFT: tl.constexpr = 4 * BITS * i % 32
+    values = tl.load(weight_ptr + run + WORD).to(tl.uint32, bitcast=True) >> SHIFT
+    if SHIFT + 4 * BITS > 32:
+        values = values | (tl.load(weight_ptr + run + WORD + 1).to(tl.uint32, bitcast=True) << (32 - SHIFT))
+    return values
+
+
+@triton.jit
 def _products(
     sums,
     more_sums,
@@ -440,6 +456,7 @@ def _products(
     BITS: tl.constexpr,
     SLICES: tl.constexpr,
     BYTEWISE: tl.constexpr,
+    RUNS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     EXTRA: tl.constexpr,
@@ -457,6 +474,20 @@ def _products(
         if not WHOLE:
             place = tl.minimum(place, row_size - 1)  # beyond the row inputs are 0, whatever weight they meet
         packed = tl.load(weight_ptr + n_offset[:, None] + place[None, :])
+    elif RUNS:
+        run = n_offset[:, None] + start // 32 + tl.arange(0, BLOCK // 32)[None, :] * BITS
+        if not WHOLE:
+            run = tl.minimum(run, n_offset[:, None] + row_size - BITS)
+        # eight cuts of a run, joined so that they lie one after the other
+        even = tl.join(
+            tl.join(_four_values(weight_ptr, run, BITS, 0), _four_values(weight_ptr, run, BITS, 4)),
+            tl.join(_four_values(weight_ptr, run, BITS, 2), _four_values(weight_ptr, run, BITS, 6)),
+        )
+        odd = tl.join(
+            tl.join(_four_values(weight_ptr, run, BITS, 1), _four_values(weight_ptr, run, BITS, 5)),
+            tl.join(_four_values(weight_ptr, run, BITS, 3), _four_values(weight_ptr, run, BITS, 7)),
+        )
+        packed = tl.join(even, odd).reshape(sums.shape[0], WIDTH)
     else:
         bit = start + j * (SLICES * BITS)
         word = bit // 32
@@ -512,6 +543,7 @@ def _multiply(
     BITS: tl.constexpr,
     SLICES: tl.constexpr,
     BYTEWISE: tl.constexpr,
+    RUNS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -572,7 +604,7 @@ def _multiply(
         if BLOCKS == 1:
             sums, more = _products(
                 sums, more, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset, term_stride, row_size, padded,
-                g * group_start, g, BITS, SLICES, BYTEWISE, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
+                g * group_start, g, BITS, SLICES, BYTEWISE, RUNS, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
             )  # fmt: skip
             if EXTRA > 0:
                 more_inputs = tl.load(more_sums_ptr + g)
@@ -582,7 +614,7 @@ def _multiply(
                 sums, more = _products(
                     sums, more, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset, term_stride, row_size, padded,
                     g * group_start + b * (BLOCK * BITS // (8 if BYTEWISE else 1)), block,
-                    BITS, SLICES, BYTEWISE, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
+                    BITS, SLICES, BYTEWISE, RUNS, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
                 )  # fmt: skip
                 if not FLOATING:
                     input_sums += tl.load(sums_ptr + block * rows + m)

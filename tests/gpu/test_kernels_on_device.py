@@ -1,4 +1,7 @@
-"""The compiled GPU kernels against the reference, on the device, and what PyTorch asks of an operator there. `pytest -m gpu --no-cov tests/gpu`."""
+"""The compiled GPU kernels against the reference, on the device, and what PyTorch asks of an operator there.
+
+`pytest -m gpu --no-cov tests/gpu`
+"""
 
 import pytest
 import torch

@@ -2,7 +2,7 @@
 
     python tests/gpu/tune_tiles.py --minutes 8
 
-For each number of tokens of a tile: every size, number of warps and stages, over W4A4, W4A8 and W8A8 layers of 4096 x 4096 and 11008 x 4096;
+For each number of tokens of a tile: every size, number of warps and stages, over W4A4, W4A8 and W8A8 layers with 4096 inputs;
 the score is the geometric mean of the times over those of the table. Weights rotate past the L2 cache, one CUDA graph per time.
 """
 

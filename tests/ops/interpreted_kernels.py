@@ -44,13 +44,14 @@ def compare(x, rest, device=HOPPER):
         assert (y.float() - expected.float()).abs().max() <= TIGHT[x.dtype] * expected.float().abs().max()
 
 
-# K, L, tokens, N, dtype: short last group, groups at odd bits, whole rows of several blocks, groups of several blocks; N of no tile
+# K, L, tokens, N, dtype: short last group, of whole runs of 32 values and not, groups at odd bits, whole rows of several blocks, groups of several blocks; N of no tile
 SIZES = (
     (200, 64, 3, 35, torch.float32),
     (143, 13, 9, 16, torch.bfloat16),
     (300, 300, 1, 70, torch.float16),
     (520, 256, 2, 20, torch.bfloat16),
     (96, 32, 2, 64, torch.float32),
+    (160, 64, 2, 20, torch.float16),
 )
 
 
@@ -99,7 +100,7 @@ def test_sums_are_exact(weight_bits, activation_bits, granularity, tokens):
             None, 512, weight_bits, activation_bits, length, granularity, 0,
         )  # fmt: skip
         layout = kernels.Layout.of(512, length, weight_bits)
-        assert gpu.splits_of(HOPPER, layout, tokens, 96, gpu.tile_of(HOPPER, tokens, floating=False)) > 1
+        assert gpu.splits_of(HOPPER, layout, tokens, 96, gpu.tile_of(HOPPER, tokens, torch.int8)) > 1
         exact = x.long() @ (integers - 1).T
         assert torch.equal(gpu.run(kernels, HOPPER, x, *rest).long(), exact)
 
@@ -223,7 +224,7 @@ def test_parts_of_k_are_never_empty():
             for processors in (1, 8, 108, 170):
                 device = gpu.Device((8, 0), processors)
                 for tokens in (1, 16, 64, 608):
-                    splits = gpu.splits_of(device, layout, tokens, 4096, gpu.tile_of(device, tokens, floating=False))
+                    splits = gpu.splits_of(device, layout, tokens, 4096, gpu.tile_of(device, tokens, torch.int8))
                     each = -(-units // splits)
                     assert splits >= 1
                     assert (splits - 1) * each < units <= splits * each

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from qvlm_hf.ops import gpu
 
@@ -65,7 +66,7 @@ def check(case, kernels):
     for name, facts in kernels.items():
         assert facts["stack"] == 0, (case, name, facts)
         assert not {"STL", "LDL"} & set(facts["instructions"]), (case, name)
-    size = gpu.tile_of(gpu.Device(divmod(capability, 10), 100), tokens, floating=floating).tokens
+    size = gpu.tile_of(gpu.Device(divmod(capability, 10), 100), tokens, torch.bfloat16 if floating else torch.int8).tokens
     assert product["registers"] <= CEILING[size], (case, product["registers"])
     assert product["shared"] <= SHARED[capability] * 1024, (case, product["shared"])
 
