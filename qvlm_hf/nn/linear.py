@@ -13,7 +13,7 @@ from qvlm_hf.core.packing import pack
 from qvlm_hf.core.qparams import QParams
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import QuantizedWeight
-from qvlm_hf.ops.cpu import kernel_name
+from qvlm_hf.ops import cpu, gpu
 from qvlm_hf.ops.reference import dequantize_weight
 from qvlm_hf.ops.schema import linear
 
@@ -140,10 +140,11 @@ class QVLMLinear(nn.Linear):
         """What computes this module where its weight is now: a kernel's name, or "reference", with the reason unless it was asked for."""
         if self.reference:
             return "reference"
-        if self.weight.device.type != "cpu":
-            return f"reference (no kernels for {self.weight.device.type})"
-        scheme = self.scheme
-        return kernel_name(self.in_features, scheme.weight_bits, scheme.activation_bits, scheme.group_length(self.in_features))
+        scheme, device = self.scheme, self.weight.device
+        sizes = (self.in_features, scheme.weight_bits, scheme.activation_bits, scheme.group_length(self.in_features))
+        if device.type == "cuda":
+            return gpu.kernel_name(device, *sizes[1:])
+        return cpu.kernel_name(*sizes) if device.type == "cpu" else f"reference (no kernels for {device.type})"
 
     def dequantize(self) -> Tensor:
         """The float weight that this module multiplies by, float32 [out_features, in_features] (without the input's rounding)."""

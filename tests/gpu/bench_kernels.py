@@ -1,0 +1,243 @@
+"""One linear layer on a GPU, many ways: this package's kernels beside cuBLAS and other packages', in turns in one run.
+
+    python tests/gpu/bench_kernels.py --out-features 4096 --in-features 4096 --tokens 1 16 64 608 --minutes 5
+
+Every way goes from a bfloat16 input to a bfloat16 output, quantizing the input included. Weights are taken in turns from copies that
+together exceed the L2 cache. A figure is the median over rounds of one CUDA graph of several calls ("graph"), or of the calls themselves where a
+way cannot be captured ("eager"); events of the device take the time. `bandwidth` is bytes of weights per second over what a copy
+of a gigabyte moves. Only ratios of one run mean anything. Ways that are not installed or fail are named with the reason.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qvlm_hf.core.qparams import QParams
+from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.core.weight import quantize_weight
+from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+
+BASELINE = "cuBLAS bfloat16"
+SCHEMES = (("W4A4", "channel"), ("W4A8", "dynamic_token"), ("W6A6", "channel"), ("W8A8", "dynamic_token"), ("W4A16", "none"))
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+MOST_COPIES = 64
+CALLS = 20  # of one graph
+
+
+@dataclass(frozen=True)
+class Way:
+    """`run(x, copy)` computes the layer; `bytes` of one copy's weights; `tokens` it takes, at least and at most."""
+
+    run: Callable[[Tensor, int], Tensor]
+    copies: int
+    bytes: int
+    least: int = 1
+    most: int = 2**20
+
+
+def copies_of(size: float) -> int:
+    """Copies that together are four times the L2 cache."""
+    return int(min(MOST_COPIES, 1 + 4 * torch.cuda.get_device_properties(0).L2_cache_size // size))
+
+
+def ours(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
+    weight_bits, activation_bits = (int(part) for part in bits[1:].split("A"))
+    scheme = QuantScheme(weight_bits=weight_bits, activation_bits=activation_bits, group_size=group_size, granularity=granularity)
+    statics = None
+    if granularity == "channel":
+        scale = torch.full((weight.shape[1],), 8 / 2**activation_bits)
+        statics = QParams(scale, torch.full(scale.shape, 2 ** (activation_bits - 1), dtype=torch.int32), activation_bits)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=torch.bfloat16)
+    tensors = packed_tensors(quantize_weight(weight, scheme), scheme, statics)
+    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    modules = [QVLMLinear.from_packed(linear, scheme, {k: t.cuda() for k, t in tensors.items()}) for _ in range(copies_of(size))]
+    if not modules[0].kernel.startswith("triton"):
+        raise RuntimeError(modules[0].kernel)
+    return Way(lambda x, i: modules[i](x), len(modules), size)
+
+
+def cublas(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
+    copies = [weight.cuda().bfloat16() for _ in range(copies_of(weight.numel() * 2))]
+    return Way(lambda x, i: functional.linear(x, copies[i]), len(copies), weight.numel() * 2)
+
+
+def int_mm(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
+    """torch._int_mm with a dynamic range per token, the quantizer compiled; it takes more than 16 tokens."""
+    copies = [torch.randint(-127, 128, weight.shape, dtype=torch.int8, device="cuda") for _ in range(copies_of(weight.numel()))]
+
+    @torch.compile
+    def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = x.float().abs().amax(-1, keepdim=True) / 127
+        return (x / scale).round().to(torch.int8), scale
+
+    def run(x: Tensor, i: int) -> Tensor:
+        q, scale = quantize(x)
+        return (torch._int_mm(q, copies[i].T) * scale).bfloat16()
+
+    return Way(run, len(copies), weight.numel(), least=17)
+
+
+def tinygemm(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
+    count = copies_of(weight.numel() / 2)
+    pairs = torch.randint(0, 256, (weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8, device="cuda")
+    packed = [torch.ops.aten._convert_weight_to_int4pack(pairs, 8) for _ in range(count)]
+    scales = torch.ones(weight.shape[1] // group_size, weight.shape[0], 2, dtype=torch.bfloat16, device="cuda")
+    return Way(lambda x, i: torch.ops.aten._weight_int4pack_mm(x, packed[i], group_size, scales), count, weight.numel() // 2)
+
+
+def bitsandbytes_nf4(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
+    import bitsandbytes as bnb
+
+    def make() -> nn.Module:
+        layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        layer.weight = bnb.nn.Params4bit(weight.bfloat16(), requires_grad=False, quant_type="nf4")
+        return layer.cuda()
+
+    layers = [make() for _ in range(copies_of(weight.numel() / 2))]
+    return Way(lambda x, i: layers[i](x), len(layers), weight.numel() // 2)
+
+
+def humming(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
+    """humming-kernels 0.1.19, as its README shows it."""
+    from humming.layer import HummingLayer
+
+    weight_bits, activation_bits = (int(part) for part in bits[1:].split("A"))
+    inputs = {"input_config": {"dtype": f"int{activation_bits}"}} if activation_bits <= 8 else {}
+
+    def make() -> nn.Module:
+        layer = HummingLayer(
+            shape_n=weight.shape[0], shape_k=weight.shape[1], weight_config={"dtype": f"uint{weight_bits}", "group_size": group_size},
+            torch_dtype=torch.bfloat16, **inputs,
+        ).cuda()  # fmt: skip
+        layer.load_from_unquantized(weight.cuda().bfloat16())
+        layer.transform()
+        return layer
+
+    layers = [make() for _ in range(copies_of(weight.numel() * weight_bits / 8))]
+    return Way(lambda x, i: layers[i](x), len(layers), weight.numel() * weight_bits // 8)
+
+
+def ways_of(weight: Tensor, group_size: int) -> tuple[dict[str, Way], dict[str, str]]:
+    """What runs here, and why the rest does not."""
+    peers = {
+        BASELINE: (cublas, "", ""),
+        "torch._int_mm W8A8 (torch)": (int_mm, "", ""),
+        "tinygemm W4A16 (torch)": (tinygemm, "", ""),
+        "bitsandbytes nf4": (bitsandbytes_nf4, "", ""),
+        **{f"humming {bits}": (humming, bits, "") for bits in ("W4A16", "W4A8", "W8A8")},
+        **{f"qvlm_hf {bits}, {granularity}": (ours, bits, granularity) for bits, granularity in SCHEMES},
+    }
+    ways, missing = {}, {}
+    for name, (make, bits, granularity) in peers.items():
+        try:
+            ways[name] = make(weight, bits, granularity, group_size)
+            ways[name].run(torch.randn(max(1, ways[name].least), weight.shape[1], device="cuda", dtype=torch.bfloat16), 0)
+            torch.cuda.synchronize()
+        except Exception as error:  # a peer that is absent or too old must not end the run
+            ways.pop(name, None)
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return ways, missing
+
+
+def captured(way: Way, x: Tensor) -> tuple[Callable[[], None], str]:
+    """CALLS calls, on copies in turns: as one graph, or one by one where a way cannot be captured."""
+
+    def calls() -> None:
+        for call in range(CALLS):
+            way.run(x, call % way.copies)
+
+    calls()
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            calls()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return calls, "eager"
+    return graph.replay, "graph"
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / CALLS
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that a copy of a gigabyte reads and writes: the best of ten."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return max(2 * 2**30 / (milliseconds(lambda: target.copy_(source)) * CALLS / 1e3) for _ in range(10))
+
+
+@torch.no_grad()
+def measure(arguments: argparse.Namespace) -> dict:
+    weight = torch.randn(arguments.out_features, arguments.in_features)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    ways, missing = ways_of(weight, arguments.group_size)
+    limit, rows = copy_bandwidth(), []
+    for tokens in arguments.tokens:
+        x = torch.randn(tokens, arguments.in_features, device="cuda", dtype=torch.bfloat16)
+        runs = {name: captured(way, x) for name, way in ways.items() if way.least <= tokens <= way.most}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(arguments.rounds + 1):
+            if time.monotonic() > deadline and turn > 3:
+                break
+            for name, (run, _) in runs.items():
+                taken = milliseconds(run)
+                if turn:  # the first turn warms up
+                    times[name].append(taken)
+        base = median(times[BASELINE])
+        for name, taken in times.items():
+            middle, (low, _, high) = median(taken), quantiles(taken, n=4)
+            rows.append(
+                {
+                    "way": name, "tokens": tokens, "mode": runs[name][1], "milliseconds": middle, "spread": (high - low) / middle,
+                    "speedup": base / middle, "bandwidth": ways[name].bytes / (middle / 1e3) / limit,
+                }
+            )  # fmt: skip
+            print(
+                f"{tokens:5d}  {name:34s} {runs[name][1]}  {middle * 1e3:9.1f} us  x{base / middle:5.2f}  {rows[-1]['bandwidth']:5.1%}",
+                flush=True,
+            )
+    return {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": version("triton"), "copy_bandwidth": limit,
+        **{name: value for name, value in vars(arguments).items() if name != "output"}, "rows": rows, "missing": missing,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out-features", type=int, default=4096)
+    parser.add_argument("--in-features", type=int, default=4096)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 608])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--minutes", type=float, default=5, help="after which no round begins")
+    parser.add_argument("--output", type=Path, help="default: tests/bench/results/kernels_gpu_<out-features>.json")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device: PyTorch finds none")
+    found = measure(arguments)
+    for name, reason in found["missing"].items():
+        print(f"       {name:34s} not measured: {reason}")
+    output = arguments.output or RESULTS / f"kernels_gpu_{arguments.out_features}.json"
+    output.write_text(json.dumps(found, indent=1) + "\n")
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

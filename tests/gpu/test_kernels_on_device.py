@@ -1,0 +1,235 @@
+"""The compiled GPU kernels against the reference, on the device, and what PyTorch asks of an operator there.
+
+`pytest -m gpu --no-cov tests/gpu`
+"""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from qvlm_hf.core.packing import pack
+from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.nn.linear import QVLMLinear
+from qvlm_hf.ops import gpu, linear, reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: PyTorch finds none"),
+]
+TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The module of kernels, after its self-check on this device."""
+    found = gpu._kernels(torch.cuda.current_device())
+    assert found.module is not None, found.name
+    return found.module
+
+
+def module(
+    weight_bits,
+    activation_bits,
+    granularity,
+    out_features,
+    in_features,
+    group_size,
+    positions=1,
+    symmetric=False,
+    dtype=torch.bfloat16,
+    hadamard=None,
+):
+    """A QVLMLinear with random tensors on the device."""
+    scheme = QuantScheme(
+        weight_bits=weight_bits, activation_bits=16 if granularity == "none" else activation_bits, group_size=group_size,
+        symmetric=symmetric, granularity=granularity, hadamard=hadamard,
+    )  # fmt: skip
+    made = QVLMLinear(in_features, out_features, scheme, bias=True, dtype=dtype, positions=positions, device="cuda")
+    groups = scheme.groups(in_features)
+    made.weight.data = pack(torch.randint(0, 2**weight_bits, (out_features, in_features)), weight_bits).cuda()
+    made.weight_scale.data = ((torch.rand(out_features, groups) + 0.5) / 2 ** (weight_bits + activation_bits)).bfloat16().cuda()
+    if not symmetric:
+        made.weight_zero_point.data = torch.randint(0, 2**weight_bits, (out_features, groups), dtype=torch.uint8).cuda()
+    if made.input_zero_point is not None:
+        made.input_scale.data = (torch.rand(made.input_scale.shape) * 8 / 2**activation_bits + 0.01).cuda()
+        made.input_zero_point.data = torch.randint(0, 2**activation_bits, made.input_scale.shape, dtype=torch.int32).cuda()
+    made.bias.data = torch.randn(out_features, dtype=dtype, device="cuda")
+    return made
+
+
+def compare(made, x):
+    y = made(x)
+    made.reference = True
+    expected = made(x)
+    made.reference = False
+    assert (y.shape, y.dtype) == (expected.shape, x.dtype)
+    assert (y.float() - expected.float()).abs().max() <= TIGHT[x.dtype] * expected.float().abs().max()
+
+
+def test_the_kernels_run_here_and_are_named(kernels):
+    major, minor = torch.cuda.get_device_capability()
+    assert module(4, 4, "channel", 64, 128, 64).kernel == f"triton sm{major}{minor}"
+
+
+@pytest.mark.parametrize("activation_bits", [3, 4, 6, 8, 16])
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+def test_equals_the_reference(kernels, weight_bits, activation_bits):
+    sizes = ((200, 64, 35), (143, 13, 16), (1024, -1, 130), (1040, 256, 257), (96, 32, 64), (512, 128, 128))
+    for turn, granularity in enumerate(("none",) if activation_bits == 16 else ("channel", "token", "dynamic_token")):
+        for step, tokens in enumerate((1, 7, 16, 17, 40, 129)):
+            in_features, group_size, out_features = sizes[(weight_bits + turn + step) % len(sizes)]
+            dtype = list(TIGHT)[(turn + step) % 3]
+            made = module(weight_bits, activation_bits, granularity, out_features, in_features, group_size, tokens, bool(step % 2), dtype)
+            compare(made, torch.randn(2, tokens, in_features, device="cuda").to(dtype) * 2)
+
+
+@pytest.mark.parametrize("dtype", list(TIGHT))
+def test_scaled_floating_inputs(kernels, dtype):
+    made = module(4, 16, "none", 257, 1024, 128, dtype=dtype)
+    made.input_scale = torch.nn.Parameter(torch.rand(1024, device="cuda") + 0.1, requires_grad=False)
+    for tokens in (1, 70):
+        compare(made, torch.randn(tokens, 1024, device="cuda").to(dtype))
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(2, 8), (3, 8), (4, 4), (4, 8), (6, 6), (8, 8)])
+@pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
+@pytest.mark.parametrize("group_length", [128, 4096])
+def test_sums_are_exact(kernels, weight_bits, activation_bits, granularity, group_length):
+    """Scales of one at real sizes: outputs are integers below 2^24, and equal bit for bit."""
+    top = 2**activation_bits - 1
+    statics = granularity == "channel"
+    for tokens in (1, 16, 100, 608):
+        x = torch.randint(0, top + 1, (tokens, 4096), device="cuda").float()
+        x[:, 0], x[:, 1], x[:, 300:] = 0, top, 0  # a range of `top` steps of one; the sum stays exact in float32
+        integers = torch.randint(0, 2**weight_bits, (1024, 4096))
+        groups = 4096 // group_length
+        rest = (
+            pack(integers, weight_bits).cuda(), torch.ones(1024, groups, dtype=torch.bfloat16, device="cuda"),
+            torch.ones(1024, groups, dtype=torch.uint8, device="cuda"), torch.ones(4096, device="cuda") if statics else None,
+            torch.zeros(4096, dtype=torch.int32, device="cuda") if statics else None, None,
+            4096, weight_bits, activation_bits, group_length, granularity, 0,
+        )  # fmt: skip
+        exact = x.double() @ (integers - 1).double().T.cuda()
+        assert torch.equal(torch.ops.qvlm_hf.linear(x, *rest).double(), exact)
+
+
+def order(layout):
+    """Where input k of a row lies in its arranged row."""
+    k = torch.arange(layout.in_features)
+    within = k % layout.group_length
+    block, inner = k // layout.group_length * layout.blocks + within // layout.block, within % layout.block
+    return block * layout.block + inner % layout.slices * (layout.block // layout.slices) + inner // layout.slices
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
+def test_inputs_are_rounded_as_the_reference_rounds(kernels, granularity, bits):
+    """Equal integers over a million values, with ties: division and rounding of the device are the reference's."""
+    x = torch.randn(256, 4096, device="cuda") * 3
+    scale = torch.rand(4096, device="cuda") + 0.1
+    x[:, ::3] = (((x / scale).floor() + 0.5) * scale)[:, ::3]
+    zero = torch.randint(0, 2**bits, (4096,), dtype=torch.int32, device="cuda")
+    statics = granularity == "channel"
+    qparams = QParams(scale, zero, bits) if statics else dynamic_token_qparams(x, bits)
+    layout = kernels.Layout.of(4096, 128, 4)
+    arranged = kernels.arrange(x, layout, bits, granularity, scale if statics else None, zero if statics else None, rows=256)
+    a = shift_quantize(x, qparams).int()
+    stored = a if bits < 8 else a + qparams.zero_point - 128
+    assert torch.equal(arranged.values[0][:, order(layout)].int(), stored)
+    assert torch.equal(arranged.sums.sum(0), stored.sum(1).int())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(TIGHT))
+def test_fused_quantizers_round_where_the_model_rounds(kernels, dtype):
+    """At most one value in a thousand beside the model's, and by one unit: sums and exp() have no fixed last place on a device."""
+    layout = kernels.Layout.of(4096, 128, 8)
+    x, up = (torch.randn(64, 4096, device="cuda").to(dtype) for _ in range(2))
+    rms, layer = LlamaRMSNorm(4096, eps=1e-5).to("cuda", dtype), torch.nn.LayerNorm(4096, eps=1e-5, device="cuda", dtype=dtype)
+    for parameter in (rms.weight, layer.weight, layer.bias):
+        parameter.normal_()
+    act = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4)).act_fn
+    cases = (
+        ("rms_norm", rms(x), {"other": rms.weight, "epsilon": 1e-5}),
+        ("layer_norm", layer(x), {"other": layer.weight, "norm_bias": layer.bias, "epsilon": 1e-5}),
+        ("swiglu", act(x) * up, {"other": up}),
+    )
+    for source, expected, fused in cases:
+        values = kernels.arrange(x, layout, 16, "none", rows=64, source=source, **fused).values[0][:, order(layout)]
+        if dtype == torch.float32:
+            torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert (values != expected).float().mean() <= 0.001, source
+            torch.testing.assert_close(values, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        one = kernels.arrange(x, layout, 8, "dynamic_token", rows=64, source=source, **fused)
+        two = kernels.arrange(values.contiguous(), layout, 8, "dynamic_token", rows=64)
+        assert torch.equal(one.values, two.values), source
+        assert torch.equal(one.sums, two.sums), source
+
+
+def test_the_same_call_gives_the_same_bits(kernels):
+    made = module(4, 8, "dynamic_token", 4096, 4096, 128)
+    for tokens in (1, 16, 608):
+        x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+        assert all(torch.equal(made(x), made(x)) for _ in range(5))
+
+
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
+def test_what_pytorch_asks_of_an_operator(kernels, granularity):
+    made = module(4, 8, granularity, 96, 128, 64, positions=3, dtype=torch.float32)
+    s = made.scheme
+    arguments = (
+        torch.randn(2, 3, 128, device="cuda", requires_grad=True), made.weight, made.weight_scale, made.weight_zero_point, made.input_scale,
+        made.input_zero_point, made.bias, 128, s.weight_bits, s.activation_bits, s.group_length(128), s.granularity, 0,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.qvlm_hf.linear.default, arguments)
+
+
+def test_shapes_strides_and_empty_batches(kernels):
+    made = module(4, 8, "dynamic_token", 30, 64, 64, dtype=torch.float32)
+    for x in (torch.randn(64), torch.randn(0, 64), torch.randn(64, 5).T, torch.randn(3, 2, 128)[..., ::2]):
+        y = made(x.cuda())
+        assert y.shape == (*x.shape[:-1], 30)
+        if y.numel():
+            compare(made, x.cuda())
+    compare(module(4, 4, "channel", 30, 64, 64, dtype=torch.float32, hadamard=32), torch.randn(3, 64, device="cuda"))
+
+
+@pytest.mark.parametrize("tokens", [1, 608])
+@pytest.mark.parametrize(("activation_bits", "granularity"), [(4, "channel"), (8, "dynamic_token"), (16, "none")])
+def test_a_cuda_graph_holds_it(kernels, tokens, activation_bits, granularity):
+    """Captured once, replayed on other inputs."""
+    made = module(4, activation_bits, granularity, 512, 1024, 128)
+    x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    made(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = made(x)
+    other = torch.randn_like(x)
+    x.copy_(other)
+    graph.replay()
+    assert torch.equal(y, made(other))
+
+
+def test_compiles_into_one_graph(kernels):
+    made = module(4, 8, "dynamic_token", 512, 1024, 128)
+    compiled = torch.compile(lambda x: made(x * 1.0) + 1, fullgraph=True)
+    for tokens in (1, 16, 100):
+        x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+        assert torch.equal(compiled(x), made(x) + 1)
+
+
+def test_what_the_kernels_do_not_take_the_reference_computes(kernels):
+    made = module(8, 8, "channel", 8, 2**15, -1, dtype=torch.float32)
+    assert made.kernel == f"reference (a sum over {2**15} inputs can leave int32)"
+    x = torch.randn(2, 2**15, device="cuda")
+    made_by_reference = reference.linear(
+        x, made.weight, made.weight_scale, made.weight_zero_point, made.input_scale, made.input_zero_point, made.bias,
+        2**15, 8, 8, 2**15, "channel", 0,
+    )  # fmt: skip
+    assert torch.equal(made(x), made_by_reference)
+    with pytest.raises(ValueError, match="does not end in in_features"):
+        linear(x[:, :5], made.weight, made.weight_scale, None, None, None, None, 2**15, made.scheme)

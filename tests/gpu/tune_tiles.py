@@ -1,0 +1,66 @@
+"""Tries tiles of `multiply` on this device and prints a measured row for `gpu.TILES`.
+
+    python tests/gpu/tune_tiles.py --minutes 8
+
+For each number of tokens of a tile: every size, number of warps and stages, over W4A4, W4A8 and W8A8 layers with 4096 inputs;
+the score is the geometric mean of the times over those of the table. Weights rotate past the L2 cache, one CUDA graph per time.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from unittest.mock import patch
+
+import torch
+from bench_kernels import captured, milliseconds, ours
+
+from qvlm_hf.ops import gpu
+
+LAYERS = [
+    (bits, granularity, n, 4096)
+    for bits, granularity in (("W4A4", "channel"), ("W4A8", "dynamic_token"), ("W8A8", "channel"))
+    for n in (4096, 11008)
+]
+TOKENS = {16: 1, 32: 32, 64: 64, 128: 608}  # tokens of a tile -> tokens that it is timed at
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="after which no further tile is tried")
+    deadline = time.monotonic() + 60 * parser.parse_args().minutes
+    capability = torch.cuda.get_device_capability()
+    ways = [ours(torch.randn(n, k), bits, granularity, 128) for bits, granularity, n, k in LAYERS]
+    row = {}
+    for tile_tokens, tokens in TOKENS.items():
+        x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+
+        def taken(table, x=x):
+            with patch.object(gpu, "TILES", table):
+                runs = [captured(way, x)[0] for way in ways]
+                return [sorted(milliseconds(run) for _ in range(9))[4] for run in runs]
+
+        base, best = taken(gpu.TILES), (1.0, None)
+        for out_features, warps, stages in itertools.product((32, 64, 128, 256), (4, 8), (2, 3, 4, 5)):
+            if time.monotonic() > deadline:
+                print("out of time: what follows was not tried")
+                break
+            try:
+                times = taken({capability: {tile_tokens: (out_features, warps, stages)}})
+            except Exception as error:  # too much shared memory, mostly
+                print(f"{tile_tokens:4d} {(out_features, warps, stages)}  {type(error).__name__}")
+                continue
+            score = math.exp(sum(math.log(b / t) for b, t in zip(base, times, strict=True)) / len(times))
+            print(
+                f"{tile_tokens:4d} {(out_features, warps, stages)!s:14s} x{score:.3f}  {' '.join(f'{t * 1e3:.1f}' for t in times)} us",
+                flush=True,
+            )
+            best = max(best, (score, (out_features, warps, stages)), key=lambda pair: pair[0])
+        row[tile_tokens] = best[1] or gpu.TILES[max(c for c in gpu.TILES if c <= capability)].get(tile_tokens)
+        print(f"{tile_tokens:4d} best: {best[1] or 'as it is'}, {best[0]:.3f} times as fast as the table")
+    print(f"    {capability}: { ({size: tile for size, tile in row.items() if tile}) },")
+
+
+if __name__ == "__main__":
+    main()

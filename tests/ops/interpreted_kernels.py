@@ -1,0 +1,237 @@
+"""GPU kernels on a CPU, by Triton's interpreter: values against the reference and, for the fused ones, against Transformers' modules.
+
+Not collected by itself: test_triton.py runs it in a process of its own. By hand:
+`TRITON_INTERPRET=1 pytest --no-cov tests/ops/interpreted_kernels.py`.
+"""
+
+import pytest
+import torch
+from interpreted_triton import kernels
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from qvlm_hf.core.packing import pack
+from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.ops import gpu, reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows that nobody reads hold anything, infinities too
+
+TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+CPU = torch.device("cpu")
+HOPPER = gpu.Device((9, 0), 8)
+
+
+def arguments(
+    weight_bits, activation_bits, granularity, out_features, in_features, group_length, positions, symmetric=False, dtype=torch.float32
+):
+    groups = -(-in_features // group_length)
+    statics = {"channel": in_features, "token": positions}.get(granularity)
+    return [
+        pack(torch.randint(0, 2**weight_bits, (out_features, in_features)), weight_bits),
+        ((torch.rand(out_features, groups) + 0.5) / 2 ** (weight_bits + activation_bits)).bfloat16(),
+        None if symmetric else torch.randint(0, 2**weight_bits, (out_features, groups), dtype=torch.uint8),
+        None if statics is None else torch.rand(statics) * 8 / 2**activation_bits + 0.01,
+        None if statics is None else torch.randint(0, 2**activation_bits, (statics,), dtype=torch.int32),
+        torch.randn(out_features).to(dtype),
+        in_features, weight_bits, 16 if granularity == "none" else activation_bits, group_length, granularity, 0,
+    ]  # fmt: skip
+
+
+def compare(x, rest, device=HOPPER):
+    expected, y = reference.linear(x, *rest), gpu.run(kernels, device, x, *rest)
+    assert (y.shape, y.dtype) == (expected.shape, x.dtype)
+    if y.numel():
+        assert (y.float() - expected.float()).abs().max() <= TIGHT[x.dtype] * expected.float().abs().max()
+
+
+# K, L, tokens, N, dtype: short last group, of whole runs of 32 values and not, groups at odd bits, whole rows of several blocks, groups of several blocks; N of no tile
+SIZES = (
+    (200, 64, 3, 35, torch.float32),
+    (143, 13, 9, 16, torch.bfloat16),
+    (300, 300, 1, 70, torch.float16),
+    (520, 256, 2, 20, torch.bfloat16),
+    (96, 32, 2, 64, torch.float32),
+    (160, 64, 2, 20, torch.float16),
+)
+
+
+@pytest.mark.parametrize("activation_bits", [3, 4, 6, 8, 16])
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+def test_equals_the_reference(weight_bits, activation_bits):
+    granularities = ("none",) if activation_bits == 16 else ("channel", "token", "dynamic_token")
+    for turn, granularity in enumerate(granularities):
+        in_features, length, tokens, out_features, dtype = SIZES[(weight_bits + activation_bits + turn) % len(SIZES)]
+        symmetric = (weight_bits + turn) % 2 == 0
+        rest = arguments(weight_bits, activation_bits, granularity, out_features, in_features, length, tokens, symmetric, dtype)
+        compare((torch.randn(2, tokens, in_features) * 2).to(dtype), rest)
+
+
+@pytest.mark.parametrize("dtype", list(TIGHT))
+@pytest.mark.parametrize("scaled", [False, True])
+def test_floating_inputs(dtype, scaled):
+    """A scaled 16-bit input is two terms of 8 bits each: more than its own dtype holds."""
+    rest = arguments(4, 16, "none", 40, 264, 128, 3, dtype=dtype)
+    rest[3] = torch.rand(264) + 0.1 if scaled else None
+    x = torch.randn(3, 264).to(dtype)
+    compare(x, rest)
+    if scaled and dtype != torch.float32:
+        arranged = kernels.arrange(x, kernels.Layout.of(264, 128, 4), 16, "none", rest[3], rows=16)
+        assert arranged.values.shape[0] == 2
+        both = arranged.values.float().sum(0)[:3, order(kernels.Layout.of(264, 128, 4))]
+        assert ((both - x.float() / rest[3]).abs() <= 2.0**-16 * (x.float() / rest[3]).abs()).all()
+
+
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 4), (8, 8), (3, 8), (6, 6), (8, 4), (2, 8)])
+@pytest.mark.parametrize(("tokens", "granularity"), [(1, "dynamic_token"), (17, "channel")])
+def test_sums_are_exact(weight_bits, activation_bits, granularity, tokens):
+    """Scales of one: outputs are the integer sums, and equal bit for bit, also where K is split."""
+    top = 2**activation_bits - 1
+    zero = top // 3
+    x = torch.randint(-zero, top - zero + 1, (tokens, 512)).float()
+    x[:, 0], x[:, 1] = -zero, top - zero  # the range of a token is `top` steps of one
+    integers = torch.randint(0, 2**weight_bits, (96, 512))
+    integers[0], x[0, 2:] = 2**weight_bits - 1, top - zero  # the largest sum
+    statics = granularity == "channel"
+    for length in (128, 512):
+        groups = 512 // length
+        rest = (
+            pack(integers, weight_bits), torch.ones(96, groups, dtype=torch.bfloat16), torch.ones(96, groups, dtype=torch.uint8),
+            torch.ones(512) if statics else None, torch.full((512,), zero, dtype=torch.int32) if statics else None,
+            None, 512, weight_bits, activation_bits, length, granularity, 0,
+        )  # fmt: skip
+        layout = kernels.Layout.of(512, length, weight_bits)
+        assert gpu.splits_of(HOPPER, layout, tokens, 96, gpu.tile_of(HOPPER, tokens, torch.int8)) > 1
+        exact = x.long() @ (integers - 1).T
+        assert torch.equal(gpu.run(kernels, HOPPER, x, *rest).long(), exact)
+
+
+def order(layout):
+    """Where input k of a row lies in its arranged row."""
+    width = layout.block // layout.slices
+    k = torch.arange(layout.in_features)
+    within = k % layout.group_length
+    block, inner = k // layout.group_length * layout.blocks + within // layout.block, within % layout.block
+    return block * layout.block + inner % layout.slices * width + inner // layout.slices
+
+
+@pytest.mark.parametrize("bits", [3, 4, 7, 8])
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token"])
+def test_inputs_are_rounded_as_the_reference_rounds(granularity, bits):
+    """Equal integers, ties included: every third value lies halfway between two levels."""
+    x = torch.randn(6, 200) * 3
+    if granularity == "channel":
+        scale, zero = torch.rand(200) + 0.1, torch.randint(0, 2**bits, (200,), dtype=torch.int32)
+        expected = QParams(scale, zero, bits)
+    elif granularity == "token":
+        scale, zero = torch.rand(3) + 0.1, torch.randint(0, 2**bits, (3,), dtype=torch.int32)
+        expected = QParams(scale.repeat(2)[:, None], zero.repeat(2)[:, None], bits)
+    else:
+        scale = zero = None
+        x[:, 0], x[:, 1] = -1.0, 2.0**bits - 2  # a scale of one
+        x[:, 2:] = x[:, 2:].clamp(-1, 2**bits - 2)
+        expected = dynamic_token_qparams(x, bits)
+    halves = ((x / expected.scale).floor() + 0.5) * expected.scale
+    x[:, 2::3] = (halves if scale is not None else halves.clamp(-1, 2**bits - 2))[:, 2::3]
+    layout = kernels.Layout.of(200, 64, 4)
+    arranged = kernels.arrange(x, layout, bits, granularity, scale, zero, rows=16)
+    a = shift_quantize(x, expected).int()
+    stored = a if bits < 8 else a + expected.zero_point - 128
+    assert torch.equal(arranged.values[0, :6, order(layout)].int(), stored)
+    assert arranged.values[0, :6].int().sum() == stored.sum(), "padding is not zero"
+    assert torch.equal(arranged.sums[:, :6].sum(0), stored.sum(1).int())
+    if granularity != "channel":
+        assert torch.equal(arranged.row_scale[:6], expected.scale.flatten())
+    if bits == 8 and granularity == "channel":
+        assert torch.equal(arranged.more.int().sum(0)[order(layout)], 128 - zero)
+    if bits == 8 and granularity != "channel":
+        assert torch.equal(arranged.shift[:6], 128 - expected.zero_point.flatten())
+
+
+def fused_cases(dtype):
+    """Name, what Transformers or PyTorch computes before the linear layer, and the arguments that fuse it."""
+    x, up = torch.randn(3, 200, dtype=dtype) * 2, torch.randn(3, 200, dtype=dtype)
+    rms = LlamaRMSNorm(200, eps=1e-5).to(dtype)
+    layer = torch.nn.LayerNorm(200, eps=1e-5, dtype=dtype)
+    mlp = LlamaMLP(LlamaConfig(hidden_size=200, intermediate_size=200, num_attention_heads=4)).to(dtype)
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+    with torch.no_grad():
+        for parameter in (rms.weight, layer.weight, layer.bias):
+            parameter.copy_(torch.randn(200))
+    yield "rms_norm", x, rms(x), {"other": rms.weight, "epsilon": 1e-5}
+    yield "layer_norm", x, layer(x), {"other": layer.weight, "norm_bias": layer.bias, "epsilon": 1e-5}
+    mlp.up_proj = torch.nn.Linear(200, 200, bias=False, dtype=dtype)
+    mlp.up_proj.forward = lambda _: up
+    yield "swiglu", x, mlp(x), {"other": up}
+
+
+@pytest.mark.parametrize("dtype", list(TIGHT))
+@torch.no_grad()
+def test_fused_quantizers_round_where_the_model_rounds(dtype):
+    """In 16 bits what is quantized must be the values of the model, in float32 up to its last places."""
+    layout = kernels.Layout.of(200, 64, 8)
+    for source, x, expected, fused in fused_cases(dtype):
+        values = kernels.arrange(x, layout, 16, "none", rows=16, source=source, **fused).values[0, :3, order(layout)]
+        if dtype == torch.float32:
+            torch.testing.assert_close(values, expected, rtol=3e-6, atol=3e-6)
+        else:
+            # the variance is a sum without an order: its last place may move a value across a rounding boundary, one in a thousand here
+            assert (values != expected).float().mean() <= 0.003, source
+            assert ((values - expected).abs() <= torch.finfo(dtype).eps * expected.abs()).all(), source
+        for granularity in ("channel", "dynamic_token"):
+            scale = torch.rand(200) * 0.05 + 0.01 if granularity == "channel" else None
+            zero = torch.randint(0, 256, (200,), dtype=torch.int32) if granularity == "channel" else None
+            one = kernels.arrange(x, layout, 8, granularity, scale, zero, rows=16, source=source, **fused)
+            two = kernels.arrange(values.contiguous(), layout, 8, granularity, scale, zero, rows=16)
+            assert torch.equal(one.values[0, :3], two.values[0, :3])
+            assert torch.equal(one.sums[:, :3], two.sums[:, :3])
+
+
+def test_shapes_and_strides():
+    rest = arguments(4, 8, "dynamic_token", 30, 64, 64, 1)
+    for x in (torch.randn(64), torch.randn(0, 64), torch.randn(2, 0, 64), torch.randn(64, 5).T, torch.randn(3, 2, 128)[..., ::2]):
+        compare(x, rest)
+    positions = arguments(4, 4, "token", 30, 64, 64, 3)
+    compare(torch.randn(3, 2, 64).transpose(0, 1), positions)
+    rest[5] = None
+    compare(torch.randn(2, 64), rest)
+    compare(torch.randn(2, 64).half(), [*rest[:-1], 32])  # a Hadamard transform
+
+
+def test_many_tokens_and_every_tile():
+    """Tiles of every size in the table, with a rest in both directions."""
+    for tokens in (33, 70):
+        rest = arguments(4, 8, "dynamic_token", 70, 128, 128, 1)
+        compare(torch.randn(tokens, 128), rest)
+    compare(torch.randn(40, 128).bfloat16(), arguments(8, 16, "none", 70, 128, 64, 1, dtype=torch.bfloat16))
+
+
+def test_more_tokens_than_offsets_reach(monkeypatch):
+    """They go in parts that begin at position 0."""
+    monkeypatch.setattr(gpu, "_OFFSETS", 2 * 64 * (128 + 7))
+    calls = []
+    monkeypatch.setattr(
+        kernels, "arrange", lambda x, *args, original=kernels.arrange, **kwargs: calls.append(len(x)) or original(x, *args, **kwargs)
+    )
+    compare(torch.randn(4, 3, 64), arguments(4, 4, "token", 9, 64, 64, 3))
+    assert calls == [6, 6]
+
+
+def test_parts_of_k_are_never_empty():
+    for in_features, length in ((4096, 128), (4096, 4096), (11008, 128), (13824, 64), (200, 13), (5120, 256)):
+        for weight_bits in (2, 4, 5, 8):
+            layout = kernels.Layout.of(in_features, length, weight_bits)
+            units = layout.groups if layout.groups > 1 else layout.blocks
+            for processors in (1, 8, 108, 170):
+                device = gpu.Device((8, 0), processors)
+                for tokens in (1, 16, 64, 608):
+                    splits = gpu.splits_of(device, layout, tokens, 4096, gpu.tile_of(device, tokens, torch.int8))
+                    each = -(-units // splits)
+                    assert splits >= 1
+                    assert (splits - 1) * each < units <= splits * each
+
+
+def test_the_self_check_finds_what_is_wrong(monkeypatch):
+    assert gpu.self_check(kernels, HOPPER, CPU) is None
+    original = kernels.multiply
+    monkeypatch.setattr(kernels, "multiply", lambda *args: original(*args) * 1.01)
+    assert gpu.self_check(kernels, HOPPER, CPU) == "the compiled kernel is wrong for W4A4 channel, 1 tokens"

@@ -1,0 +1,73 @@
+"""GPU kernels where there is no GPU: Triton's interpreter runs them in a process of its own, and nothing else needs Triton.
+
+Speed and what the compiler makes of them: test_triton_compile.py; on a device: tests/gpu.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import coverage
+import pytest
+
+from qvlm_hf.ops import gpu
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_under_the_interpreter():
+    """Everything in interpreted_kernels.py. Whoever imports triton first chooses for the whole process whether it interprets."""
+    measuring = coverage.Coverage.current()
+    module = ["coverage", "run", "--parallel-mode", "-m"] if measuring else []
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if measuring:
+        environment["COVERAGE_FILE"] = measuring.config.data_file
+    checks = "tests/ops/interpreted_kernels.py"
+    command = [
+        sys.executable,
+        "-m",
+        *module,
+        "pytest",
+        "--no-cov",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--import-mode=importlib",
+        checks,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+def test_what_does_not_run_is_named():
+    with pytest.raises(RuntimeError, match=r"no kernels for compute capability 7\.5"):
+        gpu._load(gpu.Device((7, 5), 40))
+    assert gpu._misfit(8, 8, 2**16) == f"reference (a sum over {2**16} inputs can leave int32)"
+    assert gpu._misfit(8, 16, 2**16) is None
+
+
+def test_triton_is_imported_only_where_it_is_used():
+    """Importing the package must neither import it nor need it."""
+    code = """
+import sys
+if sys.argv[1] == "absent":
+    sys.modules["triton"] = None
+import qvlm_hf
+from qvlm_hf.ops import gpu
+assert sys.modules.get("triton") is None
+if sys.argv[1] == "absent":
+    try:
+        gpu._load(gpu.Device((9, 0), 1))
+    except RuntimeError as error:
+        assert str(error) == "triton is not installed"
+    else:
+        raise AssertionError
+"""
+    for state in ("present", "absent"):
+        done = subprocess.run([sys.executable, "-c", code, state], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,112 @@
+"""What the compiler makes of the GPU kernels, for devices that are not there: matrix instructions, no spills, a ceiling on registers.
+
+The tiles of `gpu.TILES` are kept honest here: a product that spills or loses its matrix instruction is a wrong row of the table.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvlm_hf.ops import gpu
+
+TESTS = Path(__file__).parents[1]
+CAPABILITIES = (80, 86, 89, 90, 100, 120)
+# weight bits, activation bits, granularity, tokens
+CASES = (
+    (4, 4, "channel", 1),
+    (8, 8, "dynamic_token", 16),
+    (4, 8, "dynamic_token", 608),
+    (6, 6, "channel", 608),
+    (4, 16, "none", 64),
+)
+# Everything else once: widths, other layouts of groups, dtypes. Arguments after the tokens: out_features, in_features, group_length.
+REST = (
+    (8, 8, "channel", 608),
+    *((bits, 4, "channel", tokens) for bits in (2, 3, 5, 7, 8) for tokens in (16, 608)),
+    *((bits, 8, "token", 608) for bits in (2, 3, 5, 7)),
+    *((8, 16, "none", tokens) for tokens in (1, 608)),
+    (4, 4, "channel", 32),
+    (4, 8, "dynamic_token", 608, 4096, 11008, 11008),
+    (4, 8, "dynamic_token", 16, 4096, 11008, 11008),
+    (4, 4, "channel", 608, 11008, 4096, 512),
+    (4, 4, "channel", 608, 1000, 1000, 64),
+    (8, 8, "channel", 608, 4100, 4096, 32),
+    (4, 16, "none", 1, 4096, 4096, 128, "float16"),
+)
+# Registers of a thread, by tokens of a tile. 16 tokens: four programs of four warps on a processor. 64: one of eight warps, which has 255.
+CEILING = {16: 128, 32: 168, 64: 255, 128: 255}
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program can have
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def compiled(cases, cache):
+    """[{kernel: facts}] of the calls, from a process in which Triton compiles and does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, str(TESTS / "compiled_triton.py"), json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(case, kernels):
+    capability, _, activation_bits, _, tokens = case[:5]
+    floating = activation_bits == 16
+    warpgroup = capability == 90
+    wanted = {(False, False): "IMMA", (False, True): "IGMMA", (True, False): "HMMA", (True, True): "HGMMA"}[floating, warpgroup]
+    product = kernels["_multiply"]
+    found = product["instructions"]
+    assert found.get(wanted, 0) > 0 or (capability == 100 and any(name.startswith("UTC") for name in found)), (case, found)
+    for name, facts in kernels.items():
+        assert facts["stack"] == 0, (case, name, facts)
+        assert not {"STL", "LDL"} & set(facts["instructions"]), (case, name)
+    size = gpu.tile_of(gpu.Device(divmod(capability, 10), 100), tokens, torch.bfloat16 if floating else torch.int8).tokens
+    assert product["registers"] <= CEILING[size], (case, product["registers"])
+    assert product["shared"] <= SHARED[capability] * 1024, (case, product["shared"])
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """{case: {kernel: facts}}, compiled in one process: importing takes longer than compiling."""
+    cases = [(capability, *case) for capability in CAPABILITIES for case in CASES]
+    return dict(zip(cases, compiled(cases, tmp_path_factory.mktemp("triton")), strict=True))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_products_use_matrix_instructions_and_do_not_spill(capability, kernels):
+    for case in CASES:
+        check((capability, *case), kernels[capability, *case])
+        assert set(kernels[capability, *case]) >= {"_arrange", "_multiply"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_weights_of_bytes_are_not_taken_apart(capability, kernels):
+    """4 bits come out of their bytes by a shift and a mask of whole registers; left to the compiler, 56 byte permutations."""
+    assert kernels[capability, 4, 4, "channel", 1]["_multiply"]["instructions"].get("PRMT", 0) <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_width_and_layout(capability, tmp_path):
+    cases = [(capability, *case) for case in REST]
+    for case, kernels in zip(cases, compiled(cases, tmp_path), strict=True):
+        check(case, kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_fused_quantizers_and_float32_do_not_spill(capability, tmp_path):
+    """float32 inputs are multiplied in float32: no matrix instruction has its precision."""
+    cases = [
+        (capability, source, granularity) for source in ("rms_norm", "layer_norm", "swiglu") for granularity in ("channel", "dynamic_token")
+    ]
+    cases += [(capability, 4, 16, "none", tokens, 4096, 4096, 128, "float32") for tokens in (1, 608)]
+    for case, kernels in zip(cases, compiled(cases, tmp_path), strict=True):
+        for name, facts in kernels.items():
+            assert facts["stack"] == 0, (case, name, facts)
