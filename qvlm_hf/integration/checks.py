@@ -191,17 +191,21 @@ def check_loaded(model: nn.Module) -> None:
 
 def _check_values(name: str, module: QVLMLinear) -> None:
     for part in ("weight_scale", "input_scale"):
-        scale = getattr(module, part)
-        if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        low, high = _bounds(getattr(module, part))
+        if not 0 < low <= high < float("inf"):
             raise ValueError(f"{name}.{part}: holds a value that is not finite and above 0: {_AGAIN}.")
     for part, bits in (("weight_zero_point", module.scheme.weight_bits), ("input_zero_point", module.scheme.activation_bits)):
-        zero_point = getattr(module, part)
-        if zero_point is not None and not _within(zero_point, 2**bits - 1):
+        low, high = _bounds(getattr(module, part))
+        if not 0 <= low <= high <= 2**bits - 1:
             raise ValueError(f"{name}.{part}: holds a value outside 0 ... {2**bits - 1}: {_AGAIN}.")
 
 
-def _within(values: Tensor, top: int) -> bool:
-    return bool(((values >= 0) & (values <= top)).all())
+def _bounds(values: Tensor | None) -> tuple[float, float]:
+    """Smallest and largest value, NaN if one is; 1 where there are none. One pass: masks took a third of loading a 7B model."""
+    if values is None or not values.numel():
+        return 1.0, 1.0
+    low, high = torch.aminmax(values)
+    return float(low), float(high)
 
 
 def _header(file: str) -> list[tuple[str, str, tuple[int, ...]]]:
