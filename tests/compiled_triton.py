@@ -118,6 +118,7 @@ def facts(kernel):
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared": kernel.metadata.shared,
+        "divisions": sorted(set(re.findall(r"\bdiv\.[a-z.]+f32", kernel.asm["ptx"]))),
         "instructions": dict(count.most_common()),
     }
 

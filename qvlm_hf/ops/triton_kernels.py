@@ -237,8 +237,8 @@ def multiply(
         layout.group_length * layout.weight_bits // (8 if bytes_ else 1), inputs.values.shape[1],
         triton.cdiv(layout.groups if layout.groups > 1 else layout.blocks, splits),
         BITS=layout.weight_bits, SLICES=layout.slices, BYTEWISE=bytes_, RUNS=layout.runs, WHOLE=layout.whole, BLOCK=layout.block,
-        BLOCKS=layout.blocks, ONE_GROUP=layout.groups == 1, EXTRA=0 if inputs.more is None else inputs.more.shape[0], TERMS=inputs.values.shape[0],
-        FLOATING=inputs.sums is None, SMALL=inputs.bound < 2**22, FLOAT_START=_ROUND, SPLIT=splits > 1,
+        BLOCKS=layout.blocks, ONE_GROUP=layout.groups == 1, EXTRA=0 if inputs.more is None else inputs.more.shape[0],
+        TERMS=inputs.values.shape[0], FLOATING=inputs.sums is None, SMALL=inputs.bound < 2**22, FLOAT_START=_ROUND, SPLIT=splits > 1,
         EVEN=out_features % tile.out_features == 0, TN=tile.out_features, TM=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
@@ -283,14 +283,14 @@ def _norm_statistics(x_ptr, row, K, epsilon, SOURCE: tl.constexpr, CHUNK: tl.con
         for start in range(0, K, CHUNK):
             k = start + tl.arange(0, CHUNK)
             total += tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)
-        mean = tl.sum(total, 0) / K
+        mean = tl.math.div_rn(tl.sum(total, 0), K * 1.0)
     squares = tl.zeros((CHUNK,), tl.float32)
     for start in range(0, K, CHUNK):
         k = start + tl.arange(0, CHUNK)
         x = tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)
         x = tl.where(k < K, x - mean, 0.0)
         squares += x * x
-    return mean, tl.rsqrt(tl.sum(squares, 0) / K + epsilon)
+    return mean, tl.rsqrt(tl.math.div_rn(tl.sum(squares, 0), K * 1.0) + epsilon)
 
 
 @triton.jit(do_not_specialize=["number", "positions"])

@@ -3,9 +3,9 @@
     python tests/gpu/bench_kernels.py --out-features 4096 --in-features 4096 --tokens 1 16 64 608 --minutes 5
 
 Every way goes from a bfloat16 input to a bfloat16 output, quantizing the input included. Weights are taken in turns from copies that
-together exceed the L2 cache. A figure is the median over rounds of one CUDA graph of several calls ("graph"), or of the calls themselves where a
-way cannot be captured ("eager"); events of the device take the time. `bandwidth` is bytes of weights per second over what a copy
-of a gigabyte moves. Only ratios of one run mean anything. Ways that are not installed or fail are named with the reason.
+together exceed the L2 cache. A figure is the median over rounds of one CUDA graph of several calls ("graph"), or of the calls
+themselves where a way cannot be captured ("eager"); events of the device take the time. `bandwidth` is bytes of weights per second over
+what a copy of a gigabyte moves. Only ratios of one run mean anything. Ways that are not installed or fail are named with the reason.
 """
 
 import argparse

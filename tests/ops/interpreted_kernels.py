@@ -44,7 +44,8 @@ def compare(x, rest, device=HOPPER):
         assert (y.float() - expected.float()).abs().max() <= TIGHT[x.dtype] * expected.float().abs().max()
 
 
-# K, L, tokens, N, dtype: short last group, of whole runs of 32 values and not, groups at odd bits, whole rows of several blocks, groups of several blocks; N of no tile
+# K, L, tokens, N, dtype: a short last group, of whole runs of 32 values and not, groups at odd bits, whole rows and groups of several
+# blocks; N of no tile
 SIZES = (
     (200, 64, 3, 35, torch.float32),
     (143, 13, 9, 16, torch.bfloat16),
@@ -59,6 +60,8 @@ SIZES = (
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 def test_equals_the_reference(weight_bits, activation_bits):
     granularities = ("none",) if activation_bits == 16 else ("channel", "token", "dynamic_token")
+    if activation_bits < 8 and weight_bits != 4:  # these meet each other in the quantizer and nowhere else
+        granularities = (granularities[(weight_bits + activation_bits) % 3],)
     for turn, granularity in enumerate(granularities):
         in_features, length, tokens, out_features, dtype = SIZES[(weight_bits + activation_bits + turn) % len(SIZES)]
         symmetric = (weight_bits + turn) % 2 == 0
@@ -81,7 +84,7 @@ def test_floating_inputs(dtype, scaled):
         assert ((both - x.float() / rest[3]).abs() <= 2.0**-16 * (x.float() / rest[3]).abs()).all()
 
 
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 4), (8, 8), (3, 8), (6, 6), (8, 4), (2, 8)])
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 4), (8, 8), (3, 8), (6, 6)])
 @pytest.mark.parametrize(("tokens", "granularity"), [(1, "dynamic_token"), (17, "channel")])
 def test_sums_are_exact(weight_bits, activation_bits, granularity, tokens):
     """Scales of one: outputs are the integer sums, and equal bit for bit, also where K is split."""
@@ -177,7 +180,7 @@ def test_fused_quantizers_round_where_the_model_rounds(dtype):
             # the variance is a sum without an order: its last place may move a value across a rounding boundary, one in a thousand here
             assert (values != expected).float().mean() <= 0.003, source
             assert ((values - expected).abs() <= torch.finfo(dtype).eps * expected.abs()).all(), source
-        for granularity in ("channel", "dynamic_token"):
+        for granularity in ("channel", "dynamic_token") if dtype == torch.bfloat16 else ("dynamic_token",):
             scale = torch.rand(200) * 0.05 + 0.01 if granularity == "channel" else None
             zero = torch.randint(0, 256, (200,), dtype=torch.int32) if granularity == "channel" else None
             one = kernels.arrange(x, layout, 8, granularity, scale, zero, rows=16, source=source, **fused)

@@ -83,6 +83,8 @@ def test_products_use_matrix_instructions_and_do_not_spill(capability, kernels):
     for case in CASES:
         check((capability, *case), kernels[capability, *case])
         assert set(kernels[capability, *case]) >= {"_arrange", "_multiply"}
+        if case[1] <= 8:  # inputs are divided as the reference divides: rounded to nearest, nothing flushed to zero
+            assert kernels[capability, *case]["_arrange"]["divisions"] == ["div.rn.f32"]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -110,3 +112,4 @@ def test_fused_quantizers_and_float32_do_not_spill(capability, tmp_path):
     for case, kernels in zip(cases, compiled(cases, tmp_path), strict=True):
         for name, facts in kernels.items():
             assert facts["stack"] == 0, (case, name, facts)
+            assert facts["divisions"] in ([], ["div.rn.f32"]), (case, name, facts)
