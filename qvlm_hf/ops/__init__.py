@@ -2,8 +2,8 @@
 
 from qvlm_hf.ops import cpu as _cpu  # these register the implementations
 from qvlm_hf.ops import reference as _reference
-from qvlm_hf.ops.schema import linear
+from qvlm_hf.ops.schema import linear, linears
 
-__all__ = ["linear"]
+__all__ = ["linear", "linears"]
 
 del _cpu, _reference

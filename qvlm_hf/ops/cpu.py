@@ -1,4 +1,4 @@
-"""CPU kernels of `qvlm_hf::linear`: one C++ file, compiled where it runs, checked against the reference before it is used.
+"""CPU kernels of `qvlm_hf::linear` and `linears`: one C++ file, compiled where it runs, checked against the reference before it is used.
 
 The source is part of the package and is compiled at first use with the host's C++ compiler for the host's own instruction set; the
 library is kept in the user's cache under a hash of source, flags, compiler and processor. It computes with PyTorch's own OpenMP threads.
@@ -15,8 +15,10 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from qvlm_hf.core.packing import pack
 from qvlm_hf.ops import reference
 from qvlm_hf.ops.schema import LIBRARY
 
-__all__ = ["kernel_name", "linear"]
+__all__ = ["kernel_name", "linear", "linears"]
 
 _SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 # -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels flip
@@ -39,6 +41,7 @@ _INT32 = 2**30  # the kernels add two partial sums of a group
 _FEW_TOKENS = 512  # up to here floating-point inputs meet packed weights; beyond, a dequantized copy of the weight is cheaper
 _GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2}
 _VARIANTS = {0: "cpu portable", 1: "cpu avx512-vnni"}
+_Module = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, weight_scale, weight_zero_point, bias
 
 
 @dataclass(frozen=True)
@@ -70,30 +73,117 @@ def linear(
     hadamard: int,
 ) -> Tensor:
     """`qvlm_hf::linear` on a CPU; arguments and errors as in `ops.schema.linear`."""
-    arguments = (weight, weight_scale, weight_zero_point, input_scale, input_zero_point)
-    valid = x.dim() > 0 and x.shape[-1] == in_features and _ranges_fit(x, input_scale, input_zero_point, granularity)
-    fits = valid and _misfit(in_features, weight_bits, activation_bits, group_length) is None
-    library = _kernels().library if fits else None
-    if library is None:  # the reference also has the words for what is wrong
-        return reference.linear(
-            x, *arguments, bias, in_features, weight_bits, activation_bits, group_length, granularity, hadamard
-        )  # fmt: skip
+    sizes = (in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
+    modules = ((weight, weight_scale, weight_zero_point, bias),)
+    library = _library(x, modules, input_scale, input_zero_point, *sizes[:-1])
+    if library is None:
+        return reference.linear(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
+    return _outputs(library, x, modules, input_scale, input_zero_point, *sizes[1:])[0]
+
+
+def linears(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    weight_zero_point: Sequence[Tensor],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Sequence[Tensor],
+    in_features: int,
+    weight_bits: int,
+    activation_bits: int,
+    group_length: int,
+    granularity: str,
+    hadamard: int,
+) -> list[Tensor]:
+    """`qvlm_hf::linears` on a CPU; arguments and errors as in `ops.schema.linears`."""
+    sizes = (in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
+    modules = reference.per_module(weight, weight_scale, weight_zero_point, bias)
+    library = _library(x, modules, input_scale, input_zero_point, *sizes[:-1])
+    if library is None:
+        return reference.linears(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
+    return _outputs(library, x, modules, input_scale, input_zero_point, *sizes[1:])
+
+
+def _library(
+    x: Tensor,
+    modules: Sequence[_Module],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    in_features: int,
+    weight_bits: int,
+    activation_bits: int,
+    group_length: int,
+    granularity: str,
+) -> ctypes.CDLL | None:
+    """The kernels if they take such a call; the reference takes all others, and has the words for what is wrong with them."""
+    if not (x.dim() and x.shape[-1] == in_features and _ranges_fit(x, input_scale, input_zero_point, granularity)):
+        return None
+    words, groups = -(-in_features * weight_bits // 32), -(-in_features // group_length)
+    if any(weight.shape[1] != words or scale.shape[1] != groups for weight, scale, _, _ in modules):
+        return None
+    return _kernels().library if _misfit(in_features, weight_bits, activation_bits, group_length) is None else None
+
+
+def _outputs(
+    library: ctypes.CDLL,
+    x: Tensor,
+    modules: Sequence[_Module],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    weight_bits: int,
+    activation_bits: int,
+    group_length: int,
+    granularity: str,
+    hadamard: int,
+) -> list[Tensor]:
+    """The output of each module, by the kernels."""
     values = block_hadamard(x.float(), hadamard) if hadamard else x
     if granularity == "none":
-        return _floating(library, values, *arguments[:4], bias, weight_bits, group_length).to(x.dtype)
+        scaled = (values.float() if input_scale is None else values.float() / input_scale).contiguous()
+        return [_floating(library, scaled, *module, weight_bits, group_length).to(x.dtype) for module in modules]
     if values.dtype not in (torch.float32, torch.bfloat16):
         values = values.float()
     values = values.contiguous()
-    y = values.new_empty((*x.shape[:-1], weight.shape[0]))
-    if y.numel():
-        kept = [None if t is None else t.contiguous() for t in (*arguments, None if bias is None else bias.to(values.dtype))]
-        library.qvlm_linear(
-            _pointer(values), _pointer(kept[5]), _pointer(y), int(values.dtype == torch.bfloat16), values.numel() // in_features,
-            *map(_pointer, kept[:3]), *_sizes(weight, weight_scale, in_features, group_length), weight_bits,
-            *map(_pointer, kept[3:5]), 0 if granularity != "token" or input_scale is None else input_scale.shape[0],
-            activation_bits, _GRANULARITIES[granularity],
-        )  # fmt: skip
-    return y.to(x.dtype)
+    outputs = [values.new_empty((*x.shape[:-1], module[0].shape[0])) for module in modules]
+    if x.numel() and outputs:
+        sizes = (weight_bits, activation_bits, group_length)
+        _compute(library, values, modules, outputs, input_scale, input_zero_point, *sizes, granularity)
+    return outputs if values.dtype == x.dtype else [y.to(x.dtype) for y in outputs]
+
+
+def _compute(
+    library: ctypes.CDLL,
+    x: Tensor,
+    modules: Sequence[_Module],
+    outputs: Sequence[Tensor],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    weight_bits: int,
+    activation_bits: int,
+    group_length: int,
+    granularity: str,
+) -> None:
+    """Fills the outputs. One argument of plain words: ctypes takes a microsecond for each handful of arguments."""
+    in_features, weight, half = x.shape[-1], modules[0][0], x.dtype == torch.bfloat16
+    positions = input_scale.shape[0] if granularity == "token" and input_scale is not None else 0
+    kept: list[Tensor] = []  # copies of what was not contiguous, alive until the kernels are done
+
+    def pointer(tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        kept.append(tensor.contiguous())
+        return kept[-1].data_ptr()
+
+    words = [
+        x.data_ptr(), pointer(input_scale), pointer(input_zero_point), half, x.numel() // in_features, in_features, modules[0][1].shape[1],
+        group_length, weight.shape[1] * 4, weight_bits, activation_bits, _GRANULARITIES[granularity], positions, len(modules),
+    ]  # fmt: skip
+    for (weight, weight_scale, weight_zero_point, bias), y in zip(modules, outputs, strict=True):
+        offset = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+        tensors = (offset, y, weight, weight_scale, weight_zero_point)
+        words += [*map(pointer, tensors), y.shape[-1]]
+    library.qvlm_linears(struct.pack(f"{len(words)}q", *words))
 
 
 def _floating(
@@ -102,25 +192,23 @@ def _floating(
     weight: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
     bias: Tensor | None,
     weight_bits: int,
     group_length: int,
 ) -> Tensor:
-    """Floating-point inputs, float32 [..., N]."""
-    values = (x.float() if input_scale is None else x.float() / input_scale).contiguous()
+    """Floating-point inputs, contiguous float32 [..., K] with the input scale divided out; float32 [..., N]."""
     offset = None if bias is None else bias.float().contiguous()
-    tokens, in_features = values.shape[:-1].numel(), values.shape[-1]
+    tokens, in_features = x.shape[:-1].numel(), x.shape[-1]
     if tokens > _FEW_TOKENS:
         dense = reference.dequantize_weight(
             weight, weight_scale, weight_zero_point, None, in_features, weight_bits, group_length, "none", 0
         )
-        return functional.linear(values, dense, offset)
-    y = values.new_empty((*x.shape[:-1], weight.shape[0]))
+        return functional.linear(x, dense, offset)
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if tokens:
         kept = [None if t is None else t.contiguous() for t in (weight, weight_scale, weight_zero_point)]
         library.qvlm_linear_float(
-            _pointer(values), _pointer(offset), _pointer(y), tokens, *map(_pointer, kept),
+            _pointer(x), _pointer(offset), _pointer(y), tokens, *map(_pointer, kept),
             *_sizes(weight, weight_scale, in_features, group_length), weight_bits,
         )  # fmt: skip
     return y
@@ -245,9 +333,9 @@ def _load(path: Path) -> ctypes.CDLL:
     size, whole, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
     matrix = [pointer] * 3 + [size] * 5 + [whole]
     library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], whole
-    library.qvlm_linear.argtypes = [pointer, pointer, pointer, whole, size, *matrix, pointer, pointer, size, whole, whole]
+    library.qvlm_linears.argtypes = [ctypes.c_char_p]
     library.qvlm_linear_float.argtypes = [pointer, pointer, pointer, size, *matrix]
-    library.qvlm_linear.restype = library.qvlm_linear_float.restype = None
+    library.qvlm_linears.restype = library.qvlm_linear_float.restype = None
     return library
 
 
@@ -255,24 +343,27 @@ def _self_check(library: ctypes.CDLL) -> str | None:
     """The first small case that does not come out as the reference has it, or None."""
     generator = torch.Generator().manual_seed(0)
     for weight_bits, activation_bits, granularity, tokens in ((4, 4, "channel", 1), (4, 8, "dynamic_token", 9), (6, 8, "channel", 20)):
-        integers = torch.randint(0, 2**weight_bits, (70, 136), generator=generator, dtype=torch.uint8)
-        arguments = (
-            pack(integers, weight_bits),
-            torch.rand(70, 2, generator=generator).add(0.5).bfloat16(),
-            torch.randint(0, 2**weight_bits, (70, 2), generator=generator, dtype=torch.uint8),
+        modules = [_random_module(weight_bits, rows, generator) for rows in (70, 5)]
+        statics = (
             torch.rand(136, generator=generator).add(0.1) if granularity == "channel" else None,
             torch.randint(0, 2**activation_bits, (136,), generator=generator, dtype=torch.int32) if granularity == "channel" else None,
         )
         x = torch.randn(tokens, 136, generator=generator)
-        expected = reference.linear(x, *arguments, None, 136, weight_bits, activation_bits, 128, granularity, 0)
-        y = torch.empty_like(expected)
-        library.qvlm_linear(
-            _pointer(x), None, _pointer(y), 0, tokens, *map(_pointer, arguments[:3]), *_sizes(arguments[0], arguments[1], 136, 128),
-            weight_bits, *map(_pointer, arguments[3:]), 0, activation_bits, _GRANULARITIES[granularity],
-        )  # fmt: skip
-        if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
-            return f"W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
+        outputs = [torch.empty(tokens, module[0].shape[0]) for module in modules]
+        _compute(library, x, modules, outputs, *statics, weight_bits, activation_bits, 128, granularity)
+        for (weight, scale, zero, bias), y in zip(modules, outputs, strict=True):
+            expected = reference.linear(x, weight, scale, zero, *statics, bias, 136, weight_bits, activation_bits, 128, granularity, 0)
+            if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
+                return f"W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
     return None
 
 
+def _random_module(weight_bits: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Weight, scale and zero point of `rows` outputs and 136 inputs in groups of 128."""
+    integers = torch.randint(0, 2**weight_bits, (rows, 136), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(rows, 2, generator=generator).add(0.5).bfloat16()
+    return pack(integers, weight_bits), scale, torch.randint(0, 2**weight_bits, (rows, 2), generator=generator, dtype=torch.uint8), None
+
+
 LIBRARY.impl("linear", linear, "CPU")
+LIBRARY.impl("linears", linears, "CPU")

@@ -31,6 +31,8 @@ namespace {
 
 constexpr int64_t kStep = 64;   // values unpacked at a time
 constexpr int64_t kTileN = 64;  // output columns that a thread works on at a time
+constexpr int64_t kFew = 8;     // tokens up to which a pass over the weights is best
+constexpr int64_t kFewN = 16;   // output columns that a thread works on at a time then
 constexpr int64_t kAhead = 4096;  // bytes that few tokens ask memory for in advance: it does not look beyond a page by itself
 constexpr int64_t kTileM = 192;  // tokens between two unpackings of the same weights: inputs and sums of a tile stay in the L2 cache
 
@@ -63,9 +65,56 @@ struct Rows {
     const int32_t* shift;   // [M], factor of a single correction row; not read otherwise
     const int8_t* more;     // [corrections, KP]
     const int32_t* more_sums;
+    const float* scale;     // [M], of a token's outputs, or null for 1
     bool wide;              // whether a sum over a group can leave the 24 bits that float holds
 
-    Rows from(const Weight& w, int64_t m) const { return {a + m * w.stride(), sums + m * w.groups, shift + m, more, more_sums, wide}; }
+    Rows from(const Weight& w, int64_t m) const {
+        return {a + m * w.stride(), sums + m * w.groups, shift + m, more, more_sums, scale ? scale + m : nullptr, wide};
+    }
+};
+
+// bfloat16 <-> float
+inline float widen(uint16_t bits) {
+    uint32_t word = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+}
+inline float widen(float value) { return value; }
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(float value, uint16_t& out) {
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    out = std::isnan(value) ? uint16_t(0x7fc0) : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+// A linear module: its weight, bias (or null) and output [M, N], both of the input's dtype.
+struct Module {
+    Weight w;
+    const void* bias;
+    void* y;
+    bool half;  // bfloat16, else float32
+
+    // Sums of `columns` outputs from `first` on, rows of kTileN floats, scaled and with the bias: the outputs of tokens begin ... begin + rows - 1.
+    void finish(const float* sums, const float* scale, int64_t begin, int64_t rows, int64_t first, int64_t columns) const {
+        if (half)
+            store<uint16_t>(sums, scale, begin, rows, first, columns);
+        else
+            store<float>(sums, scale, begin, rows, first, columns);
+    }
+
+private:
+    template <class T>
+    void store(const float* sums, const float* scale, int64_t begin, int64_t rows, int64_t first, int64_t columns) const {
+        const T* offset = bias ? static_cast<const T*>(bias) + first : nullptr;
+        for (int64_t i = 0; i < rows; ++i) {
+            T* out = static_cast<T*>(y) + (begin + i) * w.n + first;
+            for (int64_t n = 0; n < columns; ++n) {
+                const float value = scale ? sums[i * kTileN + n] * scale[i] : sums[i * kTileN + n];
+                narrow(offset ? value + widen(offset[n]) : value, out[n]);
+            }
+        }
+    }
 };
 
 #if QVLM_AVX512
@@ -145,7 +194,7 @@ struct Sums<0> {
     void store(__m512i*) const {}
 };
 
-// Few tokens: one pass over the weights, every value unpacked once for ROWS tokens and MORE correction rows. out [ROWS, N] float.
+// Few tokens: one pass over the weights, every value unpacked once for ROWS tokens and MORE correction rows. out [ROWS, kTileN] float.
 template <int BITS, int ROWS, int MORE>
 void gemv(const Weight& w, const Rows& x, float* out, int64_t first, int64_t last) {
     const int64_t padded = w.padded(), stride = w.stride();
@@ -194,7 +243,7 @@ void gemv(const Weight& w, const Rows& x, float* out, int64_t first, int64_t las
             }
         }
         QVLM_UNROLL
-        for (int m = 0; m < ROWS; ++m) out[m * w.n + row] = _mm512_reduce_add_ps(total[m]);
+        for (int m = 0; m < ROWS; ++m) out[m * kTileN + row - first] = _mm512_reduce_add_ps(total[m]);
     }
 }
 
@@ -342,38 +391,33 @@ inline void tile_product(const Weight& w, const Rows& x, int64_t g, const Tile& 
     }
 }
 
-// Many tokens: the tile of columns from `first` on. out [M, N] float.
+// Many tokens of a tile of columns, from `first` on. out [rows, kTileN] float, rows at most kTileM.
 template <int BITS, int MORE>
-void gemm(const Weight& w, const Rows& x, float* out, int64_t m, int64_t first) {
+void gemm(const Weight& w, const Rows& x, float* out, int64_t rows, int64_t first) {
     constexpr int panels = kTileN / 16;
-    const int64_t padded = w.padded(), stride = w.stride(), columns = std::min(kTileN, w.n - first);
+    const int64_t padded = w.padded(), stride = w.stride();
     thread_local std::vector<uint8_t> memory;
     memory.resize(padded * kTileN + 64);
     uint8_t* weights = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-    alignas(64) float part[kTileM * kTileN];
     Tile tile;
     tile.weights = weights;
-    for (int64_t begin = 0; begin < m; begin += kTileM) {
-        const int64_t rows = std::min(kTileM, m - begin);
-        for (int64_t g = 0; g < w.groups; ++g) {
-            unpack_panels<BITS>(w, first, panels, g, weights);
-            for (int64_t n = 0; n < kTileN; ++n) {
-                const int64_t row = std::min(first + n, w.n - 1);
-                tile.scale[n] = w.factor(row, g), tile.zero[n] = w.zero(row, g);
-            }
-            if constexpr (MORE > 0) {
-                __m512i sum[MORE][panels];
-                tile_sums<MORE, panels>(x.more + g * padded, stride, x.more_sums + g, w.groups, weights, padded, tile.zero, sum);
-                QVLM_UNROLL
-                for (int p = 0; p < panels; ++p)
-                    _mm512_store_si512(tile.more + 16 * p, MORE == 1 ? sum[0][p] : _mm512_add_epi32(sum[0][p], sum[MORE - 1][p]));
-            }
-            int64_t i = 0;
-            for (; i + 6 <= rows; i += 6) tile_product<6, MORE>(w, x.from(w, begin + i), g, tile, part + i * kTileN);
-            for (; i + 2 <= rows; i += 2) tile_product<2, MORE>(w, x.from(w, begin + i), g, tile, part + i * kTileN);
-            for (; i < rows; ++i) tile_product<1, MORE>(w, x.from(w, begin + i), g, tile, part + i * kTileN);
+    for (int64_t g = 0; g < w.groups; ++g) {
+        unpack_panels<BITS>(w, first, panels, g, weights);
+        for (int64_t n = 0; n < kTileN; ++n) {
+            const int64_t row = std::min(first + n, w.n - 1);
+            tile.scale[n] = w.factor(row, g), tile.zero[n] = w.zero(row, g);
         }
-        for (int64_t i = 0; i < rows; ++i) std::memcpy(out + (begin + i) * w.n + first, part + i * kTileN, columns * 4);
+        if constexpr (MORE > 0) {
+            __m512i sum[MORE][panels];
+            tile_sums<MORE, panels>(x.more + g * padded, stride, x.more_sums + g, w.groups, weights, padded, tile.zero, sum);
+            QVLM_UNROLL
+            for (int p = 0; p < panels; ++p)
+                _mm512_store_si512(tile.more + 16 * p, MORE == 1 ? sum[0][p] : _mm512_add_epi32(sum[0][p], sum[MORE - 1][p]));
+        }
+        int64_t i = 0;
+        for (; i + 6 <= rows; i += 6) tile_product<6, MORE>(w, x.from(w, i), g, tile, out + i * kTileN);
+        for (; i + 2 <= rows; i += 2) tile_product<2, MORE>(w, x.from(w, i), g, tile, out + i * kTileN);
+        for (; i < rows; ++i) tile_product<1, MORE>(w, x.from(w, i), g, tile, out + i * kTileN);
     }
 }
 
@@ -390,7 +434,7 @@ inline void unpack_row(const Weight& w, int64_t row, int64_t g, uint8_t* values)
     std::memset(values + count, 0, w.padded() - count);
 }
 
-// columns first ... last - 1 for all M tokens
+// columns first ... last - 1 of M tokens. out [M, kTileN] float.
 void columns_portable(const Weight& w, const Rows& x, int more, float* out, int64_t m, int64_t first, int64_t last) {
     const int64_t padded = w.padded(), stride = w.stride();
     std::vector<uint8_t> values(padded);
@@ -408,7 +452,7 @@ void columns_portable(const Weight& w, const Rows& x, int more, float* out, int6
             for (int r = 0; r < more; ++r) correction += sum(x.more + r * stride + g * padded, x.more_sums[r * w.groups + g], zero);
             for (int64_t i = 0; i < m; ++i) {
                 const int32_t exact = sum(x.a + i * stride + g * padded, x.sums[i * w.groups + g], zero) + (more == 1 ? x.shift[i] : 1) * correction;
-                float& y = out[i * w.n + row];
+                float& y = out[i * kTileN + row - first];
                 y = (g == 0 ? 0.0f : y) + float(exact) * scale;
             }
         }
@@ -416,54 +460,53 @@ void columns_portable(const Weight& w, const Rows& x, int more, float* out, int6
 
 #endif
 
-#if QVLM_AVX512
+// The sums of columns first ... last - 1 for M tokens, at most kTileM. out [M, kTileN] float.
 template <int BITS, int MORE>
-void few_tokens(const Weight& w, const Rows& x, float* out, int64_t m, int64_t first, int64_t last) {
+void columns(const Weight& w, const Rows& x, float* out, int64_t m, int64_t first, int64_t last) {
+#if QVLM_AVX512
+    if (m > kFew) return gemm<BITS, MORE>(w, x, out, m, first);
     int64_t i = 0;
-    for (; i + 8 <= m; i += 8) gemv<BITS, 8, MORE>(w, x.from(w, i), out + i * w.n, first, last);
-    for (; i + 4 <= m; i += 4) gemv<BITS, 4, MORE>(w, x.from(w, i), out + i * w.n, first, last);
-    for (; i + 2 <= m; i += 2) gemv<BITS, 2, MORE>(w, x.from(w, i), out + i * w.n, first, last);
-    for (; i < m; ++i) gemv<BITS, 1, MORE>(w, x.from(w, i), out + i * w.n, first, last);
-}
-#endif
-
-template <int BITS, int MORE>
-void product(const Weight& w, const Rows& x, float* out, int64_t m) {
-#if QVLM_AVX512
-    constexpr int64_t few = 8, chunk = 16;
-    if (m <= few) {
-#pragma omp parallel for schedule(static)
-        for (int64_t first = 0; first < w.n; first += chunk) few_tokens<BITS, MORE>(w, x, out, m, first, std::min(first + chunk, w.n));
-        return;
-    }
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t first = 0; first < w.n; first += kTileN) gemm<BITS, MORE>(w, x, out, m, first);
+    for (; i + 8 <= m; i += 8) gemv<BITS, 8, MORE>(w, x.from(w, i), out + i * kTileN, first, last);
+    for (; i + 4 <= m; i += 4) gemv<BITS, 4, MORE>(w, x.from(w, i), out + i * kTileN, first, last);
+    for (; i + 2 <= m; i += 2) gemv<BITS, 2, MORE>(w, x.from(w, i), out + i * kTileN, first, last);
+    for (; i < m; ++i) gemv<BITS, 1, MORE>(w, x.from(w, i), out + i * kTileN, first, last);
 #else
-#pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < w.n; first += 16) columns_portable(w, x, MORE, out, m, first, std::min(first + 16, w.n));
+    columns_portable(w, x, MORE, out, m, first, last);
 #endif
+}
+
+// Tokens begin ... begin + m - 1 of several modules' outputs: one parallel region over the columns of all of them.
+template <int BITS, int MORE>
+void product(const std::vector<Module>& modules, const Rows& x, int64_t begin, int64_t m) {
+    const int64_t width = m <= kFew ? kFewN : kTileN;
+    int64_t tasks = 0;
+    for (const Module& module : modules) tasks += (module.w.n + width - 1) / width;
+    const auto task = [&](int64_t index) {
+        const Module* module = modules.data();
+        for (int64_t of = 0; index >= (of = (module->w.n + width - 1) / width); ++module) index -= of;
+        const int64_t first = index * width, last = std::min(first + width, module->w.n);
+        alignas(64) float sums[kTileM * kTileN];
+        for (int64_t i = 0; i < m; i += kTileM) {
+            const int64_t rows = std::min(kTileM, m - i);
+            const Rows part = x.from(module->w, i);
+            columns<BITS, MORE>(module->w, part, sums, rows, first, last);
+            module->finish(sums, part.scale, begin + i, rows, first, last - first);
+        }
+    };
+    if (m <= kFew) {  // every thread reads one run of memory
+#pragma omp parallel for schedule(static)
+        for (int64_t index = 0; index < tasks; ++index) task(index);
+    } else {
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t index = 0; index < tasks; ++index) task(index);
+    }
 }
 
 template <int BITS>
-void product(const Weight& w, const Rows& x, int64_t more, float* out, int64_t m) {
-    if (more == 0) product<BITS, 0>(w, x, out, m);
-    if (more == 1) product<BITS, 1>(w, x, out, m);
-    if (more == 2) product<BITS, 2>(w, x, out, m);
-}
-
-// bfloat16 <-> float
-inline float widen(uint16_t bits) {
-    uint32_t word = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-inline float widen(float value) { return value; }
-inline void narrow(float value, float& out) { out = value; }
-inline void narrow(float value, uint16_t& out) {
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    out = std::isnan(value) ? uint16_t(0x7fc0) : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+void product(const std::vector<Module>& modules, const Rows& x, int64_t more, int64_t begin, int64_t m) {
+    if (more == 0) product<BITS, 0>(modules, x, begin, m);
+    if (more == 1) product<BITS, 1>(modules, x, begin, m);
+    if (more == 2) product<BITS, 2>(modules, x, begin, m);
 }
 
 // A buffer that grows and is kept: a layer asks for the same sizes again and again.
@@ -571,17 +614,18 @@ void correction_rows(const Weight& w, const Input& input, int8_t* a, int32_t* su
         }
 }
 
+// The outputs of modules of one width, group length and K, from one input x [m, k].
 template <class T>
-void linear(const Weight& w, const Input& input, const T* x, const T* bias, T* y, int64_t m) {
-    constexpr int64_t kChunk = 768;  // tokens at once: bounds the memory for inputs and sums
+void linears(const std::vector<Module>& modules, const Input& input, const T* x, int64_t m) {
+    constexpr int64_t kChunk = 768;  // tokens at once: bounds the memory for inputs
+    const Weight& w = modules.front().w;
     const int64_t stride = w.stride(), extra = input.corrections();
     for (int64_t begin = 0; begin < m; begin += kChunk) {
         const int64_t rows = std::min(kChunk, m - begin);
         int8_t* a = scratch<int8_t>((rows + extra) * stride);
-        int32_t* sums = scratch<int32_t>((rows + extra) * w.groups);
-        float* out = scratch<float>(rows * w.n + 2 * rows);
-        float* row_scale = out + rows * w.n;
-        int32_t* shift = reinterpret_cast<int32_t*>(row_scale + rows);
+        int32_t* sums = scratch<int32_t>((rows + extra) * w.groups + rows);
+        int32_t* shift = sums + (rows + extra) * w.groups;
+        float* row_scale = scratch<float>(rows);
 #pragma omp parallel for schedule(static) if (rows > 4)
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t position = input.positions ? (begin + i) % input.positions : 0;
@@ -589,23 +633,16 @@ void linear(const Weight& w, const Input& input, const T* x, const T* bias, T* y
         }
         correction_rows(w, input, a + rows * stride, sums + rows * w.groups);
         const bool wide = std::min(w.length, w.k) * ((1ll << w.bits) - 1) * ((1ll << input.bits) - 1) >= 1ll << 24;
-        const Rows packed{a, sums, shift, a + rows * stride, sums + rows * w.groups, wide};
+        const Rows packed{a, sums, shift, a + rows * stride, sums + rows * w.groups, input.granularity == kChannel ? nullptr : row_scale, wide};
         switch (w.bits) {
-            case 2: product<2>(w, packed, extra, out, rows); break;
-            case 3: product<3>(w, packed, extra, out, rows); break;
-            case 4: product<4>(w, packed, extra, out, rows); break;
-            case 5: product<5>(w, packed, extra, out, rows); break;
-            case 6: product<6>(w, packed, extra, out, rows); break;
-            case 7: product<7>(w, packed, extra, out, rows); break;
-            default: product<8>(w, packed, extra, out, rows); break;
+            case 2: product<2>(modules, packed, extra, begin, rows); break;
+            case 3: product<3>(modules, packed, extra, begin, rows); break;
+            case 4: product<4>(modules, packed, extra, begin, rows); break;
+            case 5: product<5>(modules, packed, extra, begin, rows); break;
+            case 6: product<6>(modules, packed, extra, begin, rows); break;
+            case 7: product<7>(modules, packed, extra, begin, rows); break;
+            default: product<8>(modules, packed, extra, begin, rows); break;
         }
-#pragma omp parallel for schedule(static) if (rows * w.n > 16384)
-        for (int64_t i = 0; i < rows; ++i)
-            for (int64_t n = 0; n < w.n; ++n) {
-                float value = out[i * w.n + n];
-                if (input.granularity != kChannel) value *= row_scale[i];
-                narrow(bias ? value + widen(bias[n]) : value, y[(begin + i) * w.n + n]);
-            }
     }
 }
 
@@ -659,19 +696,39 @@ extern "C" {
 // What the code was compiled for: 1 AVX-512 with VNNI and VBMI, 0 portable.
 int qvlm_variant() { return QVLM_AVX512; }
 
-// y [m, n] = the linear layer of x [m, k]; dtype 0 float32, 1 bfloat16 (x, bias, y alike). bias and zero_point may be null.
-void qvlm_linear(const void* x, const void* bias, void* y, int dtype, int64_t m, const uint8_t* bytes, const uint16_t* scale, const uint8_t* zero_point,
-                 int64_t n, int64_t k, int64_t groups, int64_t length, int64_t row_bytes, int weight_bits, const float* input_scale,
-                 const int32_t* input_zero_point, int64_t positions, int activation_bits, int granularity) {
-    const Weight w{bytes, scale, zero_point, n, k, groups, length, row_bytes, weight_bits};
-    const Input input{input_scale, input_zero_point, positions, activation_bits, granularity};
-    if (dtype == 0)
-        linear(w, input, static_cast<const float*>(x), static_cast<const float*>(bias), static_cast<float*>(y), m);
+// What `qvlm_linears` is told, eight bytes a field: layers of one width, group length and K that share an input x [m, k] and its ranges.
+struct Call {
+    const void* x;
+    const float* input_scale;
+    const int32_t* input_zero_point;
+    int64_t dtype, m, k, groups, length, row_bytes, weight_bits, activation_bits, granularity, positions, count;  // dtype 0 float32, 1 bfloat16
+};
+// One of the layers: its output y [m, n] has the dtype of x, and so has its bias; bias and zero_point may be null.
+struct Layer {
+    const void* bias;
+    void* y;
+    const uint8_t* bytes;
+    const uint16_t* scale;
+    const uint8_t* zero_point;
+    int64_t n;
+};
+
+// `call` is a Call with its `count` Layers behind it.
+void qvlm_linears(const void* call) {
+    const Call& c = *static_cast<const Call*>(call);
+    const Layer* layers = reinterpret_cast<const Layer*>(&c + 1);
+    std::vector<Module> modules;
+    modules.reserve(c.count);
+    for (const Layer* l = layers; l < layers + c.count; ++l)
+        modules.push_back({{l->bytes, l->scale, l->zero_point, l->n, c.k, c.groups, c.length, c.row_bytes, int(c.weight_bits)}, l->bias, l->y, c.dtype == 1});
+    const Input input{c.input_scale, c.input_zero_point, c.positions, int(c.activation_bits), int(c.granularity)};
+    if (c.dtype == 0)
+        linears(modules, input, static_cast<const float*>(c.x), c.m);
     else
-        linear(w, input, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(bias), static_cast<uint16_t*>(y), m);
+        linears(modules, input, static_cast<const uint16_t*>(c.x), c.m);
 }
 
-// The same for floating-point inputs: few tokens, float32 throughout.
+// One layer of floating-point inputs: few tokens, float32 throughout.
 void qvlm_linear_float(const float* x, const float* bias, float* y, int64_t m, const uint8_t* bytes, const uint16_t* scale, const uint8_t* zero_point,
                        int64_t n, int64_t k, int64_t groups, int64_t length, int64_t row_bytes, int weight_bits) {
     const Weight w{bytes, scale, zero_point, n, k, groups, length, row_bytes, weight_bits};

@@ -7,6 +7,8 @@ Not built for speed: it unpacks the weight at every call.
 Legend: M tokens, K in_features, N out_features, G groups of `group_length` inputs, the last one may be short.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.core.weight import QuantizedWeight
 from qvlm_hf.ops.schema import LIBRARY
 
-__all__ = ["dequantize_weight", "linear", "linear_input_grad"]
+__all__ = ["dequantize_weight", "linear", "linear_input_grad", "linears", "per_module"]
 
 _EXACT_FLOAT32 = 2**24
 
@@ -56,6 +58,45 @@ def linear(
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype)
+
+
+def linears(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    weight_zero_point: Sequence[Tensor],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Sequence[Tensor],
+    in_features: int,
+    weight_bits: int,
+    activation_bits: int,
+    group_length: int,
+    granularity: str,
+    hadamard: int,
+) -> list[Tensor]:
+    """The reference of `qvlm_hf::linears`, one module after the other; arguments and errors as in `ops.schema.linears`."""
+    modules = per_module(weight, weight_scale, weight_zero_point, bias)
+    sizes = (in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
+    return [linear(x, one, scale, zero, input_scale, input_zero_point, offset, *sizes) for one, scale, zero, offset in modules]
+
+
+def per_module(
+    weight: Sequence[Tensor], weight_scale: Sequence[Tensor], weight_zero_point: Sequence[Tensor], bias: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """The tensors of each module from lists of them, an empty list being None for every module.
+
+    Raises:
+        ValueError: the lists have different lengths.
+    """
+    count = len(weight)
+    if len(weight_scale) != count or len(weight_zero_point) not in (0, count) or len(bias) not in (0, count):
+        raise ValueError(
+            f"{count} weights, {len(weight_scale)} weight_scales, {len(weight_zero_point)} weight_zero_points and {len(bias)} biases:"
+            " each list must have one tensor per module (the last two may be empty)."
+        )
+    nothing = (None,) * count
+    return list(zip(weight, weight_scale, weight_zero_point or nothing, bias or nothing, strict=True))
 
 
 def linear_input_grad(
@@ -124,4 +165,5 @@ def _zero_point(weight_scale: Tensor, weight_zero_point: Tensor | None, bits: in
 
 LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_reference", linear, "CompositeExplicitAutograd")
+LIBRARY.impl("linears", linears, "CompositeExplicitAutograd")
 LIBRARY.impl("linear_input_grad", linear_input_grad, "CompositeExplicitAutograd")

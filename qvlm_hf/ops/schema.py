@@ -1,11 +1,13 @@
 """One definition, one fake (shape-only) implementation and one gradient per operator.
 
 `qvlm_hf::linear` is a whole quantized linear module: transform and quantize the input, multiply integers, scale, add the bias
-(docs/format.md, "Values"). Implementations register for a dispatch key; PyTorch picks one, modules never ask for a device.
+(docs/format.md, "Values"). `qvlm_hf::linears` is several of them that read the same input, without a gradient: decoding spends much of a
+short call on that input. Implementations register for a dispatch key; PyTorch picks one, modules never ask for a device.
 
 Legend: M tokens (all leading dimensions), K in_features, N out_features, G weight groups, W packed words of a row.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["LIBRARY", "linear"]
+__all__ = ["LIBRARY", "linear", "linears"]
 
 # torch.library.define + impl costs about 3 us a call, custom_op about 14: 200 linears per token feel it.
 LIBRARY = torch.library.Library("qvlm_hf", "DEF")
@@ -23,6 +25,10 @@ _LINEAR = (
 )
 LIBRARY.define("linear" + _LINEAR)
 LIBRARY.define("linear_reference" + _LINEAR)  # the same, by the reference whatever kernels there are
+LIBRARY.define(
+    "linears(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor[] weight_zero_point, Tensor? input_scale, Tensor? input_zero_point,"
+    " Tensor[] bias, int in_features, int weight_bits, int activation_bits, int group_length, str granularity, int hadamard) -> Tensor[]"
+)
 LIBRARY.define(
     "linear_input_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale,"
     " int in_features, int weight_bits, int group_length, str granularity, int hadamard) -> Tensor"
@@ -69,10 +75,53 @@ def linear(
     )  # fmt: skip
 
 
+def linears(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    weight_zero_point: Sequence[Tensor],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Sequence[Tensor],
+    in_features: int,
+    scheme: QuantScheme,
+) -> list[Tensor]:
+    """The outputs of several modules of one input and one scheme (q, k, v; gate, up): what `linear` gives for each, bit for bit.
+
+    The input is transformed and quantized once. For inference: there is no gradient.
+
+    Args:
+        x: [..., K], floating point.
+        weight: of each module, as in `linear`.
+        weight_scale: of each module.
+        weight_zero_point: of each module, or empty for 2^(weight_bits - 1).
+        input_scale: shared, as in `linear`.
+        input_zero_point: shared, as in `linear`.
+        bias: of each module, or empty for none.
+        in_features: K.
+        scheme: shared.
+
+    Returns:
+        [..., N] of each module, N its own, in the dtype of `x`.
+
+    Raises:
+        ValueError: as `linear`, or the lists have different lengths, or a gradient is wanted.
+    """
+    return torch.ops.qvlm_hf.linears(
+        x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias,
+        in_features, scheme.weight_bits, scheme.activation_bits, scheme.group_length(in_features), scheme.granularity, scheme.hadamard or 0,
+    )  # fmt: skip
+
+
 @torch.library.register_fake("qvlm_hf::linear_reference", lib=LIBRARY)
 @torch.library.register_fake("qvlm_hf::linear", lib=LIBRARY)
 def _linear_fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("qvlm_hf::linears", lib=LIBRARY)
+def _linears_fake(x: Tensor, weight: Sequence[Tensor], *_: object) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], one.shape[0])) for one in weight]
 
 
 @torch.library.register_fake("qvlm_hf::linear_input_grad", lib=LIBRARY)
@@ -99,3 +148,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN
 
 for _name in ("linear", "linear_reference"):
     torch.library.register_autograd(f"qvlm_hf::{_name}", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def _no_gradient(*_: object, **__: object) -> None:
+    raise ValueError("qvlm_hf::linears has no gradient: call qvlm_hf::linear for each module where one is wanted, or use torch.no_grad().")
+
+
+# Only reached where a gradient is wanted: the call itself raises, so that no result is silently detached.
+torch.library.register_autograd("qvlm_hf::linears", _no_gradient, setup_context=_no_gradient, lib=LIBRARY)

@@ -195,7 +195,10 @@ def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels, tmp_
         for weight_bits, activation_bits in ((4, 4), (3, 8), (6, 6), (8, 8)):
             for tokens in (1, 12):
                 rest = arguments(weight_bits, activation_bits, granularity, 35, 200, 64, tokens, False, torch.float32)
-                compare(torch.randn(tokens, 200), rest)
+                x = torch.randn(tokens, 200)
+                compare(x, rest)
+                twice = cpu.linears(x, *[[t, t] if t is not None else [] for t in rest[:3]], *rest[3:5], [rest[5]] * 2, *rest[6:])
+                assert all(torch.equal(y, cpu.linear(x, *rest)) for y in twice)
 
 
 def test_the_source_travels_with_the_package():
