@@ -87,11 +87,12 @@ def compiled(
         torch.empty(out_features, groups, dtype=torch.uint8),
         None if statics is None else torch.empty(statics),
         None if statics is None else torch.empty(statics, dtype=torch.int32),
-        None,
     )
     with compiling(capability) as kernels:
         device = gpu.Device(divmod(capability, 10), PROCESSORS[capability])
-        gpu.run(triton_kernels, device, *arguments, in_features, weight_bits, activation_bits, group_length, granularity, 0)
+        x, weight, weight_scale, weight_zero_point, *ranges = arguments
+        sizes = (in_features, weight_bits, activation_bits, group_length, granularity, 0)
+        gpu.run(triton_kernels, device, x, [(weight, weight_scale, weight_zero_point, None)], *ranges, *sizes)
     return kernels
 
 

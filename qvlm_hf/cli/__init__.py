@@ -16,7 +16,7 @@ _COMMANDS = {
     "quantize": "calibrate, quantize and save a model",
     "ask": "ask a saved model about a picture",
     "evaluate": "measure accuracy on a data set, against another model if wanted",
-    "bench": "measure how fast this machine's kernels are",
+    "bench": "measure speed and memory of models, or of the kernels",
     "inspect": "show what a saved model holds, or size a named shape",
 }
 

@@ -10,6 +10,7 @@ Left out: repacking, and a dequantized copy for floating-point inputs: memory ho
 import functools
 import importlib.util
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,9 @@ from qvlm_hf.ops.schema import LIBRARY
 if TYPE_CHECKING:
     from qvlm_hf.ops.triton_kernels import Layout, Tile
 
-__all__ = ["TILES", "Device", "kernel_name", "linear", "run", "self_check", "splits_of", "tile_of"]
+__all__ = ["TILES", "Device", "kernel_name", "linear", "linears", "run", "self_check", "splits_of", "tile_of"]
 
+_Module = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, its scale and zero point, bias
 _INT32 = 2**30  # a sum over a group, and what is added to it
 _OFFSETS = 2**31 - 1  # offsets into a tensor are int32
 _OLDEST = (8, 0)  # before it Triton has no integer matrix products
@@ -80,65 +82,93 @@ def linear(
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     bias: Tensor | None,
-    in_features: int,
-    weight_bits: int,
-    activation_bits: int,
-    group_length: int,
-    granularity: str,
-    hadamard: int,
+    *sizes: Any,  # noqa: ANN401 - in_features ... hadamard of the schema
 ) -> Tensor:
     """`qvlm_hf::linear` on a CUDA device; arguments and errors as in `ops.schema.linear`."""
-    tensors = (weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias)
-    sizes = (in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
-    fits = x.dim() > 0 and x.shape[-1] == in_features and weight.numel() * 4 < _OFFSETS
-    fits = fits and _ranges_fit(x, input_scale, input_zero_point, granularity) and not _misfit(weight_bits, activation_bits, group_length)
-    kernels = _kernels(_index(x.device)) if fits else None
+    modules: list[_Module] = [(weight, weight_scale, weight_zero_point, bias)]
+    kernels = _fitting(x, modules, input_scale, input_zero_point, *sizes[:-1])
     if kernels is None or kernels.module is None:  # the reference also has the words for what is wrong
-        return reference.linear(x, *tensors, *sizes)
+        return reference.linear(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
     with torch.cuda.device(x.device):
-        return run(kernels.module, kernels.device, x, *tensors, *sizes)
+        return run(kernels.module, kernels.device, x, modules, input_scale, input_zero_point, *sizes)[0]
+
+
+def linears(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    weight_zero_point: Sequence[Tensor],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bias: Sequence[Tensor],
+    *sizes: Any,  # noqa: ANN401 - in_features ... hadamard of the schema
+) -> list[Tensor]:
+    """`qvlm_hf::linears` on a CUDA device; arguments and errors as in `ops.schema.linears`."""
+    modules = reference.per_module(weight, weight_scale, weight_zero_point, bias)
+    kernels = _fitting(x, modules, input_scale, input_zero_point, *sizes[:-1])
+    if kernels is None or kernels.module is None:
+        return reference.linears(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
+    with torch.cuda.device(x.device):
+        return run(kernels.module, kernels.device, x, modules, input_scale, input_zero_point, *sizes)
 
 
 def run(
     kernels: ModuleType,
     device: Device,
     x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
+    modules: Sequence[_Module],
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
-    bias: Tensor | None,
     in_features: int,
     weight_bits: int,
     activation_bits: int,
     group_length: int,
     granularity: str,
     hadamard: int,
-) -> Tensor:
-    """`linear` by the module `triton_kernels`, for what it takes; the input's device must be the current one.
+) -> list[Tensor]:
+    """The outputs of modules that share an input, by the module `triton_kernels`; the input is quantized once.
 
-    `device` chooses sizes alone: any device's can be tried anywhere.
+    The input's device must be the current one. `device` chooses sizes alone: any device's can be tried anywhere.
     """
     values = block_hadamard(x.float(), hadamard) if hadamard else x
     if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         values = values.float()
     values = values.reshape(-1, in_features).contiguous()
     layout = kernels.Layout.of(in_features, group_length, weight_bits)
-    weight, weight_scale = weight.contiguous(), weight_scale.contiguous()
-    outputs = []
+    outputs: list[list[Tensor]] = [[] for _ in modules]
     most = max(1, _OFFSETS // (2 * layout.padded) - 128)
     positions = x.shape[-2] if granularity == "token" else 1
     for part in values.split(max(1, most // positions) * positions) if len(values) else ():  # a part begins at position 0
         tile = tile_of(device, len(part), part.dtype if granularity == "none" else torch.int8)
         rows = -(-len(part) // tile.tokens) * tile.tokens
         arranged = kernels.arrange(part, layout, activation_bits, granularity, input_scale, input_zero_point, rows=rows)
-        splits = splits_of(device, layout, len(part), weight.shape[0], tile)
-        outputs.append(
-            kernels.multiply(arranged, layout, weight, weight_scale, weight_zero_point, bias, x.dtype, tile, splits)
-        )  # fmt: skip
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs) if outputs else x.new_empty((0, weight.shape[0]))
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+        for parts, (weight, weight_scale, weight_zero_point, bias) in zip(outputs, modules, strict=True):
+            splits = splits_of(device, layout, len(part), weight.shape[0], tile)
+            tensors = (weight.contiguous(), weight_scale.contiguous(), weight_zero_point, bias)
+            parts.append(kernels.multiply(arranged, layout, *tensors, x.dtype, tile, splits))
+    shapes = [(*x.shape[:-1], weight.shape[0]) for weight, *_ in modules]
+    return [_joined(parts, x).reshape(shape) for parts, shape in zip(outputs, shapes, strict=True)]
+
+
+def _joined(parts: Sequence[Tensor], x: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts)) if parts else x.new_empty(0)
+
+
+def _fitting(
+    x: Tensor,
+    modules: Sequence[_Module],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    in_features: int,
+    weight_bits: int,
+    activation_bits: int,
+    group_length: int,
+    granularity: str,
+) -> _Kernels | None:
+    """The kernels of x's device if they take such a call."""
+    fits = x.dim() > 0 and x.shape[-1] == in_features and all(weight.numel() * 4 < _OFFSETS for weight, *_ in modules)
+    fits = fits and _ranges_fit(x, input_scale, input_zero_point, granularity) and not _misfit(weight_bits, activation_bits, group_length)
+    return _kernels(_index(x.device)) if fits else None
 
 
 def tile_of(device: Device, tokens: int, inputs: torch.dtype) -> "Tile":
@@ -246,7 +276,8 @@ def self_check(kernels: ModuleType, device: Device, where: torch.device) -> str 
         there: list[Any] = [None if tensor is None else tensor.to(where) for tensor in tensors]
         sizes: dict[str, Any] = {"in_features": 300, "weight_bits": weight_bits, "activation_bits": activation_bits, "group_length": 128}
         sizes |= {"granularity": granularity, "hadamard": 0}
-        y = run(kernels, device, x.to(where), *there, **sizes).float().cpu()
+        (y,) = run(kernels, device, x.to(where), [(*there[:3], None)], *there[3:5], **sizes)
+        y = y.float().cpu()
         expected = reference.linear(x.float(), *tensors, **sizes)
         if not torch.allclose(y, expected, rtol=1e-4 if activation_bits <= 8 else 2**-7, atol=1e-5 * float(expected.abs().max())):
             return f"the compiled kernel is wrong for W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
@@ -254,3 +285,4 @@ def self_check(kernels: ModuleType, device: Device, where: torch.device) -> str 
 
 
 LIBRARY.impl("linear", linear, "CUDA")
+LIBRARY.impl("linears", linears, "CUDA")

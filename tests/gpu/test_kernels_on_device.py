@@ -12,6 +12,7 @@ from qvlm_hf.core.packing import pack
 from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear
+from qvlm_hf.nn.shared_input import share_inputs
 from qvlm_hf.ops import gpu, linear, reference
 
 pytestmark = [
@@ -167,6 +168,18 @@ def test_fused_quantizers_round_where_the_model_rounds(kernels, dtype):
         two = kernels.arrange(values.contiguous(), layout, 8, "dynamic_token", rows=64)
         assert torch.equal(one.values, two.values), source
         assert torch.equal(one.sums, two.sums), source
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 608])
+def test_modules_of_one_input_are_computed_together(kernels, tokens):
+    parent = torch.nn.Module()
+    parent.q, parent.k = (module(4, 8, "dynamic_token", out_features, 512, 128) for out_features in (512, 64))
+    x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda")
+    alone = [parent.q(x), parent.k(x)]
+    share_inputs(parent, [("q", "k")])
+    assert all(torch.equal(a, b) for a, b in zip(alone, [parent.q(x), parent.k(x)], strict=True))
+    assert parent.q.shared is not None
 
 
 def test_the_same_call_gives_the_same_bits(kernels):

@@ -37,8 +37,13 @@ def arguments(
     ]  # fmt: skip
 
 
+def computed(x, rest, device=HOPPER):
+    weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes = rest
+    return gpu.run(kernels, device, x, [(weight, weight_scale, weight_zero_point, bias)], input_scale, input_zero_point, *sizes)[0]
+
+
 def compare(x, rest, device=HOPPER):
-    expected, y = reference.linear(x, *rest), gpu.run(kernels, device, x, *rest)
+    expected, y = reference.linear(x, *rest), computed(x, rest, device)
     assert (y.shape, y.dtype) == (expected.shape, x.dtype)
     if y.numel():
         assert (y.float() - expected.float()).abs().max() <= TIGHT[x.dtype] * expected.float().abs().max()
@@ -105,7 +110,16 @@ def test_sums_are_exact(weight_bits, activation_bits, granularity, tokens):
         layout = kernels.Layout.of(512, length, weight_bits)
         assert gpu.splits_of(HOPPER, layout, tokens, 96, gpu.tile_of(HOPPER, tokens, torch.int8)) > 1
         exact = x.long() @ (integers - 1).T
-        assert torch.equal(gpu.run(kernels, HOPPER, x, *rest).long(), exact)
+        assert torch.equal(computed(x, rest).long(), exact)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 20])
+def test_modules_of_one_input_are_computed_as_each_by_itself(tokens):
+    x = torch.randn(tokens, 200)
+    cases = [arguments(4, 8, "dynamic_token", out_features, 200, 64, tokens) for out_features in (35, 8)]
+    modules = [(rest[0], rest[1], rest[2], rest[5]) for rest in cases]
+    together = gpu.run(kernels, HOPPER, x, modules, None, None, *cases[0][6:])
+    assert all(torch.equal(y, computed(x, rest)) for y, rest in zip(together, cases, strict=True))
 
 
 def order(layout):
