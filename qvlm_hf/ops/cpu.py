@@ -120,8 +120,9 @@ def _library(
     if not (x.dim() and x.shape[-1] == in_features and _ranges_fit(x, input_scale, input_zero_point, granularity)):
         return None
     words, groups = -(-in_features * weight_bits // 32), -(-in_features // group_length)
-    if any(weight.shape[1] != words or scale.shape[1] != groups for weight, scale, _, _ in modules):
-        return None
+    for weight, weight_scale, _, _ in modules:
+        if weight.shape[1] != words or weight_scale.shape[1] != groups:
+            return None
     return _kernels().library if _misfit(in_features, weight_bits, activation_bits, group_length) is None else None
 
 
@@ -165,25 +166,34 @@ def _compute(
     granularity: str,
 ) -> None:
     """Fills the outputs. One argument of plain words: ctypes takes a microsecond for each handful of arguments."""
-    in_features, weight, half = x.shape[-1], modules[0][0], x.dtype == torch.bfloat16
-    positions = input_scale.shape[0] if granularity == "token" and input_scale is not None else 0
-    kept: list[Tensor] = []  # copies of what was not contiguous, alive until the kernels are done
+    in_features = x.shape[-1]
+    kept: list[Tensor] = []  # copies, alive until the kernels are done
 
     def pointer(tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
+        if tensor.is_contiguous():
+            return tensor.data_ptr()
         kept.append(tensor.contiguous())
         return kept[-1].data_ptr()
 
+    groups, row_bytes = -(-in_features // group_length), -(-in_features * weight_bits // 32) * 4
+    positions = 0 if granularity != "token" or input_scale is None else input_scale.shape[0]
     words = [
-        x.data_ptr(), pointer(input_scale), pointer(input_zero_point), half, x.numel() // in_features, in_features, modules[0][1].shape[1],
-        group_length, weight.shape[1] * 4, weight_bits, activation_bits, _GRANULARITIES[granularity], positions, len(modules),
+        x.data_ptr(), pointer(input_scale), pointer(input_zero_point), x.dtype == torch.bfloat16, x.numel() // in_features, in_features,
+        groups, group_length, row_bytes, weight_bits, activation_bits, _GRANULARITIES[granularity], positions, len(modules),
     ]  # fmt: skip
     for (weight, weight_scale, weight_zero_point, bias), y in zip(modules, outputs, strict=True):
-        offset = bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
-        tensors = (offset, y, weight, weight_scale, weight_zero_point)
-        words += [*map(pointer, tensors), y.shape[-1]]
-    library.qvlm_linears(struct.pack(f"{len(words)}q", *words))
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+            kept.append(bias)
+        words += (pointer(bias), y.data_ptr(), pointer(weight), pointer(weight_scale), pointer(weight_zero_point), y.shape[-1])
+    library.qvlm_linears(_words(len(words)).pack(*words))
+
+
+@functools.cache
+def _words(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}q")
 
 
 def _floating(
@@ -280,15 +290,26 @@ def _compiled() -> Path:
     version = _output(*compiler, "--version")
     identity = [_SOURCE.read_bytes(), " ".join((*compiler, *_FLAGS)).encode(), version, _processor(), torch.__version__.encode()]
     target = _cache() / f"cpu_kernels-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
-    if not target.exists():
+    if not _intact(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             _output(*compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-Wl,--as-needed", *_openmp())
             if not made.exists():
                 raise RuntimeError(f"{compiler[0]} reported success and wrote nothing")
+            code = made.read_bytes()
+            made.write_bytes(code + hashlib.sha256(code).digest())  # the loader reads what the headers name, not what follows
             os.replace(made, target)  # whole or not at all, whoever else compiles
     return target
+
+
+def _intact(path: Path) -> bool:
+    """Whether a library ends with the digest of all before: a cut one would end the process when its missing pages are touched."""
+    try:
+        code = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(code[: -hashlib.sha256().digest_size]).digest() == code[-hashlib.sha256().digest_size :]
 
 
 def _compiler() -> list[str]:

@@ -1,5 +1,6 @@
 """CPU kernels: the reference's values at real sizes, and an honest way out where they cannot run."""
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -149,16 +150,34 @@ def test_cxx_is_taken_at_its_word(monkeypatch, fresh_kernels, tmp_path):
         assert cpu._compiler() == [compiler, "-DASKED=1"]
 
 
-def test_a_damaged_library_is_compiled_again(monkeypatch, fresh_kernels, tmp_path, caplog):
+@pytest.mark.parametrize("damage", ["empty", "cut", "one byte"])
+def test_a_damaged_library_is_compiled_again(monkeypatch, fresh_kernels, tmp_path, caplog, damage):
+    """A library that lost its end loads, and kills the process at the first call: it must not be loaded."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_FLAGS", ("-O0", *cpu._FLAGS[1:]))
     library = cpu._compiled()
-    library.write_bytes(b"")
+    whole = library.read_bytes()
+    middle = len(whole) // 2
+    damaged = {"empty": b"", "cut": whole[:middle], "one byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]}[damage]
+    library.write_bytes(damaged)
+    assert cpu.kernel_name(64, 4, 4, 64).startswith("cpu ")
+    assert len(library.read_bytes()) == len(whole)
+    assert not caplog.records
+
+
+def test_a_library_that_cannot_be_loaded_is_compiled_again(monkeypatch, fresh_kernels, tmp_path):
+    """Whole, but not for this machine."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu, "_FLAGS", ("-O0", *cpu._FLAGS[1:]))
+    library = cpu._compiled()
+    text = b"not a library"
+    library.write_bytes(text + hashlib.sha256(text).digest())
     assert cpu.kernel_name(64, 4, 4, 64).startswith("cpu ")
     assert library.stat().st_size > 1000
-    assert not caplog.records
 
 
 def test_a_wrong_kernel_is_not_used(monkeypatch, fresh_kernels):

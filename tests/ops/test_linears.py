@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qvlm_hf import ops
 from qvlm_hf.core.packing import pack
@@ -220,3 +221,23 @@ def test_compiles_into_one_graph_with_equal_bits(granularity):
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for x in (site["x"], torch.randn(5, 3, 24)):
         assert all(torch.equal(y, one) for y, one in zip(compiled(x), run(x), strict=True))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_the_same_bits_plain_fake_and_compiled(context):
+    """Where none is recorded the calls skip the autograd layer: modes and compilers below it must still see them."""
+    site = make_site("dynamic_token", (5, 3), torch.randn(3, 24).requires_grad_())
+    rest = {name: value for name, value in site.items() if name != "x"}
+    expected = one_by_one(site)
+    assert all(y.requires_grad for y in expected)
+    with context():
+        assert all(torch.equal(y, one) for y, one in zip(one_by_one(site) + ops.linears(**site), expected * 2, strict=True))
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x: [y + 1 for y in ops.linears(x, **rest)], fullgraph=True, backend="aot_eager")
+        assert all(torch.equal(y, one + 1) for y, one in zip(compiled(site["x"]), expected, strict=True))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = ops.linears(**{**site, "x": mode.from_tensor(site["x"])})
+        assert [fake.shape for fake in fakes] == [y.shape for y in expected]
+        traced = make_fx(lambda x: ops.linears(x, **rest))(site["x"].detach())
+        assert torch.ops.qvlm_hf.linears.default in [node.target for node in traced.graph.nodes]
+        assert not any(y.requires_grad for y in ops.linears(**site))
