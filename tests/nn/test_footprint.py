@@ -100,6 +100,6 @@ def test_mistakes() -> None:
         footprint(model, {"model.nothing": scheme})
     with pytest.raises(ValueError, match=r"'token' needs the number of positions: pass positions=\{'vision': 577\}"):
         footprint(model, {"model.vision_tower.encoder.layers.0.mlp.fc1": scheme})
-    with pytest.raises(ValueError, match=r"shape 'gpt' is unknown: this version has llava-1.5-7b, llava-1.5-13b"):
+    with pytest.raises(ValueError, match=r"shape 'gpt' is unknown: this version has demo-1b, llava-1.5-7b, llava-1.5-13b"):
         shape_config("gpt")
     assert token_positions(SHAPES["llava-1.5-7b"]()) == {"vision": 577, "projector": 576}
