@@ -23,8 +23,8 @@ __all__ = ["add_arguments", "run"]
 # Options of one kind of measurement and what they are if not given; those of the other kind are refused.
 _KERNELS: dict[str, Any] = {"out_features": 4096, "in_features": 4096, "tokens": [1, 8, 64, 608]}
 _MODELS: dict[str, Any] = {
-    "against": None, "scheme": None, "batch": [1], "prompt_tokens": None, "images": 1, "new_tokens": 32, "device": "cpu", "compile": False,
-    "peers": True,
+    "against": None, "scheme": None, "lm_head_bits": None, "batch": [1], "prompt_tokens": None, "images": 1, "new_tokens": 32,
+    "device": "cpu", "compile": False, "peers": True,
 }  # fmt: skip
 _KERNEL_ROUNDS, _MODEL_ROUNDS = 9, 5
 
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = parser.add_argument_group("models (DIR or --shape)")
     models.add_argument("--against", metavar="MODEL", help="DIR: the full-precision model (default: DIR dequantized)")
     models.add_argument("--scheme", nargs="+", metavar="S", help="--shape: bits of weights and activations (default: W4A8)")
+    models.add_argument("--lm-head-bits", type=int, choices=(8,), help="--shape: quantize the output head too (default: leave it)")
     models.add_argument("--batch", type=int, nargs="+", metavar="B", help="prompts at once (default: 1)")
     models.add_argument("--prompt-tokens", type=int, metavar="N", help="of each prompt (default: those of the pictures and 32 more)")
     models.add_argument("--images", type=int, metavar="N", help="pictures per prompt (default: 1)")
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     if options.directory is None:
         _refuse(options, ("against",), "DIR")
     if options.shape is None:
-        _refuse(options, ("scheme",), "--shape")
+        _refuse(options, ("scheme", "lm_head_bits"), "--shape")
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -91,11 +91,12 @@ def _shape(options: argparse.Namespace, device: torch.device) -> _Subject:
     model = shape_model(name)
     quantized, full = [], 0
     for scheme in options.scheme or ["W4A8"]:
-        modules = planned_modules(model, QVLMConfig(scheme=scheme).settings())
+        modules = planned_modules(model, QVLMConfig(scheme=scheme, lm_head_bits=options.lm_head_bits).settings())
         sizes = footprint(model, modules, positions=token_positions(config)).total
         full = sizes.full_precision_bytes
         build = partial(random_model, config, dtype=torch.bfloat16, device=device, modules=modules)
-        quantized.append((f"qvlm_hf {scheme.upper()}", parse_scheme(scheme)[1], build, sizes.quantized_bytes))
+        head = f", head W{options.lm_head_bits}" if options.lm_head_bits else ""
+        quantized.append((f"qvlm_hf {scheme.upper()}{head}", parse_scheme(scheme)[1], build, sizes.quantized_bytes))
     return _Subject(
         title=f"{name}, random weights", config=config, bfloat16_bytes=full, quantized=tuple(quantized),
         full_precision=lambda dtype: random_model(config, dtype=dtype, device=device),

@@ -20,7 +20,7 @@ kernels() {
 models() {
     for shape in llava-1.5-7b llava-1.5-13b; do
         for mode in "" --compile; do
-            bench --shape "$shape" --scheme W4A8 W8A8 W4A4 --prompt-tokens 608 --new-tokens 128 --rounds 3 $mode \
+            bench --shape "$shape" --scheme W4A8 W8A8 W4A4 --lm-head-bits 8 --prompt-tokens 608 --new-tokens 128 --rounds 3 $mode \
                 --json "$out/bench_${device}_${shape}${mode:+_graphs}.json" || return
         done
     done
