@@ -5,7 +5,8 @@
 // Integers. The weights stay unsigned (w, 0 ... 2^bits - 1) and are the unsigned operand of vpdpbusd; inputs are the signed one. Up to 7
 // bits a = q - z fits into int8. At 8 bits it does not; then q - 128 is multiplied, and what is missing, 128 - z, comes from further rows of
 // the same product: two halves of it for z per input (128 itself does not fit), a row of ones for z per token. All of this is added as
-// int32, exactly; the only rounding is that of float(sum) * ws and its accumulation over groups, as in reference.py.
+// int32, exactly; the only rounding is that of float(sum) * ws and its accumulation over groups, as in reference.py. Up to 8 tokens the sum of a
+// group is 16 exact parts and a zero point's share, which meet ws and are added in float one by one: the last bits of float32 may differ.
 //
 // Unpacking. A row is a bit stream; eight values of b bits are b bytes. vpermb puts each run of b bytes into a 64-bit lane,
 // vpmultishiftqb cuts it into eight bytes: three instructions for 64 values of any width from 2 to 8.
@@ -121,6 +122,8 @@ private:
 
 // Sums live in registers only if every index into them is known when compiling.
 #define QVLM_UNROLL _Pragma("GCC unroll 16")
+#define QVLM_INLINE __attribute__((always_inline)) inline
+#define QVLM_APART __attribute__((noinline))  // in a larger function GCC 12 keeps the sums in memory: three times slower
 
 // How vpermb and vpmultishiftqb cut eight values of BITS bits out of each run of BITS bytes.
 template <int BITS>
@@ -168,8 +171,6 @@ inline Parameters parameters16(const Weight& w, int64_t row, int64_t g, __mmask1
 
 // vpdpbusd as one instruction: GCC 12 spills the accumulators around the intrinsic.
 inline void dot(__m512i& sum, __m512i weights, __m512i inputs) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs)); }
-
-#define QVLM_INLINE __attribute__((always_inline)) inline
 
 // Sums of one weight row with several tokens. Not an array: GCC 12 keeps one in memory as soon as a loop runs around it.
 template <int ROWS>
@@ -235,7 +236,7 @@ struct Totals<0, MORE> {
 };
 
 // Several weight rows side by side: they share the loads of the inputs, and memory delivers several streams faster than one (on an Ice Lake
-// core 10 GB/s from one, 13 from four, 14 from eight). The rows lie apart.
+// core 10 GB/s from one, 13 from four, 14 from eight), if they lie apart: with neighbouring rows two cores read 17 GB/s of W4, with runs of rows 20.
 template <int BITS, int ROWS, int MORE, int LINES>
 struct Lines {
     Sums<ROWS> sums;
@@ -293,7 +294,7 @@ struct LineTotals<BITS, ROWS, MORE, 0> {
 
 // Few tokens: one pass over the weights, every value unpacked once for ROWS tokens and MORE correction rows. out [ROWS, kTileN] float.
 template <int BITS, int ROWS, int MORE, int LINES>
-void gemv(const Weight& w, const Rows& x, float* out, int64_t first, int64_t last) {
+QVLM_APART void gemv(const Weight& w, const Rows& x, float* out, int64_t first, int64_t last) {
     const int64_t padded = w.padded(), stride = w.stride(), groups = w.groups, row_bytes = w.row_bytes;
     const int64_t group_bytes = w.length * BITS / 8;
     const uint8_t* end = w.bytes + w.n * row_bytes;  // what is read beyond a row meets inputs that are 0
@@ -460,7 +461,7 @@ struct Tile {
 
 // ROWS tokens of one group, added to out [ROWS, kTileN] in float, in the order of groups and without fused rounding: as in reference.py.
 template <int ROWS, int MORE>
-inline void tile_product(const Weight& w, const Rows& x, int64_t g, const Tile& tile, float* out) {
+QVLM_APART void tile_product(const Weight& w, const Rows& x, int64_t g, const Tile& tile, float* out) {
     constexpr int panels = kTileN / 16;
     const int64_t padded = w.padded(), stride = w.stride();
     __m512i sum[ROWS][panels];
@@ -482,7 +483,7 @@ inline void tile_product(const Weight& w, const Rows& x, int64_t g, const Tile& 
 
 // Many tokens of a tile of columns, from `first` on. out [rows, kTileN] float, rows at most kTileM.
 template <int BITS, int MORE>
-void gemm(const Weight& w, const Rows& x, float* out, int64_t rows, int64_t first) {
+QVLM_APART void gemm(const Weight& w, const Rows& x, float* out, int64_t rows, int64_t first) {
     constexpr int panels = kTileN / 16;
     const int64_t padded = w.padded(), stride = w.stride();
     thread_local std::vector<uint8_t> memory;
