@@ -36,7 +36,7 @@ class SharedInput:
 
     def output(self, place: int, x: Tensor) -> Tensor | None:
         """What module `place` returns for x, or None if it has to compute by itself."""
-        if (torch.is_grad_enabled() and x.requires_grad) or not self._together(x):
+        if self._records_gradient(x) or not self._together(x):
             return None
         version, waiting = _version(x), self._waiting  # one read: another thread may replace it
         if waiting is not None and waiting[0] is x and waiting[1] == version and place in waiting[2]:
@@ -59,6 +59,10 @@ class SharedInput:
         self._waiting = None
         for module in self.modules:
             module.shared = None
+
+    def _records_gradient(self, x: Tensor) -> bool:
+        biases = (module.bias for module in self.modules)
+        return torch.is_grad_enabled() and (x.requires_grad or any(bias is not None and bias.requires_grad for bias in biases))
 
     def _together(self, x: Tensor) -> bool:
         """Whether all modules lie where x is (offloading moves them one by one) and none is to be computed by the reference."""

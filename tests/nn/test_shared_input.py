@@ -109,6 +109,13 @@ def test_gradients_flow_as_without():
     assert torch.equal(*grads)
 
 
+def test_a_bias_that_is_trained_gets_its_gradient():
+    model, x = shared(bias=True), torch.randn(3, IN)
+    model.k.bias.requires_grad_()
+    outputs(model, x)[1].sum().backward()
+    assert torch.equal(model.k.bias.grad, torch.full((8,), 3.0))
+
+
 def test_inference_mode():
     model, x = shared(), torch.randn(3, IN)
     with torch.inference_mode():
