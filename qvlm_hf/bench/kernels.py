@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qvlm_hf.bench.machine import read_bandwidth
 from qvlm_hf.core.qparams import QParams
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 
-__all__ = ["KernelRow", "measure_kernels", "read_bandwidth"]
+__all__ = ["KernelRow", "measure_kernels"]
 
 BASELINE = "torch bfloat16"
 _SCHEMES = (("W4A4", "channel"), ("W4A8", "dynamic_token"), ("W6A6", "channel"), ("W8A8", "dynamic_token"), ("W4A16", "none"))
 _CACHES = 96 * 2**20  # bytes of weights that one way goes through before it meets the same copy again
 _MOST_COPIES = 64  # of a layer so small that the caches hold it all the same
-_ROW = 4096  # inputs of the matrix that is read to find the bandwidth
 _INT_MM_TOKENS = 17  # torch._int_mm takes no fewer
 
 
@@ -102,22 +102,6 @@ def measure_kernels(
             )  # fmt: skip
         advance()
     return rows
-
-
-def read_bandwidth(size: int = 2**28) -> float:
-    """Bytes per second at which all threads together read memory: the best of five sums and five matrix-vector products over `size` bytes.
-
-    Neither alone: on one machine a sum stopped at 17.7 GB/s where the product read 24.5.
-    """
-    integers = torch.ones(size // 8, dtype=torch.int64)
-    matrix, vector = torch.ones(size // 4 // _ROW, _ROW), torch.ones(1, _ROW)
-    best = float("inf")
-    for _ in range(5):
-        for read in (integers.sum, partial(functional.linear, vector, matrix)):
-            start = time.perf_counter()
-            read()
-            best = min(best, time.perf_counter() - start)
-    return size / best
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from qvlm_hf.integration.random_models import random_model, random_prompt
 from qvlm_hf.integration.rounding import planned_modules
 from qvlm_hf.integration.shapes import shape_config, shape_model, token_positions
 from qvlm_hf.nn.footprint import footprint
-from qvlm_hf.nn.replace import dequantize_modules
+from qvlm_hf.nn.replace import dequantize_modules, quantized_modules
 
 __all__ = ["bench_models"]
 
@@ -112,7 +112,10 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
 
     def full_precision(dtype: torch.dtype) -> Any:  # noqa: ANN401 - any Transformers model
         if base is not None:
-            return load_model(base, dtype=dtype).to(device)
+            model = load_model(base, dtype=dtype)
+            if next(quantized_modules(model), None) is not None:
+                raise ValueError(f"--against {base}: is quantized itself: give the full-precision model.")
+            return model.to(device)
         model = load_model(directory, dtype=dtype)
         dequantize_modules(model, dtype)
         return model.to(device)

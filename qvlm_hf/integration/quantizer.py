@@ -116,7 +116,8 @@ class QVLMHfQuantizer(HfQuantizer):
         """The language model attends as attention.py says, unless the user asked for an implementation; never saved."""
         from qvlm_hf.integration.attention import ATTENTION  # registers it; not at the top: Transformers' modeling code takes a second
 
-        if config._attn_implementation is None and "text_config" in config.sub_configs:
+        asked = config._attn_implementation or getattr(config.get_text_config(), "_attn_implementation", None)
+        if asked is None and "text_config" in config.sub_configs:
             config._attn_implementation = {"text_config": ATTENTION}
         return config
 

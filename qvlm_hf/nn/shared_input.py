@@ -1,13 +1,15 @@
 """Modules that read one input tensor (q/k/v, gate/up), computed by one operator although each is called by itself.
 
 The module that is called first computes all of them; the others hand out their result when they are called with the very same tensor. No
-module, parameter or saved name changes, so hooks and adapters see what they always see. Where the modules do not follow one another
-(an adapter feeds one of them another tensor, only one is used) results wait in vain; after a few such calls the group dissolves.
+module, parameter or saved name changes, and adapters work as they always do; with a hook on one of them each computes by itself. Where
+the modules do not follow one another (an adapter feeds one of them another tensor, only one is used) results wait in vain; after a
+few such calls the group dissolves.
 
 Left out: gradients. With a graph to build, every module computes by itself.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ class SharedInput:
         self.modules = tuple(modules)
         self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None  # input, its version, results by place
         self._in_vain = 0
+        self._agreed = tuple(_statics(module) for module in self.modules)
         for place, module in enumerate(self.modules):
             module.shared = (self, place)
 
@@ -65,8 +68,22 @@ class SharedInput:
         return torch.is_grad_enabled() and (x.requires_grad or any(bias is not None and bias.requires_grad for bias in biases))
 
     def _together(self, x: Tensor) -> bool:
-        """Whether all modules lie where x is (offloading moves them one by one) and none is to be computed by the reference."""
-        return all(module.weight.device == x.device and not module.reference for module in self.modules)
+        """Whether the modules can be computed at one go now.
+
+        Not where offloading or the user took one elsewhere, gave it other grids or the reference, or hung a hook on it, which may
+        write to x between two of them.
+        """
+        return all(
+            module.weight.device == x.device
+            and not module.reference
+            and not module._forward_pre_hooks
+            and not module._forward_hooks
+            and all(a is b for a, b in zip(_statics(module), agreed, strict=True))
+            for module, agreed in zip(self.modules, self._agreed, strict=True)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_waiting": None}  # somebody's activations: no part of a copy or a file
 
     def _compute(self, x: Tensor) -> list[Tensor]:
         first, modules = self.modules[0], self.modules
@@ -81,6 +98,11 @@ class SharedInput:
             first.in_features,
             first.scheme,
         )
+
+
+def _statics(module: QVLMLinear) -> tuple[Tensor | None, ...]:
+    """What must stay as it was when the modules were found to agree."""
+    return module.input_scale, module.input_zero_point, module.bias
 
 
 def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:

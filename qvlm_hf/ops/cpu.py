@@ -29,7 +29,7 @@ from torch.nn import functional
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.packing import pack
 from qvlm_hf.ops import reference
-from qvlm_hf.ops.schema import LIBRARY
+from qvlm_hf.ops.schema import LIBRARY, Module, well_formed
 
 __all__ = ["kernel_name", "linear", "linears"]
 
@@ -41,7 +41,6 @@ _INT32 = 2**30  # the kernels add two partial sums of a group
 _FEW_TOKENS = 512  # up to here floating-point inputs meet packed weights; beyond, a dequantized copy of the weight is cheaper
 _GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2}
 _VARIANTS = {0: "cpu portable", 1: "cpu avx512-vnni"}
-_Module = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, weight_scale, weight_zero_point, bias
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def linears(
 
 def _library(
     x: Tensor,
-    modules: Sequence[_Module],
+    modules: Sequence[Module],
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     in_features: int,
@@ -117,19 +116,15 @@ def _library(
     granularity: str,
 ) -> ctypes.CDLL | None:
     """The kernels if they take such a call; the reference takes all others, and has the words for what is wrong with them."""
-    if not (x.dim() and x.shape[-1] == in_features and _ranges_fit(x, input_scale, input_zero_point, granularity)):
+    if not well_formed(x, modules, input_scale, input_zero_point, in_features, weight_bits, group_length, granularity):
         return None
-    words, groups = -(-in_features * weight_bits // 32), -(-in_features // group_length)
-    for weight, weight_scale, _, _ in modules:
-        if weight.shape[1] != words or weight_scale.shape[1] != groups:
-            return None
     return _kernels().library if _misfit(in_features, weight_bits, activation_bits, group_length) is None else None
 
 
 def _outputs(
     library: ctypes.CDLL,
     x: Tensor,
-    modules: Sequence[_Module],
+    modules: Sequence[Module],
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     weight_bits: int,
@@ -156,7 +151,7 @@ def _outputs(
 def _compute(
     library: ctypes.CDLL,
     x: Tensor,
-    modules: Sequence[_Module],
+    modules: Sequence[Module],
     outputs: Sequence[Tensor],
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
@@ -239,15 +234,6 @@ def _misfit(in_features: int, weight_bits: int, activation_bits: int, group_leng
     return None
 
 
-def _ranges_fit(x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None, granularity: str) -> bool:
-    """Whether static ranges are there where they must be, for this many positions."""
-    if granularity not in ("channel", "token"):
-        return True
-    if input_scale is None or input_zero_point is None:
-        return False
-    return granularity == "channel" or (x.dim() >= 2 and x.shape[-2] == input_scale.shape[0])
-
-
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -262,7 +248,7 @@ def _kernels() -> _Kernels:
         if not wrong:
             return _Kernels(library, name)
         reason = f"the compiled kernel is wrong for {wrong}"
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: shlex, of CXX
         reason = str(error)
     logging.getLogger(__name__).warning("quantized layers run in plain PyTorch, correct but slow: %s", reason)
     return _Kernels(None, f"reference ({reason})")
@@ -292,6 +278,7 @@ def _compiled() -> Path:
     target = _cache() / f"cpu_kernels-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
     if not _intact(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        logging.getLogger(__name__).warning("compiling the CPU kernels for this machine, once: up to a minute (kept in %s)", target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             _output(*compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-Wl,--as-needed", *_openmp())
@@ -346,7 +333,7 @@ def _processor() -> bytes:
 def _openmp() -> list[str]:
     """The OpenMP runtime that PyTorch has loaded: a second one would be a second pool of threads."""
     maps = Path("/proc/self/maps").read_text().splitlines()
-    return [path for path in dict.fromkeys(line.split()[-1] for line in maps) if "libgomp" in path or "libiomp" in path][:1]
+    return [path for path in dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps) if "libgomp" in path or "libiomp" in path][:1]
 
 
 def _load(path: Path) -> ctypes.CDLL:

@@ -21,14 +21,13 @@ from torch import Tensor
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.packing import pack
 from qvlm_hf.ops import reference
-from qvlm_hf.ops.schema import LIBRARY
+from qvlm_hf.ops.schema import LIBRARY, Module, well_formed
 
 if TYPE_CHECKING:
     from qvlm_hf.ops.triton_kernels import Layout, Tile
 
 __all__ = ["TILES", "Device", "kernel_name", "linear", "linears", "run", "self_check", "splits_of", "tile_of"]
 
-_Module = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, its scale and zero point, bias
 _INT32 = 2**30  # a sum over a group, and what is added to it
 _OFFSETS = 2**31 - 1  # offsets into a tensor are int32
 _OLDEST = (8, 0)  # before it Triton has no integer matrix products
@@ -85,7 +84,7 @@ def linear(
     *sizes: Any,  # noqa: ANN401 - in_features ... hadamard of the schema
 ) -> Tensor:
     """`qvlm_hf::linear` on a CUDA device; arguments and errors as in `ops.schema.linear`."""
-    modules: list[_Module] = [(weight, weight_scale, weight_zero_point, bias)]
+    modules: list[Module] = [(weight, weight_scale, weight_zero_point, bias)]
     kernels = _fitting(x, modules, input_scale, input_zero_point, *sizes[:-1])
     if kernels is None or kernels.module is None:  # the reference also has the words for what is wrong
         return reference.linear(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
@@ -116,7 +115,7 @@ def run(
     kernels: ModuleType,
     device: Device,
     x: Tensor,
-    modules: Sequence[_Module],
+    modules: Sequence[Module],
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     in_features: int,
@@ -156,7 +155,7 @@ def _joined(parts: Sequence[Tensor], x: Tensor) -> Tensor:
 
 def _fitting(
     x: Tensor,
-    modules: Sequence[_Module],
+    modules: Sequence[Module],
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     in_features: int,
@@ -166,9 +165,9 @@ def _fitting(
     granularity: str,
 ) -> _Kernels | None:
     """The kernels of x's device if they take such a call."""
-    fits = x.dim() > 0 and x.shape[-1] == in_features and all(weight.numel() * 4 < _OFFSETS for weight, *_ in modules)
-    fits = fits and _ranges_fit(x, input_scale, input_zero_point, granularity) and not _misfit(weight_bits, activation_bits, group_length)
-    return _kernels(_index(x.device)) if fits else None
+    fits = well_formed(x, modules, input_scale, input_zero_point, in_features, weight_bits, group_length, granularity)
+    fits = fits and all(weight.numel() * 4 < _OFFSETS for weight, *_ in modules)
+    return _kernels(_index(x.device)) if fits and not _misfit(weight_bits, activation_bits, group_length) else None
 
 
 def tile_of(device: Device, tokens: int, inputs: torch.dtype) -> "Tile":
@@ -202,15 +201,6 @@ def _misfit(weight_bits: int, activation_bits: int, group_length: int) -> str | 
     if activation_bits <= 8 and group_length * (2**weight_bits - 1) * (2**activation_bits - 1) >= _INT32:
         return f"reference (a sum over {group_length} inputs can leave int32)"
     return None
-
-
-def _ranges_fit(x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None, granularity: str) -> bool:
-    """Whether static ranges are there where they must be, for this many positions."""
-    if granularity not in ("channel", "token"):
-        return True
-    if input_scale is None or input_zero_point is None:
-        return False
-    return granularity == "channel" or (x.dim() >= 2 and x.shape[-2] == input_scale.shape[0])
 
 
 def _index(device: torch.device) -> int:

@@ -39,7 +39,7 @@ def linear(
     hadamard: int,
 ) -> Tensor:
     """The reference of `qvlm_hf::linear`; arguments and errors as in `ops.schema.linear`."""
-    if x.shape[-1] != in_features:
+    if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not end in in_features={in_features}.")
     values = block_hadamard(x.float(), hadamard) if hadamard else x.float()
     a, row_scale = _quantize_input(values, input_scale, input_zero_point, activation_bits, granularity)

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["LIBRARY", "linear", "linears"]
+__all__ = ["LIBRARY", "Module", "linear", "linears", "well_formed"]
+
+Module = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, weight_scale, weight_zero_point, bias of `linear`
 
 # torch.library.define + impl costs about 3 us a call, custom_op about 14: 200 linears per token feel it.
 LIBRARY = torch.library.Library("qvlm_hf", "DEF")
+_STATICS = (torch.float32, torch.int32)
 _LINEAR = (
     "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale, Tensor? input_zero_point,"
     " Tensor? bias, int in_features, int weight_bits, int activation_bits, int group_length, str granularity, int hadamard) -> Tensor"
@@ -165,3 +168,35 @@ def _no_gradient(*_: object, **__: object) -> None:
 
 # Only reached where a gradient is wanted: the call itself raises, so that no result is silently detached.
 torch.library.register_autograd("qvlm_hf::linears", _no_gradient, setup_context=_no_gradient, lib=LIBRARY)
+
+
+def well_formed(
+    x: Tensor,
+    modules: Sequence[Module],
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    in_features: int,
+    weight_bits: int,
+    group_length: int,
+    granularity: str,
+) -> bool:
+    """Whether all tensors of a call have the dtypes and shapes of docs/format.md: kernels read memory by these, the reference need not."""
+    if not (x.is_floating_point() and x.dim() and x.shape[-1] == in_features):
+        return False
+    words, groups = -(-in_features * weight_bits // 32), -(-in_features // group_length)
+    for weight, scale, zero_point, bias in modules:
+        rows = weight.shape[0]
+        if weight.dtype != torch.int32 or weight.shape != (rows, words) or scale.dtype != torch.bfloat16 or scale.shape != (rows, groups):
+            return False
+        if zero_point is not None and (zero_point.dtype != torch.uint8 or zero_point.shape != scale.shape):
+            return False
+        if bias is not None and bias.shape != (rows,):
+            return False
+    if granularity == "none":
+        return input_scale is None or input_scale.shape == (in_features,)
+    if granularity == "dynamic_token":
+        return True
+    if input_scale is None or input_zero_point is None or (granularity == "token" and x.dim() < 2):
+        return False
+    length = in_features if granularity == "channel" else x.shape[-2]
+    return input_scale.shape == input_zero_point.shape == (length,) and (input_scale.dtype, input_zero_point.dtype) == _STATICS

@@ -341,6 +341,12 @@ def test_the_command_times_a_saved_model(saved, capsys):
     assert str(saved) not in json.dumps(result)
 
 
+def test_a_quantized_model_is_no_baseline(saved, capsys):
+    arguments = ["--against", f"{saved}/w4a8", "--no-peers", "--rounds", "2", "--new-tokens", "2"]
+    assert main(["bench", f"{saved}/w4a8", *arguments]) == 1
+    assert "is quantized itself: give the full-precision model" in capsys.readouterr().err
+
+
 def test_peers_that_are_not_installed_say_so(saved, capsys, monkeypatch):
     monkeypatch.setattr("qvlm_hf.bench.peers.find_spec", lambda name: None)
     assert main(["bench", f"{saved}/w4a8", "--new-tokens", "2", "--rounds", "2"]) == 0

@@ -72,11 +72,11 @@ def test_the_default_of_quantized_language_models_and_of_nothing_else(tmp_path):
     assert loaded.config.text_config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("asked", ["eager", "sdpa"])
+@pytest.mark.parametrize("asked", ["eager", "sdpa", {"text_config": "eager"}])
 def test_what_the_user_asks_for_stays(tmp_path, asked):
     tiny_llava().save_pretrained(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=QVLMConfig(**ROUNDED), attn_implementation=asked)
-    assert model.config.text_config._attn_implementation == asked
+    assert model.config.text_config._attn_implementation == (asked if isinstance(asked, str) else asked["text_config"])
 
 
 def test_a_decoded_token_equals_that_of_eager_attention_bit_for_bit(tmp_path):

@@ -137,6 +137,39 @@ def test_hooks_see_and_change_what_they_always_do(calls):
         assert torch.equal(v, plain.v(x))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", [lambda x: x.mul_(1.5), lambda x: x.data.mul_(1.5)])
+def test_hooks_may_write_to_the_input(mode, write):
+    results = []
+    for model in (shared(), layer()):
+        model.k.register_forward_pre_hook(lambda module, args: (write(args[0]), None)[1])
+        with mode():
+            results.append(outputs(model, torch.linspace(-1, 1, 3 * IN).reshape(3, IN)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_part_that_is_replaced_counts():
+    x = torch.randn(3, IN)
+    model, plain = shared(bias=True), layer(bias=True)
+    for each in (model, plain):
+        each.k.bias = None
+        each.v.input_scale = nn.Parameter(each.v.input_scale * 2, requires_grad=False)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(outputs(model, x), outputs(plain, x), strict=True))
+
+
+def test_nobodys_activations_are_copied_or_saved():
+    model = shared()
+    with torch.no_grad():
+        model.q(torch.randn(1, 4000, IN))
+    sizes = []
+    for each in (model, copy.deepcopy(model), shared()):
+        buffer = io.BytesIO()
+        torch.save(each, buffer)
+        sizes.append(buffer.tell())
+    assert max(sizes) - min(sizes) < 1000
+
+
 def test_only_where_schemes_and_grids_agree():
     assert shared(grids=(1, 1, 1.5)).q.shared is None
     model = layer()

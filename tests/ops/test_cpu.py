@@ -111,6 +111,38 @@ def test_what_does_not_fit_is_named_and_left_to_the_reference():
     compare(torch.randn(3, 26), arguments(5, 4, "channel", 7, 26, 13, 3, False, torch.float32))
 
 
+CHANGES = {
+    "weight of another width": lambda t: (t[0].float(), *t[1:]),
+    "scale of another dtype": lambda t: (t[0], t[1].float(), *t[2:]),
+    "zero point of another dtype": lambda t: (*t[:2], t[2].int(), *t[3:]),
+    "grid of another dtype": lambda t: (*t[:3], t[3].double(), *t[4:]),
+}
+WRONG = {
+    "bias": lambda t: (*t[:5], torch.zeros(3), *t[6:]),
+    "zero point": lambda t: (*t[:2], t[2][:3], *t[3:]),
+    "scale": lambda t: (t[0], t[1][:3], *t[2:]),
+    "grid": lambda t: (*t[:3], t[3][:5], *t[4:]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_tensors_of_other_dtypes_are_left_to_the_reference(change):
+    x, rest = torch.randn(2, 64), arguments(4, 8, "channel", 8, 64, 32, 1, False, torch.float32)
+    rest = change(rest)
+    if rest[0].dtype != torch.int32:
+        with pytest.raises((ValueError, RuntimeError)):
+            cpu.linear(x, *rest)
+        return
+    assert torch.equal(cpu.linear(x, *rest), reference.linear(x, *rest))
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=list(WRONG))
+def test_no_kernel_reads_beyond_a_tensor(change):
+    x, rest = torch.randn(2, 64), arguments(4, 8, "channel", 8, 64, 32, 1, False, torch.float32)
+    with pytest.raises((ValueError, RuntimeError)):
+        cpu.linear(x, *change(rest))
+
+
 def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch, fresh_kernels, caplog):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert cpu.kernel_name(64, 4, 4, 64) == "reference (no C++ compiler found: install g++ or set CXX)"
@@ -136,6 +168,19 @@ def test_a_cache_that_cannot_be_written_is_no_disaster(monkeypatch, fresh_kernel
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cpu.kernel_name(64, 4, 4, 64).startswith("reference (")
+
+
+def test_a_compiler_that_hangs_or_is_misspelt_is_no_disaster(monkeypatch, fresh_kernels, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", 'g++ "')
+    assert cpu.kernel_name(64, 4, 4, 64) == "reference (No closing quotation)"
+    cpu._kernels.cache_clear()
+    compiler = tmp_path / "slow"
+    compiler.write_text("#!/bin/sh\nexec sleep 5\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(cpu, "_COMPILE_SECONDS", 0.2)
+    assert "timed out" in cpu.kernel_name(64, 4, 4, 64)
 
 
 def test_cxx_is_taken_at_its_word(monkeypatch, fresh_kernels, tmp_path):
@@ -164,7 +209,7 @@ def test_a_damaged_library_is_compiled_again(monkeypatch, fresh_kernels, tmp_pat
     library.write_bytes(damaged)
     assert cpu.kernel_name(64, 4, 4, 64).startswith("cpu ")
     assert len(library.read_bytes()) == len(whole)
-    assert not caplog.records
+    assert not [record for record in caplog.records if "plain PyTorch" in record.getMessage()]
 
 
 def test_a_library_that_cannot_be_loaded_is_compiled_again(monkeypatch, fresh_kernels, tmp_path):

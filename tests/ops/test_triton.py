@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import coverage
 import pytest
 
 from qvlm_hf.ops import gpu
@@ -20,25 +19,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_under_the_interpreter():
     """Everything in interpreted_kernels.py. Whoever imports triton first chooses for the whole process whether it interprets."""
-    measuring = coverage.Coverage.current()
-    module = ["coverage", "run", "--parallel-mode", "-m"] if measuring else []
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if measuring:
-        environment["COVERAGE_FILE"] = measuring.config.data_file
-    checks = "tests/ops/interpreted_kernels.py"
-    command = [
-        sys.executable,
-        "-m",
-        *module,
-        "pytest",
-        "--no-cov",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=--import-mode=importlib",
-        checks,
-    ]
+    # -P: the package that the other tests import, not the tree's where another one is installed
+    command = [sys.executable, "-P", "-m", "pytest", "--no-cov", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    command += ["tests/ops/interpreted_kernels.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
