@@ -1,8 +1,8 @@
 """`attn_implementation="qvlm"`: PyTorch's attention, but one query token on a CPU takes the form that is fastest there.
 
 - Grouped queries (fewer key heads than query heads): the queries of a group become rows of one small product, so that a key head is read
-  once; Transformers leaves the grouping to PyTorch, which took 17 times as long (tests/bench/attention.py).
-- As many key heads as query heads (LLaVA-1.5), 16-bit: two batched products, where PyTorch's kernel took 3 to 11 times as long.
+  once; Transformers leaves the grouping to PyTorch, which took 10 times as long (2 in float32; docs/benchmarks.md).
+- As many key heads as query heads (LLaVA-1.5), 16-bit: two batched products, where PyTorch's kernel took 3 to 4 times as long.
   They are those of Transformers' `eager` attention: scores in the model's dtype, softmax in float32.
 
 Everything else is Transformers' `sdpa`.
