@@ -204,7 +204,7 @@ def _bounds(values: Tensor | None) -> tuple[float, float]:
     """Smallest and largest value, NaN if one is; 1 where there are none. One pass: masks took a third of loading a 7B model."""
     if values is None or not values.numel():
         return 1.0, 1.0
-    low, high = torch.aminmax(values)
+    low, high = torch.aminmax(values.detach())
     return float(low), float(high)
 
 
