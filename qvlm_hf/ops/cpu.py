@@ -39,6 +39,11 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=
 _COMPILE_SECONDS = 300
 _INT32 = 2**30  # the kernels add two partial sums of a group
 _FEW_TOKENS = 512  # up to here floating-point inputs meet packed weights; beyond, a dequantized copy of the weight is cheaper
+# Every width, granularity and way of 8-bit inputs, with one token, some and many.
+_CHECKED = (
+    (4, 4, "channel", 1), (4, 8, "dynamic_token", 9), (6, 8, "channel", 20), (8, 8, "dynamic_token", 1), (2, 4, "token", 7),
+    (3, 6, "channel", 3), (5, 8, "token", 70), (7, 7, "dynamic_token", 12), (4, 16, "none", 2),
+)  # fmt: skip
 _GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2}
 _VARIANTS = {0: "cpu portable", 1: "cpu avx512-vnni"}
 
@@ -350,15 +355,15 @@ def _load(path: Path) -> ctypes.CDLL:
 def _self_check(library: ctypes.CDLL) -> str | None:
     """The first small case that does not come out as the reference has it, or None."""
     generator = torch.Generator().manual_seed(0)
-    for weight_bits, activation_bits, granularity, tokens in ((4, 4, "channel", 1), (4, 8, "dynamic_token", 9), (6, 8, "channel", 20)):
-        modules = [_random_module(weight_bits, rows, generator) for rows in (70, 5)]
+    for weight_bits, activation_bits, granularity, tokens in _CHECKED:
+        modules: list[Module] = [_random_module(weight_bits, rows, generator) for rows in (70, 5)]
+        length = {"channel": 136, "token": tokens}.get(granularity)
         statics = (
-            torch.rand(136, generator=generator).add(0.1) if granularity == "channel" else None,
-            torch.randint(0, 2**activation_bits, (136,), generator=generator, dtype=torch.int32) if granularity == "channel" else None,
+            None if length is None else torch.rand(length, generator=generator).add(0.1),
+            None if length is None else torch.randint(0, 2**activation_bits, (length,), generator=generator, dtype=torch.int32),
         )
         x = torch.randn(tokens, 136, generator=generator)
-        outputs = [torch.empty(tokens, module[0].shape[0]) for module in modules]
-        _compute(library, x, modules, outputs, *statics, weight_bits, activation_bits, 128, granularity)
+        outputs = _outputs(library, x, modules, *statics, weight_bits, activation_bits, 128, granularity, 0)
         for (weight, scale, zero, bias), y in zip(modules, outputs, strict=True):
             expected = reference.linear(x, weight, scale, zero, *statics, bias, 136, weight_bits, activation_bits, 128, granularity, 0)
             if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
@@ -366,11 +371,12 @@ def _self_check(library: ctypes.CDLL) -> str | None:
     return None
 
 
-def _random_module(weight_bits: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, None]:
-    """Weight, scale and zero point of `rows` outputs and 136 inputs in groups of 128."""
+def _random_module(weight_bits: int, rows: int, generator: torch.Generator) -> Module:
+    """The tensors of a module of `rows` outputs and 136 inputs in groups of 128."""
     integers = torch.randint(0, 2**weight_bits, (rows, 136), generator=generator, dtype=torch.uint8)
     scale = torch.rand(rows, 2, generator=generator).add(0.5).bfloat16()
-    return pack(integers, weight_bits), scale, torch.randint(0, 2**weight_bits, (rows, 2), generator=generator, dtype=torch.uint8), None
+    zero_point = torch.randint(0, 2**weight_bits, (rows, 2), generator=generator, dtype=torch.uint8)
+    return pack(integers, weight_bits), scale, zero_point, torch.randn(rows, generator=generator)
 
 
 LIBRARY.impl("linear", linear, "CPU")
