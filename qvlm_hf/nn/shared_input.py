@@ -39,7 +39,7 @@ class SharedInput:
 
     def output(self, place: int, x: Tensor) -> Tensor | None:
         """What module `place` returns for x, or None if it has to compute by itself."""
-        if self._records_gradient(x) or not self._together(x):
+        if self._records_gradient(x) or not self._ready(place, x):
             return None
         version, waiting = _version(x), self._waiting  # one read: another thread may replace it
         if waiting is not None and waiting[0] is x and waiting[1] == version and place in waiting[2]:
@@ -47,6 +47,8 @@ class SharedInput:
             if not waiting[2]:
                 self._waiting, self._in_vain = None, 0
             return result
+        if not all(self._ready(other, x) for other in range(len(self.modules))):
+            return None
         if waiting is not None:
             self._in_vain += 1
             if self._in_vain >= _PATIENCE:
@@ -67,19 +69,19 @@ class SharedInput:
         biases = (module.bias for module in self.modules)
         return torch.is_grad_enabled() and (x.requires_grad or any(bias is not None and bias.requires_grad for bias in biases))
 
-    def _together(self, x: Tensor) -> bool:
-        """Whether the modules can be computed at one go now.
+    def _ready(self, place: int, x: Tensor) -> bool:
+        """Whether a module can take part now.
 
-        Not where offloading or the user took one elsewhere, gave it other grids or the reference, or hung a hook on it, which may
-        write to x between two of them.
+        Not where offloading or the user took it elsewhere, gave it other grids or the reference, or hung a hook on it, which may write to
+        x between two modules.
         """
-        return all(
+        module = self.modules[place]
+        return (
             module.weight.device == x.device
             and not module.reference
             and not module._forward_pre_hooks
             and not module._forward_hooks
-            and all(a is b for a, b in zip(_statics(module), agreed, strict=True))
-            for module, agreed in zip(self.modules, self._agreed, strict=True)
+            and all(a is b for a, b in zip(_statics(module), self._agreed[place], strict=True))
         )
 
     def __getstate__(self) -> dict[str, Any]:
