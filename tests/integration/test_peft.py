@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import IA3Config, LoraConfig, MissConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tiny_models import tiny_messages
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
@@ -244,9 +244,10 @@ def test_the_trainer_trains_an_adapter_and_refuses_a_model_without_one(directory
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"use_dora": True}, RuntimeError, "The size of tensor a .* must match the size of tensor b"),
+        ({"use_dora": True}, RuntimeError, r"The size of tensor a .* must match the size of tensor b"),
         ({"init_lora_weights": "pissa"}, TypeError, "PiSSA under float32, float16, or bfloat16"),
-        ({"init_lora_weights": "olora"}, TypeError, "Unsupported data type for the base layer. Got torch.int32"),
+        ({"init_lora_weights": "olora"}, TypeError, r"Unsupported data type for the base layer\. Got torch\.int32"),
+        ({"init_lora_weights": "mica"}, TypeError, "MiCA under float32, float16, or bfloat16"),
         ({"init_lora_weights": "orthogonal"}, RuntimeError, "Only Tensors of floating point"),
     ],
 )
@@ -264,16 +265,19 @@ def test_what_needs_the_float_weight_is_refused(directory, options, error, messa
 def test_merging_into_packed_weights_is_refused_and_changes_nothing(directory, trained, batch, merge, safe):
     _, path, expected = trained
     model = PeftModel.from_pretrained(load(directory), path)
-    with pytest.raises(RuntimeError, match="The size of tensor a .* must match the size of tensor b"):
+    with pytest.raises(RuntimeError, match=r"The size of tensor a .* must match the size of tensor b"):
         getattr(model, merge)(safe_merge=safe)
     assert torch.equal(logits(model, batch), expected)
 
 
-def test_peft_merges_ia3_into_packed_integers_without_a_word(directory, batch):
-    # A factor per output row fits the packed words' shape. If this fails, PEFT has learnt to refuse: rewrite docs/lora.md.
+@pytest.mark.parametrize(
+    "config", [IA3Config(target_modules=["q_proj"], feedforward_modules=[]), MissConfig(target_modules=["q_proj"], r=8)]
+)
+def test_peft_merges_some_kinds_into_packed_integers_without_a_word(directory, batch, config):
+    # What they multiply or add fits the packed words' shape. If this fails, PEFT has learnt to refuse: rewrite docs/lora.md.
     base = logits(load(directory), batch)
-    model = get_peft_model(load(directory), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    assert torch.equal(logits(model, batch), base)  # factors of one
+    model = get_peft_model(load(directory), config)
+    torch.testing.assert_close(logits(model, batch), base)  # an untrained adapter changes nothing
     assert not torch.allclose(logits(model.merge_and_unload(), batch), base, atol=0.1)
 
 

@@ -182,7 +182,9 @@ def test_a_rotated_model_with_tied_embeddings_is_saved_untied(tmp_path: Path, in
     assert not torch.equal(again.lm_head.weight, again.model.language_model.embed_tokens.weight)
 
 
-def test_dequantize_gives_an_ordinary_model(saved: dict, tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable, kinds: dict) -> None:
+def test_dequantize_gives_an_ordinary_model(
+    saved: dict, tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable, kinds: dict
+) -> None:
     for kind in kinds:
         model = AutoModelForImageTextToText.from_pretrained(saved[kind, "float32"].path)
         model.dequantize()
