@@ -53,11 +53,13 @@ def compiled(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[
         raise RuntimeError(f"no kernels for {platform.system()} on {platform.machine()}")
     command = compiler()
     version = _output(*command, "--version")
-    identity = [path.read_bytes() for path in sources] + [" ".join((*command, *flags)).encode(), version, _processor(), torch.__version__.encode()]
+    words = (*command, *flags, torch.__version__)
+    identity = [*(path.read_bytes() for path in sources), " ".join(words).encode(), version, _processor()]
     target = _cache() / f"{sources[0].stem}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
     if not _intact(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        logging.getLogger(__name__).warning("compiling %s for this machine, once: up to a minute (kept in %s)", sources[0].stem, target.parent)
+        log = logging.getLogger(__name__)
+        log.warning("compiling %s for this machine, once: up to a minute (kept in %s)", sources[0].stem, target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             _output(*command, *flags, "-o", str(made), str(sources[0]), "-Wl,--as-needed", *libraries)

@@ -74,8 +74,10 @@ def linear(
         ValueError: K differs, or a "token" input has another number of positions than calibrated.
     """
     sizes = _sizes(in_features, scheme)
-    if not reference and (quick := _quick(x, [weight], [weight_scale], _listed(weight_zero_point), input_scale, input_zero_point, _listed(bias), *sizes)):
-        return quick[0]
+    if not reference:
+        statics = (input_scale, input_zero_point)
+        if quick := _quick(x, [weight], [weight_scale], _listed(weight_zero_point), *statics, _listed(bias), *sizes):
+            return quick[0]
     # .default: without it PyTorch looks for the overload at every call
     operator = torch.ops.qvlm_hf.linear_reference.default if reference else torch.ops.qvlm_hf.linear.default
     return _called(operator, x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
