@@ -294,4 +294,3 @@ def _random_module(weight_bits: int, rows: int, generator: torch.Generator) -> M
     scale = torch.rand(rows, 2, generator=generator).add(0.5).bfloat16()
     zero_point = torch.randint(0, 2**weight_bits, (rows, 2), generator=generator, dtype=torch.uint8)
     return pack(integers, weight_bits), scale, zero_point, torch.randn(rows, generator=generator)
-
