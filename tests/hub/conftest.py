@@ -8,6 +8,7 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import _http
+from transformers.utils import hub as transformers_hub
 
 
 @pytest.fixture
@@ -32,6 +33,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # of huggingface_hub.create_repo and its like
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made at first use, and kept
         monkeypatch.setenv("HF_HOME", str(home))
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors.torch import save_file
-from tiny_models import tiny_llava
+from tiny_models import tiny_llava, tiny_processor
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 pytestmark = pytest.mark.hub
 
@@ -354,6 +355,19 @@ def test_a_missing_file_is_remembered_by_the_client(hub: HubServer, api: HfApi) 
             hf_hub_download(REPO, "missing.json", revision=hub.repo(REPO).history()[0].oid)
     marks = list((Path(os.environ["HF_HOME"]) / "hub").rglob(".no_exist/*/missing.json"))
     assert [path.parent.name for path in marks] == [hub.repo(REPO).history()[0].oid]
+
+
+def test_transformers_finds_it(hub: HubServer, transfer: str) -> None:
+    model = tiny_llava()
+    model.push_to_hub(REPO, private=True, max_shard_size="300KB")
+    tiny_processor().push_to_hub(REPO)
+    model.push_to_hub(REPO, revision="other")
+    assert {"model.safetensors.index.json", "processor_config.json", "README.md"} <= set(published(hub))
+    assert "model.safetensors" in published(hub, "other")
+    assert hub.repo(REPO).private
+    loaded = LlavaForConditionalGeneration.from_pretrained(REPO).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    assert AutoProcessor.from_pretrained(REPO).chat_template == tiny_processor().chat_template
 
 
 # Faults
