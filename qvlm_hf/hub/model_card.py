@@ -23,12 +23,13 @@ __all__ = ["CARD_NAME", "PICTURE_NAME", "check_card", "write_card"]
 CARD_NAME = "README.md"
 PICTURE_NAME = "qvlm_entropy.png"
 _COPIED = ("license", "license_name", "license_link", "language")  # from the base model's card
-_GENERATED = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "model-index", "eval_results", "model_name")
+_GENERATED = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "model-index")
 
 
 def write_card(
     folder: Path,
     *,
+    name: str | None = None,
     repo_id: str | None = None,
     base_model: str | None = None,
     license: str | None = None,  # noqa: A002 - the Hub's word
@@ -39,6 +40,7 @@ def write_card(
 
     Args:
         folder: as `save_quantized` wrote it.
+        name: of the directory, if it will not be the one that it has now.
         repo_id: where it will be on the Hub; None: the texts name the directory.
         base_model: Hub id of the full-precision model; None takes what quantizing recorded.
         license: identifier of a licence; None copies that of `base_card`, or keeps that of an earlier card.
@@ -53,7 +55,7 @@ def write_card(
     """
     contents = read_contents(folder)
     found = contents.report.provenance
-    name = (repo_id or folder.resolve().name).rpartition("/")[2]
+    name = (repo_id or name or folder.resolve().name).rpartition("/")[2]
     base = base_model or found.get("base_model")
     base_name = base or found.get("base_directory")
     picture = entropy_picture(contents.report.segments)
@@ -82,9 +84,9 @@ def _earlier(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        data = ModelCard(file.read_text(encoding="utf-8")).data.to_dict()
+        data = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except (YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"{file.name}: its front matter cannot be read ({' '.join(str(error).split())}): mend or delete the file.") from error
+        raise ValueError(f"{CARD_NAME}: its front matter cannot be read ({' '.join(str(error).split())}): mend or delete the file.") from error
     return {key: value for key, value in data.items() if key not in _GENERATED}
 
 
