@@ -15,7 +15,7 @@ from tqdm import tqdm
 from qvlm_hf.bench import KernelRow, measure_kernels
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.cli.bench_models import bench_models
-from qvlm_hf.cli.record import shown_command
+from qvlm_hf.cli.record import benchmark_entry, shown_command
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import CARD_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     if folder is not None:
         asked = {name: getattr(options, name) for name in _RECORDED if getattr(options, name) != _MODELS.get(name, _MODEL_ROUNDS)}
         command = shown_command("bench", folder, against=options.against, **asked, no_peers=not options.peers, record=True)
-        record_measurement(folder, benchmark=result | {"command": command})
+        record_measurement(folder, benchmark=benchmark_entry(result, command=command))
         print(f"recorded in {REPORT_NAME} and {CARD_NAME}")
     return 0
 

@@ -10,7 +10,7 @@ from qvlm_hf.calibration.samples import Sample, load_samples
 from qvlm_hf.cli.ask import answer
 from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import add_scheme_arguments, load_model, load_processor, make_config
-from qvlm_hf.cli.record import evaluation_entry, shown_command
+from qvlm_hf.cli.record import evaluation_entry
 from qvlm_hf.cli.story import story
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.evaluation import Evaluation, evaluate
@@ -65,11 +65,8 @@ def run(options: argparse.Namespace) -> int:
         rows.append((f"{options.scheme} rtn", evaluate(_quantize(plain, processor), test, processor, batch_size=_BATCH, reference=base)))
     for line in _table(base, rows):
         print(line)
-    command = shown_command(
-        "evaluate", path, dataset=str(dataset_path("test")), against=str(model_dir()), num_samples=count, batch_size=_BATCH, seed=0, record=True
-    )
     entry = evaluation_entry(
-        rows[0][1], dataset=str(dataset_path("test")), seed=0, batch_size=_BATCH, reference=str(model_dir()), command=command
+        rows[0][1], dataset=str(dataset_path("test")), seed=0, batch_size=_BATCH, reference=str(model_dir()), command=_command(options)
     )
     record_measurement(path, evaluation=entry)
     print(f"\n{_question(test[0])}")
@@ -79,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     _title("Yours to repeat")
     print(f"files    {_shown(path)}")
     print(f"card     {_shown(path / CARD_NAME)}")
-    print(f"command  qvlm demo --scheme {options.scheme} --method {options.method} --questions {options.questions} --seed {options.seed}")
+    print(f"command  {_command(options)}")
     print(f"python   import qvlm_hf; AutoModelForImageTextToText.from_pretrained({options.output!r})")
     return 0
 
@@ -87,6 +84,11 @@ def run(options: argparse.Namespace) -> int:
 def _quantize(options: argparse.Namespace, processor: Any) -> Any:  # noqa: ANN401 - Transformers objects
     config = make_config(options, dataset=str(dataset_path("calibration")), processor=processor)
     return load_model(str(model_dir()), config, torch.float32)
+
+
+def _command(options: argparse.Namespace) -> str:
+    grouping = "" if options.group_size == 128 else f" --group-size {options.group_size}"
+    return f"qvlm demo --scheme {options.scheme} --method {options.method}{grouping} --questions {options.questions} --seed {options.seed}"
 
 
 def _table(base: Evaluation, rows: list[tuple[str, Evaluation]]) -> list[str]:

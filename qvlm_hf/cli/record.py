@@ -1,6 +1,7 @@
 """What `--record` keeps of a measurement: the result, what it was measured on and with, and the command, all without paths."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from qvlm_hf.calibration.provenance import versions
 from qvlm_hf.calibration.samples import dataset_name
 from qvlm_hf.evaluation import Evaluation
 
-__all__ = ["evaluation_entry", "model_label", "shown_command"]
+__all__ = ["benchmark_entry", "evaluation_entry", "model_label", "shown_command"]
 
 
 def evaluation_entry(
@@ -34,6 +35,17 @@ def evaluation_entry(
         **{key: found[key] for key in ("accuracy", "by_kind", "comparison")},
         "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads(), "versions": versions(), "command": command,
     }  # fmt: skip
+
+
+def benchmark_entry(result: Mapping[str, Any], *, command: str) -> dict[str, Any]:
+    """The section "benchmark" of qvlm_report.json: what `qvlm bench` measured; of an error only its kind, because its text may hold paths.
+
+    Args:
+        result: of `bench_models`.
+        command: that repeats it.
+    """
+    rows = [row | {"error": None if row["error"] is None else row["error"].partition(":")[0]} for row in result["rows"]]
+    return {**result, "rows": rows, "command": command}
 
 
 def model_label(model: str | Path) -> str:

@@ -41,9 +41,9 @@ def record_measurement(folder: Path, *, evaluation: dict[str, Any] | None = None
     Raises:
         ValueError: as `read_report` and `write_card`.
     """
-    report, _ = read_report(folder)
-    measured = {name: value for name, value in (("evaluation", evaluation), ("benchmark", benchmark)) if value is not None}
-    text = json.dumps(replace(report, **measured).to_dict(), indent=2, sort_keys=True) + "\n"
+    report = read_report(folder)
+    report = replace(report, evaluation=evaluation or report.evaluation, benchmark=benchmark or report.benchmark)
+    text = json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n"
     partial = folder / f".{REPORT_NAME}.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(folder / REPORT_NAME)  # all or nothing, as everything that is saved
