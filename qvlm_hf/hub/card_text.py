@@ -152,10 +152,10 @@ def self_check(card: Card) -> str:
 def blocks(card: Card) -> str:
     """How layers became blocks."""
     found = [block for segment in card.report.segments for block in segment.blocks]
-    depth = card.report.settings["max_block_depth"]
+    layers, depth = sum(len(block.layers) for block in found), card.report.settings["max_block_depth"]
     return (
-        f"{counted(sum(len(block.layers) for block in found), 'layer')} in {counted(len(found), 'block')} of at most {depth}. D(k, k+1) is the "
-        "conditional entropy of a layer's output given the one before it; a block goes on while its mean is above the threshold."
+        f"{counted(layers, 'layer')} in {counted(len(found), 'block')} of at most {depth}. D(k, k+1) is the conditional entropy of a "
+        "layer's output given the one before it; a block goes on while its mean is above the threshold."
     )
 
 
@@ -187,8 +187,8 @@ def accuracy(card: Card) -> str:
         return f"{text} Full precision was not measured beside it."
     low, high = (100 * end for end in pair["difference_interval"])
     return (
-        f"{text}\n\nBoth models answered the same questions: difference {100 * pair['difference']:+.1f} points (95 % interval {low:+.1f} to "
-        f"{high:+.1f}), McNemar p = {pair['mcnemar_p_value']:.3g}; both right {pair['both_right']}, only full precision right "
+        f"{text}\n\nBoth models answered the same questions: difference {100 * pair['difference']:+.1f} points (95 % interval {low:+.1f} "
+        f"to {high:+.1f}), McNemar p = {pair['mcnemar_p_value']:.3g}; both right {pair['both_right']}, only full precision right "
         f"{pair['only_reference']}, only this model right {pair['only_model']}, both wrong {pair['both_wrong']}. KL divergence from full "
         f"precision {pair['answer_kl_nats']:.4f} nats per answer token."
     )
@@ -204,8 +204,8 @@ def speed(card: Card) -> str:
     text = (
         f"Measured on {found['device']}{threads}, with {shown_versions(found['versions'])}: median of {settings['rounds']} rounds, {turns}"
         f"{compiled}; {settings['prompt_tokens']} prompt tokens, {counted(settings['images'], 'picture')}, {settings['new_tokens']} new "
-        f"tokens. Speedup: time of `{rows[0]['way']}` in the same run over time of the row; spread: interquartile range over median. Another "
-        "machine gives other ratios."
+        f"tokens. Speedup: time of `{rows[0]['way']}` in the same run over time of the row; spread: interquartile range over median. "
+        "Another machine gives other ratios."
     )
     missing = [f"{row['way']} ({row['error']})" for row in rows if row["error"] is not None]
     return f"{text} Not measured: {'; '.join(missing)}." if missing else text

@@ -1,8 +1,8 @@
 """The model card of a saved directory: README.md and its picture, made from config.json, qvlm_report.json and the headers of the weights.
 
 Nothing in it is typed by hand: what was not measured is said in a sentence, with the command that measures it. Front matter that was there
-before (a licence, a language, a thumbnail) is kept; the body is written anew. Its frame is model_card.md, its sentences are in card_text.py,
-its tables in card_tables.py.
+before (a licence, a language, a thumbnail) is kept; the body is written anew. model_card.md is its frame, card_text.py has its sentences,
+card_tables.py its tables.
 """
 
 from pathlib import Path

@@ -31,9 +31,9 @@ def entropy_picture(segments: Sequence[SegmentReport]) -> bytes | None:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # not at the top: only cards need it, and it takes half a second
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(9, 3 * len(drawn) + 0.2), dpi=120, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.12, hspace=0.04)
+    figure = Figure(figsize=(9, 3 * len(drawn) + 0.2), dpi=120, layout=ConstrainedLayoutEngine(h_pad=0.12, hspace=0.04))
     FigureCanvasAgg(figure)
     for axes, segment in zip(figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True):
         _draw(axes, segment)
