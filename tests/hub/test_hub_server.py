@@ -419,6 +419,15 @@ def test_a_commit_that_is_cut_changes_nothing(hub: HubServer, api: HfApi, folder
     assert not hub.problems
 
 
+def test_a_commit_whose_answer_is_lost_has_happened_and_its_repeat_adds_none(hub: HubServer, api: HfApi, folder: Path) -> None:
+    hub.lose_answer("POST", "/commit/main")
+    with pytest.raises(Exception, match="disconnected"):
+        api.upload_folder(repo_id=REPO, folder_path=folder)
+    assert published(hub) == contents(folder)
+    api.upload_folder(repo_id=REPO, folder_path=folder)
+    assert len(hub.repo(REPO).history()) == 2
+
+
 def test_a_download_that_is_cut_goes_on_where_it_stopped(hub: HubServer, api: HfApi, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)  # 10 MB: what came before the first full chunk is loaded again
     api.upload_folder(repo_id=REPO, folder_path=folder)
