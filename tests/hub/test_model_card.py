@@ -143,7 +143,10 @@ def test_choices_are_told(saved: dict[str, Path]) -> None:
     assert "Visual encoder optimisation, 2 epochs" in texts["vision"]
     assert re.search(r"\| output head +\| 1 linear module +\| 8 bit ", texts["head"])
     assert "`modules_to_not_convert` was `multi_modal_projector`, `layers.0.mlp.fc1`." in texts["head"]
-    assert "Linear modules in float32: `model.vision_tower.encoder.layers.*.mlp.fc1` (1), `model.multi_modal_projector.linear_1`" in texts["head"]
+    assert (
+        "Linear modules in float32: `model.vision_tower.encoder.layers.*.mlp.fc1` (1), `model.multi_modal_projector.linear_1`"
+        in texts["head"]
+    )
     assert "a Hadamard rotation folded into the weights" in texts["weights"]
     assert "weights are rounded block by block" in texts["weights"]
     assert "No answer depends on `model.vision_tower.encoder.layers.2`" in texts["calibrated"]
@@ -184,7 +187,9 @@ def test_the_command_makes_the_model_again(saved: dict[str, Path], root: Path, k
         assert program == "qvlm"
         assert main([*words, "--overwrite"]) == 0
     else:
-        code = command.replace(f'processor, "{name}"', f'processor, "{name}-again"').replace(f"processor, '{name}'", f"processor, '{name}-again'")
+        code = command.replace(f'processor, "{name}"', f'processor, "{name}-again"').replace(
+            f"processor, '{name}'", f"processor, '{name}-again'"
+        )
         exec(compile(code, "card", "exec"), {"samples": KINDS[kind].get("dataset")})
     first, again = ((folder / "model.safetensors").read_bytes() for folder in (root / name, root / f"{name}-again"))
     assert first == again
@@ -218,7 +223,9 @@ def test_front_matter_of_a_published_model(saved: dict[str, Path], tmp_path: Pat
         "license": "llama2", "pipeline_tag": "image-text-to-text", "quantized_by": "me", "tags": ["qvlm", "w4a4", "llava"],
     }  # fmt: skip
     assert 'from_pretrained("me/tiny-qvlm")' in text
-    assert text.split("---\n")[2].lstrip().startswith("# tiny-qvlm\n\n[org/tiny](https://huggingface.co/org/tiny), quantized to 4-bit weights")
+    assert (
+        text.split("---\n")[2].lstrip().startswith("# tiny-qvlm\n\n[org/tiny](https://huggingface.co/org/tiny), quantized to 4-bit weights")
+    )
 
 
 def test_licences(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -238,7 +245,10 @@ def test_licences(saved: dict[str, Path], tmp_path: Path) -> None:
     data = ModelCard((folder / CARD_NAME).read_text()).data.to_dict()
     assert (data["license_name"], data["license_link"]) == ("license of org/base", "https://huggingface.co/org/base")
     before = (folder / CARD_NAME).read_bytes()
-    for bad, message in (({"license": "my own"}, "license='my own' is no identifier"), ({"base_model": "/tmp/x"}, "base_model='/tmp/x' is no Hub id")):
+    for bad, message in (
+        ({"license": "my own"}, "license='my own' is no identifier"),
+        ({"base_model": "/tmp/x"}, "base_model='/tmp/x' is no Hub id"),
+    ):
         with pytest.raises(ValueError, match=message):
             write_card(folder, **bad)
     assert (folder / CARD_NAME).read_bytes() == before
