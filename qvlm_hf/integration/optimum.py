@@ -117,7 +117,7 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
         config = copy.copy(config or QVLMConfig())
         config.processor = config.processor or self.processor
         if isinstance(self.model, str):
-            model = AutoModelForImageTextToText.from_pretrained(self.model, quantization_config=config, **self.options)
+            model: Any = AutoModelForImageTextToText.from_pretrained(self.model, quantization_config=config, **self.options)
             if (report := model.hf_quantizer.report) is None:
                 raise ValueError(f"{self.model}: is quantized already: give the full-precision model.")
         else:
@@ -125,7 +125,7 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
         return save_quantized(model, self.processor, save_dir, report=report, overwrite=overwrite, max_shard_size=max_shard_size)
 
 
-def pipeline(
+def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
     task: str | None = None,
     model: str | PreTrainedModel | None = None,
     config: str | PreTrainedConfig | None = None,
@@ -149,6 +149,7 @@ def pipeline(
     """A Transformers pipeline on a quantized model; the signature is that of `optimum.pipelines.pipeline`.
 
     Unlike `transformers.pipeline`, it reads the model once: an error is the model's own, and is not answered by a second try in float32.
+    Arguments that are not listed mean what they mean there.
 
     Args:
         task: None is "image-text-to-text".
@@ -158,8 +159,6 @@ def pipeline(
         torch_dtype: of what is not quantized.
         model_kwargs: for `from_pretrained`; not changed.
         accelerator: "qvlm" or None.
-        config, tokenizer, feature_extractor, image_processor, revision, use_fast, token, device, device_map, trust_remote_code,
-            pipeline_class, **kwargs: as in `transformers.pipeline`.
 
     Raises:
         ValueError: no model, or one that is not quantized; another framework or accelerator; or as `from_pretrained`.
@@ -181,7 +180,8 @@ def pipeline(
             f"{model.name_or_path}: is not quantized with {QUANT_METHOD}: give such a checkpoint, or "
             "model_kwargs={'quantization_config': QVLMConfig(...)}."
         )
-    return transformers.pipeline(
+    make: Any = transformers.pipeline  # declared for each task by name; ours is any string
+    return make(
         task or "image-text-to-text",
         model=model,
         config=config,

@@ -33,4 +33,6 @@ class QVLMCommand(BaseOptimumCLICommand):
         raise SystemExit(main(self.args.words))
 
 
-REGISTER_COMMANDS = [QVLMCommand]
+# An iterator, so that it is taken once: where two copies of this package are on the path (a checkout beside an installed one), optimum-cli
+# reads this list once per copy, and a second `qvlm` would be an error.
+REGISTER_COMMANDS = iter([QVLMCommand])
