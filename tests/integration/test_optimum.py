@@ -77,13 +77,13 @@ def test_quantizes_a_model_object_in_place(source, quantized, config, tmp_path):
 
 
 def test_calibrates_with_the_processor_beside_the_model(source, tmp_path):
-    config = qvlm_hf.QVLMConfig(scheme="W4A8", dataset=tiny_messages(6), num_samples=4, batch_size=4, max_block_depth=1)
-    quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(str(source), dtype=torch.bfloat16)
-    out = quantizer.quantize(tmp_path / "out", config=config)
+    search = {"num_samples": 4, "batch_size": 4, "percentiles": (1.0,), "margins": (), "max_block_depth": 1, "weight_rounding": "nearest"}
+    config = qvlm_hf.QVLMConfig(scheme="W4A8", dataset=tiny_messages(6), rotation=None, guard=False, token_importance=False, **search)
+    quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(str(source), dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(quantizer.quantize(tmp_path / "out", config=config))
     assert config.processor is None  # the caller's object stays as it is
-    model = AutoModelForImageTextToText.from_pretrained(out)
-    assert model.config.quantization_config.provenance["num_samples"] == 4
-    assert model.dtype == torch.bfloat16
+    assert model.config.quantization_config.provenance["dataset"] == "list in memory"
+    assert model.dtype == torch.float32
 
 
 def test_what_has_no_meaning_is_refused(source, quantized, config, tmp_path):
@@ -122,7 +122,7 @@ def test_pipeline_by_directory_object_and_on_the_way_in(source, quantized, proce
 
 def test_pipeline_takes_dtype_device_and_map(quantized):
     assert optimum.qvlm.pipeline(model=str(quantized), torch_dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
-    places = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "cpu", "lm_head": "cpu"}
+    places = {"lm_head": "cpu", "model.language_model": "cpu", "model.multi_modal_projector": "cpu", "model.vision_tower": "disk"}
     split = optimum.qvlm.pipeline(model=str(quantized), device_map=places)
     assert split.model.hf_device_map == places
     assert tokens(split) == tokens(optimum.qvlm.pipeline(model=str(quantized)))
