@@ -19,7 +19,7 @@ from qvlm_hf.nn.footprint import count_parameters
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["REPORT_NAME", "check_output", "forget_configuration", "save_quantized"]
+__all__ = ["REPORT_NAME", "check_output", "save_quantized"]
 
 
 def save_quantized(
@@ -59,7 +59,7 @@ def save_quantized(
         for file in partial.glob("*.safetensors"):
             _sort_metadata(file)
         if processor is not None:
-            forget_configuration(processor)
+            _forget_configuration(processor)
             processor.save_pretrained(partial)
         if report is not None:
             (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -100,7 +100,7 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
     return target
 
 
-def forget_configuration(processor: Any) -> None:  # noqa: ANN401 - any Transformers processor
+def _forget_configuration(processor: Any) -> None:  # noqa: ANN401 - any Transformers processor
     """Takes a quantization configuration out of a processor, which could not be written to JSON with it.
 
     `transformers.pipeline` hands `model_kwargs` to the processor too, and the tokenizer keeps what it does not know.
