@@ -15,11 +15,12 @@ from hatchling.builders.wheel import WheelBuilder
 
 ROOT = Path(__file__).parent.parent
 NAMESPACE = {"optimum/qvlm/__init__.py", "optimum/commands/register/register_qvlm.py"}
+SOURCES = {"qvlm_hf/integration/optimum_namespace/qvlm.py", "qvlm_hf/integration/optimum_namespace/register_qvlm.py"}
 CHECK = """
 import sys, optimum.qvlm, qvlm_hf
 from pathlib import Path
-for module in (qvlm_hf, optimum.qvlm):
-    assert Path(module.__file__).is_relative_to(sys.argv[1]), module.__file__
+for module, place in zip((qvlm_hf, optimum.qvlm), sys.argv[1:], strict=True):
+    assert Path(module.__file__).is_relative_to(place), module.__file__
 """
 
 
@@ -36,7 +37,7 @@ def optimums_files():
 def test_the_wheel_shares_optimums_namespace(tmp_path):
     names = ZipFile(wheel("standard", tmp_path)).namelist()
     assert {name for name in names if name.startswith("optimum/")} == NAMESPACE
-    assert not set(names) & optimums_files()
+    assert not set(names) & (optimums_files() | SOURCES)
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"qvlm_hf", "optimum"}
 
 
@@ -44,15 +45,15 @@ def test_the_editable_wheel_points_here(tmp_path):
     contents = ZipFile(wheel("editable", tmp_path))
     (pointer,) = [name for name in contents.namelist() if name.endswith(".pth")]
     assert set(contents.read(pointer).decode().split()) == {str(ROOT)}
-    assert not [name for name in contents.namelist() if name.startswith(("optimum", "qvlm_hf/"))]
+    assert {name for name in contents.namelist() if name.startswith(("optimum", "qvlm_hf/"))} == NAMESPACE
 
 
 def test_the_sources_build_the_same(tmp_path):
     (archive,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with tarfile.open(archive) as opened:
         names = {name.partition("/")[2] for name in opened.getnames()}
-    assert names >= NAMESPACE
-    assert "optimum/__init__.py" not in names
+    assert names >= SOURCES
+    assert not [name for name in names if name.startswith("optimum/")]
 
 
 @pytest.mark.slow
@@ -78,7 +79,7 @@ def test_installs_and_uninstalls_beside_optimum(version, tmp_path):
 
     before = set(site.rglob("*.py"))
     pip("install", "--no-index", "--no-deps", "--force-reinstall", str(wheel(version, tmp_path)))
-    imported = run("-c", CHECK, str(ROOT if version == "editable" else site))
+    imported = run("-c", CHECK, str(ROOT if version == "editable" else site), str(site))
     assert imported.returncode == 0, imported.stderr
     helped = run("-m", "optimum.commands.optimum_cli", "qvlm", "--version")
     assert (helped.returncode, helped.stdout.split()[0]) == (0, "qvlm"), helped.stderr
@@ -87,4 +88,4 @@ def test_installs_and_uninstalls_beside_optimum(version, tmp_path):
     assert not [path for path in site.rglob("*") if "qvlm" in path.name]
     left = run("-m", "optimum.commands.optimum_cli", "--help")
     assert left.returncode == 0, left.stderr
-    assert all((ROOT / name).is_file() for name in NAMESPACE)
+    assert all((ROOT / name).is_file() for name in SOURCES)

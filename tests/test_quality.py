@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qvlm_hf"
-FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "optimum").rglob("*.py")])
+FILES = sorted(PACKAGE.rglob("*.py"))
 OPTIONAL = {"triton", "sklearn"}  # extras: a module that needs one is read, but imported only where it is installed
 PRINTERS = (PACKAGE / "cli", PACKAGE / "demo" / "train.py")  # what a user runs and reads
 # lint-imports has no `python -m`; the script in bin/ is missing where an environment was copied rather than installed
