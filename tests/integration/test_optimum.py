@@ -7,17 +7,17 @@ import sys
 from pathlib import Path
 
 import optimum.pipelines
+import optimum.qvlm
 import pytest
 import torch
 from optimum.commands.base import RootOptimumCLICommand
 from optimum.commands.optimum_cli import register_optimum_cli_subcommand
+from optimum.commands.register.register_qvlm import QVLMCommand
 from optimum.quantization_base import OptimumQuantizer
 from tiny_models import tiny_messages
 from transformers import AutoModelForImageTextToText
 
-import optimum.qvlm
 import qvlm_hf
-from optimum.commands.register.register_qvlm import QVLMCommand
 from qvlm_hf.cli import main
 
 GOLDEN = Path(__file__).parent.parent / "golden"
