@@ -137,7 +137,7 @@ def _compute(modules: Sequence[QVLMLinear], x: Tensor) -> list[Tensor]:
         x,
         [tensors["weight"] for tensors in held],
         [tensors["weight_scale"] for tensors in held],
-        [tensors["weight_zero_point"] for tensors in held if "weight_zero_point" in tensors],
+        [tensors["weight_zero_point"] for tensors in held if tensors.get("weight_zero_point") is not None],
         held[0].get("input_scale"),
         held[0].get("input_zero_point"),
         [tensors["bias"] for tensors in held if tensors["bias"] is not None],
