@@ -9,6 +9,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -85,7 +86,8 @@ def _change(target: Path, text: str | None) -> None:
         partial.write_text(text, encoding="ascii")
         os.replace(partial, target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         reason = error.strerror or error
         raise ValueError(f"{target.parent}: may not be written ({reason}): use an environment of your own, or --user.") from error
 
