@@ -1,53 +1,39 @@
-"""Tells Transformers of "qvlm" in programs that never import qvlm_hf: the text of this file runs at every start of Python.
+"""Tells Transformers of "qvlm" in programs that never import qvlm_hf.
 
-`qvlm autoload install` copies it into a `.pth` file, so it stands alone, is short, has no types and imports nothing but sys. When
-Transformers has imported its table of quantization methods, the table gets an entry for "qvlm" that imports qvlm_hf once a checkpoint asks
-for it: every other program that uses Transformers is spared the import, and whatever could go wrong in it. Nothing raised here reaches the
+`qvlm autoload install` copies the text of this file into a `.pth` file, where it runs when a program imports Transformers' table of
+quantization methods: so it stands alone and has no types. The table gets an entry for "qvlm" that imports qvlm_hf once a checkpoint asks
+for it; every other program that uses Transformers is spared the import, and whatever could go wrong in it. Nothing raised here reaches the
 program: a table that cannot be taught is one line of warning, and without qvlm_hf nothing happens at all.
 """
 
-import sys
-
-__all__ = ["TABLE", "QVLMFinder", "start", "teach"]
+__all__ = ["TABLE", "find", "teach"]
 
 TABLE = "transformers.quantizers.auto"
 
 
-def start():
-    """Teaches the table if it is there already, and otherwise as soon as it is imported."""
-    if TABLE in sys.modules:
-        teach(sys.modules[TABLE])
-    else:
-        sys.meta_path.insert(0, QVLMFinder)
+def find(finder):
+    """The spec of `TABLE` as other finders have it, with a loader that calls `teach` at the end.
 
+    Args:
+        finder: the class in sys.meta_path that was asked for it.
+    """
+    from importlib.util import find_spec
 
-class QVLMFinder:
-    """Lets the loader of `TABLE` call `teach` at the end. Stays in sys.meta_path: other threads may be walking through it."""
+    finder.asking = True  # the others are asked through sys.meta_path, where it stands as well
+    try:
+        spec = find_spec(TABLE)
+    finally:
+        finder.asking = False
+    if spec is not None and spec.loader is not None:
+        execute = spec.loader.exec_module
 
-    asking = False
+        def exec_module(module):
+            execute(module)
+            if module.__name__ == TABLE:  # a zip file has one loader for all
+                teach(module)
 
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        """What the other finders find for `TABLE`, and nothing for any other name."""
-        if name != TABLE or cls.asking:
-            return None
-        from importlib.util import find_spec
-
-        cls.asking = True  # the others are asked through sys.meta_path, where this class stands as well
-        try:
-            spec = find_spec(name)
-        finally:
-            cls.asking = False
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module):
-                execute(module)
-                if module.__name__ == TABLE:  # a zip file has one loader for all
-                    teach(module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+    return spec
 
 
 def teach(module):

@@ -6,7 +6,6 @@ import os
 import site
 import subprocess
 import sys
-import types
 import venv
 from pathlib import Path
 
@@ -144,20 +143,26 @@ def test_the_users_directory(tmp_path):
 # ---- what the hook does to other programs: nothing ------------------------------------------------------------
 
 
-def finders(environment, *options):
-    code = "import sys; print([getattr(finder, '__name__', '') for finder in sys.meta_path].count('QVLMFinder'), len(sys.modules))"
+def modules_at_start(environment, *options):
+    """Whether a finder of ours is there, and the modules that were imported."""
+    code = """
+import sys
+found = any(getattr(finder, "__name__", "") == "QVLMFinder" for finder in sys.meta_path)
+print(found, *sorted(sys.modules))
+"""
     done = environment.run(*options, "-c", code)
     assert (done.returncode, done.stderr) == (0, "")
-    return tuple(map(int, done.stdout.split()))
+    found, *modules = done.stdout.split()
+    return found == "True", modules
 
 
-def test_a_start_gets_one_finder_and_no_module(installed):
-    count, modules = finders(installed)  # a virtual environment reads the file twice
-    isolated, _ = finders(installed, "-I")
-    assert (count, isolated) == (1, 1)
-    assert finders(installed, "-S")[0] == 0  # no site-packages, no autoload
+def test_a_start_gets_a_finder_and_no_module(installed):
+    found, modules = modules_at_start(installed)
+    assert found
+    assert modules_at_start(installed, "-I")[0]
+    assert not modules_at_start(installed, "-S")[0]  # no site-packages, no autoload
     installed.pth.unlink()
-    assert finders(installed) == (0, modules)
+    assert modules_at_start(installed) == (False, modules)
 
 
 def test_without_qvlm_hf_nothing_happens(installed):
@@ -173,12 +178,12 @@ assert "qvlm" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A module that stands where Transformers' table stands, and the hook watching for it."""
+    """A module that stands where Transformers' table stands, and the file's line watching for it; twice, as in a virtual environment."""
     (tmp_path / "some_table.py").write_text("AUTO_QUANTIZATION_CONFIG_MAPPING = {}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(autoload_hook, "TABLE", "some_table")
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    autoload_hook.start()
+    for _ in range(2):
+        exec(autoload.pth_text().replace(autoload_hook.TABLE, "some_table"))
     yield "some_table"
     sys.modules.pop("some_table", None)
 
@@ -188,6 +193,7 @@ def entry():
 
 
 def test_the_entry_becomes_a_configuration_when_one_is_read(table):
+    assert entry().__name__ == "Promise"
     config = entry().from_dict({"quant_method": "qvlm", "scheme": "W8A16"})
     assert isinstance(config, qvlm_hf.QVLMConfig)
     assert config.scheme == "W8A16"
@@ -200,19 +206,11 @@ def test_a_look_without_an_import_and_a_reload_are_survived(table):
     assert entry() is not first
 
 
-def test_a_copy_of_the_hook_beside_it_does_no_harm(table):
-    copy = {"__name__": "copy"}
-    exec(Path(autoload_hook.__file__).read_text().replace("transformers.quantizers.auto", table), copy)
-    copy["start"]()
-    assert entry().__name__ == "Promise"
-
-
-def test_a_table_that_is_there_already_is_taught_at_once(table, monkeypatch):
-    module = types.ModuleType(table)
-    module.AUTO_QUANTIZATION_CONFIG_MAPPING = {}
-    monkeypatch.setitem(sys.modules, table, module)
-    autoload_hook.start()
-    assert entry().__name__ == "Promise"
+def test_a_module_that_is_missing_is_missing_as_ever(table, tmp_path):
+    (tmp_path / "some_table.py").unlink()
+    importlib.invalidate_caches()
+    with pytest.raises(ModuleNotFoundError, match="No module named 'some_table'"):
+        entry()
 
 
 def test_what_qvlm_hf_entered_stays():
