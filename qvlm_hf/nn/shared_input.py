@@ -112,7 +112,7 @@ class SharedInput:
         x between two modules.
         """
         return (
-            module.weight.device == x.device
+            module.tensors["weight"].device == x.device
             and not module.reference
             and not module._forward_pre_hooks
             and not module._forward_hooks
@@ -125,20 +125,22 @@ def _nobody() -> None:
 
 
 def _records_gradient(modules: Iterable[QVLMLinear], x: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
     biases = (module.bias for module in modules)
-    return torch.is_grad_enabled() and (x.requires_grad or any(bias is not None and bias.requires_grad for bias in biases))
+    return x.requires_grad or any(bias is not None and bias.requires_grad for bias in biases)
 
 
 def _compute(modules: Sequence[QVLMLinear], x: Tensor) -> list[Tensor]:
-    first = modules[0]
+    first, held = modules[0], [module.tensors for module in modules]
     return linears(
         x,
-        [module.weight for module in modules],
-        [module.weight_scale for module in modules],
-        [module.weight_zero_point for module in modules if module.weight_zero_point is not None],
-        first.input_scale,
-        first.input_zero_point,
-        [module.bias for module in modules if module.bias is not None],
+        [tensors["weight"] for tensors in held],
+        [tensors["weight_scale"] for tensors in held],
+        [tensors["weight_zero_point"] for tensors in held if tensors.get("weight_zero_point") is not None],
+        held[0].get("input_scale"),
+        held[0].get("input_zero_point"),
+        [tensors["bias"] for tensors in held if tensors["bias"] is not None],
         first.in_features,
         first.scheme,
     )
@@ -146,7 +148,8 @@ def _compute(modules: Sequence[QVLMLinear], x: Tensor) -> list[Tensor]:
 
 def _statics(module: QVLMLinear) -> tuple[Tensor | None, ...]:
     """What must stay as it was when the modules were found to agree."""
-    return module.input_scale, module.input_zero_point, module.bias
+    tensors = module.tensors
+    return tensors.get("input_scale"), tensors.get("input_zero_point"), tensors["bias"]
 
 
 def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:
