@@ -18,6 +18,7 @@ _COMMANDS = {
     "evaluate": "measure accuracy on a data set, against another model if wanted",
     "bench": "measure speed and memory of models, or of the kernels",
     "inspect": "show what a saved model holds, or size a named shape",
+    "autoload": "let programs that never import qvlm_hf load quantized models",
 }
 
 
