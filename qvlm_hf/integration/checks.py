@@ -37,11 +37,17 @@ _MAX_POSITIONS = 2**20  # a vision encoder sees 577 positions; a million is no p
 
 @dataclass(frozen=True, kw_only=True)
 class TensorHeader:
-    """One tensor as the safetensors header describes it; `where` is "file: key", for messages."""
+    """One tensor as the safetensors header describes it: the file's name, the key in it, dtype and shape."""
 
-    where: str
+    file: str
+    key: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.file}: {self.key}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,7 @@ def read_headers(model: PreTrainedModel, files: Sequence[str]) -> dict[str, Tens
     headers: dict[str, TensorHeader] = {}
     for file in files:
         for key, dtype, shape in _header(file):
-            header = TensorHeader(where=f"{os.path.basename(file)}: {key}", dtype=dtype, shape=shape)
+            header = TensorHeader(file=os.path.basename(file), key=key, dtype=dtype, shape=shape)
             if (name := in_model(key)) in headers:
                 raise ValueError(f"{header.where}: the tensor is also in {headers[name].where}: the directory mixes two models, {_AGAIN}.")
             headers[name] = header
