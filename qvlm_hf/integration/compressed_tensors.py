@@ -169,7 +169,7 @@ def quantization_config(modules: Mapping[str, Stored], full_precision: list[str]
     groups: dict[str, Any] = {}
     for index, (kind, names) in enumerate(ordered):
         # vLLM does not take its output head for a "Linear"
-        targets = ["Linear", *(_pattern(name) for name in names if name == "lm_head")] if index == 0 else [_pattern(name) for name in names]
+        targets = [*(_pattern(name) for name in names if name == "lm_head"), "Linear"] if index == 0 else [_pattern(name) for name in names]
         groups[f"group_{index}"] = _group(kind, targets)
     formats = {kind.format for kind in members}
     config: dict[str, Any] = {

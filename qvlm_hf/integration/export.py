@@ -29,7 +29,7 @@ from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.registry import QUANT_METHOD
 from qvlm_hf.integration.saving import REPORT_NAME, check_output, written_whole
 
-__all__ = ["EXPORT_FORMATS", "Exported", "export", "hub_name", "weight_files"]
+__all__ = ["EXPORT_FORMATS", "Exported", "export", "has_nested_vision", "hub_name", "weight_files"]
 
 EXPORT_FORMATS = ("compressed-tensors",)
 _INDEX = "model.safetensors.index.json"
@@ -125,12 +125,17 @@ def weight_files(directory: Path) -> list[str]:
     return [str(directory / str(name)) for name in names]
 
 
+def has_nested_vision(config: Any) -> bool:  # noqa: ANN401 - the configuration of any supported family
+    """Whether checkpoints on the Hub have the vision encoder in a `vision_model` of its own."""
+    return getattr(getattr(config, "vision_config", None), "model_type", None) in _NESTED_VISION
+
+
 def hub_name(name: str, *, nested_vision: bool) -> str:
     """A tensor's name in Transformers' model -> its name in LLaVA checkpoints on the Hub.
 
     Args:
         name: for example `model.vision_tower.encoder.layers.0.mlp.fc1.bias`.
-        nested_vision: whether the vision encoder lies in a `vision_model` of its own there (CLIP, SigLIP).
+        nested_vision: from `has_nested_vision`.
     """
     if name.startswith("lm_head."):
         return f"language_model.{name}"
@@ -173,7 +178,7 @@ def _plan(source: Path) -> _Plan:
         in_features=in_features,
         full_precision=[name for name in linears if name not in layouts],
         dtype=config.dtype or torch.float32,
-        nested_vision=getattr(getattr(config, "vision_config", None), "model_type", None) in _NESTED_VISION,
+        nested_vision=has_nested_vision(config),
     )
 
 
