@@ -27,7 +27,16 @@ from qvlm_hf.nn.replace import quantized_modules
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["PackedLayout", "TensorHeader", "check_complete", "check_files", "check_loaded", "check_modules", "read_headers", "tensor_headers"]
+__all__ = [
+    "PackedLayout",
+    "TensorHeader",
+    "check_complete",
+    "check_files",
+    "check_loaded",
+    "check_modules",
+    "read_headers",
+    "tensor_headers",
+]
 
 _AGAIN = "download or quantize it again"
 _FLOATS = ("F32", "F16", "BF16")

@@ -3,12 +3,12 @@
     W{2-8}A16            "pack-quantized": weight_packed, weight_scale, weight_shape, weight_zero_point if asymmetric
     W8A8 dynamic_token   "int-quantized": weight int8, weight_scale; the input is quantized per token, asymmetric, as here
 
-Nothing is quantized again: the same integers stand in the same scales, so the model computes what it computed. Weights are stored in 2, 4 or
-8 bits, where all versions of the format agree with core/packing.py; other widths move into the next wider one. A group that does not divide
-the row is cut into equal smaller ones. What the format cannot say is refused.
+Nothing is quantized again: the same integers on the same scales. Weights are stored in 2, 4 or 8 bits, where all versions of the format
+agree with core/packing.py; other widths move into the next wider one. A group that does not divide the row is cut into equal smaller
+ones. What the format cannot say is refused.
 
-Left out: static activation ranges. "channel" has a zero point per channel and the format one per tensor; moving it into the norm before would
-need a norm with a bias, which a language model's has not.
+Left out: static activation ranges. "channel" has a zero point per channel and the format one per tensor; the scales could be folded into
+the norm before the site, the zero points only into a norm with a bias, which a language model's has not. "token" has no counterpart.
 """
 
 import math
@@ -76,10 +76,11 @@ def stored_as(name: str, scheme: QuantScheme, in_features: int, *, has_input_sca
             "quantize with activation_granularity='dynamic_token' and 8 bits, or to 16-bit activations."
         )
     one_group = scheme.groups(in_features) == 1
-    if scheme.granularity == "dynamic_token" and not (scheme.activation_bits == scheme.weight_bits == 8 and one_group and scheme.symmetric):
+    eight_bits = scheme.activation_bits == scheme.weight_bits == 8
+    if scheme.granularity == "dynamic_token" and not (eight_bits and one_group and scheme.symmetric):
         raise ValueError(
-            f"{name}: W{scheme.weight_bits}A{scheme.activation_bits} with group_size={scheme.group_size}, symmetric={scheme.symmetric} runs "
-            "nowhere else: consumers take W8A8 with group_size=-1 and symmetric=True, or 16-bit activations."
+            f"{name}: no consumer runs W{scheme.weight_bits}A{scheme.activation_bits} with group_size={scheme.group_size} and "
+            f"symmetric={scheme.symmetric}: they take W8A8 with group_size=-1 and symmetric=True, or 16-bit activations."
         )
     group_size = _WHOLE_ROW if one_group else math.gcd(scheme.group_size, in_features)
     width = next(width for width in _WIDTHS if width >= scheme.weight_bits)

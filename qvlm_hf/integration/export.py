@@ -71,7 +71,7 @@ def export(
     directory: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    format: str = EXPORT_FORMATS[0],  # noqa: A002 - the word of the command line
+    format: str = EXPORT_FORMATS[0],
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Exported:

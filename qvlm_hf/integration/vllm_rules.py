@@ -50,8 +50,8 @@ RULES = (
     Rule(
         name="names",
         source="models/llava.py, models/clip.py, models/siglip.py",
-        says="language_model.model.*, language_model.lm_head, multi_modal_projector.*, vision_tower.vision_model.* (Pixtral: vision_tower.*), "
-        "with or without model. in front; every tensor has a place and every place a tensor.",
+        says="language_model.model.*, language_model.lm_head, multi_modal_projector.*, vision_tower.vision_model.* (Pixtral: "
+        "vision_tower.*), or as models/llava.py renames; every tensor has a place and every place a tensor.",
     ),
     Rule(
         name="scheme",
@@ -91,6 +91,7 @@ RULES = (
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SPLIT_INPUTS = ("o_proj", "down_proj", "out_proj", "fc2", "linear_2")
+_FLOATS = ("F32", "F16", "BF16")
 _VISION = ("clip_vision_model", "siglip_vision_model", "pixtral")
 _MARLIN_GROUPS = (-1, 32, 64, 128)
 # Layouts that models/llava.py renames, before any rule looks at a name.
@@ -100,6 +101,9 @@ _RENAMED = (
     ("model.multi_modal_projector.", "multi_modal_projector."),
     ("lm_head.", "language_model.lm_head."),
 )
+
+
+_Wanted = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]  # tensor -> dtypes it may have, shape
 
 
 class _Findings:
@@ -245,9 +249,9 @@ def _check_heads(config: Any, setting: _Setting, findings: _Findings) -> None:  
 
 def _check_linear(linear: _Linear, setting: _Setting, findings: _Findings) -> None:
     split_inputs = linear.last in _SPLIT_INPUTS
-    length = linear.in_features if split_inputs else linear.out_features
+    length, what = (linear.in_features, "inputs") if split_inputs else (linear.out_features, "outputs")
     if length % setting.devices and linear.last != "lm_head":  # the head is padded
-        findings.add("parallel", linear.name, f"{length} {'inputs' if split_inputs else 'outputs'} are not divided by {setting.devices} devices")
+        findings.add("parallel", linear.name, f"{length} {what} are not divided by {setting.devices} devices")
         return
     if linear.group is None:
         return
@@ -260,7 +264,7 @@ def _check_linear(linear: _Linear, setting: _Setting, findings: _Findings) -> No
     size = weights.get("group_size")
     if weights["strategy"] == "group" and here % size:
         findings.add("groups", linear.name, f"{here} inputs on a device are not whole groups of {size}")
-    if inputs is None and split_inputs and here * weights["num_bits"] % 32:
+    if inputs is None and split_inputs and setting.devices > 1 and here * weights["num_bits"] % 32:
         findings.add("groups", linear.name, f"{here} inputs on a device do not fill whole words at {weights['num_bits']} bits")
 
 
@@ -296,7 +300,8 @@ def _check_fused(parts: list[_Linear], setting: _Setting, findings: _Findings) -
         return
     split_inputs = first.last in _SPLIT_INPUTS
     outputs = [part.out_features // (1 if split_inputs else setting.devices) for part in parts]
-    if not weights["symmetric"] and any(length * weights["num_bits"] % 32 for length in outputs):
+    shared_rows = len(parts) > 1 or (setting.devices > 1 and not split_inputs)
+    if not weights["symmetric"] and shared_rows and any(length * weights["num_bits"] % 32 for length in outputs):
         findings.add("groups", first.name, f"packed zero points of {outputs[0]} outputs do not fill whole words")
     _check_kernel(first, sum(outputs), setting, findings)
 
@@ -322,11 +327,9 @@ def _check_kernel(first: _Linear, outputs: int, setting: _Setting, findings: _Fi
         findings.add("kernel", first.name, f"Marlin pads {inputs} inputs and {outputs} outputs at every step", fatal=False)
 
 
-def _check_tensors(
-    source: Path, expected: Mapping[str, tuple[int, ...]], linears: list[_Linear], findings: _Findings
-) -> None:
+def _check_tensors(source: Path, expected: Mapping[str, tuple[int, ...]], linears: list[_Linear], findings: _Findings) -> None:
     """Compares the headers of the files with what vLLM makes room for."""
-    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {name: (("F32", "F16", "BF16"), shape) for name, shape in expected.items()}
+    wanted: _Wanted = {name: (_FLOATS, shape) for name, shape in expected.items()}
     for linear in linears:
         if linear.group is not None:
             del wanted[f"{linear.name}.weight"]
@@ -344,21 +347,22 @@ def _check_tensors(
             findings.add("tensors", name, f"is {dtype} {list(real)}, must be {' or '.join(dtypes)} {list(shape)}")
 
 
-def _parts(linear: _Linear) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+def _parts(linear: _Linear) -> _Wanted:
     """Part -> dtypes and shape of a quantized module."""
     group: Any = linear.group
-    weights, floats = group["weights"], ("F32", "F16", "BF16")
-    rows, length = linear.out_features, linear.in_features
+    weights, rows, length = group["weights"], linear.out_features, linear.in_features
     if group.get("input_activations") is not None:
-        parts = {"weight": (("I8",), (rows, length)), "weight_scale": (floats, (rows, 1) if weights["strategy"] == "channel" else (1,))}
+        parts: _Wanted = {"weight": (("I8",), (rows, length)), "weight_scale": (_FLOATS, (rows, 1))}
+        if weights["strategy"] == "tensor":
+            parts["weight_scale"] = (_FLOATS, (1,))
         if not group["input_activations"].get("dynamic"):
-            parts["input_scale"] = (floats, (1,))
+            parts["input_scale"] = (_FLOATS, (1,))
         return parts
     bits = weights["num_bits"]
     groups = length // weights["group_size"] if weights["strategy"] == "group" else 1
     parts = {
         "weight_packed": (("I32",), (rows, -(-length * bits // 32))),
-        "weight_scale": (floats, (rows, groups)),
+        "weight_scale": (_FLOATS, (rows, groups)),
         "weight_shape": (("I64",), (2,)),
     }
     if not weights["symmetric"]:
