@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per forward pass (default: 8)")
     parser.add_argument("--max-block-depth", type=int, default=3, metavar="N", help="layers searched together (default: 3)")
     parser.add_argument("--rotation", default="auto", choices=("auto", "hadamard", "none"), help="fold a Hadamard rotation (default: auto)")
+    parser.add_argument(
+        "--activation-granularity", choices=("channel", "dynamic_token"), help="of every input (default: the search chooses)"
+    )
     parser.add_argument("--precision-budget", type=float, metavar="BITS", help="average bits of a weight; widths are chosen per site")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL on the Hub (default: its main branch)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the model (default: auto)")
@@ -38,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
         num_samples=options.num_samples,
         batch_size=options.batch_size,
         max_block_depth=options.max_block_depth,
+        activation_granularity=options.activation_granularity,
         rotation=None if options.rotation == "none" else options.rotation,
         precision_budget=options.precision_budget,
         modules_to_not_convert=options.modules_to_not_convert,
