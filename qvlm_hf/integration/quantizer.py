@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from qvlm_hf.calibration.progress import ProgressBar
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.calibration.samples import Sample, hold_out, load_samples
+from qvlm_hf.calibration.samples import Sample, dataset_name, hold_out, load_samples
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.core.architectures import shared_inputs
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
@@ -193,7 +192,7 @@ class QVLMHfQuantizer(HfQuantizer):
         samples, held_out = hold_out(self._samples or (), config.num_samples, config.seed)
         callbacks = config.callbacks or (ProgressBar(),)
         report = calibrate_and_pack(model, config.settings(), samples, config.processor, held_out=held_out, callbacks=callbacks)
-        return replace(report, provenance={"dataset": _dataset_name(config.dataset), **report.provenance})
+        return replace(report, provenance={"dataset": dataset_name(config.dataset), **report.provenance})
 
     def _finish(self, model: PreTrainedModel) -> None:
         """Records what is quantized, freezes it, tells the callbacks and lets go of the data."""
@@ -202,6 +201,7 @@ class QVLMHfQuantizer(HfQuantizer):
             module.requires_grad_(False)
         share_inputs(model, shared_inputs(model))
         if self.report is not None:
+            self.report = replace(self.report, provenance=_origin(model) | self.report.provenance)
             config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
             for callback in config.callbacks:
                 if hasattr(callback, "on_calibration_end"):
@@ -235,11 +235,13 @@ class QVLMHfQuantizer(HfQuantizer):
         return True
 
 
-def _dataset_name(dataset: object) -> str:
-    """What config.json says of the data: a name without its path, a Hub id, or the type."""
-    if isinstance(dataset, str | os.PathLike):
-        return Path(dataset).name if Path(dataset).exists() else str(dataset)
-    return f"{type(dataset).__name__} in memory"
+def _origin(model: PreTrainedModel) -> dict[str, str]:
+    """Where the full-precision weights came from: a Hub id and its commit, or a directory's name without its path."""
+    name = str(model.config.name_or_path or "")
+    commit = getattr(model.config, "_commit_hash", None)  # whatever came from the Hub has one
+    if commit is not None and name.count("/") <= 1 and not Path(name).exists():
+        return {"base_model": name, "base_model_revision": commit}
+    return {"base_directory": Path(name).resolve().name} if name else {}
 
 
 def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationReport:
@@ -260,8 +262,7 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationRep
     quantizer = QVLMHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment()
     quantizer.update_dtype(model.dtype)
-    report = quantizer._calibrate(model)
-    quantizer.report = report
+    quantizer.report = quantizer._calibrate(model)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = quantizer.quantization_config.quant_method
@@ -270,4 +271,4 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationRep
             config_of_part._is_quantized = True
     model.config.quantization_config = quantizer.quantization_config
     quantizer._finish(model)
-    return report
+    return quantizer.report

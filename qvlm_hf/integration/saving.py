@@ -12,14 +12,14 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.hub.contents import REPORT_NAME
+from qvlm_hf.hub.model_card import write_card
 from qvlm_hf.nn.footprint import count_parameters
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
 __all__ = ["REPORT_NAME", "check_output", "save_quantized"]
-
-REPORT_NAME = "qvlm_report.json"
 
 
 def save_quantized(
@@ -31,7 +31,7 @@ def save_quantized(
     overwrite: bool = False,
     max_shard_size: int | str = "50GB",
 ) -> Path:
-    """Writes model, processor and report into a directory beside `output` and renames it when everything is there.
+    """Writes model, processor, report and card into a directory beside `output` and renames it when everything is there.
 
     Args:
         model: quantized.
@@ -62,6 +62,7 @@ def save_quantized(
             processor.save_pretrained(partial)
         if report is not None:
             (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_card(partial, name=target.name)
         _move_into_place(partial, target)
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as an error of its own
