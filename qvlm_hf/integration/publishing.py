@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from transformers.utils.hub import cached_file
 
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.samples import Sample, collate
+from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import write_card
 from qvlm_hf.hub.payload import choose_files
 from qvlm_hf.hub.publish import Published, Target, check_target, fetch_card, upload
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.registry import QUANT_METHOD
-from qvlm_hf.integration.saving import REPORT_NAME, save_quantized
+from qvlm_hf.integration.saving import save_quantized
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["check_push", "publish", "publish_folder", "push_result"]
@@ -96,7 +98,7 @@ def publish(
             shutil.rmtree(scratch, ignore_errors=True)
         raise
     shutil.rmtree(scratch, ignore_errors=True)
-    return published
+    return replace(published, folder=None)
 
 
 def publish_folder(
