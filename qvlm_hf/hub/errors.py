@@ -44,22 +44,35 @@ def explained(repo_id: str) -> Iterator[None]:
     """
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise PermissionError(f"{repo_id}: there is no Hub token: run `hf auth login`, set HF_TOKEN or pass token=.") from error
-    except OfflineModeIsEnabled as error:
-        raise ConnectionError(f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish.") from error
-    except HfHubHTTPError as error:
-        raise _refusal(repo_id, error) from error
-    except ValueError as error:
-        raise ValueError(f"{repo_id}: {TOKEN.sub('hf_***', ' '.join(str(error).split()))}") from error
-    except (HTTPError, ConnectionError, TimeoutError) as error:
-        raise ConnectionError(f"{repo_id}: the Hub cannot be reached ({one_line(error)}): check the network and {_REPEAT}.") from error
+    except Exception as error:
+        explanation = _explanation(repo_id, error)
+        if explanation is None:
+            raise
+        raise explanation from error
 
 
 def one_line(error: object) -> str:
     """The first line of a message, without tokens."""
     lines = str(error).strip().splitlines()
     return TOKEN.sub("hf_***", lines[0].strip().rstrip(".:")) if lines else type(error).__name__
+
+
+def _explanation(repo_id: str, error: BaseException | None) -> Exception | None:
+    """What to raise instead of `error`; None: it is no matter of the Hub's."""
+    match error:
+        case LocalTokenNotFoundError():
+            return PermissionError(f"{repo_id}: there is no Hub token: run `hf auth login`, set HF_TOKEN or pass token=.")
+        case OfflineModeIsEnabled():
+            return ConnectionError(f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish.")
+        case HfHubHTTPError():
+            return _refusal(repo_id, error)
+        case HTTPError() | ConnectionError() | TimeoutError():
+            return ConnectionError(f"{repo_id}: the Hub cannot be reached ({one_line(error)}): check the network and {_REPEAT}.")
+        case RuntimeError():  # of one file; the reason is its cause
+            return _explanation(repo_id, error.__cause__)
+        case ValueError():
+            return ValueError(f"{repo_id}: {TOKEN.sub('hf_***', ' '.join(str(error).split()))}")
+    return None
 
 
 def _refusal(repo_id: str, error: HfHubHTTPError) -> OSError:

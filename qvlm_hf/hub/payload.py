@@ -19,7 +19,8 @@ _FILES = (
     "config.json", "generation_config.json", "qvlm_report.json",
     "processor_config.json", "preprocessor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
+    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
 # What is deleted on the Hub unless it is sent: anything that `from_pretrained` would read, even instead of ours.
 STALE = (*_FILES, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json", "qvlm_*.png")
@@ -78,7 +79,9 @@ def check_secrets(folder: Path, files: Iterable[str], token: str | None) -> None
         content = read_header(folder / name) if name.endswith(".safetensors") else (folder / name).read_bytes()
         text = content.decode("utf-8", errors="ignore")
         if TOKEN.search(text) or (token and token in text):
-            raise ValueError(f"{name}: holds a Hub token (hf_...): nothing was sent; remove it, and revoke it if others could read the file.")
+            raise ValueError(
+                f"{name}: holds a Hub token (hf_...): nothing was sent; remove it, and revoke it if others could read the file."
+            )
 
 
 def read_header(file: Path) -> bytes:

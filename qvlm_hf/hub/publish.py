@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, get_token
 from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     NotASafetensorsRepoError,
@@ -114,16 +112,17 @@ def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revis
         raise PermissionError(f"{repo_id}: the token may only read: make one with write permission at huggingface.co/settings/tokens.")
     full = repo_id if "/" in repo_id else f"{user}/{repo_id}"
     target = Target(repo_id=full, user=user, private=private, revision=revision, create_pr=create_pr)
-    with explained(full):
-        try:
-            there = api.model_info(full)
-        except RepositoryNotFoundError:
-            _check_new(target, [user, *(org["name"] for org in account.get("orgs", []))])
-            return target
-        if private is not None and there.private != private:
-            state = "private" if there.private else "public"
-            raise ValueError(f"{full}: is {state} on the Hub already, and private={private} was asked for: change it in its settings, or leave it out.")
-        if not create_pr and not (revision or "").startswith("refs/pr/"):
+    there = _find(api, full)
+    if there is None:
+        _check_new(target, [user, *(org["name"] for org in account.get("orgs", []))])
+        return target
+    if private is not None and there.private != private:
+        state = "private" if there.private else "public"
+        raise ValueError(
+            f"{full}: is {state} on the Hub already, and private={private} was asked for: change it in its settings, or leave it out."
+        )
+    if not create_pr and not (revision or "").startswith("refs/pr/"):
+        with explained(full):
             api.auth_check(full, write=True)
     return target
 
@@ -167,7 +166,9 @@ def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision
     """
 
     def differs(what: str) -> OSError:
-        return OSError(f"{repo_id}: the Hub does not hold what was sent ({what}): repeat the command; if it stays, delete that file there first.")
+        return OSError(
+            f"{repo_id}: the Hub does not hold what was sent ({what}): repeat the command; if it stays, delete that file there first."
+        )
 
     there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision) if hasattr(entry, "size")}
     for name in payload.files:
@@ -196,9 +197,19 @@ def fetch_card(api: HfApi, model_id: str | None) -> ModelCardData | None:
     if model_id is None:
         return None
     try:
-        return ModelCard(Path(api.hf_hub_download(model_id, "README.md")).read_text(encoding="utf-8")).data
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, OSError, YAMLError, ValueError):
+        data = ModelCard(Path(api.hf_hub_download(model_id, "README.md")).read_text(encoding="utf-8")).data
+    except (HTTPError, OSError, YAMLError, ValueError):  # HTTPError alone is the network's
         return None
+    return data if isinstance(data, ModelCardData) else None
+
+
+def _find(api: HfApi, repo_id: str) -> ModelInfo | None:
+    """What the Hub says of a repository; None where there is none that the token may see."""
+    with explained(repo_id):
+        try:
+            return api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            return None
 
 
 def _check_new(target: Target, owners: list[Any]) -> None:
@@ -206,4 +217,6 @@ def _check_new(target: Target, owners: list[Any]) -> None:
     if target.create_pr:
         raise FileNotFoundError(f"{target.repo_id}: there is no such repository to open a pull request in: check its name.")
     if (owner := target.repo_id.split("/")[0]) not in owners:
-        raise PermissionError(f"{target.repo_id}: the token's user may not make repositories for {owner!r}: name one of {', '.join(owners)}.")
+        raise PermissionError(
+            f"{target.repo_id}: the token's user may not make repositories for {owner!r}: name one of {', '.join(owners)}."
+        )

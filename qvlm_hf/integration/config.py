@@ -77,8 +77,8 @@ class QVLMConfig(QuantizationConfigMixin):
         callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. Never saved.
         optimize_vision: learn the ranges of vision encoder and projector by gradient descent (eq. 8-10); True, False or a
             `VisionOptimization`. Kept only if it lowers the error on held-out calibration samples.
-        push_to_hub: publish the result when quantizing ends, as `publish` does; `model.hf_quantizer.published` says where. Needs `hub_model_id`
-            and `processor`. A failure is a warning that names the saved directory. Never saved.
+        push_to_hub: publish the result when quantizing ends, as `publish` does; `model.hf_quantizer.published` says where. Needs
+            `hub_model_id` and `processor`. A failure is a warning that names the saved directory. Never saved.
         hub_model_id: "owner/name" to publish to. Never saved.
         hub_private: of that repository; None takes the owner's default, or leaves it as it is. Never saved.
         resume_dir: not available in this version; takes None alone.

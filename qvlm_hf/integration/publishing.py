@@ -47,7 +47,7 @@ def publish(
     token: str | None = None,
     commit_message: str | None = None,
     base_model: str | None = None,
-    license: str | None = None,  # noqa: A002 - the Hub's word
+    license: str | None = None,
     api: HfApi | None = None,
 ) -> Published:
     """Publishes a quantized model with its processor, report and card, in one upload.
@@ -79,7 +79,9 @@ def publish(
         Notes of the error (PEP 678) name the saved directory and the command that publishes it.
     """
     if not getattr(model, "is_quantized", False) or processor is None:
-        raise ValueError("publish needs a quantized model and its processor: quantize it first, and load AutoProcessor.from_pretrained(model_id).")
+        raise ValueError(
+            "publish needs a quantized model and its processor: quantize it first, and load AutoProcessor.from_pretrained(model_id)."
+        )
     api = _api(api, token)
     target = check_target(api, repo_id, private=private, revision=revision, create_pr=create_pr)
     # beside the Hub's own cache, which has room for models; a name of its own, so that no earlier result is replaced
@@ -111,7 +113,7 @@ def publish_folder(
     token: str | None = None,
     commit_message: str | None = None,
     base_model: str | None = None,
-    license: str | None = None,  # noqa: A002 - the Hub's word
+    license: str | None = None,
     api: HfApi | None = None,
 ) -> Published:
     """Publishes a directory that `save_quantized` or `qvlm quantize` wrote; writes its card (README.md) anew.
@@ -152,7 +154,9 @@ def check_push(config: QVLMConfig) -> None:
         OSError: as `check_target`.
     """
     if config.processor is None:
-        raise ValueError("push_to_hub=True publishes the processor too: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id)).")
+        raise ValueError(
+            "push_to_hub=True publishes the processor too: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id))."
+        )
     check_target(HfApi(), str(config.hub_model_id), private=config.hub_private)
 
 
@@ -160,7 +164,7 @@ def push_result(model: Any, config: QVLMConfig) -> Published | None:  # noqa: AN
     """Publishes what quantizing with `push_to_hub=True` made; a failure is one warning, because the model in memory took hours."""
     try:
         return publish(model, config.processor, str(config.hub_model_id), private=config.hub_private)
-    except Exception as error:  # noqa: BLE001 - see above
+    except Exception as error:
         notes = getattr(error, "__notes__", ["The model is in memory: save it with qvlm_hf.save_quantized."])
         warnings.warn(f"push_to_hub: {error} {' '.join(notes)}", stacklevel=2)
         return None
@@ -172,12 +176,12 @@ def _api(api: HfApi | None, token: str | None) -> HfApi:
     return HfApi(token=token) if api is None else api
 
 
-def _send(api: HfApi, folder: Path, target: Target, *, commit_message: str | None, base_model: str | None, license: str | None) -> Published:  # noqa: A002
+def _send(
+    api: HfApi, folder: Path, target: Target, *, commit_message: str | None, base_model: str | None, license: str | None
+) -> Published:
     """Card, choice of files, upload."""
     base = base_model or _recorded_base(folder)
-    card = write_card(
-        folder, repo_id=target.repo_id, base_model=base, license=license, author=target.user, base_card=fetch_card(api, base)
-    )  # fmt: skip
+    card = write_card(folder, repo_id=target.repo_id, base_model=base, license=license, author=target.user, base_card=fetch_card(api, base))
     message = commit_message or f"Upload a model that qvlm_hf quantized to {_scheme(folder)}"
     return upload(api, folder, target, choose_files(folder, card), message=message)
 
@@ -212,10 +216,12 @@ def _report(model: Any) -> CalibrationReport | None:  # noqa: ANN401 - any Trans
     return None if file is None else CalibrationReport.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
 
 
-def _command(folder: Path, target: Target, *, base_model: str | None, license: str | None) -> str:  # noqa: A002 - as in publish
-    options = {"--revision": target.revision, "--base-model": base_model, "--license": license}
-    words = ["qvlm", "publish", str(folder), target.repo_id, *(["--private"] if target.private else []), *(["--create-pr"] if target.create_pr else [])]
-    return shlex.join(words + [word for name, value in options.items() if value is not None for word in (name, value)])
+def _command(folder: Path, target: Target, *, base_model: str | None, license: str | None) -> str:
+    """What publishes a saved directory as it was asked for."""
+    values = {"--revision": target.revision, "--base-model": base_model, "--license": license}
+    flags = {"--private": target.private, "--create-pr": target.create_pr}
+    words = ["qvlm", "publish", str(folder), target.repo_id, *(name for name, asked in flags.items() if asked)]
+    return shlex.join(words + [word for name, value in values.items() if value is not None for word in (name, value)])
 
 
 def _difference(folder: Path, model: Any, processor: Any) -> str | None:  # noqa: ANN401 - Transformers objects
@@ -244,10 +250,13 @@ def _check_loads(folder: Path) -> None:
     """Loads a saved model with every check of a checkpoint and asks it once.
 
     Raises:
-        ValueError: its answer holds NaN or infinity, or as loading does.
-        OSError: the processor is missing or cannot be read.
+        ValueError: its processor is missing or cannot be read, its answer holds NaN or infinity, or as loading does.
     """
-    inputs = _inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
+    try:
+        inputs = _inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: holds no processor that loads ({reason}): save it there with processor.save_pretrained.") from error
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     if not bool(_logits(model, inputs).isfinite().all()):
         raise ValueError(f"{folder}: the model answers with NaN or infinity: quantize it again, in bfloat16 if it was float16.")
