@@ -12,11 +12,13 @@ __all__ = [
     "accuracy_table",
     "block_table",
     "code",
+    "counted",
     "full_precision_names",
     "kind_table",
     "lift_table",
     "markdown_table",
     "module_table",
+    "percent",
     "precision_table",
     "provenance_table",
     "shown_bytes",
@@ -48,11 +50,24 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: 
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        padded = (cell.rjust(width) if column in right else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        padded = (
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         return f"| {' | '.join(padded)} |"
 
     rule = ("-" * (width - 1) + ":" if column in right else "-" * width for column, width in enumerate(widths))
     return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])])
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share as people read it."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def shown_bytes(size: int) -> str:
@@ -76,11 +91,13 @@ def precision_table(contents: Contents) -> str:
         for (weight_bits, activation_bits, granularity), count in sorted(counts.items()):
             share = weights[weight_bits, activation_bits, granularity] / total
             bits = _activations(activation_bits, contents.dtype)
-            rows.append((_PARTS[part.name], _count(count), f"{weight_bits} bit", bits, _RANGES[granularity], f"{share:.1%}"))
+            rows.append(
+                (_PARTS[part.name], counted(count, "linear module"), f"{weight_bits} bit", bits, _RANGES[granularity], percent(share))
+            )
         if rest := part.parameters - weights.total():
             left = sum(module.scheme is None for module in own)
-            what = "everything else" if counts and not left else _count(left) if left else "everything"
-            rows.append((_PARTS[part.name], what, contents.dtype, contents.dtype, "none", f"{rest / total:.1%}"))
+            what = "everything else" if counts and not left else counted(left, "linear module") if left else "everything"
+            rows.append((_PARTS[part.name], what, contents.dtype, contents.dtype, "none", percent(rest / total)))
     return markdown_table(("Part", "What", "Weights", "Activations", "Activation ranges", "Share of parameters"), rows, right=(5,))
 
 
@@ -111,22 +128,37 @@ def block_table(segments: Sequence[SegmentReport]) -> str:
         for number, block in enumerate(segment.blocks):
             first, last = segment.layers.index(block.layers[0]), segment.layers.index(block.layers[-1])
             layers = str(first) if first == last else f"{first}-{last}"
-            rows.append((_PARTS[segment.component], str(number), layers, f"{block.initial:.6f}", f"{block.greedy:.6f}", f"{block.joint:.6f}"))
+            rows.append(
+                (_PARTS[segment.component], str(number), layers, f"{block.initial:.6f}", f"{block.greedy:.6f}", f"{block.joint:.6f}")
+            )
     return markdown_table(("Part", "Block", "Layers", "Error at the start", "Layer by layer", "Jointly"), rows, right=(1, 3, 4, 5))
 
 
 def provenance_table(report: CalibrationReport) -> str:
-    """Where the calibration data came from."""
+    """Where weights and calibration data came from, and what computed with them."""
     found = report.provenance
-    rows = [("Data", f"`{code(found['dataset'])}`")] if "dataset" in found else []
+    rows = [
+        (label, f"`{code(found[key])}`")
+        for label, key in (
+            ("Full-precision model", "base_model"), ("Its revision", "base_model_revision"), ("Full-precision model", "base_directory"),
+            ("Calibration data", "dataset"),
+        )
+        if key in found
+    ]  # fmt: skip
     rows += [
         (label, f"{found[key]:,}")
-        for label, key in (("Samples", "samples"), ("Pictures", "images"), ("Tokens", "tokens"), ("Seed", "seed"), ("CPU threads", "threads"))
+        for label, key in (
+            ("Samples", "samples"),
+            ("Pictures", "images"),
+            ("Tokens", "tokens"),
+            ("Seed", "seed"),
+            ("CPU threads", "threads"),
+        )
         if key in found
     ]
     rows += [("SHA-256 of the samples", f"`{found['sha256']}`")] if "sha256" in found else []
     rows += [("Versions", shown_versions(found["versions"]))] if "versions" in found else []
-    return markdown_table(("Calibration", ""), rows)
+    return markdown_table(("Provenance", ""), rows)
 
 
 def shown_versions(versions: Mapping[str, str]) -> str:
@@ -136,8 +168,9 @@ def shown_versions(versions: Mapping[str, str]) -> str:
 
 def size_table(contents: Contents) -> str:
     """Bytes of every part in bfloat16 and as stored."""
+    parameters = sum(part.parameters for part in contents.components)
     rows = [(_PARTS[part.name], part.parameters, part.bfloat16_bytes, part.stored_bytes) for part in contents.components]
-    rows.append(("**total**", *(sum(row[column] for row in rows) for column in (1, 2, 3))))  # type: ignore[arg-type]
+    rows.append(("**total**", parameters, contents.bfloat16_bytes, contents.stored_bytes))
     cells = [(name, f"{count:,}", shown_bytes(full), shown_bytes(packed), f"{full / packed:.2f}") for name, count, full, packed in rows]
     return markdown_table(("Part", "Parameters", "bfloat16", "This model", "Times smaller"), cells, right=(1, 2, 3, 4))
 
@@ -157,27 +190,25 @@ def kind_table(kinds: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What `qvlm bench` measured; ratios are against the first row of the same batch."""
-    cells = []
-    for row in rows:
-        if row["error"] is None:
-            first, decode = row["first_token"], row["decode"]["time"]
-            peak = "not measured" if row["peak_bytes"] is None else shown_bytes(row["peak_bytes"])
-            cells.append((
-                row["way"], str(row["batch"]), _ratio(first), _ratio(decode), f"{row['tokens_per_second']:.1f}",
-                shown_bytes(row["weight_bytes"]), peak,
-            ))  # fmt: skip
-    header = ("Way", "Batch", "First token, times faster", "Further tokens, times faster", "Tokens per second", "Weights", "Peak memory")
-    return markdown_table(header, cells, right=(1, 2, 3, 4, 5, 6))
+    """What `qvlm bench` measured; ways that failed are left out."""
+    header = ("Way", "Batch", "Speedup of the first token", "Speedup of further tokens", "Tokens per second", "Weights", "Peak memory")
+    return markdown_table(header, [_speed_cells(row) for row in rows if row["error"] is None], right=(1, 2, 3, 4, 5, 6))
+
+
+def _speed_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    way = row["way"] if row["kernel"] is None else f"{row['way']} ({row['kernel']})"
+    times = (_ratio(row["first_token"]), _ratio(row["decode"]["time"]), f"{row['tokens_per_second']:.1f}")
+    peak = "not measured" if row["peak_bytes"] is None else shown_bytes(row["peak_bytes"])
+    return (way, str(row["batch"]), *times, shown_bytes(row["weight_bytes"]), peak)
 
 
 def _ratio(figure: Mapping[str, float]) -> str:
-    return f"{figure['speedup']:.2f} (spread {figure['spread']:.0%})"
+    return f"{figure['speedup']:.2f} (spread {percent(figure['spread'], 0)})"
 
 
 def _share_cells(share: Mapping[str, Any]) -> tuple[str, str, str]:
     low, high = share["interval"]
-    return f"{100 * share['value']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f} %", f"{share['correct']} of {share['total']}"
+    return percent(share["value"]), f"{100 * low:.1f} to {percent(high)}", f"{share['correct']} of {share['total']}"
 
 
 def _scheme_cells(scheme: QuantScheme, dtype: str) -> tuple[str, str, str, str]:
@@ -187,10 +218,6 @@ def _scheme_cells(scheme: QuantScheme, dtype: str) -> tuple[str, str, str, str]:
 
 def _activations(bits: int, dtype: str) -> str:
     return dtype if bits == 16 else f"{bits} bit"
-
-
-def _count(modules: int) -> str:
-    return f"{modules} linear module{'' if modules == 1 else 's'}"
 
 
 def code(text: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.core.scheme import parse_scheme
-from qvlm_hf.hub.card_tables import code, full_precision_names, shown_bytes, shown_versions
+from qvlm_hf.hub.card_tables import code, counted, full_precision_names, percent, shown_bytes, shown_versions
 from qvlm_hf.hub.contents import Contents
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "full_precision",
     "limits",
     "method",
+    "names",
     "reference",
     "repeat",
     "self_check",
@@ -28,7 +29,12 @@ __all__ = [
     "weights",
 ]
 
-_ROUNDING = {"nearest": "to nearest", "gptq": "with second-order compensation of the error (GPTQ)", "learned": "by gradient descent, block by block"}
+_PAPER = "[arXiv 2410.08119](https://arxiv.org/abs/2410.08119)"
+_ROUNDING = {
+    "nearest": "to nearest",
+    "gptq": "with second-order compensation of the error (GPTQ)",
+    "learned": "by gradient descent, block by block",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +70,17 @@ class Card:
         """Whether there were calibration samples."""
         return "dataset" in self.report.provenance
 
+    @property
+    def partial(self) -> bool:
+        """Whether a calibration's report was not kept."""
+        return self.calibrated and not self.report.sites
+
 
 def summary(card: Card) -> str:
     """The first lines: what it is, from what, how small."""
     weight_bits, activation_bits = parse_scheme(card.contents.scheme)
     inputs = f"{card.contents.dtype} activations" if activation_bits == 16 else f"{activation_bits}-bit activations"
-    what = f"A {card.contents.family} model" if card.base_name is None else _base(card)
+    what = f"A `{card.contents.family}` model" if card.base_name is None else _base(card)
     full, packed = card.contents.bfloat16_bytes, card.contents.stored_bytes
     return (
         f"{what}, quantized to {weight_bits}-bit weights and {inputs} ({card.contents.scheme}) with qvlm_hf, {_origin(card)}. "
@@ -105,20 +116,26 @@ def full_precision(card: Card) -> str:
 def method(card: Card) -> str:
     """How bits and ranges were chosen."""
     settings, report = card.report.settings, card.report
+    floating = parse_scheme(card.contents.scheme)[1] == 16
     if not card.calibrated:
-        return "Rounded to nearest, without data: activation ranges, where there are any, are found at run time."
+        ranges = "" if floating else "; the ranges of activations are found at run time"
+        return f"Every weight was rounded to nearest, without data{ranges}."
     steps = {
         "a Hadamard rotation folded into the weights": settings["rotation"] == "hadamard",
-        "scales moved from input channels into the weights (equalization)": settings["equalization"] and parse_scheme(card.contents.scheme)[1] < 16,
+        "scales moved from input channels into the weights (equalization)": settings["equalization"] and not floating,
         "errors weighted by the importance of tokens": settings["token_importance"],
     }
     used = [step for step, there in steps.items() if there]
-    text = "Calibrated with Q-VLM ([arXiv 2410.08119](https://arxiv.org/abs/2410.08119)): activation ranges are searched jointly in blocks of layers"
-    text += f" that depend on each other. Besides: {'; '.join(used)}." if used else " that depend on each other."
+    goal = "weights are rounded block by block, a block being" if floating else "ranges of activations are searched jointly in blocks of"
+    text = f"Calibrated with Q-VLM ({_PAPER}): {goal} layers that depend on each other."
+    if used:
+        text += f" Besides: {'; '.join(used)}."
     if report.sensitivities and not report.lifts:
         text += f" The guard measured {len(report.sensitivities)} groups of modules and raised none."
     if not settings["guard"]:
         text += " The guard against modules that few bits break was off."
+    if card.partial:
+        text += " The calibration report was not kept with the model: what stands here is what `config.json` knows."
     return text
 
 
@@ -127,19 +144,18 @@ def self_check(card: Card) -> str:
     check: Any = card.report.self_check
     seen = "that calibration had not seen" if check.held_out else "of the calibration itself, which flatters it"
     return (
-        f"Self-check after packing, on {check.samples} samples {seen}: the most likely token is that of full precision at "
-        f"{check.agreement:.1%} of {check.answer_tokens} answer positions, KL divergence {check.kl:.4f} nats."
+        f"Self-check after packing, on {counted(check.samples, 'sample')} {seen}: the most likely token is that of full precision at "
+        f"{percent(check.agreement)} of {check.answer_tokens} answer positions, KL divergence {check.kl:.4f} nats."
     )
 
 
 def blocks(card: Card) -> str:
     """How layers became blocks."""
-    count = sum(len(segment.blocks) for segment in card.report.segments)
-    layers = sum(len(segment.layers) for segment in card.report.segments)
-    depth = card.report.settings["max_block_depth"]
+    found = [block for segment in card.report.segments for block in segment.blocks]
+    layers, depth = sum(len(block.layers) for block in found), card.report.settings["max_block_depth"]
     return (
-        f"{layers} layers in {count} blocks of at most {depth}. D(k, k+1) is the conditional entropy of a layer's output given the one "
-        "before it; a block goes on while its mean is above the threshold."
+        f"{counted(layers, 'layer')} in {counted(len(found), 'block')} of at most {depth}. D(k, k+1) is the conditional entropy of a "
+        "layer's output given the one before it; a block goes on while its mean is above the threshold."
     )
 
 
@@ -159,40 +175,45 @@ def reference(card: Card) -> str:
 
 
 def accuracy(card: Card) -> str:
-    """How the accuracies were measured and how they differ."""
+    """How the accuracies were measured, and how the two models differ."""
     found: Mapping[str, Any] = card.report.evaluation or {}
     text = (
-        f"Share of whole answers that greedy decoding gets exactly right, on {found['questions']:,} questions of `{code(found['dataset'])}` "
-        f"(seed {found['seed']}, SHA-256 `{found['sha256']}`). Measured on {found['device']}, {found['threads']} threads, with "
-        f"{shown_versions(found['versions'])}."
+        "Share of the answers that greedy decoding gets exactly right, word for word, on "
+        f"{counted(found['questions'], 'question')} of `{code(found['dataset'])}` (seed {found['seed']}, SHA-256 `{found['sha256']}`). "
+        f"Measured on {found['device']}, {counted(found['threads'], 'thread')}, with {shown_versions(found['versions'])}."
     )
     pair = found["comparison"]
     if pair is None:
         return f"{text} Full precision was not measured beside it."
     low, high = (100 * end for end in pair["difference_interval"])
     return (
-        f"{text}\n\nBoth models answered the same questions: difference {100 * pair['difference']:+.1f} points (95 % interval {low:+.1f} to "
-        f"{high:+.1f}), McNemar p = {pair['mcnemar_p_value']:.3g}; both right {pair['both_right']}, only full precision {pair['only_reference']}, "
-        f"only this model {pair['only_model']}, both wrong {pair['both_wrong']}. KL divergence from full precision "
-        f"{pair['answer_kl_nats']:.4f} nats per answer token."
+        f"{text}\n\nBoth models answered the same questions: difference {100 * pair['difference']:+.1f} points (95 % interval {low:+.1f} "
+        f"to {high:+.1f}), McNemar p = {pair['mcnemar_p_value']:.3g}; both right {pair['both_right']}, only full precision right "
+        f"{pair['only_reference']}, only this model right {pair['only_model']}, both wrong {pair['both_wrong']}. KL divergence from full "
+        f"precision {pair['answer_kl_nats']:.4f} nats per answer token."
     )
 
 
 def speed(card: Card) -> str:
     """Where and how the times were measured."""
     found: Mapping[str, Any] = card.report.benchmark or {}
-    settings = found["settings"]
-    threads = f", {found['threads']} threads" if found["device_type"] == "cpu" else ""
+    settings, rows = found["settings"], found["rows"]
+    threads = f", {counted(found['threads'], 'thread')}" if found["device_type"] == "cpu" else ""
     turns = "every way in turns" if found["together"] else "one way after the other"
     compiled = ", compiled, with a static cache" if settings["compile"] else ""
     text = (
-        f"{found['device']}{threads}. Median of {settings['rounds']} rounds, {turns}{compiled}; {settings['prompt_tokens']} prompt tokens, "
-        f"{settings['images']} pictures, {settings['new_tokens']} new tokens. Times faster: than `{found['rows'][0]['way']}` in the same run; "
-        "spread: interquartile range over median. Other machines give other ratios. "
-        f"{shown_versions(found['versions'])}."
+        f"Measured on {found['device']}{threads}, with {shown_versions(found['versions'])}: median of {settings['rounds']} rounds, {turns}"
+        f"{compiled}; {settings['prompt_tokens']} prompt tokens, {counted(settings['images'], 'picture')}, {settings['new_tokens']} new "
+        f"tokens. Speedup: time of `{rows[0]['way']}` in the same run over time of the row; spread: interquartile range over median. "
+        "Another machine gives other ratios."
     )
-    missing = {row["way"]: row["error"] for row in found["rows"] if row["error"] is not None}
-    return text if not missing else f"{text} Not measured: {'; '.join(f'{way} ({why})' for way, why in missing.items())}."
+    missing = [f"{row['way']} ({row['error']})" for row in rows if row["error"] is not None]
+    return f"{text} Not measured: {'; '.join(missing)}." if missing else text
+
+
+def names(card: Card) -> str:
+    """What the names in the commands that measure stand for."""
+    return "" if card.base_name is not None else " BASE stands for the full-precision model."
 
 
 def evaluate_command(card: Card) -> str:
@@ -216,26 +237,21 @@ def repeat(card: Card) -> str:
         needs.append("`samples` are the calibration samples, which were in memory; their SHA-256 is above")
     elif card.calibrated and found["dataset"] != "synthetic":
         needs.append("the data set is named as it was; its SHA-256 is above")
-    text = "Equal versions, threads and kind of processor give equal bytes" if card.calibrated else "Equal versions give equal bytes"
+    text = f"Equal versions{' and threads' if card.calibrated else ''} on the same kind of machine give equal bytes"
     return ". ".join([text, *(need[0].upper() + need[1:] for need in needs)]) + "."
 
 
 def limits(card: Card) -> list[str]:
-    """What the model is not."""
-    found, found_limits = card.report, []
-    if card.calibrated:
-        found_limits.append(
-            f"Calibrated on {found.provenance['samples']} samples: inputs unlike them may lose more than is measured here."
-        )
-    elif not found.evaluation:
-        found_limits.append("Rounded without data, so nothing was compared with full precision while it was made.")
-    found_limits += [
-        "Integer kernels run on x86-64 CPUs under Linux (compiled at first use by the C++ compiler of the machine) and on NVIDIA GPUs from compute "
-        "capability 8.0 with Triton; elsewhere plain PyTorch computes the same values, slowly.",
-        "Packed weights cannot be trained; LoRA adapters on top can. Tensor parallelism is refused.",
-        "What the full-precision model gets wrong, this one gets wrong too: its limits, biases and licence apply.",
-    ]
-    return found_limits
+    """What was not checked, and what the format cannot do."""
+    report = card.report
+    if not card.calibrated:
+        unchecked = "Rounded without data, so nothing was compared with full precision while it was made."
+        return [] if report.evaluation else [unchecked]
+    samples = counted(report.provenance["samples"], "sample")
+    lines = [f"Calibrated on {samples}: inputs unlike them may lose more than is measured here."]
+    if report.self_check is None and not card.partial:
+        lines.append("No calibration sample had an answer, so the result was not compared with full precision.")
+    return lines
 
 
 def _base(card: Card) -> str:
@@ -249,5 +265,5 @@ def _origin(card: Card) -> str:
     modules = sum(module.scheme is not None for module in card.contents.modules)
     found = card.report.provenance
     if not card.calibrated:
-        return f"rounded without data: {modules} linear modules"
-    return f"calibrated on {found['samples']} samples of `{code(found['dataset'])}`: {modules} linear modules"
+        return f"rounded without data: {counted(modules, 'linear module')}"
+    return f"calibrated on {counted(found['samples'], 'sample')} of `{code(found['dataset'])}`: {counted(modules, 'linear module')}"

@@ -55,7 +55,6 @@ class Contents:
         scheme: what was asked for, as "W4A4".
         quantization: `quantization_config` of config.json.
         report: qvlm_report.json, or as much of it as config.json knows.
-        has_report: whether the file is there.
         modules: every linear module, in model order.
         components: those that have parameters, in the order of `COMPONENTS`.
     """
@@ -65,7 +64,6 @@ class Contents:
     scheme: str
     quantization: dict[str, Any]
     report: CalibrationReport
-    has_report: bool
     modules: tuple[LinearModule, ...]
     components: tuple[Component, ...]
 
@@ -89,7 +87,7 @@ def read_contents(folder: Path) -> Contents:
     from transformers import AutoConfig, AutoModelForImageTextToText  # not at the top: Transformers' modeling code takes a second
 
     quantization = _quantization(folder)
-    report, found = read_report(folder)
+    report = read_report(folder)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     with torch.device("meta"):
@@ -102,17 +100,18 @@ def read_contents(folder: Path) -> Contents:
         scheme=str(quantization["scheme"]),
         quantization=quantization,
         report=report,
-        has_report=found,
         modules=_linear_modules(model, report.modules),
         components=tuple(
-            Component(name=row.component, parameters=row.parameters, bfloat16_bytes=row.full_precision_bytes, stored_bytes=stored[row.component])
+            Component(
+                name=row.component, parameters=row.parameters, bfloat16_bytes=row.full_precision_bytes, stored_bytes=stored[row.component]
+            )
             for row in rows
         ),
     )
 
 
-def read_report(folder: Path) -> tuple[CalibrationReport, bool]:
-    """The report of a saved directory, and whether its file is there; without it the settings, provenance and modules of config.json.
+def read_report(folder: Path) -> CalibrationReport:
+    """The report of a saved directory; where its file is missing, the settings, provenance and modules of config.json.
 
     Raises:
         ValueError: the directory holds no model quantized by qvlm_hf, or the report is damaged.
@@ -121,21 +120,23 @@ def read_report(folder: Path) -> tuple[CalibrationReport, bool]:
     file = folder / REPORT_NAME
     if file.is_file():
         try:
-            return CalibrationReport.from_dict(json.loads(file.read_text(encoding="utf-8"))), True
+            return CalibrationReport.from_dict(json.loads(file.read_text(encoding="utf-8")))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file.name}: is no JSON ({error}): delete it, or quantize the model again.") from error
     return CalibrationReport(
         settings={name: value for name, value in quantization.items() if name not in _NO_SETTINGS},
         provenance=quantization["provenance"],
         modules={name: QuantScheme.from_dict(entry) for name, entry in quantization["modules"].items()},
-    ), False
+    )
 
 
 def _quantization(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder.name}: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote.") from error
+        raise ValueError(
+            f"{folder.name}: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote."
+        ) from error
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qvlm":
         raise ValueError(f"{folder.name}: is not quantized by qvlm_hf: name a directory that qvlm quantize or save_quantized wrote.")
@@ -145,7 +146,8 @@ def _quantization(folder: Path) -> dict[str, Any]:
 def _linear_modules(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> tuple[LinearModule, ...]:
     linears = ((canonical_name(name), module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return tuple(
-        LinearModule(name=name, component=component_of(name), weights=module.weight.numel(), scheme=schemes.get(name)) for name, module in linears
+        LinearModule(name=name, component=component_of(name), weights=module.weight.numel(), scheme=schemes.get(name))
+        for name, module in linears
     )
 
 

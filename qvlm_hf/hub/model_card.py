@@ -1,7 +1,8 @@
 """The model card of a saved directory: README.md and its picture, made from config.json, qvlm_report.json and the headers of the weights.
 
-Nothing in it is typed by hand: what was not measured is said in a sentence with the command that measures it. Front matter that was there
-before (a licence, a language, a thumbnail) is kept; the body is written anew. The text is in model_card.md, sentences in card_text.py, tables in card_tables.py.
+Nothing in it is typed by hand: what was not measured is said in a sentence, with the command that measures it. Front matter that was there
+before (a licence, a language, a thumbnail) is kept; the body is written anew. model_card.md is its frame, card_text.py has its sentences,
+card_tables.py its tables.
 """
 
 from pathlib import Path
@@ -32,7 +33,7 @@ def write_card(
     name: str | None = None,
     repo_id: str | None = None,
     base_model: str | None = None,
-    license: str | None = None,  # noqa: A002 - the Hub's word
+    license: str | None = None,
     author: str | None = None,
     base_card: ModelCardData | None = None,
 ) -> tuple[str, ...]:
@@ -73,6 +74,7 @@ def write_card(
     check_card(text)
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
     if picture is None:
+        (folder / PICTURE_NAME).unlink(missing_ok=True)  # of an earlier card
         return (CARD_NAME,)
     (folder / PICTURE_NAME).write_bytes(picture)
     return CARD_NAME, PICTURE_NAME
@@ -86,11 +88,13 @@ def _earlier(folder: Path) -> dict[str, Any]:
     try:
         data = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except (YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"{CARD_NAME}: its front matter cannot be read ({' '.join(str(error).split())}): mend or delete the file.") from error
+        raise ValueError(
+            f"{CARD_NAME}: its front matter cannot be read ({' '.join(str(error).split())}): mend or delete the file."
+        ) from error
     return {key: value for key, value in data.items() if key not in _GENERATED}
 
 
-def _copied(base_card: ModelCardData | None, license: str | None, base: str | None) -> dict[str, Any]:  # noqa: A002 - as in write_card
+def _copied(base_card: ModelCardData | None, license: str | None, base: str | None) -> dict[str, Any]:
     """Licence and language of the base model, unless another licence is asked for."""
     data = {} if base_card is None else {key: value for key in _COPIED if (value := base_card.get(key)) is not None}
     if license is not None and license != data.get("license"):
@@ -105,7 +109,11 @@ def _generated(card: Card, author: str | None) -> dict[str, Any]:
     """Front matter that follows from the model."""
     contents, found = card.contents, card.report.evaluation
     data: dict[str, Any] = {"base_model": card.base, "base_model_relation": "quantized"} if card.base else {}
-    data |= {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["qvlm", contents.scheme.lower(), contents.family]}
+    data |= {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["qvlm", contents.scheme.lower(), contents.family],
+    }
     if author is not None:
         data["quantized_by"] = author
     if found is not None:

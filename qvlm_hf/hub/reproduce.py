@@ -53,11 +53,16 @@ def quantize_command(
         words += ["--output", output, "--scheme", scheme, *(("--method", "rtn") if plain else ()), "--dtype", dtype]
         for name in (name for name in _OPTIONS if name in asked):
             value = asked[name]
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value or "none"] if name == "rotation" else [value])]
+            words += [
+                f"--{name.replace('_', '-')}",
+                *map(str, value if isinstance(value, list) else [value or "none"] if name == "rotation" else [value]),
+            ]
         words += [] if threads is None else ["--threads", str(threads)]
         return "bash", _wrapped(words)
     fields = {"scheme": scheme} | ({"activation_granularity": "dynamic_token"} if plain else {}) | asked
-    return "python", _python(fields, dataset=dataset, in_memory=in_memory, base=base, revision=revision, dtype=dtype, output=output, threads=threads)
+    return "python", _python(
+        fields, dataset=dataset, in_memory=in_memory, base=base, revision=revision, dtype=dtype, output=output, threads=threads
+    )
 
 
 def _asked(settings: Mapping[str, Any], scheme: str, *, calibrated: bool) -> dict[str, Any]:

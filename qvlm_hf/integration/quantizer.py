@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +27,7 @@ from qvlm_hf.core.architectures import shared_inputs
 from qvlm_hf.hub.publish import Published
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
+from qvlm_hf.integration.origin import origin
 from qvlm_hf.integration.registry import quantizer_class
 from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_segments, rounding_skeleton
 from qvlm_hf.nn.footprint import count_parameters
@@ -62,6 +62,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self.report: CalibrationReport | None = None
         self.published: Published | None = None
         self._samples: list[Sample] | None = None
+        self._files: tuple[str, ...] = ()  # of the checkpoint
         self._errors: list[str] = []
 
     @property
@@ -158,6 +159,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: object
     ) -> None:
         del kwargs
+        self._files = tuple(checkpoint_files or ())
         settings = self.quantization_config.settings()
         if self.pre_quantized:
             self._build_skeleton(model, checkpoint_files)
@@ -209,7 +211,7 @@ class QVLMHfQuantizer(HfQuantizer):
             module.requires_grad_(False)
         share_inputs(model, shared_inputs(model))
         if self.report is not None:
-            self.report = replace(self.report, provenance=_origin(model) | self.report.provenance)
+            self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
             config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
             for callback in config.callbacks:
                 if hasattr(callback, "on_calibration_end"):
@@ -245,15 +247,6 @@ class QVLMHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """A quantized module is one operator with a shape-only implementation."""
         return True
-
-
-def _origin(model: PreTrainedModel) -> dict[str, str]:
-    """Where the full-precision weights came from: a Hub id and its commit, or a directory's name without its path."""
-    name = str(model.config.name_or_path or "")
-    commit = getattr(model.config, "_commit_hash", None)  # whatever came from the Hub has one
-    if commit is not None and name.count("/") <= 1 and not Path(name).exists():
-        return {"base_model": name, "base_model_revision": commit}
-    return {"base_directory": Path(name).resolve().name} if name else {}
 
 
 def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationReport:
