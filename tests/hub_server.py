@@ -63,6 +63,7 @@ class _Fault:
     status: int | None = None
     after_bytes: int | None = None
     seconds: float = 0
+    answer_lost: bool = False
 
 
 class HubServer:
@@ -137,6 +138,10 @@ class HubServer:
     def cut(self, path: str, after_bytes: int, times: int | None = 1, method: str = ".*") -> None:
         """Closes the connection after that much of a body has come in or, in a GET, gone out. Shorter bodies pass and are not counted."""
         self._faults.append(_Fault(method, path, times, after_bytes=after_bytes))
+
+    def lose_answer(self, method: str, path: str, times: int | None = 1) -> None:
+        """Does what was asked and closes the connection instead of answering."""
+        self._faults.append(_Fault(method, path, times, answer_lost=True))
 
     def slow(self, path: str, seconds: float, times: int | None = 1, method: str = ".*") -> None:
         """Waits before it answers."""
@@ -254,6 +259,8 @@ class _Handler(BaseHTTPRequestHandler):
                 reply = hub.answer(self.server.origin, call, self.headers["Authorization"])
             for _ in blocks:  # what the route left unread would be taken for the next request
                 pass
+            if self._fault.answer_lost and hub.spend(self._fault):
+                raise _Cut
             self._reply(reply)
         except _Cut:
             self._log(None)

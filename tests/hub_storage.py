@@ -1,10 +1,10 @@
 """What the Hub of the tests keeps: contents by their hash, commits that never change, refs that move.
 
 A repository is a map from refs to commits, a commit an immutable map from paths to blobs. An upload works on a copy of that map and moves
-one ref when everything is right: one that fails leaves the branch as it was. Contents lie in a directory, complete or absent; the history is
-in memory.
+one ref when everything is right: one that fails leaves the branch as it was. Contents lie in a directory, complete or absent; the history
+is in memory.
 
-Left out: trees and commits in git's format. A blob's `oid` is git's, because clients compute it too; a commit's is a hash of the same facts.
+Left out: trees and commits in git's format. A blob's `oid` is git's, because clients compute it; a commit's is a hash of the same facts.
 """
 
 import hashlib

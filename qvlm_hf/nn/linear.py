@@ -122,18 +122,24 @@ class QVLMLinear(nn.Linear):
         """[..., in_features] -> [..., out_features] in the dtype of `x`; errors as in `ops.schema.linear`."""
         if self.shared is not None and (y := self.shared[0].output(self.shared[1], x)) is not None:
             return y
+        tensors = self.tensors
         return linear(
             x,
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.input_scale,
-            self.input_zero_point,
-            self.bias,
+            tensors["weight"],
+            tensors["weight_scale"],
+            tensors.get("weight_zero_point"),
+            tensors.get("input_scale"),
+            tensors.get("input_zero_point"),
+            tensors["bias"],
             self.in_features,
             self.scheme,
             reference=self.reference,
         )
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The parameters by name; those that the scheme does not have are not there. Attributes of a module cost ten times a dict's."""
+        return self._parameters
 
     @property
     def kernel(self) -> str:

@@ -66,8 +66,10 @@ class SharedInput:
             module.shared = None
 
     def _records_gradient(self, x: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
         biases = (module.bias for module in self.modules)
-        return torch.is_grad_enabled() and (x.requires_grad or any(bias is not None and bias.requires_grad for bias in biases))
+        return x.requires_grad or any(bias is not None and bias.requires_grad for bias in biases)
 
     def _ready(self, place: int, x: Tensor) -> bool:
         """Whether a module can take part now.
@@ -77,7 +79,7 @@ class SharedInput:
         """
         module = self.modules[place]
         return (
-            module.weight.device == x.device
+            module.tensors["weight"].device == x.device
             and not module.reference
             and not module._forward_pre_hooks
             and not module._forward_hooks
@@ -88,15 +90,15 @@ class SharedInput:
         return self.__dict__ | {"_waiting": None}  # somebody's activations: no part of a copy or a file
 
     def _compute(self, x: Tensor) -> list[Tensor]:
-        first, modules = self.modules[0], self.modules
+        first, held = self.modules[0], [module.tensors for module in self.modules]
         return linears(
             x,
-            [module.weight for module in modules],
-            [module.weight_scale for module in modules],
-            [module.weight_zero_point for module in modules if module.weight_zero_point is not None],
-            first.input_scale,
-            first.input_zero_point,
-            [module.bias for module in modules if module.bias is not None],
+            [tensors["weight"] for tensors in held],
+            [tensors["weight_scale"] for tensors in held],
+            [tensors["weight_zero_point"] for tensors in held if "weight_zero_point" in tensors],
+            held[0].get("input_scale"),
+            held[0].get("input_zero_point"),
+            [tensors["bias"] for tensors in held if tensors["bias"] is not None],
             first.in_features,
             first.scheme,
         )
@@ -104,7 +106,8 @@ class SharedInput:
 
 def _statics(module: QVLMLinear) -> tuple[Tensor | None, ...]:
     """What must stay as it was when the modules were found to agree."""
-    return module.input_scale, module.input_zero_point, module.bias
+    tensors = module.tensors
+    return tensors.get("input_scale"), tensors.get("input_zero_point"), tensors["bias"]
 
 
 def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:

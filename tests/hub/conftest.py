@@ -8,6 +8,7 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import constants, hf_api
 from huggingface_hub.utils import _http
+from transformers.utils import hub as transformers_hub
 
 
 @pytest.fixture
@@ -32,6 +33,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # of huggingface_hub.create_repo and its like
+        monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made at first use, and kept
+        monkeypatch.setenv("HF_HOME", str(home))
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         huggingface_hub.close_session()  # proxies are read when a session starts
@@ -43,6 +46,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture(params=["lfs", "xet"])
 def transfer(request: pytest.FixtureRequest, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways in which large files travel, for tests that must hold for both."""
+    if request.param == "xet":
+        pytest.importorskip("hf_xet")  # huggingface_hub brings it where there is a build
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
     return request.param
 
