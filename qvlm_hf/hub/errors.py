@@ -66,6 +66,8 @@ def _explanation(repo_id: str, error: BaseException | None) -> Exception | None:
             return ConnectionError(f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish.")
         case HfHubHTTPError():
             return _refusal(repo_id, error)
+        case PermissionError() if error.errno is None:  # hf_xet's; a file's has a number
+            return PermissionError(f"{repo_id}: the Hub does not accept the token ({one_line(error)}): {_ANSWERS[401][2]}.")
         case HTTPError() | ConnectionError() | TimeoutError():
             return ConnectionError(f"{repo_id}: the Hub cannot be reached ({one_line(error)}): check the network and {_REPEAT}.")
         case RuntimeError():  # of one file; the reason is its cause

@@ -20,8 +20,9 @@ from qvlm_hf import QVLMConfig, publish, publish_folder, save_quantized
 from qvlm_hf.calibration.samples import Sample, collate
 from qvlm_hf.cli import main
 from qvlm_hf.demo import model_dir
-from qvlm_hf.hub.payload import choose_files
-from qvlm_hf.hub.publish import check_target, fetch_card, verify
+from qvlm_hf.hub.errors import explained
+from qvlm_hf.hub.payload import check_secrets, choose_files, read_header
+from qvlm_hf.hub.publish import check_target, fetch_card, upload, verify
 
 pytestmark = pytest.mark.hub
 
@@ -135,8 +136,13 @@ def test_another_process_loads_what_was_published(hub, api, source, processor, t
 def test_one_commit_holds_everything_and_a_second_one_sends_nothing(hub, api, transfer, folder):
     first = publish_folder(folder, "me/tiny", api=api)
     assert content(hub, "me/tiny") == local(folder, first.files)
-    assert {"README.md", "config.json", "model.safetensors", "processor_config.json", "qvlm_report.json", "tokenizer.json"} <= set(first.files)
-    assert [commit.title for commit in hub.repo("me/tiny").history()] == ["Upload a model that qvlm_hf quantized to W4A16", "initial commit"]
+    assert {"README.md", "config.json", "model.safetensors", "processor_config.json", "qvlm_report.json", "tokenizer.json"} <= set(
+        first.files
+    )
+    assert [commit.title for commit in hub.repo("me/tiny").history()] == [
+        "Upload a model that qvlm_hf quantized to W4A16",
+        "initial commit",
+    ]
     sent = len(hub.calls("PUT", "/upload/"))
     assert publish_folder(folder, "me/tiny", api=api).revision == first.revision
     assert len(hub.calls("PUT", "/upload/")) == sent
@@ -215,7 +221,12 @@ def test_the_card_takes_the_licence_of_the_base_model(hub, api, folder):
     api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="me/base")
     publish_folder(folder, "me/tiny", base_model="me/base", api=api)
     data = api.model_info("me/tiny").card_data
-    assert (data.license, data.base_model, data["base_model_relation"], data["quantized_by"]) == ("apache-2.0", "me/base", "quantized", "me")
+    assert (data.license, data.base_model, data["base_model_relation"], data["quantized_by"]) == (
+        "apache-2.0",
+        "me/base",
+        "quantized",
+        "me",
+    )
     assert "base_model:quantized:me/base" in api.model_info("me/tiny").tags
 
 
@@ -316,10 +327,18 @@ def test_a_model_that_loads_differently_is_not_published(hub, api, model, proces
 
 def test_a_processor_that_loads_differently_is_not_published(hub, api, model):
     processor = tiny_processor()
-    plain = type(processor.image_processor).preprocess
-    processor.image_processor.preprocess = lambda *args, **options: {
-        name: value if name != "pixel_values" else value * 2 for name, value in plain(processor.image_processor, *args, **options).items()
-    }
+    plain, make = type(processor), processor.__class__.__call__
+
+    class Brighter(plain):
+        """Does what no saved file says."""
+
+        def __call__(self, *args, **options):
+            made = make(self, *args, **options)
+            made["pixel_values"] = made["pixel_values"] * 2
+            return made
+
+    processor.__class__ = Brighter
+    Brighter.__name__ = plain.__name__  # what is saved
     with pytest.raises(RuntimeError, match="^me/tiny: the saved processor does not turn a picture"):
         publish(model, processor, "me/tiny", api=api)
     assert "me/tiny" not in hub.repos
@@ -369,8 +388,11 @@ def test_the_old_model_stays_until_the_new_one_is_complete(hub, api, transfer, n
 
 STATUSES = {
     400: (OSError, "the Hub refuses the request .400: A fault of the tests.: mend what it names"),
-    401: (PermissionError, "the Hub does not accept the token .401: A fault of the tests.: run `hf auth login`, set HF_TOKEN or pass token="),
-    403: (PermissionError, "the token may not write there .403.*: take a token with write permission, another repository, or create_pr=True"),
+    401: (PermissionError, "the Hub does not accept the token .401.*: run `hf auth login`, set HF_TOKEN or pass token="),
+    403: (
+        PermissionError,
+        "the token may not write there .403.*: take a token with write permission, another repository, or create_pr=True",
+    ),
     404: (FileNotFoundError, "no such repository or revision, or a private one that the token may not see .404.*: check both names"),
     409: (OSError, "something else changed the repository at the same time .409.*: repeat the command"),
     413: (OSError, "a file is too large for the Hub .413.*: save with smaller shards"),
@@ -378,6 +400,17 @@ STATUSES = {
     429: (ConnectionError, "too many requests .429.*: wait some minutes and repeat the command"),
     500: (ConnectionError, "the Hub is out of order .500: A fault of the tests.: repeat the command; what has arrived is not sent again"),
 }
+
+
+def test_errors_of_the_machine_and_of_hf_xet():
+    hf_xet = pytest.importorskip("hf_xet")
+    with (
+        pytest.raises(PermissionError, match="^me/tiny: the Hub does not accept the token .token expired.: run `hf auth login`"),
+        explained("me/tiny"),
+    ):
+        raise hf_xet.XetAuthenticationError("token expired")
+    with pytest.raises(FileNotFoundError, match="No such file or directory: 'no file'"), explained("me/tiny"):
+        Path("no file").read_bytes()
 
 
 @pytest.mark.parametrize("status", STATUSES)
@@ -392,7 +425,7 @@ def test_refusals_are_one_line_that_says_what_to_do(hub, api, no_waiting, saved,
         if path == "whoami":
             check_target(api, "me/tiny")
         else:
-            qvlm_hf.hub.publish.upload(api, saved["single"], target, payload, message="test")
+            upload(api, saved["single"], target, payload, message="test")
     assert type(failed.value) is kind
     assert "\n" not in str(failed.value)
     assert hub.token not in repr(failed.value)
@@ -401,7 +434,9 @@ def test_refusals_are_one_line_that_says_what_to_do(hub, api, no_waiting, saved,
 def test_a_stranger_may_not_write_and_a_reader_may_not_either(hub, api):
     api.create_repo("me/tiny")
     stranger = HfApi(endpoint=hub.endpoint, token=hub.add_user("stranger", orgs=("club",)))
-    with pytest.raises(PermissionError, match="^me/tiny: the token may not write there .403: Forbidden: you have no right to write to me/tiny"):
+    with pytest.raises(
+        PermissionError, match="^me/tiny: the token may not write there .403: Forbidden: you have no right to write to me/tiny"
+    ):
         check_target(stranger, "me/tiny")
     with pytest.raises(PermissionError, match="^me/new: the token's user may not make repositories for 'me': name one of stranger, club"):
         check_target(stranger, "me/new")
@@ -479,7 +514,13 @@ def test_a_token_in_a_file_is_refused_before_anything_is_sent(hub, api, folder, 
 def test_the_token_in_use_is_found_whatever_its_form(hub, api, folder):
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("{", '{"note": "plain-secret",', 1))
     with pytest.raises(ValueError, match="^config.json: holds a Hub token"):
-        qvlm_hf.hub.payload.check_secrets(folder, ["config.json"], "plain-secret")
+        check_secrets(folder, ["config.json"], "plain-secret")
+
+
+def test_a_cut_weight_file_has_no_header(folder):
+    cut_weights(folder)
+    with pytest.raises(ValueError, match="^model.safetensors: is no complete safetensors file: save the model again"):
+        read_header(folder / "model.safetensors")
 
 
 def outside(folder):
@@ -522,7 +563,7 @@ def no_config(folder):
         (two_models, "holds model.safetensors and model.safetensors.index.json, two models: delete the one that is old"),
         (no_weights, "holds no model.safetensors: name the directory that save_quantized"),
         (no_processor, "holds no processor that loads .*: save it there with processor.save_pretrained"),
-        (cut_weights, "model.safetensors: is no complete safetensors file"),
+        (cut_weights, "model.safetensors: is no readable safetensors file"),
         (full_precision, "holds no model that qvlm_hf quantized: name the directory that save_quantized or qvlm quantize wrote"),
         (no_config, "holds no model that qvlm_hf quantized: name the directory that save_quantized or qvlm quantize wrote"),
     ],
@@ -541,7 +582,9 @@ def test_an_index_that_leads_out_of_the_directory(hub, api, sharded):
     name = next(iter(content["weight_map"]))
     (sharded.parent / "outside.safetensors").write_bytes(b"secret")
     index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {name: "../outside.safetensors"}}))
-    with pytest.raises(ValueError, match=r"^model.safetensors.index.json: names '../outside.safetensors', which is no file in tiny-sharded"):
+    with pytest.raises(
+        ValueError, match=r"^model.safetensors.index.json: names '../outside.safetensors', which is no file in tiny-sharded"
+    ):
         publish_folder(sharded, "me/tiny", api=api)
 
 
