@@ -213,7 +213,11 @@ def _report(model: Any) -> CalibrationReport | None:  # noqa: ANN401 - any Trans
         model.name_or_path, REPORT_NAME, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    return None if file is None else CalibrationReport.from_dict(json.loads(Path(file).read_text(encoding="utf-8")))
+    if file is None:
+        return None
+    report, config = CalibrationReport.from_dict(json.loads(Path(file).read_text(encoding="utf-8"))), model.hf_quantizer.quantization_config
+    # a branch's model finds the report of main
+    return report if (report.modules, report.provenance) == (config.modules, config.provenance) else None
 
 
 def _command(folder: Path, target: Target, *, base_model: str | None, license: str | None) -> str:

@@ -22,7 +22,7 @@ from qvlm_hf.cli import main
 from qvlm_hf.demo import model_dir
 from qvlm_hf.hub.errors import explained
 from qvlm_hf.hub.payload import check_secrets, choose_files, read_header
-from qvlm_hf.hub.publish import check_target, fetch_card, upload, verify
+from qvlm_hf.hub.publish import Target, check_target, fetch_card, upload, verify
 
 pytestmark = pytest.mark.hub
 
@@ -177,7 +177,7 @@ def test_stale_weights_are_never_loaded(hub, api, other, processor, saved, tmp_p
 def test_a_private_repository_is_private(hub, api, folder):
     publish_folder(folder, "me/tiny", private=True, api=api)
     assert hub.repo("me/tiny").private
-    with pytest.raises(OSError, match="me/tiny"):
+    with pytest.raises(OSError, match=r"me/tiny"):
         loaded("me/tiny", token=hub.add_user("stranger"))
     assert publish_folder(folder, "me/tiny", api=api).repo_id == "me/tiny"  # None leaves it as it is
     assert hub.repo("me/tiny").private
@@ -262,12 +262,15 @@ def test_a_model_from_the_hub_is_quantized_and_pushed_when_it_ends(hub, api, sou
     again = loaded("me/tiny-w4a16")  # its report comes from where it was loaded
     assert publish(again, processor, "me/copy", api=api).files == published.files
     assert content(hub, "me/copy")["qvlm_report.json"] == content(hub, "me/tiny-w4a16")["qvlm_report.json"]
+    again.hf_quantizer.quantization_config.provenance = {"seed": 1}  # as of another branch, whose report lies on main
+    assert "qvlm_report.json" not in publish(again, processor, "me/copy", api=api).files
+    assert "qvlm_report.json" not in content(hub, "me/copy")
 
 
 def test_permission_is_asked_for_before_anything_is_read(hub, api, source, processor, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("reader", role="read"))
     config = QVLMConfig(dataset="nowhere.jsonl", processor=processor, push_to_hub=True, hub_model_id="me/tiny")
-    with pytest.raises(PermissionError, match="^me/tiny: the token may only read"):
+    with pytest.raises(PermissionError, match=r"^me/tiny: the token may only read"):
         loaded(source, quantization_config=config)  # and not that there is no nowhere.jsonl
 
 
@@ -280,7 +283,7 @@ def test_a_push_needs_the_processor(hub, api, source):
 def test_a_push_that_fails_loses_nothing(hub, api, source, processor, model, no_waiting, capsys):
     hub.fail("POST", "/commit/", 500, times=None)
     config = QVLMConfig(scheme="W4A16", processor=processor, push_to_hub=True, hub_model_id="me/tiny", hub_private=True)
-    with pytest.warns(UserWarning, match="^push_to_hub: me/tiny: the Hub is out of order") as warned:
+    with pytest.warns(UserWarning, match=r"^push_to_hub: me/tiny: the Hub is out of order") as warned:
         kept = loaded(source, quantization_config=config)
     assert torch.equal(logits(kept, inputs(processor)), logits(model, inputs(processor)))
     assert kept.hf_quantizer.published is None
@@ -317,7 +320,7 @@ def test_kernels_and_attention_of_the_model_do_not_disturb_the_self_check(hub, a
 def test_a_model_that_loads_differently_is_not_published(hub, api, model, processor, tmp_path):
     hook = model.lm_head.register_forward_hook(lambda module, args, output: output * 1.001)
     try:
-        with pytest.raises(RuntimeError, match="^me/tiny: the saved model's logits differ from those of the model in memory by up to"):
+        with pytest.raises(RuntimeError, match=r"^me/tiny: the saved model's logits differ from those of the model in memory by up to"):
             publish(model, processor, "me/tiny", api=api)
     finally:
         hook.remove()
@@ -339,16 +342,16 @@ def test_a_processor_that_loads_differently_is_not_published(hub, api, model):
 
     processor.__class__ = Brighter
     Brighter.__name__ = plain.__name__  # what is saved
-    with pytest.raises(RuntimeError, match="^me/tiny: the saved processor does not turn a picture"):
+    with pytest.raises(RuntimeError, match=r"^me/tiny: the saved processor does not turn a picture"):
         publish(model, processor, "me/tiny", api=api)
     assert "me/tiny" not in hub.repos
 
 
 def test_publish_needs_a_quantized_model_and_its_processor(hub, api, source, model, processor):
     for given in ((loaded(source), processor), (model, None)):
-        with pytest.raises(ValueError, match="^publish needs a quantized model and its processor: quantize it first"):
+        with pytest.raises(ValueError, match=r"^publish needs a quantized model and its processor: quantize it first"):
             publish(*given, "me/tiny", api=api)
-    with pytest.raises(ValueError, match="^publish takes token= or api=, not both"):
+    with pytest.raises(ValueError, match=r"^publish takes token= or api=, not both"):
         publish(model, processor, "me/tiny", api=api, token=TOKEN)
 
 
@@ -359,7 +362,7 @@ def test_an_upload_cut_in_the_middle_and_repeated_is_complete(hub, api, no_waiti
     shards = sorted(sharded.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     assert len(shards) > 3
     hub.cut("/upload/", after_bytes=shards[-2].stat().st_size, times=None)  # the largest never passes
-    with pytest.raises(ConnectionError, match="^me/tiny: the Hub cannot be reached") as failed:
+    with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub cannot be reached") as failed:
         publish_folder(sharded, "me/tiny", api=api)
     assert "repeat the command" in str(failed.value)
     assert content(hub, "me/tiny") == {}  # a reader sees nothing of it
@@ -376,7 +379,7 @@ def test_the_old_model_stays_until_the_new_one_is_complete(hub, api, transfer, n
     old = save_quantized(other, processor, tmp_path / "old", report=other.hf_quantizer.report)
     published = publish_folder(old, "me/tiny", api=api)
     hub.fail("POST", "/commit/", 503, times=None)
-    with pytest.raises(ConnectionError, match="^me/tiny: the Hub is out of order .503"):
+    with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub is out of order .503"):
         publish_folder(folder, "me/tiny", api=api)
     assert content(hub, "me/tiny") == local(old, published.files)
     hub.heal()
@@ -405,27 +408,24 @@ STATUSES = {
 def test_errors_of_the_machine_and_of_hf_xet():
     hf_xet = pytest.importorskip("hf_xet")
     with (
-        pytest.raises(PermissionError, match="^me/tiny: the Hub does not accept the token .token expired.: run `hf auth login`"),
+        pytest.raises(PermissionError, match=r"^me/tiny: the Hub does not accept the token .token expired.: run `hf auth login`"),
         explained("me/tiny"),
     ):
         raise hf_xet.XetAuthenticationError("token expired")
-    with pytest.raises(FileNotFoundError, match="No such file or directory: 'no file'"), explained("me/tiny"):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: 'no file'"), explained("me/tiny"):
         Path("no file").read_bytes()
 
 
 @pytest.mark.parametrize("status", STATUSES)
 @pytest.mark.parametrize(("method", "path"), [("GET", "whoami"), ("POST", "/preupload/"), ("POST", "/commit/")])
-def test_refusals_are_one_line_that_says_what_to_do(hub, api, no_waiting, saved, tmp_path, status, method, path):
+def test_refusals_are_one_line_that_says_what_to_do(hub, api, no_waiting, saved, status, method, path):
     kind, message = STATUSES[status]
     hub.fail(method, path, status, times=None)
     payload = choose_files(saved["single"], ())
-    if path != "whoami":
-        target = check_target(api, "me/tiny")
+    target = Target(repo_id="me/tiny", user="me")
+    ask = (lambda: check_target(api, "me/tiny")) if path == "whoami" else lambda: upload(api, saved["single"], target, payload, message="x")
     with pytest.raises(kind, match=f"^me/tiny: {message}") as failed:
-        if path == "whoami":
-            check_target(api, "me/tiny")
-        else:
-            upload(api, saved["single"], target, payload, message="test")
+        ask()
     assert type(failed.value) is kind
     assert "\n" not in str(failed.value)
     assert hub.token not in repr(failed.value)
@@ -435,33 +435,33 @@ def test_a_stranger_may_not_write_and_a_reader_may_not_either(hub, api):
     api.create_repo("me/tiny")
     stranger = HfApi(endpoint=hub.endpoint, token=hub.add_user("stranger", orgs=("club",)))
     with pytest.raises(
-        PermissionError, match="^me/tiny: the token may not write there .403: Forbidden: you have no right to write to me/tiny"
+        PermissionError, match=r"^me/tiny: the token may not write there .403: Forbidden: you have no right to write to me/tiny"
     ):
         check_target(stranger, "me/tiny")
-    with pytest.raises(PermissionError, match="^me/new: the token's user may not make repositories for 'me': name one of stranger, club"):
+    with pytest.raises(PermissionError, match=r"^me/new: the token's user may not make repositories for 'me': name one of stranger, club"):
         check_target(stranger, "me/new")
-    with pytest.raises(FileNotFoundError, match="^me/new: there is no such repository to open a pull request in: check its name"):
+    with pytest.raises(FileNotFoundError, match=r"^me/new: there is no such repository to open a pull request in: check its name"):
         check_target(stranger, "me/new", create_pr=True)
     assert check_target(stranger, "me/tiny", create_pr=True).repo_id == "me/tiny"
     assert check_target(stranger, "club/new").user == "stranger"
     reader = HfApi(endpoint=hub.endpoint, token=hub.add_user("reader", role="read"))
-    with pytest.raises(PermissionError, match="^me/tiny: the token may only read: make one with write permission"):
+    with pytest.raises(PermissionError, match=r"^me/tiny: the token may only read: make one with write permission"):
         check_target(reader, "me/tiny")
     assert set(hub.repos) == {"me/tiny"}  # nothing was made
 
 
 def test_without_token_network_or_permission_to_ask(hub, api, monkeypatch):
     wrong = HfApi(endpoint=hub.endpoint, token=TOKEN)
-    with pytest.raises(PermissionError, match="^me/tiny: the Hub does not accept the token .401") as failed:
+    with pytest.raises(PermissionError, match=r"^me/tiny: the Hub does not accept the token .401") as failed:
         check_target(wrong, "me/tiny")
     assert TOKEN not in str(failed.value)
-    with pytest.raises(ConnectionError, match="^me/tiny: the Hub cannot be reached .*: check the network and repeat the command"):
+    with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub cannot be reached .*: check the network and repeat the command"):
         check_target(HfApi(endpoint="http://127.0.0.1:9", token=hub.token), "me/tiny")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(PermissionError, match="^me/tiny: there is no Hub token: run `hf auth login`, set HF_TOKEN or pass token="):
+    with pytest.raises(PermissionError, match=r"^me/tiny: there is no Hub token: run `hf auth login`, set HF_TOKEN or pass token="):
         check_target(HfApi(endpoint=hub.endpoint), "me/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="^me/tiny: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish"):
+    with pytest.raises(ConnectionError, match=r"^me/tiny: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish"):
         check_target(api, "me/tiny")
 
 
@@ -474,7 +474,7 @@ def test_names_that_no_repository_has(hub, api, repo_id):
 
 
 def test_a_pull_request_is_against_main(hub, api):
-    with pytest.raises(ValueError, match="^create_pr=True opens a pull request against main: leave out revision='dev'"):
+    with pytest.raises(ValueError, match=r"^create_pr=True opens a pull request against main: leave out revision='dev'"):
         check_target(api, "me/tiny", create_pr=True, revision="dev")
 
 
@@ -513,13 +513,13 @@ def test_a_token_in_a_file_is_refused_before_anything_is_sent(hub, api, folder, 
 
 def test_the_token_in_use_is_found_whatever_its_form(hub, api, folder):
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("{", '{"note": "plain-secret",', 1))
-    with pytest.raises(ValueError, match="^config.json: holds a Hub token"):
+    with pytest.raises(ValueError, match=r"^config.json: holds a Hub token"):
         check_secrets(folder, ["config.json"], "plain-secret")
 
 
 def test_a_cut_weight_file_has_no_header(folder):
     cut_weights(folder)
-    with pytest.raises(ValueError, match="^model.safetensors: is no complete safetensors file: save the model again"):
+    with pytest.raises(ValueError, match=r"^model.safetensors: is no complete safetensors file: save the model again"):
         read_header(folder / "model.safetensors")
 
 
@@ -594,7 +594,7 @@ def test_a_model_that_answers_nan_is_not_published(hub, api, folder):
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
     save_file(tensors | {name: torch.full_like(tensors[name], torch.nan)}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="NaN|infinity"):
+    with pytest.raises(ValueError, match=r"NaN|infinity"):
         publish_folder(folder, "me/tiny", api=api)
     assert "me/tiny" not in hub.repos
 
