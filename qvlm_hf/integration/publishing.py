@@ -84,23 +84,7 @@ def publish(
         )
     api = _api(api, token)
     target = check_target(api, repo_id, private=private, revision=revision, create_pr=create_pr)
-    # beside the Hub's own cache, which has room for models; a name of its own, so that no earlier result is replaced
-    scratch = Path(tempfile.mkdtemp(prefix="publish-", dir=cached_assets_path("qvlm_hf", "publish")))
-    folder = scratch / target.repo_id.split("/")[1]
-    try:
-        save_quantized(model, processor, folder, report=_report(model))
-        if difference := _difference(folder, model, processor):
-            shutil.rmtree(folder)
-            raise RuntimeError(f"{target.repo_id}: {difference}; nothing was sent: undo what was changed since it was quantized.")
-        published = _send(api, folder, target, commit_message=commit_message, base_model=base_model, license=license)
-    except BaseException as error:  # an interruption too
-        if folder.is_dir():
-            error.add_note(f"The model is saved; this publishes it: {_command(folder, target, base_model=base_model, license=license)}")
-        else:
-            shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    shutil.rmtree(scratch, ignore_errors=True)
-    return replace(published, folder=None)
+    return _publish(api, model, processor, target, commit_message=commit_message, base_model=base_model, license=license)
 
 
 def publish_folder(
@@ -146,7 +130,7 @@ def publish_folder(
     return _send(api, folder, target, commit_message=commit_message, base_model=base_model, license=license)
 
 
-def check_push(config: QVLMConfig) -> None:
+def check_push(config: QVLMConfig) -> Target:
     """Checks what `push_to_hub=True` needs, before hours of work.
 
     Raises:
@@ -157,17 +141,47 @@ def check_push(config: QVLMConfig) -> None:
         raise ValueError(
             "push_to_hub=True publishes the processor too: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id))."
         )
-    check_target(HfApi(), str(config.hub_model_id), private=config.hub_private)
+    return check_target(HfApi(), str(config.hub_model_id), private=config.hub_private)
 
 
-def push_result(model: Any, config: QVLMConfig) -> Published | None:  # noqa: ANN401 - any Transformers model
+def push_result(model: Any, processor: Any, target: Target) -> Published | None:  # noqa: ANN401 - Transformers objects
     """Publishes what quantizing with `push_to_hub=True` made; a failure is one warning, because the model in memory took hours."""
     try:
-        return publish(model, config.processor, str(config.hub_model_id), private=config.hub_private)
+        return _publish(HfApi(), model, processor, target)
     except Exception as error:
         notes = getattr(error, "__notes__", ["The model is in memory: save it with qvlm_hf.save_quantized."])
         warnings.warn(f"push_to_hub: {error} {' '.join(notes)}", stacklevel=2)
         return None
+
+
+def _publish(
+    api: HfApi,
+    model: Any,  # noqa: ANN401 - any Transformers model
+    processor: Any,  # noqa: ANN401 - any Transformers processor
+    target: Target,
+    *,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> Published:
+    """Saves, checks and sends; the directory is deleted when all went well."""
+    # beside the Hub's own cache, which has room for models; a name of its own, so that no earlier result is replaced
+    scratch = Path(tempfile.mkdtemp(prefix="publish-", dir=cached_assets_path("qvlm_hf", "publish")))
+    folder = scratch / target.repo_id.split("/")[1]
+    try:
+        save_quantized(model, processor, folder, report=_report(model))
+        if difference := _difference(folder, model, processor):
+            shutil.rmtree(folder)
+            raise RuntimeError(f"{target.repo_id}: {difference}; nothing was sent: undo what was changed since it was quantized.")
+        published = _send(api, folder, target, commit_message=commit_message, base_model=base_model, license=license)
+    except BaseException as error:  # an interruption too
+        if folder.is_dir():
+            error.add_note(f"The model is saved; this publishes it: {_command(folder, target, base_model=base_model, license=license)}")
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+    return replace(published, folder=None)
 
 
 def _api(api: HfApi | None, token: str | None) -> HfApi:

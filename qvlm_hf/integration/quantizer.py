@@ -24,7 +24,7 @@ from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.samples import Sample, dataset_name, hold_out, load_samples
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.core.architectures import shared_inputs
-from qvlm_hf.hub.publish import Published
+from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.origin import origin
@@ -64,6 +64,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self._samples: list[Sample] | None = None
         self._files: tuple[str, ...] = ()  # of the checkpoint
         self._errors: list[str] = []
+        self._target: Target | None = None
 
     @property
     def rounds_on_load(self) -> bool:
@@ -89,10 +90,10 @@ class QVLMHfQuantizer(HfQuantizer):
         settings = config.settings()
         if self.pre_quantized or self._samples is not None:
             return
-        if config.push_to_hub:
+        if config.push_to_hub and self._target is None:
             from qvlm_hf.integration.publishing import check_push  # not at the top: it imports Transformers' modeling code
 
-            check_push(config)
+            self._target = check_push(config)
         if config.dataset is None:
             if settings.needs_data:
                 raise ValueError(
@@ -216,10 +217,10 @@ class QVLMHfQuantizer(HfQuantizer):
             for callback in config.callbacks:
                 if hasattr(callback, "on_calibration_end"):
                     callback.on_calibration_end(model, self.report)
-            if config.push_to_hub:  # last: callbacks may still add to the model or its processor
+            if self._target is not None:  # last: a callback may still change the model or its processor
                 from qvlm_hf.integration.publishing import push_result
 
-                self.published = push_result(model, config)
+                self.published = push_result(model, config.processor, self._target)
         config.dataset, config.processor, config.callbacks, self._samples = None, None, (), None
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

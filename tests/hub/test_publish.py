@@ -295,6 +295,18 @@ def test_a_push_that_fails_loses_nothing(hub, api, source, processor, model, no_
     assert torch.equal(logits(loaded("me/tiny"), inputs(processor)), logits(model, inputs(processor)))
 
 
+def test_a_hub_that_is_gone_when_calibration_ends_loses_nothing(hub, api, source, processor, no_waiting, tmp_path):
+    class Unplugged:
+        def on_calibration_end(self, model, report):
+            hub.fail(".*", "", 401, times=None)
+
+    config = QVLMConfig(scheme="W4A16", processor=processor, push_to_hub=True, hub_model_id="me/tiny", callbacks=[Unplugged()])
+    with pytest.warns(UserWarning, match=r"^push_to_hub: me/tiny: the Hub does not accept the token .401") as warned:
+        kept = loaded(source, quantization_config=config)
+    folder = re.search(r"qvlm publish (\S+) me/tiny$", str(warned[-1].message))[1]
+    assert torch.equal(logits(loaded(folder), inputs(processor)), logits(kept, inputs(processor)))
+
+
 def test_publish_names_the_folder_and_the_command_when_it_fails(hub, api, model, processor, no_waiting):
     hub.fail("POST", "/commit/", 403)
     with pytest.raises(PermissionError) as failed:
