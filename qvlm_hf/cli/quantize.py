@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-block-depth", type=int, default=3, metavar="N", help="layers searched together (default: 3)")
     parser.add_argument("--rotation", default="auto", choices=("auto", "hadamard", "none"), help="fold a Hadamard rotation (default: auto)")
     parser.add_argument("--precision-budget", type=float, metavar="BITS", help="average bits of a weight; widths are chosen per site")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL on the Hub (default: its main branch)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the model (default: auto)")
     parser.add_argument("--modules-to-not-convert", nargs="*", default=None, metavar="NAME", help="modules that stay in full precision")
     parser.add_argument("--push-to-hub", metavar="REPO", help="publish the saved result, as qvlm publish does")
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     if options.push_to_hub is not None:
         check_target(HfApi(), options.push_to_hub, private=options.private or None)
     config = make_config(options)  # a wrong value should not wait for the processor
-    processor = load_processor(options.model)
+    processor = load_processor(options.model, options.revision)
     config = make_config(
         options,
         dataset=options.dataset,
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         modules_to_not_convert=options.modules_to_not_convert,
         strict=options.strict,
     )
-    model = load_model(options.model, config, options.dtype)
+    model = load_model(options.model, config, options.dtype, options.revision)
     report = model.hf_quantizer.report
     path = save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
     for line in story(report):

@@ -236,9 +236,9 @@ def repeat(card: Card) -> str:
     if "dataset=samples" in card.command:
         needs.append("`samples` are the calibration samples, which were in memory; their SHA-256 is above")
     elif card.calibrated and found["dataset"] != "synthetic":
-        needs.append("the data set is named as it was; its SHA-256 is above")
+        needs.append("The data set is named as it was; its SHA-256 is above")
     text = f"Equal versions{' and threads' if card.calibrated else ''} on the same kind of machine give equal bytes"
-    return ". ".join([text, *(need[0].upper() + need[1:] for need in needs)]) + "."
+    return ". ".join([text, *needs]) + "."
 
 
 def limits(card: Card) -> list[str]:

@@ -69,7 +69,7 @@ def write_card(
         picture=None if picture is None else PICTURE_NAME, command_language=language, command=command,
     )  # fmt: skip
     owner = repo_id.partition("/")[0] if repo_id and "/" in repo_id else None
-    data = _earlier(folder) | _copied(base_card, license, base) | _generated(card, author or owner)
+    data = _with_license(_earlier(folder), base_card, license, base) | _generated(card, author or owner)
     text = f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{_body(card)}"
     check_card(text)
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
@@ -94,11 +94,14 @@ def _earlier(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in _GENERATED}
 
 
-def _copied(base_card: ModelCardData | None, license: str | None, base: str | None) -> dict[str, Any]:
-    """Licence and language of the base model, unless another licence is asked for."""
-    data = {} if base_card is None else {key: value for key in _COPIED if (value := base_card.get(key)) is not None}
-    if license is not None and license != data.get("license"):
-        data = {key: value for key, value in data.items() if not key.startswith("license")} | {"license": license}
+def _with_license(data: dict[str, Any], base_card: ModelCardData | None, license: str | None, base: str | None) -> dict[str, Any]:
+    """`data` with licence and language of the base model, or with another licence if one is asked for."""
+    copied = {} if base_card is None else {key: value for key in _COPIED if (value := base_card.get(key)) is not None}
+    if license is not None and license != copied.get("license", data.get("license")):
+        copied = {key: value for key, value in copied.items() if key == "language"} | {"license": license}
+    if "license" in copied:  # a name and a link belong to the licence that they came with
+        data = {key: value for key, value in data.items() if not key.startswith("license")}
+    data = data | copied
     if data.get("license") == "other" and base is not None:
         # old cards have no name and link, and the Hub now asks for both
         data = {"license_name": f"license of {base}", "license_link": f"https://huggingface.co/{base}"} | data

@@ -4,6 +4,7 @@ Only what shaped the result and differs from the defaults is named. Base model a
 mean nothing on another; the card gives revision and hash beside them.
 """
 
+import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -44,25 +45,13 @@ def quantize_command(
     """
     dataset = report.provenance.get("dataset")
     asked = _asked(report.settings, scheme, calibrated=dataset is not None)
-    plain = dataset is None and parse_scheme(scheme)[1] < 16
-    in_memory = dataset is not None and dataset.endswith(_IN_MEMORY)
     threads = None if dataset is None else report.provenance.get("threads")
-    if revision is None and not in_memory and set(asked) <= set(_PLAIN_OPTIONS if plain else _OPTIONS):
-        words = ["qvlm", "quantize", base]
-        words += [] if dataset is None else ["--dataset", dataset]
-        words += ["--output", output, "--scheme", scheme, *(("--method", "rtn") if plain else ()), "--dtype", dtype]
-        for name in (name for name in _OPTIONS if name in asked):
-            value = asked[name]
-            words += [
-                f"--{name.replace('_', '-')}",
-                *map(str, value if isinstance(value, list) else [value or "none"] if name == "rotation" else [value]),
-            ]
-        words += [] if threads is None else ["--threads", str(threads)]
-        return "bash", _wrapped(words)
+    plain = dataset is None and parse_scheme(scheme)[1] < 16
+    source: dict[str, Any] = {"base": base, "revision": revision, "dtype": dtype, "output": output, "threads": threads}
+    if set(asked) <= set(_PLAIN_OPTIONS if plain else _OPTIONS) and not (dataset or "").endswith(_IN_MEMORY):
+        return "bash", _shell(scheme, asked, dataset, plain=plain, **source)
     fields = {"scheme": scheme} | ({"activation_granularity": "dynamic_token"} if plain else {}) | asked
-    return "python", _python(
-        fields, dataset=dataset, in_memory=in_memory, base=base, revision=revision, dtype=dtype, output=output, threads=threads
-    )
+    return "python", _python(fields, dataset, **source)
 
 
 def _asked(settings: Mapping[str, Any], scheme: str, *, calibrated: bool) -> dict[str, Any]:
@@ -82,38 +71,65 @@ def _asked(settings: Mapping[str, Any], scheme: str, *, calibrated: bool) -> dic
     return {name: value for name, value in found.items() if name not in skipped and value != usual[name]}
 
 
-def _wrapped(words: list[str]) -> str:
-    """A command in lines, broken before options."""
-    lines = [" ".join(map(shlex.quote, words[:3]))]
-    for word in map(shlex.quote, words[3:]):
-        if word.startswith("--") and len(lines[-1]) > _WIDTH - 30:
-            lines.append(f"    {word}")
-        else:
-            lines[-1] += f" {word}"
+def _shell(
+    scheme: str, asked: Mapping[str, Any], dataset: str | None, *, plain: bool, base: str, revision: str | None, dtype: str, output: str,
+    threads: int | None,
+) -> str:  # fmt: skip
+    """`qvlm quantize`, in lines that are broken before options."""
+    options: dict[str, Any] = {
+        "revision": revision, "dataset": dataset, "output": output, "scheme": scheme, "method": "rtn" if plain else None, "dtype": dtype,
+        **{name: asked[name] or "none" for name in _OPTIONS if name in asked}, "threads": threads,
+    }  # fmt: skip
+    lines = [f"qvlm quantize {shlex.quote(base)}"]
+    for name, value in options.items():
+        if value is not None:
+            words = shlex.join([f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])])
+            if len(lines[-1]) + len(words) < _WIDTH:
+                lines[-1] += f" {words}"
+            else:
+                lines.append(f"    {words}")
     return " \\\n".join(lines)
 
 
 def _python(
-    fields: Mapping[str, Any], *, dataset: str | None, in_memory: bool, base: str, revision: str | None, dtype: str, output: str,
-    threads: int | None,
-) -> str:  # fmt: skip
-    source = repr(base) + ("" if revision is None else f", revision={revision!r}")
-    arguments = [f"{name}={_value(name, value)}" for name, value in fields.items()]
+    fields: Mapping[str, Any], dataset: str | None, *, base: str, revision: str | None, dtype: str, output: str, threads: int | None
+) -> str:
+    source = _literal(base) + ("" if revision is None else f", revision={_literal(revision)}")
+    arguments = [f"{name}={_literal(_usual(name, value))}" for name, value in fields.items()]
     if dataset is not None:
-        arguments[1:1] = ["dataset=samples" if in_memory else f"dataset={dataset!r}", "processor=processor"]
-    lines = ["import torch"] if threads is not None else []
-    lines += ["from transformers import AutoModelForImageTextToText, AutoProcessor", "", "import qvlm_hf", ""]
-    lines += [f"torch.set_num_threads({threads})"] if threads is not None else []
-    lines += [f"processor = AutoProcessor.from_pretrained({source})", "config = qvlm_hf.QVLMConfig("]
-    lines += [f"    {argument}," for argument in arguments]
-    lines += [
+        samples = "samples" if dataset.endswith(_IN_MEMORY) else _literal(dataset)
+        arguments[1:1] = [f"dataset={samples}", "processor=processor"]
+    lines = [
+        *(["import torch"] if threads is not None else []),
+        "from transformers import AutoModelForImageTextToText, AutoProcessor",
+        "",
+        "import qvlm_hf",
+        "",
+        *([f"torch.set_num_threads({threads})"] if threads is not None else []),
+        f"processor = AutoProcessor.from_pretrained({source})",
+        "config = qvlm_hf.QVLMConfig(",
+        *(f"    {argument}," for argument in arguments),
         ")",
-        f"model = AutoModelForImageTextToText.from_pretrained({source}, dtype={dtype!r}, quantization_config=config)",
-        f"qvlm_hf.save_quantized(model, processor, {output!r}, report=model.hf_quantizer.report)",
+        "model = AutoModelForImageTextToText.from_pretrained(",
+        f"    {source}, dtype={_literal(dtype)}, quantization_config=config",
+        ")",
+        f"qvlm_hf.save_quantized(model, processor, {_literal(output)}, report=model.hf_quantizer.report)",
     ]
     return "\n".join(lines)
 
 
-def _value(name: str, value: Any) -> str:  # noqa: ANN401 - any setting
-    usual = settings_dict(CalibrationSettings(optimize_vision=VisionOptimization()))["optimize_vision"]
-    return "True" if name == "optimize_vision" and value == usual else repr(value)
+def _usual(name: str, value: Any) -> Any:  # noqa: ANN401 - any setting
+    """True for the usual visual encoder optimisation, whose fields nobody wants to read."""
+    usual = settings_dict(CalibrationSettings(optimize_vision=VisionOptimization()))
+    return True if name == "optimize_vision" and value == usual[name] else value
+
+
+def _literal(value: Any) -> str:  # noqa: ANN401 - any setting
+    """A value as Python writes it, with double quotes."""
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
+    return repr(value)

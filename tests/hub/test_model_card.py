@@ -4,12 +4,15 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_models import save_tiny, tiny_messages, tiny_processor
 from transformers import AutoModelForImageTextToText
 
@@ -25,9 +28,10 @@ from qvlm_hf.hub.model_card import CARD_NAME, PICTURE_NAME, check_card, write_ca
 GOLDEN = Path(__file__).parent.parent / "golden"
 SEARCH = {"num_samples": 4, "batch_size": 2, "percentiles": (1.0, 0.999), "margins": (), "max_block_depth": 2}
 KINDS = {
-    "calibrated": {"scheme": "W4A4", "dataset": "samples.jsonl", **SEARCH},
+    "calibrated": {"scheme": "W4A4", "dataset": "samples.jsonl", "num_samples": 4, "batch_size": 2, "max_block_depth": 2, "group_size": 64},
     "in memory": {"scheme": "W4A8", "dataset": tiny_messages(8, seed=3), **SEARCH},
     "rounded": {"scheme": "W4A16"},
+    "rtn": {"scheme": "W8A8", "activation_granularity": "dynamic_token", "group_size": 32},
     "dynamic": {"scheme": "W3A8", "activation_granularity": "dynamic_token", "group_size": 32, "symmetric": True},
     "budget": {"scheme": "W4A4", "precision_budget": 3.5, "dataset": "samples.jsonl", **SEARCH},
     "no guard": {"scheme": "W4A4", "guard": False, "group_size": -1, "dataset": "samples.jsonl", **SEARCH},
@@ -35,6 +39,15 @@ KINDS = {
     "head": {"scheme": "W4A16", "lm_head_bits": 8, "modules_to_not_convert": ["multi_modal_projector", "layers.0.mlp.fc1"]},
     "weights": {"scheme": "W4A16", "dataset": "samples.jsonl", "rotation": "hadamard", **SEARCH},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Layers this small are slower on two threads, and a recorded command sets its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +97,8 @@ def test_every_kind_is_saved_with_a_sound_card(saved: dict[str, Path], root: Pat
     assert (saved[kind] / PICTURE_NAME).exists() == (f"({PICTURE_NAME})" in text) == calibrated
     for file in (CARD_NAME, REPORT_NAME, "config.json"):
         assert str(root) not in (saved[kind] / file).read_text()
-    assert not re.search(r"None|nan|Undefined|\{\{|TODO", text)
+    prose = re.sub(r"^```.*?^```|^> .*?$", "", text, flags=re.S | re.M)
+    assert not re.search(r"\bNone\b|\bnan\b|Undefined|\{\{|\bTODO\b", prose)
     assert text.endswith("\n")
     assert "\n\n\n" not in text
     data = ModelCard(text).data
@@ -111,8 +125,6 @@ def test_every_table_is_aligned_and_sums(saved: dict[str, Path], kind: str) -> N
 
 
 def test_sizes_are_those_of_the_tensors(saved: dict[str, Path], root: Path) -> None:
-    from safetensors.torch import load_file
-
     for folder in saved.values():
         contents = read_contents(folder)
         tensors = load_file(folder / "model.safetensors")
@@ -143,7 +155,10 @@ def test_choices_are_told(saved: dict[str, Path]) -> None:
     assert "Visual encoder optimisation, 2 epochs" in texts["vision"]
     assert re.search(r"\| output head +\| 1 linear module +\| 8 bit ", texts["head"])
     assert "`modules_to_not_convert` was `multi_modal_projector`, `layers.0.mlp.fc1`." in texts["head"]
-    assert "Linear modules in float32: `model.vision_tower.encoder.layers.*.mlp.fc1` (1), `model.multi_modal_projector.linear_1`" in texts["head"]
+    assert (
+        "Linear modules in float32: `model.vision_tower.encoder.layers.*.mlp.fc1` (1), `model.multi_modal_projector.linear_1`"
+        in texts["head"]
+    )
     assert "a Hadamard rotation folded into the weights" in texts["weights"]
     assert "weights are rounded block by block" in texts["weights"]
     assert "No answer depends on `model.vision_tower.encoder.layers.2`" in texts["calibrated"]
@@ -184,7 +199,7 @@ def test_the_command_makes_the_model_again(saved: dict[str, Path], root: Path, k
         assert program == "qvlm"
         assert main([*words, "--overwrite"]) == 0
     else:
-        code = command.replace(f'processor, "{name}"', f'processor, "{name}-again"').replace(f"processor, '{name}'", f"processor, '{name}-again'")
+        code = command.replace(f'processor, "{name}"', f'processor, "{name}-again"')
         exec(compile(code, "card", "exec"), {"samples": KINDS[kind].get("dataset")})
     first, again = ((folder / "model.safetensors").read_bytes() for folder in (root / name, root / f"{name}-again"))
     assert first == again
@@ -192,17 +207,15 @@ def test_the_command_makes_the_model_again(saved: dict[str, Path], root: Path, k
 
 def test_both_forms_of_the_command_are_used(saved: dict[str, Path]) -> None:
     texts = {kind: section((folder / CARD_NAME).read_text(), "### To repeat it") for kind, folder in saved.items()}
-    assert {kind for kind, text in texts.items() if "```bash" in text} == {"rounded"}
+    assert {kind for kind, text in texts.items() if "```bash" in text} == {"calibrated", "rounded", "rtn"}
     assert "dataset=samples" in texts["in memory"]
-    assert "`samples` are the calibration samples, which were in memory" in texts["in memory"].replace("`Samples`", "`samples`")
+    assert "`samples` are the calibration samples, which were in memory" in texts["in memory"]
 
 
 # ---- front matter ----------------------------------------------------------------------------------------------------------------------
 
 
 def copied(saved: Path, tmp_path: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
@@ -218,7 +231,9 @@ def test_front_matter_of_a_published_model(saved: dict[str, Path], tmp_path: Pat
         "license": "llama2", "pipeline_tag": "image-text-to-text", "quantized_by": "me", "tags": ["qvlm", "w4a4", "llava"],
     }  # fmt: skip
     assert 'from_pretrained("me/tiny-qvlm")' in text
-    assert text.split("---\n")[2].lstrip().startswith("# tiny-qvlm\n\n[org/tiny](https://huggingface.co/org/tiny), quantized to 4-bit weights")
+    assert (
+        text.split("---\n")[2].lstrip().startswith("# tiny-qvlm\n\n[org/tiny](https://huggingface.co/org/tiny), quantized to 4-bit weights")
+    )
 
 
 def test_licences(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -238,7 +253,10 @@ def test_licences(saved: dict[str, Path], tmp_path: Path) -> None:
     data = ModelCard((folder / CARD_NAME).read_text()).data.to_dict()
     assert (data["license_name"], data["license_link"]) == ("license of org/base", "https://huggingface.co/org/base")
     before = (folder / CARD_NAME).read_bytes()
-    for bad, message in (({"license": "my own"}, "license='my own' is no identifier"), ({"base_model": "/tmp/x"}, "base_model='/tmp/x' is no Hub id")):
+    for bad, message in (
+        ({"license": "my own"}, "license='my own' is no identifier"),
+        ({"base_model": "/tmp/x"}, "base_model='/tmp/x' is no Hub id"),
+    ):
         with pytest.raises(ValueError, match=message):
             write_card(folder, **bad)
     assert (folder / CARD_NAME).read_bytes() == before
@@ -281,8 +299,8 @@ def full_report(measured: CalibrationReport) -> CalibrationReport:
     figure = {"seconds": 0.1, "spread": 0.031, "speedup": 1.0}
     versions = {"python": "3.11.7", "qvlm_hf": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
     row = {
-        "way": "bfloat16", "batch": 1, "error": None, "first_token": figure, "prefill": {"time": figure, "regime": "compute", "of_limit": 0.7},
-        "decode": {"time": figure, "regime": "memory", "of_limit": 0.6}, "tokens_per_second": 10.0, "weight_bytes": 2**31, "peak_bytes": None,
+        "way": "bfloat16", "batch": 1, "error": None, "first_token": figure, "decode": {"time": figure},
+        "tokens_per_second": 10.0, "weight_bytes": 2**31, "peak_bytes": None,
         "kernel": None,
     }  # fmt: skip
     faster = row | {"way": "qvlm_hf W4A4", "first_token": figure | {"speedup": 1.514}, "peak_bytes": 2**29, "kernel": "cpu portable"}
@@ -294,8 +312,12 @@ def full_report(measured: CalibrationReport) -> CalibrationReport:
             "samples": 64, "images": 60, "tokens": 4321, "sha256": "ab" * 32, "seed": 0, "threads": 2, "versions": versions,
         },
         segments=(
-            SegmentReport(component="vision", layers=(f"{vision}.0", f"{vision}.1", f"{vision}.2"), entropies=(1.5,), threshold=1.4, blocks=(block,)),
-            SegmentReport(component="language", layers=(f"{language}.0", f"{language}.1"), entropies=(1.2,), threshold=1.2, blocks=(single, other)),
+            SegmentReport(
+                component="vision", layers=(*block.layers, f"{vision}.2"), entropies=(1.5,), threshold=1.4, blocks=(block,)
+            ),
+            SegmentReport(
+                component="language", layers=(*single.layers, *other.layers), entropies=(1.2,), threshold=1.2, blocks=(single, other)
+            ),
         ),
         sites=(SiteReport(modules=(f"{language}.0.mlp.down_proj",), candidate=RangeCandidate(granularity="dynamic_token")),),
         sensitivities={f"{language}.0.mlp.down_proj": 0.0123},
