@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> int:
     check_output(options.output, overwrite=options.overwrite)
     if options.private and options.push_to_hub is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
+    config = make_config(options)  # a wrong value should not wait for the processor
     if options.push_to_hub is not None:
         check_target(HfApi(), options.push_to_hub, private=options.private or None)
-    config = make_config(options)  # a wrong value should not wait for the processor
     processor = load_processor(options.model, options.revision)
     config = make_config(
         options,

@@ -207,8 +207,9 @@ def _scheme(folder: Path) -> str:
         ValueError: the directory holds none of ours.
     """
     file = folder / "config.json"
-    quantization = json.loads(file.read_text(encoding="utf-8")).get("quantization_config", {}) if file.is_file() else {}
-    if quantization.get("quant_method") != QUANT_METHOD:
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    quantization = config.get("quantization_config")
+    if quantization is None or quantization.get("quant_method") != QUANT_METHOD:
         raise ValueError(f"{folder}: holds no model that qvlm_hf quantized: name the directory that save_quantized or qvlm quantize wrote.")
     return quantization["scheme"]
 
