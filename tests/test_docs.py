@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,9 @@ def run_blocks(page):
             exec(compile(code, page.name, "exec"), namespace)
         else:
             program, *arguments = shlex.split(code)
+            if program == "optimum-cli":
+                subprocess.run([sys.executable, "-m", "optimum.commands.optimum_cli", *arguments], check=True)
+                continue
             assert program == "qvlm"
             assert main(arguments) == 0
 

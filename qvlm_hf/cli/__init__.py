@@ -19,6 +19,7 @@ _COMMANDS = {
     "bench": "measure speed and memory of models, or of the kernels",
     "publish": "put a saved model on the Hugging Face Hub",
     "inspect": "show what a saved model holds, or size a named shape",
+    "autoload": "let programs that never import qvlm_hf load quantized models",
 }
 
 

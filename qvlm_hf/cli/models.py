@@ -49,6 +49,8 @@ def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype |
     kind = AutoConfig.from_pretrained(name, revision=revision)
     if type(kind) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give a LLaVA.")
+    if config is not None and getattr(kind, "quantization_config", None) is not None:
+        raise ValueError(f"{name}: is quantized already: give the full-precision model.")
     options = {} if config is None else {"quantization_config": config}
     return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, revision=revision, **options)
 

@@ -59,6 +59,7 @@ def save_quantized(
         for file in partial.glob("*.safetensors"):
             _sort_metadata(file)
         if processor is not None:
+            _forget_configuration(processor)
             processor.save_pretrained(partial)
         if report is not None:
             (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -97,6 +98,14 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if not (target / "config.json").is_file() or Path.cwd().is_relative_to(target):
         raise ValueError(f"{output}: holds no saved model (or the working directory) and is not replaced: choose another directory.")
     return target
+
+
+def _forget_configuration(processor: Any) -> None:  # noqa: ANN401 - any Transformers processor
+    """Takes a quantization configuration out of a processor, which could not be written to JSON with it.
+
+    `transformers.pipeline` hands `model_kwargs` to the processor too, and the tokenizer keeps what it does not know.
+    """
+    getattr(getattr(processor, "tokenizer", None), "init_kwargs", {}).pop("quantization_config", None)
 
 
 def _correct_index(folder: Path, parameters: int) -> None:

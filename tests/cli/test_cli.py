@@ -10,7 +10,7 @@ from tiny_models import save_tiny, tiny_messages
 from qvlm_hf.cli import main
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-COMMANDS = ("demo", "quantize", "ask", "evaluate", "bench", "publish", "inspect")
+COMMANDS = ("demo", "quantize", "ask", "evaluate", "bench", "publish", "inspect", "autoload")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,7 @@ def test_rounding_needs_no_data(folder, capsys):
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--scheme", "W9A4"], "is not W"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/w4a4"], "exists and is not empty"),
         (["quantize", "{f}/nowhere", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x"], "nowhere"),
+        (["quantize", "{f}/w4a4", "--method", "rtn", "--output", "{f}/x"], "is quantized already"),
         (["ask", "{f}/bert", "--image", "{f}/0.png", "what ?"], "'bert' is no image-text-to-text model"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/samples.jsonl/x"], "choose a directory"),
         (["inspect", "--shape", "gpt-5"], "is unknown"),

@@ -399,6 +399,17 @@ def test_the_old_model_stays_until_the_new_one_is_complete(hub, api, transfer, n
     assert content(hub, "me/tiny") == local(folder, published.files)
 
 
+def test_a_commit_whose_answer_is_lost_is_found_by_the_next_attempt(hub, api, transfer, no_waiting, folder):
+    hub.lose_answer("POST", "/commit/", times=None)
+    with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub cannot be reached"):
+        publish_folder(folder, "me/tiny", api=api)
+    hub.heal()
+    head = hub.repo("me/tiny").commit().oid
+    published = publish_folder(folder, "me/tiny", api=api)
+    assert published.revision == head
+    assert content(hub, "me/tiny") == local(folder, published.files)
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------------------------
 
 STATUSES = {
