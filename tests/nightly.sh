@@ -2,7 +2,7 @@
 # The long checks: slow tests, and the demo on every test question in three schemes. Run it before calling a piece of work done.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-pytest --no-cov -m slow || [ $? -eq 5 ]  # 5: no slow test exists
+pytest --no-cov -m slow || [ $? -eq 5 ]  # 5: no slow test exists; VLLM_PYTHON=/path/to/python adds those of a real vLLM (docs/serving.md)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for scheme in W4A4 W3A4 W8A8; do

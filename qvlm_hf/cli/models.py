@@ -19,6 +19,7 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", default="W4A4", help="bits of weights and activations, W{2-8}A{3-8,16} (default: W4A4)")
     parser.add_argument("--method", choices=METHODS, default="qvlm", help="qvlm: the search; rtn: plain rounding, no data (default: qvlm)")
     parser.add_argument("--group-size", type=int, default=128, metavar="N", help="inputs per weight scale, -1: whole row (default: 128)")
+    parser.add_argument("--symmetric", action="store_true", help="weights without zero points")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in the output directory")
 
@@ -30,7 +31,7 @@ def make_config(options: argparse.Namespace, **calibration: Any) -> QVLMConfig: 
         options: of `add_scheme_arguments`.
         **calibration: dataset, processor and what else only the search uses; dropped for plain rounding.
     """
-    common = {"scheme": options.scheme, "group_size": options.group_size, "seed": options.seed}
+    common = {"scheme": options.scheme, "group_size": options.group_size, "symmetric": options.symmetric, "seed": options.seed}
     if options.method == "qvlm":
         return QVLMConfig(**common, **calibration)
     granularity = None if QVLMConfig(**common).activation_bits == 16 else "dynamic_token"

@@ -27,7 +27,16 @@ from qvlm_hf.nn.replace import quantized_modules
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["PackedLayout", "TensorHeader", "check_complete", "check_files", "check_loaded", "check_modules", "read_headers"]
+__all__ = [
+    "PackedLayout",
+    "TensorHeader",
+    "check_complete",
+    "check_files",
+    "check_loaded",
+    "check_modules",
+    "read_headers",
+    "tensor_headers",
+]
 
 _AGAIN = "download or quantize it again"
 _FLOATS = ("F32", "F16", "BF16")
@@ -37,11 +46,17 @@ _MAX_POSITIONS = 2**20  # a vision encoder sees 577 positions; a million is no p
 
 @dataclass(frozen=True, kw_only=True)
 class TensorHeader:
-    """One tensor as the safetensors header describes it; `where` is "file: key", for messages."""
+    """One tensor as the safetensors header describes it: the file's name, the key in it, dtype and shape."""
 
-    where: str
+    file: str
+    key: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.file}: {self.key}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +117,8 @@ def read_headers(model: PreTrainedModel, files: Sequence[str]) -> dict[str, Tens
 
     headers: dict[str, TensorHeader] = {}
     for file in files:
-        for key, dtype, shape in _header(file):
-            header = TensorHeader(where=f"{os.path.basename(file)}: {key}", dtype=dtype, shape=shape)
+        for key, dtype, shape in tensor_headers(file):
+            header = TensorHeader(file=os.path.basename(file), key=key, dtype=dtype, shape=shape)
             if (name := in_model(key)) in headers:
                 raise ValueError(f"{header.where}: the tensor is also in {headers[name].where}: the directory mixes two models, {_AGAIN}.")
             headers[name] = header
@@ -208,7 +223,7 @@ def _bounds(values: Tensor | None) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _header(file: str) -> list[tuple[str, str, tuple[int, ...]]]:
+def tensor_headers(file: str) -> list[tuple[str, str, tuple[int, ...]]]:
     """Key, dtype and shape of every tensor of one file; safetensors itself checks that sizes add up to the file's."""
     try:
         with safe_open(file, framework="pt") as opened:

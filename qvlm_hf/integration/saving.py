@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -19,7 +21,7 @@ from qvlm_hf.nn.footprint import count_parameters
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["REPORT_NAME", "check_output", "save_quantized"]
+__all__ = ["REPORT_NAME", "check_output", "save_quantized", "written_whole"]
 
 
 def save_quantized(
@@ -55,9 +57,7 @@ def save_quantized(
             "save_quantized saves no PEFT adapter: save it with its own save_pretrained, and unload() it before the model is saved."
         )
     target = check_output(output, overwrite=overwrite)
-    partial = target.with_name(f".{target.name}.partial-{uuid4().hex[:8]}")
-    try:
-        partial.mkdir(parents=True)
+    with written_whole(target) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         _correct_index(partial, count_parameters(model))
         for file in partial.glob("*.safetensors"):
@@ -68,13 +68,29 @@ def save_quantized(
         if report is not None:
             (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_card(partial, name=target.name)
+    return target
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A directory beside `target` to write into; it takes the target's place when the block ends without an error.
+
+    Args:
+        target: from `check_output`.
+
+    Raises:
+        OSError: writing failed, for example on a full disk; `target` is as it was.
+    """
+    partial = target.with_name(f".{target.name}.partial-{uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
         _move_into_place(partial, target)
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as an error of its own
         raise OSError(f"{target}: could not be saved ({' '.join(str(error).split())}); nothing was changed there.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
 def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:

@@ -10,7 +10,7 @@ from tiny_models import save_tiny, tiny_messages
 from qvlm_hf.cli import main
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-COMMANDS = ("demo", "quantize", "ask", "evaluate", "bench", "inspect", "autoload")
+COMMANDS = ("demo", "quantize", "ask", "evaluate", "bench", "publish", "inspect", "export", "check", "autoload")
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,24 @@ def test_rounding_needs_no_data(folder, capsys):
     assert "saved in rtn" in capsys.readouterr().out
 
 
+def test_a_model_is_quantized_exported_and_checked(folder, capsys):
+    scheme = ["--scheme", "W8A8", "--group-size", "-1", "--symmetric", "--method", "rtn"]
+    assert main(["quantize", f"{folder}/model", *scheme, "--output", f"{folder}/w8a8"]) == 0
+    assert main(["export", f"{folder}/w8a8", "--output", f"{folder}/exported"]) == 0
+    assert "int-quantized: 8 bits, one scale per output, inputs 8 bits per token" in capsys.readouterr().out
+    assert main(["check", f"{folder}/exported", "--vllm"]) == 0
+    assert "0 errors, 0 notes" in capsys.readouterr().out
+    assert main(["check", f"{folder}/exported", "--vllm", "--tensor-parallel", "3"]) == 1
+    assert "error: language model and 1 more: 4 attention heads are not divided by 3 devices (parallel)" in capsys.readouterr().out
+
+
+def test_a_calibrated_w8a8_can_be_made_for_export(folder):
+    arguments = ["--scheme", "W8A8", "--group-size", "-1", "--symmetric", "--activation-granularity", "dynamic_token", "--rotation", "none"]
+    samples = ["--dataset", f"{folder}/samples.jsonl", "--num-samples", "4", "--max-block-depth", "1"]
+    assert main(["quantize", f"{folder}/model", *arguments, *samples, "--output", f"{folder}/calibrated"]) == 0
+    assert main(["export", f"{folder}/calibrated", "--output", f"{folder}/calibrated-exported"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -100,6 +118,9 @@ def test_rounding_needs_no_data(folder, capsys):
         (["ask", "{f}/w4a4", "--image", "{f}/samples.jsonl", "what ?"], "unreadable picture"),
         (["demo", "--questions", "none"], "must be a number"),
         (["demo", "--threads", "0"], "must be at least 1"),
+        (["export", "{f}/w4a4", "--output", "{f}/x"], "which no consumer reads: quantize with activation_granularity"),
+        (["export", "{f}/model", "--output", "{f}/x"], "is not quantized by qvlm_hf"),
+        (["check", "{f}/w4a4", "--vllm"], "qvlm export writes what it runs"),
     ],
 )
 def test_errors_are_one_line_and_status_1(folder, capsys, arguments, message):
@@ -116,7 +137,7 @@ def test_debug_shows_the_traceback(folder):
         main(["inspect", "--shape", "gpt-5", "--debug"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["ask", "x"], ["demo", "--method", "magic"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["ask", "x"], ["demo", "--method", "magic"], ["check", "x"]])
 def test_wrong_usage_is_status_2(arguments):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
