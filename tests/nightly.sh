@@ -8,3 +8,4 @@ trap 'rm -rf "$work"' EXIT
 for scheme in W4A4 W3A4 W8A8; do
     qvlm demo --compare --scheme "$scheme" --questions all --output "$work/$scheme"
 done
+bash tests/lmms_eval/run.sh

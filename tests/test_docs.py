@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,9 @@ def test_blocks_run(page, tmp_path, monkeypatch):
             exec(compile(code, page.name, "exec"), namespace)
         else:
             program, *arguments = shlex.split(code)
+            if program == "optimum-cli":
+                subprocess.run([sys.executable, "-m", "optimum.commands.optimum_cli", *arguments], check=True)
+                continue
             assert program == "qvlm"
             assert main(arguments) == 0
 

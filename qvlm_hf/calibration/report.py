@@ -116,6 +116,8 @@ class CalibrationReport:
         full_precision: linear modules left alone.
         self_check: None where there was no data to check with.
         warnings: one line each.
+        evaluation: accuracy on a test set, as `qvlm evaluate --record` measured it later; None until then.
+        benchmark: speed and memory, as `qvlm bench --record` measured them later; None until then.
     """
 
     settings: dict[str, Any]
@@ -131,6 +133,8 @@ class CalibrationReport:
     full_precision: tuple[str, ...] = ()
     self_check: SelfCheck | None = None
     warnings: tuple[str, ...] = field(default=())
+    evaluation: dict[str, Any] | None = None
+    benchmark: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `from_dict` reads it back equal."""

@@ -35,6 +35,7 @@ __all__ = [
     "by_picture",
     "check_image_tokens",
     "collate",
+    "dataset_name",
     "fingerprint",
     "hold_out",
     "load_samples",
@@ -180,6 +181,17 @@ def load_samples(dataset: object, *, num_samples: int | None = None, seed: int =
     for sample in chosen:
         sample.check_images()
     return chosen
+
+
+def dataset_name(dataset: object) -> str:
+    """How a record names the source of samples: a file or folder without its path, a Hub id, or what kind of object it was."""
+    if not isinstance(dataset, (str, os.PathLike)):
+        return f"{type(dataset).__name__} in memory"
+    path = Path(dataset)
+    if path.exists():
+        return path.resolve().name
+    head, _, split = str(dataset).rpartition(":")
+    return f"{Path(head).resolve().name}:{split}" if head and Path(head).is_dir() else str(dataset)
 
 
 def hold_out(samples: Sequence[Sample], num_samples: int, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -20,6 +20,7 @@ _COMMANDS = {
     "inspect": "show what a saved model holds, or size a named shape",
     "export": "write a saved model in a format that other programs load",
     "check": "check that vLLM will load and run an exported model",
+    "autoload": "let programs that never import qvlm_hf load quantized models",
 }
 
 

@@ -15,6 +15,10 @@ from tqdm import tqdm
 from qvlm_hf.bench import KernelRow, measure_kernels
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.cli.bench_models import bench_models
+from qvlm_hf.cli.record import benchmark_entry, shown_command
+from qvlm_hf.hub.contents import REPORT_NAME
+from qvlm_hf.hub.model_card import CARD_NAME
+from qvlm_hf.hub.record import check_recordable, record_measurement
 from qvlm_hf.integration.shapes import SHAPES
 from qvlm_hf.ops.cpu import kernel_name
 
@@ -24,9 +28,10 @@ __all__ = ["add_arguments", "run"]
 _KERNELS: dict[str, Any] = {"out_features": 4096, "in_features": 4096, "tokens": [1, 8, 64, 608]}
 _MODELS: dict[str, Any] = {
     "against": None, "scheme": None, "lm_head_bits": None, "batch": [1], "prompt_tokens": None, "images": 1, "new_tokens": 32,
-    "device": "cpu", "compile": False, "peers": True,
+    "device": "cpu", "compile": False, "peers": True, "record": False,
 }  # fmt: skip
 _KERNEL_ROUNDS, _MODEL_ROUNDS = 9, 5
+_RECORDED = ("batch", "prompt_tokens", "images", "new_tokens", "device", "rounds", "compile")  # options that a recorded command repeats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cpu)")
     models.add_argument("--compile", action="store_true", default=None, help="decode with torch.compile and a static cache, every way")
     models.add_argument("--no-peers", dest="peers", action="store_false", default=None, help="leave out bitsandbytes and torchao")
+    models.add_argument("--record", action="store_true", default=None, help="DIR: keep the result there: in its report and model card")
     kernels = parser.add_argument_group("single layers (--kernels)")
     kernels.add_argument("--out-features", type=int, metavar="N", help="outputs of the layer (default: 4096)")
     kernels.add_argument("--in-features", type=int, metavar="K", help="inputs of the layer, a multiple of 128 (default: 4096)")
@@ -60,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     defaults, foreign = (_KERNELS, _MODELS) if options.kernels else (_MODELS, _KERNELS)
     _refuse(options, foreign, "--kernels" if not options.kernels else "DIR and --shape")
     if options.directory is None:
-        _refuse(options, ("against",), "DIR")
+        _refuse(options, ("against", "record"), "DIR")
     if options.shape is None:
         _refuse(options, ("scheme", "lm_head_bits"), "--shape")
     for name, value in defaults.items():
@@ -70,9 +76,15 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--json {options.json}: the directory does not exist.")
     if options.rounds is None:
         options.rounds = _KERNEL_ROUNDS if options.kernels else _MODEL_ROUNDS
+    folder = check_recordable(options.directory) if options.record else None
     result = _bench_kernels(options) if options.kernels else bench_models(options)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if folder is not None:
+        asked = {name: getattr(options, name) for name in _RECORDED if getattr(options, name) != _MODELS.get(name, _MODEL_ROUNDS)}
+        command = shown_command("bench", folder, against=options.against, **asked, no_peers=not options.peers, record=True)
+        record_measurement(folder, benchmark=benchmark_entry(result, command=command))
+        print(f"recorded in {REPORT_NAME} and {CARD_NAME}")
     return 0
 
 

@@ -10,12 +10,17 @@ from qvlm_hf.calibration.samples import Sample, load_samples
 from qvlm_hf.cli.ask import answer
 from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import add_scheme_arguments, load_model, load_processor, make_config
+from qvlm_hf.cli.record import evaluation_entry
 from qvlm_hf.cli.story import story
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.evaluation import Evaluation, evaluate
+from qvlm_hf.hub.model_card import CARD_NAME
+from qvlm_hf.hub.record import record_measurement
 from qvlm_hf.integration.saving import check_output, save_quantized
 
 __all__ = ["add_arguments", "run"]
+
+_BATCH = 16  # questions per forward pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,20 +58,25 @@ def run(options: argparse.Namespace) -> int:
 
     _title("Answers")
     reloaded = load_model(str(path))
-    base = evaluate(full, test, processor, keep_logits=True)
-    rows = [(f"{options.scheme} {options.method}", evaluate(reloaded, test, processor, reference=base))]
+    base = evaluate(full, test, processor, batch_size=_BATCH, keep_logits=True)
+    rows = [(f"{options.scheme} {options.method}", evaluate(reloaded, test, processor, batch_size=_BATCH, reference=base))]
     if options.compare and options.method != "rtn":
         plain = argparse.Namespace(**{**vars(options), "method": "rtn"})
-        rows.append((f"{options.scheme} rtn", evaluate(_quantize(plain, processor), test, processor, reference=base)))
+        rows.append((f"{options.scheme} rtn", evaluate(_quantize(plain, processor), test, processor, batch_size=_BATCH, reference=base)))
     for line in _table(base, rows):
         print(line)
+    entry = evaluation_entry(
+        rows[0][1], dataset=str(dataset_path("test")), seed=0, batch_size=_BATCH, reference=str(model_dir()), command=_command(options)
+    )
+    record_measurement(path, evaluation=entry)
     print(f"\n{_question(test[0])}")
     print(f"  full precision: {answer(full, processor, test[0])}")
     print(f"  quantized:      {answer(reloaded, processor, test[0])}")
 
     _title("Yours to repeat")
     print(f"files    {_shown(path)}")
-    print(f"command  qvlm demo --scheme {options.scheme} --method {options.method} --questions {options.questions} --seed {options.seed}")
+    print(f"card     {_shown(path / CARD_NAME)}")
+    print(f"command  {_command(options)}")
     print(f"python   import qvlm_hf; AutoModelForImageTextToText.from_pretrained({options.output!r})")
     return 0
 
@@ -74,6 +84,11 @@ def run(options: argparse.Namespace) -> int:
 def _quantize(options: argparse.Namespace, processor: Any) -> Any:  # noqa: ANN401 - Transformers objects
     config = make_config(options, dataset=str(dataset_path("calibration")), processor=processor)
     return load_model(str(model_dir()), config, torch.float32)
+
+
+def _command(options: argparse.Namespace) -> str:
+    grouping = "" if options.group_size == 128 else f" --group-size {options.group_size}"
+    return f"qvlm demo --scheme {options.scheme} --method {options.method}{grouping} --questions {options.questions} --seed {options.seed}"
 
 
 def _table(base: Evaluation, rows: list[tuple[str, Evaluation]]) -> list[str]:

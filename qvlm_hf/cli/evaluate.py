@@ -8,7 +8,11 @@ from tqdm import tqdm
 
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.cli.models import load_model, load_processor
+from qvlm_hf.cli.record import evaluation_entry, shown_command
 from qvlm_hf.evaluation import evaluate, format_comparison
+from qvlm_hf.hub.contents import REPORT_NAME
+from qvlm_hf.hub.model_card import CARD_NAME
+from qvlm_hf.hub.record import check_recordable, record_measurement
 
 __all__ = ["add_arguments", "run"]
 
@@ -22,10 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions per forward pass (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of questions (default: 0)")
     parser.add_argument("--json", metavar="F", help="write the result there as JSON")
+    parser.add_argument("--record", action="store_true", help="keep the result in DIR: in its report and model card")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    folder = check_recordable(options.model) if options.record else None
     samples = load_samples(options.dataset, num_samples=options.num_samples, seed=options.seed)
     model, processor = load_model(options.model), load_processor(options.model)
     reference = None if options.against is None else load_model(options.against)
@@ -37,4 +43,14 @@ def run(options: argparse.Namespace) -> int:
         print(line)
     if options.json:
         Path(options.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if folder is not None:
+        command = shown_command(
+            "evaluate", folder, dataset=options.dataset, against=options.against, num_samples=options.num_samples,
+            batch_size=options.batch_size, seed=options.seed, record=True,
+        )  # fmt: skip
+        entry = evaluation_entry(
+            result, dataset=options.dataset, seed=options.seed, batch_size=options.batch_size, reference=options.against, command=command
+        )
+        record_measurement(folder, evaluation=entry)
+        print(f"recorded in {REPORT_NAME} and {CARD_NAME}")
     return 0

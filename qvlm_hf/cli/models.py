@@ -44,17 +44,19 @@ def silence() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype | str = "auto") -> Any:  # noqa: ANN401 - any Transformers model
+def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype | str = "auto", revision: str | None = None) -> Any:  # noqa: ANN401 - any Transformers model
     """A model from a directory or the Hub, quantized on the way if there is a configuration."""
     silence()
-    kind = AutoConfig.from_pretrained(name)
+    kind = AutoConfig.from_pretrained(name, revision=revision)
     if type(kind) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give a LLaVA.")
+    if config is not None and getattr(kind, "quantization_config", None) is not None:
+        raise ValueError(f"{name}: is quantized already: give the full-precision model.")
     options = {} if config is None else {"quantization_config": config}
-    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **options)
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, revision=revision, **options)
 
 
-def load_processor(name: str) -> Any:  # noqa: ANN401 - any Transformers processor
+def load_processor(name: str, revision: str | None = None) -> Any:  # noqa: ANN401 - any Transformers processor
     """Its processor."""
     silence()
-    return AutoProcessor.from_pretrained(name)
+    return AutoProcessor.from_pretrained(name, revision=revision)

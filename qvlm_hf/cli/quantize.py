@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-granularity", choices=("channel", "dynamic_token"), help="of every input (default: the search chooses)"
     )
     parser.add_argument("--precision-budget", type=float, metavar="BITS", help="average bits of a weight; widths are chosen per site")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL on the Hub (default: its main branch)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the model (default: auto)")
     parser.add_argument("--modules-to-not-convert", nargs="*", default=None, metavar="NAME", help="modules that stay in full precision")
     parser.add_argument("--strict", action="store_true", help="fail where a fallback or a collapsed self-check would only warn")
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     check_output(options.output, overwrite=options.overwrite)
     config = make_config(options)  # a wrong value should not wait for the processor
-    processor = load_processor(options.model)
+    processor = load_processor(options.model, options.revision)
     config = make_config(
         options,
         dataset=options.dataset,
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
         modules_to_not_convert=options.modules_to_not_convert,
         strict=options.strict,
     )
-    model = load_model(options.model, config, options.dtype)
+    model = load_model(options.model, config, options.dtype, options.revision)
     report = model.hf_quantizer.report
     path = save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
     for line in story(report):

@@ -10,10 +10,8 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,11 +21,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from qvlm_hf.calibration.progress import ProgressBar
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.calibration.samples import Sample, hold_out, load_samples
+from qvlm_hf.calibration.samples import Sample, dataset_name, hold_out, load_samples
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.core.architectures import shared_inputs
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
+from qvlm_hf.integration.origin import origin
 from qvlm_hf.integration.registry import quantizer_class
 from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_segments, rounding_skeleton
 from qvlm_hf.nn.footprint import count_parameters
@@ -60,6 +59,7 @@ class QVLMHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # the user's own object stays as it is
         self.report: CalibrationReport | None = None
         self._samples: list[Sample] | None = None
+        self._files: tuple[str, ...] = ()  # of the checkpoint
         self._errors: list[str] = []
 
     @property
@@ -151,6 +151,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: object
     ) -> None:
         del kwargs
+        self._files = tuple(checkpoint_files or ())
         settings = self.quantization_config.settings()
         if self.pre_quantized:
             self._build_skeleton(model, checkpoint_files)
@@ -193,7 +194,7 @@ class QVLMHfQuantizer(HfQuantizer):
         samples, held_out = hold_out(self._samples or (), config.num_samples, config.seed)
         callbacks = config.callbacks or (ProgressBar(),)
         report = calibrate_and_pack(model, config.settings(), samples, config.processor, held_out=held_out, callbacks=callbacks)
-        return replace(report, provenance={"dataset": _dataset_name(config.dataset), **report.provenance})
+        return replace(report, provenance={"dataset": dataset_name(config.dataset), **report.provenance})
 
     def _finish(self, model: PreTrainedModel) -> None:
         """Records what is quantized, freezes it, tells the callbacks and lets go of the data."""
@@ -202,6 +203,7 @@ class QVLMHfQuantizer(HfQuantizer):
             module.requires_grad_(False)
         share_inputs(model, shared_inputs(model))
         if self.report is not None:
+            self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
             config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
             for callback in config.callbacks:
                 if hasattr(callback, "on_calibration_end"):
@@ -235,13 +237,6 @@ class QVLMHfQuantizer(HfQuantizer):
         return True
 
 
-def _dataset_name(dataset: object) -> str:
-    """What config.json says of the data: a name without its path, a Hub id, or the type."""
-    if isinstance(dataset, str | os.PathLike):
-        return Path(dataset).name if Path(dataset).exists() else str(dataset)
-    return f"{type(dataset).__name__} in memory"
-
-
 def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationReport:
     """Quantizes a model in memory, in place, as `from_pretrained(..., quantization_config=config)` does while loading.
 
@@ -260,8 +255,7 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationRep
     quantizer = QVLMHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment()
     quantizer.update_dtype(model.dtype)
-    report = quantizer._calibrate(model)
-    quantizer.report = report
+    quantizer.report = quantizer._calibrate(model)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = quantizer.quantization_config.quant_method
@@ -270,4 +264,4 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationRep
             config_of_part._is_quantized = True
     model.config.quantization_config = quantizer.quantization_config
     quantizer._finish(model)
-    return report
+    return quantizer.report

@@ -14,14 +14,14 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.hub.contents import REPORT_NAME
+from qvlm_hf.hub.model_card import write_card
 from qvlm_hf.nn.footprint import count_parameters
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
 __all__ = ["REPORT_NAME", "check_output", "save_quantized", "written_whole"]
-
-REPORT_NAME = "qvlm_report.json"
 
 
 def save_quantized(
@@ -33,7 +33,7 @@ def save_quantized(
     overwrite: bool = False,
     max_shard_size: int | str = "50GB",
 ) -> Path:
-    """Writes model, processor and report into a directory beside `output` and renames it when everything is there.
+    """Writes model, processor, report and card into a directory beside `output` and renames it when everything is there.
 
     Args:
         model: quantized.
@@ -59,9 +59,11 @@ def save_quantized(
         for file in partial.glob("*.safetensors"):
             _sort_metadata(file)
         if processor is not None:
+            _forget_configuration(processor)
             processor.save_pretrained(partial)
         if report is not None:
             (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_card(partial, name=target.name)
     return target
 
 
@@ -112,6 +114,14 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
     if not (target / "config.json").is_file() or Path.cwd().is_relative_to(target):
         raise ValueError(f"{output}: holds no saved model (or the working directory) and is not replaced: choose another directory.")
     return target
+
+
+def _forget_configuration(processor: Any) -> None:  # noqa: ANN401 - any Transformers processor
+    """Takes a quantization configuration out of a processor, which could not be written to JSON with it.
+
+    `transformers.pipeline` hands `model_kwargs` to the processor too, and the tokenizer keeps what it does not know.
+    """
+    getattr(getattr(processor, "tokenizer", None), "init_kwargs", {}).pop("quantization_config", None)
 
 
 def _correct_index(folder: Path, parameters: int) -> None:

@@ -14,7 +14,7 @@ from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.nn.replace import quantized_modules
 
-__all__ = ["COMPONENTS", "Footprint", "FootprintRow", "count_parameters", "footprint", "linear_bytes"]
+__all__ = ["COMPONENTS", "Footprint", "FootprintRow", "component_of", "count_parameters", "footprint", "linear_bytes"]
 
 COMPONENTS = ("vision", "projector", "language", "embeddings", "head", "other")
 # First match wins; path components of canonical names.
@@ -88,7 +88,7 @@ def footprint(
         raise ValueError(f"modules: {unknown[0]!r} is no linear module of the model: use names as in named_modules().")
     parameters, full, packed = (dict.fromkeys(COMPONENTS, 0) for _ in range(3))
     for name, tensor in _stored(model):
-        component = _component(name)
+        component = component_of(name)
         parameters[component] += tensor.numel()
         full[component] += (size := _bytes(tensor, dtype))
         module, _, kind = name.rpartition(".")
@@ -134,6 +134,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(sizes.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
+def component_of(name: str) -> str:
+    """The component that a module or tensor belongs to, by its canonical name or its name in a checkpoint; "other" if none is known."""
+    parts = name.split(".")
+    return next((component for part, component in _PARTS if part in parts), "other")
+
+
 def _stored(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Canonical name and tensor of everything that is saved; shared tensors under their first name."""
     seen: set[int] = set()
@@ -149,14 +155,9 @@ def _bytes(tensor: Tensor, dtype: torch.dtype) -> int:
     return tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.element_size())
 
 
-def _component(name: str) -> str:
-    parts = name.split(".")
-    return next((component for part, component in _PARTS if part in parts), "other")
-
-
 def _positions(module: str, scheme: QuantScheme, positions: Mapping[str, int] | None) -> int | None:
     if scheme.granularity != "token":
         return None
-    if (count := (positions or {}).get(_component(module))) is None:
-        raise ValueError(f"{module}: granularity 'token' needs the number of positions: pass positions={{{_component(module)!r}: 577}}.")
+    if (count := (positions or {}).get(component_of(module))) is None:
+        raise ValueError(f"{module}: granularity 'token' needs the number of positions: pass positions={{{component_of(module)!r}: 577}}.")
     return count

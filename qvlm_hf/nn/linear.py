@@ -120,20 +120,26 @@ class QVLMLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of `x`; errors as in `ops.schema.linear`."""
-        if self.shared is not None and (y := self.shared[0].output(self.shared[1], x)) is not None:
+        if self.shared is not None and (y := self.shared[0].output(self.shared[1], self, x)) is not None:
             return y
+        tensors = self.tensors
         return linear(
             x,
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.input_scale,
-            self.input_zero_point,
-            self.bias,
+            tensors["weight"],
+            tensors["weight_scale"],
+            tensors.get("weight_zero_point"),
+            tensors.get("input_scale"),
+            tensors.get("input_zero_point"),
+            tensors["bias"],
             self.in_features,
             self.scheme,
             reference=self.reference,
         )
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The parameters by name; those that the scheme does not have are not there. Attributes of a module cost ten times a dict's."""
+        return self._parameters
 
     @property
     def kernel(self) -> str:
@@ -175,6 +181,26 @@ class QVLMLinear(nn.Linear):
         for parameter in self.parameters(recurse=False):
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         self._is_hf_initialized = True
+
+    def train(self, mode: bool = True) -> "QVLMLinear":
+        """As nn.Module.train; besides, `weight_scale` gets its dtype back."""
+        self._narrow_scale()
+        super().train(mode)
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's own signature
+        self._narrow_scale()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _narrow_scale(self) -> None:
+        # PEFT's prepare_model_for_kbit_training makes float32 of every bfloat16 parameter: no kernel takes that, and no file may hold it
+        if self.weight_scale.dtype != torch.bfloat16:
+            self.weight_scale.data = self.weight_scale.data.to(torch.bfloat16)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.shared is not None:
+            self.shared[0].rejoin(self.shared[1], self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's own signature
         if self.shared is not None:  # other activation grids may come than those that were found equal

@@ -5,11 +5,14 @@ module, parameter or saved name changes, and adapters work as they always do; wi
 the modules do not follow one another (an adapter feeds one of them another tensor, only one is used) results wait in vain; after a
 few such calls the group dissolves.
 
+A group knows its modules by weak references: a module that is kept, copied or saved alone takes no other along. Copies that are made
+together find one another again.
+
 Left out: gradients. With a graph to build, every module computes by itself.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +26,33 @@ _PATIENCE = 3  # calls in a row whose results nobody asked for, after which the 
 
 
 class SharedInput:
-    """The modules of one site. `module.shared` of each is this and the module's place in `modules`.
+    """The modules of one site. `module.shared` of each is this and the module's place in it."""
 
-    Attributes:
-        modules: of one scheme, with equal activation grids.
-    """
+    _members: list[Callable[[], QVLMLinear | None]]  # by place
+    _agreed: list[tuple[Tensor | None, ...]]  # what each had when they were found to agree
+    _waiting: tuple[Tensor, int, dict[int, Tensor]] | None  # input, its version, results by place
+    _in_vain: int
 
     def __init__(self, modules: Sequence[QVLMLinear]) -> None:
-        self.modules = tuple(modules)
-        self._waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None  # input, its version, results by place
-        self._in_vain = 0
-        self._agreed = tuple(_statics(module) for module in self.modules)
-        for place, module in enumerate(self.modules):
-            module.shared = (self, place)
+        """Makes a group.
 
-    def output(self, place: int, x: Tensor) -> Tensor | None:
-        """What module `place` returns for x, or None if it has to compute by itself."""
-        if self._records_gradient(x) or not self._ready(place, x):
+        Args:
+            modules: of one scheme, with equal activation grids.
+        """
+        self._clear(len(modules))
+        for place, module in enumerate(modules):
+            module.shared = (self, place)
+            self._take(place, module)
+
+    @property
+    def modules(self) -> list[QVLMLinear]:
+        """Those that are (still) there."""
+        found = [member() for member in self._members]
+        return [module for module in found if module is not None]
+
+    def output(self, place: int, module: QVLMLinear, x: Tensor) -> Tensor | None:
+        """What `module`, which stands at `place`, returns for x, or None if it has to compute by itself."""
+        if _records_gradient((module,), x) or not self._ready(place, module, x):
             return None
         version, waiting = _version(x), self._waiting  # one read: another thread may replace it
         if waiting is not None and waiting[0] is x and waiting[1] == version and place in waiting[2]:
@@ -47,14 +60,18 @@ class SharedInput:
             if not waiting[2]:
                 self._waiting, self._in_vain = None, 0
             return result
-        if not all(self._ready(other, x) for other in range(len(self.modules))):
+        modules = self.modules
+        if len(modules) < len(self._members):  # one was replaced, or this is a copy that was made alone
+            self.dissolve()
+            return None
+        if _records_gradient(modules, x) or not all(self._ready(other, one, x) for other, one in enumerate(modules)):
             return None
         if waiting is not None:
             self._in_vain += 1
             if self._in_vain >= _PATIENCE:
                 self.dissolve()
                 return None
-        results = dict(enumerate(self._compute(x)))
+        results = dict(enumerate(_compute(modules, x)))
         result = results.pop(place)
         self._waiting = (x, version, results)
         return result
@@ -65,46 +82,74 @@ class SharedInput:
         for module in self.modules:
             module.shared = None
 
-    def _records_gradient(self, x: Tensor) -> bool:
-        biases = (module.bias for module in self.modules)
-        return torch.is_grad_enabled() and (x.requires_grad or any(bias is not None and bias.requires_grad for bias in biases))
+    def rejoin(self, place: int, module: QVLMLinear) -> None:
+        """Takes in the copy of the module at `place`, made with the group's own copy; the last one to come finds out whether all agree."""
+        if self._members[place]() is not None:  # a shallow copy: the group is the original's
+            module.shared = None
+            return
+        self._take(place, module)
+        modules = self.modules
+        if len(modules) == len(self._members) and not _agree(modules):
+            self.dissolve()
 
-    def _ready(self, place: int, x: Tensor) -> bool:
+    def __getstate__(self) -> int:
+        return len(self._members)  # neither the modules nor somebody's activations are part of a copy or a file
+
+    def __setstate__(self, size: int) -> None:
+        self._clear(size)
+
+    def _clear(self, size: int) -> None:
+        self._members, self._agreed = [_nobody] * size, [()] * size
+        self._waiting, self._in_vain = None, 0
+
+    def _take(self, place: int, module: QVLMLinear) -> None:
+        self._members[place], self._agreed[place] = weakref.ref(module), _statics(module)
+
+    def _ready(self, place: int, module: QVLMLinear, x: Tensor) -> bool:
         """Whether a module can take part now.
 
         Not where offloading or the user took it elsewhere, gave it other grids or the reference, or hung a hook on it, which may write to
         x between two modules.
         """
-        module = self.modules[place]
         return (
-            module.weight.device == x.device
+            module.tensors["weight"].device == x.device
             and not module.reference
             and not module._forward_pre_hooks
             and not module._forward_hooks
             and all(a is b for a, b in zip(_statics(module), self._agreed[place], strict=True))
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_waiting": None}  # somebody's activations: no part of a copy or a file
 
-    def _compute(self, x: Tensor) -> list[Tensor]:
-        first, modules = self.modules[0], self.modules
-        return linears(
-            x,
-            [module.weight for module in modules],
-            [module.weight_scale for module in modules],
-            [module.weight_zero_point for module in modules if module.weight_zero_point is not None],
-            first.input_scale,
-            first.input_zero_point,
-            [module.bias for module in modules if module.bias is not None],
-            first.in_features,
-            first.scheme,
-        )
+def _nobody() -> None:
+    """The member whose module has not come yet."""
+
+
+def _records_gradient(modules: Iterable[QVLMLinear], x: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    biases = (module.bias for module in modules)
+    return x.requires_grad or any(bias is not None and bias.requires_grad for bias in biases)
+
+
+def _compute(modules: Sequence[QVLMLinear], x: Tensor) -> list[Tensor]:
+    first, held = modules[0], [module.tensors for module in modules]
+    return linears(
+        x,
+        [tensors["weight"] for tensors in held],
+        [tensors["weight_scale"] for tensors in held],
+        [tensors["weight_zero_point"] for tensors in held if tensors.get("weight_zero_point") is not None],
+        held[0].get("input_scale"),
+        held[0].get("input_zero_point"),
+        [tensors["bias"] for tensors in held if tensors["bias"] is not None],
+        first.in_features,
+        first.scheme,
+    )
 
 
 def _statics(module: QVLMLinear) -> tuple[Tensor | None, ...]:
     """What must stay as it was when the modules were found to agree."""
-    return module.input_scale, module.input_zero_point, module.bias
+    tensors = module.tensors
+    return tensors.get("input_scale"), tensors.get("input_zero_point"), tensors["bias"]
 
 
 def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:

@@ -9,15 +9,9 @@ Left out: repacking. The kernels read the bytes as they lie on disk, so a model 
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shlex
-import shutil
 import struct
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +22,14 @@ from torch.nn import functional
 
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.packing import pack
-from qvlm_hf.ops import reference
-from qvlm_hf.ops.schema import LIBRARY, Module, well_formed
+from qvlm_hf.ops import native, reference
+from qvlm_hf.ops.schema import Module, well_formed
 
-__all__ = ["kernel_name", "linear", "linears"]
+__all__ = ["entry", "kernel_name", "linear", "linears"]
 
-_SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+_SOURCES = (Path(__file__).with_name("cpu_kernels.cpp"), Path(__file__).with_name("cpu_call.h"))
 # -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels flip
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
-_COMPILE_SECONDS = 300
 _INT32 = 2**30  # the kernels add two partial sums of a group
 _FEW_TOKENS = 512  # up to here floating-point inputs meet packed weights; beyond, a dequantized copy of the weight is cheaper
 # Every width, granularity and way of 8-bit inputs, with one token, some and many.
@@ -59,6 +52,12 @@ class _Kernels:
 def kernel_name(in_features: int, weight_bits: int, activation_bits: int, group_length: int) -> str:
     """What computes a module on this CPU: "cpu avx512-vnni", "cpu portable", or "reference" with the reason."""
     return _misfit(in_features, weight_bits, activation_bits, group_length) or _kernels().name
+
+
+def entry() -> int | None:
+    """Address of the kernels' entry for quantized inputs (`qvlm_linears`), None where there are no kernels."""
+    library = _kernels().library
+    return None if library is None else ctypes.cast(library.qvlm_linears, ctypes.c_void_p).value
 
 
 def linear(
@@ -247,7 +246,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 def _kernels() -> _Kernels:
     """Compiles, loads and checks the library, once per process."""
     try:
-        library = _fresh_or_again(_compiled())
+        library = _load()
         name = _VARIANTS[library.qvlm_variant()]
         wrong = _self_check(library)
         if not wrong:
@@ -259,90 +258,8 @@ def _kernels() -> _Kernels:
     return _Kernels(None, f"reference ({reason})")
 
 
-def _fresh_or_again(path: Path) -> ctypes.CDLL:
-    """Loads the library; one that cannot be loaded was damaged in the cache and is compiled anew, once."""
-    try:
-        return _load(path)
-    except OSError:
-        path.unlink()
-        return _load(_compiled())
-
-
-def _compiled() -> Path:
-    """The library for this source, compiler and processor, from the cache or compiled now.
-
-    Raises:
-        RuntimeError: there is no compiler, or it failed.
-        OSError: nothing can be written.
-    """
-    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
-        raise RuntimeError(f"no kernels for {platform.system()} on {platform.machine()}")
-    compiler = _compiler()
-    version = _output(*compiler, "--version")
-    identity = [_SOURCE.read_bytes(), " ".join((*compiler, *_FLAGS)).encode(), version, _processor(), torch.__version__.encode()]
-    target = _cache() / f"cpu_kernels-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
-    if not _intact(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        logging.getLogger(__name__).warning("compiling the CPU kernels for this machine, once: up to a minute (kept in %s)", target.parent)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            _output(*compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-Wl,--as-needed", *_openmp())
-            if not made.exists():
-                raise RuntimeError(f"{compiler[0]} reported success and wrote nothing")
-            code = made.read_bytes()
-            made.write_bytes(code + hashlib.sha256(code).digest())  # the loader reads what the headers name, not what follows
-            os.replace(made, target)  # whole or not at all, whoever else compiles
-    return target
-
-
-def _intact(path: Path) -> bool:
-    """Whether a library ends with the digest of all before: a cut one would end the process when its missing pages are touched."""
-    try:
-        code = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    return hashlib.sha256(code[: -hashlib.sha256().digest_size]).digest() == code[-hashlib.sha256().digest_size :]
-
-
-def _compiler() -> list[str]:
-    """The command that compiles: CXX, with its flags if it has some, or the first of the usual names.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    asked = shlex.split(os.environ.get("CXX", ""))
-    for name in asked[:1] or ("c++", "g++", "clang++"):
-        if found := shutil.which(name):
-            return [found, *asked[1:]]
-    raise RuntimeError(f"CXX={asked[0]} is not there" if asked else "no C++ compiler found: install g++ or set CXX")
-
-
-def _output(*command: str) -> bytes:
-    done = subprocess.run(command, capture_output=True, timeout=_COMPILE_SECONDS, check=False)
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise RuntimeError(f"{Path(command[0]).name} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
-    return done.stdout
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvlm_hf"
-
-
-def _processor() -> bytes:
-    """What -march=native depends on."""
-    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    return b"|".join(dict.fromkeys(line for line in lines if line.startswith((b"model name", b"flags"))))
-
-
-def _openmp() -> list[str]:
-    """The OpenMP runtime that PyTorch has loaded: a second one would be a second pool of threads."""
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    return [path for path in dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps) if "libgomp" in path or "libiomp" in path][:1]
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+def _load() -> ctypes.CDLL:
+    library = native.load(_SOURCES, _FLAGS, native.openmp())
     size, whole, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
     matrix = [pointer] * 3 + [size] * 5 + [whole]
     library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], whole
@@ -377,7 +294,3 @@ def _random_module(weight_bits: int, rows: int, generator: torch.Generator) -> M
     scale = torch.rand(rows, 2, generator=generator).add(0.5).bfloat16()
     zero_point = torch.randint(0, 2**weight_bits, (rows, 2), generator=generator, dtype=torch.uint8)
     return pack(integers, weight_bits), scale, zero_point, torch.randn(rows, generator=generator)
-
-
-LIBRARY.impl("linear", linear, "CPU")
-LIBRARY.impl("linears", linears, "CPU")

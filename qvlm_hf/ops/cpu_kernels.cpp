@@ -21,6 +21,8 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu_call.h"
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define QVLM_AVX512 1
 #include <immintrin.h>
@@ -793,30 +795,13 @@ extern "C" {
 // What the code was compiled for: 1 AVX-512 with VNNI and VBMI, 0 portable.
 int qvlm_variant() { return QVLM_AVX512; }
 
-// What `qvlm_linears` is told, eight bytes a field: layers of one width, group length and K that share an input x [m, k] and its ranges.
-struct Call {
-    const void* x;
-    const float* input_scale;
-    const int32_t* input_zero_point;
-    int64_t dtype, m, k, groups, length, row_bytes, weight_bits, activation_bits, granularity, positions, count;  // dtype 0 float32, 1 bfloat16
-};
-// One of the layers: its output y [m, n] has the dtype of x, and so has its bias; bias and zero_point may be null.
-struct Layer {
-    const void* bias;
-    void* y;
-    const uint8_t* bytes;
-    const uint16_t* scale;
-    const uint8_t* zero_point;
-    int64_t n;
-};
-
 // `call` is a Call with its `count` Layers behind it.
 void qvlm_linears(const void* call) {
-    const Call& c = *static_cast<const Call*>(call);
-    const Layer* layers = reinterpret_cast<const Layer*>(&c + 1);
+    const qvlm::Call& c = *static_cast<const qvlm::Call*>(call);
+    const qvlm::Layer* layers = reinterpret_cast<const qvlm::Layer*>(&c + 1);
     std::vector<Module> modules;
     modules.reserve(c.count);
-    for (const Layer* l = layers; l < layers + c.count; ++l)
+    for (const qvlm::Layer* l = layers; l < layers + c.count; ++l)
         modules.push_back({{l->bytes, l->scale, l->zero_point, l->n, c.k, c.groups, c.length, c.row_bytes, int(c.weight_bits)}, l->bias, l->y, c.dtype == 1});
     const Input input{c.input_scale, c.input_zero_point, c.positions, int(c.activation_bits), int(c.granularity)};
     if (c.dtype == 0)

@@ -28,10 +28,12 @@ _LINEAR = (
 )
 LIBRARY.define("linear" + _LINEAR)
 LIBRARY.define("linear_reference" + _LINEAR)  # the same, by the reference whatever kernels there are
-LIBRARY.define(
-    "linears(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor[] weight_zero_point, Tensor? input_scale, Tensor? input_zero_point,"
+_LINEARS = (
+    "(Tensor x, Tensor[] weight, Tensor[] weight_scale, Tensor[] weight_zero_point, Tensor? input_scale, Tensor? input_zero_point,"
     " Tensor[] bias, int in_features, int weight_bits, int activation_bits, int group_length, str granularity, int hadamard) -> Tensor[]"
 )
+LIBRARY.define("linears" + _LINEARS)
+LIBRARY.define("linears_cpu" + _LINEARS)  # for inference: the same on a CPU where it takes the call, else an empty list
 LIBRARY.define(
     "linear_input_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale,"
     " int in_features, int weight_bits, int group_length, str granularity, int hadamard) -> Tensor"
@@ -71,12 +73,14 @@ def linear(
     Raises:
         ValueError: K differs, or a "token" input has another number of positions than calibrated.
     """
+    sizes = _sizes(in_features, scheme)
+    if not reference:
+        statics = (input_scale, input_zero_point)
+        if quick := _quick(x, [weight], [weight_scale], _listed(weight_zero_point), *statics, _listed(bias), *sizes):
+            return quick[0]
     # .default: without it PyTorch looks for the overload at every call
     operator = torch.ops.qvlm_hf.linear_reference.default if reference else torch.ops.qvlm_hf.linear.default
-    return _called(
-        operator, x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias,
-        in_features, scheme.weight_bits, scheme.activation_bits, scheme.group_length(in_features), scheme.granularity, scheme.hadamard or 0,
-    )  # fmt: skip
+    return _called(operator, x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
 
 
 def linears(
@@ -111,10 +115,25 @@ def linears(
     Raises:
         ValueError: as `linear`, or the lists have different lengths, or a gradient is wanted.
     """
-    return _called(
-        torch.ops.qvlm_hf.linears.default, x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias,
-        in_features, scheme.weight_bits, scheme.activation_bits, scheme.group_length(in_features), scheme.granularity, scheme.hadamard or 0,
-    )  # fmt: skip
+    arguments = (x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *_sizes(in_features, scheme))
+    return _quick(*arguments) or _called(torch.ops.qvlm_hf.linears.default, *arguments)
+
+
+def _sizes(in_features: int, scheme: QuantScheme) -> tuple[int, int, int, int, str, int]:
+    group_length = scheme.group_length(in_features)
+    return in_features, scheme.weight_bits, scheme.activation_bits, group_length, scheme.granularity, scheme.hadamard or 0
+
+
+def _listed(tensor: Tensor | None) -> list[Tensor]:
+    return [] if tensor is None else [tensor]
+
+
+def _quick(x: Tensor, *arguments: object) -> list[Tensor]:
+    """The outputs by `linears_cpu`, or nothing: who traces, watches or records a gradient shall see the operators proper."""
+    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return []
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.qvlm_hf.linears_cpu.default(x, *arguments)
 
 
 def _called(operator: Any, *arguments: object) -> Any:  # noqa: ANN401 - an operator and what it returns
@@ -123,6 +142,14 @@ def _called(operator: Any, *arguments: object) -> Any:  # noqa: ANN401 - an oper
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*arguments)
+
+
+def _nothing(*_: object) -> list[Tensor]:
+    return []
+
+
+LIBRARY.impl("linears_cpu", _nothing, "CompositeExplicitAutograd")
+torch.library.register_fake("qvlm_hf::linears_cpu", _nothing, lib=LIBRARY)
 
 
 @torch.library.register_fake("qvlm_hf::linear_reference", lib=LIBRARY)

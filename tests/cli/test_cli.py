@@ -10,7 +10,7 @@ from tiny_models import save_tiny, tiny_messages
 from qvlm_hf.cli import main
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-COMMANDS = ("demo", "quantize", "ask", "evaluate", "bench", "inspect", "export", "check")
+COMMANDS = ("demo", "quantize", "ask", "evaluate", "bench", "inspect", "export", "check", "autoload")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,7 @@ def test_a_calibrated_w8a8_can_be_made_for_export(folder):
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--scheme", "W9A4"], "is not W"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/w4a4"], "exists and is not empty"),
         (["quantize", "{f}/nowhere", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x"], "nowhere"),
+        (["quantize", "{f}/w4a4", "--method", "rtn", "--output", "{f}/x"], "is quantized already"),
         (["ask", "{f}/bert", "--image", "{f}/0.png", "what ?"], "'bert' is no image-text-to-text model"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/samples.jsonl/x"], "choose a directory"),
         (["inspect", "--shape", "gpt-5"], "is unknown"),

@@ -1,7 +1,8 @@
-"""torch.compile over a whole quantized model: no graph break, the same text, a static cache."""
+"""torch.compile over a whole quantized model, with and without an adapter: no graph break, the same text, a static cache."""
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText
 
@@ -50,6 +51,25 @@ def test_a_static_cache_gives_the_same_text_eager_and_compiled(directory, dtype)
     expected = text(model)
     assert torch.equal(text(model, cache_implementation="static"), expected)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(text(model, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_with_an_adapter_too(directory, dtype):
+    base = text(quantized(directory, "W4A8", dtype=dtype))
+    model = get_peft_model(quantized(directory, "W4A8", dtype=dtype), LoraConfig(r=4, target_modules="all-linear")).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        expected = model(input_ids=IDS, use_cache=False).logits
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=IDS, use_cache=False).logits, expected)
+    torch._dynamo.reset()
+    expected = text(model)
+    assert not torch.equal(expected, base)
+    assert torch.equal(text(model, cache_implementation="static"), expected)
+    inner = model.get_base_model()
+    inner.forward = torch.compile(inner.forward, fullgraph=True, backend="aot_eager")
     assert torch.equal(text(model, cache_implementation="static"), expected)
 
 

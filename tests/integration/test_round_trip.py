@@ -182,20 +182,31 @@ def test_a_rotated_model_with_tied_embeddings_is_saved_untied(tmp_path: Path, in
     assert not torch.equal(again.lm_head.weight, again.model.language_model.embed_tokens.weight)
 
 
-def test_dequantize_gives_an_ordinary_model(saved: dict, tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(saved["rounded", "float32"].path)
-    model.dequantize()
-    assert not any(isinstance(module, QVLMLinear) for module in model.modules())
-    assert not hasattr(model, "hf_quantizer")
-    # weight-only: the float model with the same weights differs by the order of sums alone
-    torch.testing.assert_close(ask(model, inputs)[0], saved["rounded", "float32"].logits, rtol=1e-3, atol=1e-3)
-    model.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
-    plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert torch.equal(ask(plain, inputs)[0], ask(model, inputs)[0])
-    half = AutoModelForImageTextToText.from_pretrained(saved["paper", "float32"].path)
-    half.dequantize(dtype=torch.float16)
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+def test_dequantize_gives_an_ordinary_model(
+    saved: dict, tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable, kinds: dict
+) -> None:
+    for kind in kinds:
+        model = AutoModelForImageTextToText.from_pretrained(saved[kind, "float32"].path)
+        model.dequantize()
+        assert not any(isinstance(module, QVLMLinear) for module in model.modules())
+        assert not hasattr(model, "hf_quantizer")
+        logits = ask(model, inputs)[0]
+        if "rounded" in kind:  # weight-only: the float model with the same weights differs by the order of sums alone
+            torch.testing.assert_close(logits, saved[kind, "float32"].logits, rtol=1e-3, atol=1e-3)
+        model.save_pretrained(tmp_path / kind)
+        assert "quantization_config" not in json.loads((tmp_path / kind / "config.json").read_text())
+        plain = AutoModelForImageTextToText.from_pretrained(tmp_path / kind)
+        assert torch.equal(ask(plain, inputs)[0], logits)
+    outcomes = json.loads(fresh_process("fresh_without_plugin.py", *(tmp_path / kind for kind in kinds)).splitlines()[-1])
+    assert outcomes.pop("imported") is False
+    assert set(outcomes.values()) == {"loaded"}, outcomes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dequantize_takes_a_dtype(saved: dict, dtype: torch.dtype) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(saved["paper", "float32"].path)
+    model.dequantize(dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_precision_table_and_backends(saved: dict) -> None:

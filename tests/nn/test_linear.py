@@ -153,6 +153,20 @@ def test_dequantize_undoes_scale_and_transform(granularity, symmetric, hadamard,
     np.testing.assert_allclose(dequantized.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_scale_that_was_widened_gets_its_dtype_back():
+    module, _, x, _ = quantized(scheme_of())
+    expected = module(x)
+    for narrowing in (module.train, module.state_dict):
+        for parameter in module.parameters():  # as peft.prepare_model_for_kbit_training does
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.to(torch.float32)
+        assert module.weight_scale.dtype == torch.float32
+        narrowing()
+        assert module.weight_scale.dtype == torch.bfloat16
+        assert torch.equal(module(x), expected)
+    assert module.state_dict()["weight_scale"].dtype == torch.bfloat16
+
+
 def test_to_linear():
     module, linear, x, _ = quantized(scheme_of("none", weight_bits=8, hadamard=8), scaled_input=True)
     plain = module.eval().to_linear(torch.float32)

@@ -1,6 +1,9 @@
 import copy
+import gc
 import io
+import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -217,8 +220,71 @@ def test_copies_and_files_are_whole():
         expected = outputs(layer(), x)
         for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
             assert twin.q.shared[0] is not model.q.shared[0]
-            assert twin.q.shared[0].modules[1] is twin.k
+            assert twin.q.shared[0].modules == [twin.q, twin.k, twin.v]
             assert all(torch.equal(a, b) for a, b in zip(outputs(twin, x), expected, strict=True))
+        assert model.q.shared[0].modules == [model.q, model.k, model.v]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), copy.copy])
+def test_a_copy_that_is_made_alone_takes_no_sibling_along(copied, calls):
+    model, x = shared(bias=True), torch.randn(3, IN)
+    group = model.k.shared[0]
+    lone = copied(model.k)
+    with torch.no_grad():
+        assert torch.equal(lone(x), model.k(x))
+        assert lone.shared is None
+        outputs(model, x)
+    assert group.modules == [model.q, model.k, model.v]  # the copy did not push the original out
+    assert model.k.shared[0] is group
+    calls.clear()
+    some = copied(nn.ModuleDict({"q": model.q, "k": model.k}))
+    if copied is not copy.copy:  # which leaves the modules inside as they are
+        with torch.no_grad():
+            assert torch.equal(some["q"](x), layer(bias=True).q(x))
+        assert some["q"].shared is some["k"].shared is None
+        assert not calls
+
+
+def test_a_file_of_one_module_is_of_its_own_size():
+    sizes = []
+    for module in (shared(bias=True).k, layer(bias=True).k):
+        buffer = io.BytesIO()
+        torch.save(module, buffer)
+        sizes.append(buffer.tell())
+    assert sizes[0] - sizes[1] < 300  # an empty group
+
+
+def test_a_copy_agrees_anew():
+    model, x = shared(bias=True), torch.randn(3, IN)
+    model.v.input_scale = nn.Parameter(model.v.input_scale * 2, requires_grad=False)
+    twin = copy.deepcopy(model)
+    assert twin.q.shared is None
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(outputs(twin, x), outputs(model, x), strict=True))
+
+
+def test_no_module_keeps_another_alive():
+    model, x = shared(), torch.randn(3, IN)
+    kept, sibling = model.q, weakref.ref(model.k)
+    gc.disable()
+    try:
+        del model
+        assert sibling() is None  # at once, without the cycle collector
+    finally:
+        gc.enable()
+    with torch.no_grad():
+        assert torch.equal(kept(x), layer().q(x))
+    assert kept.shared is None
+
+
+def test_a_module_that_is_replaced_dissolves_the_group():
+    model, x = shared(), torch.randn(3, IN)
+    model.k = model.k.to_linear(torch.float32)
+    with torch.no_grad():
+        q, _, v = outputs(model, x)
+        assert torch.equal(q, layer().q(x))
+        assert torch.equal(v, layer().v(x))
+    assert model.q.shared is model.v.shared is None
 
 
 def test_two_threads_never_mix():

@@ -9,28 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_calls import arguments
 
 from qvlm_hf.core.packing import pack
-from qvlm_hf.ops import cpu, reference
+from qvlm_hf.ops import cpu, cpu_operator, native, reference
 
 TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-
-
-def arguments(weight_bits, activation_bits, granularity, out_features, in_features, group_length, positions, symmetric, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    groups = -(-in_features // group_length)
-    statics = {"channel": in_features, "token": positions}.get(granularity)
-    integers = torch.randint(0, 2**weight_bits, (out_features, in_features), generator=generator, dtype=torch.uint8)
-    zero_point = torch.randint(0, 2**weight_bits, (out_features, groups), generator=generator, dtype=torch.uint8)
-    return (
-        pack(integers, weight_bits),
-        ((torch.rand(out_features, groups, generator=generator) + 0.5) / 2 ** (weight_bits + activation_bits)).bfloat16(),
-        None if symmetric else zero_point,
-        None if statics is None else torch.rand(statics, generator=generator) * 8 / 2**activation_bits + 0.01,
-        None if statics is None else torch.randint(0, 2**activation_bits, (statics,), generator=generator, dtype=torch.int32),
-        torch.randn(out_features, generator=generator).to(dtype),
-        in_features, weight_bits, 16 if granularity == "none" else activation_bits, group_length, granularity, 0,
-    )  # fmt: skip
 
 
 def compare(x, rest):
@@ -179,7 +163,7 @@ def test_a_compiler_that_hangs_or_is_misspelt_is_no_disaster(monkeypatch, fresh_
     compiler.write_text("#!/bin/sh\nexec sleep 5\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(cpu, "_COMPILE_SECONDS", 0.2)
+    monkeypatch.setattr(native, "_SECONDS", 0.2)
     assert "timed out" in cpu.kernel_name(64, 4, 4, 64)
 
 
@@ -192,7 +176,7 @@ def test_cxx_is_taken_at_its_word(monkeypatch, fresh_kernels, tmp_path):
     assert cpu.kernel_name(64, 4, 4, 64) == f"reference ({shutil.which('true')} reported success and wrote nothing)"
     if compiler := shutil.which("g++"):
         monkeypatch.setenv("CXX", f"{compiler} -DASKED=1")
-        assert cpu._compiler() == [compiler, "-DASKED=1"]
+        assert native.compiler() == [compiler, "-DASKED=1"]
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "one byte"])
@@ -202,7 +186,7 @@ def test_a_damaged_library_is_compiled_again(monkeypatch, fresh_kernels, tmp_pat
         pytest.skip("no compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_FLAGS", ("-O0", *cpu._FLAGS[1:]))
-    library = cpu._compiled()
+    library = native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
     whole = library.read_bytes()
     middle = len(whole) // 2
     damaged = {"empty": b"", "cut": whole[:middle], "one byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]}[damage]
@@ -218,7 +202,7 @@ def test_a_library_that_cannot_be_loaded_is_compiled_again(monkeypatch, fresh_ke
         pytest.skip("no compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_FLAGS", ("-O0", *cpu._FLAGS[1:]))
-    library = cpu._compiled()
+    library = native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
     text = b"not a library"
     library.write_bytes(text + hashlib.sha256(text).digest())
     assert cpu.kernel_name(64, 4, 4, 64).startswith("cpu ")
@@ -238,14 +222,14 @@ def test_compiled_once_per_source_and_machine(monkeypatch, fresh_kernels, tmp_pa
         pytest.skip("no compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_FLAGS", ("-O0", *cpu._FLAGS[1:]))
-    first = cpu._compiled()
+    first = native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
     assert first.parent == tmp_path / "qvlm_hf"
     assert [path.name for path in first.parent.iterdir()] == [first.name]
     stamp = os.stat(first).st_mtime_ns
-    assert cpu._compiled() == first
+    assert native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp()) == first
     assert os.stat(first).st_mtime_ns == stamp
     monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-DX=1"))
-    assert cpu._compiled() != first
+    assert native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp()) != first
 
 
 def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels, tmp_path):
@@ -266,4 +250,6 @@ def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels, tmp_
 
 
 def test_the_source_travels_with_the_package():
-    assert Path(cpu.__file__).with_name("cpu_kernels.cpp").is_file()
+    for source in (*cpu._SOURCES, *cpu_operator._SOURCES):
+        assert source.is_file()
+        assert source.parent == Path(cpu.__file__).parent

@@ -1,0 +1,1 @@
+"""Hugging Face Hub: the model card and the upload."""

@@ -1,0 +1,50 @@
+"""Adding a later measurement to a saved directory: into its report, and from there into its card."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qvlm_hf.hub.contents import REPORT_NAME, read_report
+from qvlm_hf.hub.model_card import write_card
+
+__all__ = ["check_recordable", "record_measurement"]
+
+
+def check_recordable(directory: str) -> Path:
+    """Checks, before a long measurement, that its result can be kept.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ValueError: it is no local directory of a model quantized by qvlm_hf, or may not be written.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ValueError(f"--record: {directory} is no local directory: download the model first, or leave --record out.")
+    read_report(folder)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--record: {directory} may not be written: copy it, or leave --record out.")
+    return folder
+
+
+def record_measurement(folder: Path, *, evaluation: dict[str, Any] | None = None, benchmark: dict[str, Any] | None = None) -> None:
+    """Puts measurements into the report, in place of earlier ones of their kind, and writes the card anew.
+
+    Args:
+        folder: a saved directory.
+        evaluation: as `qvlm evaluate` made it, or None.
+        benchmark: as `qvlm bench` made it, or None.
+
+    Raises:
+        ValueError: as `read_report` and `write_card`.
+    """
+    report = read_report(folder)
+    report = replace(report, evaluation=evaluation or report.evaluation, benchmark=benchmark or report.benchmark)
+    text = json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n"
+    partial = folder / f".{REPORT_NAME}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(folder / REPORT_NAME)  # all or nothing, as everything that is saved
+    write_card(folder)

@@ -1,0 +1,26 @@
+// What the CPU kernels are told: a Call with its `count` Layers behind it, eight bytes a field. cpu.py and cpu_operator.cpp write it.
+#pragma once
+
+#include <cstdint>
+
+namespace qvlm {
+
+// Layers of one width, group length and K that share an input x [m, k] and its ranges.
+struct Call {
+    const void* x;
+    const float* input_scale;
+    const int32_t* input_zero_point;
+    int64_t dtype, m, k, groups, length, row_bytes, weight_bits, activation_bits, granularity, positions, count;  // dtype 0 float32, 1 bfloat16
+};
+
+// One of the layers: its output y [m, n] has the dtype of x, and so has its bias; bias and zero_point may be null.
+struct Layer {
+    const void* bias;
+    void* y;
+    const uint8_t* bytes;
+    const uint16_t* scale;
+    const uint8_t* zero_point;
+    int64_t n;
+};
+
+}  // namespace qvlm

@@ -1,0 +1,117 @@
+"""C++ that is compiled where it runs: once per source, flags, compiler, processor and PyTorch, kept in the user's cache.
+
+A library is written whole or not at all and ends with the digest of all before it, because one that lost its end loads, and kills the
+process at the first call into it.
+
+Left out: a lock. Two processes that start together both compile, and the second to end replaces an equal file.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+__all__ = ["compiled", "compiler", "load", "openmp"]
+
+_SECONDS = 300
+
+
+def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> ctypes.CDLL:
+    """Compiles a library if the cache has none, and loads it.
+
+    Args:
+        sources: the file to compile, and those that it includes.
+        flags: of the compiler.
+        libraries: what to link with, as arguments after the source.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed.
+        OSError: nothing can be written or loaded.
+        ValueError: CXX cannot be read.
+        subprocess.TimeoutExpired: the compiler takes minutes.
+    """
+    path = compiled(sources, flags, libraries)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # damaged in the cache: once more
+        path.unlink()
+        return ctypes.CDLL(str(compiled(sources, flags, libraries)))
+
+
+def compiled(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
+    """The library for these sources, compiler and processor, from the cache or compiled now; arguments and errors as in `load`."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise RuntimeError(f"no kernels for {platform.system()} on {platform.machine()}")
+    command = compiler()
+    version = _output(*command, "--version")
+    words = (*command, *flags, torch.__version__)
+    identity = [*(path.read_bytes() for path in sources), " ".join(words).encode(), version, _processor()]
+    target = _cache() / f"{sources[0].stem}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
+    if not _intact(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        log = logging.getLogger(__name__)
+        log.warning("compiling %s for this machine, once: up to a minute (kept in %s)", sources[0].stem, target.parent)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            _output(*command, *flags, "-o", str(made), str(sources[0]), "-Wl,--as-needed", *libraries)
+            if not made.exists():
+                raise RuntimeError(f"{command[0]} reported success and wrote nothing")
+            code = made.read_bytes()
+            made.write_bytes(code + hashlib.sha256(code).digest())  # the loader reads what the headers name, not what follows
+            os.replace(made, target)
+    return target
+
+
+def compiler() -> list[str]:
+    """The command that compiles: CXX, with its flags if it has some, or the first of the usual names.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for name in asked[:1] or ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return [found, *asked[1:]]
+    raise RuntimeError(f"CXX={asked[0]} is not there" if asked else "no C++ compiler found: install g++ or set CXX")
+
+
+def openmp() -> list[str]:
+    """The OpenMP runtime that PyTorch has loaded: a second one would be a second pool of threads."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [path for path in dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps) if "libgomp" in path or "libiomp" in path][:1]
+
+
+def _intact(path: Path) -> bool:
+    """Whether a library ends with the digest of all before: a cut one would end the process when its missing pages are touched."""
+    try:
+        code = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(code[: -hashlib.sha256().digest_size]).digest() == code[-hashlib.sha256().digest_size :]
+
+
+def _output(*command: str) -> bytes:
+    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{Path(command[0]).name} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
+    return done.stdout
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvlm_hf"
+
+
+def _processor() -> bytes:
+    """What -march=native depends on."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    return b"|".join(dict.fromkeys(line for line in lines if line.startswith((b"model name", b"flags"))))

@@ -1,0 +1,594 @@
+"""What the Hub of the tests answers: one function per request that huggingface_hub 2.4.0 and Transformers were seen to make.
+
+A route takes a `Call` and returns a `Reply` or raises `HubError`, which carries the headers that the client turns into its exceptions.
+Nothing here knows sockets: hub_server.py finds the user of the token, calls the route and sends what it returned.
+
+Access follows the Hub: a repository that one may not see is missing (401 to a stranger, 404 to a user); writing needs an owner's token with
+the role "write" and is a 403 otherwise; anyone with such a token may open a pull request and upload to it.
+
+Left out: datasets and Spaces, discussions without changes, multipart uploads, .gitignore, pages of long listings, copies within the Hub,
+resource groups, rate limits. Of `validate-yaml` only the rules of `_card_problems`.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, quote
+
+import yaml
+from hub_storage import Blob, Commit, PullRequest, Repo
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
+
+__all__ = ["ROUTES", "Call", "HubError", "Reply", "User"]
+
+LFS_SIZE = 10 * 2**20  # a larger file is never regular; nor is a binary one
+LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "*.npz", "*.npy", "*.parquet", "*.zip", "*.gz", "*.model")
+ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
+
+
+@dataclass(frozen=True)
+class User:
+    """Who a token belongs to, and what it allows."""
+
+    name: str
+    role: str  # "read" or "write"
+    orgs: tuple[str, ...] = ()
+
+    def owns(self, repo: Repo) -> bool:
+        return repo.namespace in (self.name, *self.orgs)
+
+
+@dataclass
+class Reply:
+    status: int = 200
+    body: object = None  # a Path for a file; bytes; or what JSON can say
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class HubError(Exception):
+    """An answer that is an error. `code` decides the exception in the client; `body` goes beside the message."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, **body: object):
+        super().__init__(message)
+        line = " ".join(message.split()).encode("ascii", "replace").decode()  # headers hold no more
+        headers = {"X-Error-Message": line} | ({"X-Error-Code": code} if code else {})
+        self.reply = Reply(status, {"error": message} | body, headers)
+
+
+@dataclass
+class Call:
+    """One request, parsed: all that a route works with."""
+
+    hub: "HubServer"
+    method: str
+    path: str  # as it came, without the query
+    query: dict[str, list[str]]
+    blocks: Iterator[bytes]  # the body
+    user: User | None = None
+    args: dict[str, str] = field(default_factory=dict)  # the groups of the route's pattern, unquoted
+
+    def read(self) -> bytes:
+        return b"".join(self.blocks)
+
+    def json(self) -> dict:
+        return json.loads(self.read() or b"{}")
+
+    def flag(self, name: str) -> bool:
+        return self.query.get(name, [""])[0].lower() in ("1", "true")
+
+    def signed_in(self) -> User:
+        if self.user is None:
+            raise HubError(401, "Invalid username or password.")
+        return self.user
+
+    def repo(self, need: str = "read") -> Repo:
+        """The repository of the path. `need` is "read", "propose" (a pull request) or "write"."""
+        repo, user = self.hub.repos.get(self.args["repo"]), self.user
+        hidden = repo is None or (repo.private and not (user and user.owns(repo)))
+        if hidden or (need != "read" and user is None):
+            raise HubError(*(404, "Repository not found") if user else (401, "Invalid username or password."), "RepoNotFound")
+        if need != "read" and user.role != "write":
+            raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
+        if need == "write" and not user.owns(repo):
+            raise HubError(403, f"Forbidden: you have no right to write to {repo.id}.")
+        return repo
+
+    def commit(self) -> tuple[Repo, Commit]:
+        """Repository and commit of the path."""
+        repo, revision = self.repo(), self.args.get("rev") or "main"
+        commit = repo.commit(revision)
+        if commit is None:
+            raise _no_revision(revision)
+        return repo, commit
+
+    def target(self) -> tuple[Repo, str]:
+        """Repository and ref of an upload: owners write anywhere, others to a pull request that they opened or are about to open."""
+        repo, revision = self.repo("propose"), self.args["rev"]
+        ref = repo.ref(revision)
+        mine = any(pull.ref == ref and pull.author == self.user.name for pull in repo.pull_requests.values())
+        if not self.flag("create_pr") and not mine:
+            self.repo("write")
+        if ref is None or ref.startswith("refs/tags/"):
+            raise _no_revision(revision)
+        return repo, ref
+
+
+def _no_revision(revision: str) -> HubError:
+    return HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+
+
+Route = Callable[[Call], Reply]
+ROUTES: dict[str, list[tuple[str, re.Pattern[str], Route]]] = {"hub": [], "storage": []}
+REPO = "(?P<repo>[^/]+/[^/]+)"
+API = f"/api/models/{REPO}"
+REV = "(?P<rev>[^/]+)"  # a slash comes as %2F
+NUM = r"(?P<num>\d+)"
+
+
+def route(method: str, pattern: str, origin: str = "hub") -> Callable[[Route], Route]:
+    def register(function: Route) -> Route:
+        ROUTES[origin].append((method, re.compile(pattern), function))
+        return function
+
+    return register
+
+
+# Accounts and repositories
+
+
+@route("GET", "/api/whoami-v2")
+def whoami(call: Call) -> Reply:
+    user = call.signed_in()
+    orgs = [{"type": "org", "name": name, "roleInOrg": "admin"} for name in user.orgs]
+    auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": user.role}}
+    return Reply(body={"type": "user", "id": user.name, "name": user.name, "fullname": user.name, "orgs": orgs, "auth": auth})
+
+
+@route("POST", "/api/repos/create")
+def create_repo(call: Call) -> Reply:
+    user, wanted = call.signed_in(), call.json()
+    repo = Repo(f"{wanted.get('organization') or user.name}/{wanted['name']}", wanted.get("visibility") == "private", call.hub.store)
+    if user.role != "write" or not user.owns(repo):
+        raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{repo.namespace}"')
+    if wanted.get("type", "model") != "model":
+        raise HubError(400, "This server has models only")
+    answer = {"url": f"{call.hub.endpoint}/{repo.id}", "name": repo.id, "id": repo.id}
+    if repo.id in call.hub.repos:
+        raise HubError(409, "You already created this model repo", **answer)
+    repo.advance("refs/heads/main", {".gitattributes": repo.store.regular(ATTRIBUTES)}, "initial commit", "", user.name)
+    call.hub.repos[repo.id] = repo
+    return Reply(body=answer)
+
+
+@route("DELETE", "/api/repos/delete")
+def delete_repo(call: Call) -> Reply:
+    user, wanted = call.signed_in(), call.json()
+    call.args["repo"] = f"{wanted.get('organization') or user.name}/{wanted['name']}"
+    del call.hub.repos[call.repo("write").id]
+    return Reply()
+
+
+@route("PUT", f"{API}/settings")
+def settings(call: Call) -> Reply:
+    repo, wanted = call.repo("write"), call.json()
+    if "visibility" in wanted:
+        repo.private = wanted["visibility"] == "private"
+    repo.gated = wanted.get("gated", repo.gated)
+    return Reply(body={"private": repo.private, "gated": repo.gated})
+
+
+@route("GET", f"{API}/auth-check(?P<write>/write)?")
+def auth_check(call: Call) -> Reply:
+    call.repo("write" if call.args["write"] else "read")
+    return Reply()
+
+
+@route("GET", "/api/models")
+def list_models(call: Call) -> Reply:
+    """Those that one may see, of an `author`, with all tags of `filter`."""
+    visible = [repo for repo in call.hub.repos.values() if not repo.private or (call.user and call.user.owns(repo))]
+    found = [_describe(call, repo, repo.history()[0]) for repo in visible]
+    tags = set(call.query.get("filter", []))
+    authors = call.query.get("author") or [one["author"] for one in found]
+    return Reply(body=[one for one in found if tags <= set(one["tags"]) and one["author"] in authors])
+
+
+@route("GET", f"{API}(/revision/{REV})?")
+def model_info(call: Call) -> Reply:
+    return Reply(body=_describe(call, *call.commit()))
+
+
+def _describe(call: Call, repo: Repo, commit: Commit) -> dict:
+    readme = commit.files.get("README.md")
+    card = _front_matter(repo.store.path(readme.sha256).read_text()) if readme else {}
+    described = {
+        "id": repo.id,
+        "author": repo.namespace,
+        "sha": commit.oid,
+        "createdAt": repo.created,
+        "lastModified": repo.history()[0].date,
+        "private": repo.private,
+        "gated": repo.gated,
+        "usedStorage": sum(blob.size for blob in commit.files.values()),
+        "siblings": [_sibling(path, call.hub.shown(path, blob), call.flag("blobs")) for path, blob in commit.files.items()],
+        "cardData": card,
+        "tags": _tags(card),
+    }
+    return described | {name: card[name] for name in ("pipeline_tag", "library_name") if name in card}
+
+
+def _sibling(path: str, blob: Blob, blobs: bool) -> dict:
+    if not blobs:
+        return {"rfilename": path}
+    lfs = {"lfs": {"sha256": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}} if blob.lfs else {}
+    return {"rfilename": path, "size": blob.size, "blobId": blob.oid} | lfs
+
+
+# Cards
+
+
+def _listed(value: object) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _tags(card: dict) -> list[str]:
+    """The card's own, and those that the Hub derives from it."""
+    tags = [*_listed(card.get("library_name")), *_listed(card.get("tags")), *(f"license:{name}" for name in _listed(card.get("license")))]
+    relation = card.get("base_model_relation")
+    for base in _listed(card.get("base_model")):
+        tags += [f"base_model:{base}", *([f"base_model:{relation}:{base}"] if relation else [])]
+    return list(dict.fromkeys(tags))
+
+
+def _front_matter(text: str) -> dict:
+    """The YAML between the first two lines of dashes."""
+    found = re.match(r"---\r?\n(.*?)^---\s*$", text, re.DOTALL | re.MULTILINE)
+    return (yaml.safe_load(found[1]) if found else {}) or {}
+
+
+@route("POST", "/api/validate-yaml")
+def validate_yaml(call: Call) -> Reply:
+    text = call.json()["content"]
+    problems = _card_problems(text)
+    if problems:
+        return Reply(400, {"errors": [{"message": message} for message in problems], "warnings": []})
+    warnings = [] if _front_matter(text) else [{"message": "empty or missing yaml metadata in repo card"}]
+    return Reply(body={"errors": [], "warnings": warnings})
+
+
+def _card_problems(text: str) -> list[str]:
+    try:
+        card = _front_matter(text)
+    except yaml.YAMLError as error:
+        return [f"YAML: {error}"]
+    if not isinstance(card, dict):
+        return ["YAML must be an object"]
+    found = [f'"{key}" must be a string' for key in ("license", "pipeline_tag", "library_name") if not isinstance(card.get(key, ""), str)]
+    for key in ("tags", "datasets", "metrics"):
+        found += [f'"{key}" must hold strings' for value in _listed(card.get(key)) if not isinstance(value, str)][:1]
+    for base in _listed(card.get("base_model")):
+        if not (isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
+            found.append(f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.')
+    if card.get("base_model_relation") not in (None, "adapter", "finetune", "merge", "quantized"):
+        found.append('"base_model_relation" must be one of [adapter, finetune, merge, quantized]')
+    return found
+
+
+# Refs and pull requests
+
+
+@route("GET", f"{API}/refs")
+def refs(call: Call) -> Reply:
+    repo, kinds = call.repo(), {"branches": "refs/heads/", "tags": "refs/tags/", "converts": "refs/convert/"}
+    if call.flag("include_prs"):
+        kinds["pullRequests"] = "refs/pr/"
+    answer: dict[str, list[dict]] = {kind: [] for kind in kinds}
+    for kind, prefix in kinds.items():
+        for ref, oid in repo.refs.items():
+            if ref.startswith(prefix):
+                answer[kind].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid})
+    return Reply(body=answer)
+
+
+@route("GET", f"{API}/commits/{REV}")
+def commits(call: Call) -> Reply:
+    repo, commit = call.commit()
+    return Reply(body=[_commit_entry(one) for one in repo.history(commit.oid)])
+
+
+def _commit_entry(commit: Commit) -> dict:
+    return {
+        "id": commit.oid,
+        "title": commit.title,
+        "message": commit.description,
+        "date": commit.date,
+        "authors": [{"user": commit.author}],
+    }
+
+
+@route("POST", f"{API}/branch/{REV}")
+def create_branch(call: Call) -> Reply:
+    repo, name = call.repo("write"), call.args["rev"]
+    if name.startswith("refs/"):
+        raise HubError(400, f"Invalid reference for a branch: {name}")
+    if f"refs/heads/{name}" in repo.refs:
+        raise HubError(409, f"Reference already exists: refs/heads/{name}")
+    call.args["rev"] = call.json().get("startingPoint", "main")
+    repo.refs[f"refs/heads/{name}"] = call.commit()[1].oid
+    return Reply()
+
+
+@route("POST", f"{API}/tag/{REV}")
+def create_tag(call: Call) -> Reply:
+    repo, name = call.repo("write"), f"refs/tags/{call.json()['tag']}"
+    if name in repo.refs:
+        raise HubError(409, f"Reference already exists: {name}")
+    repo.refs[name] = call.commit()[1].oid
+    return Reply()
+
+
+@route("DELETE", f"{API}/(?P<kind>branch|tag)/{REV}")
+def delete_ref(call: Call) -> Reply:
+    repo, name = call.repo("write"), f"refs/{'heads' if call.args['kind'] == 'branch' else 'tags'}/{call.args['rev']}"
+    if name == "refs/heads/main":
+        raise HubError(403, "The default branch cannot be deleted")
+    if name not in repo.refs:
+        raise _no_revision(call.args["rev"])
+    del repo.refs[name]
+    return Reply()
+
+
+@route("POST", f"{API}/discussions")
+def open_pull_request(call: Call) -> Reply:
+    repo, wanted = call.repo("propose"), call.json()
+    if not wanted.get("pullRequest"):
+        raise HubError(400, "This server has pull requests only")
+    pull = repo.open_pull_request(wanted["title"], wanted["description"], call.user.name)
+    return Reply(body={"num": pull.num, "pullRequest": True, "url": f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}"})
+
+
+@route("GET", f"{API}/discussions")
+def pull_requests(call: Call) -> Reply:
+    repo = call.repo()
+    found = [_pull_entry(repo, pull) for pull in repo.pull_requests.values()]
+    return Reply(body={"discussions": found, "count": len(found), "start": 0})
+
+
+@route("GET", f"{API}/discussions/{NUM}")
+def pull_request(call: Call) -> Reply:
+    return Reply(body=_pull_entry(*_pull_request(call)))
+
+
+@route("POST", f"{API}/discussions/{NUM}/status")
+def change_status(call: Call) -> Reply:
+    _, pull = _pull_request(call, "write")
+    pull.status = call.json()["status"]
+    return Reply(body={"newStatus": _event(pull, "status", "status-change", {"status": pull.status})})
+
+
+@route("POST", f"{API}/discussions/{NUM}/merge")
+def merge(call: Call) -> Reply:
+    repo, pull = _pull_request(call, "write")
+    if pull.status != "open":
+        raise HubError(400, f"This pull request is {pull.status}; only an open one can be merged")
+    if conflicts := repo.conflicts(pull):
+        raise HubError(409, f"Merge conflicts in {', '.join(conflicts)}")
+    repo.merge(pull, call.user.name)
+    return Reply()
+
+
+def _pull_request(call: Call, need: str = "read") -> tuple[Repo, PullRequest]:
+    repo = call.repo(need)
+    pull = repo.pull_requests.get(int(call.args["num"]))
+    if pull is None:
+        raise HubError(404, f"{repo.id} has no pull request {call.args['num']}")
+    return repo, pull
+
+
+def _pull_entry(repo: Repo, pull: PullRequest) -> dict:
+    comment = {"edited": False, "hidden": False, "latest": {"raw": pull.description}}
+    base = repo.history(pull.base)
+    own = [commit for commit in repo.history(pull.ref) if commit not in base]
+    return {
+        "title": pull.title,
+        "num": pull.num,
+        "status": pull.status,
+        "author": {"name": pull.author},
+        "createdAt": pull.date,
+        "repo": {"name": repo.id, "type": "model"},
+        "isPullRequest": True,
+        "changes": {"base": "refs/heads/main", "mergeCommitId": pull.merged},
+        "filesWithConflicts": repo.conflicts(pull),
+        "diff": "",
+        "events": [_event(pull, "opened", "comment", comment)]
+        + [_event(pull, one.oid, "commit", {"subject": one.title, "oid": one.oid}) for one in reversed(own)],
+    }
+
+
+def _event(pull: PullRequest, id_: str, kind: str, data: dict) -> dict:
+    return {"id": id_, "type": kind, "createdAt": pull.date, "author": {"name": pull.author}, "data": data}
+
+
+# Uploads
+
+
+@route("POST", f"{API}/preupload/{REV}")
+def preupload(call: Call) -> Reply:
+    repo, ref = call.target()
+    files, answers = repo.tree(ref), []
+    for file in call.json()["files"]:
+        binary = b"\0" in base64.b64decode(file["sample"])
+        lfs = binary or file["size"] > LFS_SIZE or any(fnmatch(file["path"].rpartition("/")[2], pattern) for pattern in LFS_PATTERNS)
+        answer = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+        there = files.get(file["path"])
+        answers.append(answer | ({"oid": call.hub.shown(file["path"], there).etag} if there and there.lfs == lfs else {}))
+    return Reply(body={"files": answers})
+
+
+@route("POST", rf"/{REPO}\.git/info/lfs/objects/batch")
+def lfs_batch(call: Call) -> Reply:
+    """Without "actions" where the content is here already: that is what makes a second attempt cheap."""
+    repo, objects = call.repo("propose"), []
+    for wanted in call.json()["objects"]:
+        entry = {"oid": wanted["oid"], "size": wanted["size"]}
+        if not call.hub.store.has(wanted["oid"]):
+            upload = {"href": call.hub.signed(f"/upload/{repo.id}/{wanted['oid']}")}
+            entry["actions"] = {"upload": upload, "verify": {"href": f"{call.hub.endpoint}/{repo.id}.git/info/lfs/objects/verify"}}
+        objects.append(entry)
+    return Reply(body={"transfer": "basic", "objects": objects})
+
+
+@route("PUT", f"/upload/{REPO}/(?P<oid>[0-9a-f]{{64}})", origin="storage")
+def upload(call: Call) -> Reply:
+    got = call.hub.store.add(call.blocks)
+    if got != call.args["oid"]:
+        raise HubError(400, f"The content has the sha256 {got}")
+    return Reply(headers={"ETag": f'"{got}"'})
+
+
+@route("POST", rf"/{REPO}\.git/info/lfs/objects/verify")
+def lfs_verify(call: Call) -> Reply:
+    call.repo("propose")
+    wanted = call.json()
+    if not call.hub.store.has(wanted["oid"]) or call.hub.store.pointed(wanted["oid"]).size != wanted["size"]:
+        raise HubError(404, f"Object {wanted['oid']} was not uploaded")
+    return Reply()
+
+
+@route("GET", f"{API}/xet-write-token/{REV}")
+def xet_write_token(call: Call) -> Reply:
+    if call.flag("create_pr"):
+        call.repo("propose")
+    else:
+        call.target()
+    url = f"local://{call.hub.store.xet_directory()}"
+    return Reply(body={"casUrl": url, "exp": int(time.time()) + 24 * 3600, "accessToken": secrets.token_hex()})
+
+
+@route("POST", f"{API}/commit/{REV}")
+def commit(call: Call) -> Reply:
+    """All operations on a copy of the tree; then one ref moves."""
+    repo, ref = call.target()
+    header, *operations = [json.loads(line) for line in call.read().splitlines() if line]
+    summary, description, parent = (header["value"].get(key, "") for key in ("summary", "description", "parentCommit"))
+    if not repo.refs[ref].startswith(parent):
+        raise HubError(412, "A commit has happened since. Please refresh and try again.")
+    files = dict(repo.tree(ref))
+    for operation in operations:
+        _apply(call.hub, files, operation["key"], operation["value"])
+    answer = {"success": True}
+    if call.flag("create_pr"):
+        pull = repo.open_pull_request(summary, description, call.user.name, status="open")
+        ref, answer["pullRequestUrl"] = pull.ref, f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}"
+    oid = repo.advance(ref, files, summary, description, call.user.name).oid
+    return Reply(body=answer | {"commitOid": oid, "commitUrl": f"{call.hub.endpoint}/{repo.id}/commit/{oid}"})
+
+
+def _apply(hub: "HubServer", files: dict[str, Blob], key: str, value: dict) -> None:
+    """One operation of a commit."""
+    path = value["path"]
+    if key == "file":
+        content = base64.b64decode(value["content"])
+        if path == "README.md" and (problems := _card_problems(content.decode())):
+            raise HubError(400, f"Invalid metadata in README.md: {'; '.join(problems)}")
+        files[path] = hub.store.regular(content)
+    elif key == "lfsFile":
+        if not hub.store.has(value["oid"]):
+            raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
+        files[path] = hub.store.pointed(value["oid"])
+    elif key in ("deletedFile", "deletedFolder"):
+        gone = [name for name in files if name == path or (key == "deletedFolder" and name.startswith(path.rstrip("/") + "/"))]
+        if not gone:
+            raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+        for name in gone:
+            del files[name]
+    else:
+        raise HubError(400, f"Unknown operation {key}")
+
+
+# Downloads
+
+
+@route("GET", f"{API}/tree/{REV}(/(?P<path>.+))?")
+def tree(call: Call) -> Reply:
+    repo, commit = call.commit()
+    below = f"{call.args['path']}/" if call.args["path"] else ""
+    paths = [path for path in [*commit.files, *_folders(commit)] if path.startswith(below)]
+    if below and not paths:
+        raise _missing(call.args["path"], commit)
+    if not call.flag("recursive"):
+        paths = [path for path in paths if "/" not in path.removeprefix(below)]
+    return Reply(body=[_entry(call, repo, commit, path, call.flag("expand")) for path in sorted(paths)])
+
+
+@route("POST", f"{API}/paths-info/{REV}")
+def paths_info(call: Call) -> Reply:
+    repo, commit = call.commit()
+    form = parse_qs(call.read().decode())
+    found = [path for path in form.get("paths", []) if path in [*commit.files, *_folders(commit)]]
+    return Reply(body=[_entry(call, repo, commit, path, form.get("expand", [""])[0].lower() == "true") for path in found])
+
+
+def _folders(commit: Commit) -> set[str]:
+    return {"/".join(path.split("/")[:depth]) for path in commit.files for depth in range(1, path.count("/") + 1)}
+
+
+def _entry(call: Call, repo: Repo, commit: Commit, path: str, expand: bool) -> dict:
+    """A line of a listing: a file or a folder."""
+    inside = {name: blob.oid for name, blob in commit.files.items() if name.startswith(f"{path}/")}
+    if path in commit.files:
+        blob = call.hub.shown(path, commit.files[path])
+        entry = {"type": "file", "path": path, "size": blob.size, "oid": blob.oid}
+        if blob.lfs:
+            entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}
+    else:
+        entry = {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(json.dumps(inside).encode()).hexdigest()}
+    if expand:
+        last = _last_change(repo.history(commit.oid), [path, *inside])
+        entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": last.date}
+    return entry
+
+
+def _last_change(history: list[Commit], paths: list[str]) -> Commit:
+    for newer, older in itertools.pairwise(history):
+        if any(newer.files.get(path) != older.files.get(path) for path in paths):
+            return newer
+    return history[-1]
+
+
+def _missing(path: str, commit: Commit) -> HubError:
+    error = HubError(404, f"{path} does not exist", "EntryNotFound")
+    error.reply.headers["X-Repo-Commit"] = commit.oid  # the client keeps what is missing in its cache, by commit
+    return error
+
+
+@route("HEAD|GET", f"/{REPO}/resolve/{REV}/(?P<path>.+)")
+def resolve(call: Call) -> Reply:
+    repo, commit = call.commit()
+    path = call.args["path"]
+    if repo.gated and not (call.user and call.user.owns(repo)):
+        raise HubError(403 if call.user else 401, f"Access to model {repo.id} is restricted.", "GatedRepo")
+    if path not in commit.files:
+        raise _missing(path, commit)
+    blob = commit.files[path]
+    etag = f'"{call.hub.shown(path, blob).etag}"'
+    headers = {"X-Repo-Commit": commit.oid, "ETag": etag}
+    if not blob.lfs:
+        return Reply(200, repo.store.path(blob.sha256), headers)
+    location = call.hub.signed(f"/objects/{blob.sha256}/{quote(path, safe='')}")
+    return Reply(302, b"", headers | {"X-Linked-Etag": etag, "X-Linked-Size": str(blob.size), "Location": location})
+
+
+@route("HEAD|GET", "/objects/(?P<oid>[0-9a-f]{64})/.+", origin="storage")
+def download(call: Call) -> Reply:
+    return Reply(200, call.hub.store.path(call.args["oid"]), {"ETag": f'"{call.args["oid"]}"'})
