@@ -10,17 +10,25 @@ Importing the package registers "qvlm" with Transformers, which is its only side
 import it first. Read quantize.py first.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.settings import VisionOptimization
+from qvlm_hf.hub.publish import Published
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.quantizer import QVLMHfQuantizer, quantize_model
 from qvlm_hf.integration.saving import save_quantized
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.precision import PrecisionRow, format_precision_table, precision_table, set_backend
 
+if TYPE_CHECKING:
+    from qvlm_hf.integration.publishing import publish, publish_folder
+
 __all__ = [
     "CalibrationReport",
     "PrecisionRow",
+    "Published",
     "QVLMConfig",
     "QVLMHfQuantizer",
     "QVLMLinear",
@@ -28,9 +36,20 @@ __all__ = [
     "__version__",
     "format_precision_table",
     "precision_table",
+    "publish",
+    "publish_folder",
     "quantize_model",
     "save_quantized",
     "set_backend",
 ]
 
 __version__ = "0.1.0"
+
+_LAZY = {"publish": "qvlm_hf.integration.publishing", "publish_folder": "qvlm_hf.integration.publishing"}  # Transformers' modeling code
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any of the names in _LAZY
+    """Imports what only some programs need, when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

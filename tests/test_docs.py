@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run: .*?-->\n)?```(python|bash)\n(.*?)```", re.S)
 TEST_COMMAND = 'pip install torch==2.13.0 ".[test]" && pytest'
+WITH_HUB = ("publishing.md",)  # run by tests/hub/test_pages.py
 DEMO_COMMAND = "pip install torch==2.13.0 . && qvlm demo"
 
 
@@ -33,9 +34,7 @@ def test_the_readmes_example_is_one_block_that_compiles():
     assert len([line for line in example.splitlines() if line and "import" not in line]) <= 6
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md" and blocks(page)], ids=lambda page: page.name)
-def test_blocks_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def run_blocks(page):
     namespace = {}
     for language, code in blocks(page):
         if language == "python":
@@ -47,6 +46,14 @@ def test_blocks_run(page, tmp_path, monkeypatch):
                 continue
             assert program == "qvlm"
             assert main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ("README.md", *WITH_HUB) and blocks(page)], ids=lambda page: page.name
+)
+def test_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_blocks(page)
 
 
 def test_few_blocks_are_not_run():

@@ -17,6 +17,7 @@ _COMMANDS = {
     "ask": "ask a saved model about a picture",
     "evaluate": "measure accuracy on a data set, against another model if wanted",
     "bench": "measure speed and memory of models, or of the kernels",
+    "publish": "put a saved model on the Hugging Face Hub",
     "inspect": "show what a saved model holds, or size a named shape",
     "export": "write a saved model in a format that other programs load",
     "check": "check that vLLM will load and run an exported model",

@@ -1,9 +1,15 @@
 """`qvlm quantize MODEL --dataset F --output DIR`."""
 
 import argparse
+import shlex
+
+from huggingface_hub import HfApi
 
 from qvlm_hf.cli.models import add_scheme_arguments, load_model, load_processor, make_config
+from qvlm_hf.cli.publish import describe
 from qvlm_hf.cli.story import story
+from qvlm_hf.hub.publish import check_target
+from qvlm_hf.integration.publishing import publish_folder
 from qvlm_hf.integration.saving import check_output, save_quantized
 
 __all__ = ["add_arguments", "run"]
@@ -26,13 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL on the Hub (default: its main branch)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the model (default: auto)")
     parser.add_argument("--modules-to-not-convert", nargs="*", default=None, metavar="NAME", help="modules that stay in full precision")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="publish the saved result, as qvlm publish does")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make a private repository")
     parser.add_argument("--strict", action="store_true", help="fail where a fallback or a collapsed self-check would only warn")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     check_output(options.output, overwrite=options.overwrite)
+    if options.private and options.push_to_hub is None:
+        raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
     config = make_config(options)  # a wrong value should not wait for the processor
+    if options.push_to_hub is not None:
+        check_target(HfApi(), options.push_to_hub, private=options.private or None)
     processor = load_processor(options.model, options.revision)
     config = make_config(
         options,
@@ -53,4 +65,17 @@ def run(options: argparse.Namespace) -> int:
     for line in story(report):
         print(line)
     print(f"{len(report.modules)} modules quantized to {options.scheme}; saved in {path.name}")
+    if options.push_to_hub is not None:
+        _push(options)
     return 0
+
+
+def _push(options: argparse.Namespace) -> None:
+    """Publishes the saved result; what went wrong comes with the command that repeats it alone."""
+    try:
+        published = publish_folder(options.output, options.push_to_hub, private=options.private or None)
+    except (ValueError, OSError, RuntimeError) as error:
+        again = ["qvlm", "publish", options.output, options.push_to_hub, *(["--private"] if options.private else [])]
+        raise OSError(f"{error} The model is saved; this publishes it: {shlex.join(again)}") from error
+    for line in describe(published):
+        print(line)

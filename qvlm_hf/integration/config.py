@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization
 from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.core.scheme import QuantScheme, parse_scheme
+from qvlm_hf.hub.publish import check_repo_id
 from qvlm_hf.integration.registry import QUANT_METHOD, config_class
 
 __all__ = ["FORMAT_VERSION", "QVLMConfig"]
@@ -31,10 +32,11 @@ _SETTINGS = (
     "rotation", "equalization", "token_importance", "guard", "precision_budget", "optimize_vision",
 )  # fmt: skip
 # Fields that this version has no code for, with the one value they take.
-_LATER: dict[str, Any] = {"resume_dir": None, "push_to_hub": False, "hub_model_id": None, "hub_private": None}
+_LATER: dict[str, Any] = {"resume_dir": None}
 _SHARED = ("dataset", "processor", "callbacks")
+_PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private")
 _SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, "provenance", "modules")
-_FIELDS = (*_SERIALIZED, *_LATER, *_SHARED, "strict")
+_FIELDS = (*_SERIALIZED, *_LATER, *_SHARED, *_PUBLISHING, "strict")
 
 
 @config_class
@@ -75,7 +77,11 @@ class QVLMConfig(QuantizationConfigMixin):
         callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. Never saved.
         optimize_vision: learn the ranges of vision encoder and projector by gradient descent (eq. 8-10); True, False or a
             `VisionOptimization`. Kept only if it lowers the error on held-out calibration samples.
-        resume_dir, push_to_hub, hub_model_id, hub_private: not available in this version; each takes its default alone.
+        push_to_hub: publish the result when quantizing ends, as `publish` does; `model.hf_quantizer.published` says where. Needs
+            `hub_model_id` and `processor`. A failure is a warning that names the saved directory. Never saved.
+        hub_model_id: "owner/name" to publish to. Never saved.
+        hub_private: of that repository; None takes the owner's default, or leaves it as it is. Never saved.
+        resume_dir: not available in this version; takes None alone.
         modules: canonical module name -> `QuantScheme` of every quantized module; filled by quantizing.
         provenance: what the quantization was made from (dataset, hash, counts, versions); filled by quantizing.
         format_version: of the files (docs/format.md).
@@ -113,6 +119,9 @@ class QVLMConfig(QuantizationConfigMixin):
         optimize_vision: bool | VisionOptimization | Mapping[str, Any] | None = CalibrationSettings.optimize_vision,
         strict: bool = False,
         callbacks: Sequence[Any] = (),
+        push_to_hub: bool = False,
+        hub_model_id: str | None = None,
+        hub_private: bool | None = None,
         modules: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
@@ -135,6 +144,8 @@ class QVLMConfig(QuantizationConfigMixin):
         self.token_importance = token_importance
         self.guard, self.precision_budget, self.optimize_vision = guard, precision_budget, optimize_vision
         self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
+        _check_publishing(push_to_hub, hub_model_id, hub_private)
+        self.push_to_hub, self.hub_model_id, self.hub_private = push_to_hub, hub_model_id, hub_private
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():
             setattr(self, name, value)
@@ -283,6 +294,17 @@ def _checked_later(fields: dict[str, Any]) -> dict[str, Any]:
         if value != neutral or type(value) is not type(neutral):
             raise ValueError(f"{name}={value!r} is not available in this version; leave it at {neutral!r}.")
     return fields
+
+
+def _check_publishing(push_to_hub: object, hub_model_id: object, hub_private: object) -> None:
+    if not isinstance(push_to_hub, bool):
+        raise ValueError(f"push_to_hub={push_to_hub!r} must be True or False.")
+    if hub_private is not None and not isinstance(hub_private, bool):
+        raise ValueError(f"hub_private={hub_private!r} must be True, False or None.")
+    if push_to_hub and hub_model_id is None:
+        raise ValueError("push_to_hub=True must know where: pass hub_model_id='owner/name'.")
+    if hub_model_id is not None:
+        check_repo_id(hub_model_id, field="hub_model_id")
 
 
 def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:  # noqa: ANN401 - duck-typed

@@ -24,6 +24,7 @@ from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.samples import Sample, dataset_name, hold_out, load_samples
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.core.architectures import shared_inputs
+from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.origin import origin
@@ -50,6 +51,7 @@ class QVLMHfQuantizer(HfQuantizer):
     Attributes:
         quantization_config: a copy of the user's `QVLMConfig`; gets `modules` and `provenance`.
         report: what quantizing measured and chose; None for a model that was loaded quantized.
+        published: where `push_to_hub=True` put it; None where it did not.
     """
 
     requires_calibration = False  # True would refuse full-precision checkpoints
@@ -58,9 +60,11 @@ class QVLMHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QVLMConfig, **kwargs: Any) -> None:  # noqa: ANN401 - Transformers' signature
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # the user's own object stays as it is
         self.report: CalibrationReport | None = None
+        self.published: Published | None = None
         self._samples: list[Sample] | None = None
         self._files: tuple[str, ...] = ()  # of the checkpoint
         self._errors: list[str] = []
+        self._target: Target | None = None
 
     @property
     def rounds_on_load(self) -> bool:
@@ -73,8 +77,9 @@ class QVLMHfQuantizer(HfQuantizer):
         """Reads and checks the calibration samples, before anything of the model is read. May be called twice.
 
         Raises:
-            ValueError: the scheme needs data and there is none, the processor is missing, a sample is wrong, or a model that is to be
-                quantized would lie on disk.
+            ValueError: the scheme needs data and there is none, the processor is missing, a sample is wrong, a model that is to be
+                quantized would lie on disk, or `hub_model_id` cannot be published to.
+            OSError: the Hub refuses, or cannot be reached, and `push_to_hub` is True.
         """
         del args, kwargs
         config = self.quantization_config
@@ -85,6 +90,10 @@ class QVLMHfQuantizer(HfQuantizer):
         settings = config.settings()
         if self.pre_quantized or self._samples is not None:
             return
+        if config.push_to_hub and self._target is None:
+            from qvlm_hf.integration.publishing import check_push  # not at the top: it imports Transformers' modeling code
+
+            self._target = check_push(config)
         if config.dataset is None:
             if settings.needs_data:
                 raise ValueError(
@@ -208,6 +217,10 @@ class QVLMHfQuantizer(HfQuantizer):
             for callback in config.callbacks:
                 if hasattr(callback, "on_calibration_end"):
                     callback.on_calibration_end(model, self.report)
+            if self._target is not None:  # last: a callback may still change the model or its processor
+                from qvlm_hf.integration.publishing import push_result
+
+                self.published = push_result(model, config.processor, self._target)
         config.dataset, config.processor, config.callbacks, self._samples = None, None, (), None
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from tiny_models import save_tiny, tiny_messages
 from qvlm_hf.cli import main
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-COMMANDS = ("demo", "quantize", "ask", "evaluate", "bench", "inspect", "export", "check", "autoload")
+COMMANDS = ("demo", "quantize", "ask", "evaluate", "bench", "publish", "inspect", "export", "check", "autoload")
 
 
 @pytest.fixture(scope="module")

@@ -60,9 +60,10 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
         ({"precision_budget": 1.5}, "precision_budget=1.5 must be an average of 2 to 8 bits"),
         ({"guard": "yes"}, "guard='yes' must be True or False"),
         ({"resume_dir": "x"}, "resume_dir='x' is not available"),
-        ({"push_to_hub": True}, "push_to_hub=True is not available"),
-        ({"hub_model_id": "a/b"}, "hub_model_id='a/b' is not available"),
-        ({"hub_private": True}, "hub_private=True is not available"),
+        ({"push_to_hub": True}, "push_to_hub=True must know where: pass hub_model_id='owner/name'"),
+        ({"push_to_hub": "a/b"}, "push_to_hub='a/b' must be True or False"),
+        ({"hub_model_id": "a/b/c"}, "hub_model_id='a/b/c' must be 'owner/name' of letters, digits"),
+        ({"hub_private": 1}, "hub_private=1 must be True, False or None"),
         ({"provenance": [1]}, "provenance=.* must be a mapping"),
         ({"provenance": {"x": object()}}, "provenance must hold what JSON can"),
         ({"modules": ["a"]}, "modules must be a mapping"),
@@ -94,6 +95,9 @@ def test_json_round_trip_holds_settings_and_results_only() -> None:
         dataset=[1],
         processor=object(),
         strict=True,
+        push_to_hub=True,
+        hub_model_id="me/model",
+        hub_private=True,
         modules={"model.up": SCHEME},
         provenance={"samples": 3},
         modules_to_not_convert=("fc1",),
@@ -104,7 +108,9 @@ def test_json_round_trip_holds_settings_and_results_only() -> None:
     assert again.modules == {"model.up": SCHEME}
     assert json.dumps(again.to_dict()) == text
     assert dict(config) == config.to_diff_dict() == config.to_dict()
-    assert not {"dataset", "processor", "callbacks", "strict", "resume_dir", "hub_model_id"} & set(config.to_dict())
+    assert not {"dataset", "processor", "callbacks", "strict", "resume_dir", "push_to_hub", "hub_model_id", "hub_private"} & set(
+        config.to_dict()
+    )
     assert '"scheme": "W4A4"' in repr(config)
     assert config != QVLMConfig()
     assert config != "W4A4"
