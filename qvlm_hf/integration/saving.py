@@ -47,11 +47,15 @@ def save_quantized(
         The directory.
 
     Raises:
-        ValueError: `output` exists and may not be replaced, or the model is not quantized.
+        ValueError: `output` exists and may not be replaced, or the model is not quantized or has adapters on it.
         OSError: writing failed, for example on a full disk; `output` is as it was.
     """
     if not getattr(model, "is_quantized", False):
         raise ValueError("save_quantized needs a quantized model: quantize it first, or call model.save_pretrained.")
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        raise ValueError(
+            "save_quantized saves no PEFT adapter: save it with its own save_pretrained, and unload() it before the model is saved."
+        )
     target = check_output(output, overwrite=overwrite)
     with written_whole(target) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)

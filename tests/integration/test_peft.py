@@ -47,7 +47,7 @@ def adapted(model, targets="all-linear", **options):
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, **options))
 
 
-def train(model, batch, steps=15):
+def train(model, batch, steps=10):
     """The loss before each step, and after the last."""
     batch = {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -124,6 +124,17 @@ def test_without_its_adapter_the_model_is_bit_for_bit_the_old_one(directory, bat
         assert torch.equal(logits(model, batch), base)
     assert torch.equal(logits(model, batch), tuned)
     assert torch.equal(logits(model.unload(), batch), base)
+
+
+def test_save_quantized_wants_the_model_without_its_adapter(directory, batch, trained, tmp_path):
+    model = load(directory)
+    model.load_adapter(trained[1])
+    for wrapped in (model, adapted(load(directory)), adapted(load(directory)).get_base_model()):
+        with pytest.raises(ValueError, match="save_quantized saves no PEFT adapter: save it with its own save_pretrained, and unload"):
+            save_quantized(wrapped, None, tmp_path / "with", report=None)
+        assert not list(tmp_path.iterdir())
+    model = adapted(load(directory)).unload()
+    assert torch.equal(logits(load(save_quantized(model, None, tmp_path / "without", report=None)), batch), logits(model, batch))
 
 
 def test_modules_of_one_input_are_computed_together_except_where_a_gradient_is_wanted(directory, batch, monkeypatch):
