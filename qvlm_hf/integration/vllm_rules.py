@@ -93,6 +93,7 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SPLIT_INPUTS = ("o_proj", "down_proj", "out_proj", "fc2", "linear_2")
 _FLOATS = ("F32", "F16", "BF16")
 _VISION = ("clip_vision_model", "siglip_vision_model", "pixtral")
+_WEIGHTS = {"num_bits", "type", "symmetric", "strategy"}
 _MARLIN_GROUPS = (-1, 32, 64, 128)
 # Layouts that models/llava.py renames, before any rule looks at a name.
 _RENAMED = (
@@ -197,6 +198,10 @@ def _quantization(source: Path) -> Mapping[str, Any]:
     method = saved.get("quant_method") if isinstance(saved, Mapping) else None
     if method != "compressed-tensors":
         raise ValueError(f"{source}: quant_method is {method!r}, which vLLM does not run as it is: qvlm export writes what it runs.")
+    groups = saved.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) and groups else [{}]:
+        if not set(group.get("weights") or ()) >= _WEIGHTS or not group.get("targets"):
+            raise ValueError(f"{source}: quantization_config has no config_groups with targets and {sorted(_WEIGHTS)}: export it again.")
     return saved
 
 
@@ -208,7 +213,8 @@ def _group_of(name: str, saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The config group of a module: by its name first, by its class then; the output head has a class of its own."""
     if any(_fits(pattern, name) for pattern in saved.get("ignore") or ()):
         return None
-    groups = [(target, group) for group in saved["config_groups"].values() for target in group["targets"]]
+    filled = [{**group, "format": group.get("format") or saved.get("format")} for group in saved["config_groups"].values()]
+    groups = [(target, group) for group in filled for target in group["targets"]]
     by_name = (group for target, group in groups if _fits(target, name))
     by_class = (group for target, group in groups if target.lower() in "parallellinear" and not name.endswith("lm_head"))
     return next(by_name, next(by_class, None))

@@ -83,9 +83,8 @@ def test_padding_is_noted(change):
     def narrow(config):
         config["text_config"]["intermediate_size"] = 352
 
-    notes = {finding.text for finding in check_for_vllm(change("zero points", narrow)) if not finding.fatal}
-    assert "language_model.model.layers.0.mlp.gate_proj and 1 more: Marlin pads 128 inputs and 704 outputs at every step" not in notes
-    assert any("Marlin pads 352 inputs and 128 outputs" in note for note in notes)
+    padded = {finding.text for finding in check_for_vllm(change("zero points", narrow)) if "pads" in finding.text}
+    assert padded == {"language_model.model.layers.0.mlp.down_proj and 1 more: Marlin pads 352 inputs and 128 outputs at every step"}
 
 
 def test_float32_is_noted_on_a_cpu(change):
@@ -180,6 +179,23 @@ def test_groups(change):
         config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 96
 
     assert any(rule == "groups" and "not whole groups of 96" in text for rule, text in fatal(change("W4A16", coarse)))
+
+
+def test_a_group_without_a_format_has_the_models(change):
+    def implied(config):
+        del config["quantization_config"]["config_groups"]["group_0"]["format"]
+
+    assert check_for_vllm(change("W4A16", implied)) == []
+
+
+@pytest.mark.parametrize("groups", [None, {}, {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}, {"group_0": {}}])
+def test_an_incomplete_config_is_refused(change, groups):
+    def cut(config):
+        config["quantization_config"]["config_groups"] = groups
+
+    path = change("W4A16", cut)
+    with pytest.raises(ValueError, match="has no config_groups with targets and"):
+        check_for_vllm(path)
 
 
 def test_model(change):
