@@ -1,5 +1,6 @@
 """README and docs do what they say: every block runs, every link leads somewhere, CI runs the README's command."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -74,3 +75,32 @@ def test_functions_named_in_the_algorithm_exist():
         found = importlib.import_module(f"qvlm_hf.{name.split('.')[0]}.{module}")
         for part in attribute.split("."):
             found = getattr(found, part) if part != "granularity" else found
+
+
+# Words of other packages, and what is no message at all.
+FOREIGN = {
+    "You set ignore_mismatched_sizes to False", "Unknown quantization type, got qvlm", "Can't load image processor",
+    "Impossible to guess which processor", "QVLMConfig is not JSON serializable", "Accelerator qvlm not recognized", "conflicting subparser",
+    "The size of tensor a ...", "PiSSA under float32 ...", "Unsupported data type ... torch.int32", "Only Tensors of floating point ...",
+}  # fmt: skip
+
+
+def source_texts():
+    """Every string of the package, with a mark where a value is put in."""
+    for path in (ROOT / "qvlm_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_of_the_troubleshooting_page_are_ours():
+    rows = [line.split("|")[1] for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines() if line.startswith("| `")]
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row.partition(" from ")[0].partition(" in ")[0])]
+    assert len(messages) > 40
+    texts = "\n".join(source_texts())
+    for message in set(messages) - FOREIGN:
+        for part in re.split(r"\.\.\.", message):
+            assert part.strip(" ()[]:=,") in texts, message
+    assert set(messages) >= FOREIGN
