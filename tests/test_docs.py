@@ -80,7 +80,8 @@ def test_functions_named_in_the_algorithm_exist():
 # Words of other packages, and what is no message at all.
 FOREIGN = {
     "You set ignore_mismatched_sizes to False", "Unknown quantization type, got qvlm", "Can't load image processor",
-    "Impossible to guess which processor", "QVLMConfig is not JSON serializable", "Accelerator qvlm not recognized", "conflicting subparser",
+    "Impossible to guess which processor", "QVLMConfig is not JSON serializable", "Accelerator qvlm not recognized",
+    "conflicting subparser",
     "The size of tensor a ...", "PiSSA under float32 ...", "Unsupported data type ... torch.int32", "Only Tensors of floating point ...",
 }  # fmt: skip
 
