@@ -2,6 +2,8 @@
 
 import os
 
+# Before anything imports torch: threads that wait by spinning take the cores from whatever else runs there, another test for one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Before anything imports huggingface_hub: it reads both once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
