@@ -23,6 +23,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import string
 import threading
@@ -350,6 +351,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--user", default="me", help="who the token belongs to")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     with HubServer(arguments.root, user=arguments.user, port=arguments.port) as hub:
         print(f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={hub.token} NO_PROXY=127.0.0.1", flush=True)
         try:

@@ -518,5 +518,8 @@ def test_it_runs_as_a_program(tmp_path: Path, hub: HubServer) -> None:
         api.upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="her/model")
         assert api.list_repo_files("her/model") == [".gitattributes", "config.json"]
         process.send_signal(signal.SIGINT)
-        assert process.stdout.read() == "stopped\n"
+        try:
+            assert process.communicate(timeout=30)[0] == "stopped\n"
+        finally:
+            process.kill()
     assert process.returncode == 0
