@@ -22,7 +22,6 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear
-from qvlm_hf.nn.replace import quantized_modules
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -34,6 +33,7 @@ __all__ = [
     "check_files",
     "check_loaded",
     "check_modules",
+    "check_values",
     "read_headers",
     "tensor_headers",
 ]
@@ -190,34 +190,54 @@ def check_complete(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) 
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Checks the values of every quantized module; offloaded ones are fetched one by one.
+    """Checks the values of every quantized module and every other parameter; offloaded ones are fetched one by one.
 
     Raises:
-        ValueError: a tensor did not come from the files, a scale is not finite and positive, a zero point is outside its grid.
+        ValueError: a tensor of a quantized module did not come from the files, a scale is not finite and positive, a zero point is outside
+            its grid, or a parameter holds NaN or infinity, which integer kernels would turn into numbers.
     """
-    for name, module in quantized_modules(model):
-        for part, parameter in module.named_parameters(recurse=False):
-            # a missing tensor is memory that nobody wrote; Transformers only reports it
-            if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
-                raise ValueError(f"{name}.{part}: is not in the checkpoint: {_AGAIN}.")
-        with align_module_device(module):
-            _check_values(name, module)
+    for name, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if isinstance(module, QVLMLinear):
+            for part, parameter in parameters.items():
+                # a missing tensor is memory that nobody wrote; Transformers only reports it
+                if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
+                    raise ValueError(f"{name}.{part}: is not in the checkpoint: {_AGAIN}.")
+        if parameters:
+            with align_module_device(module):
+                held = {part: getattr(module, part) for part in parameters}
+                check_values(name, held, module.scheme if isinstance(module, QVLMLinear) else None)
 
 
-def _check_values(name: str, module: QVLMLinear) -> None:
-    for part in ("weight_scale", "input_scale"):
-        low, high = _bounds(getattr(module, part))
-        if not 0 < low <= high < float("inf"):
-            raise ValueError(f"{name}.{part}: holds a value that is not finite and above 0: {_AGAIN}.")
-    for part, bits in (("weight_zero_point", module.scheme.weight_bits), ("input_zero_point", module.scheme.activation_bits)):
-        low, high = _bounds(getattr(module, part))
-        if not 0 <= low <= high <= 2**bits - 1:
-            raise ValueError(f"{name}.{part}: holds a value outside 0 ... {2**bits - 1}: {_AGAIN}.")
+def check_values(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme | None) -> None:
+    """Checks the tensors of one module.
+
+    Args:
+        name: of the module, for the message.
+        tensors: by their names in the module.
+        scheme: of a quantized module; None for any other.
+
+    Raises:
+        ValueError: a scale is not finite and positive, a zero point is outside its grid, or any other tensor holds NaN or infinity.
+    """
+    for part, tensor in tensors.items():
+        if scheme is not None and part == "weight":
+            continue  # packed integers: any will do
+        low, high = _bounds(tensor)
+        if scheme is not None and part in ("weight_scale", "input_scale"):
+            if not 0 < low <= high < float("inf"):
+                raise ValueError(f"{name}.{part}: holds a value that is not finite and above 0: {_AGAIN}.")
+        elif scheme is not None and part in ("weight_zero_point", "input_zero_point"):
+            top = 2 ** (scheme.weight_bits if part == "weight_zero_point" else scheme.activation_bits) - 1
+            if not 0 <= low <= high <= top:
+                raise ValueError(f"{name}.{part}: holds a value outside 0 ... {top}: {_AGAIN}.")
+        elif not float("-inf") < low <= high < float("inf"):
+            raise ValueError(f"{name}.{part}: holds NaN or infinity: {_AGAIN}.")
 
 
-def _bounds(values: Tensor | None) -> tuple[float, float]:
+def _bounds(values: Tensor) -> tuple[float, float]:
     """Smallest and largest value, NaN if one is; 1 where there are none. One pass: masks took a third of loading a 7B model."""
-    if values is None or not values.numel():
+    if not values.numel() or values.is_meta:
         return 1.0, 1.0
     low, high = torch.aminmax(values.detach())
     return float(low), float(high)

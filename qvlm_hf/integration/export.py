@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvlm_hf.core.architectures import canonical_name
-from qvlm_hf.integration.checks import TensorHeader, check_complete, check_files, check_modules, read_headers
+from qvlm_hf.integration.checks import TensorHeader, check_complete, check_files, check_modules, check_values, read_headers
 from qvlm_hf.integration.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.registry import QUANT_METHOD
@@ -93,8 +93,8 @@ def export(
         raise ValueError(f"format={format!r} must be one of {', '.join(EXPORT_FORMATS)}.")
     target = check_output(output, overwrite=overwrite)
     source = Path(directory).resolve()
-    if target == source:
-        raise ValueError(f"{output}: is the model that is read: choose another directory.")
+    if target.is_relative_to(source):
+        raise ValueError(f"{output}: is, or lies in, the model that is read: choose another directory.")
     plan = _plan(source)
     modules = {canonical_name(name): kind for name, kind in plan.stored.items()}
     full_precision = [canonical_name(name) for name in plan.full_precision]
@@ -194,9 +194,12 @@ def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
         for name in plan.headers:
             module, _, part = name.rpartition(".")
             if module not in plan.stored:
-                yield hub_name(name, nested_vision=plan.nested_vision), read(name)
+                tensor = read(name)
+                check_values(module, {part: tensor}, None)
+                yield hub_name(name, nested_vision=plan.nested_vision), tensor
             elif part == "weight":
                 parts = {other.rpartition(".")[2]: read(other) for other in _parts(plan, module)}
+                check_values(module, parts, plan.schemes[module])
                 converted = convert(parts, plan.schemes[module], plan.stored[module], plan.in_features[module], plan.dtype)
                 for converted_part, tensor in converted.items():
                     yield hub_name(f"{module}.{converted_part}", nested_vision=plan.nested_vision), tensor

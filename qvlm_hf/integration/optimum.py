@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["QVLMOptimumQuantizer", "disable", "enable", "pipeline"]
 
+_TASK = "image-text-to-text"
+
 
 class QVLMOptimumQuantizer(OptimumQuantizer):
     """Quantizes a model into a directory.
@@ -113,6 +115,8 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
             OSError: writing failed; `save_dir` is as it was.
         """
         _refuse("file_prefix", file_prefix)
+        if config is not None and not isinstance(config, QVLMConfig):
+            raise ValueError(f"config={config!r} must be a QVLMConfig: write QVLMConfig(scheme=...).")
         check_output(save_dir, overwrite=overwrite)
         config = copy.copy(config or QVLMConfig())
         config.processor = config.processor or self.processor
@@ -168,6 +172,8 @@ def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
         raise ValueError(f"accelerator={accelerator!r} must be {QUANT_METHOD!r} here: optimum.pipelines.pipeline has the others.")
     if framework not in (None, "pt"):
         raise ValueError(f"framework={framework!r} must be 'pt': quantized models run in PyTorch.")
+    if task not in (None, _TASK):
+        raise ValueError(f"task={task!r} must be {_TASK!r}: these models answer questions about pictures.")
     if model is None:
         raise ValueError("model=None: there is no default model; give a directory, a Hub id or a model.")
     hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
@@ -182,7 +188,7 @@ def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
         )
     make: Any = transformers.pipeline  # declared for each task by name; ours is any string
     return make(
-        task or "image-text-to-text",
+        _TASK,
         model=model,
         config=config,
         tokenizer=tokenizer,

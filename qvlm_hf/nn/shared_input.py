@@ -8,7 +8,8 @@ few such calls the group dissolves.
 A group knows its modules by weak references: a module that is kept, copied or saved alone takes no other along. Copies that are made
 together find one another again.
 
-Left out: gradients. With a graph to build, every module computes by itself.
+Left out: gradients, `torch.inference_mode` (nothing tells there that x was written to between two modules; under `torch.no_grad`, where
+Transformers generates, it is told), `torch.jit.trace` and `torch.func`. Every module computes by itself then.
 """
 
 import weakref
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.nn.linear import QVLMLinear
-from qvlm_hf.ops.schema import linears
+from qvlm_hf.ops.schema import linears, transformed
 
 __all__ = ["SharedInput", "share_inputs"]
 
@@ -52,7 +53,7 @@ class SharedInput:
 
     def output(self, place: int, module: QVLMLinear, x: Tensor) -> Tensor | None:
         """What `module`, which stands at `place`, returns for x, or None if it has to compute by itself."""
-        if _records_gradient((module,), x) or not self._ready(place, module, x):
+        if _alone(x) or _records_gradient((module,), x) or not self._ready(place, module, x):
             return None
         version, waiting = _version(x), self._waiting  # one read: another thread may replace it
         if waiting is not None and waiting[0] is x and waiting[1] == version and place in waiting[2]:
@@ -182,6 +183,11 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
 
 
+def _alone(x: Tensor) -> bool:
+    """Whether single calls are followed, or nothing would tell that x was written to between two: inference tensors count no writes."""
+    return not torch.compiler.is_compiling() and (x.is_inference() or transformed())
+
+
 def _version(x: Tensor) -> int:
-    """Changes when x is written to; inference tensors do not count, and a compiler sees writes by itself."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    """Changes when x is written to; a compiler sees writes by itself."""
+    return 0 if torch.compiler.is_compiling() else x._version

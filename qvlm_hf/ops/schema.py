@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["LIBRARY", "Module", "linear", "linears", "well_formed"]
+__all__ = ["LIBRARY", "Module", "linear", "linears", "transformed", "well_formed"]
 
 Module = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, weight_scale, weight_zero_point, bias of `linear`
 
@@ -128,20 +129,39 @@ def _listed(tensor: Tensor | None) -> list[Tensor]:
     return [] if tensor is None else [tensor]
 
 
+def transformed() -> bool:
+    """Whether torch.jit.trace or a transformation of torch.func (vmap, grad) is at work, which follow single operators."""
+    return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _watched() -> bool:
+    """The same, or torch.compile, or a dispatch mode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or transformed()
+
+
 def _quick(x: Tensor, *arguments: object) -> list[Tensor]:
-    """The outputs by `linears_cpu`, or nothing: who traces, watches or records a gradient shall see the operators proper."""
-    if not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """The outputs by `linears_cpu`, or nothing: who watches, or records a gradient, shall see the operators proper."""
+    # `is not True`: torch.fx traces with stand-ins that are neither
+    if x.is_cpu is not True or torch.is_grad_enabled() or _watched():
         return []
+    _refuse_tangent(x)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.qvlm_hf.linears_cpu.default(x, *arguments)
 
 
-def _called(operator: Any, *arguments: object) -> Any:  # noqa: ANN401 - an operator and what it returns
+def _called(operator: Any, x: Tensor, *arguments: object) -> Any:  # noqa: ANN401 - an operator and what it returns
     """The operator's result; where no gradient is recorded without the Python that could record one (11 of 33 us of a call on a CPU)."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return operator(*arguments)
+    _refuse_tangent(x)
+    if torch.is_grad_enabled() or _watched():
+        return operator(x, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+        return operator(x, *arguments)
+
+
+def _refuse_tangent(x: Tensor) -> None:
+    # PyTorch would take the derivative for zero
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise ValueError("quantized linear modules have no forward-mode derivative: use backward() or torch.autograd.grad.")
 
 
 def _nothing(*_: object) -> list[Tensor]:

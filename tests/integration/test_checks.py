@@ -83,6 +83,9 @@ def put(key: str, position: Any, value: float) -> Callable[[Tensors], None]:
         (put(f"{FC}.input_scale", 1, torch.inf), r"input_scale: holds a value that is not finite"),
         (put(f"{UP}.weight_zero_point", (1, 0), 16), r"weight_zero_point: holds a value outside 0 ... 15"),
         (put(f"{UP}.input_zero_point", 1, -1), r"input_zero_point: holds a value outside 0 ... 15"),
+        (put(f"{FC}.bias", 0, torch.nan), r"fc1.bias: holds NaN or infinity"),
+        (put("language_model.lm_head.weight", (0, 0), torch.inf), r"lm_head.weight: holds NaN or infinity"),
+        (put("language_model.model.norm.weight", 0, torch.nan), r"norm.weight: holds NaN or infinity"),
     ],
 )
 def test_damaged_tensors(damaged: Path, change: Callable[[Tensors], object], message: str) -> None:

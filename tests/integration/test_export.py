@@ -185,8 +185,9 @@ def test_a_scheme_that_nobody_runs_is_refused_and_nothing_written(source, proces
 def test_refusals_of_directories(cases, source, tmp_path):
     with pytest.raises(ValueError, match="format='gguf' must be one of compressed-tensors"):
         export(cases["4 bits"].path, tmp_path / "x", format="gguf")
-    with pytest.raises(ValueError, match="is the model that is read"):
-        export(cases["4 bits"].path, cases["4 bits"].path, overwrite=True)
+    for inside in (cases["4 bits"].path, cases["4 bits"].path / "export"):
+        with pytest.raises(ValueError, match="is, or lies in, the model that is read"):
+            export(cases["4 bits"].path, inside, overwrite=True)
     with pytest.raises(ValueError, match="is not quantized by qvlm_hf"):
         export(source, tmp_path / "x")
     with pytest.raises(ValueError, match="is not quantized by qvlm_hf"):
@@ -208,6 +209,24 @@ def test_a_damaged_checkpoint_is_not_exported(cases, tmp_path):
     (tmp_path / "damaged" / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     with pytest.raises(ValueError, match="is no shard index"):
         export(tmp_path / "damaged", tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (".weight_scale", torch.nan, "not finite and above 0"),
+        (".weight_scale", 0, "not finite"),
+        ("norm.weight", torch.nan, "holds NaN or infinity"),
+    ],
+)
+def test_values_that_loading_refuses_are_not_exported(cases, tmp_path, part, value, message):
+    shutil.copytree(cases["4 bits"].path, tmp_path / "damaged")
+    held = load_file(tmp_path / "damaged" / "model.safetensors")
+    held[next(name for name in held if name.endswith(part))].view(-1)[0] = value
+    save_file(held, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / "damaged", tmp_path / "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
 
 
 def test_overwrite_replaces_an_earlier_export(cases, tmp_path):
