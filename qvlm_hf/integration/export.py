@@ -93,9 +93,9 @@ def export(
         raise ValueError(f"format={format!r} must be one of {', '.join(EXPORT_FORMATS)}.")
     target = check_output(output, overwrite=overwrite)
     source = Path(directory).resolve()
+    plan = _plan(source)
     if target.is_relative_to(source):
         raise ValueError(f"{output}: is, or lies in, the model that is read: choose another directory.")
-    plan = _plan(source)
     modules = {canonical_name(name): kind for name, kind in plan.stored.items()}
     full_precision = [canonical_name(name) for name in plan.full_precision]
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

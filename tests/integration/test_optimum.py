@@ -94,6 +94,8 @@ def test_what_has_no_meaning_is_refused(source, quantized, config, tmp_path):
         quantizer_class.from_pretrained(source).quantize(tmp_path / "out", file_prefix="x", config=config)
     with pytest.raises(ValueError, match=r"^the options \['dtype'\] are for loading a model"):
         quantizer_class.from_pretrained(AutoModelForImageTextToText.from_pretrained(source), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^config='W4A16' must be a QVLMConfig"):
+        quantizer_class.from_pretrained(source).quantize(tmp_path / "out", config="W4A16")
     with pytest.raises(ValueError, match="has activation ranges to calibrate"):
         quantizer_class.from_pretrained(source).quantize(tmp_path / "out")
     with pytest.raises(ValueError, match="exists and is not empty"):
@@ -138,6 +140,7 @@ def test_a_pipeline_can_be_saved(source, config, tmp_path):
     ("arguments", "message"),
     [
         ({"accelerator": "ort"}, r"^accelerator='ort' must be 'qvlm' here: optimum\.pipelines\.pipeline has the others\.$"),
+        ({"task": "fill-mask"}, r"^task='fill-mask' must be 'image-text-to-text'"),
         ({"framework": "tf"}, r"^framework='tf' must be 'pt': quantized models run in PyTorch\.$"),
         ({"model": None}, r"^model=None: there is no default model; give a directory, a Hub id or a model\.$"),
         ({}, r"source\d*: is not quantized with qvlm: give such a checkpoint, or model_kwargs=\{'quantization_config': QVLMConfig\("),
