@@ -17,6 +17,7 @@ from torch import nn
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.hub.payload import read_header, weight_files
 from qvlm_hf.nn.footprint import component_of, footprint
 
 __all__ = ["REPORT_NAME", "Component", "Contents", "LinearModule", "read_contents", "read_report"]
@@ -152,15 +153,11 @@ def _linear_modules(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> tup
 
 
 def _stored_bytes(folder: Path) -> Counter[str]:
-    """Component -> bytes of its tensors, from the headers of all shards."""
+    """Component -> bytes of its tensors, from the headers of the files that make up the model."""
     stored: Counter[str] = Counter()
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for key, entry in header.items():
+    for name in weight_files(folder):
+        for key, entry in json.loads(read_header(folder / name)).items():
             if key != "__metadata__":
                 start, end = entry["data_offsets"]
                 stored[component_of(key)] += end - start
-    if not stored:
-        raise ValueError(f"{folder.name}: holds no .safetensors file: save the model there first.")
     return stored

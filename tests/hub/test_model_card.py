@@ -269,7 +269,7 @@ def test_directories_without_a_model_are_refused(tmp_path: Path, root: Path, sav
         write_card(root / "model")
     folder = copied(saved["rounded"], tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"holds no \.safetensors file: save the model there first"):
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors: name the directory"):
         write_card(folder)
     (folder / REPORT_NAME).write_text("{")
     with pytest.raises(ValueError, match=rf"{REPORT_NAME}: is no JSON .*: delete it, or quantize the model again"):

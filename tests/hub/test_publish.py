@@ -160,6 +160,19 @@ def test_only_what_belongs_goes_up(hub, api, folder):
     assert not set(published.files) & set(published.left_out)
 
 
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_weights_that_are_no_part_of_the_model_are_not_counted(hub, api, saved, tmp_path, kind):
+    clean = Path(shutil.copytree(saved[kind], tmp_path / "clean"))
+    publish_folder(clean, "me/tiny", api=api)
+    before = content(hub, "me/tiny")
+    folder = Path(shutil.copytree(saved[kind], tmp_path / "clean-too"))
+    shutil.copy(saved["single"] / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    (folder / "adapter_model.safetensors").write_text("x")
+    published = publish_folder(folder, "me/tiny", api=api)
+    assert published.left_out == ("adapter_model.safetensors", "model-00001-of-00001.safetensors")
+    assert content(hub, "me/tiny") == before  # the card's size too
+
+
 @pytest.mark.parametrize(("before", "after"), [("sharded", "single"), ("single", "sharded")])
 def test_stale_weights_are_never_loaded(hub, api, other, processor, saved, tmp_path, before, after):
     size = "60KB" if before == "sharded" else "50GB"
@@ -597,6 +610,13 @@ def test_directories_that_are_not_published(hub, api, folder, damage, message):
         publish_folder(folder, "me/tiny", api=api)
     assert "\n" not in str(failed.value)
     assert "me/tiny" not in hub.repos
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_an_index_that_is_none(sharded, text):
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^model.safetensors.index.json: is no index of weights .\w+.: save the model again.$"):
+        choose_files(sharded, ())
 
 
 def test_an_index_that_leads_out_of_the_directory(hub, api, sharded):
