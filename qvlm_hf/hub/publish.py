@@ -21,7 +21,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     SafetensorsParsingError,
 )
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from yaml import YAMLError
 
 from qvlm_hf.hub.errors import explained, one_line
@@ -159,7 +161,9 @@ def upload(api: HfApi, folder: Path, target: Target, payload: Payload, *, messag
 
 
 def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision: str) -> None:
-    """Compares a commit with the directory it was made from, by reading names, sizes and the headers of the weights.
+    """Compares a commit with the directory it was made from: names, sizes and hashes as the Hub tells them, and the headers of the weights.
+
+    Only the headers are downloaded, which shows that what the Hub hands out is what it tells.
 
     Raises:
         OSError: the Hub holds something else.
@@ -170,10 +174,12 @@ def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision
             f"{repo_id}: the Hub does not hold what was sent ({what}): repeat the command; if it stays, delete that file there first."
         )
 
-    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision) if hasattr(entry, "size")}
+    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision) if isinstance(entry, RepoFile)}
     for name in payload.files:
         if name not in there or there[name].size != (folder / name).stat().st_size:
             raise differs(name)
+        if not _same_hash(there[name], folder / name):
+            raise differs(f"the hash of {name}")
     if stale := sorted(name for name in there if name.endswith((".safetensors", ".bin")) and name not in payload.weights):
         raise differs(f"{stale[0]} is left over")
     try:
@@ -187,6 +193,14 @@ def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision
         found = {key: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)} for key, t in tensors.items()}
         if found != expected:
             raise differs(f"the header of {name}")
+
+
+def _same_hash(entry: RepoFile, file: Path) -> bool:
+    """Whether a file of a commit has the content of a local one: large files are known by SHA-256, others by git's hash."""
+    if entry.lfs is None:
+        return entry.blob_id == git_hash(file.read_bytes())
+    with file.open("rb") as opened:
+        return entry.lfs.sha256 == sha_fileobj(opened).hex()
 
 
 def fetch_card(api: HfApi, model_id: str | None) -> ModelCardData | None:

@@ -646,12 +646,23 @@ def shorter(repo, files):
     files["config.json"] = repo.store.regular(b"{}")
 
 
+def other_content(repo, files):
+    files["config.json"] = repo.store.regular(bytes(reversed(repo.store.path(files["config.json"].sha256).read_bytes())))
+
+
 def other_weights(repo, files):
-    """As many bytes, another shape."""
+    """As many bytes and the same header."""
     data = repo.store.path(files["model.safetensors"].sha256).read_bytes()
+    files["model.safetensors"] = repo.store.pointed(repo.store.add([data[:-1], bytes([data[-1] ^ 1])]))
+
+
+def other_header(repo, files):
+    """Damaged where it is kept, so that the Hub still tells the right hash."""
+    kept = repo.store.path(files["model.safetensors"].sha256)
+    data = kept.read_bytes()
     size = int.from_bytes(data[:8], "little")
     swapped = re.sub(rb'"shape":\[(\d+),(\d+)\]', rb'"shape":[\2,\1]', data[8 : 8 + size], count=1)
-    files["model.safetensors"] = repo.store.regular(data[:8] + swapped + data[8 + size :])
+    kept.write_bytes(data[:8] + swapped + data[8 + size :])
 
 
 def left_over(repo, files):
@@ -666,7 +677,9 @@ def missing(repo, files):
     ("change", "what"),
     [
         (shorter, "config.json"),
-        (other_weights, "the header of model.safetensors"),
+        (other_content, "the hash of config.json"),
+        (other_weights, "the hash of model.safetensors"),
+        (other_header, "the header of model.safetensors"),
         (left_over, "model-00001-of-00002.safetensors is left over"),
         (missing, "tokenizer.json"),
     ],
@@ -680,6 +693,15 @@ def test_what_the_hub_holds_is_compared_with_what_was_sent(hub, api, folder, cha
     commit = repo.advance("refs/heads/main", files, "tampered", "", "me")
     with pytest.raises(OSError, match=f"^me/tiny: the Hub does not hold what was sent .{what}.: repeat the command"):
         verify(api, folder, payload, repo_id="me/tiny", revision=commit.oid)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_another_hash_than_the_file_has_is_noticed(hub, api, transfer, folder, name):
+    hub.wrong_etag(re.escape(name))
+    with pytest.raises(OSError, match=rf"^me/tiny: the Hub does not hold what was sent .the hash of {name}.: repeat the command"):
+        publish_folder(folder, "me/tiny", api=api)
+    hub.heal()
+    assert publish_folder(folder, "me/tiny", api=api).revision == hub.repo("me/tiny").commit().oid
 
 
 # ---- from a shell --------------------------------------------------------------------------------------------------------------------
