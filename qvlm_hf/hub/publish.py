@@ -9,11 +9,12 @@ content is addressed by its hash. Knows folders and an `HfApi` that is passed in
 
 import glob
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, get_token
+from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, RepoFile, get_token
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
@@ -21,7 +22,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     SafetensorsParsingError,
 )
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from yaml import YAMLError
@@ -29,7 +29,13 @@ from yaml import YAMLError
 from qvlm_hf.hub.errors import explained, one_line
 from qvlm_hf.hub.payload import STALE, Payload, check_secrets, read_header
 
-__all__ = ["Published", "Target", "check_repo_id", "check_target", "fetch_card", "upload", "verify"]
+__all__ = ["Published", "Target", "check_repo_id", "check_revision", "check_target", "fetch_card", "upload", "verify"]
+
+# What git refuses (git-check-ref-format), and what git or the Hub would take for a commit or for a reference that is no branch.
+_NO_BRANCH = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[-/]|(?:^|/)\.|\.lock(?:/|$)|[./]$|^$|^(?:@|HEAD|refs(?:/.*)?|[0-9a-fA-F]{40})$"
+)
+_PULL_REQUEST = re.compile(r"refs/pr/[1-9][0-9]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +94,18 @@ def check_repo_id(repo_id: object, *, field: str = "repo_id") -> None:
         raise ValueError(f"{field}={repo_id!r} must be 'owner/name' of letters, digits, '-', '_' and '.' ({one_line(error)}).") from error
 
 
+def check_revision(revision: str | None) -> None:
+    """Checks that a name can be a branch's, or is a pull request's.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if revision is not None and not _PULL_REQUEST.fullmatch(revision) and _NO_BRANCH.search(revision):
+        raise ValueError(
+            f"revision={revision!r} is no branch name: take letters, digits, '-', '_', '.' and '/', as in 'dev', or 'refs/pr/N'."
+        )
+
+
 def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False) -> Target:
     """Asks the Hub whether the token may publish there. Creates nothing.
 
@@ -105,6 +123,7 @@ def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revis
         OSError: as `explained`.
     """
     check_repo_id(repo_id)
+    check_revision(revision)
     if create_pr and revision is not None:
         raise ValueError(f"create_pr=True opens a pull request against main: leave out revision={revision!r}.")
     with explained(repo_id):
@@ -195,14 +214,6 @@ def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision
             raise differs(f"the header of {name}")
 
 
-def _same_hash(entry: RepoFile, file: Path) -> bool:
-    """Whether a file of a commit has the content of a local one: large files are known by SHA-256, others by git's hash."""
-    if entry.lfs is None:
-        return entry.blob_id == git_hash(file.read_bytes())
-    with file.open("rb") as opened:
-        return entry.lfs.sha256 == sha_fileobj(opened).hex()
-
-
 def fetch_card(api: HfApi, model_id: str | None) -> ModelCardData | None:
     """Front matter of a model's card on the Hub; None where there is no such model or card, or nobody answers.
 
@@ -234,3 +245,11 @@ def _check_new(target: Target, owners: list[Any]) -> None:
         raise PermissionError(
             f"{target.repo_id}: the token's user may not make repositories for {owner!r}: name one of {', '.join(owners)}."
         )
+
+
+def _same_hash(entry: RepoFile, file: Path) -> bool:
+    """Whether a file of a commit has the content of a local one: large files are known by SHA-256, others by git's hash."""
+    if entry.lfs is None:
+        return entry.blob_id == git_hash(file.read_bytes())
+    with file.open("rb") as opened:
+        return entry.lfs.sha256 == sha_fileobj(opened).hex()

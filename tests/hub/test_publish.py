@@ -509,6 +509,22 @@ def test_names_that_no_repository_has(hub, api, repo_id):
     assert not hub.requests
 
 
+@pytest.mark.parametrize(
+    "revision",
+    ["", "-x", "a..b", "a~b", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "main ", "a\nb", "a\n", "x.lock", "x.lock/y", ".x", "a/.x", "x.",
+     "/x", "x/", "a//b", "@", "a@{1}", "HEAD", "refs", "refs/heads/dev", "refs/pr/", "refs/pr/x", "refs/pr/0", "01234567" * 5],
+)  # fmt: skip
+def test_names_that_no_branch_has(hub, api, revision):
+    with pytest.raises(ValueError, match=f"^revision={re.escape(repr(revision))} is no branch name: take letters, .* or 'refs/pr/N'.$"):
+        check_target(api, "me/tiny", revision=revision)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("revision", [None, "main", "dev", "w4a4-v1.0", "me/try_2", "feature@2", "0123456", "refs/pr/12", "lock", "é"])
+def test_names_that_branches_have(hub, api, revision):
+    assert check_target(api, "me/tiny", revision=revision).revision == revision
+
+
 def test_a_pull_request_is_against_main(hub, api):
     with pytest.raises(ValueError, match=r"^create_pr=True opens a pull request against main: leave out revision='dev'"):
         check_target(api, "me/tiny", create_pr=True, revision="dev")
