@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qvlm_hf.hub.errors import TOKEN
 
-__all__ = ["STALE", "Payload", "check_secrets", "choose_files", "read_header", "weight_files"]
+__all__ = ["STALE", "Payload", "check_secrets", "check_text", "choose_files", "read_header", "weight_files"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Besides weights and card: what Transformers writes for a model and its processor, and our report.
@@ -100,11 +100,22 @@ def check_secrets(folder: Path, files: Iterable[str], token: str | None) -> None
     """
     for name in files:
         content = read_header(folder / name) if name.endswith(".safetensors") else (folder / name).read_bytes()
-        text = content.decode("utf-8", errors="ignore")
-        if TOKEN.search(text) or (token and token in text):
-            raise ValueError(
-                f"{name}: holds a Hub token (hf_...): nothing was sent; remove it, and revoke it if others could read the file."
-            )
+        check_text(name, content.decode("utf-8", errors="ignore"), token)
+
+
+def check_text(name: str, text: str, token: str | None) -> None:
+    """Looks for Hub tokens in a text.
+
+    Args:
+        name: of the text.
+        text: to look at.
+        token: the one in use, whatever its form.
+
+    Raises:
+        ValueError: it holds one. The message does not show it.
+    """
+    if TOKEN.search(text) or (token and token in text):
+        raise ValueError(f"{name}: holds a Hub token (hf_...): nothing was sent; remove it, and revoke it if others could read it.")
 
 
 def read_header(file: Path) -> bytes:

@@ -27,9 +27,9 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from yaml import YAMLError
 
 from qvlm_hf.hub.errors import explained, one_line
-from qvlm_hf.hub.payload import STALE, Payload, check_secrets, read_header
+from qvlm_hf.hub.payload import STALE, Payload, check_secrets, check_text, read_header
 
-__all__ = ["Published", "Target", "check_repo_id", "check_revision", "check_target", "fetch_card", "upload", "verify"]
+__all__ = ["Published", "Target", "check_message", "check_repo_id", "check_revision", "check_target", "fetch_card", "upload", "verify"]
 
 # What git refuses (git-check-ref-format), and what git or the Hub would take for a commit or for a reference that is no branch.
 _NO_BRANCH = re.compile(
@@ -106,6 +106,15 @@ def check_revision(revision: str | None) -> None:
         )
 
 
+def check_message(api: HfApi, message: str) -> None:
+    """Checks the message of a commit.
+
+    Raises:
+        ValueError: it holds a Hub token. The error does not show it.
+    """
+    check_text("commit_message", message, _token(api))
+
+
 def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False) -> Target:
     """Asks the Hub whether the token may publish there. Creates nothing.
 
@@ -162,7 +171,7 @@ def upload(api: HfApi, folder: Path, target: Target, payload: Payload, *, messag
         ValueError: a file holds a token, or the Hub refuses the card.
         OSError: as `explained`, or the Hub holds something else than was sent.
     """
-    check_secrets(folder, payload.files, api.token if isinstance(api.token, str) else get_token())
+    check_secrets(folder, payload.files, _token(api))
     with explained(target.repo_id):
         if not target.create_pr:
             api.create_repo(target.repo_id, private=target.private, exist_ok=True)
@@ -245,6 +254,11 @@ def _check_new(target: Target, owners: list[Any]) -> None:
         raise PermissionError(
             f"{target.repo_id}: the token's user may not make repositories for {owner!r}: name one of {', '.join(owners)}."
         )
+
+
+def _token(api: HfApi) -> str | None:
+    """The token in use."""
+    return api.token if isinstance(api.token, str) else get_token()
 
 
 def _same_hash(entry: RepoFile, file: Path) -> bool:

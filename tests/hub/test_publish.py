@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -322,13 +323,71 @@ def test_a_hub_that_is_gone_when_calibration_ends_loses_nothing(hub, api, source
 
 def test_publish_names_the_folder_and_the_command_when_it_fails(hub, api, model, processor, no_waiting):
     hub.fail("POST", "/commit/", 403)
+    options = {"revision": "dev", "commit_message": "it's new", "base_model": "me/base", "license": "mit"}
     with pytest.raises(PermissionError) as failed:
-        publish(model, processor, "me/tiny", revision="dev", base_model="me/base", license="mit", api=api)
+        publish(model, processor, "me/tiny", **options, api=api)
     (note,) = failed.value.__notes__
-    found = re.fullmatch(
-        r"The model is saved; this publishes it: qvlm publish (\S+) me/tiny --revision dev --base-model me/base --license mit", note
-    )
-    assert publish_folder(found[1], "me/tiny", api=api).files
+    command = shlex.split(note.removeprefix("The model is saved; this publishes it: qvlm "))
+    folder = command[1]
+    assert command == [
+        "publish", folder, "me/tiny", "--revision", "dev", "--message", "it's new", "--base-model", "me/base", "--license", "mit"
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert hub.repo("me/tiny").commit("dev").title == "it's new"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"license": "apache2"}, "license='apache2' is no identifier of the Hub: take 'other' with license_name and license_link."),
+        ({"license": ""}, "license='' is no identifier of the Hub"),
+        ({"base_model": "/models/base"}, "model card: base_model='/models/base' is no Hub id: write 'owner/name', or leave it out."),
+        ({"commit_message": f"with {TOKEN}"}, r"commit_message: holds a Hub token \(hf_\.\.\.\): nothing was sent; remove it"),
+        ({"revision": "a..b"}, "revision='a..b' is no branch name"),
+    ],
+)
+def test_wrong_arguments_fail_before_anything_is_saved(hub, api, model, processor, folder, tmp_path, bad, message):
+    before = local(folder, ["README.md"])
+    for act in (lambda: publish(model, processor, "me/tiny", **bad, api=api), lambda: publish_folder(folder, "me/tiny", **bad, api=api)):
+        with pytest.raises(ValueError, match=f"^{message}") as failed:
+            act()
+        assert TOKEN not in str(failed.value)
+        assert not getattr(failed.value, "__notes__", [])
+    assert not (tmp_path / "assets").exists()
+    assert local(folder, ["README.md"]) == before
+    assert not hub.requests
+
+
+def test_a_tokenizer_is_no_processor(hub, api, source, model, processor, tmp_path):
+    message = r"is no chat processor .*; use AutoProcessor\.from_pretrained"
+    with pytest.raises(ValueError, match=message):
+        publish(model, processor.tokenizer, "me/tiny", api=api)
+    config = QVLMConfig(scheme="W4A16", processor=processor.tokenizer, push_to_hub=True, hub_model_id="me/tiny")
+    with pytest.raises(ValueError, match=message):
+        loaded(source, quantization_config=config)
+    assert not (tmp_path / "assets").exists()
+    assert not hub.requests
+
+
+def test_a_home_that_cannot_be_written_is_found_at_once(hub, api, source, model, processor, tmp_path):
+    (tmp_path / "assets").write_text("a file, because root may write into every directory")
+    message = r"^publish saves below HF_HOME/assets, where nothing can be written .*: set HF_HOME to a directory that can be\.$"
+    with pytest.raises(OSError, match=message):
+        publish(model, processor, "me/tiny", api=api)
+    config = QVLMConfig(dataset="nowhere.jsonl", processor=processor, push_to_hub=True, hub_model_id="me/tiny")
+    with pytest.raises(OSError, match=message):
+        loaded(source, quantization_config=config)  # and not that there is no nowhere.jsonl
+    assert "me/tiny" not in hub.repos
+
+
+def test_a_token_with_a_line_break(hub, api, folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    assert publish_folder(folder, "me/tiny", token=f" {hub.token}\n").repo_id == "me/tiny"
+    with pytest.raises(ValueError, match=r"^token= is empty: leave it out to use the one of `hf auth login` or HF_TOKEN\."):
+        publish_folder(folder, "me/tiny", token="\n")
+    with pytest.raises(ValueError, match=r"^the token of api= has spaces or line breaks around it: make the HfApi with") as failed:
+        publish_folder(folder, "me/tiny", api=HfApi(endpoint=hub.endpoint, token=f"{hub.token}\n"))
+    assert hub.token not in str(failed.value)
 
 
 def test_nothing_is_left_when_it_succeeds(hub, api, model, processor, tmp_path):
@@ -608,6 +667,18 @@ def no_config(folder):
     (folder / "config.json").unlink()
 
 
+def cut_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def cut_report(folder):
+    (folder / "qvlm_report.json").write_text("{")
+
+
+def other_report(folder):
+    (folder / "qvlm_report.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -616,8 +687,11 @@ def no_config(folder):
         (no_weights, "holds no model.safetensors: name the directory that save_quantized"),
         (no_processor, "holds no processor that loads .*: save it there with processor.save_pretrained"),
         (cut_weights, "model.safetensors: is no readable safetensors file"),
-        (full_precision, "holds no model that qvlm_hf quantized: name the directory that save_quantized or qvlm quantize wrote"),
-        (no_config, "holds no model that qvlm_hf quantized: name the directory that save_quantized or qvlm quantize wrote"),
+        (full_precision, "^tiny-w4a16: is not quantized by qvlm_hf: name a directory that qvlm quantize or save_quantized wrote"),
+        (no_config, "^tiny-w4a16: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote"),
+        (cut_config, "^tiny-w4a16: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote"),
+        (cut_report, "^qvlm_report.json: is no JSON .*: delete it, or quantize the model again"),
+        (other_report, "^qvlm_report.json: cannot be used .*'modules'.*: delete it, or quantize the model again"),
     ],
 )
 def test_directories_that_are_not_published(hub, api, folder, damage, message):

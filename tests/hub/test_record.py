@@ -110,6 +110,14 @@ def test_a_report_that_was_not_kept_is_begun(folder: Path) -> None:
     )
 
 
+def test_a_damaged_report_is_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    for text, reason in (("{", "is no JSON"), ("[]", "cannot be used"), ('"x"', "cannot be used"), ('{"modules": 3}', "cannot be used")):
+        (folder / "packed" / REPORT_NAME).write_text(text)
+        for command in (["inspect", "packed"], ["evaluate", "packed", "--dataset", "questions.jsonl", "--record"]):
+            assert main(command) == 1
+            assert capsys.readouterr().err.startswith(f"qvlm: error: {REPORT_NAME}: {reason} (")
+
+
 def test_it_is_refused_before_measuring(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--record: me/model is no local directory: download the model first"):
         check_recordable("me/model")
