@@ -228,12 +228,15 @@ def test_front_matter_of_a_published_model(saved: dict[str, Path], tmp_path: Pat
     data = ModelCard(text).data.to_dict()
     assert data == {
         "base_model": "org/tiny", "base_model_relation": "quantized", "language": ["en", "fr"], "library_name": "transformers",
-        "license": "llama2", "pipeline_tag": "image-text-to-text", "quantized_by": "me", "tags": ["qvlm", "w4a4", "llava"],
+        "license": "llama2", "pipeline_tag": "image-text-to-text", "quantized_by": "me", "repo_id": "me/tiny-qvlm",
+        "tags": ["qvlm", "w4a4", "llava"],
     }  # fmt: skip
     assert 'from_pretrained("me/tiny-qvlm")' in text
     assert (
         text.split("---\n")[2].lstrip().startswith("# tiny-qvlm\n\n[org/tiny](https://huggingface.co/org/tiny), quantized to 4-bit weights")
     )
+    write_card(folder)  # after a measurement
+    assert (folder / CARD_NAME).read_text() == text
 
 
 def test_licences(saved: dict[str, Path], tmp_path: Path) -> None:
