@@ -109,6 +109,8 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
     quantization, sizes = saved_footprint(directory)
     config = AutoConfig.from_pretrained(directory)
     base = options.against
+    if base is not None:
+        _check_found(base)
 
     def full_precision(dtype: torch.dtype) -> Any:  # noqa: ANN401 - any Transformers model
         if base is not None:
@@ -130,6 +132,19 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
         title=f"{Path(directory).resolve().name} against {against}", config=config, bfloat16_bytes=2 * parameters, quantized=(entry,),
         full_precision=full_precision,
     )  # fmt: skip
+
+
+def _check_found(base: str) -> None:
+    """Looks for the full-precision model, which should not wait until something is measured.
+
+    Raises:
+        ValueError: it is neither here nor on the Hub.
+    """
+    try:
+        AutoConfig.from_pretrained(base)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"--against {base}: is no model's directory and no Hub id that can be read ({reason}): check the name.") from error
 
 
 def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device: torch.device, *, static: bool, peers: bool) -> list[Way]:

@@ -1,19 +1,17 @@
 """`qvlm inspect DIR` and `qvlm inspect --shape NAME --scheme W4A4`."""
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.cli.models import silence
 from qvlm_hf.cli.story import story
+from qvlm_hf.hub.contents import REPORT_NAME, read_report_file
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.rounding import planned_modules
-from qvlm_hf.integration.saving import REPORT_NAME
 from qvlm_hf.integration.shapes import SHAPES, shape_model, token_positions
 from qvlm_hf.nn.footprint import Footprint, footprint
 
@@ -48,8 +46,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{count:5} modules {bits}, activations {granularity}")
     report = Path(options.directory) / REPORT_NAME
     if report.is_file():
-        loaded = CalibrationReport.from_dict(json.loads(report.read_text(encoding="utf-8")))
-        for line in story(loaded):
+        for line in story(read_report_file(report)):
             print(line)
     return 0
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-__all__ = ["BASE_MODEL_RELATIONS", "LICENSES", "check_card"]
+__all__ = ["BASE_MODEL_RELATIONS", "LICENSES", "check_card", "check_choices"]
 
 BASE_MODEL_RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
@@ -59,6 +59,18 @@ def check_card(text: str) -> None:
         raise ValueError("model card: holds something like a Hub token (hf_...): remove it, and revoke it if it is one.")
     if found := _PATH.search(_without_links(text)):
         raise ValueError(f"model card: holds the absolute path {found[0]!r}: name the file or repository alone.")
+
+
+def check_choices(*, license: str | None, base_model: str | None) -> None:
+    """Checks what a caller chose for a card that is not written yet.
+
+    Raises:
+        ValueError: one is no identifier. Whether "other" has a name and a link shows only in the card.
+    """
+    if license is not None and license not in LICENSES:
+        raise ValueError(f"license={license!r} is no identifier of the Hub: take 'other' with license_name and license_link.")
+    if base_model is not None:
+        _check_base_model({"base_model": base_model})
 
 
 def _front_matter(text: str) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from torch import nn
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.hub.payload import read_header, weight_files
 from qvlm_hf.nn.footprint import component_of, footprint
 
-__all__ = ["REPORT_NAME", "Component", "Contents", "LinearModule", "read_contents", "read_report"]
+__all__ = ["REPORT_NAME", "Component", "Contents", "LinearModule", "read_contents", "read_quantization", "read_report", "read_report_file"]
 
 REPORT_NAME = "qvlm_report.json"
 _NO_SETTINGS = ("quant_method", "format_version", "scheme", "provenance", "modules")
@@ -86,7 +87,7 @@ def read_contents(folder: Path) -> Contents:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText  # not at the top: Transformers' modeling code takes a second
 
-    quantization = _quantization(folder)
+    quantization = read_quantization(folder)
     report = read_report(folder)
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
@@ -116,13 +117,10 @@ def read_report(folder: Path) -> CalibrationReport:
     Raises:
         ValueError: the directory holds no model quantized by qvlm_hf, or the report is damaged.
     """
-    quantization = _quantization(folder)
+    quantization = read_quantization(folder)
     file = folder / REPORT_NAME
     if file.is_file():
-        try:
-            return CalibrationReport.from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file.name}: is no JSON ({error}): delete it, or quantize the model again.") from error
+        return read_report_file(file)
     return CalibrationReport(
         settings={name: value for name, value in quantization.items() if name not in _NO_SETTINGS},
         provenance=quantization["provenance"],
@@ -130,16 +128,37 @@ def read_report(folder: Path) -> CalibrationReport:
     )
 
 
-def _quantization(folder: Path) -> dict[str, Any]:
+def read_report_file(file: Path) -> CalibrationReport:
+    """A qvlm_report.json.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    try:
+        return CalibrationReport.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{REPORT_NAME}: is no JSON ({error}): delete it, or quantize the model again.") from error
+    except (ValueError, AttributeError) as error:  # of UTF-8, of fields, of a list where a mapping should be
+        raise ValueError(f"{REPORT_NAME}: cannot be used ({str(error).rstrip('.')}): delete it, or quantize the model again.") from error
+
+
+def read_quantization(folder: Path) -> dict[str, Any]:
+    """`quantization_config` of a saved directory's config.json.
+
+    Raises:
+        ValueError: the directory holds no model quantized by qvlm_hf.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder.name}: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote."
+            f"{folder.resolve().name}: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote."
         ) from error
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qvlm":
-        raise ValueError(f"{folder.name}: is not quantized by qvlm_hf: name a directory that qvlm quantize or save_quantized wrote.")
+        raise ValueError(
+            f"{folder.resolve().name}: is not quantized by qvlm_hf: name a directory that qvlm quantize or save_quantized wrote."
+        )
     return quantization
 
 
@@ -152,15 +171,11 @@ def _linear_modules(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> tup
 
 
 def _stored_bytes(folder: Path) -> Counter[str]:
-    """Component -> bytes of its tensors, from the headers of all shards."""
+    """Component -> bytes of its tensors, from the headers of the files that make up the model."""
     stored: Counter[str] = Counter()
-    for file in folder.glob("*.safetensors"):
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        for key, entry in header.items():
+    for name in weight_files(folder):
+        for key, entry in json.loads(read_header(folder / name)).items():
             if key != "__metadata__":
                 start, end = entry["data_offsets"]
                 stored[component_of(key)] += end - start
-    if not stored:
-        raise ValueError(f"{folder.name}: holds no .safetensors file: save the model there first.")
     return stored

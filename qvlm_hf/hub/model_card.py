@@ -24,7 +24,7 @@ __all__ = ["CARD_NAME", "PICTURE_NAME", "check_card", "write_card"]
 CARD_NAME = "README.md"
 PICTURE_NAME = "qvlm_entropy.png"
 _COPIED = ("license", "license_name", "license_link", "language")  # from the base model's card
-_GENERATED = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "tags", "model-index")
+_GENERATED = ("base_model", "base_model_relation", "library_name", "pipeline_tag", "quantized_by", "repo_id", "tags", "model-index")
 
 
 def write_card(
@@ -42,8 +42,8 @@ def write_card(
     Args:
         folder: as `save_quantized` wrote it.
         name: of the directory, if it will not be the one that it has now.
-        repo_id: where it will be on the Hub; None: the texts name the directory.
-        base_model: Hub id of the full-precision model; None takes what quantizing recorded.
+        repo_id: where it will be on the Hub; None takes that of an earlier card, and without one the texts name the directory.
+        base_model: Hub id of the full-precision model; None takes that of an earlier card, or what quantizing recorded.
         license: identifier of a licence; None copies that of `base_card`, or keeps that of an earlier card.
         author: who quantized it; None is the owner in `repo_id`.
         base_card: front matter of the full-precision model's card.
@@ -54,10 +54,11 @@ def write_card(
     Raises:
         ValueError: the directory holds no quantized model, or the card would break a rule of `check_card`.
     """
-    contents = read_contents(folder)
+    contents, earlier = read_contents(folder), _earlier(folder)
+    repo_id = repo_id or earlier.get("repo_id")
     found = contents.report.provenance
     name = (repo_id or name or folder.resolve().name).rpartition("/")[2]
-    base = base_model or found.get("base_model")
+    base = base_model or earlier.get("base_model") or found.get("base_model")
     base_name = base or found.get("base_directory")
     picture = entropy_picture(contents.report.segments)
     language, command = quantize_command(
@@ -69,7 +70,9 @@ def write_card(
         picture=None if picture is None else PICTURE_NAME, command_language=language, command=command,
     )  # fmt: skip
     owner = repo_id.partition("/")[0] if repo_id and "/" in repo_id else None
-    data = _with_license(_earlier(folder), base_card, license, base) | _generated(card, author or owner)
+    author = author or earlier.get("quantized_by") or owner
+    kept = {key: value for key, value in earlier.items() if key not in _GENERATED}
+    data = _with_license(kept, base_card, license, base) | _generated(card, author=author, repo_id=repo_id)
     text = f"---\n{ModelCardData(**data).to_yaml()}\n---\n\n{_body(card)}"
     check_card(text)
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
@@ -81,7 +84,7 @@ def write_card(
 
 
 def _earlier(folder: Path) -> dict[str, Any]:
-    """Front matter of the card that is there, without what is generated."""
+    """Front matter of the card that is there."""
     file = folder / CARD_NAME
     if not file.is_file():
         return {}
@@ -91,7 +94,10 @@ def _earlier(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{CARD_NAME}: its front matter cannot be read ({' '.join(str(error).split())}): mend or delete the file."
         ) from error
-    return {key: value for key, value in data.items() if key not in _GENERATED}
+    for name in ("base_model", "repo_id"):
+        if not isinstance(data.get(name, ""), str):
+            raise ValueError(f"{CARD_NAME}: {name}={data[name]!r} must be 'owner/name': mend or delete the line.")
+    return data
 
 
 def _with_license(data: dict[str, Any], base_card: ModelCardData | None, license: str | None, base: str | None) -> dict[str, Any]:
@@ -108,8 +114,8 @@ def _with_license(data: dict[str, Any], base_card: ModelCardData | None, license
     return data
 
 
-def _generated(card: Card, author: str | None) -> dict[str, Any]:
-    """Front matter that follows from the model."""
+def _generated(card: Card, *, author: str | None, repo_id: str | None) -> dict[str, Any]:
+    """Front matter that follows from the model and from where it goes."""
     contents, found = card.contents, card.report.evaluation
     data: dict[str, Any] = {"base_model": card.base, "base_model_relation": "quantized"} if card.base else {}
     data |= {
@@ -119,6 +125,8 @@ def _generated(card: Card, author: str | None) -> dict[str, Any]:
     }
     if author is not None:
         data["quantized_by"] = author
+    if repo_id is not None:
+        data["repo_id"] = repo_id  # for a later measurement, whose card should name it too
     if found is not None:
         result = EvalResult(
             task_type="image-text-to-text", dataset_type=found["dataset"], dataset_name=found["dataset"], metric_type="exact_match",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qvlm_hf.hub.errors import TOKEN
 
-__all__ = ["STALE", "Payload", "check_secrets", "choose_files", "read_header"]
+__all__ = ["STALE", "Payload", "check_secrets", "check_text", "choose_files", "read_header", "weight_files"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Besides weights and card: what Transformers writes for a model and its processor, and our report.
@@ -52,7 +52,7 @@ def choose_files(folder: Path, card: Iterable[str]) -> Payload:
     Raises:
         ValueError: config.json or weights are missing or ambiguous, or a file is a link that leaves the directory.
     """
-    weights = _weights(folder)
+    weights = weight_files(folder)
     found = {path.relative_to(folder).as_posix() for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
     if "config.json" not in found:
         raise ValueError(f"{folder}: holds no config.json: name the directory of a saved model.")
@@ -62,6 +62,29 @@ def choose_files(folder: Path, card: Iterable[str]) -> Payload:
             raise ValueError(f"{name}: is a link to a file outside {folder.name}: put the file itself there.")
     tops = {name.split("/")[0] for name in files}
     return Payload(files=files, weights=weights, left_out=tuple(sorted(path.name for path in folder.iterdir() if path.name not in tops)))
+
+
+def weight_files(folder: Path) -> tuple[str, ...]:
+    """Names of the weight files that `from_pretrained` reads from the directory; others may lie there and are no part of the model.
+
+    Raises:
+        ValueError: there are none, or two models, or the index is damaged or names what is not there.
+    """
+    single, index = folder / _SINGLE, folder / _INDEX
+    if single.is_file() and index.is_file():
+        raise ValueError(f"{folder}: holds {_SINGLE} and {_INDEX}, two models: delete the one that is old.")
+    if single.is_file():
+        return (_SINGLE,)
+    if not index.is_file():
+        raise ValueError(f"{folder}: holds no {_SINGLE}: name the directory that save_quantized or qvlm quantize wrote.")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{_INDEX}: is no index of weights ({type(error).__name__}): save the model again.") from error
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{_INDEX}: names {name!r}, which is no file in {folder.name}: save the model again.")
+    return tuple(names)
 
 
 def check_secrets(folder: Path, files: Iterable[str], token: str | None) -> None:
@@ -77,11 +100,22 @@ def check_secrets(folder: Path, files: Iterable[str], token: str | None) -> None
     """
     for name in files:
         content = read_header(folder / name) if name.endswith(".safetensors") else (folder / name).read_bytes()
-        text = content.decode("utf-8", errors="ignore")
-        if TOKEN.search(text) or (token and token in text):
-            raise ValueError(
-                f"{name}: holds a Hub token (hf_...): nothing was sent; remove it, and revoke it if others could read the file."
-            )
+        check_text(name, content.decode("utf-8", errors="ignore"), token)
+
+
+def check_text(name: str, text: str, token: str | None) -> None:
+    """Looks for Hub tokens in a text.
+
+    Args:
+        name: of the text.
+        text: to look at.
+        token: the one in use, whatever its form.
+
+    Raises:
+        ValueError: it holds one. The message does not show it.
+    """
+    if TOKEN.search(text) or (token and token in text):
+        raise ValueError(f"{name}: holds a Hub token (hf_...): nothing was sent; remove it, and revoke it if others could read it.")
 
 
 def read_header(file: Path) -> bytes:
@@ -96,19 +130,3 @@ def read_header(file: Path) -> bytes:
     if not header or len(header) < size:
         raise ValueError(f"{file.name}: is no complete safetensors file: save the model again.")
     return header
-
-
-def _weights(folder: Path) -> tuple[str, ...]:
-    """Names of the weight files that `from_pretrained` reads from the directory."""
-    single, index = folder / _SINGLE, folder / _INDEX
-    if single.is_file() and index.is_file():
-        raise ValueError(f"{folder}: holds {_SINGLE} and {_INDEX}, two models: delete the one that is old.")
-    if single.is_file():
-        return (_SINGLE,)
-    if not index.is_file():
-        raise ValueError(f"{folder}: holds no {_SINGLE}: name the directory that save_quantized or qvlm quantize wrote.")
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{_INDEX}: names {name!r}, which is no file in {folder.name}: save the model again.")
-    return tuple(names)

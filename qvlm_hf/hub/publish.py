@@ -9,11 +9,12 @@ content is addressed by its hash. Knows folders and an `HfApi` that is passed in
 
 import glob
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, get_token
+from huggingface_hub import HfApi, ModelCard, ModelCardData, ModelInfo, RepoFile, get_token
 from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,
@@ -22,12 +23,19 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from yaml import YAMLError
 
 from qvlm_hf.hub.errors import explained, one_line
-from qvlm_hf.hub.payload import STALE, Payload, check_secrets, read_header
+from qvlm_hf.hub.payload import STALE, Payload, check_secrets, check_text, read_header
 
-__all__ = ["Published", "Target", "check_repo_id", "check_target", "fetch_card", "upload", "verify"]
+__all__ = ["Published", "Target", "check_message", "check_repo_id", "check_revision", "check_target", "fetch_card", "upload", "verify"]
+
+# What git refuses (git-check-ref-format), and what git or the Hub would take for a commit or for a reference that is no branch.
+_NO_BRANCH = re.compile(
+    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[-/]|(?:^|/)\.|\.lock(?:/|$)|[./]$|^$|^(?:@|HEAD|refs(?:/.*)?|[0-9a-fA-F]{40})$"
+)
+_PULL_REQUEST = re.compile(r"refs/pr/[1-9][0-9]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,27 @@ def check_repo_id(repo_id: object, *, field: str = "repo_id") -> None:
         raise ValueError(f"{field}={repo_id!r} must be 'owner/name' of letters, digits, '-', '_' and '.' ({one_line(error)}).") from error
 
 
+def check_revision(revision: str | None) -> None:
+    """Checks that a name can be a branch's, or is a pull request's.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if revision is not None and not _PULL_REQUEST.fullmatch(revision) and _NO_BRANCH.search(revision):
+        raise ValueError(
+            f"revision={revision!r} is no branch name: take letters, digits, '-', '_', '.' and '/', as in 'dev', or 'refs/pr/N'."
+        )
+
+
+def check_message(api: HfApi, message: str) -> None:
+    """Checks the message of a commit.
+
+    Raises:
+        ValueError: it holds a Hub token. The error does not show it.
+    """
+    check_text("commit_message", message, _token(api))
+
+
 def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False) -> Target:
     """Asks the Hub whether the token may publish there. Creates nothing.
 
@@ -103,6 +132,7 @@ def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revis
         OSError: as `explained`.
     """
     check_repo_id(repo_id)
+    check_revision(revision)
     if create_pr and revision is not None:
         raise ValueError(f"create_pr=True opens a pull request against main: leave out revision={revision!r}.")
     with explained(repo_id):
@@ -141,7 +171,7 @@ def upload(api: HfApi, folder: Path, target: Target, payload: Payload, *, messag
         ValueError: a file holds a token, or the Hub refuses the card.
         OSError: as `explained`, or the Hub holds something else than was sent.
     """
-    check_secrets(folder, payload.files, api.token if isinstance(api.token, str) else get_token())
+    check_secrets(folder, payload.files, _token(api))
     with explained(target.repo_id):
         if not target.create_pr:
             api.create_repo(target.repo_id, private=target.private, exist_ok=True)
@@ -159,7 +189,9 @@ def upload(api: HfApi, folder: Path, target: Target, payload: Payload, *, messag
 
 
 def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision: str) -> None:
-    """Compares a commit with the directory it was made from, by reading names, sizes and the headers of the weights.
+    """Compares a commit with the directory it was made from: names, sizes and hashes as the Hub tells them, and the headers of the weights.
+
+    Only the headers are downloaded, which shows that what the Hub hands out is what it tells.
 
     Raises:
         OSError: the Hub holds something else.
@@ -170,10 +202,12 @@ def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision
             f"{repo_id}: the Hub does not hold what was sent ({what}): repeat the command; if it stays, delete that file there first."
         )
 
-    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision) if hasattr(entry, "size")}
+    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision) if isinstance(entry, RepoFile)}
     for name in payload.files:
         if name not in there or there[name].size != (folder / name).stat().st_size:
             raise differs(name)
+        if not _same_hash(there[name], folder / name):
+            raise differs(f"the hash of {name}")
     if stale := sorted(name for name in there if name.endswith((".safetensors", ".bin")) and name not in payload.weights):
         raise differs(f"{stale[0]} is left over")
     try:
@@ -220,3 +254,16 @@ def _check_new(target: Target, owners: list[Any]) -> None:
         raise PermissionError(
             f"{target.repo_id}: the token's user may not make repositories for {owner!r}: name one of {', '.join(owners)}."
         )
+
+
+def _token(api: HfApi) -> str | None:
+    """The token in use."""
+    return api.token if isinstance(api.token, str) else get_token()
+
+
+def _same_hash(entry: RepoFile, file: Path) -> bool:
+    """Whether a file of a commit has the content of a local one: large files are known by SHA-256, others by git's hash."""
+    if entry.lfs is None:
+        return entry.blob_id == git_hash(file.read_bytes())
+    with file.open("rb") as opened:
+        return entry.lfs.sha256 == sha_fileobj(opened).hex()

@@ -6,7 +6,6 @@
 Whatever fails after saving, the saved directory stays and the error says how to go on. Left out: datasets, Spaces, anything but models.
 """
 
-import json
 import shlex
 import shutil
 import tempfile
@@ -24,12 +23,12 @@ from transformers.utils.hub import cached_file
 
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.samples import Sample, collate
-from qvlm_hf.hub.contents import REPORT_NAME
+from qvlm_hf.hub.card_rules import check_choices
+from qvlm_hf.hub.contents import REPORT_NAME, read_quantization, read_report, read_report_file
 from qvlm_hf.hub.model_card import write_card
 from qvlm_hf.hub.payload import choose_files
-from qvlm_hf.hub.publish import Published, Target, check_target, fetch_card, upload
+from qvlm_hf.hub.publish import Published, Target, check_message, check_target, fetch_card, upload
 from qvlm_hf.integration.config import QVLMConfig
-from qvlm_hf.integration.registry import QUANT_METHOD
 from qvlm_hf.integration.saving import save_quantized
 from qvlm_hf.nn.replace import quantized_modules
 
@@ -82,7 +81,10 @@ def publish(
         raise ValueError(
             "publish needs a quantized model and its processor: quantize it first, and load AutoProcessor.from_pretrained(model_id)."
         )
+    _inputs(processor)  # one that makes none should not wait for the saving
     api = _api(api, token)
+    check_message(api, commit_message or "")
+    check_choices(license=license, base_model=base_model)
     target = check_target(api, repo_id, private=private, revision=revision, create_pr=create_pr)
     return _publish(api, model, processor, target, commit_message=commit_message, base_model=base_model, license=license)
 
@@ -122,10 +124,13 @@ def publish_folder(
         OSError: as `publish`.
     """
     folder = Path(folder)
-    _scheme(folder)
+    read_quantization(folder)
     api = _api(api, token)
+    check_message(api, commit_message or "")
+    check_choices(license=license, base_model=base_model)
     target = check_target(api, repo_id, private=private, revision=revision, create_pr=create_pr)
     choose_files(folder, ())
+    read_report(folder)
     _check_loads(folder)
     return _send(api, folder, target, commit_message=commit_message, base_model=base_model, license=license)
 
@@ -134,13 +139,15 @@ def check_push(config: QVLMConfig) -> Target:
     """Checks what `push_to_hub=True` needs, before hours of work.
 
     Raises:
-        ValueError: the processor is missing, or as `check_target`.
-        OSError: as `check_target`.
+        ValueError: the processor is missing or makes no inputs, or as `check_target`.
+        OSError: the scratch directory cannot be written, or as `check_target`.
     """
     if config.processor is None:
         raise ValueError(
             "push_to_hub=True publishes the processor too: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id))."
         )
+    _inputs(config.processor)
+    _scratch().rmdir()
     return check_target(HfApi(), str(config.hub_model_id), private=config.hub_private)
 
 
@@ -165,8 +172,7 @@ def _publish(
     license: str | None = None,
 ) -> Published:
     """Saves, checks and sends; the directory is deleted when all went well."""
-    # beside the Hub's own cache, which has room for models; a name of its own, so that no earlier result is replaced
-    scratch = Path(tempfile.mkdtemp(prefix="publish-", dir=cached_assets_path("qvlm_hf", "publish")))
+    scratch = _scratch()
     folder = scratch / target.repo_id.split("/")[1]
     try:
         save_quantized(model, processor, folder, report=_report(model))
@@ -176,7 +182,8 @@ def _publish(
         published = _send(api, folder, target, commit_message=commit_message, base_model=base_model, license=license)
     except BaseException as error:  # an interruption too
         if folder.is_dir():
-            error.add_note(f"The model is saved; this publishes it: {_command(folder, target, base_model=base_model, license=license)}")
+            command = _command(folder, target, message=commit_message, base_model=base_model, license=license)
+            error.add_note(f"The model is saved; this publishes it: {command}")
         else:
             shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -184,40 +191,45 @@ def _publish(
     return replace(published, folder=None)
 
 
+def _scratch() -> Path:
+    """A new directory beside the Hub's own cache, which has room for models; of a name of its own, so that no earlier result is replaced.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        return Path(tempfile.mkdtemp(prefix="publish-", dir=cached_assets_path("qvlm_hf", "publish")))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"publish saves below HF_HOME/assets, where nothing can be written ({error}): set HF_HOME to a directory that can be."
+        ) from error
+
+
 def _api(api: HfApi | None, token: str | None) -> HfApi:
-    if api is not None and token is not None:
+    """To ask with. A token from a file often has a line break behind it, which HTTP would refuse.
+
+    Raises:
+        ValueError: there are two tokens, or an empty one.
+    """
+    if api is None:
+        if token is not None and not token.strip():
+            raise ValueError("token= is empty: leave it out to use the one of `hf auth login` or HF_TOKEN.")
+        return HfApi(token=None if token is None else token.strip())
+    if token is not None:
         raise ValueError("publish takes token= or api=, not both: an HfApi has its own token.")
-    return HfApi(token=token) if api is None else api
+    if isinstance(api.token, str) and api.token != api.token.strip():
+        raise ValueError("the token of api= has spaces or line breaks around it: make the HfApi with token.strip().")
+    return api
 
 
 def _send(
     api: HfApi, folder: Path, target: Target, *, commit_message: str | None, base_model: str | None, license: str | None
 ) -> Published:
     """Card, choice of files, upload."""
-    base = base_model or _recorded_base(folder)
+    base = base_model or read_report(folder).provenance.get("base_model")
     card = write_card(folder, repo_id=target.repo_id, base_model=base, license=license, author=target.user, base_card=fetch_card(api, base))
-    message = commit_message or f"Upload a model that qvlm_hf quantized to {_scheme(folder)}"
+    message = commit_message or f"Upload a model that qvlm_hf quantized to {read_quantization(folder)['scheme']}"
     return upload(api, folder, target, choose_files(folder, card), message=message)
-
-
-def _scheme(folder: Path) -> str:
-    """The scheme of a saved model.
-
-    Raises:
-        ValueError: the directory holds none of ours.
-    """
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    quantization = config.get("quantization_config")
-    if quantization is None or quantization.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{folder}: holds no model that qvlm_hf quantized: name the directory that save_quantized or qvlm quantize wrote.")
-    return quantization["scheme"]
-
-
-def _recorded_base(folder: Path) -> str | None:
-    """Hub id of the full-precision model, where quantizing knew it."""
-    report = folder / REPORT_NAME
-    return json.loads(report.read_text(encoding="utf-8")).get("provenance", {}).get("base_model") if report.is_file() else None
 
 
 def _report(model: Any) -> CalibrationReport | None:  # noqa: ANN401 - any Transformers model
@@ -230,14 +242,14 @@ def _report(model: Any) -> CalibrationReport | None:  # noqa: ANN401 - any Trans
     )  # fmt: skip
     if file is None:
         return None
-    report, config = CalibrationReport.from_dict(json.loads(Path(file).read_text(encoding="utf-8"))), model.hf_quantizer.quantization_config
+    report, config = read_report_file(Path(file)), model.hf_quantizer.quantization_config
     # a branch's model finds the report of main
     return report if (report.modules, report.provenance) == (config.modules, config.provenance) else None
 
 
-def _command(folder: Path, target: Target, *, base_model: str | None, license: str | None) -> str:
+def _command(folder: Path, target: Target, *, message: str | None, base_model: str | None, license: str | None) -> str:
     """What publishes a saved directory as it was asked for."""
-    values = {"--revision": target.revision, "--base-model": base_model, "--license": license}
+    values = {"--revision": target.revision, "--message": message, "--base-model": base_model, "--license": license}
     flags = {"--private": target.private, "--create-pr": target.create_pr}
     words = ["qvlm", "publish", str(folder), target.repo_id, *(name for name, asked in flags.items() if asked)]
     return shlex.join(words + [word for name, value in values.items() if value is not None for word in (name, value)])

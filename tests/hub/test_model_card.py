@@ -228,12 +228,15 @@ def test_front_matter_of_a_published_model(saved: dict[str, Path], tmp_path: Pat
     data = ModelCard(text).data.to_dict()
     assert data == {
         "base_model": "org/tiny", "base_model_relation": "quantized", "language": ["en", "fr"], "library_name": "transformers",
-        "license": "llama2", "pipeline_tag": "image-text-to-text", "quantized_by": "me", "tags": ["qvlm", "w4a4", "llava"],
+        "license": "llama2", "pipeline_tag": "image-text-to-text", "quantized_by": "me", "repo_id": "me/tiny-qvlm",
+        "tags": ["qvlm", "w4a4", "llava"],
     }  # fmt: skip
     assert 'from_pretrained("me/tiny-qvlm")' in text
     assert (
         text.split("---\n")[2].lstrip().startswith("# tiny-qvlm\n\n[org/tiny](https://huggingface.co/org/tiny), quantized to 4-bit weights")
     )
+    write_card(folder)  # after a measurement
+    assert (folder / CARD_NAME).read_text() == text
 
 
 def test_licences(saved: dict[str, Path], tmp_path: Path) -> None:
@@ -269,7 +272,7 @@ def test_directories_without_a_model_are_refused(tmp_path: Path, root: Path, sav
         write_card(root / "model")
     folder = copied(saved["rounded"], tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"holds no \.safetensors file: save the model there first"):
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors: name the directory"):
         write_card(folder)
     (folder / REPORT_NAME).write_text("{")
     with pytest.raises(ValueError, match=rf"{REPORT_NAME}: is no JSON .*: delete it, or quantize the model again"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,19 @@ def test_only_what_belongs_goes_up(hub, api, folder):
     assert not set(published.files) & set(published.left_out)
 
 
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_weights_that_are_no_part_of_the_model_are_not_counted(hub, api, saved, tmp_path, kind):
+    clean = Path(shutil.copytree(saved[kind], tmp_path / "clean"))
+    publish_folder(clean, "me/tiny", api=api)
+    before = content(hub, "me/tiny")
+    folder = Path(shutil.copytree(saved[kind], tmp_path / "clean-too"))
+    shutil.copy(saved["single"] / "model.safetensors", folder / "model-00001-of-00001.safetensors")
+    (folder / "adapter_model.safetensors").write_text("x")
+    published = publish_folder(folder, "me/tiny", api=api)
+    assert published.left_out == ("adapter_model.safetensors", "model-00001-of-00001.safetensors")
+    assert content(hub, "me/tiny") == before  # the card's size too
+
+
 @pytest.mark.parametrize(("before", "after"), [("sharded", "single"), ("single", "sharded")])
 def test_stale_weights_are_never_loaded(hub, api, other, processor, saved, tmp_path, before, after):
     size = "60KB" if before == "sharded" else "50GB"
@@ -309,13 +323,71 @@ def test_a_hub_that_is_gone_when_calibration_ends_loses_nothing(hub, api, source
 
 def test_publish_names_the_folder_and_the_command_when_it_fails(hub, api, model, processor, no_waiting):
     hub.fail("POST", "/commit/", 403)
+    options = {"revision": "dev", "commit_message": "it's new", "base_model": "me/base", "license": "mit"}
     with pytest.raises(PermissionError) as failed:
-        publish(model, processor, "me/tiny", revision="dev", base_model="me/base", license="mit", api=api)
+        publish(model, processor, "me/tiny", **options, api=api)
     (note,) = failed.value.__notes__
-    found = re.fullmatch(
-        r"The model is saved; this publishes it: qvlm publish (\S+) me/tiny --revision dev --base-model me/base --license mit", note
-    )
-    assert publish_folder(found[1], "me/tiny", api=api).files
+    command = shlex.split(note.removeprefix("The model is saved; this publishes it: qvlm "))
+    folder = command[1]
+    assert command == [
+        "publish", folder, "me/tiny", "--revision", "dev", "--message", "it's new", "--base-model", "me/base", "--license", "mit"
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert hub.repo("me/tiny").commit("dev").title == "it's new"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"license": "apache2"}, "license='apache2' is no identifier of the Hub: take 'other' with license_name and license_link."),
+        ({"license": ""}, "license='' is no identifier of the Hub"),
+        ({"base_model": "/models/base"}, "model card: base_model='/models/base' is no Hub id: write 'owner/name', or leave it out."),
+        ({"commit_message": f"with {TOKEN}"}, r"commit_message: holds a Hub token \(hf_\.\.\.\): nothing was sent; remove it"),
+        ({"revision": "a..b"}, "revision='a..b' is no branch name"),
+    ],
+)
+def test_wrong_arguments_fail_before_anything_is_saved(hub, api, model, processor, folder, tmp_path, bad, message):
+    before = local(folder, ["README.md"])
+    for act in (lambda: publish(model, processor, "me/tiny", **bad, api=api), lambda: publish_folder(folder, "me/tiny", **bad, api=api)):
+        with pytest.raises(ValueError, match=f"^{message}") as failed:
+            act()
+        assert TOKEN not in str(failed.value)
+        assert not getattr(failed.value, "__notes__", [])
+    assert not (tmp_path / "assets").exists()
+    assert local(folder, ["README.md"]) == before
+    assert not hub.requests
+
+
+def test_a_tokenizer_is_no_processor(hub, api, source, model, processor, tmp_path):
+    message = r"is no chat processor .*; use AutoProcessor\.from_pretrained"
+    with pytest.raises(ValueError, match=message):
+        publish(model, processor.tokenizer, "me/tiny", api=api)
+    config = QVLMConfig(scheme="W4A16", processor=processor.tokenizer, push_to_hub=True, hub_model_id="me/tiny")
+    with pytest.raises(ValueError, match=message):
+        loaded(source, quantization_config=config)
+    assert not (tmp_path / "assets").exists()
+    assert not hub.requests
+
+
+def test_a_home_that_cannot_be_written_is_found_at_once(hub, api, source, model, processor, tmp_path):
+    (tmp_path / "assets").write_text("a file, because root may write into every directory")
+    message = r"^publish saves below HF_HOME/assets, where nothing can be written .*: set HF_HOME to a directory that can be\.$"
+    with pytest.raises(OSError, match=message):
+        publish(model, processor, "me/tiny", api=api)
+    config = QVLMConfig(dataset="nowhere.jsonl", processor=processor, push_to_hub=True, hub_model_id="me/tiny")
+    with pytest.raises(OSError, match=message):
+        loaded(source, quantization_config=config)  # and not that there is no nowhere.jsonl
+    assert "me/tiny" not in hub.repos
+
+
+def test_a_token_with_a_line_break(hub, api, folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    assert publish_folder(folder, "me/tiny", token=f" {hub.token}\n").repo_id == "me/tiny"
+    with pytest.raises(ValueError, match=r"^token= is empty: leave it out to use the one of `hf auth login` or HF_TOKEN\."):
+        publish_folder(folder, "me/tiny", token="\n")
+    with pytest.raises(ValueError, match=r"^the token of api= has spaces or line breaks around it: make the HfApi with") as failed:
+        publish_folder(folder, "me/tiny", api=HfApi(endpoint=hub.endpoint, token=f"{hub.token}\n"))
+    assert hub.token not in str(failed.value)
 
 
 def test_nothing_is_left_when_it_succeeds(hub, api, model, processor, tmp_path):
@@ -496,6 +568,22 @@ def test_names_that_no_repository_has(hub, api, repo_id):
     assert not hub.requests
 
 
+@pytest.mark.parametrize(
+    "revision",
+    ["", "-x", "a..b", "a~b", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "main ", "a\nb", "a\n", "x.lock", "x.lock/y", ".x", "a/.x", "x.",
+     "/x", "x/", "a//b", "@", "a@{1}", "HEAD", "refs", "refs/heads/dev", "refs/pr/", "refs/pr/x", "refs/pr/0", "01234567" * 5],
+)  # fmt: skip
+def test_names_that_no_branch_has(hub, api, revision):
+    with pytest.raises(ValueError, match=f"^revision={re.escape(repr(revision))} is no branch name: take letters, .* or 'refs/pr/N'.$"):
+        check_target(api, "me/tiny", revision=revision)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("revision", [None, "main", "dev", "w4a4-v1.0", "me/try_2", "feature@2", "0123456", "refs/pr/12", "lock", "é"])
+def test_names_that_branches_have(hub, api, revision):
+    assert check_target(api, "me/tiny", revision=revision).revision == revision
+
+
 def test_a_pull_request_is_against_main(hub, api):
     with pytest.raises(ValueError, match=r"^create_pr=True opens a pull request against main: leave out revision='dev'"):
         check_target(api, "me/tiny", create_pr=True, revision="dev")
@@ -579,6 +667,18 @@ def no_config(folder):
     (folder / "config.json").unlink()
 
 
+def cut_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def cut_report(folder):
+    (folder / "qvlm_report.json").write_text("{")
+
+
+def other_report(folder):
+    (folder / "qvlm_report.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -587,8 +687,11 @@ def no_config(folder):
         (no_weights, "holds no model.safetensors: name the directory that save_quantized"),
         (no_processor, "holds no processor that loads .*: save it there with processor.save_pretrained"),
         (cut_weights, "model.safetensors: is no readable safetensors file"),
-        (full_precision, "holds no model that qvlm_hf quantized: name the directory that save_quantized or qvlm quantize wrote"),
-        (no_config, "holds no model that qvlm_hf quantized: name the directory that save_quantized or qvlm quantize wrote"),
+        (full_precision, "^tiny-w4a16: is not quantized by qvlm_hf: name a directory that qvlm quantize or save_quantized wrote"),
+        (no_config, "^tiny-w4a16: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote"),
+        (cut_config, "^tiny-w4a16: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote"),
+        (cut_report, "^qvlm_report.json: is no JSON .*: delete it, or quantize the model again"),
+        (other_report, "^qvlm_report.json: cannot be used .*'modules'.*: delete it, or quantize the model again"),
     ],
 )
 def test_directories_that_are_not_published(hub, api, folder, damage, message):
@@ -597,6 +700,13 @@ def test_directories_that_are_not_published(hub, api, folder, damage, message):
         publish_folder(folder, "me/tiny", api=api)
     assert "\n" not in str(failed.value)
     assert "me/tiny" not in hub.repos
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}'])
+def test_an_index_that_is_none(sharded, text):
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^model.safetensors.index.json: is no index of weights .\w+.: save the model again.$"):
+        choose_files(sharded, ())
 
 
 def test_an_index_that_leads_out_of_the_directory(hub, api, sharded):
@@ -626,12 +736,23 @@ def shorter(repo, files):
     files["config.json"] = repo.store.regular(b"{}")
 
 
+def other_content(repo, files):
+    files["config.json"] = repo.store.regular(bytes(reversed(repo.store.path(files["config.json"].sha256).read_bytes())))
+
+
 def other_weights(repo, files):
-    """As many bytes, another shape."""
+    """As many bytes and the same header."""
     data = repo.store.path(files["model.safetensors"].sha256).read_bytes()
+    files["model.safetensors"] = repo.store.pointed(repo.store.add([data[:-1], bytes([data[-1] ^ 1])]))
+
+
+def other_header(repo, files):
+    """Damaged where it is kept, so that the Hub still tells the right hash."""
+    kept = repo.store.path(files["model.safetensors"].sha256)
+    data = kept.read_bytes()
     size = int.from_bytes(data[:8], "little")
     swapped = re.sub(rb'"shape":\[(\d+),(\d+)\]', rb'"shape":[\2,\1]', data[8 : 8 + size], count=1)
-    files["model.safetensors"] = repo.store.regular(data[:8] + swapped + data[8 + size :])
+    kept.write_bytes(data[:8] + swapped + data[8 + size :])
 
 
 def left_over(repo, files):
@@ -646,7 +767,9 @@ def missing(repo, files):
     ("change", "what"),
     [
         (shorter, "config.json"),
-        (other_weights, "the header of model.safetensors"),
+        (other_content, "the hash of config.json"),
+        (other_weights, "the hash of model.safetensors"),
+        (other_header, "the header of model.safetensors"),
         (left_over, "model-00001-of-00002.safetensors is left over"),
         (missing, "tokenizer.json"),
     ],
@@ -660,6 +783,15 @@ def test_what_the_hub_holds_is_compared_with_what_was_sent(hub, api, folder, cha
     commit = repo.advance("refs/heads/main", files, "tampered", "", "me")
     with pytest.raises(OSError, match=f"^me/tiny: the Hub does not hold what was sent .{what}.: repeat the command"):
         verify(api, folder, payload, repo_id="me/tiny", revision=commit.oid)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+def test_another_hash_than_the_file_has_is_noticed(hub, api, transfer, folder, name):
+    hub.wrong_etag(re.escape(name))
+    with pytest.raises(OSError, match=rf"^me/tiny: the Hub does not hold what was sent .the hash of {name}.: repeat the command"):
+        publish_folder(folder, "me/tiny", api=api)
+    hub.heal()
+    assert publish_folder(folder, "me/tiny", api=api).revision == hub.repo("me/tiny").commit().oid
 
 
 # ---- from a shell --------------------------------------------------------------------------------------------------------------------

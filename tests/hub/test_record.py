@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 from huggingface_hub import ModelCard
 from tiny_models import save_tiny, tiny_messages
 
+from qvlm_hf import publish_folder
 from qvlm_hf.cli import main
 from qvlm_hf.cli.record import benchmark_entry
 from qvlm_hf.hub.contents import REPORT_NAME, read_report
@@ -108,6 +110,41 @@ def test_a_report_that_was_not_kept_is_begun(folder: Path) -> None:
     assert set(read_report(folder / "packed").modules) == set(
         json.loads((folder / "packed" / "config.json").read_text())["quantization_config"]["modules"]
     )
+
+
+def test_a_published_directory_keeps_its_name_on_the_hub(folder: Path, hub: HubServer) -> None:
+    card = folder / "packed" / CARD_NAME
+    assert 'from_pretrained("packed")' in card.read_text()
+    publish_folder("packed", "me/tiny-w4a16")
+    published = card.read_text()
+    record_measurement(folder / "packed")
+    assert card.read_text() == published
+    assert 'from_pretrained("me/tiny-w4a16")' in published
+    publish_folder("packed", "me/elsewhere")
+    assert 'from_pretrained("me/elsewhere")' in card.read_text()
+    card.write_text("---\nrepo_id: 7\n---\n")
+    with pytest.raises(ValueError, match=r"^README.md: repo_id=7 must be 'owner/name': mend or delete the line\.$"):
+        record_measurement(folder / "packed")
+
+
+@pytest.mark.parametrize("name", ["me/nowhere", "./nowhere"])
+def test_a_missing_full_precision_model_is_named_before_measuring(
+    folder: Path, hub: HubServer, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    assert main(["bench", "packed", "--against", name, "--record"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"qvlm: error: --against {name}: is no model's directory and no Hub id that can be read (")
+    assert captured.err.endswith("): check the name.\n")
+    assert not captured.out
+    assert entry(folder, "benchmark") is None
+
+
+def test_a_damaged_report_is_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    for text, reason in (("{", "is no JSON"), ("[]", "cannot be used"), ('"x"', "cannot be used"), ('{"modules": 3}', "cannot be used")):
+        (folder / "packed" / REPORT_NAME).write_text(text)
+        for command in (["inspect", "packed"], ["evaluate", "packed", "--dataset", "questions.jsonl", "--record"]):
+            assert main(command) == 1
+            assert capsys.readouterr().err.startswith(f"qvlm: error: {REPORT_NAME}: {reason} (")
 
 
 def test_it_is_refused_before_measuring(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
