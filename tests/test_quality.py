@@ -23,6 +23,8 @@ def relative(path):
 
 
 def module_name(path):
+    if path.parent.name == "optimum_namespace":  # the build puts them there
+        return f"optimum.{'' if path.stem == 'qvlm' else 'commands.register.'}{path.stem}"
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

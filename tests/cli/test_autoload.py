@@ -114,7 +114,10 @@ def test_a_directory_that_may_not_be_written_is_one_line(environment):
     code = """
 import os, sys, sysconfig
 from qvlm_hf.cli import autoload, main
-sysconfig.get_paths()  # imports what only root may read
+# what the other may not be allowed to read
+text = autoload.pth_text()
+autoload.pth_text = lambda: text
+sysconfig.get_paths()
 os.geteuid() or os.setuid(65534)
 sys.exit(main(["autoload", "install"]))
 """
