@@ -1,0 +1,397 @@
+// `qvlm_hf::decode_attention_cpu`: attention of one query token per sequence over cached keys and values, float32 or bfloat16.
+//
+//   out[b, h] = sum_s p[s] value[b, h / group, s],   p = softmax over s of (scale * query[b, h] . key[b, h / group, s] + mask[b, h, s])
+//
+// A decoding step reads all keys and values once and does little with them, so one pass over them is what counts. A task is kChunk keys of one
+// key head: their scores for all queries of the group, the softmax within the chunk, the weighted sum of their values. What it leaves per
+// query, the largest score, the sum of exponentials and that weighted sum, is put together afterwards (split over the keys, few heads still use
+// many threads). Chunks depend on sizes alone: a call gives the same bits with any number of threads. Scores, softmax and sums are
+// float32; the output is rounded once. A chunk that the mask closes is not read.
+//
+// Written in the compiler's own vectors, as wide as the processor's registers: one source for AVX-512, AVX2 and SSE2.
+// Everything else (other dtypes, several query tokens, head sizes below 32 or above 256) gets an empty list, and so does every call before the
+// library was checked: decode_attention.py has PyTorch compute those.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#define QVLM_INLINE __attribute__((always_inline)) inline
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kSums = kLanes;               // vectors of sums that the registers hold beside their operands
+constexpr int64_t kStep = 2 * kLanes;       // values of a head taken at a time, as two vectors
+constexpr int64_t kSmallest = 32, kLargest = 256;  // head sizes
+constexpr int64_t kChunk = 128;             // keys of a task: scores and values stay in the L1 and L2 caches
+constexpr int64_t kQueries = 16;            // queries of a group that a task works on at a time
+constexpr int64_t kAlone = 1 << 16;         // bytes of keys and values below which starting threads costs more than it saves
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+using Bfloat16 = uint16_t;
+
+// f(0), ..., f(N - 1) with constants: arrays of vectors indexed by them live in registers.
+template <int N, class F>
+QVLM_INLINE void each(F&& f) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f(std::integral_constant<int, I>()), ...); }
+    (std::make_integer_sequence<int, N>());
+}
+
+QVLM_INLINE Floats splat(float value) { return Floats{} + value; }
+QVLM_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+QVLM_INLINE Floats load(const float* from) {
+    Floats values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+QVLM_INLINE void store(Floats values, float* to) { std::memcpy(to, &values, sizeof values); }
+
+// kStep values as two vectors. Those of bfloat16 are the even and the odd ones: a shift and a mask, no shuffle.
+struct Pair {
+    Floats low, high;
+};
+QVLM_INLINE Pair load_step(const float* from) { return {load(from), load(from + kLanes)}; }
+QVLM_INLINE Pair load_step(const Bfloat16* from) {
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    return {(Floats)(words << 16), (Floats)(words & 0xffff0000u)};
+}
+QVLM_INLINE void store_step(Pair values, float* to) { store(values.low, to), store(values.high, to + kLanes); }
+QVLM_INLINE Words rounded(Floats values) {  // bfloat16 in the upper half, to nearest even
+    const Words words = (Words)values;
+    return values == values ? words + 0x7fffu + ((words >> 16) & 1u) : Words{} + 0x7fc00000u;
+}
+QVLM_INLINE void store_step(Pair values, Bfloat16* to) {
+    const Words words = (rounded(values.low) >> 16) | (rounded(values.high) & 0xffff0000u);
+    std::memcpy(to, &words, sizeof words);
+}
+// Where the i-th value of a step lies in its two vectors.
+QVLM_INLINE int64_t place(const float*, int64_t i) { return i; }
+QVLM_INLINE int64_t place(const Bfloat16*, int64_t i) { return i % 2 * kLanes + i / 2; }
+
+// e^x for x <= 0, to 2 units in the last place; 0 below the smallest normal number. NaN stays.
+QVLM_INLINE Floats exponential(Floats x) {
+    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Floats bounded = x < -87.3f ? splat(-87.3f) : x;
+    const Floats shifted = bounded * 1.44269504f + shift;
+    const Floats n = shifted - shift;
+    const Floats r = (bounded - n * 0.693145752f) - n * 1.42860677e-6f;  // n * ln 2 in two parts, the first exact
+    Floats p = r * 1.3981999507e-3f + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const Integers power = ((Integers)shifted - 0x4b400000 + 127) << 23;
+    return x < -87.3f ? Floats{} : p * (Floats)power;
+}
+
+// Lane i: a[i] + a[i ^ D] where i has no bit D, else b[i] + b[i ^ D].
+template <int D, int... I>
+QVLM_INLINE Floats folded(Floats a, Floats b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (I & D ? kLanes + I : I)...) + __builtin_shufflevector(a, b, ((I & D ? kLanes + I : I) ^ D)...);
+#else
+    return __builtin_shuffle(a, b, Integers{(I & D ? kLanes + I : I)...}) + __builtin_shuffle(a, b, Integers{((I & D ? kLanes + I : I) ^ D)...});
+#endif
+}
+
+// Lane i is the sum over the lanes of sums[i].
+template <int D = kLanes / 2>
+QVLM_INLINE Floats totals(Floats (&sums)[kLanes]) {
+    each<D>([&](auto i) __attribute__((always_inline)) { sums[i] = folded<D>(sums[i], sums[i + D], std::make_integer_sequence<int, kLanes>()); });
+    if constexpr (D > 1)
+        return totals<D / 2>(sums);
+    else
+        return sums[0];
+}
+
+struct Mask {
+    const void* data;         // null for none
+    enum { kBool, kFloat, kBfloat16 } kind;
+    int64_t batch, head, key;  // strides
+};
+
+// The call, strides in elements; the last dimension of all three is contiguous.
+template <class T>
+struct Call {
+    const T *query, *key, *value;
+    T* out;  // [batch, heads, size]
+    int64_t batch, heads, key_heads, keys, size;
+    int64_t query_batch, query_head, key_batch, key_head, key_row, value_batch, value_head, value_row;
+    Mask mask;
+    float scale;
+
+    int64_t group() const { return heads / key_heads; }
+    int64_t chunks() const { return (keys + kChunk - 1) / kChunk; }
+    int64_t steps() const { return (size + kStep - 1) / kStep; }
+    int64_t padded() const { return steps() * kStep; }
+    // First value of a step; the last step ends with the head and may overlap the one before.
+    int64_t start(int64_t step) const { return std::min(step * kStep, size - kStep); }
+    // What a chunk leaves of a query: the weighted sum [padded], the largest score, the sum of exponentials.
+    int64_t partial() const { return padded() + 16; }
+};
+
+// Queries times scale as float32 [count, padded], in the order of load_step; zero where the last step repeats values.
+template <class T>
+void prepare(const Call<T>& c, const T* query, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i, query += c.query_head, to += c.padded()) {
+        for (int64_t s = 0; s < c.steps(); ++s) {
+            const Pair values = load_step(query + c.start(s));
+            store(values.low * c.scale, to + s * kStep), store(values.high * c.scale, to + s * kStep + kLanes);
+        }
+        const int64_t last = c.steps() - 1;
+        for (int64_t repeated = 0; repeated < last * kStep - c.start(last); ++repeated) to[last * kStep + place(query, repeated)] = 0;
+    }
+}
+
+// scores [QUERIES, kChunk] of `count` keys; up to kLanes - 1 more are written, with numbers of no meaning.
+template <int QUERIES, class T>
+void multiply_keys(const Call<T>& c, const float* query, const T* key, int64_t count, float* scores) {
+    constexpr int KEYS = kSums / QUERIES;
+    const int64_t steps = c.steps(), padded = c.padded();
+    for (int64_t j = 0; j < count; j += KEYS) {
+        const T* rows[KEYS];
+        each<KEYS>([&](auto k) __attribute__((always_inline)) { rows[k] = key + std::min<int64_t>(j + k, count - 1) * c.key_row; });
+        Floats sums[kSums] = {};
+        for (int64_t s = 0; s < steps; ++s) {
+            const int64_t start = c.start(s);
+            Pair keys[KEYS];
+            each<KEYS>([&](auto k) __attribute__((always_inline)) { keys[k] = load_step(rows[k] + start); });
+            each<QUERIES>([&](auto q) __attribute__((always_inline)) {
+                const Floats low = load(query + q * padded + s * kStep), high = load(query + q * padded + s * kStep + kLanes);
+                each<KEYS>([&](auto k) __attribute__((always_inline)) {
+                    sums[q * KEYS + k] += keys[k].low * low;
+                    sums[q * KEYS + k] += keys[k].high * high;
+                });
+            });
+        }
+        float all[kLanes];
+        store(totals(sums), all);
+        each<QUERIES>([&](auto q) __attribute__((always_inline)) { std::memcpy(scores + q * kChunk + j, all + q * KEYS, KEYS * 4); });
+    }
+}
+
+// Adds up `count` values weighted by [QUERIES, kChunk]; STEPS steps of a head from `step` on, to the partial results `to`.
+template <int QUERIES, int STEPS, class T>
+void multiply_values(const Call<T>& c, const float* weights, const T* value, int64_t count, int64_t step, float* to) {
+    Floats low[QUERIES * STEPS] = {}, high[QUERIES * STEPS] = {};
+    int64_t starts[STEPS];
+    each<STEPS>([&](auto s) __attribute__((always_inline)) { starts[s] = c.start(step + s); });
+    for (int64_t j = 0; j < count; ++j, value += c.value_row) {
+        each<STEPS>([&](auto s) __attribute__((always_inline)) {
+            const Pair values = load_step(value + starts[s]);
+            each<QUERIES>([&](auto q) __attribute__((always_inline)) {
+                low[q * STEPS + s] += values.low * weights[q * kChunk + j];
+                high[q * STEPS + s] += values.high * weights[q * kChunk + j];
+            });
+        });
+    }
+    each<QUERIES>([&](auto q) __attribute__((always_inline)) {
+        each<STEPS>([&](auto s) __attribute__((always_inline)) {
+            float* part = to + q * c.partial() + (step + s) * kStep;
+            store(low[q * STEPS + s], part), store(high[q * STEPS + s], part + kLanes);
+        });
+    });
+}
+
+template <int QUERIES, class T>
+void multiply_values(const Call<T>& c, const float* weights, const T* value, int64_t count, float* to) {
+    constexpr int STEPS = std::max(kSums / 2 / QUERIES, 1);
+    int64_t step = 0;
+    for (; step + STEPS <= c.steps(); step += STEPS) multiply_values<QUERIES, STEPS>(c, weights, value, count, step, to);
+    for (; step < c.steps(); ++step) multiply_values<QUERIES, 1>(c, weights, value, count, step, to);
+}
+
+// What the mask adds to the scores of some keys; returns whether any of them counts.
+QVLM_INLINE float added(uint8_t allowed) { return allowed ? 0.0f : -kInfinity; }
+QVLM_INLINE float added(float value) { return value; }
+QVLM_INLINE float added(Bfloat16 value, int) {
+    const uint32_t word = uint32_t(value) << 16;
+    float result;
+    std::memcpy(&result, &word, 4);
+    return result;
+}
+bool open(const Mask& mask, int64_t offset, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i, offset += mask.key)
+        to[i] = mask.kind == Mask::kBool    ? added(static_cast<const uint8_t*>(mask.data)[offset])
+                : mask.kind == Mask::kFloat ? added(static_cast<const float*>(mask.data)[offset])
+                                            : added(static_cast<const Bfloat16*>(mask.data)[offset], 0);
+    return std::any_of(to, to + count, [](float value) { return value != -kInfinity; });
+}
+
+// Scores [kChunk] become exponentials, relative to the largest; zero beyond `count`.
+void exponentials(float* scores, const float* bias, int64_t count, float& most, float& sum) {
+    const int64_t whole = (count + kLanes - 1) / kLanes * kLanes;
+    if (bias)
+        for (int64_t i = 0; i < count; ++i) scores[i] += bias[i];
+    std::fill(scores + count, scores + whole, -kInfinity);
+    Floats high = splat(-kInfinity), total = {};
+    for (int64_t i = 0; i < whole; i += kLanes) high = larger(load(scores + i), high);
+    most = -kInfinity;
+    for (int i = 0; i < kLanes; ++i) most = std::max(most, high[i]);
+    const float base = most == -kInfinity ? 0.0f : most;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+        const Floats weights = exponential(load(scores + i) - base);
+        store(weights, scores + i);
+        total += weights;
+    }
+    sum = 0;
+    for (int i = 0; i < kLanes; ++i) sum += total[i];
+}
+
+// f<QUERIES>(first) over `count` queries, as many at a time as leave registers for their operands.
+template <class F>
+QVLM_INLINE void tiled(int64_t count, F&& f) {
+    int64_t first = 0;
+    for (; first + 4 <= count; first += 4) f(std::integral_constant<int, 4>(), first);
+    for (; first + 2 <= count; first += 2) f(std::integral_constant<int, 2>(), first);
+    for (; first < count; ++first) f(std::integral_constant<int, 1>(), first);
+}
+
+// One chunk of one key head, for all queries of its group. `partial` [group, c.partial()].
+template <class T>
+void attend(const Call<T>& c, int64_t batch, int64_t key_head, int64_t chunk, float* partial) {
+    alignas(64) float query[kQueries * kLargest], scores[kQueries * kChunk], bias[kQueries * kChunk];
+    const int64_t begin = chunk * kChunk, count = std::min(kChunk, c.keys - begin), padded = c.padded(), row = c.partial();
+    const T* key = c.key + batch * c.key_batch + key_head * c.key_head + begin * c.key_row;
+    const T* value = c.value + batch * c.value_batch + key_head * c.value_head + begin * c.value_row;
+    for (int64_t first = 0; first < c.group(); first += kQueries, partial += kQueries * row) {
+        const int64_t queries = std::min(kQueries, c.group() - first), head = key_head * c.group() + first;
+        const int64_t masks = !c.mask.data ? 0 : c.mask.head ? queries : 1;
+        bool any = !masks;
+        for (int64_t i = 0; i < masks; ++i)
+            any |= open(c.mask, batch * c.mask.batch + (head + i) * c.mask.head + begin * c.mask.key, count, bias + i * kChunk);
+        if (!any) {
+            for (int64_t i = 0; i < queries; ++i) partial[i * row + padded] = -kInfinity, partial[i * row + padded + 1] = 0;
+            continue;
+        }
+        prepare(c, c.query + batch * c.query_batch + head * c.query_head, queries, query);
+        tiled(queries, [&](auto tile, int64_t i) { multiply_keys<tile>(c, query + i * padded, key, count, scores + i * kChunk); });
+        for (int64_t i = 0; i < queries; ++i) {
+            float* numbers = partial + i * row + padded;
+            exponentials(scores + i * kChunk, masks ? bias + (masks > 1 ? i : 0) * kChunk : nullptr, count, numbers[0], numbers[1]);
+        }
+        tiled(queries, [&](auto tile, int64_t i) { multiply_values<tile>(c, scores + i * kChunk, value, count, partial + i * row); });
+    }
+}
+
+// The output of one query from what its chunks left, `stride` apart. A row that the mask closes is zero, as PyTorch has it.
+template <class T>
+void combine(const Call<T>& c, const float* partial, int64_t stride, T* out) {
+    const int64_t chunks = c.chunks(), padded = c.padded();
+    float most = -kInfinity, sum = 0;
+    for (int64_t i = 0; i < chunks; ++i) most = std::max(most, partial[i * stride + padded]);
+    const float base = most == -kInfinity ? 0.0f : most;
+    alignas(64) float total[kLargest + kStep] = {};
+    for (int64_t i = 0; i < chunks; ++i, partial += stride) {
+        const float weight = std::exp(partial[padded] - base);
+        sum += weight * partial[padded + 1];
+        if (weight == 0) continue;  // not written, where the mask closes the chunk
+        for (int64_t j = 0; j < padded; j += kLanes) store(load(total + j) + load(partial + j) * weight, total + j);
+    }
+    const float factor = sum == 0 ? 0.0f : 1 / sum;
+    for (int64_t s = 0; s < c.steps(); ++s)
+        store_step({load(total + s * kStep) * factor, load(total + s * kStep + kLanes) * factor}, out + c.start(s));
+}
+
+template <class T>
+void run(const Call<T>& c) {
+    const int64_t group = c.group(), chunks = c.chunks(), row = c.partial(), tasks = c.batch * c.key_heads * chunks;
+    const std::unique_ptr<float, decltype(&std::free)> memory(static_cast<float*>(std::aligned_alloc(64, tasks * group * row * 4)), &std::free);
+    float* partials = memory.get();
+#pragma omp parallel if (c.batch * c.key_heads * c.keys * c.size * int64_t(2 * sizeof(T)) > kAlone)
+    {
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < tasks; ++task)
+            attend(c, task / chunks / c.key_heads, task / chunks % c.key_heads, task % chunks, partials + task * group * row);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < c.batch * c.heads; ++i)
+            combine(c, partials + (i / group * chunks * group + i % group) * row, group * row, c.out + i * c.size);
+    }
+}
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+bool enabled = false;
+
+bool is(const Tensor& tensor, int64_t batch, int64_t heads, int64_t rows, int64_t size) {
+    return tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == heads && tensor.size(2) == rows && tensor.size(3) == size;
+}
+
+// A mask [batch or 1, heads or 1, 1, keys]; false where it is another.
+bool read(const std::optional<Tensor>& tensor, int64_t batch, int64_t heads, int64_t keys, Mask& mask) {
+    mask = {};
+    if (!tensor) return true;
+    const ScalarType dtype = tensor->scalar_type();
+    if (dtype != ScalarType::Bool && dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return false;
+    if (tensor->dim() != 4) return false;
+    const int64_t batches = tensor->size(0), rows = tensor->size(1);
+    if ((batches != 1 && batches != batch) || (rows != 1 && rows != heads) || tensor->size(2) != 1 || tensor->size(3) != keys) return false;
+    mask.data = tensor->data_ptr();
+    mask.kind = dtype == ScalarType::Bool ? Mask::kBool : dtype == ScalarType::Float ? Mask::kFloat : Mask::kBfloat16;
+    mask.batch = batches == 1 ? 0 : tensor->stride(0), mask.head = rows == 1 ? 0 : tensor->stride(1), mask.key = tensor->stride(3);
+    return true;
+}
+
+template <class T>
+void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, double scale, const Tensor& out) {
+    run(Call<T>{static_cast<const T*>(query.data_ptr()), static_cast<const T*>(key.data_ptr()), static_cast<const T*>(value.data_ptr()),
+                static_cast<T*>(out.data_ptr()), query.size(0), query.size(1), key.size(1), key.size(2), query.size(3),
+                query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), value.stride(0), value.stride(1), value.stride(2),
+                mask, float(scale)});
+}
+
+std::vector<Tensor> decode_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale) {
+    const ScalarType dtype = query.scalar_type();
+    if (!enabled || (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) || key.scalar_type() != dtype || value.scalar_type() != dtype ||
+        query.dim() != 4 || key.dim() != 4)
+        return {};
+    const int64_t batch = query.size(0), heads = query.size(1), size = query.size(3), key_heads = key.size(1), keys = key.size(2);
+    if (!batch || !key_heads || !heads || heads % key_heads || !keys || size < kSmallest || size > kLargest || !is(query, batch, heads, 1, size) ||
+        !is(key, batch, key_heads, keys, size) || !is(value, batch, key_heads, keys, size) || query.stride(3) != 1 || key.stride(3) != 1 ||
+        value.stride(3) != 1)
+        return {};
+    Mask read_mask;
+    if (!read(mask, batch, heads, keys, read_mask)) return {};
+    const Tensor out = torch::stable::new_empty(query, {batch, 1, heads, size});
+    if (dtype == ScalarType::Float)
+        attend<float>(query, key, value, read_mask, scale, out);
+    else
+        attend<Bfloat16>(query, key, value, read_mask, scale, out);
+    return {out};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qvlm_hf, CPU, library) { library.impl("decode_attention_cpu", TORCH_BOX(&decode_attention)); }
+
+extern "C" {
+
+// Lanes of a vector: 16 with AVX-512, 8 with AVX, 4 otherwise.
+int qvlm_lanes() { return kLanes; }
+
+// Whether calls are taken: not before the check, nor after it failed.
+void qvlm_enable(int yes) { enabled = yes != 0; }
+}
