@@ -31,7 +31,9 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(QVLM_LANES)
+constexpr int kLanes = QVLM_LANES;
+#elif defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
@@ -49,6 +51,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+using Lanes = std::make_integer_sequence<int, kLanes>;
 using Bfloat16 = uint16_t;
 
 // f(0), ..., f(N - 1) with constants: arrays of vectors indexed by them live in registers.
@@ -106,20 +109,35 @@ QVLM_INLINE Floats exponential(Floats x) {
     return x < -87.3f ? Floats{} : p * (Floats)power;
 }
 
-// Lane i: a[i] + a[i ^ D] where i has no bit D, else b[i] + b[i ^ D].
+// Lane i: that of a where i has no bit D, else that of b; and its partner, lane i ^ D of the same.
 template <int D, int... I>
-QVLM_INLINE Floats folded(Floats a, Floats b, std::integer_sequence<int, I...>) {
+QVLM_INLINE Pair joined(Floats a, Floats b, std::integer_sequence<int, I...>) {
 #ifdef __clang__
-    return __builtin_shufflevector(a, b, (I & D ? kLanes + I : I)...) + __builtin_shufflevector(a, b, ((I & D ? kLanes + I : I) ^ D)...);
+    return {__builtin_shufflevector(a, b, (I & D ? kLanes + I : I)...), __builtin_shufflevector(a, b, ((I & D ? kLanes + I : I) ^ D)...)};
 #else
-    return __builtin_shuffle(a, b, Integers{(I & D ? kLanes + I : I)...}) + __builtin_shuffle(a, b, Integers{((I & D ? kLanes + I : I) ^ D)...});
+    return {__builtin_shuffle(a, b, Integers{(I & D ? kLanes + I : I)...}), __builtin_shuffle(a, b, Integers{((I & D ? kLanes + I : I) ^ D)...})};
 #endif
+}
+
+// Over all lanes.
+template <int D = kLanes / 2>
+QVLM_INLINE float sum_of(Floats values) {
+    if constexpr (D == 0) return values[0];
+    else return sum_of<D / 2>(values + joined<D>(values, values, Lanes()).high);
+}
+template <int D = kLanes / 2>
+QVLM_INLINE float largest_of(Floats values) {
+    if constexpr (D == 0) return values[0];
+    else return largest_of<D / 2>(larger(values, joined<D>(values, values, Lanes()).high));
 }
 
 // Lane i is the sum over the lanes of sums[i].
 template <int D = kLanes / 2>
 QVLM_INLINE Floats totals(Floats (&sums)[kLanes]) {
-    each<D>([&](auto i) __attribute__((always_inline)) { sums[i] = folded<D>(sums[i], sums[i + D], std::make_integer_sequence<int, kLanes>()); });
+    each<D>([&](auto i) __attribute__((always_inline)) { 
+        const Pair halves = joined<D>(sums[i], sums[i + D], Lanes());
+        sums[i] = halves.low + halves.high;
+    });
     if constexpr (D > 1)
         return totals<D / 2>(sums);
     else
@@ -240,24 +258,27 @@ bool open(const Mask& mask, int64_t offset, int64_t count, float* to) {
     return std::any_of(to, to + count, [](float value) { return value != -kInfinity; });
 }
 
-// Scores [kChunk] become exponentials, relative to the largest; zero beyond `count`.
-void exponentials(float* scores, const float* bias, int64_t count, float& most, float& sum) {
-    const int64_t whole = (count + kLanes - 1) / kLanes * kLanes;
+// Adds the mask to scores [kChunk], closes what follows the last of `count`, and returns the largest.
+float finish(float* scores, const float* bias, int64_t count) {
     if (bias)
         for (int64_t i = 0; i < count; ++i) scores[i] += bias[i];
+    const int64_t whole = (count + kLanes - 1) / kLanes * kLanes;
     std::fill(scores + count, scores + whole, -kInfinity);
-    Floats high = splat(-kInfinity), total = {};
-    for (int64_t i = 0; i < whole; i += kLanes) high = larger(load(scores + i), high);
-    most = -kInfinity;
-    for (int i = 0; i < kLanes; ++i) most = std::max(most, high[i]);
+    Floats most = splat(-kInfinity);
+    for (int64_t i = 0; i < whole; i += kLanes) most = larger(load(scores + i), most);
+    return largest_of(most);
+}
+
+// Scores become exponentials, relative to the largest; returns their sum.
+float exponentials(float* scores, float most, int64_t count) {
     const float base = most == -kInfinity ? 0.0f : most;
-    for (int64_t i = 0; i < whole; i += kLanes) {
+    Floats sum = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
         const Floats weights = exponential(load(scores + i) - base);
         store(weights, scores + i);
-        total += weights;
+        sum += weights;
     }
-    sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += total[i];
+    return sum_of(sum);
 }
 
 // f<QUERIES>(first) over `count` queries, as many at a time as leave registers for their operands.
@@ -288,10 +309,11 @@ void attend(const Call<T>& c, int64_t batch, int64_t key_head, int64_t chunk, fl
         }
         prepare(c, c.query + batch * c.query_batch + head * c.query_head, queries, query);
         tiled(queries, [&](auto tile, int64_t i) { multiply_keys<tile>(c, query + i * padded, key, count, scores + i * kChunk); });
-        for (int64_t i = 0; i < queries; ++i) {
-            float* numbers = partial + i * row + padded;
-            exponentials(scores + i * kChunk, masks ? bias + (masks > 1 ? i : 0) * kChunk : nullptr, count, numbers[0], numbers[1]);
-        }
+        // two loops: the queries of each are independent, and the processor works on several at once
+        for (int64_t i = 0; i < queries; ++i)
+            partial[i * row + padded] = finish(scores + i * kChunk, masks ? bias + (masks > 1 ? i : 0) * kChunk : nullptr, count);
+        for (int64_t i = 0; i < queries; ++i)
+            partial[i * row + padded + 1] = exponentials(scores + i * kChunk, partial[i * row + padded], count);
         tiled(queries, [&](auto tile, int64_t i) { multiply_values<tile>(c, scores + i * kChunk, value, count, partial + i * row); });
     }
 }
@@ -305,7 +327,7 @@ void combine(const Call<T>& c, const float* partial, int64_t stride, T* out) {
     const float base = most == -kInfinity ? 0.0f : most;
     alignas(64) float total[kLargest + kStep] = {};
     for (int64_t i = 0; i < chunks; ++i, partial += stride) {
-        const float weight = std::exp(partial[padded] - base);
+        const float weight = exponential(splat(partial[padded] - base))[0];
         sum += weight * partial[padded + 1];
         if (weight == 0) continue;  // not written, where the mask closes the chunk
         for (int64_t j = 0; j < padded; j += kLanes) store(load(total + j) + load(partial + j) * weight, total + j);
