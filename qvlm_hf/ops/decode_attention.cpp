@@ -170,6 +170,12 @@ struct Call {
     int64_t partial() const { return padded() + 16; }
 };
 
+// Asks memory for a step in advance.
+template <class T>
+QVLM_INLINE void ahead(const T* from) {
+    for (size_t i = 0; i < kStep * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, 2);
+}
+
 // Queries times scale as float32 [count, padded], in the order of load_step; zero where the last step repeats values.
 template <class T>
 void prepare(const Call<T>& c, const T* query, int64_t count, float* to) {
@@ -185,17 +191,18 @@ void prepare(const Call<T>& c, const T* query, int64_t count, float* to) {
 
 // scores [QUERIES, kChunk] of `count` keys; up to kLanes - 1 more are written, with numbers of no meaning.
 template <int QUERIES, class T>
-void multiply_keys(const Call<T>& c, const float* query, const T* key, int64_t count, float* scores) {
+void multiply_keys(const Call<T>& c, const float* query, const T* key, const int64_t* rows, int64_t count, float* scores, const T* next) {
     constexpr int KEYS = kSums / QUERIES;
     const int64_t steps = c.steps(), padded = c.padded();
     for (int64_t j = 0; j < count; j += KEYS) {
-        const T* rows[KEYS];
-        each<KEYS>([&](auto k) __attribute__((always_inline)) { rows[k] = key + std::min<int64_t>(j + k, count - 1) * c.key_row; });
+        const T* from[KEYS];
+        each<KEYS>([&](auto k) __attribute__((always_inline)) { from[k] = key + rows[j + k] * c.key_row; });
+        //A
         Floats sums[kSums] = {};
         for (int64_t s = 0; s < steps; ++s) {
             const int64_t start = c.start(s);
             Pair keys[KEYS];
-            each<KEYS>([&](auto k) __attribute__((always_inline)) { keys[k] = load_step(rows[k] + start); });
+            each<KEYS>([&](auto k) __attribute__((always_inline)) { ahead(next + rows[j + k] * c.value_row + start); keys[k] = load_step(from[k] + start); });
             each<QUERIES>([&](auto q) __attribute__((always_inline)) {
                 const Floats low = load(query + q * padded + s * kStep), high = load(query + q * padded + s * kStep + kLanes);
                 each<KEYS>([&](auto k) __attribute__((always_inline)) {
@@ -212,13 +219,15 @@ void multiply_keys(const Call<T>& c, const float* query, const T* key, int64_t c
 
 // Adds up `count` values weighted by [QUERIES, kChunk]; STEPS steps of a head from `step` on, to the partial results `to`.
 template <int QUERIES, int STEPS, class T>
-void multiply_values(const Call<T>& c, const float* weights, const T* value, int64_t count, int64_t step, float* to) {
+void multiply_values(const Call<T>& c, const float* weights, const T* value, const int64_t* rows, int64_t count, int64_t step, float* to, const T* next) {
     Floats low[QUERIES * STEPS] = {}, high[QUERIES * STEPS] = {};
     int64_t starts[STEPS];
     each<STEPS>([&](auto s) __attribute__((always_inline)) { starts[s] = c.start(step + s); });
-    for (int64_t j = 0; j < count; ++j, value += c.value_row) {
+    for (int64_t j = 0; j < count; ++j) {
+        const T* from = value + rows[j] * c.value_row;
+        //C
         each<STEPS>([&](auto s) __attribute__((always_inline)) {
-            const Pair values = load_step(value + starts[s]);
+            ahead(next + rows[j] * c.key_row + starts[s]); const Pair values = load_step(from + starts[s]);
             each<QUERIES>([&](auto q) __attribute__((always_inline)) {
                 low[q * STEPS + s] += values.low * weights[q * kChunk + j];
                 high[q * STEPS + s] += values.high * weights[q * kChunk + j];
@@ -234,11 +243,11 @@ void multiply_values(const Call<T>& c, const float* weights, const T* value, int
 }
 
 template <int QUERIES, class T>
-void multiply_values(const Call<T>& c, const float* weights, const T* value, int64_t count, float* to) {
+void multiply_values(const Call<T>& c, const float* weights, const T* value, const int64_t* rows, int64_t count, float* to, const T* next) {
     constexpr int STEPS = std::max(kSums / 2 / QUERIES, 1);
     int64_t step = 0;
-    for (; step + STEPS <= c.steps(); step += STEPS) multiply_values<QUERIES, STEPS>(c, weights, value, count, step, to);
-    for (; step < c.steps(); ++step) multiply_values<QUERIES, 1>(c, weights, value, count, step, to);
+    for (; step + STEPS <= c.steps(); step += STEPS) multiply_values<QUERIES, STEPS>(c, weights, value, rows, count, step, to, next);
+    for (; step < c.steps(); ++step) multiply_values<QUERIES, 1>(c, weights, value, rows, count, step, to, next);
 }
 
 // What the mask adds to the scores of some keys; returns whether any of them counts.
@@ -250,11 +259,13 @@ QVLM_INLINE float added(Bfloat16 value, int) {
     std::memcpy(&result, &word, 4);
     return result;
 }
-bool open(const Mask& mask, int64_t offset, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i, offset += mask.key)
-        to[i] = mask.kind == Mask::kBool    ? added(static_cast<const uint8_t*>(mask.data)[offset])
+bool open(const Mask& mask, int64_t first, const int64_t* rows, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t offset = first + rows[i] * mask.key;
+        to[i] = !mask.data ? 0.0f : mask.kind == Mask::kBool    ? added(static_cast<const uint8_t*>(mask.data)[offset])
                 : mask.kind == Mask::kFloat ? added(static_cast<const float*>(mask.data)[offset])
                                             : added(static_cast<const Bfloat16*>(mask.data)[offset], 0);
+    }
     return std::any_of(to, to + count, [](float value) { return value != -kInfinity; });
 }
 
@@ -262,10 +273,8 @@ bool open(const Mask& mask, int64_t offset, int64_t count, float* to) {
 float finish(float* scores, const float* bias, int64_t count) {
     if (bias)
         for (int64_t i = 0; i < count; ++i) scores[i] += bias[i];
-    const int64_t whole = (count + kLanes - 1) / kLanes * kLanes;
-    std::fill(scores + count, scores + whole, -kInfinity);
     Floats most = splat(-kInfinity);
-    for (int64_t i = 0; i < whole; i += kLanes) most = larger(load(scores + i), most);
+    for (int64_t i = 0; i < count; i += kLanes) most = larger(load(scores + i), most);
     return largest_of(most);
 }
 
@@ -297,24 +306,28 @@ void attend(const Call<T>& c, int64_t batch, int64_t key_head, int64_t chunk, fl
     const int64_t begin = chunk * kChunk, count = std::min(kChunk, c.keys - begin), padded = c.padded(), row = c.partial();
     const T* key = c.key + batch * c.key_batch + key_head * c.key_head + begin * c.key_row;
     const T* value = c.value + batch * c.value_batch + key_head * c.value_head + begin * c.value_row;
+    const int64_t per = (count + 15) / 16 * 2, positions = per * 8;
+    int64_t rows[kChunk];
+    for (int64_t i = 0; i < positions; ++i) rows[i] = std::min(i % 8 * per + i / 8, count - 1);
     for (int64_t first = 0; first < c.group(); first += kQueries, partial += kQueries * row) {
         const int64_t queries = std::min(kQueries, c.group() - first), head = key_head * c.group() + first;
-        const int64_t masks = !c.mask.data ? 0 : c.mask.head ? queries : 1;
+        const int64_t masks = !c.mask.data ? positions != count : c.mask.head ? queries : 1;
         bool any = !masks;
         for (int64_t i = 0; i < masks; ++i)
-            any |= open(c.mask, batch * c.mask.batch + (head + i) * c.mask.head + begin * c.mask.key, count, bias + i * kChunk);
+            any |= open(c.mask, batch * c.mask.batch + (head + i) * c.mask.head + begin * c.mask.key, rows, positions, bias + i * kChunk);
+        if (positions != count) for (int64_t i = 0; i < masks; ++i) for (int64_t p = 0; p < positions; ++p) if (p % 8 * per + p / 8 >= count) bias[i*kChunk + p] = -kInfinity;
         if (!any) {
             for (int64_t i = 0; i < queries; ++i) partial[i * row + padded] = -kInfinity, partial[i * row + padded + 1] = 0;
             continue;
         }
         prepare(c, c.query + batch * c.query_batch + head * c.query_head, queries, query);
-        tiled(queries, [&](auto tile, int64_t i) { multiply_keys<tile>(c, query + i * padded, key, count, scores + i * kChunk); });
+        tiled(queries, [&](auto tile, int64_t i) { multiply_keys<tile>(c, query + i * padded, key, rows, positions, scores + i * kChunk, value); });
         // two loops: the queries of each are independent, and the processor works on several at once
         for (int64_t i = 0; i < queries; ++i)
-            partial[i * row + padded] = finish(scores + i * kChunk, masks ? bias + (masks > 1 ? i : 0) * kChunk : nullptr, count);
+            partial[i * row + padded] = finish(scores + i * kChunk, masks ? bias + (masks > 1 ? i : 0) * kChunk : nullptr, positions);
         for (int64_t i = 0; i < queries; ++i)
-            partial[i * row + padded + 1] = exponentials(scores + i * kChunk, partial[i * row + padded], count);
-        tiled(queries, [&](auto tile, int64_t i) { multiply_values<tile>(c, scores + i * kChunk, value, count, partial + i * row); });
+            partial[i * row + padded + 1] = exponentials(scores + i * kChunk, partial[i * row + padded], positions);
+        tiled(queries, [&](auto tile, int64_t i) { multiply_values<tile>(c, scores + i * kChunk, value, rows, positions, partial + i * row, key + kChunk * c.key_row); });
     }
 }
 
