@@ -2,50 +2,48 @@
 //
 //   out[b, h] = sum_s p[s] value[b, h / group, s],   p = softmax over s of (scale * query[b, h] . key[b, h / group, s] + mask[b, h, s])
 //
-// A decoding step reads all keys and values once and does little with them, so one pass over them is what counts. A task is kChunk keys of one
-// key head: their scores for all queries of the group, the softmax within the chunk, the weighted sum of their values. What it leaves per
-// query, the largest score, the sum of exponentials and that weighted sum, is put together afterwards (split over the keys, few heads still use
-// many threads). Chunks depend on sizes alone: a call gives the same bits with any number of threads. Scores, softmax and sums are
-// float32; the output is rounded once. A chunk that the mask closes is not read.
+// Keys and values are read once and little is done with them: what counts is how fast memory delivers. A task is up to kChunk keys of one key
+// head: their scores for all queries of the group, the softmax within the chunk, the weighted sum of their values. What it leaves of a query
+// (that sum, the largest score, the sum of exponentials) is put together afterwards, so that few heads and long contexts use many threads.
+// Chunks depend on sizes alone: a call gives the same bits with any number of threads. Scores, softmax and sums are float32; the output
+// is rounded once. A chunk that the mask closes is not read.
 //
-// Written in the compiler's own vectors, as wide as the processor's registers: one source for AVX-512, AVX2 and SSE2.
-// Everything else (other dtypes, several query tokens, head sizes below 32 or above 256) gets an empty list, and so does every call before the
-// library was checked: decode_attention.py has PyTorch compute those.
+// Written in vectors of the compiler, as wide as the processor's registers: one source for AVX-512, AVX2 and SSE2.
+// Everything else (other dtypes, several query tokens, head sizes below 32 or above 256) gets an empty list, and so does every call before
+// the check in decode_attention.py, which has PyTorch compute those.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
+#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #define QVLM_INLINE __attribute__((always_inline)) inline
+#define QVLM_FOR(i) [&](auto i) __attribute__((always_inline))  // body of each()
 
 namespace {
 
-#if defined(QVLM_LANES)
-constexpr int kLanes = QVLM_LANES;
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kSums = kLanes;               // vectors of sums that the registers hold beside their operands
-constexpr int64_t kStep = 2 * kLanes;       // values of a head taken at a time, as two vectors
+constexpr int kSums = kLanes;                      // vectors of sums that the registers hold beside their operands
+constexpr int64_t kStep = 2 * kLanes;              // values of a head taken at a time, as two vectors
 constexpr int64_t kSmallest = 32, kLargest = 256;  // head sizes
-constexpr int64_t kChunk = 128;             // keys of a task: scores and values stay in the L1 and L2 caches
-constexpr int64_t kQueries = 16;            // queries of a group that a task works on at a time
-constexpr int64_t kAlone = 1 << 16;         // bytes of keys and values below which starting threads costs more than it saves
+constexpr int64_t kChunk = 128;                    // keys of a task: their values stay in the L2 cache
+constexpr int64_t kStreams = 8;                    // runs of neighbouring keys read side by side: memory delivers faster than from one
+constexpr int64_t kQueries = 16;                   // queries of a group that a task works on at a time
+constexpr int64_t kAlone = 1 << 16;                // bytes of keys and values below which starting threads costs more than it saves
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -55,10 +53,13 @@ using Lanes = std::make_integer_sequence<int, kLanes>;
 using Bfloat16 = uint16_t;
 
 // f(0), ..., f(N - 1) with constants: arrays of vectors indexed by them live in registers.
+template <class F, int... I>
+QVLM_INLINE void each(F&& f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>()), ...);
+}
 template <int N, class F>
 QVLM_INLINE void each(F&& f) {
-    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) { (f(std::integral_constant<int, I>()), ...); }
-    (std::make_integer_sequence<int, N>());
+    each(f, std::make_integer_sequence<int, N>());
 }
 
 QVLM_INLINE Floats splat(float value) { return Floats{} + value; }
@@ -90,8 +91,8 @@ QVLM_INLINE void store_step(Pair values, Bfloat16* to) {
     std::memcpy(to, &words, sizeof words);
 }
 // Where the i-th value of a step lies in its two vectors.
-QVLM_INLINE int64_t place(const float*, int64_t i) { return i; }
-QVLM_INLINE int64_t place(const Bfloat16*, int64_t i) { return i % 2 * kLanes + i / 2; }
+QVLM_INLINE int64_t lane(const float*, int64_t i) { return i; }
+QVLM_INLINE int64_t lane(const Bfloat16*, int64_t i) { return i % 2 * kLanes + i / 2; }
 
 // e^x for x <= 0, to 2 units in the last place; 0 below the smallest normal number. NaN stays.
 QVLM_INLINE Floats exponential(Floats x) {
@@ -119,22 +120,25 @@ QVLM_INLINE Pair joined(Floats a, Floats b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// Over all lanes.
 template <int D = kLanes / 2>
 QVLM_INLINE float sum_of(Floats values) {
-    if constexpr (D == 0) return values[0];
-    else return sum_of<D / 2>(values + joined<D>(values, values, Lanes()).high);
+    if constexpr (D > 0)
+        return sum_of<D / 2>(values + joined<D>(values, values, Lanes()).high);
+    else
+        return values[0];
 }
 template <int D = kLanes / 2>
 QVLM_INLINE float largest_of(Floats values) {
-    if constexpr (D == 0) return values[0];
-    else return largest_of<D / 2>(larger(values, joined<D>(values, values, Lanes()).high));
+    if constexpr (D > 0)
+        return largest_of<D / 2>(larger(values, joined<D>(values, values, Lanes()).high));
+    else
+        return values[0];
 }
 
 // Lane i is the sum over the lanes of sums[i].
 template <int D = kLanes / 2>
 QVLM_INLINE Floats totals(Floats (&sums)[kLanes]) {
-    each<D>([&](auto i) __attribute__((always_inline)) { 
+    each<D>(QVLM_FOR(i) { 
         const Pair halves = joined<D>(sums[i], sums[i + D], Lanes());
         sums[i] = halves.low + halves.high;
     });
@@ -145,9 +149,22 @@ QVLM_INLINE Floats totals(Floats (&sums)[kLanes]) {
 }
 
 struct Mask {
-    const void* data;         // null for none
+    const void* data;  // null for none
     enum { kBool, kFloat, kBfloat16 } kind;
     int64_t batch, head, key;  // strides
+};
+
+// `count` neighbouring keys as kStreams runs: places 0, 1, ... are the first keys of all runs, then the second ones. The last places of
+// a short chunk have no key of their own; they read the last one, and nothing comes of it.
+struct Places {
+    int64_t count, run, size;
+    int64_t key[kChunk];
+
+    explicit Places(int64_t count) : count(count), run((count + 15) / 16 * 2), size(run * kStreams) {  // a multiple of all kLanes
+        for (int64_t i = 0; i < size; ++i) key[i] = std::min(place(i), count - 1);
+    }
+    int64_t place(int64_t i) const { return i % kStreams * run + i / kStreams; }
+    bool exists(int64_t i) const { return place(i) < count; }
 };
 
 // The call, strides in elements; the last dimension of all three is contiguous.
@@ -167,12 +184,12 @@ struct Call {
     // First value of a step; the last step ends with the head and may overlap the one before.
     int64_t start(int64_t step) const { return std::min(step * kStep, size - kStep); }
     // What a chunk leaves of a query: the weighted sum [padded], the largest score, the sum of exponentials.
-    int64_t partial() const { return padded() + 16; }
+    int64_t partial() const { return (padded() + 2 + 15) / 16 * 16; }
 };
 
-// Asks memory for a step in advance.
+// Asks for a step in advance, as far as the L2 cache.
 template <class T>
-QVLM_INLINE void ahead(const T* from) {
+QVLM_INLINE void ask(const T* from) {
     for (size_t i = 0; i < kStep * sizeof(T); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + i, 0, 2);
 }
 
@@ -185,27 +202,26 @@ void prepare(const Call<T>& c, const T* query, int64_t count, float* to) {
             store(values.low * c.scale, to + s * kStep), store(values.high * c.scale, to + s * kStep + kLanes);
         }
         const int64_t last = c.steps() - 1;
-        for (int64_t repeated = 0; repeated < last * kStep - c.start(last); ++repeated) to[last * kStep + place(query, repeated)] = 0;
+        for (int64_t repeated = 0; repeated < last * kStep - c.start(last); ++repeated) to[last * kStep + lane(query, repeated)] = 0;
     }
 }
 
-// scores [QUERIES, kChunk] of `count` keys; up to kLanes - 1 more are written, with numbers of no meaning.
+// scores [QUERIES, kChunk] of the keys of a chunk; asks for its values.
 template <int QUERIES, class T>
-void multiply_keys(const Call<T>& c, const float* query, const T* key, const int64_t* rows, int64_t count, float* scores, const T* next) {
+void multiply_keys(const Call<T>& c, const float* query, const T* key, const T* value, const Places& places, float* scores) {
     constexpr int KEYS = kSums / QUERIES;
     const int64_t steps = c.steps(), padded = c.padded();
-    for (int64_t j = 0; j < count; j += KEYS) {
-        const T* from[KEYS];
-        each<KEYS>([&](auto k) __attribute__((always_inline)) { from[k] = key + rows[j + k] * c.key_row; });
-        //A
+    for (int64_t j = 0; j < places.size; j += KEYS) {
+        const T *from[KEYS], *later[KEYS];
+        each<KEYS>(QVLM_FOR(k) { from[k] = key + places.key[j + k] * c.key_row, later[k] = value + places.key[j + k] * c.value_row; });
         Floats sums[kSums] = {};
         for (int64_t s = 0; s < steps; ++s) {
             const int64_t start = c.start(s);
             Pair keys[KEYS];
-            each<KEYS>([&](auto k) __attribute__((always_inline)) { ahead(next + rows[j + k] * c.value_row + start); keys[k] = load_step(from[k] + start); });
-            each<QUERIES>([&](auto q) __attribute__((always_inline)) {
+            each<KEYS>(QVLM_FOR(k) { ask(later[k] + start), keys[k] = load_step(from[k] + start); });
+            each<QUERIES>(QVLM_FOR(q) {
                 const Floats low = load(query + q * padded + s * kStep), high = load(query + q * padded + s * kStep + kLanes);
-                each<KEYS>([&](auto k) __attribute__((always_inline)) {
+                each<KEYS>(QVLM_FOR(k) {
                     sums[q * KEYS + k] += keys[k].low * low;
                     sums[q * KEYS + k] += keys[k].high * high;
                 });
@@ -213,66 +229,73 @@ void multiply_keys(const Call<T>& c, const float* query, const T* key, const int
         }
         float all[kLanes];
         store(totals(sums), all);
-        each<QUERIES>([&](auto q) __attribute__((always_inline)) { std::memcpy(scores + q * kChunk + j, all + q * KEYS, KEYS * 4); });
+        each<QUERIES>(QVLM_FOR(q) { std::memcpy(scores + q * kChunk + j, all + q * KEYS, KEYS * 4); });
     }
 }
 
-// Adds up `count` values weighted by [QUERIES, kChunk]; STEPS steps of a head from `step` on, to the partial results `to`.
+// Steps `step` ... `step + STEPS - 1` of the values of a chunk, weighted by [QUERIES, kChunk] and added up; asks for `next`.
 template <int QUERIES, int STEPS, class T>
-void multiply_values(const Call<T>& c, const float* weights, const T* value, const int64_t* rows, int64_t count, int64_t step, float* to, const T* next) {
+void multiply_values(const Call<T>& c, const float* weights, const T* value, const T* next, const Places& places, int64_t step, float* partial) {
     Floats low[QUERIES * STEPS] = {}, high[QUERIES * STEPS] = {};
     int64_t starts[STEPS];
-    each<STEPS>([&](auto s) __attribute__((always_inline)) { starts[s] = c.start(step + s); });
-    for (int64_t j = 0; j < count; ++j) {
-        const T* from = value + rows[j] * c.value_row;
-        //C
-        each<STEPS>([&](auto s) __attribute__((always_inline)) {
-            ahead(next + rows[j] * c.key_row + starts[s]); const Pair values = load_step(from + starts[s]);
-            each<QUERIES>([&](auto q) __attribute__((always_inline)) {
+    each<STEPS>(QVLM_FOR(s) { starts[s] = c.start(step + s); });
+    for (int64_t j = 0; j < places.size; ++j) {
+        const T *from = value + places.key[j] * c.value_row, *later = next + places.key[j] * c.key_row;
+        each<STEPS>(QVLM_FOR(s) {
+            ask(later + starts[s]);
+            const Pair values = load_step(from + starts[s]);
+            each<QUERIES>(QVLM_FOR(q) {
                 low[q * STEPS + s] += values.low * weights[q * kChunk + j];
                 high[q * STEPS + s] += values.high * weights[q * kChunk + j];
             });
         });
     }
-    each<QUERIES>([&](auto q) __attribute__((always_inline)) {
-        each<STEPS>([&](auto s) __attribute__((always_inline)) {
-            float* part = to + q * c.partial() + (step + s) * kStep;
-            store(low[q * STEPS + s], part), store(high[q * STEPS + s], part + kLanes);
-        });
+    each<QUERIES>(QVLM_FOR(q) {
+        each<STEPS>(QVLM_FOR(s) { store_step({low[q * STEPS + s], high[q * STEPS + s]}, partial + q * c.partial() + (step + s) * kStep); });
     });
 }
 
 template <int QUERIES, class T>
-void multiply_values(const Call<T>& c, const float* weights, const T* value, const int64_t* rows, int64_t count, float* to, const T* next) {
+void multiply_values(const Call<T>& c, const float* weights, const T* value, const T* next, const Places& places, float* partial) {
     constexpr int STEPS = std::max(kSums / 2 / QUERIES, 1);
     int64_t step = 0;
-    for (; step + STEPS <= c.steps(); step += STEPS) multiply_values<QUERIES, STEPS>(c, weights, value, rows, count, step, to, next);
-    for (; step < c.steps(); ++step) multiply_values<QUERIES, 1>(c, weights, value, rows, count, step, to, next);
+    for (; step + STEPS <= c.steps(); step += STEPS) multiply_values<QUERIES, STEPS>(c, weights, value, next, places, step, partial);
+    for (; step < c.steps(); ++step) multiply_values<QUERIES, 1>(c, weights, value, next, places, step, partial);
 }
 
-// What the mask adds to the scores of some keys; returns whether any of them counts.
-QVLM_INLINE float added(uint8_t allowed) { return allowed ? 0.0f : -kInfinity; }
-QVLM_INLINE float added(float value) { return value; }
-QVLM_INLINE float added(Bfloat16 value, int) {
+struct Allowed {
+    uint8_t yes;
+};
+inline float term(Allowed allowed) { return allowed.yes ? 0.0f : -kInfinity; }
+inline float term(float value) { return value; }
+inline float term(Bfloat16 value) {
     const uint32_t word = uint32_t(value) << 16;
     float result;
     std::memcpy(&result, &word, 4);
     return result;
 }
-bool open(const Mask& mask, int64_t first, const int64_t* rows, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) {
-        const int64_t offset = first + rows[i] * mask.key;
-        to[i] = !mask.data ? 0.0f : mask.kind == Mask::kBool    ? added(static_cast<const uint8_t*>(mask.data)[offset])
-                : mask.kind == Mask::kFloat ? added(static_cast<const float*>(mask.data)[offset])
-                                            : added(static_cast<const Bfloat16*>(mask.data)[offset], 0);
+
+// What is added to the scores of a chunk whose mask begins at `first`: -infinity where there is no key. Returns whether any key counts.
+template <class M>
+bool terms(const M* mask, int64_t stride, const Places& places, float* to) {
+    bool any = false;
+    for (int64_t i = 0; i < places.size; ++i) {
+        to[i] = places.exists(i) ? mask ? term(mask[places.key[i] * stride]) : 0.0f : -kInfinity;
+        any |= to[i] != -kInfinity;
     }
-    return std::any_of(to, to + count, [](float value) { return value != -kInfinity; });
+    return any;
+}
+bool terms(const Mask& mask, int64_t first, const Places& places, float* to) {
+    if (!mask.data) return terms<float>(nullptr, 0, places, to);
+    if (mask.kind == Mask::kBool) return terms(static_cast<const Allowed*>(mask.data) + first, mask.key, places, to);
+    if (mask.kind == Mask::kFloat) return terms(static_cast<const float*>(mask.data) + first, mask.key, places, to);
+    return terms(static_cast<const Bfloat16*>(mask.data) + first, mask.key, places, to);
 }
 
-// Adds the mask to scores [kChunk], closes what follows the last of `count`, and returns the largest.
-float finish(float* scores, const float* bias, int64_t count) {
-    if (bias)
-        for (int64_t i = 0; i < count; ++i) scores[i] += bias[i];
+// Adds the terms to `count` scores, if there are any, and returns the largest.
+float finish(float* scores, const float* terms, int64_t count) {
+    if (terms)
+        for (int64_t i = 0; i < count; ++i) scores[i] += terms[i];
     Floats most = splat(-kInfinity);
     for (int64_t i = 0; i < count; i += kLanes) most = larger(load(scores + i), most);
     return largest_of(most);
@@ -302,32 +325,30 @@ QVLM_INLINE void tiled(int64_t count, F&& f) {
 // One chunk of one key head, for all queries of its group. `partial` [group, c.partial()].
 template <class T>
 void attend(const Call<T>& c, int64_t batch, int64_t key_head, int64_t chunk, float* partial) {
-    alignas(64) float query[kQueries * kLargest], scores[kQueries * kChunk], bias[kQueries * kChunk];
-    const int64_t begin = chunk * kChunk, count = std::min(kChunk, c.keys - begin), padded = c.padded(), row = c.partial();
+    alignas(64) float query[kQueries * kLargest], scores[kQueries * kChunk], added[kQueries * kChunk];
+    const int64_t begin = chunk * kChunk, padded = c.padded(), row = c.partial();
+    const Places places(std::min(kChunk, c.keys - begin));
     const T* key = c.key + batch * c.key_batch + key_head * c.key_head + begin * c.key_row;
     const T* value = c.value + batch * c.value_batch + key_head * c.value_head + begin * c.value_row;
-    const int64_t per = (count + 15) / 16 * 2, positions = per * 8;
-    int64_t rows[kChunk];
-    for (int64_t i = 0; i < positions; ++i) rows[i] = std::min(i % 8 * per + i / 8, count - 1);
     for (int64_t first = 0; first < c.group(); first += kQueries, partial += kQueries * row) {
         const int64_t queries = std::min(kQueries, c.group() - first), head = key_head * c.group() + first;
-        const int64_t masks = !c.mask.data ? positions != count : c.mask.head ? queries : 1;
+        const int64_t masks = c.mask.head ? queries : c.mask.data || places.size != places.count ? 1 : 0;  // rows of `added`
         bool any = !masks;
         for (int64_t i = 0; i < masks; ++i)
-            any |= open(c.mask, batch * c.mask.batch + (head + i) * c.mask.head + begin * c.mask.key, rows, positions, bias + i * kChunk);
-        if (positions != count) for (int64_t i = 0; i < masks; ++i) for (int64_t p = 0; p < positions; ++p) if (p % 8 * per + p / 8 >= count) bias[i*kChunk + p] = -kInfinity;
+            any |= terms(c.mask, batch * c.mask.batch + (head + i) * c.mask.head + begin * c.mask.key, places, added + i * kChunk);
         if (!any) {
             for (int64_t i = 0; i < queries; ++i) partial[i * row + padded] = -kInfinity, partial[i * row + padded + 1] = 0;
             continue;
         }
         prepare(c, c.query + batch * c.query_batch + head * c.query_head, queries, query);
-        tiled(queries, [&](auto tile, int64_t i) { multiply_keys<tile>(c, query + i * padded, key, rows, positions, scores + i * kChunk, value); });
-        // two loops: the queries of each are independent, and the processor works on several at once
+        tiled(queries, [&](auto tile, int64_t i) { multiply_keys<tile>(c, query + i * padded, key, value, places, scores + i * kChunk); });
+        // two loops: the rows of each are independent, and the processor works on several at once
         for (int64_t i = 0; i < queries; ++i)
-            partial[i * row + padded] = finish(scores + i * kChunk, masks ? bias + (masks > 1 ? i : 0) * kChunk : nullptr, positions);
+            partial[i * row + padded] = finish(scores + i * kChunk, masks ? added + (masks > 1 ? i : 0) * kChunk : nullptr, places.size);
         for (int64_t i = 0; i < queries; ++i)
-            partial[i * row + padded + 1] = exponentials(scores + i * kChunk, partial[i * row + padded], positions);
-        tiled(queries, [&](auto tile, int64_t i) { multiply_values<tile>(c, scores + i * kChunk, value, rows, positions, partial + i * row, key + kChunk * c.key_row); });
+            partial[i * row + padded + 1] = exponentials(scores + i * kChunk, partial[i * row + padded], places.size);
+        const T* next = key + kChunk * c.key_row;
+        tiled(queries, [&](auto tile, int64_t i) { multiply_values<tile>(c, scores + i * kChunk, value, next, places, partial + i * row); });
     }
 }
 
@@ -353,8 +374,8 @@ void combine(const Call<T>& c, const float* partial, int64_t stride, T* out) {
 template <class T>
 void run(const Call<T>& c) {
     const int64_t group = c.group(), chunks = c.chunks(), row = c.partial(), tasks = c.batch * c.key_heads * chunks;
-    const std::unique_ptr<float, decltype(&std::free)> memory(static_cast<float*>(std::aligned_alloc(64, tasks * group * row * 4)), &std::free);
-    float* partials = memory.get();
+    constexpr std::align_val_t line{64};
+    float* partials = static_cast<float*>(::operator new(tasks * group * row * sizeof(float), line));
 #pragma omp parallel if (c.batch * c.key_heads * c.keys * c.size * int64_t(2 * sizeof(T)) > kAlone)
     {
 #pragma omp for schedule(static)
@@ -364,6 +385,7 @@ void run(const Call<T>& c) {
         for (int64_t i = 0; i < c.batch * c.heads; ++i)
             combine(c, partials + (i / group * chunks * group + i % group) * row, group * row, c.out + i * c.size);
     }
+    ::operator delete(partials, line);
 }
 
 using torch::headeronly::ScalarType;
