@@ -10,7 +10,7 @@
 //
 // Written in vectors of the compiler, as wide as the processor's registers: one source for AVX-512, AVX2 and SSE2.
 // Everything else (other dtypes, several query tokens, head sizes below 32 or above 256) gets an empty list, and so does every call before
-// the check in decode_attention.py, which has PyTorch compute those.
+// the check in attention.py, which has PyTorch compute those.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -391,7 +391,7 @@ void run(const Call<T>& c) {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-bool enabled = false;
+bool enabled = false;  // until the check has passed
 
 bool is(const Tensor& tensor, int64_t batch, int64_t heads, int64_t rows, int64_t size) {
     return tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == heads && tensor.size(2) == rows && tensor.size(3) == size;
@@ -444,11 +444,5 @@ std::vector<Tensor> decode_attention(Tensor query, Tensor key, Tensor value, std
 
 STABLE_TORCH_LIBRARY_IMPL(qvlm_hf, CPU, library) { library.impl("decode_attention_cpu", TORCH_BOX(&decode_attention)); }
 
-extern "C" {
-
-// Lanes of a vector: 16 with AVX-512, 8 with AVX, 4 otherwise.
-int qvlm_lanes() { return kLanes; }
-
 // Whether calls are taken: not before the check, nor after it failed.
-void qvlm_enable(int yes) { enabled = yes != 0; }
-}
+extern "C" void qvlm_take_calls(int yes) { enabled = yes != 0; }
