@@ -41,7 +41,7 @@ constexpr int kSums = kLanes;                      // vectors of sums that the r
 constexpr int64_t kStep = 2 * kLanes;              // values of a head taken at a time, as two vectors
 constexpr int64_t kSmallest = 32, kLargest = 256;  // head sizes
 constexpr int64_t kChunk = 128;                    // keys of a task: their values stay in the L2 cache
-constexpr int64_t kStreams = 8;                    // runs of neighbouring keys read side by side: memory delivers faster than from one
+constexpr int64_t kStreams = 4;                    // runs of neighbouring keys read side by side: memory delivers faster than from one
 constexpr int64_t kQueries = 16;                   // queries of a group that a task works on at a time
 constexpr int64_t kAlone = 1 << 16;                // bytes of keys and values below which starting threads costs more than it saves
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -160,7 +160,7 @@ struct Places {
     int64_t count, run, size;
     int64_t key[kChunk];
 
-    explicit Places(int64_t count) : count(count), run((count + 15) / 16 * 2), size(run * kStreams) {  // a multiple of all kLanes
+    explicit Places(int64_t count) : count(count), run((count + 15) / 16 * 16 / kStreams), size(run * kStreams) {  // size: a multiple of all kLanes
         for (int64_t i = 0; i < size; ++i) key[i] = std::min(place(i), count - 1);
     }
     int64_t place(int64_t i) const { return i % kStreams * run + i / kStreams; }
