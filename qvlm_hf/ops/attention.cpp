@@ -138,7 +138,7 @@ QVLM_INLINE float largest_of(Floats values) {
 // Lane i is the sum over the lanes of sums[i].
 template <int D = kLanes / 2>
 QVLM_INLINE Floats totals(Floats (&sums)[kLanes]) {
-    each<D>(QVLM_FOR(i) { 
+    each<D>(QVLM_FOR(i) {
         const Pair halves = joined<D>(sums[i], sums[i + D], Lanes());
         sums[i] = halves.low + halves.high;
     });
