@@ -30,12 +30,7 @@ def attend(
     Returns:
         [B, T, H, D], and None for the weights, which are not kept.
     """
-    if (
-        query.shape[2] == 1
-        and query.is_cpu
-        and not dropout
-        and (_NOT_OURS.isdisjoint(kwargs) or all(kwargs.get(n) is None for n in _NOT_OURS))
-    ):
+    if query.shape[2] == 1 and query.is_cpu and not dropout and not any(kwargs.get(name) is not None for name in _NOT_OURS):
         return decode_attention(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
