@@ -94,17 +94,17 @@ QVLM_INLINE void store_step(Pair values, Bfloat16* to) {
 QVLM_INLINE int64_t lane(const float*, int64_t i) { return i; }
 QVLM_INLINE int64_t lane(const Bfloat16*, int64_t i) { return i % 2 * kLanes + i / 2; }
 
-// e^x for x <= 0, to 2 units in the last place; 0 below the smallest normal number. NaN stays.
+// e^x for x <= 0, to one unit in the last place; 0 below the smallest normal number. NaN stays.
 QVLM_INLINE Floats exponential(Floats x) {
     const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const Floats bounded = x < -87.3f ? splat(-87.3f) : x;
     const Floats shifted = bounded * 1.44269504f + shift;
     const Floats n = shifted - shift;
     const Floats r = (bounded - n * 0.693145752f) - n * 1.42860677e-6f;  // n * ln 2 in two parts, the first exact
-    Floats p = r * 1.3981999507e-3f + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    Floats p = r * 0.00138131448f + 0.00836941879f;  // 1 + r + r^2 p: the least relative error for |r| <= ln 2 / 2
+    p = p * r + 0.041668456f;
+    p = p * r + 0.166665152f;
+    p = p * r + 0.49999994f;
     p = p * r * r + r + 1.0f;
     const Integers power = ((Integers)shifted - 0x4b400000 + 127) << 23;
     return x < -87.3f ? Floats{} : p * (Floats)power;

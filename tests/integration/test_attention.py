@@ -134,3 +134,15 @@ def test_compiled_without_a_break_the_same_text_by_the_kernel(tmp_path, dtype, k
     model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     assert torch.equal(model.generate(**BATCH, disable_compile=True, **options), expected)
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_by_the_default_compiler_too(tmp_path, kv_heads, kernel_only):
+    model = wide(tmp_path, kv_heads)
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(**BATCH, **options)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    assert torch.equal(model.generate(**BATCH, **options), expected)
+    torch._dynamo.reset()
