@@ -1,6 +1,7 @@
 """Loading models and making configurations for the commands, without the library's own chatter."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,18 +25,25 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in the output directory")
 
 
-def make_config(options: argparse.Namespace, **calibration: Any) -> QVLMConfig:  # noqa: ANN401 - fields of QVLMConfig
+def make_config(options: argparse.Namespace, *, search: Mapping[str, Any] | None = None, **fields: Any) -> QVLMConfig:  # noqa: ANN401 - fields of QVLMConfig
     """The configuration that the options ask for.
 
     Args:
         options: of `add_scheme_arguments`.
-        **calibration: dataset, processor and what else only the search uses; dropped for plain rounding.
+        search: dataset, processor and the other fields that only the search uses; plain rounding does without them.
+        **fields: those that plain rounding uses too.
+
+    Raises:
+        ValueError: a field breaks a rule, or asks plain rounding for static ranges.
     """
-    common = {"scheme": options.scheme, "group_size": options.group_size, "symmetric": options.symmetric, "seed": options.seed}
+    fields |= {"scheme": options.scheme, "group_size": options.group_size, "symmetric": options.symmetric, "seed": options.seed}
     if options.method == "qvlm":
-        return QVLMConfig(**common, **calibration)
-    granularity = None if QVLMConfig(**common).activation_bits == 16 else "dynamic_token"
-    return QVLMConfig(**common, activation_granularity=granularity, weight_rounding="nearest")
+        return QVLMConfig(**fields, **(search or {}))
+    if fields.get("activation_granularity") == "channel":
+        raise ValueError("--activation-granularity channel has ranges to calibrate: leave it out with --method rtn.")
+    if QVLMConfig(**fields).activation_bits != 16:
+        fields["activation_granularity"] = "dynamic_token"
+    return QVLMConfig(**fields, weight_rounding="nearest")
 
 
 def silence() -> None:
