@@ -75,6 +75,8 @@ def save_quantized(
 def written_whole(target: Path) -> Iterator[Path]:
     """A directory beside `target` to write into; it takes the target's place when the block ends without an error.
 
+    Its files get the permissions of any new file, so that whoever may read the directory can load the model.
+
     Args:
         target: from `check_output`.
 
@@ -85,6 +87,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        _follow_umask(partial)
         _move_into_place(partial, target)
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as an error of its own
@@ -147,6 +150,17 @@ def _sort_metadata(file: Path) -> None:
         if len(content) == size:  # always, unless safetensors starts to write spaces
             opened.seek(8)
             opened.write(content)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Gives every file the permissions that a new one gets here: safetensors writes through temporary files, which nobody else may read."""
+    new = folder / f".new-{uuid4().hex[:8]}"  # os.umask could only be asked by changing it, for every thread
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_mode != mode:  # some file systems have one mode for all, and no chmod
+            file.chmod(mode)
 
 
 def _move_into_place(partial: Path, target: Path) -> None:
