@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from qvlm_hf.core.architectures import shared_inputs
 from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
+from qvlm_hf.integration.directory import check_index
 from qvlm_hf.integration.origin import origin
 from qvlm_hf.integration.registry import quantizer_class
 from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_segments, rounding_skeleton
@@ -122,7 +124,13 @@ class QVLMHfQuantizer(HfQuantizer):
         return dtype
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The language model attends as attention.py says, unless the user asked for an implementation; never saved."""
+        """The language model attends as attention.py says, unless the user asked for an implementation; never saved.
+
+        Raises:
+            ValueError: the checkpoint is a directory with a damaged shard index.
+        """
+        if config.name_or_path:
+            check_index(Path(config.name_or_path))  # here, because no other hook sees the configuration before the index is read
         from qvlm_hf.integration.attention import ATTENTION  # registers it; not at the top: Transformers' modeling code takes a second
 
         asked = config._attn_implementation or getattr(config.get_text_config(), "_attn_implementation", None)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import write_card
+from qvlm_hf.integration.directory import INDEX_NAME
 from qvlm_hf.nn.footprint import count_parameters
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -133,7 +134,7 @@ def _forget_configuration(processor: Any) -> None:  # noqa: ANN401 - any Transfo
 
 def _correct_index(folder: Path, parameters: int) -> None:
     """Writes the true parameter count into a shard index; Transformers counts packed words and scales."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_NAME
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))
         content["metadata"]["total_parameters"] = parameters
