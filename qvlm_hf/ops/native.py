@@ -17,8 +17,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -47,7 +47,7 @@ def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]
     try:
         return ctypes.CDLL(str(path))
     except OSError:  # damaged in the cache: once more
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have found it damaged too
         return ctypes.CDLL(str(compiled(sources, flags, libraries)))
 
 
@@ -81,19 +81,16 @@ def _compile(command: Sequence[str], source: Path, libraries: Sequence[str], tar
         os.replace(made, target)
 
 
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def _alone(target: Path) -> AbstractContextManager[object]:
     """Keeps other processes from compiling the same library; after `_SECONDS`, or where there are no locks, it goes on without."""
-    end = time.monotonic() + _SECONDS
     try:
-        lock = target.with_suffix(".lock").open("w")
+        lock = target.with_suffix(".lock").open("w")  # closing it lets go, as the end of a process does
     except OSError:  # where nothing can be written, the compiler says so
-        yield
-        return
-    with lock:  # closing it lets go, as the end of a process does
-        while not _taken(lock) and time.monotonic() < end:
-            time.sleep(0.1)
-        yield
+        return nullcontext()
+    end = time.monotonic() + _SECONDS
+    while not _taken(lock) and time.monotonic() < end:
+        time.sleep(0.1)
+    return lock
 
 
 def _taken(lock: TextIO) -> bool:
