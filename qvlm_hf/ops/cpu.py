@@ -1,4 +1,4 @@
-"""CPU kernels of `qvlm_hf::linear` and `linears`: one C++ file, compiled where it runs, checked against the reference before it is used.
+"""CPU kernels of `qvlm_hf::linear`, `linears` and `rms_norm`: one C++ file, compiled where it runs, checked against the reference before it is used.
 
 The source is part of the package and is compiled at first use with the host's C++ compiler for the host's own instruction set; the
 library is kept in the user's cache under a hash of source, flags, compiler and processor. It computes with PyTorch's own OpenMP threads.
@@ -25,9 +25,9 @@ from qvlm_hf.core.packing import pack
 from qvlm_hf.ops import native, reference
 from qvlm_hf.ops.schema import Module, well_formed
 
-__all__ = ["entry", "kernel_name", "linear", "linears"]
+__all__ = ["entries", "kernel_name", "linear", "linears"]
 
-_SOURCES = (Path(__file__).with_name("cpu_kernels.cpp"), Path(__file__).with_name("cpu_call.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_call.h", "cpu_norm.h", "cpu_number.h"))
 # -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels flip
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _INT32 = 2**30  # the kernels add two partial sums of a group
@@ -54,10 +54,12 @@ def kernel_name(in_features: int, weight_bits: int, activation_bits: int, group_
     return _misfit(in_features, weight_bits, activation_bits, group_length) or _kernels().name
 
 
-def entry() -> int | None:
-    """Address of the kernels' entry for quantized inputs (`qvlm_linears`), None where there are no kernels."""
+def entries() -> tuple[int | None, int | None] | None:
+    """Addresses of `qvlm_linears` and `qvlm_rms_norm`, None where there are no kernels."""
     library = _kernels().library
-    return None if library is None else ctypes.cast(library.qvlm_linears, ctypes.c_void_p).value
+    if library is None:
+        return None
+    return ctypes.cast(library.qvlm_linears, ctypes.c_void_p).value, ctypes.cast(library.qvlm_rms_norm, ctypes.c_void_p).value
 
 
 def linear(
@@ -265,7 +267,8 @@ def _load() -> ctypes.CDLL:
     library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], whole
     library.qvlm_linears.argtypes = [ctypes.c_char_p]
     library.qvlm_linear_float.argtypes = [pointer, pointer, pointer, size, *matrix]
-    library.qvlm_linears.restype = library.qvlm_linear_float.restype = None
+    library.qvlm_rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size, size]
+    library.qvlm_linears.restype = library.qvlm_linear_float.restype = library.qvlm_rms_norm.restype = None
     return library
 
 
@@ -285,6 +288,17 @@ def _self_check(library: ctypes.CDLL) -> str | None:
             expected = reference.linear(x, weight, scale, zero, *statics, bias, 136, weight_bits, activation_bits, 128, granularity, 0)
             if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
                 return f"W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
+    return _check_norm(library, generator)
+
+
+def _check_norm(library: ctypes.CDLL, generator: torch.Generator) -> str | None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)):
+        x, weight = torch.randn(3, 136, generator=generator).to(dtype), torch.rand(136, generator=generator).to(dtype)
+        y = torch.empty_like(x)
+        library.qvlm_rms_norm(_pointer(x), _pointer(weight), 1e-5, _pointer(y), 3, 136, dtype == torch.bfloat16)
+        expected = reference.rms_norm(x, weight, 1e-5)
+        if not torch.allclose(y, expected, rtol=tolerance, atol=tolerance):
+            return f"RMSNorm in {dtype}"
     return None
 
 

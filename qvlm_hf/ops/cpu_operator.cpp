@@ -1,8 +1,9 @@
-// `qvlm_hf::linears_cpu`: the usual call of the CPU kernels without any Python, through PyTorch's stable interface for libraries.
+// `qvlm_hf::linears_cpu` and `rms_norm`: the usual call of the CPU kernels without any Python, through PyTorch's stable interface for
+// libraries.
 //
 // Usual is what decoding does: contiguous tensors, float32 or bfloat16, quantized inputs, no transform. Everything else gets an empty list,
-// and the caller asks `qvlm_hf::linears`, which takes all and has the words for what is wrong. The kernels come as a pointer, after their
-// check; before that every call gets an empty list.
+// and the caller goes the long way (`qvlm_hf::linears`, or the norm step by step), which takes all and has the words for what is wrong. The
+// kernels come as pointers, after their check; before that every call gets an empty list.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void (*kernels)(const void*) = nullptr;
+void (*norm)(const void*, const void*, float, void*, int64_t, int64_t, int64_t) = nullptr;
 
 bool is(const Tensor& tensor, ScalarType dtype, int64_t rows, int64_t columns) {
     return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns && tensor.scalar_type() == dtype && tensor.is_contiguous();
@@ -87,9 +89,23 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weight, std::vector<Te
     return outputs;
 }
 
+std::vector<Tensor> rms_norm(Tensor x, Tensor weight, double epsilon) {
+    const ScalarType dtype = x.scalar_type();
+    if (!norm || (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) || !x.dim() || !x.numel() || !x.is_contiguous() ||
+        !is(weight, dtype, x.size(x.dim() - 1)))
+        return {};
+    const Tensor y = torch::stable::new_empty(x, x.sizes());
+    const int64_t k = weight.size(0);
+    norm(x.data_ptr(), weight.data_ptr(), float(epsilon), y.data_ptr(), x.numel() / k, k, dtype == ScalarType::BFloat16);
+    return {y};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(qvlm_hf, CPU, library) { library.impl("linears_cpu", TORCH_BOX(&linears)); }
+STABLE_TORCH_LIBRARY_IMPL(qvlm_hf, CPU, library) {
+    library.impl("linears_cpu", TORCH_BOX(&linears));
+    library.impl("rms_norm", TORCH_BOX(&rms_norm));
+}
 
-// The kernels' entry (`qvlm_linears`), or null for none.
-extern "C" void qvlm_use(void (*entry)(const void*)) { kernels = entry; }
+// The kernels' entries (`qvlm_linears`, `qvlm_rms_norm`), or null for none.
+extern "C" void qvlm_use(decltype(kernels) linears_entry, decltype(norm) norm_entry) { kernels = linears_entry, norm = norm_entry; }
