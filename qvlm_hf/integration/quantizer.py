@@ -227,9 +227,9 @@ class QVLMHfQuantizer(HfQuantizer):
         for name, module in quantized_modules(model):
             if module.weight.is_meta:
                 raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to dequantize it.")
-        from qvlm_hf.integration.fusion import unfuse_norms
+        from qvlm_hf.integration.fusion import unfuse
 
-        unfuse_norms(model)
+        unfuse(model)
         dequantize_modules(model, dtype or model.dtype)
         nn.Module.to(model, dtype or model.dtype)
         return model

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass, fields
 from torch import nn
 
 from qvlm_hf.nn.linear import QVLMLinear
-from qvlm_hf.nn.norm import FusedRMSNorm
+from qvlm_hf.nn.fused import Fused
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["BACKENDS", "PrecisionRow", "format_precision_table", "precision_table", "set_backend"]
@@ -50,7 +50,7 @@ def format_precision_table(rows: Iterable[PrecisionRow]) -> str:
 
 
 def set_backend(model: nn.Module, name: str) -> None:
-    """Chooses the kernels of every quantized module of `model`, and of its fused norms; saved files do not depend on it.
+    """Chooses the kernels of every quantized module of `model`, and of its fused norms and attentions; saved files do not depend on it.
 
     Args:
         model: holds quantized modules.
@@ -64,7 +64,7 @@ def set_backend(model: nn.Module, name: str) -> None:
     if next(quantized_modules(model), None) is None:
         raise ValueError("set_backend needs a quantized model: nothing in this one is quantized.")
     for module in model.modules():
-        if isinstance(module, QVLMLinear | FusedRMSNorm):
+        if isinstance(module, QVLMLinear | Fused):
             module.reference = name == "reference"
 
 

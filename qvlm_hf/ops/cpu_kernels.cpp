@@ -19,10 +19,11 @@
 #include <cstring>
 #include <algorithm>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_call.h"
-#include "cpu_norm.h"
+#include "cpu_fused.h"
 #include "cpu_number.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
@@ -802,10 +803,20 @@ void qvlm_linears(const void* call) {
 
 // RMSNorm of x [rows, k]; weight and y have its dtype (0 float32, 1 bfloat16).
 void qvlm_rms_norm(const void* x, const void* weight, float epsilon, void* y, int64_t rows, int64_t k, int64_t dtype) {
-    if (dtype == 0)
-        qvlm::rms_norm(static_cast<const float*>(x), static_cast<const float*>(weight), epsilon, static_cast<float*>(y), rows, k);
-    else
-        qvlm::rms_norm(static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(weight), epsilon, static_cast<uint16_t*>(y), rows, k);
+    const auto norm = [&](auto* in) {
+        using T = std::remove_cv_t<std::remove_pointer_t<decltype(in)>>;
+        qvlm::rms_norm(in, static_cast<const T*>(weight), epsilon, static_cast<T*>(y), rows, k);
+    };
+    dtype ? norm(static_cast<const uint16_t*>(x)) : norm(static_cast<const float*>(x));
+}
+
+// Rotary embedding of x [tokens, heads, d] by cos, sin [angles, d]; all have the dtype of x.
+void qvlm_rotary(const void* x, const void* cos, const void* sin, void* y, int64_t tokens, int64_t angles, int64_t heads, int64_t d, int64_t dtype) {
+    const auto turn = [&](auto* in) {
+        using T = std::remove_cv_t<std::remove_pointer_t<decltype(in)>>;
+        qvlm::rotary(in, static_cast<const T*>(cos), static_cast<const T*>(sin), static_cast<T*>(y), tokens, angles, heads, d);
+    };
+    dtype ? turn(static_cast<const uint16_t*>(x)) : turn(static_cast<const float*>(x));
 }
 
 // One layer of floating-point inputs: few tokens, float32 throughout.

@@ -1,7 +1,7 @@
 """`qvlm_hf::linear` and `linears` on CPUs: registered here, computed by cpu.py, and from the second call on mostly by `linears_cpu`.
 
-`linears_cpu` and `rms_norm` are a short C++ file over PyTorch's stable library interface, compiled and kept like the kernels. It calls them for
-what decoding does without running Python: of a decoding step of a model with a billion parameters the Python of these calls took a seventh.
+`linears_cpu`, `rms_norm` and `rotary` are a short C++ file over PyTorch's stable library interface, compiled and kept like the kernels. It calls
+them for what decoding does without running Python: of a decoding step of a model with a billion parameters the Python of these calls took a seventh.
 Where it cannot be compiled (no compiler, PyTorch before 2.10) calls take longer and compute the same.
 """
 
@@ -27,7 +27,7 @@ _LINKED = ("-L", str(_TORCH / "lib"), "-ltorch_cpu", "-lc10")
 
 @functools.cache
 def load() -> str | None:
-    """Makes `linears_cpu` and `rms_norm` take calls, once per process; returns why they do not, or None."""
+    """Makes `linears_cpu`, `rms_norm` and `rotary` take calls, once per process; returns why they do not, or None."""
     entries = cpu.entries()
     if entries is None:
         return "there are no kernels"
@@ -36,7 +36,7 @@ def load() -> str | None:
     except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
         logging.getLogger(__name__).info("calls of the CPU kernels go through Python: %s", error)
         return str(error)
-    library.qvlm_use.argtypes, library.qvlm_use.restype = [ctypes.c_void_p] * 2, None
+    library.qvlm_use.argtypes, library.qvlm_use.restype = [ctypes.c_void_p] * len(entries), None
     library.qvlm_use(*entries)
     return None
 
