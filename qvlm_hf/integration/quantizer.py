@@ -223,15 +223,17 @@ class QVLMHfQuantizer(HfQuantizer):
                 self.published = push_result(model, config.processor, self._target)
         config.dataset, config.processor, config.callbacks, self._samples = None, None, (), None
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         for name, module in quantized_modules(model):
             if module.weight.is_meta:
                 raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to dequantize it.")
         from qvlm_hf.integration.fusion import unfuse
 
         unfuse(model)
-        dequantize_modules(model, dtype or model.dtype)
-        nn.Module.to(model, dtype or model.dtype)
+        if not isinstance(dtype, torch.dtype):  # saving a model leaves the dtype's name in its config, which Transformers passes on
+            dtype = getattr(torch, dtype) if dtype else model.dtype
+        dequantize_modules(model, dtype)
+        nn.Module.to(model, dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

@@ -5,8 +5,8 @@ from dataclasses import astuple, dataclass, fields
 
 from torch import nn
 
-from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.fused import Fused
+from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["BACKENDS", "PrecisionRow", "format_precision_table", "precision_table", "set_backend"]

@@ -1,8 +1,8 @@
-// `qvlm_hf::linears_cpu`, `rms_norm` and `rotary`: the usual call of the CPU kernels without any Python, through PyTorch's stable interface for
+// `qvlm_hf::linears_cpu`, `rms_norm_cpu` and `rotary_cpu`: the usual call of the CPU kernels without any Python, through PyTorch's stable interface for
 // libraries.
 //
 // Usual is what decoding does: contiguous tensors, float32 or bfloat16, quantized inputs, no transform. Everything else gets an empty list,
-// and the caller goes the long way (`qvlm_hf::linears`, or step by step in PyTorch), which takes all and has the words for what is wrong. The
+// and the caller goes the long way (`qvlm_hf::linears`, or PyTorch's operators), which takes all and has the words for what is wrong. The
 // kernels come as pointers, after their check; before that every call gets an empty list.
 
 #include <torch/csrc/stable/library.h>
@@ -125,8 +125,8 @@ std::vector<Tensor> rotary(std::vector<Tensor> x, Tensor cos, Tensor sin) {
 
 STABLE_TORCH_LIBRARY_IMPL(qvlm_hf, CPU, library) {
     library.impl("linears_cpu", TORCH_BOX(&linears));
-    library.impl("rms_norm", TORCH_BOX(&rms_norm));
-    library.impl("rotary", TORCH_BOX(&rotary));
+    library.impl("rms_norm_cpu", TORCH_BOX(&rms_norm));
+    library.impl("rotary_cpu", TORCH_BOX(&rotary));
 }
 
 // The kernels' entries: `qvlm_linears`, `qvlm_rms_norm`, `qvlm_rotary`.

@@ -1,31 +1,29 @@
 """`qvlm_hf::rms_norm` and `rotary`: what stands before most quantized modules, as one operator instead of PyTorch's six to fourteen.
 
-A decoding step spends about as long on each small operator as on a small matrix. For inference in eager mode alone: where a
-gradient is recorded, a compiler or another mode watches, or no kernel takes the call, it is PyTorch's operators (a compiler fuses them itself,
-with what stands before and behind).
+A decoding step on a CPU spends as long on each small operator as on a small matrix. For inference alone; a graph of torch.compile gets the
+same operators, so that it rounds where eager PyTorch does. Where no kernel takes a call, they are PyTorch's operators.
+
+Left out: GPUs. Triton's launches in eager mode cost what several of PyTorch's do, so that needs measuring first.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from qvlm_hf.ops import cpu_operator, reference
-from qvlm_hf.ops.schema import watched
+from qvlm_hf.ops.schema import LIBRARY, watched
 
 __all__ = ["fusible", "rms_norm", "rotary"]
 
 
 def fusible(x: Tensor) -> bool:
-    """Whether fused operators may take x now."""
-    if torch.is_grad_enabled() or watched() or forward_ad._current_level >= 0:
+    """Whether the operators may take x now: on a CPU, where no gradient is recorded and no mode but a compiler follows single operators."""
+    # `is not True`: torch.fx traces with stand-ins that are neither
+    if x.is_cpu is not True or torch.is_grad_enabled():
         return False
-    if x.is_cpu is True:  # torch.fx traces with stand-ins
-        cpu_operator.load()  # at once: an equal call later must give equal bits
-        return True
-    return x.is_cuda is True
+    return torch.compiler.is_compiling() or not (watched() or forward_ad._current_level >= 0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -39,8 +37,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     Returns:
         [..., K]; a kernel's sum has another order, which the last bit may show.
     """
-    found = _called(torch.ops.qvlm_hf.rms_norm.default, x, weight, epsilon) if fusible(x) else []
-    return found[0] if found else reference.rms_norm(x, weight, epsilon)
+    if not fusible(x):
+        return reference.rms_norm(x, weight, epsilon)
+    if torch.compiler.is_compiling():
+        return torch.ops.qvlm_hf.rms_norm.default(x, weight, epsilon)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _rms_norm(x, weight, epsilon)
 
 
 def rotary(x: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
@@ -54,10 +56,36 @@ def rotary(x: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     Returns:
         Each [B, T, heads, D].
     """
-    found = _called(torch.ops.qvlm_hf.rotary.default, list(x), cos, sin) if fusible(cos) else []
-    return found or reference.rotary(x, cos, sin)
-
-
-def _called(operator: Any, *arguments: object) -> list[Tensor]:  # noqa: ANN401 - an operator
+    if not fusible(cos):
+        return reference.rotary(x, cos, sin)
+    if torch.compiler.is_compiling():
+        return torch.ops.qvlm_hf.rotary.default(list(x), cos, sin)
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+        return _rotary(list(x), cos, sin)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    cpu_operator.load()  # at once: an equal call later must give equal bits
+    found = torch.ops.qvlm_hf.rms_norm_cpu.default(x, weight, epsilon)
+    return found[0] if found else reference.rms_norm(x, weight, epsilon)
+
+
+def _rotary(x: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    cpu_operator.load()
+    return torch.ops.qvlm_hf.rotary_cpu.default(x, cos, sin) or reference.rotary(x, cos, sin)
+
+
+LIBRARY.impl("rms_norm", _rms_norm, "CPU")
+LIBRARY.impl("rotary", _rotary, "CPU")
+
+
+@torch.library.register_fake("qvlm_hf::rms_norm", lib=LIBRARY)
+def _rms_norm_fake(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    del epsilon
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+@torch.library.register_fake("qvlm_hf::rotary", lib=LIBRARY)
+def _rotary_fake(x: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    dtype = torch.promote_types(cos.dtype, sin.dtype)
+    return [one.new_empty(one.shape, dtype=torch.promote_types(one.dtype, dtype)) for one in x]

@@ -35,8 +35,10 @@ _LINEARS = (
 )
 LIBRARY.define("linears" + _LINEARS)
 LIBRARY.define("linears_cpu" + _LINEARS)  # for inference: the same on a CPU where it takes the call, else an empty list
-LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor[]")  # likewise, on every device (fused.py)
+LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor")  # these four: fused.py
+LIBRARY.define("rms_norm_cpu(Tensor x, Tensor weight, float epsilon) -> Tensor[]")
 LIBRARY.define("rotary(Tensor[] x, Tensor cos, Tensor sin) -> Tensor[]")
+LIBRARY.define("rotary_cpu(Tensor[] x, Tensor cos, Tensor sin) -> Tensor[]")
 LIBRARY.define(
     "linear_input_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale,"
     " int in_features, int weight_bits, int group_length, str granularity, int hadamard) -> Tensor"
@@ -170,7 +172,7 @@ def _nothing(*_: object) -> list[Tensor]:
     return []
 
 
-for _name in ("linears_cpu", "rms_norm", "rotary"):
+for _name in ("linears_cpu", "rms_norm_cpu", "rotary_cpu"):
     LIBRARY.impl(_name, _nothing, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qvlm_hf::{_name}", _nothing, lib=LIBRARY)
 
