@@ -24,7 +24,6 @@ from qvlm_hf.calibration.progress import ProgressBar
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.samples import Sample, dataset_name, hold_out, load_samples
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
-from qvlm_hf.core.architectures import shared_inputs
 from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
@@ -35,7 +34,6 @@ from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_se
 from qvlm_hf.nn.footprint import count_parameters
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
-from qvlm_hf.nn.shared_input import share_inputs
 from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -218,7 +216,9 @@ class QVLMHfQuantizer(HfQuantizer):
         config = self.quantization_config
         for _, module in quantized_modules(model):
             module.requires_grad_(False)
-        share_inputs(model, shared_inputs(model))
+        from qvlm_hf.integration.fusion import fuse  # not at the top: it imports Transformers' modeling code
+
+        fuse(model)
         try:
             if self.report is not None:
                 self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
@@ -238,12 +238,17 @@ class QVLMHfQuantizer(HfQuantizer):
 
             self.published = push_result(model, config.processor, self._target)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         for name, module in quantized_modules(model):
             if module.weight.is_meta:
                 raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to dequantize it.")
-        dequantize_modules(model, dtype or model.dtype)
-        nn.Module.to(model, dtype or model.dtype)
+        from qvlm_hf.integration.fusion import unfuse
+
+        unfuse(model)
+        if not isinstance(dtype, torch.dtype):  # saving a model leaves the dtype's name in its config, which Transformers passes on
+            dtype = getattr(torch, dtype) if dtype else model.dtype
+        dequantize_modules(model, dtype)
+        nn.Module.to(model, dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
