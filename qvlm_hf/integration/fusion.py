@@ -27,7 +27,7 @@ class FusedLlamaRMSNorm(FusedRMSNorm, LlamaRMSNorm):
 class FusedLlamaAttention(Fused, LlamaAttention):
     """LlamaAttention with its rotary embedding by `qvlm_hf::rotary`; the same bits."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # Transformers lists what may be in kwargs
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
