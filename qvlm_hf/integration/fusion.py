@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, eager_attention_forward
 
 from qvlm_hf.core.architectures import shared_inputs
+from qvlm_hf.integration.growing_cache import grow_in_place
 from qvlm_hf.nn.fused import Fused, FusedRMSNorm
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.nn.shared_input import share_inputs
@@ -27,7 +28,7 @@ class FusedLlamaRMSNorm(FusedRMSNorm, LlamaRMSNorm):
 class FusedLlamaAttention(Fused, LlamaAttention):
     """LlamaAttention with its rotary embedding by `qvlm_hf::rotary`; the same bits."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # Transformers lists what may be in kwargs
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
@@ -43,6 +44,7 @@ class FusedLlamaAttention(Fused, LlamaAttention):
         query, key = rotary((query, key), *position_embeddings)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
+            grow_in_place(past_key_values, self.layer_idx)
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0

@@ -19,7 +19,7 @@ class Fused(nn.Module):
 class FusedRMSNorm(Fused):
     """For a class that has `weight` [K] and `variance_epsilon` and rounds as LlamaRMSNorm does."""
 
-    weight: Tensor
+    weight: nn.Parameter
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:

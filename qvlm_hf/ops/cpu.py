@@ -1,4 +1,4 @@
-"""CPU kernels of `qvlm_hf::linear`, `linears` and `rms_norm`: one C++ file, compiled where it runs, checked against the reference before it is used.
+"""CPU kernels of `qvlm_hf::linear`, `linears`, `rms_norm` and `rotary`: C++, compiled where it runs, checked before it is used.
 
 The source is part of the package and is compiled at first use with the host's C++ compiler for the host's own instruction set; the
 library is kept in the user's cache under a hash of source, flags, compiler and processor. It computes with PyTorch's own OpenMP threads.

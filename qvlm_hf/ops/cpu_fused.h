@@ -24,10 +24,10 @@ void rms_norm(const T* x, const T* weight, float epsilon, T* y, int64_t rows, in
     for (int64_t row = 0; row < rows; ++row) {
         const T* in = x + row * k;
         T* out = y + row * k;
-        float squares = 0;
+        double squares = 0;  // exact enough to be what PyTorch rounds to, most of the time
 #pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < k; ++i) squares += widen(in[i]) * widen(in[i]);
-        const float factor = 1.0f / std::sqrt(squares / float(k) + epsilon);
+        for (int64_t i = 0; i < k; ++i) squares += double(widen(in[i])) * double(widen(in[i]));
+        const float factor = 1.0f / std::sqrt(float(squares / double(k)) + epsilon);
 #pragma omp simd
         for (int64_t i = 0; i < k; ++i) narrow(widen(weight[i]) * rounded<T>(widen(in[i]) * factor), out[i]);
     }

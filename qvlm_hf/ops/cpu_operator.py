@@ -1,8 +1,9 @@
 """`qvlm_hf::linear` and `linears` on CPUs: registered here, computed by cpu.py, and from the second call on mostly by `linears_cpu`.
 
-`linears_cpu`, `rms_norm_cpu` and `rotary_cpu` are a short C++ file over PyTorch's stable library interface, compiled and kept like the kernels. It calls
-them for what decoding does without running Python: of a decoding step of a model with a billion parameters the Python of these calls took a seventh.
-Where it cannot be compiled (no compiler, PyTorch before 2.10) calls take longer and compute the same.
+`linears_cpu`, `rms_norm_cpu` and `rotary_cpu` are a short C++ file over PyTorch's stable library interface, compiled and kept like the
+kernels. It calls them for what decoding does without running Python: of a decoding step of a model with a billion parameters the Python of
+the linear calls took a seventh. Where it cannot be compiled (no compiler, PyTorch before 2.10) calls take longer; norms and rotary
+embedding are PyTorch's then.
 """
 
 import ctypes
