@@ -139,9 +139,12 @@ def _check_found(base: str) -> None:
 
     Raises:
         ValueError: it is neither here nor on the Hub.
+        ConnectionError: it is not here, and the Hub cannot be asked.
     """
     try:
         read_config(base)
+    except ConnectionError:
+        raise
     except OSError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(f"--against {base}: is no model's directory and no Hub id that can be read ({reason}): check the name.") from error

@@ -23,14 +23,14 @@ _AGAIN = "download or quantize the model again"
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The safetensors files of a saved model: those of the index, or the only one.
+    """The safetensors files of a saved model: the only one, which Transformers takes first, or those of the index.
 
     Raises:
         ValueError: the index cannot be read, or names a file that is not there.
     """
-    index = directory / INDEX_NAME
-    if not index.is_file():
-        return [str(directory / _SINGLE_NAME)]
+    index, single = directory / INDEX_NAME, directory / _SINGLE_NAME
+    if single.is_file() or not index.is_file():
+        return [str(single)]
     names = sorted(set(_read_index(index).values()))
     for name in names:
         if not (directory / name).is_file():
@@ -44,7 +44,7 @@ def check_index(directory: Path) -> None:
     Raises:
         ValueError: as `weight_files`.
     """
-    if (directory / INDEX_NAME).is_file() and not (directory / _SINGLE_NAME).is_file():  # which would be read instead
+    if (directory / INDEX_NAME).is_file():
         weight_files(directory)
 
 

@@ -154,6 +154,7 @@ def test_a_calibrated_w8a8_can_be_made_for_export(folder):
         (["inspect", "{f}/model"], "is not quantized"),
         (["inspect", "{f}"], "no config.json"),
         (["inspect"], "either a directory or a --shape"),
+        (["inspect", "{f}/w4a4", "--group-size", "64"], "--group-size: is for --shape"),
         (["ask", "{f}/w4a4", "--image", "{f}/samples.jsonl", "what ?"], "unreadable picture"),
         (["demo", "--questions", "none"], "must be a number"),
         (["demo", "--threads", "0"], "must be at least 1"),
