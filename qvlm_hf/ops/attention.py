@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from qvlm_hf.ops import native
-from qvlm_hf.ops.schema import LIBRARY, transformed
+from qvlm_hf.ops.fused import fusible
+from qvlm_hf.ops.schema import LIBRARY
 
 __all__ = ["composed", "decode_attention", "load"]
 
@@ -54,15 +54,13 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         [B, 1, H, D] in the dtype of `query`, zero where no key counts: the layout that the output projection reads.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_grad_enabled() or not query.is_cpu:
+    if not fusible(query):
         return composed(query, key, value, mask, scale)
     if torch.compiler.is_compiling():
         # PyTorch's operators are compiled together with what surrounds them: only what the kernel takes goes past that
-        kernel = query.dtype in _DTYPES and query.shape[-1] in _SIZES
-        return (torch.ops.qvlm_hf.decode_attention.default if kernel else composed)(query, key, value, mask, scale)
-    # who follows single operators, or takes derivatives forward, shall see those of PyTorch
-    watched = torch._C._len_torch_dispatch_stack() > 0 or transformed() or forward_ad._current_level >= 0
-    return (composed if watched else _computed)(query, key, value, mask, scale)
+        taken = query.dtype in _DTYPES and query.shape[-1] in _SIZES
+        return (torch.ops.qvlm_hf.decode_attention.default if taken else composed)(query, key, value, mask, scale)
+    return _computed(query, key, value, mask, scale)
 
 
 def composed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
