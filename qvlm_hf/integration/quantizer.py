@@ -26,6 +26,7 @@ from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.core.architectures import shared_inputs
 from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
+from qvlm_hf.integration.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.origin import origin
 from qvlm_hf.integration.registry import quantizer_class
@@ -211,6 +212,7 @@ class QVLMHfQuantizer(HfQuantizer):
         for _, module in quantized_modules(model):
             module.requires_grad_(False)
         share_inputs(model, shared_inputs(model))
+        round_as_eager(model)
         if self.report is not None:
             self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
             config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
@@ -228,6 +230,7 @@ class QVLMHfQuantizer(HfQuantizer):
             if module.weight.is_meta:
                 raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to dequantize it.")
         dequantize_modules(model, dtype or model.dtype)
+        compile_as_transformers_does(model)
         nn.Module.to(model, dtype or model.dtype)
         return model
 
