@@ -31,7 +31,7 @@ from qvlm_hf.nn.replace import dequantize_modules, quantized_modules
 __all__ = ["bench_models"]
 
 _BEHIND_PICTURES = 32  # tokens of a short question
-_VERSIONS = ("qvlm_hf", "torch", "transformers", "bitsandbytes", "torchao", "triton")
+_VERSIONS = ("qvlm_hf", "torch", "transformers", "bitsandbytes", "torchao", "gptqmodel", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ Inductor keeps float32 between the operations it fuses, where eager PyTorch roun
 such a chain (norm, rotary embedding, SwiGLU, residual sum) then finds some inputs on the other side of a rounding boundary, and takes
 another level. Told to round alike, it finds the same integers.
 
-`generate` compiles by itself for a static cache on a GPU; there a quantized model brings these options along. A `compile_config` of the user
-comes first, and torch.compile takes what it is given.
+`generate` compiles by itself for a static cache on a GPU; there a quantized model brings these options along. A `compile_config` of the
+user comes first, and torch.compile takes what it is given.
 """
 
 from __future__ import annotations
