@@ -124,7 +124,7 @@ def _gptqmodel_int4(model: Any) -> None:  # noqa: ANN401 - any Transformers mode
 
 
 def _gptq_tensors(linear: nn.Linear, *, v2: bool) -> dict[str, Tensor]:
-    """What a GPTQ checkpoint holds of a symmetric 4-bit module, rounded to nearest: eight codes to a word; version 1 counts zeros from 1."""
+    """What a GPTQ checkpoint holds of a symmetric 4-bit module, eight codes to a word; version 1 stores zero points minus one."""
     groups = linear.weight.data.float().unflatten(-1, (-1, _GROUP))
     scale = groups.abs().amax(-1) / 7
     codes = ((groups / scale.unsqueeze(-1)).round() + 8).flatten(1).to(torch.int64)  # [out, in]
