@@ -1,6 +1,7 @@
 """Whole models: phases, turns, ratios and limits are what they say; the figures themselves are nobody's business here."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from qvlm_hf.bench.models import Way, fits_together, measure_models, phase
 from qvlm_hf.bench.peers import PEERS, _gptq_tensors
 from qvlm_hf.bench.rounds import Figure, figure, one_line, take_turns
 from qvlm_hf.cli import main
-from qvlm_hf.cli.bench_models import _caches
+from qvlm_hf.cli.bench_models import _caches, _saved, _ways
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.random_models import random_model, random_prompt
 from qvlm_hf.integration.rounding import planned_modules
@@ -315,6 +316,25 @@ def test_static_caches_are_used_again_and_empty():
     assert torch.equal(generate(model, inputs, 3, cache, Clock(CPU)).tokens, first.tokens)
     assert new_cache(2, 30) is not cache
     assert isinstance(_caches(model.config, static=False)(1, 30), DynamicCache)
+
+
+def test_every_way_is_compiled_with_its_own_options(monkeypatch):
+    taken, model = [], tiny_llava()
+    monkeypatch.setattr(torch, "compile", lambda call, options: taken.append(options) or call)
+    static = _caches(model.config, static=True)
+    ways = [way("base", model, new_cache=static), way("ours", model, new_cache=static, compile_options={"emulate_precision_casts": True})]
+    rows, _ = measure_models(ways, [1], lambda: LIMITS, CPU, new_tokens=2, rounds=2, compiled=True)
+    assert taken == [{}, {"emulate_precision_casts": True}]
+    assert [row.error for row in rows] == [None, None]
+
+
+def test_only_the_quantized_ways_of_this_package_round_as_eager(saved):
+    options = SimpleNamespace(directory=f"{saved}/w4a8", against=f"{saved}/model")
+    ways = _ways(_saved(options, CPU), random_prompt, CPU, static=True, peers=True)
+    assert {run.name: dict(run.compile_options) for run in ways if run.compile_options} == {
+        "qvlm_hf W4A8": {"emulate_precision_casts": True}
+    }
+    assert len(ways) >= 2 + len(PEERS)
 
 
 @pytest.mark.slow
