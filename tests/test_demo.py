@@ -25,7 +25,7 @@ from qvlm_hf.demo.outliers import plant_outliers
 from qvlm_hf.demo.processor import build_processor
 from qvlm_hf.demo.questions import KINDS, ask, cells_of, vocabulary
 from qvlm_hf.demo.scenes import SceneOptions, SpriteBank, draw_scenes, sample_scenes
-from qvlm_hf.demo.train import evaluate
+from qvlm_hf.demo.scoring import evaluate
 
 MEGABYTE = 1_000_000
 

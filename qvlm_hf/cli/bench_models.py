@@ -18,7 +18,7 @@ from qvlm_hf.bench.machine import Limits, available_bytes, device_name, has_bflo
 from qvlm_hf.bench.models import ModelRow, Phase, Way, fits_together, measure_models
 from qvlm_hf.bench.peers import PEERS
 from qvlm_hf.cli.inspect import saved_footprint
-from qvlm_hf.cli.models import load_model, silence
+from qvlm_hf.cli.models import load_model, read_config, silence
 from qvlm_hf.core.scheme import parse_scheme
 from qvlm_hf.integration.compiling import ROUND_AS_EAGER
 from qvlm_hf.integration.config import QVLMConfig
@@ -140,9 +140,12 @@ def _check_found(base: str) -> None:
 
     Raises:
         ValueError: it is neither here nor on the Hub.
+        ConnectionError: it is not here, and the Hub cannot be asked.
     """
     try:
-        AutoConfig.from_pretrained(base)
+        read_config(base)
+    except ConnectionError:
+        raise
     except OSError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(f"--against {base}: is no model's directory and no Hub id that can be read ({reason}): check the name.") from error

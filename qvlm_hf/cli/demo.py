@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _quantize(options: argparse.Namespace, processor: Any) -> Any:  # noqa: ANN401 - Transformers objects
-    config = make_config(options, dataset=str(dataset_path("calibration")), processor=processor)
+    config = make_config(options, search={"dataset": str(dataset_path("calibration")), "processor": processor})
     return load_model(str(model_dir()), config, torch.float32)
 
 

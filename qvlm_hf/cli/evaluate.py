@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qvlm_hf.calibration.samples import load_samples
-from qvlm_hf.cli.models import load_model, load_processor
+from qvlm_hf.cli.models import load_model, load_processor, read_config
 from qvlm_hf.cli.record import evaluation_entry, shown_command
 from qvlm_hf.evaluation import evaluate, format_comparison
 from qvlm_hf.hub.contents import REPORT_NAME
@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     folder = check_recordable(options.model) if options.record else None
+    if options.against is not None:
+        read_config(options.against)  # a wrong name should not wait for the model
     samples = load_samples(options.dataset, num_samples=options.num_samples, seed=options.seed)
     model, processor = load_model(options.model), load_processor(options.model)
     reference = None if options.against is None else load_model(options.against)

@@ -22,20 +22,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("directory", nargs="?", metavar="DIR", help="a saved quantized model")
     parser.add_argument("--shape", metavar="NAME", help=f"size a model by name instead: {', '.join(SHAPES)}")
-    parser.add_argument("--scheme", default="W4A4", help="for --shape: bits of weights and activations (default: W4A4)")
-    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="for --shape: inputs per weight scale (default: 128)")
+    parser.add_argument("--scheme", help="for --shape: bits of weights and activations (default: W4A4)")
+    parser.add_argument("--group-size", type=int, metavar="N", help="for --shape: inputs per weight scale (default: 128)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     if (options.directory is None) == (options.shape is None):
         raise ValueError("name either a directory or a --shape: see qvlm inspect --help.")
+    asked = {name: value for name in ("scheme", "group_size") if (value := getattr(options, name)) is not None}
+    if asked and options.directory is not None:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise ValueError(f"{given}: is for --shape, {options.directory} has its own: leave it out.")
     silence()
     if options.shape is not None:
-        settings = QVLMConfig(scheme=options.scheme, group_size=options.group_size).settings()
+        config = QVLMConfig(**{"scheme": "W4A4", **asked})
         model = shape_model(options.shape)
-        sizes = footprint(model, planned_modules(model, settings), positions=token_positions(model.config))
-        print(f"{options.shape}, {options.scheme}, group size {options.group_size}, against bfloat16")
+        sizes = footprint(model, planned_modules(model, config.settings()), positions=token_positions(model.config))
+        print(f"{options.shape}, {config.scheme}, group size {config.group_size}, against bfloat16")
         print(sizes)
         return 0
     config, sizes = saved_footprint(options.directory)

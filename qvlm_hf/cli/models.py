@@ -1,15 +1,21 @@
 """Loading models and making configurations for the commands, without the library's own chatter."""
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from qvlm_hf.hub.errors import one_line
 from qvlm_hf.integration.config import QVLMConfig
+from qvlm_hf.integration.directory import check_directory
 
-__all__ = ["METHODS", "add_scheme_arguments", "load_model", "load_processor", "make_config", "silence"]
+__all__ = ["METHODS", "add_scheme_arguments", "load_model", "load_processor", "make_config", "read_config", "silence"]
 
 METHODS = ("qvlm", "rtn")
 
@@ -24,18 +30,25 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in the output directory")
 
 
-def make_config(options: argparse.Namespace, **calibration: Any) -> QVLMConfig:  # noqa: ANN401 - fields of QVLMConfig
+def make_config(options: argparse.Namespace, *, search: Mapping[str, Any] | None = None, **fields: Any) -> QVLMConfig:  # noqa: ANN401 - fields of QVLMConfig
     """The configuration that the options ask for.
 
     Args:
         options: of `add_scheme_arguments`.
-        **calibration: dataset, processor and what else only the search uses; dropped for plain rounding.
+        search: dataset, processor and the other fields that only the search uses; plain rounding does without them.
+        **fields: those that plain rounding uses too.
+
+    Raises:
+        ValueError: a field breaks a rule, or asks plain rounding for static ranges.
     """
-    common = {"scheme": options.scheme, "group_size": options.group_size, "symmetric": options.symmetric, "seed": options.seed}
+    fields |= {"scheme": options.scheme, "group_size": options.group_size, "symmetric": options.symmetric, "seed": options.seed}
     if options.method == "qvlm":
-        return QVLMConfig(**common, **calibration)
-    granularity = None if QVLMConfig(**common).activation_bits == 16 else "dynamic_token"
-    return QVLMConfig(**common, activation_granularity=granularity, weight_rounding="nearest")
+        return QVLMConfig(**fields, **(search or {}))
+    if fields.get("activation_granularity") == "channel":
+        raise ValueError("--activation-granularity channel has ranges to calibrate: leave it out with --method rtn.")
+    if QVLMConfig(**fields).activation_bits != 16:
+        fields["activation_granularity"] = "dynamic_token"
+    return QVLMConfig(**fields, weight_rounding="nearest")
 
 
 def silence() -> None:
@@ -47,16 +60,49 @@ def silence() -> None:
 def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype | str = "auto", revision: str | None = None) -> Any:  # noqa: ANN401 - any Transformers model
     """A model from a directory or the Hub, quantized on the way if there is a configuration."""
     silence()
-    kind = AutoConfig.from_pretrained(name, revision=revision)
+    kind = read_config(name, revision)
     if type(kind) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give a LLaVA.")
     if config is not None and getattr(kind, "quantization_config", None) is not None:
         raise ValueError(f"{name}: is quantized already: give the full-precision model.")
+    if Path(name).is_dir():
+        check_directory(Path(name), kind)
     options = {} if config is None else {"quantization_config": config}
     return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, revision=revision, **options)
+
+
+def read_config(name: str, revision: str | None = None) -> Any:  # noqa: ANN401 - any Transformers configuration
+    """The configuration of a model in a directory or on the Hub.
+
+    Raises:
+        OSError: there is none; as ConnectionError if the Hub cannot be asked.
+    """
+    _check_reachable(name, revision)
+    return AutoConfig.from_pretrained(name, revision=revision)
+
+
+def _check_reachable(name: str, revision: str | None) -> None:
+    """Asks the Hub once for a model that is neither here nor in the cache: Transformers asks again and again, for 23 seconds."""
+    if Path(name).exists() or is_offline_mode():
+        return
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # no Hub id either, which Transformers says
+        return
+    if cached is not None:
+        return
+    try:
+        HfApi().file_exists(name, "config.json", revision=revision)
+    except HfHubHTTPError:  # an answer, which Transformers explains
+        return
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise ConnectionError(
+            f"{name}: is no directory here, and the Hub cannot be reached ({one_line(error)}): check the name and the network."
+        ) from error
 
 
 def load_processor(name: str, revision: str | None = None) -> Any:  # noqa: ANN401 - any Transformers processor
     """Its processor."""
     silence()
+    _check_reachable(name, revision)
     return AutoProcessor.from_pretrained(name, revision=revision)

@@ -14,6 +14,9 @@ from qvlm_hf.integration.saving import check_output, save_quantized
 
 __all__ = ["add_arguments", "run"]
 
+# Options that only the search on calibration samples uses; not given: None or False.
+_SEARCH = ("dataset", "num_samples", "batch_size", "max_block_depth", "precision_budget", "strict")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
@@ -21,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", metavar="F", help="calibration samples: .jsonl, .json, ScienceQA folder or Hub id")
     parser.add_argument("--output", required=True, metavar="DIR", help="where to save the result")
     add_scheme_arguments(parser)
-    parser.add_argument("--num-samples", type=int, default=64, metavar="N", help="samples to calibrate on (default: 64)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="samples per forward pass (default: 8)")
-    parser.add_argument("--max-block-depth", type=int, default=3, metavar="N", help="layers searched together (default: 3)")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="samples to calibrate on (default: 64)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="samples per forward pass (default: 8)")
+    parser.add_argument("--max-block-depth", type=int, metavar="N", help="layers searched together (default: 3)")
     parser.add_argument("--rotation", default="auto", choices=("auto", "hadamard", "none"), help="fold a Hadamard rotation (default: auto)")
     parser.add_argument(
         "--activation-granularity", choices=("channel", "dynamic_token"), help="of every input (default: the search chooses)"
@@ -42,23 +45,17 @@ def run(options: argparse.Namespace) -> int:
     check_output(options.output, overwrite=options.overwrite)
     if options.private and options.push_to_hub is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
-    config = make_config(options)  # a wrong value should not wait for the processor
-    if options.push_to_hub is not None:
-        check_target(HfApi(), options.push_to_hub, private=options.private or None)
-    processor = load_processor(options.model, options.revision)
+    _refuse_unused(options)
     config = make_config(
         options,
-        dataset=options.dataset,
-        processor=processor,
-        num_samples=options.num_samples,
-        batch_size=options.batch_size,
-        max_block_depth=options.max_block_depth,
+        search={name: value for name in _SEARCH if (value := getattr(options, name)) is not None},
         activation_granularity=options.activation_granularity,
         rotation=None if options.rotation == "none" else options.rotation,
-        precision_budget=options.precision_budget,
         modules_to_not_convert=options.modules_to_not_convert,
-        strict=options.strict,
     )
+    if options.push_to_hub is not None:
+        check_target(HfApi(), options.push_to_hub, private=options.private or None)
+    config.processor = processor = load_processor(options.model, options.revision)
     model = load_model(options.model, config, options.dtype, options.revision)
     report = model.hf_quantizer.report
     path = save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
@@ -68,6 +65,15 @@ def run(options: argparse.Namespace) -> int:
     if options.push_to_hub is not None:
         _push(options)
     return 0
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """An option that would change nothing is an error: whoever gives it expects something of it."""
+    given = [f"--{name.replace('_', '-')}" for name in _SEARCH if getattr(options, name) not in (None, False)]
+    if given and options.method == "rtn":
+        raise ValueError(f"{', '.join(given)}: plain rounding uses no data: leave it out, or leave out --method rtn.")
+    if given and options.dataset is None:
+        raise ValueError(f"{', '.join(given)}: is of the search, which needs samples: give --dataset F too, or leave it out.")
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -19,7 +19,6 @@ __all__ = ["quantize_command"]
 _OPTIONS = (
     "group_size", "seed", "num_samples", "batch_size", "max_block_depth", "rotation", "precision_budget", "modules_to_not_convert",
 )  # fmt: skip
-_PLAIN_OPTIONS = ("group_size", "seed")  # those that go with --method rtn
 _BITS = ("weight_bits", "activation_bits")  # the scheme has them
 _NO_EFFECT = ("strict",)
 _OF_CALIBRATION = ("num_samples", "batch_size", "max_block_depth", "entropy_threshold", "percentiles", "margins")
@@ -48,7 +47,7 @@ def quantize_command(
     threads = None if dataset is None else report.provenance.get("threads")
     plain = dataset is None and parse_scheme(scheme)[1] < 16
     source: dict[str, Any] = {"base": base, "revision": revision, "dtype": dtype, "output": output, "threads": threads}
-    if set(asked) <= set(_PLAIN_OPTIONS if plain else _OPTIONS) and not (dataset or "").endswith(_IN_MEMORY):
+    if set(asked) <= set(_OPTIONS) and not (dataset or "").endswith(_IN_MEMORY):
         return "bash", _shell(scheme, asked, dataset, plain=plain, **source)
     fields = {"scheme": scheme} | ({"activation_granularity": "dynamic_token"} if plain else {}) | asked
     return "python", _python(fields, dataset, **source)

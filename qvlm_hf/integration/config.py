@@ -74,7 +74,9 @@ class QVLMConfig(QuantizationConfigMixin):
         guard: lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth of them at most; needs data.
         precision_budget: average bits of a weight: calibration gives every site its own width, from 2 to 8. None: those of the scheme.
         strict: raise instead of warning where something falls back. Never saved.
-        callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. Never saved.
+        callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. An error in the first leaves the model
+            unquantized; one in the second comes after the work: `quantize_model` leaves the model quantized, `from_pretrained` returns
+            none, and nothing is published. Never saved.
         optimize_vision: learn the ranges of vision encoder and projector by gradient descent (eq. 8-10); True, False or a
             `VisionOptimization`. Kept only if it lowers the error on held-out calibration samples.
         push_to_hub: publish the result when quantizing ends, as `publish` does; `model.hf_quantizer.published` says where. Needs

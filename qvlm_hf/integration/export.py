@@ -26,15 +26,15 @@ from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.integration.checks import TensorHeader, check_complete, check_files, check_modules, check_values, read_headers
 from qvlm_hf.integration.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
 from qvlm_hf.integration.config import QVLMConfig
+from qvlm_hf.integration.directory import INDEX_NAME, weight_files
 from qvlm_hf.integration.registry import QUANT_METHOD
 from qvlm_hf.integration.saving import REPORT_NAME, check_output, written_whole
 
-__all__ = ["EXPORT_FORMATS", "Exported", "export", "has_nested_vision", "hub_name", "weight_files"]
+__all__ = ["EXPORT_FORMATS", "Exported", "export", "has_nested_vision", "hub_name"]
 
 EXPORT_FORMATS = ("compressed-tensors",)
-_INDEX = "model.safetensors.index.json"
 # What describes or belongs to the form that is left behind.
-_NOT_COPIED = ("config.json", "README.md", REPORT_NAME, _INDEX)
+_NOT_COPIED = ("config.json", "README.md", REPORT_NAME, INDEX_NAME)
 _NESTED_VISION = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -107,22 +107,6 @@ def export(
             if file.is_file() and file.name not in _NOT_COPIED and file.suffix not in (".safetensors", ".png"):
                 shutil.copyfile(file, partial / file.name)
     return Exported(path=target, modules=modules, full_precision=tuple(full_precision))
-
-
-def weight_files(directory: Path) -> list[str]:
-    """The safetensors files of a saved model: those of the index, or the only one.
-
-    Raises:
-        ValueError: the index cannot be read or names no file.
-    """
-    index = directory / _INDEX
-    if not index.is_file():
-        return [str(directory / "model.safetensors")]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index}: is no shard index ({type(error).__name__}): download or quantize the model again.") from error
-    return [str(directory / str(name)) for name in names]
 
 
 def has_nested_vision(config: Any) -> bool:  # noqa: ANN401 - the configuration of any supported family

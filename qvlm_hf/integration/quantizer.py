@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +24,17 @@ from qvlm_hf.calibration.progress import ProgressBar
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.samples import Sample, dataset_name, hold_out, load_samples
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
-from qvlm_hf.core.architectures import shared_inputs
 from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
+from qvlm_hf.integration.directory import check_index
 from qvlm_hf.integration.origin import origin
 from qvlm_hf.integration.registry import quantizer_class
 from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_segments, rounding_skeleton
 from qvlm_hf.nn.footprint import count_parameters
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
-from qvlm_hf.nn.shared_input import share_inputs
 from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -123,7 +123,13 @@ class QVLMHfQuantizer(HfQuantizer):
         return dtype
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The language model attends as attention.py says, unless the user asked for an implementation; never saved."""
+        """The language model attends as attention.py says, unless the user asked for an implementation; never saved.
+
+        Raises:
+            ValueError: the checkpoint is a directory with a damaged shard index.
+        """
+        if config.name_or_path:
+            check_index(Path(config.name_or_path))  # here, because no other hook sees the configuration before the index is read
         from qvlm_hf.integration.attention import ATTENTION  # registers it; not at the top: Transformers' modeling code takes a second
 
         asked = config._attn_implementation or getattr(config.get_text_config(), "_attn_implementation", None)
@@ -207,31 +213,45 @@ class QVLMHfQuantizer(HfQuantizer):
         return replace(report, provenance={"dataset": dataset_name(config.dataset), **report.provenance})
 
     def _finish(self, model: PreTrainedModel) -> None:
-        """Records what is quantized, freezes it, tells the callbacks and lets go of the data."""
+        """Records what is quantized, freezes it, announces it and lets go of the data, even if a callback raises."""
         config = self.quantization_config
         for _, module in quantized_modules(model):
             module.requires_grad_(False)
-        share_inputs(model, shared_inputs(model))
+        from qvlm_hf.integration.fusion import fuse  # not at the top: it imports Transformers' modeling code
+
+        fuse(model)
         round_as_eager(model)
-        if self.report is not None:
-            self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
-            config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
-            for callback in config.callbacks:
-                if hasattr(callback, "on_calibration_end"):
-                    callback.on_calibration_end(model, self.report)
-            if self._target is not None:  # last: a callback may still change the model or its processor
-                from qvlm_hf.integration.publishing import push_result
+        try:
+            if self.report is not None:
+                self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
+                config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
+                self._announce(model, self.report)
+        finally:
+            config.dataset, config.processor, config.callbacks, self._samples = None, None, (), None
 
-                self.published = push_result(model, config.processor, self._target)
-        config.dataset, config.processor, config.callbacks, self._samples = None, None, (), None
+    def _announce(self, model: PreTrainedModel, report: CalibrationReport) -> None:
+        """Tells the callbacks and publishes, in this order: a callback may still change the model, or refuse it."""
+        config = self.quantization_config
+        for callback in config.callbacks:
+            if hasattr(callback, "on_calibration_end"):
+                callback.on_calibration_end(model, report)
+        if self._target is not None:
+            from qvlm_hf.integration.publishing import push_result  # not at the top: it imports Transformers' modeling code
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+            self.published = push_result(model, config.processor, self._target)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         for name, module in quantized_modules(model):
             if module.weight.is_meta:
                 raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to dequantize it.")
-        dequantize_modules(model, dtype or model.dtype)
+        from qvlm_hf.integration.fusion import unfuse
+
+        unfuse(model)
         compile_as_transformers_does(model)
-        nn.Module.to(model, dtype or model.dtype)
+        if not isinstance(dtype, torch.dtype):  # saving a model leaves the dtype's name in its config, which Transformers passes on
+            dtype = getattr(torch, dtype) if dtype else model.dtype
+        dequantize_modules(model, dtype)
+        nn.Module.to(model, dtype)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -264,7 +284,10 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationRep
         The report, also at `model.hf_quantizer.report`. `model.save_pretrained` then writes a quantized checkpoint.
 
     Raises:
-        ValueError: the model is quantized already, `config` lacks data, a sample is wrong, or as `calibrate_and_pack`.
+        ValueError: the model is quantized already, `config` lacks data, a sample is wrong, or as `calibrate_and_pack`. The model is then
+            as it was.
+        Exception: what a callback's `on_calibration_end` raises. The model is then quantized and complete, and can be saved; callbacks
+            behind that one are not called, and nothing is published.
     """
     if getattr(model, "hf_quantizer", None) is not None or next(quantized_modules(model), None) is not None:
         raise ValueError("the model is quantized already: load the full-precision one, or call model.dequantize() first.")

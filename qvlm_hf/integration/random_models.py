@@ -13,12 +13,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from qvlm_hf.core.architectures import canonical_name, shared_inputs
+from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.integration.attention import ATTENTION
+from qvlm_hf.integration.fusion import fuse
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import replace_modules
-from qvlm_hf.nn.shared_input import share_inputs
 
 __all__ = ["random_model", "random_prompt", "random_tensors", "skeleton"]
 
@@ -51,7 +51,7 @@ def random_model(
         setattr(model.get_submodule(parent), part, nn.Parameter(tensor, requires_grad=False))
     model.tie_weights()
     model.to(device)  # what is left are the few buffers
-    share_inputs(model, shared_inputs(model))
+    fuse(model)
     return model.eval()
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import write_card
+from qvlm_hf.integration.directory import INDEX_NAME
 from qvlm_hf.nn.footprint import count_parameters
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -75,6 +76,8 @@ def save_quantized(
 def written_whole(target: Path) -> Iterator[Path]:
     """A directory beside `target` to write into; it takes the target's place when the block ends without an error.
 
+    Its files get the permissions of any new file, so that whoever may read the directory can load the model.
+
     Args:
         target: from `check_output`.
 
@@ -85,6 +88,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        _follow_umask(partial)
         _move_into_place(partial, target)
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as an error of its own
@@ -130,7 +134,7 @@ def _forget_configuration(processor: Any) -> None:  # noqa: ANN401 - any Transfo
 
 def _correct_index(folder: Path, parameters: int) -> None:
     """Writes the true parameter count into a shard index; Transformers counts packed words and scales."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_NAME
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))
         content["metadata"]["total_parameters"] = parameters
@@ -147,6 +151,17 @@ def _sort_metadata(file: Path) -> None:
         if len(content) == size:  # always, unless safetensors starts to write spaces
             opened.seek(8)
             opened.write(content)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Gives every file the permissions that a new one gets here: safetensors writes through temporary files, which nobody else may read."""
+    new = folder / f".new-{uuid4().hex[:8]}"  # os.umask could only be asked by changing it, for every thread
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_mode != mode:  # some file systems have one mode for all, and no chmod
+            file.chmod(mode)
 
 
 def _move_into_place(partial: Path, target: Path) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvlm_hf.integration.checks import check_files, tensor_headers
-from qvlm_hf.integration.export import has_nested_vision, hub_name, weight_files
+from qvlm_hf.integration.directory import weight_files
+from qvlm_hf.integration.export import has_nested_vision, hub_name
 
 __all__ = ["DEVICES", "RULES", "VLLM_VERSION", "Finding", "Rule", "check_for_vllm"]
 

@@ -5,6 +5,7 @@ from dataclasses import astuple, dataclass, fields
 
 from torch import nn
 
+from qvlm_hf.nn.fused import Fused
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import quantized_modules
 
@@ -49,7 +50,7 @@ def format_precision_table(rows: Iterable[PrecisionRow]) -> str:
 
 
 def set_backend(model: nn.Module, name: str) -> None:
-    """Chooses the kernels of every quantized module of `model`; saved files do not depend on it.
+    """Chooses the kernels of every quantized module of `model`, and of its fused norms and attentions; saved files do not depend on it.
 
     Args:
         model: holds quantized modules.
@@ -60,11 +61,11 @@ def set_backend(model: nn.Module, name: str) -> None:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} does not exist: this version has {', '.join(BACKENDS)}.")
-    modules = [module for _, module in quantized_modules(model)]
-    if not modules:
+    if next(quantized_modules(model), None) is None:
         raise ValueError("set_backend needs a quantized model: nothing in this one is quantized.")
-    for module in modules:
-        module.reference = name == "reference"
+    for module in model.modules():
+        if isinstance(module, QVLMLinear | Fused):
+            module.reference = name == "reference"
 
 
 def _row(name: str, module: nn.Linear) -> PrecisionRow:

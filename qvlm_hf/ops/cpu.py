@@ -1,4 +1,4 @@
-"""CPU kernels of `qvlm_hf::linear` and `linears`: one C++ file, compiled where it runs, checked against the reference before it is used.
+"""CPU kernels of `qvlm_hf::linear`, `linears`, `rms_norm` and `rotary`: C++, compiled where it runs, checked before it is used.
 
 The source is part of the package and is compiled at first use with the host's C++ compiler for the host's own instruction set; the
 library is kept in the user's cache under a hash of source, flags, compiler and processor. It computes with PyTorch's own OpenMP threads.
@@ -25,9 +25,9 @@ from qvlm_hf.core.packing import pack
 from qvlm_hf.ops import native, reference
 from qvlm_hf.ops.schema import Module, well_formed
 
-__all__ = ["entry", "kernel_name", "linear", "linears"]
+__all__ = ["entries", "kernel_name", "linear", "linears"]
 
-_SOURCES = (Path(__file__).with_name("cpu_kernels.cpp"), Path(__file__).with_name("cpu_call.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_call.h", "cpu_fused.h", "cpu_number.h"))
 # -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels flip
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _INT32 = 2**30  # the kernels add two partial sums of a group
@@ -54,10 +54,13 @@ def kernel_name(in_features: int, weight_bits: int, activation_bits: int, group_
     return _misfit(in_features, weight_bits, activation_bits, group_length) or _kernels().name
 
 
-def entry() -> int | None:
-    """Address of the kernels' entry for quantized inputs (`qvlm_linears`), None where there are no kernels."""
+def entries() -> tuple[int | None, ...] | None:
+    """Addresses of `qvlm_linears`, `qvlm_rms_norm` and `qvlm_rotary`; None where there are no kernels."""
     library = _kernels().library
-    return None if library is None else ctypes.cast(library.qvlm_linears, ctypes.c_void_p).value
+    if library is None:
+        return None
+    functions = library.qvlm_linears, library.qvlm_rms_norm, library.qvlm_rotary
+    return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
 
 
 def linear(
@@ -265,7 +268,10 @@ def _load() -> ctypes.CDLL:
     library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], whole
     library.qvlm_linears.argtypes = [ctypes.c_char_p]
     library.qvlm_linear_float.argtypes = [pointer, pointer, pointer, size, *matrix]
-    library.qvlm_linears.restype = library.qvlm_linear_float.restype = None
+    library.qvlm_rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size, size]
+    library.qvlm_rotary.argtypes = [pointer] * 4 + [size] * 5
+    for function in (library.qvlm_linears, library.qvlm_linear_float, library.qvlm_rms_norm, library.qvlm_rotary):
+        function.restype = None
     return library
 
 
@@ -285,6 +291,19 @@ def _self_check(library: ctypes.CDLL) -> str | None:
             expected = reference.linear(x, weight, scale, zero, *statics, bias, 136, weight_bits, activation_bits, 128, granularity, 0)
             if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
                 return f"W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
+    return _check_fused(library, generator)
+
+
+def _check_fused(library: ctypes.CDLL, generator: torch.Generator) -> str | None:
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)):
+        x, weight, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 3, 5, 34), 34, (1, 3, 34), (1, 3, 34)))
+        y, two_bytes = torch.empty_like(x), dtype == torch.bfloat16
+        library.qvlm_rms_norm(_pointer(x), _pointer(weight), 1e-5, _pointer(y), 30, 34, two_bytes)
+        if not torch.allclose(y, reference.rms_norm(x, weight, 1e-5), rtol=tolerance, atol=tolerance):
+            return f"RMSNorm in {dtype}"
+        library.qvlm_rotary(_pointer(x), _pointer(cos), _pointer(sin), _pointer(y), 6, 3, 5, 34, two_bytes)
+        if not torch.equal(y, reference.rotary([x], cos, sin)[0]):
+            return f"rotary embedding in {dtype}"
     return None
 
 

@@ -19,9 +19,12 @@
 #include <cstring>
 #include <algorithm>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_call.h"
+#include "cpu_fused.h"
+#include "cpu_number.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define QVLM_AVX512 1
@@ -31,6 +34,9 @@
 #endif
 
 namespace {
+
+using qvlm::narrow;
+using qvlm::widen;
 
 constexpr int64_t kStep = 64;   // values unpacked at a time
 constexpr int64_t kTileN = 64;  // output columns that a thread works on at a time
@@ -75,21 +81,6 @@ struct Rows {
         return {a + m * w.stride(), sums + m * w.groups, shift + m, more, more_sums, scale ? scale + m : nullptr, wide};
     }
 };
-
-// bfloat16 <-> float
-inline float widen(uint16_t bits) {
-    uint32_t word = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
-}
-inline float widen(float value) { return value; }
-inline void narrow(float value, float& out) { out = value; }
-inline void narrow(float value, uint16_t& out) {
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    out = std::isnan(value) ? uint16_t(0x7fc0) : uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
 
 // A linear module: its weight, bias (or null) and output [M, N], both of the input's dtype.
 struct Module {
@@ -808,6 +799,24 @@ void qvlm_linears(const void* call) {
         linears(modules, input, static_cast<const float*>(c.x), c.m);
     else
         linears(modules, input, static_cast<const uint16_t*>(c.x), c.m);
+}
+
+// RMSNorm of x [rows, k]; weight and y have its dtype (0 float32, 1 bfloat16).
+void qvlm_rms_norm(const void* x, const void* weight, float epsilon, void* y, int64_t rows, int64_t k, int64_t dtype) {
+    const auto norm = [&](auto* in) {
+        using T = std::remove_cv_t<std::remove_pointer_t<decltype(in)>>;
+        qvlm::rms_norm(in, static_cast<const T*>(weight), epsilon, static_cast<T*>(y), rows, k);
+    };
+    dtype ? norm(static_cast<const uint16_t*>(x)) : norm(static_cast<const float*>(x));
+}
+
+// Rotary embedding of x [tokens, heads, d] by cos, sin [angles, d]; all have the dtype of x.
+void qvlm_rotary(const void* x, const void* cos, const void* sin, void* y, int64_t tokens, int64_t angles, int64_t heads, int64_t d, int64_t dtype) {
+    const auto turn = [&](auto* in) {
+        using T = std::remove_cv_t<std::remove_pointer_t<decltype(in)>>;
+        qvlm::rotary(in, static_cast<const T*>(cos), static_cast<const T*>(sin), static_cast<T*>(y), tokens, angles, heads, d);
+    };
+    dtype ? turn(static_cast<const uint16_t*>(x)) : turn(static_cast<const float*>(x));
 }
 
 // One layer of floating-point inputs: few tokens, float32 throughout.

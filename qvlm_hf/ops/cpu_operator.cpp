@@ -1,8 +1,9 @@
-// `qvlm_hf::linears_cpu`: the usual call of the CPU kernels without any Python, through PyTorch's stable interface for libraries.
+// `qvlm_hf::linears_cpu`, `rms_norm_cpu` and `rotary_cpu`: the usual call of the CPU kernels without any Python, through PyTorch's stable interface for
+// libraries.
 //
 // Usual is what decoding does: contiguous tensors, float32 or bfloat16, quantized inputs, no transform. Everything else gets an empty list,
-// and the caller asks `qvlm_hf::linears`, which takes all and has the words for what is wrong. The kernels come as a pointer, after their
-// check; before that every call gets an empty list.
+// and the caller goes the long way (`qvlm_hf::linears`, or PyTorch's operators), which takes all and has the words for what is wrong. The
+// kernels come as pointers, after their check; before that every call gets an empty list.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +23,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void (*kernels)(const void*) = nullptr;
+void (*norm)(const void*, const void*, float, void*, int64_t, int64_t, int64_t) = nullptr;
+void (*turn)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t) = nullptr;
 
 bool is(const Tensor& tensor, ScalarType dtype, int64_t rows, int64_t columns) {
     return tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns && tensor.scalar_type() == dtype && tensor.is_contiguous();
@@ -87,9 +90,46 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weight, std::vector<Te
     return outputs;
 }
 
+bool plain(const Tensor& x) {
+    return (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16) && x.numel() && x.is_contiguous();
+}
+
+std::vector<Tensor> rms_norm(Tensor x, Tensor weight, double epsilon) {
+    if (!norm || !x.dim() || !plain(x) || !is(weight, x.scalar_type(), x.size(x.dim() - 1))) return {};
+    const Tensor y = torch::stable::new_empty(x, x.sizes());
+    const int64_t k = weight.size(0);
+    norm(x.data_ptr(), weight.data_ptr(), float(epsilon), y.data_ptr(), x.numel() / k, k, x.scalar_type() == ScalarType::BFloat16);
+    return {y};
+}
+
+std::vector<Tensor> rotary(std::vector<Tensor> x, Tensor cos, Tensor sin) {
+    const ScalarType dtype = cos.scalar_type();
+    const auto angles = [&](const Tensor& t) {
+        return plain(t) && t.dim() == 3 && t.scalar_type() == dtype && t.size(0) == cos.size(0) && t.size(1) == cos.size(1) && t.size(2) == cos.size(2);
+    };
+    if (!turn || !angles(cos) || !angles(sin) || cos.size(2) % 2) return {};
+    for (const Tensor& t : x)
+        if (!plain(t) || t.dim() != 4 || t.scalar_type() != dtype || t.size(1) != cos.size(1) || t.size(3) != cos.size(2) ||
+            (cos.size(0) != 1 && cos.size(0) != t.size(0)))
+            return {};
+    std::vector<Tensor> turned;
+    for (const Tensor& t : x) {
+        turned.push_back(torch::stable::new_empty(t, t.sizes()));
+        turn(t.data_ptr(), cos.data_ptr(), sin.data_ptr(), turned.back().data_ptr(), t.size(0) * t.size(1), cos.size(0) * cos.size(1), t.size(2),
+             t.size(3), dtype == ScalarType::BFloat16);
+    }
+    return turned;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(qvlm_hf, CPU, library) { library.impl("linears_cpu", TORCH_BOX(&linears)); }
+STABLE_TORCH_LIBRARY_IMPL(qvlm_hf, CPU, library) {
+    library.impl("linears_cpu", TORCH_BOX(&linears));
+    library.impl("rms_norm_cpu", TORCH_BOX(&rms_norm));
+    library.impl("rotary_cpu", TORCH_BOX(&rotary));
+}
 
-// The kernels' entry (`qvlm_linears`), or null for none.
-extern "C" void qvlm_use(void (*entry)(const void*)) { kernels = entry; }
+// The kernels' entries: `qvlm_linears`, `qvlm_rms_norm`, `qvlm_rotary`.
+extern "C" void qvlm_use(decltype(kernels) linears_entry, decltype(norm) norm_entry, decltype(turn) rotary_entry) {
+    kernels = linears_entry, norm = norm_entry, turn = rotary_entry;
+}

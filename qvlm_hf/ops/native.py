@@ -3,7 +3,8 @@
 A library is written whole or not at all and ends with the digest of all before it, because one that lost its end loads, and kills the
 process at the first call into it.
 
-Left out: a lock. Two processes that start together both compile, and the second to end replaces an equal file.
+Processes that start together compile once: the first holds a lock, the others wait for it and find the library. The lock only saves work:
+where it cannot be had, or not in time, a process compiles for itself and replaces an equal file.
 """
 
 import ctypes
@@ -15,8 +16,11 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -43,7 +47,7 @@ def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]
     try:
         return ctypes.CDLL(str(path))
     except OSError:  # damaged in the cache: once more
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have found it damaged too
         return ctypes.CDLL(str(compiled(sources, flags, libraries)))
 
 
@@ -58,17 +62,48 @@ def compiled(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[
     target = _cache() / f"{sources[0].stem}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
     if not _intact(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        log = logging.getLogger(__name__)
-        log.warning("compiling %s for this machine, once: up to a minute (kept in %s)", sources[0].stem, target.parent)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            _output(*command, *flags, "-o", str(made), str(sources[0]), "-Wl,--as-needed", *libraries)
-            if not made.exists():
-                raise RuntimeError(f"{command[0]} reported success and wrote nothing")
-            code = made.read_bytes()
-            made.write_bytes(code + hashlib.sha256(code).digest())  # the loader reads what the headers name, not what follows
-            os.replace(made, target)
+        with _alone(target):
+            if not _intact(target):  # now, another process may have made it
+                _compile([*command, *flags], sources[0], libraries, target)
     return target
+
+
+def _compile(command: Sequence[str], source: Path, libraries: Sequence[str], target: Path) -> None:
+    log = logging.getLogger(__name__)
+    log.warning("compiling %s for this machine, once: up to a minute (kept in %s)", source.stem, target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        _output(*command, "-o", str(made), str(source), "-Wl,--as-needed", *libraries)
+        if not made.exists():
+            raise RuntimeError(f"{command[0]} reported success and wrote nothing")
+        code = made.read_bytes()
+        made.write_bytes(code + hashlib.sha256(code).digest())  # the loader reads what the headers name, not what follows
+        os.replace(made, target)
+
+
+def _alone(target: Path) -> AbstractContextManager[object]:
+    """Keeps other processes from compiling the same library; after `_SECONDS`, or where there are no locks, it goes on without."""
+    try:
+        lock = target.with_suffix(".lock").open("w")  # closing it lets go, as the end of a process does
+    except OSError:  # where nothing can be written, the compiler says so
+        return nullcontext()
+    end = time.monotonic() + _SECONDS
+    while not _taken(lock) and time.monotonic() < end:
+        time.sleep(0.1)
+    return lock
+
+
+def _taken(lock: TextIO) -> bool:
+    """Whether there is nothing to wait for: the lock is ours, or the file system has none."""
+    import fcntl  # not at the top: Windows has none, and no kernels either
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def compiler() -> list[str]:

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["LIBRARY", "Module", "linear", "linears", "transformed", "well_formed"]
+__all__ = ["LIBRARY", "Module", "linear", "linears", "transformed", "watched", "well_formed"]
 
 Module = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, weight_scale, weight_zero_point, bias of `linear`
 
@@ -35,6 +35,10 @@ _LINEARS = (
 )
 LIBRARY.define("linears" + _LINEARS)
 LIBRARY.define("linears_cpu" + _LINEARS)  # for inference: the same on a CPU where it takes the call, else an empty list
+LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor")  # these four: fused.py
+LIBRARY.define("rms_norm_cpu(Tensor x, Tensor weight, float epsilon) -> Tensor[]")
+LIBRARY.define("rotary(Tensor[] x, Tensor cos, Tensor sin) -> Tensor[]")
+LIBRARY.define("rotary_cpu(Tensor[] x, Tensor cos, Tensor sin) -> Tensor[]")
 LIBRARY.define(
     "linear_input_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale,"
     " int in_features, int weight_bits, int group_length, str granularity, int hadamard) -> Tensor"
@@ -134,7 +138,7 @@ def transformed() -> bool:
     return torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """The same, or torch.compile, or a dispatch mode."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or transformed()
 
@@ -142,7 +146,7 @@ def _watched() -> bool:
 def _quick(x: Tensor, *arguments: object) -> list[Tensor]:
     """The outputs by `linears_cpu`, or nothing: who watches, or records a gradient, shall see the operators proper."""
     # `is not True`: torch.fx traces with stand-ins that are neither
-    if x.is_cpu is not True or torch.is_grad_enabled() or _watched():
+    if x.is_cpu is not True or torch.is_grad_enabled() or watched():
         return []
     _refuse_tangent(x)
     with torch._C._AutoDispatchBelowAutograd():
@@ -152,7 +156,7 @@ def _quick(x: Tensor, *arguments: object) -> list[Tensor]:
 def _called(operator: Any, x: Tensor, *arguments: object) -> Any:  # noqa: ANN401 - an operator and what it returns
     """The operator's result; where no gradient is recorded without the Python that could record one (11 of 33 us of a call on a CPU)."""
     _refuse_tangent(x)
-    if torch.is_grad_enabled() or _watched():
+    if torch.is_grad_enabled() or watched():
         return operator(x, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(x, *arguments)
@@ -168,8 +172,9 @@ def _nothing(*_: object) -> list[Tensor]:
     return []
 
 
-LIBRARY.impl("linears_cpu", _nothing, "CompositeExplicitAutograd")
-torch.library.register_fake("qvlm_hf::linears_cpu", _nothing, lib=LIBRARY)
+for _name in ("linears_cpu", "rms_norm_cpu", "rotary_cpu"):
+    LIBRARY.impl(_name, _nothing, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qvlm_hf::{_name}", _nothing, lib=LIBRARY)
 
 
 @torch.library.register_fake("qvlm_hf::linear_reference", lib=LIBRARY)

@@ -82,6 +82,40 @@ def test_rounding_needs_no_data(folder, capsys):
     assert "saved in rtn" in capsys.readouterr().out
 
 
+def test_rounding_takes_the_options_that_it_has_a_use_for(folder):
+    arguments = ["quantize", f"{folder}/model", "--method", "rtn", "--output", f"{folder}/rtn-options", "--seed", "5"]
+    options = ["--modules-to-not-convert", "down_proj", "lm_head", "--rotation", "hadamard", "--activation-granularity", "dynamic_token"]
+    assert main([*arguments, *options]) == 0
+    saved = json.loads((folder / "rtn-options" / "config.json").read_text())["quantization_config"]
+    assert (saved["modules_to_not_convert"], saved["rotation"], saved["seed"]) == (["down_proj", "lm_head"], "hadamard", 5)
+    assert saved["modules"]
+    assert not [name for name in saved["modules"] if "down_proj" in name]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--dataset", "{f}/samples.jsonl"],
+        ["--num-samples", "8"],
+        ["--batch-size", "8"],
+        ["--max-block-depth", "3"],
+        ["--precision-budget", "4"],
+        ["--strict"],
+    ],
+    ids=lambda option: option[0],
+)
+def test_options_of_the_search_are_refused_where_there_is_none(folder, capsys, option):
+    words = ["quantize", f"{folder}/model", "--output", f"{folder}/x", *(word.replace("{f}", str(folder)) for word in option)]
+    assert main([*words, "--method", "rtn"]) == 1
+    expected = f"qvlm: error: {option[0]}: plain rounding uses no data: leave it out, or leave out --method rtn.\n"
+    assert capsys.readouterr().err == expected
+    if option[0] != "--dataset":
+        assert main([*words, "--scheme", "W4A16"]) == 1
+        expected = f"qvlm: error: {option[0]}: is of the search, which needs samples: give --dataset F too, or leave it out.\n"
+        assert capsys.readouterr().err == expected
+    assert not (folder / "x").exists()
+
+
 def test_a_model_is_quantized_exported_and_checked(folder, capsys):
     scheme = ["--scheme", "W8A8", "--group-size", "-1", "--symmetric", "--method", "rtn"]
     assert main(["quantize", f"{folder}/model", *scheme, "--output", f"{folder}/w8a8"]) == 0
@@ -109,12 +143,18 @@ def test_a_calibrated_w8a8_can_be_made_for_export(folder):
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/w4a4"], "exists and is not empty"),
         (["quantize", "{f}/nowhere", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x"], "nowhere"),
         (["quantize", "{f}/w4a4", "--method", "rtn", "--output", "{f}/x"], "is quantized already"),
+        (
+            ["quantize", "{f}/model", "--method", "rtn", "--output", "{f}/x", "--activation-granularity", "channel"],
+            "leave it out with --method rtn",
+        ),
+        (["quantize", "{f}/model", "--method", "rtn", "--output", "{f}/x", "--modules-to-not-convert", "nose"], "'nose' matches no module"),
         (["ask", "{f}/bert", "--image", "{f}/0.png", "what ?"], "'bert' is no image-text-to-text model"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/samples.jsonl/x"], "choose a directory"),
         (["inspect", "--shape", "gpt-5"], "is unknown"),
         (["inspect", "{f}/model"], "is not quantized"),
         (["inspect", "{f}"], "no config.json"),
         (["inspect"], "either a directory or a --shape"),
+        (["inspect", "{f}/w4a4", "--group-size", "64"], "--group-size: is for --shape"),
         (["ask", "{f}/w4a4", "--image", "{f}/samples.jsonl", "what ?"], "unreadable picture"),
         (["demo", "--questions", "none"], "must be a number"),
         (["demo", "--threads", "0"], "must be at least 1"),

@@ -31,7 +31,7 @@ KINDS = {
     "calibrated": {"scheme": "W4A4", "dataset": "samples.jsonl", "num_samples": 4, "batch_size": 2, "max_block_depth": 2, "group_size": 64},
     "in memory": {"scheme": "W4A8", "dataset": tiny_messages(8, seed=3), **SEARCH},
     "rounded": {"scheme": "W4A16"},
-    "rtn": {"scheme": "W8A8", "activation_granularity": "dynamic_token", "group_size": 32},
+    "rtn": {"scheme": "W8A8", "activation_granularity": "dynamic_token", "group_size": 32, "modules_to_not_convert": ["fc1", "down_proj"]},
     "dynamic": {"scheme": "W3A8", "activation_granularity": "dynamic_token", "group_size": 32, "symmetric": True},
     "budget": {"scheme": "W4A4", "precision_budget": 3.5, "dataset": "samples.jsonl", **SEARCH},
     "no guard": {"scheme": "W4A4", "guard": False, "group_size": -1, "dataset": "samples.jsonl", **SEARCH},

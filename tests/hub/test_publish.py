@@ -321,6 +321,17 @@ def test_a_hub_that_is_gone_when_calibration_ends_loses_nothing(hub, api, source
     assert torch.equal(logits(loaded(folder), inputs(processor)), logits(kept, inputs(processor)))
 
 
+def test_a_callback_that_raises_stops_the_push(hub, api, source, processor):
+    class Unsatisfied:
+        def on_calibration_end(self, model, report):
+            raise RuntimeError("not good enough")
+
+    config = QVLMConfig(scheme="W4A16", processor=processor, push_to_hub=True, hub_model_id="me/tiny", callbacks=[Unsatisfied()])
+    with pytest.raises(RuntimeError, match="not good enough"):
+        loaded(source, quantization_config=config)
+    assert "me/tiny" not in hub.repos
+
+
 def test_publish_names_the_folder_and_the_command_when_it_fails(hub, api, model, processor, no_waiting):
     hub.fail("POST", "/commit/", 403)
     options = {"revision": "dev", "commit_message": "it's new", "base_model": "me/base", "license": "mit"}

@@ -90,6 +90,49 @@ def test_generators_lambdas_and_callbacks_survive_and_the_users_config_is_untouc
         assert quantizer.quantization_config == model.config.quantization_config
 
 
+class Raising:
+    """A callback that fails at one place."""
+
+    def __init__(self, at: str) -> None:
+        setattr(self, at, self.fail)
+
+    def fail(self, *arguments: object) -> None:
+        raise RuntimeError("no disk for my table")
+
+
+def test_a_callback_that_fails_at_the_end_leaves_a_complete_quantized_model(processor: object, inputs: dict, ask: Callable) -> None:
+    told: list[object] = []
+    late = SimpleNamespace(on_calibration_end=lambda model, report: told.append(report))
+    options = {"dataset": tiny_messages(3), "processor": processor, "num_samples": 3, "percentiles": (1.0,), "margins": ()}
+    failing, plain = tiny_llava(), tiny_llava()
+    with pytest.raises(RuntimeError, match="no disk for my table"):
+        quantize_model(failing, QVLMConfig(**options, callbacks=[Raising("on_calibration_end"), late]))
+    assert told == []
+    report = quantize_model(plain, QVLMConfig(**options, callbacks=[late]))
+    assert told == [report]
+    # nothing tells them apart but the failure
+    assert (failing.is_quantized, failing.quantization_method) == (plain.is_quantized, plain.quantization_method)
+    assert failing.hf_quantizer.report == report
+    assert failing.config.to_dict() == plain.config.to_dict()
+    for field in ("dataset", "processor", "callbacks"):
+        assert getattr(failing.config.quantization_config, field) == getattr(plain.config.quantization_config, field)
+    assert not any(p.requires_grad for m in failing.modules() if isinstance(m, QVLMLinear) for p in m.parameters(recurse=False))
+    assert torch.equal(ask(failing, inputs)[0], ask(plain, inputs)[0])
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize_model(failing, QVLMConfig(scheme="W4A16"))
+
+
+def test_a_callback_that_fails_on_the_way_leaves_the_model_as_it_was(processor: object) -> None:
+    model, other = tiny_llava(), tiny_llava()
+    config = QVLMConfig(dataset=tiny_messages(3), processor=processor, num_samples=3, callbacks=[Raising("on_step")])
+    with pytest.raises(RuntimeError, match="no disk for my table"):
+        quantize_model(model, config)
+    assert getattr(model, "hf_quantizer", None) is None
+    assert not hasattr(model.config, "quantization_config")
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+
+
 def test_the_same_through_a_concrete_class(source: Path) -> None:
     config = QVLMConfig(scheme="W8A16")
     model = type(tiny_llava()).from_pretrained(source, quantization_config=config)

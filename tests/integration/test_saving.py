@@ -124,6 +124,18 @@ def test_directories_that_are_refused(model: torch.nn.Module, processor: object,
         save_quantized(tiny_llava(), processor, tmp_path / "new", report=None)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_follow_the_umask(model: torch.nn.Module, processor: object, tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        output = save_quantized(model, processor, tmp_path / "out", report=model.hf_quantizer.report, max_shard_size="60KB")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in output.iterdir()}
+    assert len([name for name in modes if name.endswith(".safetensors")]) > 1
+    assert modes == dict.fromkeys(modes, mode)
+
+
 def test_an_empty_directory_is_taken_and_permissions_are_ordinary(model: torch.nn.Module, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     output = save_quantized(model, None, tmp_path / "empty", report=None)

@@ -1,0 +1,38 @@
+"""What a calibration or evaluation sample is: one chat, whatever the source.
+
+    load_samples(source) -> [Sample]         read, check, choose; nothing of the model is needed yet
+    batches(samples, processor, 8) -> Batch  render with the chat template, tokenize, pad on the right, label the answer
+
+Sources are recognised by their keys (formats.py): Transformers chats, LLaVA JSON, image/question/answer rows and ScienceQA. Every error is
+one line that names the file, the line and the key, and says how to mend it.
+
+Left out on purpose: truncation (it cuts image tokens), URLs (a calibration set must be the same tomorrow) and any import of Transformers:
+the processor is passed in.
+
+    sample     the chat; its pictures (pictures.py)
+    loading    load_samples: whatever was passed -> rows (sources.py) -> samples (formats.py)
+    batch      batches: chat -> text and answer (rendering.py) -> tensors
+    identity   hashes of samples
+"""
+
+from qvlm_hf.calibration.samples.batch import IGNORE_INDEX, Batch, batches, check_image_tokens, collate
+from qvlm_hf.calibration.samples.identity import by_picture, fingerprint
+from qvlm_hf.calibration.samples.loading import dataset_name, hold_out, load_samples
+from qvlm_hf.calibration.samples.rendering import Processor, Tokenizer
+from qvlm_hf.calibration.samples.sample import Sample
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "Processor",
+    "Sample",
+    "Tokenizer",
+    "batches",
+    "by_picture",
+    "check_image_tokens",
+    "collate",
+    "dataset_name",
+    "fingerprint",
+    "hold_out",
+    "load_samples",
+]

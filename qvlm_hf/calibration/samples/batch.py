@@ -1,0 +1,153 @@
+"""Samples -> what the model is fed: rendered, tokenized, padded on the right, the last answer of each labelled."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from qvlm_hf.calibration.samples.errors import first_line
+from qvlm_hf.calibration.samples.rendering import Processor, adds_special_tokens, check_processor, render
+from qvlm_hf.calibration.samples.sample import Sample
+
+__all__ = ["IGNORE_INDEX", "Batch", "batches", "check_image_tokens", "collate"]
+
+IGNORE_INDEX = -100  # label of every token that is no part of an answer; what torch's cross entropy skips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What the model is fed.
+
+    Attributes:
+        inputs: the processor's tensors: input_ids and attention_mask [batch, tokens], padded on the right, and whatever the family
+            needs (pixel_values, image_sizes); no pixel_values if no sample has a picture.
+        labels: [batch, tokens] int64; the token itself at the last answer and its end-of-sequence token, `IGNORE_INDEX` elsewhere. The
+            logits that predict position p are those at p - 1.
+        origins: one per row.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    origins: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Returns the same batch on `device`."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(inputs=inputs, labels=self.labels.to(device), origins=self.origins)
+
+
+def batches(samples: Sequence[Sample], processor: Processor, batch_size: int) -> Iterator[Batch]:
+    """Yields the samples in order, `batch_size` at a time (the last batch may be smaller).
+
+    Raises:
+        ValueError: for a batch size below 1, and as `collate` does.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give at least 1")
+    for start in range(0, len(samples), batch_size):
+        yield collate(samples[start : start + batch_size], processor)
+
+
+def collate(samples: Sequence[Sample], processor: Processor) -> Batch:
+    """Renders the chats with the processor's template, tokenizes them and labels the last answer of each.
+
+    The answer is found by rendering twice, with and without it: what the two token sequences share is the prompt. Its length is counted
+    from the end, so it does not matter into how many tokens the processor expands the pictures before it.
+    Whitespace after the answer is dropped; where the template leaves the answer open, as LLaVA's does, the end-of-sequence token is added,
+    which the model was trained to say there. Samples without an answer get no labels and end in the template's generation prompt.
+
+    Args:
+        samples: at least one; with and without pictures may be mixed.
+        processor: a Transformers processor (`apply_chat_template`, `__call__`, `tokenizer`).
+
+    Raises:
+        ValueError: if the processor has no chat template or no padding token, if a picture is missing or has no place in the text, or if
+            the template does not show the answer.
+    """
+    if not samples:
+        raise ValueError("collate got no samples; give at least one")
+    check_processor(processor)
+    chats = [render(sample, processor) for sample in samples]
+    pictures = [sample.images() for sample in samples]
+    for sample, (text, _), own in zip(samples, chats, pictures, strict=True):
+        _check_placeholders(text, len(own), processor, sample.origin)
+    inputs = _call_processor(processor, [text for text, _ in chats], pictures, [sample.origin for sample in samples])
+    _check_expansion(inputs["input_ids"], pictures, processor, [sample.origin for sample in samples])
+    labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
+    for row, (sample, (_, answer)) in enumerate(zip(samples, chats, strict=True)):
+        if answer:
+            positions = inputs["attention_mask"][row].nonzero().flatten()[-len(answer) :]
+            if inputs["input_ids"][row, positions].tolist() != answer:
+                raise ValueError(
+                    f"{sample.origin}: the processor's tokens do not end in the answer's {answer}; it changes the rendered text"
+                )
+            labels[row, positions] = torch.tensor(answer)
+    return Batch(inputs=inputs, labels=labels, origins=tuple(sample.origin for sample in samples))
+
+
+def _check_placeholders(text: str, pictures: int, processor: Processor, origin: str) -> None:
+    placeholder = getattr(processor, "image_token", None)
+    count = text.count(placeholder) if placeholder else 0
+    # Zero is judged after tokenizing: some templates write another marker, which their processor replaces.
+    if count and count != pictures:
+        problem = f"{count} {placeholder} placeholders in the rendered text for {pictures} pictures"
+        raise ValueError(f"{origin}: {problem}; remove {placeholder} from the sample's own text")
+
+
+def _call_processor(
+    processor: Processor, texts: list[str], pictures: list[list[Image.Image]], origins: list[str]
+) -> dict[str, torch.Tensor]:
+    images = {"images": pictures} if any(pictures) else {}
+    special = adds_special_tokens(texts[0], processor.tokenizer)
+    try:
+        output = processor(
+            text=texts, **images, padding=True, padding_side="right", truncation=False, add_special_tokens=special, return_tensors="pt"
+        )
+    except ValueError as error:
+        raise ValueError(f"{', '.join(origins)}: {type(processor).__name__} refuses this batch ({first_line(error)})") from error
+    for name, value in output.items():
+        if not isinstance(value, torch.Tensor):
+            problem = f"{type(processor).__name__} returns {name} as {type(value).__name__}, not as one tensor"
+            raise ValueError(f"{', '.join(origins)}: {problem}; use batch size 1")
+    return dict(output)
+
+
+def _check_expansion(input_ids: torch.Tensor, pictures: list[list[Image.Image]], processor: Processor, origins: list[str]) -> None:
+    """Checks every row, and that pictures of one size became equally many tokens."""
+    image_token_id = getattr(processor, "image_token_id", None)
+    if image_token_id is None:
+        return  # nothing to count by; the model's own check remains
+    per_size: dict[tuple[int, int], int] = {}
+    for row, (own, origin) in enumerate(zip(pictures, origins, strict=True)):
+        sizes = {picture.size for picture in own}
+        size = sizes.pop() if len(sizes) == 1 else None
+        count = check_image_tokens(input_ids[row], image_token_id, per_size.get(size) if size else None, len(own), origin)
+        if size:
+            per_size.setdefault(size, count // len(own))
+
+
+def check_image_tokens(input_ids: torch.Tensor, image_token_id: int, expected_per_image: int | None, images: int, origin: str) -> int:
+    """Counts the picture tokens of one sample and compares them with its pictures.
+
+    Args:
+        input_ids: [tokens].
+        image_token_id: the token that stands for picture features.
+        expected_per_image: tokens a picture, None if unknown: then any positive number will do.
+        images: pictures of the sample.
+        origin: for the message.
+
+    Returns:
+        The number of picture tokens.
+
+    Raises:
+        ValueError: if there are too few or too many.
+    """
+    count = int((input_ids == image_token_id).sum())
+    expected = 0 if images == 0 else None if expected_per_image is None else expected_per_image * images
+    if (expected is not None and count != expected) or (images and not count):
+        wanted = "at least one each" if expected is None else str(expected)
+        raise ValueError(
+            f"{origin}: {count} picture tokens for {images} pictures, {wanted} expected; the processor does not fit the chat template"
+        )
+    return count

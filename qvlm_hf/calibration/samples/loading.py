@@ -1,0 +1,64 @@
+"""`load_samples`: a source, read, checked and chosen from; and the split into samples to calibrate on and samples to check with."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from qvlm_hf.calibration.samples.formats import convert_rows
+from qvlm_hf.calibration.samples.sample import Sample
+from qvlm_hf.calibration.samples.sources import choose, read_rows, source_name
+
+__all__ = ["dataset_name", "hold_out", "load_samples"]
+
+
+def load_samples(dataset: object, *, num_samples: int | None = None, seed: int = 0) -> list[Sample]:
+    """Reads, checks and chooses samples.
+
+    Args:
+        dataset: a .jsonl or .json file; a ScienceQA folder, "folder" or "folder:split" (default split "train"); a Hub id, "name/name" or
+            "name/name:split" (needs the `datasets` package); a list, a `datasets.Dataset` or another iterable of dicts or `Sample`s.
+            Pictures in files are relative to the file, others to the working directory.
+        num_samples: how many to take; all if None or if there are fewer. From a source with a length a seeded random choice, in source
+            order, and a smaller choice is part of a larger one; from a one-pass iterable the first.
+        seed: of the choice.
+
+    Returns:
+        The chosen samples in source order. Files and lists are checked whole; pictures, and the rows of a `datasets.Dataset` (each costs
+        a decode), only as far as they are chosen.
+
+    Raises:
+        ValueError: one line: what is wrong, where (file, line, key) and how to mend it.
+    """
+    if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1):
+        raise ValueError(f"num_samples is {num_samples!r}; give a whole number of at least 1, or None to take all")
+    rows = read_rows(dataset, num_samples, seed)
+    if not rows:
+        raise ValueError(f"{source_name(dataset)} has no samples; at least one is needed")
+    samples = convert_rows(rows)
+    chosen = [samples[index] for index in choose(len(samples), num_samples, seed)]
+    for sample in chosen:
+        sample.check_images()
+    return chosen
+
+
+def dataset_name(dataset: object) -> str:
+    """How a record names the source of samples: a file or folder without its path, a Hub id, or what kind of object it was."""
+    if not isinstance(dataset, (str, os.PathLike)):
+        return f"{type(dataset).__name__} in memory"
+    path = Path(dataset)
+    if path.exists():
+        return path.resolve().name
+    head, _, split = str(dataset).rpartition(":")
+    return f"{Path(head).resolve().name}:{split}" if head and Path(head).is_dir() else str(dataset)
+
+
+def hold_out(samples: Sequence[Sample], num_samples: int, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Splits samples into those to calibrate on and the rest, which checks the result; both keep their order.
+
+    Args:
+        samples: as `load_samples` gives them.
+        num_samples: how many to calibrate on; all if there are not more.
+        seed: of the choice.
+    """
+    chosen = set(choose(len(samples), num_samples, seed))
+    return [s for i, s in enumerate(samples) if i in chosen], [s for i, s in enumerate(samples) if i not in chosen]

@@ -1,0 +1,95 @@
+"""`Sample`: one chat with its pictures, checked when it is made."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from qvlm_hf.calibration.samples.pictures import open_image, verify_image
+
+__all__ = ["Message", "Sample"]
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One chat.
+
+    Attributes:
+        messages: Transformers chat; every content is a list of {"type": "text", "text": str} and
+            {"type": "image", "image": Path or PIL image}. Roles: an optional "system", then "user" and "assistant" in turn.
+        origin: where it was read, "scienceqa_train.jsonl:12"; opens every error message.
+        kind: kind of question, reported by the evaluation.
+        image_keys: key of each picture in the source, in order; empty: named by their place in `messages`.
+
+    Raises:
+        ValueError: if the roles are not in that order or a content is not a list.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    origin: str
+    kind: str | None = None
+    image_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_turns(self.messages, self.origin)
+
+    @property
+    def answer(self) -> str | None:
+        """Text of the last message if it is the assistant's, else None."""
+        last = self.messages[-1]
+        return " ".join(_texts(last)) if last["role"] == "assistant" else None
+
+    def images(self) -> list[Image.Image]:
+        """Opens the pictures, in reading order, upright and in RGB.
+
+        Raises:
+            ValueError: if a picture is missing or unreadable.
+        """
+        return [open_image(value, key, self.origin) for key, value in self.pictures()]
+
+    def check_images(self) -> None:
+        """Checks that every picture file exists and starts like a picture, without decoding it.
+
+        Raises:
+            ValueError: for the first that does not.
+        """
+        for key, value in self.pictures():
+            if not isinstance(value, Image.Image):
+                verify_image(value, key, self.origin)
+
+    def pictures(self) -> list[tuple[str, Path | Image.Image]]:
+        """Key and file or picture of each, in reading order, not opened."""
+        found = [
+            (f"messages[{i}].content[{j}].image", part["image"])
+            for i, message in enumerate(self.messages)
+            for j, part in enumerate(message["content"])
+            if part["type"] == "image"
+        ]
+        return [(key, value) for key, (_, value) in zip(self.image_keys, found, strict=True)] if self.image_keys else found
+
+
+def _check_turns(messages: Sequence[Mapping[str, Any]], origin: str) -> None:
+    if not messages:
+        raise ValueError(f"{origin}: has no messages; give at least the user's")
+    expected = "user"
+    for index, message in enumerate(messages):
+        role = message.get("role")
+        if role == "system" and index == 0 and len(messages) > 1:
+            continue
+        if role != expected:
+            rule = "the user speaks first (after an optional system message), then assistant and user in turn"
+            raise ValueError(f'{origin}: message {index} has the role {role!r} where "{expected}" belongs; {rule}')
+        expected = "assistant" if role == "user" else "user"
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, list) or not all(isinstance(part, Mapping) and part.get("type") in part for part in content):
+            rule = '{"type": "text", "text": ...} and {"type": "image", "image": ...}; load_samples builds them'
+            raise ValueError(f"{origin}: the content of message {index} is no list of {rule}")
+
+
+def _texts(message: Mapping[str, Any]) -> list[str]:
+    return [part["text"] for part in message["content"] if part["type"] == "text"]

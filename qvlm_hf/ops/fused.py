@@ -1,0 +1,91 @@
+"""`qvlm_hf::rms_norm` and `rotary`: what stands before most quantized modules, as one operator instead of PyTorch's six to fourteen.
+
+A decoding step on a CPU spends as long on each small operator as on a small matrix. For inference alone; a graph of torch.compile gets the
+same operators, so that it rounds where eager PyTorch does. Where no kernel takes a call, they are PyTorch's operators.
+
+Left out: GPUs. Triton's launches in eager mode cost what several of PyTorch's do, so that needs measuring first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from qvlm_hf.ops import cpu_operator, reference
+from qvlm_hf.ops.schema import LIBRARY, watched
+
+__all__ = ["fusible", "rms_norm", "rotary"]
+
+
+def fusible(x: Tensor) -> bool:
+    """Whether the operators may take x now: on a CPU, where no gradient is recorded and no mode but a compiler follows single operators."""
+    # `is not True`: torch.fx traces with stand-ins that are neither
+    if x.is_cpu is not True or torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or not (watched() or forward_ad._current_level >= 0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """RMSNorm of the last dimension in float32, rounded to x's dtype before and after `weight`, as LlamaRMSNorm does.
+
+    Args:
+        x: [..., K].
+        weight: [K].
+        epsilon: added to the mean square.
+
+    Returns:
+        [..., K]; a kernel's sum has another order, which the last bit may show.
+    """
+    if not fusible(x):
+        return reference.rms_norm(x, weight, epsilon)
+    if torch.compiler.is_compiling():
+        return torch.ops.qvlm_hf.rms_norm.default(x, weight, epsilon)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _rms_norm(x, weight, epsilon)
+
+
+def rotary(x: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    """Rotary position embedding: the same bits as Transformers' `apply_rotary_pos_emb` with unsqueeze_dim=2.
+
+    Args:
+        x: queries and keys, each [B, T, heads, D], D even.
+        cos: [B or 1, T, D].
+        sin: [B or 1, T, D].
+
+    Returns:
+        Each [B, T, heads, D].
+    """
+    if not fusible(cos):
+        return reference.rotary(x, cos, sin)
+    if torch.compiler.is_compiling():
+        return torch.ops.qvlm_hf.rotary.default(list(x), cos, sin)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _rotary(list(x), cos, sin)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    cpu_operator.load()  # at once: an equal call later must give equal bits
+    found = torch.ops.qvlm_hf.rms_norm_cpu.default(x, weight, epsilon)
+    return found[0] if found else reference.rms_norm(x, weight, epsilon)
+
+
+def _rotary(x: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    cpu_operator.load()
+    return torch.ops.qvlm_hf.rotary_cpu.default(x, cos, sin) or reference.rotary(x, cos, sin)
+
+
+LIBRARY.impl("rms_norm", _rms_norm, "CPU")
+LIBRARY.impl("rotary", _rotary, "CPU")
+
+
+@torch.library.register_fake("qvlm_hf::rms_norm", lib=LIBRARY)
+def _rms_norm_fake(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    del epsilon
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+@torch.library.register_fake("qvlm_hf::rotary", lib=LIBRARY)
+def _rotary_fake(x: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    dtype = torch.promote_types(cos.dtype, sin.dtype)
+    return [one.new_empty(one.shape, dtype=torch.promote_types(one.dtype, dtype)) for one in x]

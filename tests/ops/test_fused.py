@@ -1,0 +1,190 @@
+"""RMSNorm and rotary embedding as one operator: Transformers' numbers, on every way to call them."""
+
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from qvlm_hf.ops import cpu_operator, reference, rms_norm, rotary
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NORM, ROTARY = torch.ops.qvlm_hf.rms_norm_cpu.default, torch.ops.qvlm_hf.rotary_cpu.default
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no compiler")
+    assert cpu_operator.load() is None
+
+
+def norm_inputs(shape, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).mul(3).to(dtype), torch.randn(shape[-1], generator=generator).to(dtype)
+
+
+def heads(batch, tokens, angles, dim, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((batch, tokens, 6, dim), (batch, tokens, 2, dim), (angles, tokens, dim), (angles, tokens, dim))
+    query, key, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return (query, key), cos, sin
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 5), max_size=2), st.integers(1, 300), st.sampled_from(DTYPES), st.integers(0, 99))
+def test_the_norm_is_transformers(leading, k, dtype, seed):
+    x, weight = norm_inputs((*leading, k), dtype, seed)
+    module = LlamaRMSNorm(k, eps=1e-5).to(dtype)
+    module.weight.data.copy_(weight)
+    with torch.no_grad():
+        expected, y = module(x), rms_norm(x, weight, 1e-5)
+    assert torch.equal(reference.rms_norm(x, weight, 1e-5), expected)
+    assert y.dtype == dtype
+    # a sum in another order moves the factor by its last bit, and the two roundings by one step each
+    torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=1e-30)
+
+
+def test_rounding_is_that_of_the_model():
+    """Almost every value has Transformers' very bits in 16 bits: one rounding less would change a tenth of them."""
+    x, weight = norm_inputs((64, 2048), torch.bfloat16)
+    with torch.no_grad():
+        assert (rms_norm(x, weight, 1e-5) != reference.rms_norm(x, weight, 1e-5)).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "angles"), [(1, 1), (3, 3), (3, 1)])
+@pytest.mark.parametrize(("tokens", "dim"), [(1, 64), (7, 10), (40, 128)])
+def test_the_rotary_embedding_has_transformers_bits(dtype, batch, angles, tokens, dim):
+    x, cos, sin = heads(batch, tokens, angles, dim, dtype)
+    expected = apply_rotary_pos_emb(*x, cos, sin, unsqueeze_dim=2)
+    with torch.no_grad():
+        found = ROTARY(list(x), cos, sin)
+        assert len(found) == (0 if dtype == torch.float16 else 2)
+        for way in (rotary(x, cos, sin), reference.rotary(x, cos, sin), found):
+            assert all(torch.equal(a, b) for a, b in zip(way, expected, strict=False))
+
+
+@pytest.mark.parametrize("tokens", [1, 600])
+def test_threads_change_no_bit(tokens):
+    x, weight = norm_inputs((tokens, 512), torch.bfloat16)
+    turned = heads(1, tokens, 1, 64, torch.bfloat16)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append((NORM(x, weight, 1e-5)[0], *ROTARY(list(turned[0]), *turned[1:])))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_numbers_that_are_none_stay_so():
+    x, weight = norm_inputs((4, 40), torch.float32)
+    x[0, 3], x[1, 5], x[2] = float("nan"), float("inf"), 0
+    with torch.no_grad():
+        torch.testing.assert_close(rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [
+        (torch.ones(2, 8).half(), torch.ones(8).half()),
+        (torch.ones(2, 8).bfloat16(), torch.ones(8)),
+        (torch.ones(8, 2).t(), torch.ones(8)),
+        (torch.ones(0, 8), torch.ones(8)),
+        (torch.ones(2, 8), torch.ones(16)[::2]),
+        (torch.ones(2, 8), torch.ones(1, 8)),
+        (torch.ones(2, 8), torch.ones(1)),
+        (torch.tensor(2.0), torch.ones(1)),
+        (torch.ones(2, 8).double(), torch.ones(8).double()),
+    ],
+)
+def test_what_the_norm_kernel_does_not_take_is_computed_all_the_same(x, weight):
+    assert NORM(x, weight, 1e-5) == []
+    if x.dim():
+        with torch.no_grad():
+            y = rms_norm(x, weight, 1e-5)
+        expected = reference.rms_norm(x, weight, 1e-5)
+        assert torch.equal(y, expected)
+        assert y.dtype == expected.dtype
+
+
+def test_what_the_rotary_kernel_does_not_take():
+    (query, key), cos, sin = heads(2, 3, 1, 8, torch.float32)
+    for x, c, s in (
+        ([query.transpose(1, 2).contiguous().transpose(1, 2), key], cos, sin),
+        ([query, key.bfloat16()], cos, sin),
+        ([query, key], cos.bfloat16(), sin),
+        ([query, key], cos, sin[:, :2]),
+        ([query[:, :2], key], cos, sin),
+        ([query, key[..., :6].contiguous()], cos, sin),
+        ([query[:0], key], cos, sin),
+        ([query[0], key], cos, sin),
+        ([query, key], torch.cat([cos] * 3), torch.cat([sin] * 3)),
+        ([query[..., :7].contiguous()], cos[..., :7].contiguous(), sin[..., :7].contiguous()),
+    ):
+        assert ROTARY(x, c, s) == []
+    odd = query.transpose(1, 2).contiguous().transpose(1, 2)
+    with torch.no_grad():
+        assert torch.equal(rotary([odd], cos, sin)[0], reference.rotary([odd], cos, sin)[0])
+
+
+def test_gradients_are_those_of_the_operators():
+    x, weight = norm_inputs((3, 40), torch.float32)
+    gradients = []
+    for compute in (rms_norm, reference.rms_norm):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        compute(*inputs, 1e-5).sin().sum().backward()
+        gradients.append([one.grad for one in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    (query, _), cos, sin = heads(1, 3, 1, 8, torch.float32)
+    query.requires_grad_()
+    assert torch.autograd.grad(rotary([query], cos, sin)[0].sum(), query)[0].abs().sum() > 0
+
+
+def test_forward_derivatives_and_vmap_see_single_operators():
+    x, weight = norm_inputs((3, 40), torch.float32)
+    with torch.no_grad():
+        mapped = torch.func.vmap(lambda row: rms_norm(row, weight, 1e-5))(x)
+        assert torch.equal(mapped, reference.rms_norm(x, weight, 1e-5))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            tangent = torch.autograd.forward_ad.unpack_dual(rms_norm(dual, weight, 1e-5)).tangent
+    assert tangent is None or tangent.abs().sum() > 0  # PyTorch itself drops tangents under no_grad
+
+
+def test_a_compiled_graph_has_the_same_bits():
+    x, weight = norm_inputs((3, 40), torch.bfloat16)
+    turned, cos, sin = heads(1, 3, 1, 8, torch.bfloat16)
+
+    def both(x, weight, query, cos, sin):
+        return rms_norm(x, weight, 1e-5) + 1, rotary([query], cos, sin)[0] + 1
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    arguments = (x, weight, turned[0], cos, sin)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments), both(*arguments), strict=True))
+
+
+def test_what_pytorch_asks_of_operators():
+    x, weight = norm_inputs((3, 40), torch.float32)
+    turned, cos, sin = heads(1, 3, 1, 8, torch.bfloat16)
+    checks = ("test_schema", "test_faketensor")
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.library.opcheck(torch.ops.qvlm_hf.rms_norm.default, (x.to(dtype), weight, 1e-5), test_utils=checks)
+    torch.library.opcheck(torch.ops.qvlm_hf.rotary.default, (list(turned), cos, sin), test_utils=checks)
+    torch.library.opcheck(NORM, (x.double(), weight, 1e-5), test_utils=checks)
+
+
+def test_the_first_call_has_the_bits_of_all_later_ones(monkeypatch):
+    """Kernels that came with the second call would change the last bits of an answer that is asked for twice."""
+    calls = []
+    monkeypatch.setattr(cpu_operator, "load", lambda: calls.append(1))
+    with torch.no_grad():
+        rms_norm(*norm_inputs((3, 40), torch.float32), 1e-5)
+        rotary(*heads(1, 3, 1, 8, torch.float32))
+    assert len(calls) == 2
