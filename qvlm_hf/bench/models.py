@@ -14,7 +14,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -45,6 +45,7 @@ class Way:
         inputs: batch size -> what the model is called with.
         new_cache: batch size, length -> an empty key-value cache.
         compute: the type that its matrix products could run in, a key of `Limits.operations`.
+        compile_options: of inductor, where it is compiled, besides those of the device.
         size: bytes of the weights, estimated.
         building: bytes that `build` needs besides, for a while.
         missing: why it cannot run here, or None.
@@ -55,6 +56,7 @@ class Way:
     inputs: Callable[[int], Mapping[str, Tensor]]
     new_cache: Callable[[int, int], Any]
     compute: str = "bfloat16"
+    compile_options: Mapping[str, bool] = field(default_factory=dict)
     size: int = 0
     building: int = 0
     missing: str | None = None
@@ -205,15 +207,17 @@ def _build(way: Way, compiled: bool) -> _Built | str:
         return way.missing
     try:
         model = way.build()
-        step = _compiled_step(model) if compiled else model
+        step = _compiled_step(model, way.compile_options) if compiled else model
         return _Built(way, model, step)
     except Exception as error:  # another package's model: whatever it raises is its row
         return one_line(error)
 
 
-def _compiled_step(model: Any) -> Callable[..., Any]:  # noqa: ANN401 - any Transformers model
+def _compiled_step(model: Any, options: Mapping[str, bool]) -> Callable[..., Any]:  # noqa: ANN401 - any Transformers model
     on_cuda = next(model.parameters()).device.type == "cuda"
-    forward = torch.compile(model.forward, mode="reduce-overhead" if on_cuda else None)
+    # torch.compile takes a mode or options: the mode's own are among them
+    mode = torch._inductor.list_mode_options()["reduce-overhead" if on_cuda else "default"]
+    forward = torch.compile(model.forward, options={**mode, **options})
     if not on_cuda:
         return forward
 

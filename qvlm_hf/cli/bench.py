@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--new-tokens", type=int, metavar="N", help="generated per prompt (default: 32)")
     models.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cpu)")
     models.add_argument("--compile", action="store_true", default=None, help="decode with torch.compile and a static cache, every way")
-    models.add_argument("--no-peers", dest="peers", action="store_false", default=None, help="leave out bitsandbytes and torchao")
+    models.add_argument("--no-peers", dest="peers", action="store_false", default=None, help="leave out bitsandbytes, torchao, gptqmodel")
     models.add_argument("--record", action="store_true", default=None, help="DIR: keep the result there: in its report and model card")
     kernels = parser.add_argument_group("single layers (--kernels)")
     kernels.add_argument("--out-features", type=int, metavar="N", help="outputs of the layer (default: 4096)")

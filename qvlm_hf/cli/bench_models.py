@@ -20,6 +20,7 @@ from qvlm_hf.bench.peers import PEERS
 from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import load_model, read_config, silence
 from qvlm_hf.core.scheme import parse_scheme
+from qvlm_hf.integration.compiling import ROUND_AS_EAGER
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.random_models import random_model, random_prompt
 from qvlm_hf.integration.rounding import planned_modules
@@ -30,7 +31,7 @@ from qvlm_hf.nn.replace import dequantize_modules, quantized_modules
 __all__ = ["bench_models"]
 
 _BEHIND_PICTURES = 32  # tokens of a short question
-_VERSIONS = ("qvlm_hf", "torch", "transformers", "bitsandbytes", "torchao", "triton")
+_VERSIONS = ("qvlm_hf", "torch", "transformers", "bitsandbytes", "torchao", "gptqmodel", "triton")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +166,8 @@ def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device
         ways.append(way("float32", partial(subject.full_precision, torch.float32), "float32", 2, torch.float32))
     floating = "bfloat16" if device.type == "cuda" else "float32"  # of products with floating-point inputs
     for name, bits, build, packed in subject.quantized:
-        ways.append(way(name, build, "int8" if bits <= 8 else floating, packed / size))
+        quantized = way(name, build, "int8" if bits <= 8 else floating, packed / size)
+        ways.append(replace(quantized, compile_options=ROUND_AS_EAGER))
     for peer in PEERS if peers else ():
 
         def build_peer(quantize: Callable[[Any], None] = peer.quantize) -> Any:  # noqa: ANN401 - any Transformers model

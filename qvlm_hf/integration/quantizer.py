@@ -26,6 +26,7 @@ from qvlm_hf.calibration.samples import Sample, dataset_name, hold_out, load_sam
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
+from qvlm_hf.integration.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.directory import check_index
 from qvlm_hf.integration.origin import origin
@@ -219,6 +220,7 @@ class QVLMHfQuantizer(HfQuantizer):
         from qvlm_hf.integration.fusion import fuse  # not at the top: it imports Transformers' modeling code
 
         fuse(model)
+        round_as_eager(model)
         try:
             if self.report is not None:
                 self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
@@ -245,6 +247,7 @@ class QVLMHfQuantizer(HfQuantizer):
         from qvlm_hf.integration.fusion import unfuse
 
         unfuse(model)
+        compile_as_transformers_does(model)
         if not isinstance(dtype, torch.dtype):  # saving a model leaves the dtype's name in its config, which Transformers passes on
             dtype = getattr(torch, dtype) if dtype else model.dtype
         dequantize_modules(model, dtype)

@@ -1,6 +1,7 @@
 """Whole models: phases, turns, ratios and limits are what they say; the figures themselves are nobody's business here."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from qvlm_hf.bench.generation import generate
 from qvlm_hf.bench.machine import Clock, Limits, measure_limits
 from qvlm_hf.bench.memory import decoder_bytes, peak_bytes, stored_bytes
 from qvlm_hf.bench.models import Way, fits_together, measure_models, phase
-from qvlm_hf.bench.peers import PEERS
+from qvlm_hf.bench.peers import PEERS, _gptq_tensors
 from qvlm_hf.bench.rounds import Figure, figure, one_line, take_turns
 from qvlm_hf.cli import main
-from qvlm_hf.cli.bench_models import _caches
+from qvlm_hf.cli.bench_models import _caches, _saved, _ways
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.random_models import random_model, random_prompt
 from qvlm_hf.integration.rounding import planned_modules
@@ -280,6 +281,21 @@ def test_peers_shrink_all_but_the_head_and_still_answer(peer):
     assert torch.equal(model.lm_head.weight, full.lm_head.weight)
 
 
+@pytest.mark.parametrize(("v2", "stored_zero"), [(True, 8), (False, 7)])
+def test_gptq_tensors_are_the_weight_to_half_a_step(v2, stored_zero):
+    linear = torch.nn.Linear(256, 24, dtype=torch.bfloat16)
+    tensors = _gptq_tensors(linear, v2=v2)
+    shifts = torch.arange(0, 32, 4)
+    codes = (tensors["qweight"][:, None] >> shifts[:, None] & 15).flatten(0, 1)  # [in, out]
+    zeros = (tensors["qzeros"][..., None] >> shifts & 15).flatten(1)  # [groups, out]
+    assert zeros.shape == tensors["scales"].shape == (2, 24)
+    assert (zeros == stored_zero).all()
+    scale = tensors["scales"].repeat_interleave(128, 0)
+    assert ((codes - 8) * scale - linear.weight.float().T).abs().sub(scale / 2).max() < 1e-6
+    assert torch.equal(tensors["bias"], linear.bias)
+    assert "bias" not in _gptq_tensors(torch.nn.Linear(256, 24, bias=False), v2=v2)
+
+
 def test_a_torchao_model_that_stays_as_it_was_is_an_error():
     pytest.importorskip("torchao")
     peer = next(peer for peer in PEERS if "int4" in peer.name)
@@ -300,6 +316,25 @@ def test_static_caches_are_used_again_and_empty():
     assert torch.equal(generate(model, inputs, 3, cache, Clock(CPU)).tokens, first.tokens)
     assert new_cache(2, 30) is not cache
     assert isinstance(_caches(model.config, static=False)(1, 30), DynamicCache)
+
+
+def test_every_way_is_compiled_with_its_own_options(monkeypatch):
+    taken, model = [], tiny_llava()
+    monkeypatch.setattr(torch, "compile", lambda call, options: taken.append(options) or call)
+    static = _caches(model.config, static=True)
+    ways = [way("base", model, new_cache=static), way("ours", model, new_cache=static, compile_options={"emulate_precision_casts": True})]
+    rows, _ = measure_models(ways, [1], lambda: LIMITS, CPU, new_tokens=2, rounds=2, compiled=True)
+    assert taken == [{}, {"emulate_precision_casts": True}]
+    assert [row.error for row in rows] == [None, None]
+
+
+def test_only_the_quantized_ways_of_this_package_round_as_eager(saved):
+    options = SimpleNamespace(directory=f"{saved}/w4a8", against=f"{saved}/model")
+    ways = _ways(_saved(options, CPU), random_prompt, CPU, static=True, peers=True)
+    assert {run.name: dict(run.compile_options) for run in ways if run.compile_options} == {
+        "qvlm_hf W4A8": {"emulate_precision_casts": True}
+    }
+    assert len(ways) >= 2 + len(PEERS)
 
 
 @pytest.mark.slow
@@ -352,7 +387,7 @@ def test_peers_that_are_not_installed_say_so(saved, capsys, monkeypatch):
     assert main(["bench", f"{saved}/w4a8", "--new-tokens", "2", "--rounds", "2"]) == 0
     printed = capsys.readouterr().out
     assert "against its own weights, dequantized" in printed
-    assert printed.count("not installed") == 4
+    assert printed.count("not installed") == len(PEERS)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ what a copy of a gigabyte moves. Only ratios of one run mean anything. Ways that
 """
 
 import argparse
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -35,13 +36,12 @@ CALLS = 20  # of one graph
 
 @dataclass(frozen=True)
 class Way:
-    """`run(x, copy)` computes the layer; `bytes` of one copy's weights; `tokens` it takes, at least and at most."""
+    """`run(x, copy)` computes the layer; `bytes` of one copy's weights; `least` tokens that it takes."""
 
     run: Callable[[Tensor, int], Tensor]
     copies: int
     bytes: int
     least: int = 1
-    most: int = 2**20
 
 
 def copies_of(size: float) -> int:
@@ -126,25 +126,40 @@ def humming(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way
     return Way(lambda x, i: layers[i](x), len(layers), weight.numel() * weight_bits // 8)
 
 
-def ways_of(weight: Tensor, group_size: int) -> tuple[dict[str, Way], dict[str, str]]:
-    """What runs here, and why the rest does not."""
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "triton", "bitsandbytes", "humming-kernels"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def ways_of(weight: Tensor, group_size: int, deadline: float) -> tuple[dict[str, Way], dict[str, str]]:
+    """What runs here, and why the rest does not; this package first, because peers may compile for minutes."""
     peers = {
         BASELINE: (cublas, "", ""),
+        **{f"qvlm_hf {bits}, {granularity}": (ours, bits, granularity) for bits, granularity in SCHEMES},
         "torch._int_mm W8A8 (torch)": (int_mm, "", ""),
         "tinygemm W4A16 (torch)": (tinygemm, "", ""),
         "bitsandbytes nf4": (bitsandbytes_nf4, "", ""),
         **{f"humming {bits}": (humming, bits, "") for bits in ("W4A16", "W4A8", "W8A8")},
-        **{f"qvlm_hf {bits}, {granularity}": (ours, bits, granularity) for bits, granularity in SCHEMES},
     }
     ways, missing = {}, {}
     for name, (make, bits, granularity) in peers.items():
+        if time.monotonic() > deadline:
+            missing[name] = "out of time"
+            continue
         try:
             ways[name] = make(weight, bits, granularity, group_size)
             ways[name].run(torch.randn(max(1, ways[name].least), weight.shape[1], device="cuda", dtype=torch.bfloat16), 0)
             torch.cuda.synchronize()
         except Exception as error:  # a peer that is absent or too old must not end the run
             ways.pop(name, None)
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            missing[name] = first_line(error)
     return ways, missing
 
 
@@ -184,14 +199,28 @@ def copy_bandwidth() -> float:
 
 
 @torch.no_grad()
-def measure(arguments: argparse.Namespace) -> dict:
+def measure(arguments: argparse.Namespace) -> Iterator[dict]:
+    """What is known so far: after every number of tokens."""
     weight = torch.randn(arguments.out_features, arguments.in_features)
     deadline = time.monotonic() + 60 * arguments.minutes
-    ways, missing = ways_of(weight, arguments.group_size)
+    ways, missing = ways_of(weight, arguments.group_size, deadline)
     limit, rows = copy_bandwidth(), []
+    result = {
+        "device": torch.cuda.get_device_name(), "versions": versions(), "copy_bandwidth": limit,
+        **{name: value for name, value in vars(arguments).items() if name != "output"}, "rows": rows, "missing": missing,
+    }  # fmt: skip
     for tokens in arguments.tokens:
+        if time.monotonic() > deadline:
+            print(f"{tokens:5d}  not measured: out of time", flush=True)
+            continue
         x = torch.randn(tokens, arguments.in_features, device="cuda", dtype=torch.bfloat16)
-        runs = {name: captured(way, x) for name, way in ways.items() if way.least <= tokens <= way.most}
+        runs = {}
+        for name, way in ways.items():
+            if way.least <= tokens:
+                try:
+                    runs[name] = captured(way, x)
+                except Exception as error:  # a peer that does not take this number must not end the run
+                    missing[f"{name}, {tokens} tokens"] = first_line(error)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(arguments.rounds + 1):
             if time.monotonic() > deadline and turn > 3:
@@ -213,10 +242,7 @@ def measure(arguments: argparse.Namespace) -> dict:
                 f"{tokens:5d}  {name:34s} {runs[name][1]}  {middle * 1e3:9.1f} us  x{base / middle:5.2f}  {rows[-1]['bandwidth']:5.1%}",
                 flush=True,
             )
-    return {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": version("triton"), "copy_bandwidth": limit,
-        **{name: value for name, value in vars(arguments).items() if name != "output"}, "rows": rows, "missing": missing,
-    }  # fmt: skip
+        yield result
 
 
 def main() -> None:
@@ -226,16 +252,19 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 608])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--minutes", type=float, default=5, help="after which no round begins")
+    parser.add_argument("--minutes", type=float, default=5, help="after which nothing further is prepared or measured")
     parser.add_argument("--output", type=Path, help="default: tests/bench/results/kernels_gpu_<out-features>.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device: PyTorch finds none")
-    found = measure(arguments)
+    output = arguments.output or RESULTS / f"kernels_gpu_{arguments.out_features}.json"
+    if not output.absolute().parent.is_dir():
+        parser.error(f"--output {output}: the directory does not exist")
+    found = {"missing": {}}
+    for found in measure(arguments):
+        output.write_text(json.dumps(found, indent=1) + "\n")
     for name, reason in found["missing"].items():
         print(f"       {name:34s} not measured: {reason}")
-    output = arguments.output or RESULTS / f"kernels_gpu_{arguments.out_features}.json"
-    output.write_text(json.dumps(found, indent=1) + "\n")
     print(output)
 
 

@@ -44,10 +44,12 @@ def main() -> None:
     parser.add_argument("--shape", default="llava-1.5-7b")
     parser.add_argument("--scheme", default="W4A4")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--layers", type=int, help="of the language model and the vision encoder, for a trial (default: all)")
+    parser.add_argument("--layers", type=int, help="of the language model and the vision encoder, at least 2, for a trial (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: the directory does not exist")
     config = shape_config(options.shape)
     if options.layers:
         config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = options.layers

@@ -2,13 +2,15 @@
 
     python tests/gpu/tune_tiles.py --minutes 8
 
-For each number of tokens of a tile: every size, number of warps and stages, over W4A4, W4A8 and W8A8 layers with 4096 inputs;
-the score is the geometric mean of the times over those of the table. Weights rotate past the L2 cache, one CUDA graph per time.
+For each number of tokens of a tile: sizes, numbers of warps and of stages, in a random order, as many as its share of the minutes allows,
+over W4A4, W4A8 and W8A8 layers with 4096 inputs; the score is the geometric mean of the times over those of the table. Weights rotate past
+the L2 cache, one CUDA graph per time.
 """
 
 import argparse
 import itertools
 import math
+import random
 import time
 from unittest.mock import patch
 
@@ -29,11 +31,15 @@ TOKENS = {16: 1, 32: 32, 64: 64, 128: 608}  # tokens of a tile -> tokens that it
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="after which no further tile is tried")
-    deadline = time.monotonic() + 60 * parser.parse_args().minutes
+    minutes = parser.parse_args().minutes
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device: PyTorch finds none")
+    deadline = time.monotonic() + 60 * minutes
     capability = torch.cuda.get_device_capability()
     ways = [ours(torch.randn(n, k), bits, granularity, 128) for bits, granularity, n, k in LAYERS]
     row = {}
-    for tile_tokens, tokens in TOKENS.items():
+    for done, (tile_tokens, tokens) in enumerate(TOKENS.items()):
+        share = time.monotonic() + (deadline - time.monotonic()) / (len(TOKENS) - done)
         x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
 
         def taken(table, x=x):
@@ -42,9 +48,11 @@ def main() -> None:
                 return [sorted(milliseconds(run) for _ in range(9))[4] for run in runs]
 
         base, best = taken(gpu.TILES), (1.0, None)
-        for out_features, warps, stages in itertools.product((32, 64, 128, 256), (4, 8), (2, 3, 4, 5)):
-            if time.monotonic() > deadline:
-                print("out of time: what follows was not tried")
+        sizes = list(itertools.product((32, 64, 128, 256), (4, 8), (2, 3, 4, 5)))
+        random.Random(0).shuffle(sizes)
+        for tried, (out_features, warps, stages) in enumerate(sizes):
+            if time.monotonic() > share:
+                print(f"{tile_tokens:4d} out of time: {len(sizes) - tried} of {len(sizes)} were not tried", flush=True)
                 break
             try:
                 times = taken({capability: {tile_tokens: (out_features, warps, stages)}})
@@ -58,7 +66,7 @@ def main() -> None:
             )
             best = max(best, (score, (out_features, warps, stages)), key=lambda pair: pair[0])
         row[tile_tokens] = best[1] or gpu.TILES[max(c for c in gpu.TILES if c <= capability)].get(tile_tokens)
-        print(f"{tile_tokens:4d} best: {best[1] or 'as it is'}, {best[0]:.3f} times as fast as the table")
+        print(f"{tile_tokens:4d} best: {best[1] or 'as it is'}, {best[0]:.3f} times as fast as the table", flush=True)
     print(f"    {capability}: { ({size: tile for size, tile in row.items() if tile}) },")
 
 

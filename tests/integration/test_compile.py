@@ -1,12 +1,17 @@
 """torch.compile over a whole quantized model, with and without an adapter: no graph break, the same text, a static cache."""
 
+import copy
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llava
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CompileConfig, LlavaForConditionalGeneration
 
-from qvlm_hf import QVLMConfig
+from qvlm_hf import QVLMConfig, quantize_model
+from qvlm_hf.integration.compiling import round_as_eager
 
 IDS = torch.tensor([[1, 5, 6, 7, 8]])
 
@@ -81,10 +86,53 @@ def test_the_default_compiler_gives_the_same_text_in_float32(directory):
     assert torch.equal(text(model, cache_implementation="static"), expected)
 
 
+def options_of(calls, model, **options):
+    """What `generate` hands to torch.compile for a static cache, on hardware where it compiles."""
+    text(model, cache_implementation="static", **options)
+    return calls.pop() if calls else None
+
+
+def test_generate_compiles_with_the_rounding_of_eager(directory, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda call, **options: calls.append(options) or call)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "_valid_auto_compile_criteria", lambda *_: True)
+    model = quantized(directory, "W4A16")
+    ours = {"fullgraph": False, "dynamic": None, "backend": "inductor", "mode": None}
+    ours["options"] = {"triton.cudagraphs": True, "emulate_precision_casts": True}
+    assert options_of(calls, model) == ours
+    asked = CompileConfig(mode="default", fullgraph=True)
+    assert options_of(calls, model, compile_config=asked) == asked.to_dict()
+    assert options_of(calls, copy.deepcopy(model)) == ours
+    assert options_of(calls, pickle.loads(pickle.dumps(quantized(directory, "W4A16")))) == ours
+    model.save_pretrained(tmp_path)
+    assert "compile" not in (tmp_path / "generation_config.json").read_text()
+    assert options_of(calls, AutoModelForImageTextToText.from_pretrained(tmp_path)) == ours
+    in_memory = AutoModelForImageTextToText.from_pretrained(directory)
+    assert options_of(calls, in_memory) == CompileConfig().to_dict()
+    quantize_model(in_memory, QVLMConfig(scheme="W4A16"))
+    del in_memory._compiled_call
+    assert options_of(calls, in_memory) == ours
+    plain = in_memory.dequantize()
+    del plain._compiled_call
+    assert options_of(calls, plain) == CompileConfig().to_dict()
+
+
+@pytest.mark.parametrize("missing", ["backend", "hook"])
+def test_other_backends_and_other_transformers_compile_as_they_did(missing):
+    model = SimpleNamespace(**({} if missing == "hook" else {"_default_compile_config": lambda: CompileConfig(backend="tpu")}))
+    before = dict(vars(model))
+    round_as_eager(model)
+    assert vars(model) == before
+
+
 @pytest.mark.slow
-def test_in_bfloat16_the_compiler_must_round_where_eager_does(directory):
-    model = quantized(directory, "W4A8", dtype=torch.bfloat16)
-    compiled = torch.compile(model, fullgraph=True, options={"emulate_precision_casts": True})
+def test_in_bfloat16_levels_flip_unless_the_compiler_rounds_where_eager_does(directory):
+    model = quantized(directory, "W4A4", dtype=torch.bfloat16)
+    kl = {}
     with torch.no_grad():
-        ours, eager = (torch.log_softmax(run(input_ids=IDS, use_cache=False).logits.float(), -1) for run in (compiled, model))
-    assert (eager.exp() * (eager - ours)).sum(-1).max() < 1e-4
+        eager = torch.log_softmax(model(input_ids=IDS, use_cache=False).logits.double(), -1)
+        for name, config in (("ours", None), ("plain", CompileConfig())):
+            torch._dynamo.reset()
+            compiled = torch.log_softmax(model.get_compiled_call(config)(input_ids=IDS, use_cache=False).logits.double(), -1)
+            kl[name] = (eager.exp() * (eager - compiled)).sum(-1).max()
+    assert kl["ours"] < 1e-4 < kl["plain"]
