@@ -114,7 +114,7 @@ def search_segment(
     dead = [layer for layer in segment.layers if layer.dead]
     full = [entry.hidden for entry in full_inputs]
     hidden = [entry.hidden for entry in inputs]
-    for block in blocks:
+    for block in blocks if live else ():  # of no live layer there is nothing to search
         layers = live[block.start : block.stop]
         with calibrating(model, layers, inputs):
             targets = []

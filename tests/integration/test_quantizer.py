@@ -236,3 +236,13 @@ def test_the_package_exports_what_it_says() -> None:
     assert all(hasattr(qvlm_hf, name) for name in qvlm_hf.__all__)
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert f'version = "{qvlm_hf.__version__}"' in project
+
+
+def test_a_tower_of_dead_layers_alone(processor):
+    """The projector reads what enters its one layer: rounded, not searched."""
+    model = tiny_llava(vision_layers=1)
+    options = {"dataset": tiny_messages(4), "processor": processor, "num_samples": 4, "batch_size": 4, "percentiles": (1.0,), "margins": ()}
+    report = quantize_model(model, QVLMConfig(scheme="W4A4", **options))
+    assert report.dead == ("model.vision_tower.encoder.layers.0",)
+    assert report.segments[0].blocks == ()
+    assert "model.vision_tower.encoder.layers.0.mlp.fc1" in report.modules
