@@ -7,7 +7,7 @@
 // lowest bits, where it picks one of the row's 2^bits weights of this group from a table (vpermps, up to 5 bits), or to the upper bits of a
 // mantissa, where 2^15 + w needs one bitwise instruction and its weight one fused multiplication and subtraction. Inputs lie in that order.
 //
-// More: 128 inputs x 64 columns of weights at a time become float32 in the L1 cache and meet 6 tokens x 64 columns of sums in registers.
+// More: 64 inputs x 64 columns of weights at a time become float32 in the L1 cache and meet 6 tokens x 64 columns of sums in registers.
 //
 // Legend: as in cpu_weight.h.
 #pragma once
@@ -17,7 +17,7 @@
 namespace {
 
 constexpr int64_t kBlockM = 6;    // tokens that share the loads of a weight
-constexpr int64_t kBlockK = 128;  // inputs of a block of weights as float32
+constexpr int64_t kBlockK = 64;  // inputs of a block of weights as float32, which takes 16 KiB
 
 // Value k of token i of x [m, K] as float, with the stored scale (or null) divided out.
 template <class T>
@@ -31,44 +31,50 @@ struct FloatInput {
 
 #if QVLM_AVX512
 
-// How a lane gets the bytes of its four values, and the rotations to the left that bring each of them to bit 0 (up to 5 bits) or 8.
-template <int BITS>
+// How a lane gets the bytes of its VALUES values, and the rotations to the left that bring each of them to bit 0 (up to 5 bits) or 8.
+template <int BITS, int VALUES>
 struct Turn {
     alignas(64) uint8_t index[64];
-    alignas(64) uint32_t left[4][16];
+    alignas(64) uint32_t left[VALUES][16];
     constexpr Turn() : index(), left() {
         for (int lane = 0; lane < 16; ++lane) {
-            const int bit = lane * 4 * BITS;
-            for (int i = 0; i < 4; ++i) {
-                index[4 * lane + i] = uint8_t(bit / 8 + i);
-                left[i][lane] = uint32_t(64 + (BITS <= 5 ? 0 : 8) - bit % 8 - i * BITS) % 32;
-            }
+            const int bit = lane * VALUES * BITS;
+            for (int i = 0; i < 4; ++i) index[4 * lane + i] = uint8_t(bit / 8 + i);
+            for (int i = 0; i < VALUES; ++i) left[i][lane] = uint32_t(64 + (BITS <= 5 ? 0 : 8) - bit % 8 - i * BITS) % 32;
         }
     }
 };
-template <int BITS>
-constexpr Turn<BITS> kTurn{};
+template <int BITS, int VALUES>
+constexpr Turn<BITS, VALUES> kTurn{};
 
-// Four values of each of 16 lanes, 64 together.
-template <int BITS, bool INSIDE>
-QVLM_INLINE __m512i lanes64(const uint8_t* source, const uint8_t* end) {
-    const __m512i raw = load64<BITS, INSIDE>(source, end);
-    return BITS == 8 ? raw : _mm512_permutexvar_epi8(_mm512_load_si512(kTurn<BITS>.index), raw);
+// VALUES neighbouring values in each of 16 lanes.
+template <int BITS, int VALUES, bool INSIDE>
+QVLM_INLINE __m512i lanes_of(const uint8_t* source, const uint8_t* end) {
+    const __m512i raw = load<2 * VALUES * BITS, INSIDE>(source, end);
+    return BITS * VALUES == 32 ? raw : _mm512_permutexvar_epi8(_mm512_load_si512(kTurn<BITS, VALUES>.index), raw);
 }
 
-// (2^15 + w) as float from the eight bits above the lowest eight of each lane, of which BITS count.
+// Value J of each lane at the bits where `Levels` looks for it.
+template <int BITS, int VALUES, int J>
+QVLM_INLINE __m512i turned(__m512i lanes) {
+    constexpr int left = int(kTurn<BITS, VALUES>.left[J][0]);
+    if constexpr (BITS * VALUES % 8) return _mm512_rolv_epi32(lanes, _mm512_load_si512(kTurn<BITS, VALUES>.left[J]));
+    return left ? _mm512_rol_epi32(lanes, left) : lanes;
+}
+
+// 2^15 + w as float, from lanes that hold w from bit 8 on.
 template <int BITS>
-QVLM_INLINE __m512 lifted(__m512i turned) {
+QVLM_INLINE __m512 lifted(__m512i lanes) {
     constexpr int both_or = 0xea;  // (a & b) | c
-    const __m512i one = _mm512_set1_epi32(0x47000000), mask = _mm512_set1_epi32(((1 << BITS) - 1) << 8);
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(turned, mask, one, both_or));
+    const __m512i mask = _mm512_set1_epi32(((1 << BITS) - 1) << 8), exponent = _mm512_set1_epi32(0x47000000);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(lanes, mask, exponent, both_or));
 }
 constexpr float kLift = 32768;
 
 // The weights of one row in one group, by value.
 template <int BITS>
 struct Levels {
-    __m512 low, high;  // up to 5 bits the weights of 0 ... 15 and 16 ... 31; wider ws and ws (2^15 + zp), 24 bits
+    __m512 low, high;  // up to 5 bits the weights of 0 ... 15 and 16 ... 31; wider ws and ws (2^15 + zp), which takes 24 bits
 
     QVLM_INLINE void set(float scale, float zero) {
         if constexpr (BITS <= 5) {
@@ -79,14 +85,10 @@ struct Levels {
             low = _mm512_set1_ps(scale), high = _mm512_set1_ps(scale * (kLift + zero));
         }
     }
-    // Of value J of each lane.
-    template <int J>
     QVLM_INLINE __m512 of(__m512i lanes) const {
-        constexpr bool there = BITS % 2 == 0 && kTurn<BITS>.left[J][0] == 0;  // even widths begin at a byte in every lane
-        const __m512i turned = there ? lanes : _mm512_rolv_epi32(lanes, _mm512_load_si512(kTurn<BITS>.left[J]));
-        if constexpr (BITS <= 4) return _mm512_permutexvar_ps(turned, low);
-        if constexpr (BITS == 5) return _mm512_permutex2var_ps(low, turned, high);
-        return _mm512_fmsub_ps(lifted<BITS>(turned), low, high);
+        if constexpr (BITS <= 4) return _mm512_permutexvar_ps(lanes, low);
+        if constexpr (BITS == 5) return _mm512_permutex2var_ps(low, lanes, high);
+        return _mm512_fmsub_ps(lifted<BITS>(lanes), low, high);
     }
 
 private:
@@ -95,40 +97,27 @@ private:
     }
 };
 
-// Value J of the lanes of several rows, with several tokens: a [ROWS] from one to the next `stride` apart.
-template <int BITS, int J, int ROWS, int LINES>
+// Values J and on of the lanes of LINES rows with ROWS tokens, whose inputs are `stride` apart.
+template <int BITS, int VALUES, int ROWS, int LINES, int J = 0>
 QVLM_INLINE void add_products(const __m512i* lanes, const Levels<BITS>* levels, const float* a, int64_t stride, __m512 (*sum)[ROWS]) {
     __m512 inputs[ROWS];
     QVLM_UNROLL
     for (int m = 0; m < ROWS; ++m) inputs[m] = _mm512_load_ps(a + m * stride + 16 * J);
     QVLM_UNROLL
     for (int i = 0; i < LINES; ++i) {
-        const __m512 weights = levels[i].template of<J>(lanes[i]);
+        const __m512 weights = levels[i].of(turned<BITS, VALUES, J>(lanes[i]));
         QVLM_UNROLL
         for (int m = 0; m < ROWS; ++m) sum[i][m] = _mm512_fmadd_ps(weights, inputs[m], sum[i][m]);
     }
+    if constexpr (J + 1 < VALUES) add_products<BITS, VALUES, ROWS, LINES, J + 1>(lanes, levels, a, stride, sum);
 }
 
-// One group of several rows.
-template <int BITS, int ROWS, int LINES, bool INSIDE>
-QVLM_INLINE void add_group(const uint8_t* const* bytes, int64_t start, int64_t count, const uint8_t* end, const Levels<BITS>* levels, const float* a,
-                           int64_t stride, __m512 (*sum)[ROWS]) {
-    for (int64_t k = 0; k < count; k += kStep) {
-        __m512i lanes[LINES];
-        QVLM_UNROLL
-        for (int i = 0; i < LINES; ++i) lanes[i] = lanes64<BITS, INSIDE>(bytes[i] + start + k * BITS / 8, end);
-        add_products<BITS, 0, ROWS, LINES>(lanes, levels, a + k, stride, sum);
-        add_products<BITS, 1, ROWS, LINES>(lanes, levels, a + k, stride, sum);
-        add_products<BITS, 2, ROWS, LINES>(lanes, levels, a + k, stride, sum);
-        add_products<BITS, 3, ROWS, LINES>(lanes, levels, a + k, stride, sum);
-    }
-}
-
-// Few tokens: a [ROWS, KP] in the order of lanes. out [ROWS, kTileN].
-template <int BITS, int ROWS, int LINES>
-QVLM_APART void gemv_float(const Weight& w, const float* a, float* out, int64_t first, int64_t last) {
-    const int64_t padded = w.padded(), stride = w.stride(), group_bytes = w.length * BITS / 8;
+// Few tokens: a [ROWS, KP] in the order of lanes. out [ROWS, kTileN]. INSIDE: 64 bytes after the last of these rows may be read.
+template <int BITS, int VALUES, int ROWS, int LINES, bool INSIDE>
+QVLM_APART void gemv_float(const Weight& w, const float* a, int64_t padded, int64_t stride, float* out, int64_t first, int64_t last) {
+    const int64_t group_bytes = w.length * BITS / 8;
     const uint8_t* end = w.bytes + w.n * w.row_bytes;
+    alignas(64) float scale[LINES * 16], zero[LINES * 16];
     for (Streams<LINES> rows(w, first, last); rows.next();) {
         __m512 sum[LINES][ROWS];
         QVLM_UNROLL
@@ -136,15 +125,22 @@ QVLM_APART void gemv_float(const Weight& w, const float* a, float* out, int64_t 
             QVLM_UNROLL
             for (int m = 0; m < ROWS; ++m) sum[i][m] = _mm512_setzero_ps();
         for (int64_t g = 0; g < w.groups; ++g) {
-            const int64_t start = g * group_bytes, count = w.count(g), stop = start + count * BITS / 8;
-            rows.ask(start, stop);
+            if (g % 16 == 0)
+                for (int i = 0; i < LINES; ++i) {
+                    const Parameters of = parameters16(w, rows.row[i], g, first_of(w.groups - g));
+                    _mm512_store_ps(scale + 16 * i, of.scale), _mm512_store_ps(zero + 16 * i, _mm512_cvtepi32_ps(of.zero));
+                }
+            const int64_t start = g * group_bytes, count = w.count(g);
+            rows.ask(start, start + count * BITS / 8);
             Levels<BITS> levels[LINES];
             QVLM_UNROLL
-            for (int i = 0; i < LINES; ++i) levels[i].set(w.factor(rows.row[i], g), float(w.zero(rows.row[i], g)));
-            if (__builtin_expect(rows.bytes[LINES - 1] + stop + 64 + kStep <= end, 1))
-                add_group<BITS, ROWS, LINES, true>(rows.bytes, start, count, end, levels, a + g * padded, stride, sum);
-            else
-                add_group<BITS, ROWS, LINES, false>(rows.bytes, start, count, end, levels, a + g * padded, stride, sum);
+            for (int i = 0; i < LINES; ++i) levels[i].set(scale[16 * i + g % 16], zero[16 * i + g % 16]);
+            for (int64_t k = 0; k < count; k += 16 * VALUES) {
+                __m512i lanes[LINES];
+                QVLM_UNROLL
+                for (int i = 0; i < LINES; ++i) lanes[i] = lanes_of<BITS, VALUES, INSIDE>(rows.bytes[i] + start + k * BITS / 8, end);
+                add_products<BITS, VALUES, ROWS, LINES>(lanes, levels, a + g * padded + k, stride, sum);
+            }
         }
         QVLM_UNROLL
         for (int i = 0; i < LINES; ++i)
@@ -153,25 +149,43 @@ QVLM_APART void gemv_float(const Weight& w, const float* a, float* out, int64_t 
     }
 }
 
-// One token's inputs in the order of lanes: value 4 i + j of 64 in place 16 j + i.
-template <class T>
-void spread_token(const Weight& w, const FloatInput<T>& input, int64_t token, float* a) {
-    const int64_t padded = w.padded();
-    for (int64_t g = 0; g < w.groups; ++g) {
-        const int64_t count = w.count(g);
-        for (int64_t k = 0; k < padded; ++k)
-            a[g * padded + k / 64 * 64 + k % 4 * 16 + k % 64 / 4] = k < count ? input.at(token, g * w.length + k) : 0.0f;
+// How few tokens' inputs lie: 16 lanes of `values` neighbours each, the first values of all lanes first.
+struct Spread {
+    int64_t values, padded, stride;
+
+    explicit Spread(const Weight& w) : values(w.bits <= 4 && w.padded() % 128 == 0 ? 8 : 4), padded(w.padded()), stride(w.stride()) {}
+
+    template <class T>
+    void token(const Weight& w, const FloatInput<T>& input, int64_t i, float* a) const {
+        std::fill(a, a + stride, 0.0f);
+        for (int64_t g = 0; g < w.groups; ++g, a += padded)
+            for (int64_t begin = 0; begin < w.count(g); begin += 16 * values)
+                for (int64_t j = 0; j < values; ++j)
+                    for (int64_t lane = 0, k = begin + j; k < std::min(w.count(g), begin + 16 * values); ++lane, k += values)
+                        a[begin + 16 * j + lane] = input.at(i, g * w.length + k);
     }
+};
+
+template <int BITS, int VALUES>
+void columns_few(const Weight& w, const float* a, const Spread& spread, float* out, int64_t m, int64_t first, int64_t last) {
+    constexpr int lines = BITS <= 4 ? 8 : 4;  // as many sums as 32 registers hold beside the levels of as many rows
+    const auto rows = [&](auto gemv, int64_t i, int64_t from, int64_t to) {
+        if (from < to) gemv(w, a + i * spread.stride, spread.padded, spread.stride, out + i * kTileN + from - first, from, to);
+    };
+    // rows so near the end of the weight that a whole register does not fit behind them
+    const int64_t safe = std::clamp(w.n - (64 + w.row_bytes - 1) / w.row_bytes, first, last);
+    int64_t i = 0;
+    for (; i + 4 <= m; i += 4) rows(gemv_float<BITS, VALUES, 4, 4, true>, i, first, safe);
+    for (; i + 2 <= m; i += 2) rows(gemv_float<BITS, VALUES, 2, 4, true>, i, first, safe);
+    for (; i < m; ++i) rows(gemv_float<BITS, VALUES, 1, lines, true>, i, first, safe);
+    for (i = 0; i < m; ++i) rows(gemv_float<BITS, VALUES, 1, 1, false>, i, safe, last);
 }
 
 template <int BITS>
-void columns_few(const Weight& w, const float* a, float* out, int64_t m, int64_t first, int64_t last) {
-    // as many sums as 32 registers hold beside the tables of as many rows
-    constexpr int lines = BITS == 5 ? 4 : 8;
-    int64_t i = 0;
-    for (; i + 4 <= m; i += 4) gemv_float<BITS, 4, 4>(w, a + i * w.stride(), out + i * kTileN, first, last);
-    for (; i + 2 <= m; i += 2) gemv_float<BITS, 2, 4>(w, a + i * w.stride(), out + i * kTileN, first, last);
-    for (; i < m; ++i) gemv_float<BITS, 1, lines>(w, a + i * w.stride(), out + i * kTileN, first, last);
+void columns_few(const Weight& w, const float* a, const Spread& spread, float* out, int64_t m, int64_t first, int64_t last) {
+    if constexpr (BITS <= 4)
+        if (spread.values == 8) return columns_few<BITS, 8>(w, a, spread, out, m, first, last);
+    columns_few<BITS, 4>(w, a, spread, out, m, first, last);
 }
 
 // A block of weights as float32: [count][kTileN] from the bytes of unpack_panels.
@@ -261,21 +275,22 @@ template <class T>
 void linears_float(const std::vector<Module>& modules, const float* scale, const T* x, int64_t m) {
     const Weight& w = modules.front().w;
     const FloatInput<T> input{x, scale, w.k};
+    const Spread spread(w);
     for (int64_t begin = 0; begin < m; begin += kTileM) {
         const int64_t rows = std::min(kTileM, m - begin), blocks = (rows + kBlockM - 1) / kBlockM;
         const bool few = rows <= kFew;
-        float* a = scratch<float>(few ? rows * w.stride() : blocks * kBlockM * w.k);
+        float* a = scratch<float>(few ? rows * spread.stride : blocks * kBlockM * w.k);
 #pragma omp parallel for schedule(static) if (rows > 4)
         for (int64_t i = 0; i < (few ? rows : blocks); ++i)
             if (few)
-                spread_token(w, input, begin + i, a + i * w.stride());
+                spread.token(w, input, begin + i, a + i * spread.stride);
             else
                 interleave_tokens(w, input, begin + i * kBlockM, std::min(kBlockM, rows - i * kBlockM), a + i * kBlockM * w.k);
         with_bits(w.bits, [&](auto bits) {
-            share_columns(modules, rows, [&](const Module& module, int64_t first, int64_t last) {
+            share_columns(modules, few, [&](const Module& module, int64_t first, int64_t last) {
                 alignas(64) float sums[kTileM * kTileN];
                 if (few)
-                    columns_few<bits()>(module.w, a, sums, rows, first, last);
+                    columns_few<bits()>(module.w, a, spread, sums, rows, first, last);
                 else
                     columns_many<bits()>(module.w, a, sums, rows, first);
                 module.finish(sums, nullptr, begin, rows, first, last - first);

@@ -9,7 +9,7 @@ struct Rows {
     const int8_t* a;        // [M, KP]
     const int32_t* sums;    // [M, G], over each group of a
     const int32_t* shift;   // [M], factor of a single correction row; not read otherwise
-    const int8_t* more;     // [corrections, KP]
+    const int8_t* more;     // [corrections, KP], or the second halves of a
     const int32_t* more_sums;
     const float* scale;     // [M], of a token's outputs, or null for 1
     bool wide;              // whether a sum over a group can leave the 24 bits that float holds
@@ -20,18 +20,6 @@ struct Rows {
 };
 
 #if QVLM_AVX512
-
-// Scales and zero points of 16 groups of a row from `g` on, of those that exist.
-struct Parameters {
-    __m512 scale;
-    __m512i zero;
-};
-inline Parameters parameters16(const Weight& w, int64_t row, int64_t g, __mmask16 exist) {
-    const __m512i scale = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, w.scale + row * w.groups + g));
-    const __m512i zero = w.zero_point ? _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(exist, w.zero_point + row * w.groups + g))
-                                      : _mm512_set1_epi32(1 << (w.bits - 1));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(scale, 16)), zero};
-}
 
 // vpdpbusd as one instruction: GCC 12 spills the accumulators around the intrinsic.
 inline void dot(__m512i& sum, __m512i weights, __m512i inputs) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs)); }
@@ -99,33 +87,33 @@ struct Totals<0, MORE> {
     QVLM_INLINE void store(float*) const {}
 };
 
-// Several weight rows side by side: they share the loads of the inputs, and memory delivers several streams faster than one (on an Ice Lake
-// core 10 GB/s from one, 13 from four, 14 from eight), if they lie apart: with neighbouring rows two cores read 17 GB/s of W4, with runs of rows 20.
-template <int BITS, int ROWS, int MORE, int LINES>
+// Several weight rows side by side. HALVES: every input is the sum of two, the second of them in place of the correction rows.
+template <int BITS, int ROWS, int MORE, int LINES, bool HALVES>
 struct Lines {
     Sums<ROWS> sums;
     Sums<MORE> more;
-    Lines<BITS, ROWS, MORE, LINES - 1> tail;
+    Lines<BITS, ROWS, MORE, LINES - 1, HALVES> tail;
 
     template <bool INSIDE>
     QVLM_INLINE void step(const uint8_t* const* bytes, int64_t offset, const uint8_t* end, const int8_t* a, const int8_t* corrections, int64_t stride) {
         const __m512i weights = unpack64<BITS, INSIDE>(*bytes + offset, end);
         sums.add(weights, a, stride);
+        if constexpr (HALVES) sums.add(weights, corrections, stride);
         more.add(weights, corrections, stride);
         tail.template step<INSIDE>(bytes + 1, offset, end, a, corrections, stride);
     }
 };
-template <int BITS, int ROWS, int MORE>
-struct Lines<BITS, ROWS, MORE, 0> {
+template <int BITS, int ROWS, int MORE, bool HALVES>
+struct Lines<BITS, ROWS, MORE, 0, HALVES> {
     template <bool INSIDE>
     QVLM_INLINE void step(const uint8_t* const*, int64_t, const uint8_t*, const int8_t*, const int8_t*, int64_t) {}
 };
 
 // The outputs of such rows.
-template <int BITS, int ROWS, int MORE, int LINES>
+template <int ROWS, int MORE, int LINES>
 struct LineTotals {
     Totals<ROWS, MORE> totals;
-    LineTotals<BITS, ROWS, MORE, LINES - 1> tail;
+    LineTotals<ROWS, MORE, LINES - 1> tail;
 
     // Scales of 16 groups from `g` on into `scale`, their zero points into the outputs.
     QVLM_INLINE void begin(const Weight& w, const Rows& x, bool wide, const int64_t* row, int64_t g, __mmask16 exist, __m512i more, float* scale) {
@@ -134,11 +122,13 @@ struct LineTotals {
         if (!wide) totals.shift(parameters, x.sums + g, w.groups, exist, more, x.shift);
         tail.begin(w, x, wide, row + 1, g, exist, more, scale + 16);
     }
-    QVLM_INLINE void add(const Lines<BITS, ROWS, MORE, LINES>& lines, const int32_t* factor, const float* scale) {
+    template <class L>
+    QVLM_INLINE void add(const L& lines, const int32_t* factor, const float* scale) {
         totals.add(lines.sums, lines.more.all(), factor, _mm512_set1_ps(*scale));
         tail.add(lines.tail, factor, scale + 16);
     }
-    QVLM_INLINE void add_wide(const Lines<BITS, ROWS, MORE, LINES>& lines, const Weight& w, const Rows& x, const int64_t* row, int64_t g, const float* scale) {
+    template <class L>
+    QVLM_INLINE void add_wide(const L& lines, const Weight& w, const Rows& x, const int64_t* row, int64_t g, const float* scale) {
         const int32_t more_inputs = (MORE > 0 ? x.more_sums[g] : 0) + (MORE > 1 ? x.more_sums[w.groups + g] : 0);
         totals.add_wide(lines.sums, lines.more.all(), x.shift, *scale, w.zero(*row, g), x.sums + g, w.groups, more_inputs);
         tail.add_wide(lines.tail, w, x, row + 1, g, scale + 16);
@@ -148,56 +138,48 @@ struct LineTotals {
         tail.store(out, row + 1);
     }
 };
-template <int BITS, int ROWS, int MORE>
-struct LineTotals<BITS, ROWS, MORE, 0> {
+template <int ROWS, int MORE>
+struct LineTotals<ROWS, MORE, 0> {
     QVLM_INLINE void begin(const Weight&, const Rows&, bool, const int64_t*, int64_t, __mmask16, __m512i, float*) {}
-    QVLM_INLINE void add(const Lines<BITS, ROWS, MORE, 0>&, const int32_t*, const float*) {}
-    QVLM_INLINE void add_wide(const Lines<BITS, ROWS, MORE, 0>&, const Weight&, const Rows&, const int64_t*, int64_t, const float*) {}
+    template <class L>
+    QVLM_INLINE void add(const L&, const int32_t*, const float*) {}
+    template <class L>
+    QVLM_INLINE void add_wide(const L&, const Weight&, const Rows&, const int64_t*, int64_t, const float*) {}
     QVLM_INLINE void store(float*, const int64_t*) const {}
 };
 
 // Few tokens: one pass over the weights, every value unpacked once for ROWS tokens and MORE correction rows. out [ROWS, kTileN] float.
-template <int BITS, int ROWS, int MORE, int LINES>
+template <int BITS, int ROWS, int MORE, int LINES, bool HALVES = false>
 QVLM_APART void gemv(const Weight& w, const Rows& x, float* out, int64_t first, int64_t last) {
-    const int64_t padded = w.padded(), stride = w.stride(), groups = w.groups, row_bytes = w.row_bytes;
-    const int64_t group_bytes = w.length * BITS / 8;
-    const uint8_t* end = w.bytes + w.n * row_bytes;  // what is read beyond a row meets inputs that are 0
+    const int64_t padded = w.padded(), stride = w.stride(), groups = w.groups, group_bytes = w.length * BITS / 8;
+    const uint8_t* end = w.bytes + w.n * w.row_bytes;  // what is read beyond a row meets inputs that are 0
     const bool wide = x.wide;
     alignas(64) float scale[LINES * 16];
-    const int64_t run = (last - first + LINES - 1) / LINES, jump = (LINES - 1) * run * row_bytes;
-    for (int64_t step = 0; step < run; ++step) {
-        int64_t row[LINES];  // beyond the last the last again
-        const uint8_t* bytes[LINES];
-        QVLM_UNROLL
-        for (int i = 0; i < LINES; ++i) row[i] = std::min(first + i * run + step, last - 1), bytes[i] = w.bytes + row[i] * row_bytes;
-        LineTotals<BITS, ROWS, MORE, LINES> totals;
+    for (Streams<LINES> rows(w, first, last); rows.next();) {
+        LineTotals<ROWS, MORE, LINES> totals;
         for (int64_t begin = 0; begin < groups; begin += 16) {
             const int64_t stop = std::min(begin + 16, groups);
-            const __mmask16 exist = __mmask16((1u << (stop - begin)) - 1);
+            const __mmask16 exist = first_of(groups - begin);
             __m512i more_inputs = _mm512_setzero_si512();
             QVLM_UNROLL
             for (int r = 0; r < MORE; ++r) more_inputs = _mm512_add_epi32(more_inputs, _mm512_maskz_loadu_epi32(exist, x.more_sums + r * groups + begin));
-            totals.begin(w, x, wide, row, begin, exist, more_inputs, scale);
+            totals.begin(w, x, wide, rows.row, begin, exist, more_inputs, scale);
             for (int64_t g = begin; g < stop; ++g) {
                 const int64_t start = g * group_bytes, count = w.count(g), stop_bytes = start + count * BITS / 8;
-                for (int64_t at = start + kAhead; at < stop_bytes + kAhead; at += 64) {  // the rest of a run of rows, then the next run
-                    const int64_t ahead = at < (run - step) * row_bytes ? at : at + jump;
-                    QVLM_UNROLL
-                    for (int i = 0; i < LINES; ++i) _mm_prefetch(reinterpret_cast<const char*>(bytes[i] + ahead), _MM_HINT_T0);
-                }
-                Lines<BITS, ROWS, MORE, LINES> lines;
+                rows.ask(start, stop_bytes);
+                Lines<BITS, ROWS, MORE, LINES, HALVES> lines;
                 const int8_t *a = x.a + g * padded, *more = x.more + g * padded;
-                if (__builtin_expect(bytes[LINES - 1] + stop_bytes + 64 + kStep <= end, 1))
-                    for (int64_t k = 0; k < count; k += kStep) lines.template step<true>(bytes, start + k * BITS / 8, end, a + k, more + k, stride);
+                if (__builtin_expect(rows.bytes[LINES - 1] + stop_bytes + 64 + kStep <= end, 1))
+                    for (int64_t k = 0; k < count; k += kStep) lines.template step<true>(rows.bytes, start + k * BITS / 8, end, a + k, more + k, stride);
                 else
-                    for (int64_t k = 0; k < count; k += kStep) lines.template step<false>(bytes, start + k * BITS / 8, end, a + k, more + k, stride);
+                    for (int64_t k = 0; k < count; k += kStep) lines.template step<false>(rows.bytes, start + k * BITS / 8, end, a + k, more + k, stride);
                 if (__builtin_expect(wide, 0))
-                    totals.add_wide(lines, w, x, row, g, scale + g - begin);
+                    totals.add_wide(lines, w, x, rows.row, g, scale + g - begin);
                 else
                     totals.add(lines, x.shift, scale + g - begin);
             }
         }
-        totals.store(out - first, row);
+        totals.store(out - first, rows.row);
     }
 }
 
@@ -319,26 +301,37 @@ void columns_portable(const Weight& w, const Rows& x, int more, float* out, int6
 
 #endif
 
+// What a product is done with beside the inputs: correction rows, one or two, or second halves of a single token's inputs.
+enum More { kNothing = 0, kHalves = 3 };
+
+// Whether a pass over the weights is best for m tokens: correction rows cost a pass as much as tokens do.
+inline bool few(int64_t m, int more) { return m <= (more == kNothing ? kFew : kFew / 2); }
+
 // The sums of columns first ... last - 1 for M tokens, at most kTileM. out [M, kTileN] float.
 template <int BITS, int MORE>
 void columns(const Weight& w, const Rows& x, float* out, int64_t m, int64_t first, int64_t last) {
 #if QVLM_AVX512
-    if (m > kFew) return gemm<BITS, MORE>(w, x, out, m, first);
-    // as many weight rows side by side as 32 registers hold
-    int64_t i = 0;
-    for (; i + 8 <= m; i += 8) gemv<BITS, 8, MORE, 1>(w, x.from(w, i), out + i * kTileN, first, last);
-    for (; i + 4 <= m; i += 4) gemv<BITS, 4, MORE, 2>(w, x.from(w, i), out + i * kTileN, first, last);
-    for (; i + 2 <= m; i += 2) gemv<BITS, 2, MORE, 4>(w, x.from(w, i), out + i * kTileN, first, last);
-    for (; i < m; ++i) gemv<BITS, 1, MORE, MORE == 0 ? 8 : 4>(w, x.from(w, i), out + i * kTileN, first, last);
+    if constexpr (MORE == kHalves) {
+        gemv<BITS, 1, 0, 8, true>(w, x, out, first, last);
+    } else if (few(m, MORE)) {
+        // as many weight rows side by side as 32 registers hold
+        int64_t i = 0;
+        for (; i + 8 <= m; i += 8) gemv<BITS, 8, MORE, 1>(w, x.from(w, i), out + i * kTileN, first, last);
+        for (; i + 4 <= m; i += 4) gemv<BITS, 4, MORE, 2>(w, x.from(w, i), out + i * kTileN, first, last);
+        for (; i + 2 <= m; i += 2) gemv<BITS, 2, MORE, 4>(w, x.from(w, i), out + i * kTileN, first, last);
+        for (; i < m; ++i) gemv<BITS, 1, MORE, MORE == kNothing ? 8 : 4>(w, x.from(w, i), out + i * kTileN, first, last);
+    } else {
+        gemm<BITS, MORE>(w, x, out, m, first);
+    }
 #else
     columns_portable(w, x, MORE, out, m, first, last);
 #endif
 }
 
-// Tokens begin ... begin + m - 1 of several modules' outputs: one parallel region over the columns of all of them.
+// Tokens begin ... begin + m - 1 of several modules' outputs.
 template <int BITS, int MORE>
 void product(const std::vector<Module>& modules, const Rows& x, int64_t begin, int64_t m) {
-    share_columns(modules, m, [&](const Module& module, int64_t first, int64_t last) {
+    share_columns(modules, few(m, MORE), [&](const Module& module, int64_t first, int64_t last) {
         alignas(64) float sums[kTileM * kTileN];
         for (int64_t i = 0; i < m; i += kTileM) {
             const int64_t rows = std::min(kTileM, m - i);
@@ -351,9 +344,12 @@ void product(const std::vector<Module>& modules, const Rows& x, int64_t begin, i
 
 template <int BITS>
 void product(const std::vector<Module>& modules, const Rows& x, int64_t more, int64_t begin, int64_t m) {
-    if (more == 0) product<BITS, 0>(modules, x, begin, m);
-    if (more == 1) product<BITS, 1>(modules, x, begin, m);
-    if (more == 2) product<BITS, 2>(modules, x, begin, m);
+    switch (more) {
+        case kNothing: return product<BITS, kNothing>(modules, x, begin, m);
+        case 1: return product<BITS, 1>(modules, x, begin, m);
+        case 2: return product<BITS, 2>(modules, x, begin, m);
+        case kHalves: return product<BITS, kHalves>(modules, x, begin, m);
+    }
 }
 
 enum Granularity { kChannel = 0, kToken = 1, kDynamicToken = 2, kNone = 3 };
@@ -369,11 +365,17 @@ struct Input {
     bool offset() const { return bits == 8; }
     // Further rows of the product that put it back.
     int64_t corrections() const { return !offset() ? 0 : granularity == kChannel ? 2 : 1; }
+    // Whether a single token is multiplied as two halves of q - z instead: one sum per group, no row of ones. 255 has none that fit into int8.
+    bool halves(const Weight& w, float zero) const {
+        if (!QVLM_AVX512 || !offset()) return false;
+        return granularity == kChannel ? std::all_of(zero_point, zero_point + w.k, [](int32_t z) { return z > 0; }) : zero > 0;
+    }
 };
 
-// Integers q - z of `count` values, or q - 128; returns their sum. `zeros` null: one scale and the zero point `zero` for all.
+// Integers q - z of `count` values as int8, or q - 128, or two halves of q - z, the second in `rest`; returns their sum. `zeros` null: one
+// scale and the zero point `zero` for all.
 template <class T>
-int32_t quantize_values(const T* x, int64_t count, const float* scales, const int32_t* zeros, float zero, float top, bool offset, int8_t* values) {
+int32_t quantize_values(const T* x, int64_t count, const float* scales, const int32_t* zeros, float zero, float top, bool offset, int8_t* values, int8_t* rest) {
     int64_t i = 0;
     int32_t sum = 0;
 #if QVLM_AVX512
@@ -388,7 +390,9 @@ int32_t quantize_values(const T* x, int64_t count, const float* scales, const in
         if (offset) q = _mm512_add_ps(q, _mm512_sub_ps(z, _mm512_set1_ps(128.0f)));
         const __m512i integers = _mm512_maskz_cvtps_epi32(exist, q);
         total = _mm512_add_epi32(total, integers);
-        _mm512_mask_cvtepi32_storeu_epi8(values + i, exist, integers);
+        const __m512i kept = rest ? _mm512_srai_epi32(integers, 1) : integers;
+        _mm512_mask_cvtepi32_storeu_epi8(values + i, exist, kept);
+        if (rest) _mm512_mask_cvtepi32_storeu_epi8(rest + i, exist, _mm512_sub_epi32(integers, kept));
     }
     sum = _mm512_reduce_add_epi32(total);
 #else
@@ -396,36 +400,42 @@ int32_t quantize_values(const T* x, int64_t count, const float* scales, const in
         const float z = zeros ? float(zeros[i]) : zero;
         float q = std::nearbyint(widen(x[i]) / (zeros ? scales[i] : *scales));
         q = std::min(std::max(q, -z), top - z) + (offset ? z - 128.0f : 0.0f);
-        values[i] = int8_t(q), sum += int32_t(q);
+        const int32_t integer = int32_t(q), kept = rest ? integer >> 1 : integer;
+        values[i] = int8_t(kept), sum += integer;
+        if (rest) rest[i] = int8_t(integer - kept);
     }
 #endif
     return sum;
 }
 
-// One token: integers [KP], their sums per group; its scale and 128 - z where those are the token's own.
+// Scale and zero point of a token, where they are its own.
 template <class T>
-void quantize_token(const Weight& w, const Input& input, const T* x, int64_t position, int8_t* a, int32_t* sums, float& row_scale, int32_t& shift) {
-    const int64_t padded = w.padded();
-    const float top = input.top();
-    float scale = 1, zero = 0;
+void token_range(const Weight& w, const Input& input, const T* x, int64_t position, float& scale, float& zero) {
+    scale = 1, zero = 0;
     if (input.granularity == kDynamicToken) {
         float low = 0, high = 0;
 #pragma omp simd reduction(min : low) reduction(max : high)
         for (int64_t k = 0; k < w.k; ++k) low = std::min(low, widen(x[k])), high = std::max(high, widen(x[k]));
-        scale = (high - low) / top;
-        scale = scale > 0 ? scale : 1.0f;
-        zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), top);
+        const float step = (high - low) / input.top();
+        scale = step > 0 ? step : 1.0f;
+        zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), input.top());
     } else if (input.granularity == kToken) {
         scale = input.scale[position], zero = float(input.zero_point[position]);
     }
-    row_scale = scale, shift = 128 - int32_t(zero);
-    const bool own = input.granularity != kChannel;
+}
+
+// One token: integers [KP], the second halves of them (null: none), their sums per group.
+template <class T>
+void quantize_token(const Weight& w, const Input& input, const T* x, float scale, float zero, int8_t* a, int8_t* rest, int32_t* sums) {
+    const int64_t padded = w.padded();
+    const bool own = input.granularity != kChannel, offset = input.offset() && !rest;
     for (int64_t g = 0; g < w.groups; ++g) {
-        const int64_t count = w.count(g), begin = g * w.length;
+        const int64_t count = w.count(g), begin = g * w.length, at = g * padded;
         const float* scales = own ? &scale : input.scale + begin;
         const int32_t* zeros = own ? nullptr : input.zero_point + begin;
-        sums[g] = quantize_values(x + begin, count, scales, zeros, zero, top, input.offset(), a + g * padded);
-        std::memset(a + g * padded + count, 0, padded - count);
+        sums[g] = quantize_values(x + begin, count, scales, zeros, zero, input.top(), offset, a + at, rest ? rest + at : nullptr);
+        std::memset(a + at + count, 0, padded - count);
+        if (rest) std::memset(rest + at + count, 0, padded - count);
     }
 }
 
@@ -457,22 +467,32 @@ template <class T>
 void linears(const std::vector<Module>& modules, const Input& input, const T* x, int64_t m) {
     constexpr int64_t kChunk = 768;  // tokens at once: bounds the memory for inputs
     const Weight& w = modules.front().w;
-    const int64_t stride = w.stride(), extra = input.corrections();
+    const int64_t stride = w.stride();
     for (int64_t begin = 0; begin < m; begin += kChunk) {
         const int64_t rows = std::min(kChunk, m - begin);
-        int8_t* a = scratch<int8_t>((rows + extra) * stride);
-        int32_t* sums = scratch<int32_t>((rows + extra) * w.groups + rows);
-        int32_t* shift = sums + (rows + extra) * w.groups;
-        float* row_scale = scratch<float>(rows);
+        float* row_scale = scratch<float>(2 * rows);
+        float* zero = row_scale + rows;
+        const auto range = [&](int64_t i) {
+            token_range(w, input, x + (begin + i) * w.k, input.positions ? (begin + i) % input.positions : 0, row_scale[i], zero[i]);
+        };
+        if (rows == 1) range(0);
+        const bool halves = rows == 1 && input.halves(w, zero[0]);
+        const int64_t extra = input.corrections(), further = halves ? 1 : extra;
+        int8_t* a = scratch<int8_t>((rows + further) * stride);
+        int8_t* more = a + rows * stride;
+        int32_t* sums = scratch<int32_t>((rows + further) * w.groups + rows);
+        int32_t* more_sums = sums + rows * w.groups;
+        int32_t* shift = more_sums + further * w.groups;
 #pragma omp parallel for schedule(static) if (rows > 4)
         for (int64_t i = 0; i < rows; ++i) {
-            const int64_t position = input.positions ? (begin + i) % input.positions : 0;
-            quantize_token(w, input, x + (begin + i) * w.k, position, a + i * stride, sums + i * w.groups, row_scale[i], shift[i]);
+            if (rows > 1) range(i);
+            quantize_token(w, input, x + (begin + i) * w.k, row_scale[i], zero[i], a + i * stride, halves ? more : nullptr, sums + i * w.groups);
+            shift[i] = 128 - int32_t(zero[i]);
         }
-        correction_rows(w, input, a + rows * stride, sums + rows * w.groups);
+        if (!halves) correction_rows(w, input, more, more_sums);
         const bool wide = std::min(w.length, w.k) * ((1ll << w.bits) - 1) * ((1ll << input.bits) - 1) >= 1ll << 24;
-        const Rows packed{a, sums, shift, a + rows * stride, sums + rows * w.groups, input.granularity == kChannel ? nullptr : row_scale, wide};
-        with_bits(w.bits, [&](auto bits) { product<bits()>(modules, packed, extra, begin, rows); });
+        const Rows packed{a, sums, shift, more, more_sums, input.granularity == kChannel ? nullptr : row_scale, wide};
+        with_bits(w.bits, [&](auto bits) { product<bits()>(modules, packed, halves ? kHalves : extra, begin, rows); });
     }
 }
 

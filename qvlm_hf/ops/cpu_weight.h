@@ -145,19 +145,19 @@ struct Cut {
 template <int BITS>
 constexpr Cut<BITS> kCut{};
 
-// The bytes of 64 values and some more; nothing from `end` on is read. INSIDE: all of it is known to lie before.
-template <int BITS, bool INSIDE = false>
-QVLM_INLINE __m512i load64(const uint8_t* source, const uint8_t* end) {
-    if (INSIDE && BITS <= 4)  // half the bytes cross half as many cache lines
+// BYTES bytes and some more; nothing from `end` on is read. INSIDE: 64 bytes are known to lie before.
+template <int BYTES, bool INSIDE = false>
+QVLM_INLINE __m512i load(const uint8_t* source, const uint8_t* end) {
+    if (INSIDE && BYTES <= 32)  // half the bytes cross half as many cache lines
         return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
     if (INSIDE || __builtin_expect(source + 64 <= end, 1)) return _mm512_loadu_si512(source);
     return _mm512_maskz_loadu_epi8((1ull << std::max<int64_t>(end - source, 0)) - 1, source);
 }
 
-// 64 values as bytes, natural order; as load64.
+// 64 values as bytes, natural order; as `load`.
 template <int BITS, bool INSIDE = false>
 inline __m512i unpack64(const uint8_t* source, const uint8_t* end) {
-    const __m512i raw = load64<BITS, INSIDE>(source, end);
+    const __m512i raw = load<8 * BITS, INSIDE>(source, end);
     if constexpr (BITS == 8) return raw;
     const __m512i lanes = _mm512_permutexvar_epi8(_mm512_load_si512(kCut<BITS>.index), raw);
     const __m512i values = _mm512_multishift_epi64_epi8(_mm512_load_si512(kCut<BITS>.shift), lanes);
@@ -202,11 +202,28 @@ void unpack_panels(const Weight& w, int64_t first, int panels, int64_t g, int64_
             __m512i block[16];
             for (int i = 0; i < 16; ++i) {
                 const int64_t row = std::min(first + 16 * p + i, w.n - 1);
-                block[i] = unpack64<BITS>(w.bytes + row * w.row_bytes + begin + k * BITS / 8, w.bytes + (row + 1) * w.row_bytes);
+                const uint8_t* source = w.bytes + row * w.row_bytes + begin + k * BITS / 8;
+                _mm_prefetch(reinterpret_cast<const char*>(source + 128), _MM_HINT_T1);  // no row is read long enough for the processor to foresee it
+                block[i] = unpack64<BITS>(source, w.bytes + (row + 1) * w.row_bytes);
             }
             transpose16(block);
             for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + ((k / 4 + i) * panels + p) * 64, block[i]);
         }
+}
+
+// The first `count` of 16 lanes.
+QVLM_INLINE __mmask16 first_of(int64_t count) { return __mmask16(count >= 16 ? 0xffff : (1u << count) - 1); }
+
+// Scales and zero points of 16 groups of a row from `g` on, of those that exist.
+struct Parameters {
+    __m512 scale;
+    __m512i zero;
+};
+inline Parameters parameters16(const Weight& w, int64_t row, int64_t g, __mmask16 exist) {
+    const __m512i scale = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(exist, w.scale + row * w.groups + g));
+    const __m512i zero = w.zero_point ? _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(exist, w.zero_point + row * w.groups + g))
+                                      : _mm512_set1_epi32(1 << (w.bits - 1));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(scale, 16)), zero};
 }
 
 // LINES rows of a range of columns side by side, step by step: they share the loads of the inputs, and memory delivers several streams
@@ -275,8 +292,8 @@ inline __m512 load16(const Float16* x, __mmask16 exist) { return _mm512_cvtph_ps
 
 // Calls task(module, first, last) for columns first ... last - 1 of every module, in one parallel region.
 template <class Task>
-void share_columns(const std::vector<Module>& modules, int64_t m, const Task& task) {
-    const int64_t width = m <= kFew ? kFewN : kTileN;
+void share_columns(const std::vector<Module>& modules, bool few, const Task& task) {
+    const int64_t width = few ? kFewN : kTileN;
     int64_t tasks = 0;
     for (const Module& module : modules) tasks += (module.w.n + width - 1) / width;
     const auto at = [&](int64_t index) {
@@ -284,7 +301,7 @@ void share_columns(const std::vector<Module>& modules, int64_t m, const Task& ta
         for (int64_t of = 0; index >= (of = (module->w.n + width - 1) / width); ++module) index -= of;
         task(*module, index * width, std::min(index * width + width, module->w.n));
     };
-    if (m <= kFew) {  // long runs of memory first, short ones to end together: no core is alone with its neighbours
+    if (few) {  // long runs of memory first, short ones to end together: no core is alone with its neighbours
 #pragma omp parallel for schedule(guided)
         for (int64_t index = 0; index < tasks; ++index) at(index);
     } else {
