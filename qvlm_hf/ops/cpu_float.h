@@ -114,8 +114,8 @@ QVLM_INLINE void add_products(const __m512i* lanes, const Levels<BITS>* levels, 
 
 // Few tokens: a [ROWS, KP] in the order of lanes. out [ROWS, kTileN]. INSIDE: 64 bytes after the last of these rows may be read.
 template <int BITS, int VALUES, int ROWS, int LINES, bool INSIDE>
-QVLM_APART void gemv_float(const Weight& w, const float* a, int64_t padded, int64_t stride, float* out, int64_t first, int64_t last) {
-    const int64_t group_bytes = w.length * BITS / 8;
+QVLM_APART void gemv_float(const Weight& w, const float* a, float* out, int64_t first, int64_t last) {
+    const int64_t padded = w.padded(), stride = w.stride(), group_bytes = w.length * BITS / 8;
     const uint8_t* end = w.bytes + w.n * w.row_bytes;
     alignas(64) float scale[LINES * 16], zero[LINES * 16];
     for (Streams<LINES> rows(w, first, last); rows.next();) {
@@ -149,43 +149,41 @@ QVLM_APART void gemv_float(const Weight& w, const float* a, int64_t padded, int6
     }
 }
 
-// How few tokens' inputs lie: 16 lanes of `values` neighbours each, the first values of all lanes first.
-struct Spread {
-    int64_t values, padded, stride;
+// Neighbouring values in a lane of few tokens' weights: eight of 4 bits fill it, if a group is full of such registers.
+inline int64_t lane_values(const Weight& w) { return w.bits == 4 && w.padded() % 128 == 0 ? 8 : 4; }
 
-    explicit Spread(const Weight& w) : values(w.bits <= 4 && w.padded() % 128 == 0 ? 8 : 4), padded(w.padded()), stride(w.stride()) {}
-
-    template <class T>
-    void token(const Weight& w, const FloatInput<T>& input, int64_t i, float* a) const {
-        std::fill(a, a + stride, 0.0f);
-        for (int64_t g = 0; g < w.groups; ++g, a += padded)
-            for (int64_t begin = 0; begin < w.count(g); begin += 16 * values)
-                for (int64_t j = 0; j < values; ++j)
-                    for (int64_t lane = 0, k = begin + j; k < std::min(w.count(g), begin + 16 * values); ++lane, k += values)
-                        a[begin + 16 * j + lane] = input.at(i, g * w.length + k);
-    }
-};
+// One token in the order of lanes: the first value of all 16 lanes, then the second.
+template <class T>
+void spread_token(const Weight& w, const FloatInput<T>& input, int64_t token, float* a) {
+    const int64_t padded = w.padded(), values = lane_values(w);
+    std::fill(a, a + w.stride(), 0.0f);
+    for (int64_t g = 0; g < w.groups; ++g, a += padded)
+        for (int64_t begin = 0; begin < w.count(g); begin += 16 * values)
+            for (int64_t j = 0; j < values; ++j)
+                for (int64_t lane = 0, k = begin + j; k < std::min(w.count(g), begin + 16 * values); ++lane, k += values)
+                    a[begin + 16 * j + lane] = input.at(token, g * w.length + k);
+}
 
 template <int BITS, int VALUES>
-void columns_few(const Weight& w, const float* a, const Spread& spread, float* out, int64_t m, int64_t first, int64_t last) {
+void columns_few(const Weight& w, const float* a, float* out, int64_t m, int64_t first, int64_t last) {
     constexpr int lines = BITS <= 4 ? 8 : 4;  // as many sums as 32 registers hold beside the levels of as many rows
-    const auto rows = [&](auto gemv, int64_t i, int64_t from, int64_t to) {
-        if (from < to) gemv(w, a + i * spread.stride, spread.padded, spread.stride, out + i * kTileN + from - first, from, to);
+    const auto pass = [&](auto gemv, int64_t i, int64_t from, int64_t to) {
+        if (from < to) gemv(w, a + i * w.stride(), out + i * kTileN + from - first, from, to);
     };
     // rows so near the end of the weight that a whole register does not fit behind them
     const int64_t safe = std::clamp(w.n - (64 + w.row_bytes - 1) / w.row_bytes, first, last);
     int64_t i = 0;
-    for (; i + 4 <= m; i += 4) rows(gemv_float<BITS, VALUES, 4, 4, true>, i, first, safe);
-    for (; i + 2 <= m; i += 2) rows(gemv_float<BITS, VALUES, 2, 4, true>, i, first, safe);
-    for (; i < m; ++i) rows(gemv_float<BITS, VALUES, 1, lines, true>, i, first, safe);
-    for (i = 0; i < m; ++i) rows(gemv_float<BITS, VALUES, 1, 1, false>, i, safe, last);
+    for (; i + 4 <= m; i += 4) pass(gemv_float<BITS, VALUES, 4, 4, true>, i, first, safe);
+    for (; i + 2 <= m; i += 2) pass(gemv_float<BITS, VALUES, 2, 4, true>, i, first, safe);
+    for (; i < m; ++i) pass(gemv_float<BITS, VALUES, 1, lines, true>, i, first, safe);
+    for (i = 0; i < m; ++i) pass(gemv_float<BITS, VALUES, 1, 1, false>, i, safe, last);
 }
 
 template <int BITS>
-void columns_few(const Weight& w, const float* a, const Spread& spread, float* out, int64_t m, int64_t first, int64_t last) {
-    if constexpr (BITS <= 4)
-        if (spread.values == 8) return columns_few<BITS, 8>(w, a, spread, out, m, first, last);
-    columns_few<BITS, 4>(w, a, spread, out, m, first, last);
+void columns_few(const Weight& w, const float* a, float* out, int64_t m, int64_t first, int64_t last) {
+    if constexpr (BITS == 4)
+        if (lane_values(w) == 8) return columns_few<BITS, 8>(w, a, out, m, first, last);
+    columns_few<BITS, 4>(w, a, out, m, first, last);
 }
 
 // A block of weights as float32: [count][kTileN] from the bytes of unpack_panels.
@@ -263,43 +261,91 @@ void columns_many(const Weight& w, const float* x, float* out, int64_t rows, int
     }
 }
 
-// Tokens begin ... begin + kBlockM - 1, of those that exist, side by side: [K, kBlockM].
+// Tokens begin ... begin + rows - 1, at most kBlockM, side by side: [K, kBlockM].
 template <class T>
 void interleave_tokens(const Weight& w, const FloatInput<T>& input, int64_t begin, int64_t rows, float* a) {
     for (int64_t k = 0; k < w.k; ++k)
         for (int64_t i = 0; i < rows; ++i) a[k * kBlockM + i] = input.at(begin + i, k);
 }
 
-// The outputs of modules of one width, group length and K, from one input x [m, k].
+// The sums of columns first ... last - 1 for `rows` tokens, at most kTileM. out [rows, kTileN].
+template <int BITS>
+void columns_float(const Weight& w, const float* a, float* out, int64_t rows, int64_t first, int64_t last) {
+    if (rows <= kFew)
+        columns_few<BITS>(w, a, out, rows, first, last);
+    else
+        columns_many<BITS>(w, a, out, rows, first);
+}
+
+// Inputs of `rows` tokens from `begin` on, as the product reads them.
+template <class T>
+float* arranged(const Weight& w, const FloatInput<T>& input, int64_t begin, int64_t rows) {
+    const bool few = rows <= kFew;
+    const int64_t blocks = few ? rows : (rows + kBlockM - 1) / kBlockM, block = few ? w.stride() : w.k * kBlockM;
+    float* a = scratch<float>(blocks * block);
+#pragma omp parallel for schedule(static) if (rows > 4)
+    for (int64_t i = 0; i < blocks; ++i)
+        if (few)
+            spread_token(w, input, begin + i, a + i * block);
+        else
+            interleave_tokens(w, input, begin + i * kBlockM, std::min(kBlockM, rows - i * kBlockM), a + i * block);
+    return a;
+}
+
+#else  // portable
+
+// The same. a [rows, K].
+template <int BITS>
+void columns_float(const Weight& w, const float* a, float* out, int64_t rows, int64_t first, int64_t last) {
+    std::vector<uint8_t> bytes(w.padded());
+    std::vector<float> weights(w.padded());
+    for (int64_t row = first; row < last; ++row)
+        for (int64_t g = 0; g < w.groups; ++g) {
+            const int64_t count = w.count(g);
+            const float scale = w.factor(row, g), zero = float(w.zero(row, g));
+            unpack_row(w, row, g, bytes.data());
+            for (int64_t k = 0; k < count; ++k) weights[k] = (float(bytes[k]) - zero) * scale;
+            for (int64_t i = 0; i < rows; i += 4) {  // four sums at a time, or each addition waits for the one before
+                const float* x[4];
+                for (int64_t j = 0; j < 4; ++j) x[j] = a + std::min(i + j, rows - 1) * w.k + g * w.length;
+                float sum[4] = {};
+#pragma omp simd reduction(+ : sum[:4])
+                for (int64_t k = 0; k < count; ++k)
+                    for (int64_t j = 0; j < 4; ++j) sum[j] += weights[k] * x[j][k];
+                for (int64_t j = 0; j < std::min<int64_t>(4, rows - i); ++j) {
+                    float& y = out[(i + j) * kTileN + row - first];
+                    y = (g == 0 ? 0.0f : y) + sum[j];
+                }
+            }
+        }
+}
+
+// The inputs of `rows` tokens from `begin` on as float.
+template <class T>
+float* arranged(const Weight& w, const FloatInput<T>& input, int64_t begin, int64_t rows) {
+    float* a = scratch<float>(rows * w.k);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < w.k; ++k) a[i * w.k + k] = input.at(begin + i, k);
+    return a;
+}
+
+#endif
+
+// The outputs of modules of one width, group length and K, from one input x [m, k]; scale [K] or null divides it.
 template <class T>
 void linears_float(const std::vector<Module>& modules, const float* scale, const T* x, int64_t m) {
     const Weight& w = modules.front().w;
-    const FloatInput<T> input{x, scale, w.k};
-    const Spread spread(w);
     for (int64_t begin = 0; begin < m; begin += kTileM) {
-        const int64_t rows = std::min(kTileM, m - begin), blocks = (rows + kBlockM - 1) / kBlockM;
-        const bool few = rows <= kFew;
-        float* a = scratch<float>(few ? rows * spread.stride : blocks * kBlockM * w.k);
-#pragma omp parallel for schedule(static) if (rows > 4)
-        for (int64_t i = 0; i < (few ? rows : blocks); ++i)
-            if (few)
-                spread.token(w, input, begin + i, a + i * spread.stride);
-            else
-                interleave_tokens(w, input, begin + i * kBlockM, std::min(kBlockM, rows - i * kBlockM), a + i * kBlockM * w.k);
+        const int64_t rows = std::min(kTileM, m - begin);
+        const float* a = arranged(w, FloatInput<T>{x, scale, w.k}, begin, rows);
         with_bits(w.bits, [&](auto bits) {
-            share_columns(modules, few, [&](const Module& module, int64_t first, int64_t last) {
+            share_columns(modules, rows <= kFew, [&](const Module& module, int64_t first, int64_t last) {
                 alignas(64) float sums[kTileM * kTileN];
-                if (few)
-                    columns_few<bits()>(module.w, a, spread, sums, rows, first, last);
-                else
-                    columns_many<bits()>(module.w, a, sums, rows, first);
+                columns_float<bits()>(module.w, a, sums, rows, first, last);
                 module.finish(sums, nullptr, begin, rows, first, last - first);
             });
         });
     }
 }
-
-#else  // portable
-#endif
 
 }  // namespace
