@@ -316,7 +316,8 @@ void columns(const Weight& w, const Rows& x, float* out, int64_t m, int64_t firs
     } else if (few(m, MORE)) {
         // as many weight rows side by side as 32 registers hold
         int64_t i = 0;
-        for (; i + 8 <= m; i += 8) gemv<BITS, 8, MORE, 1>(w, x.from(w, i), out + i * kTileN, first, last);
+        if constexpr (MORE == kNothing)
+            for (; i + 8 <= m; i += 8) gemv<BITS, 8, MORE, 1>(w, x.from(w, i), out + i * kTileN, first, last);
         for (; i + 4 <= m; i += 4) gemv<BITS, 4, MORE, 2>(w, x.from(w, i), out + i * kTileN, first, last);
         for (; i + 2 <= m; i += 2) gemv<BITS, 2, MORE, 4>(w, x.from(w, i), out + i * kTileN, first, last);
         for (; i < m; ++i) gemv<BITS, 1, MORE, MORE == kNothing ? 8 : 4>(w, x.from(w, i), out + i * kTileN, first, last);
