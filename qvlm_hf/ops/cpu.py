@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.packing import pack
@@ -36,9 +37,11 @@ _CHECKED = (
     (3, 6, "channel", 3), (5, 8, "token", 70), (7, 7, "dynamic_token", 12), (4, 16, "none", 2), (5, 16, "none", 1), (8, 16, "none", 5),
     (3, 16, "none", 40),
 )  # fmt: skip
+_DENSE_TOKENS = 32  # beyond, portable kernels leave floating-point inputs to PyTorch's product with a dequantized copy of that one weight
 _GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2, "none": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_VARIANTS = {0: "cpu portable", 1: "cpu avx512-vnni"}
+_PORTABLE = 0
+_VARIANTS = {_PORTABLE: "cpu portable", 1: "cpu avx512-vnni"}
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,10 @@ def _outputs(
 ) -> list[Tensor]:
     """The output of each module, by the kernels."""
     values = block_hadamard(x.float(), hadamard) if hadamard else x
+    tokens = x.shape[:-1].numel()
+    if granularity == "none" and tokens > _DENSE_TOKENS and library.qvlm_variant() == _PORTABLE:
+        scaled = values.float() if input_scale is None else values.float() / input_scale
+        return [_dense(scaled, *module, weight_bits, group_length).to(x.dtype) for module in modules]
     if values.dtype not in _DTYPES:
         values = values.float()
     values = values.contiguous()
@@ -185,6 +192,14 @@ def _compute(
             kept.append(bias)
         words += (pointer(bias), y.data_ptr(), pointer(weight), pointer(weight_scale), pointer(weight_zero_point), y.shape[-1])
     library.qvlm_linears(_words(len(words)).pack(*words))
+
+
+def _dense(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, weight_bits: int, group_length: int
+) -> Tensor:
+    """float32 [..., N] of floating-point inputs, float32 [..., K] with their scale divided out, by a dequantized copy of the weight."""
+    dense = reference.dequantize_weight(weight, scale, zero_point, None, x.shape[-1], weight_bits, group_length, "none", 0)
+    return functional.linear(x, dense, None if bias is None else bias.float())
 
 
 @functools.cache

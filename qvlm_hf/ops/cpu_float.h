@@ -294,6 +294,17 @@ float* arranged(const Weight& w, const FloatInput<T>& input, int64_t begin, int6
 
 #else  // portable
 
+// Products of `count` weights with TOKENS tokens, K apart, added to y, kTileN apart, or the first to be there. Several sums at a time, or each
+// addition waits for the one before.
+template <int TOKENS>
+void add_dots(const float* weights, const float* x, int64_t k, int64_t count, bool begin, float* y) {
+    float sum[TOKENS] = {};
+#pragma omp simd reduction(+ : sum[:TOKENS])
+    for (int64_t i = 0; i < count; ++i)
+        for (int j = 0; j < TOKENS; ++j) sum[j] += weights[i] * x[j * k + i];
+    for (int j = 0; j < TOKENS; ++j) y[j * kTileN] = (begin ? 0.0f : y[j * kTileN]) + sum[j];
+}
+
 // The same. a [rows, K].
 template <int BITS>
 void columns_float(const Weight& w, const float* a, float* out, int64_t rows, int64_t first, int64_t last) {
@@ -305,18 +316,11 @@ void columns_float(const Weight& w, const float* a, float* out, int64_t rows, in
             const float scale = w.factor(row, g), zero = float(w.zero(row, g));
             unpack_row(w, row, g, bytes.data());
             for (int64_t k = 0; k < count; ++k) weights[k] = (float(bytes[k]) - zero) * scale;
-            for (int64_t i = 0; i < rows; i += 4) {  // four sums at a time, or each addition waits for the one before
-                const float* x[4];
-                for (int64_t j = 0; j < 4; ++j) x[j] = a + std::min(i + j, rows - 1) * w.k + g * w.length;
-                float sum[4] = {};
-#pragma omp simd reduction(+ : sum[:4])
-                for (int64_t k = 0; k < count; ++k)
-                    for (int64_t j = 0; j < 4; ++j) sum[j] += weights[k] * x[j][k];
-                for (int64_t j = 0; j < std::min<int64_t>(4, rows - i); ++j) {
-                    float& y = out[(i + j) * kTileN + row - first];
-                    y = (g == 0 ? 0.0f : y) + sum[j];
-                }
-            }
+            const float* x = a + g * w.length;
+            float* y = out + row - first;
+            int64_t i = 0;
+            for (; i + 4 <= rows; i += 4) add_dots<4>(weights.data(), x + i * w.k, w.k, count, g == 0, y + i * kTileN);
+            for (; i < rows; ++i) add_dots<1>(weights.data(), x + i * w.k, w.k, count, g == 0, y + i * kTileN);
         }
 }
 
