@@ -1,3 +1,4 @@
+// Quantized inputs: their integers, and the products of integers. What is multiplied, and why it is exact, is told in cpu_kernels.cpp.
 #pragma once
 
 #include "cpu_weight.h"
@@ -185,7 +186,7 @@ QVLM_APART void gemv(const Weight& w, const Rows& x, float* out, int64_t first, 
 
 // One group's exact sums of ROWS tokens x PANELS * 16 columns.
 template <int ROWS, int PANELS>
-__attribute__((always_inline)) inline void tile_sums(const int8_t* a, int64_t stride, const int32_t* sums, int64_t groups, const uint8_t* tile, int64_t padded,
+QVLM_INLINE void tile_sums(const int8_t* a, int64_t stride, const int32_t* sums, int64_t groups, const uint8_t* tile, int64_t padded,
                       const int32_t* zero, __m512i sum[ROWS][PANELS]) {
     QVLM_UNROLL
     for (int m = 0; m < ROWS; ++m)
@@ -376,7 +377,8 @@ struct Input {
 // Integers q - z of `count` values as int8, or q - 128, or two halves of q - z, the second in `rest`; returns their sum. `zeros` null: one
 // scale and the zero point `zero` for all.
 template <class T>
-int32_t quantize_values(const T* x, int64_t count, const float* scales, const int32_t* zeros, float zero, float top, bool offset, int8_t* values, int8_t* rest) {
+int32_t quantize_values(const T* x, int64_t count, const float* scales, const int32_t* zeros, float zero, float top, bool offset,
+                        int8_t* values, int8_t* rest) {
     int64_t i = 0;
     int32_t sum = 0;
 #if QVLM_AVX512

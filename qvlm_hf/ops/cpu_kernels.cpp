@@ -2,17 +2,14 @@
 //
 //   y[m, n] = bias[n] + r[m] * sum_g ws[n, g] * sum_{k in g} a[m, k] (w[n, k] - zp[n, g])
 //
-// Integers. The weights stay unsigned (w, 0 ... 2^bits - 1) and are the unsigned operand of vpdpbusd; inputs are the signed one. Up to 7
-// bits a = q - z fits into int8. At 8 bits it does not; then q - 128 is multiplied, and what is missing, 128 - z, comes from further rows of
-// the same product: two halves of it for z per input (128 itself does not fit), a row of ones for z per token. All of this is added as
-// int32, exactly; the only rounding is that of float(sum) * ws and its accumulation over groups, as in reference.py. Up to 8 tokens the sum of a
-// group is 16 exact parts and a zero point's share, which meet ws and are added in float one by one: the last bits of float32 may differ.
+// Integers (cpu_integer.h). The weights stay unsigned (w, 0 ... 2^bits - 1) and are the unsigned operand of vpdpbusd; inputs are the signed
+// one. Up to 7 bits a = q - z fits into int8. At 8 bits it does not. A single token is then multiplied as two halves of q - z. Of several
+// tokens q - 128 is multiplied, and what is missing, 128 - z, comes from further rows of the same product: two halves of it for z per input
+// (128 itself does not fit), a row of ones for z per token. All of this is added as int32, exactly; the only rounding is that of float(sum) *
+// ws and its accumulation over groups, as in reference.py. Up to 8 tokens the sum of a group is 16 exact parts and a zero point's share, which
+// meet ws and are added in float one by one: the last bits of float32 may differ.
 //
-// Unpacking. A row is a bit stream; eight values of b bits are b bytes. vpermb puts each run of b bytes into a 64-bit lane,
-// vpmultishiftqb cuts it into eight bytes: three instructions for 64 values of any width from 2 to 8.
-//
-// Legend: M tokens, N out_features, K in_features, G groups of L inputs (the last may be short), P inputs of a group padded to a multiple of
-// 64 (padding is 0 in the inputs, so whatever weight it meets adds nothing), KP = G * P.
+// Floating-point inputs are in cpu_float.h; packed weights, outputs and threads in cpu_weight.h, with the legend.
 
 #include "cpu_call.h"
 #include "cpu_float.h"

@@ -1,7 +1,8 @@
 // `qvlm_hf::linears_cpu`: the usual call of the CPU kernels without any Python, through PyTorch's stable interface for libraries.
 //
-// Usual is what decoding does: contiguous tensors, float32, bfloat16 or float16, no transform. Everything else gets an empty list, and the caller asks `qvlm_hf::linears`, which takes all and has the words for what is wrong. The kernels come as a pointer, after their
-// check; before that every call gets an empty list.
+// Usual is what decoding does: contiguous tensors, float32, bfloat16 or float16, no transform. Everything else gets an empty list, and the
+// caller asks `qvlm_hf::linears`, which takes all and has the words for what is wrong. The kernels come as a pointer, after their check;
+// before that every call gets an empty list.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
