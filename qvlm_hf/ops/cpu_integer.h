@@ -187,7 +187,7 @@ QVLM_APART void gemv(const Weight& w, const Rows& x, float* out, int64_t first, 
 // One group's exact sums of ROWS tokens x PANELS * 16 columns.
 template <int ROWS, int PANELS>
 QVLM_INLINE void tile_sums(const int8_t* a, int64_t stride, const int32_t* sums, int64_t groups, const uint8_t* tile, int64_t padded,
-                      const int32_t* zero, __m512i sum[ROWS][PANELS]) {
+                           const int32_t* zero, __m512i sum[ROWS][PANELS]) {
     QVLM_UNROLL
     for (int m = 0; m < ROWS; ++m)
         QVLM_UNROLL
