@@ -53,6 +53,7 @@ class KernelRow:
     bandwidth: float
 
 
+@torch.no_grad()  # as `generate` calls layers
 def measure_kernels(
     out_features: int,
     in_features: int,

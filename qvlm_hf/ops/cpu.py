@@ -27,18 +27,23 @@ from qvlm_hf.ops.schema import Module, well_formed
 
 __all__ = ["entries", "kernel_name", "linear", "linears"]
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_call.h", "cpu_fused.h", "cpu_number.h"))
+_SOURCES = tuple(
+    Path(__file__).with_name(f"cpu_{name}") for name in ("kernels.cpp", "integer.h", "float.h", "weight.h", "fused.h", "number.h", "call.h")
+)
 # -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels flip
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _INT32 = 2**30  # the kernels add two partial sums of a group
-_FEW_TOKENS = 512  # up to here floating-point inputs meet packed weights; beyond, a dequantized copy of the weight is cheaper
 # Every width, granularity and way of 8-bit inputs, with one token, some and many.
 _CHECKED = (
     (4, 4, "channel", 1), (4, 8, "dynamic_token", 9), (6, 8, "channel", 20), (8, 8, "dynamic_token", 1), (2, 4, "token", 7),
-    (3, 6, "channel", 3), (5, 8, "token", 70), (7, 7, "dynamic_token", 12), (4, 16, "none", 2),
+    (3, 6, "channel", 3), (5, 8, "token", 70), (7, 7, "dynamic_token", 12), (4, 16, "none", 2), (5, 16, "none", 1), (8, 16, "none", 5),
+    (3, 16, "none", 40),
 )  # fmt: skip
-_GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2}
-_VARIANTS = {0: "cpu portable", 1: "cpu avx512-vnni"}
+_DENSE_TOKENS = 32  # beyond, portable kernels leave floating-point inputs to PyTorch's product with a dequantized copy of that one weight
+_GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2, "none": 3}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PORTABLE = 0
+_VARIANTS = {_PORTABLE: "cpu portable", 1: "cpu avx512-vnni"}
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,11 @@ def _outputs(
 ) -> list[Tensor]:
     """The output of each module, by the kernels."""
     values = block_hadamard(x.float(), hadamard) if hadamard else x
-    if granularity == "none":
-        scaled = (values.float() if input_scale is None else values.float() / input_scale).contiguous()
-        return [_floating(library, scaled, *module, weight_bits, group_length).to(x.dtype) for module in modules]
-    if values.dtype not in (torch.float32, torch.bfloat16):
+    tokens = x.shape[:-1].numel()
+    if granularity == "none" and tokens > _DENSE_TOKENS and library.qvlm_variant() == _PORTABLE:
+        scaled = values.float() if input_scale is None else values.float() / input_scale
+        return [_dense(scaled, *module, weight_bits, group_length).to(x.dtype) for module in modules]
+    if values.dtype not in _DTYPES:
         values = values.float()
     values = values.contiguous()
     outputs = [values.new_empty((*x.shape[:-1], module[0].shape[0])) for module in modules]
@@ -182,7 +188,7 @@ def _compute(
     groups, row_bytes = -(-in_features // group_length), -(-in_features * weight_bits // 32) * 4
     positions = 0 if granularity != "token" or input_scale is None else input_scale.shape[0]
     words = [
-        x.data_ptr(), pointer(input_scale), pointer(input_zero_point), x.dtype == torch.bfloat16, x.numel() // in_features, in_features,
+        x.data_ptr(), pointer(input_scale), pointer(input_zero_point), _DTYPES[x.dtype], x.numel() // in_features, in_features,
         groups, group_length, row_bytes, weight_bits, activation_bits, _GRANULARITIES[granularity], positions, len(modules),
     ]  # fmt: skip
     for (weight, weight_scale, weight_zero_point, bias), y in zip(modules, outputs, strict=True):
@@ -193,42 +199,17 @@ def _compute(
     library.qvlm_linears(_words(len(words)).pack(*words))
 
 
+def _dense(
+    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, weight_bits: int, group_length: int
+) -> Tensor:
+    """float32 [..., N] of floating-point inputs, float32 [..., K] with their scale divided out, by a dequantized copy of the weight."""
+    dense = reference.dequantize_weight(weight, scale, zero_point, None, x.shape[-1], weight_bits, group_length, "none", 0)
+    return functional.linear(x, dense, None if bias is None else bias.float())
+
+
 @functools.cache
 def _words(count: int) -> struct.Struct:
     return struct.Struct(f"{count}q")
-
-
-def _floating(
-    library: ctypes.CDLL,
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    weight_bits: int,
-    group_length: int,
-) -> Tensor:
-    """Floating-point inputs, contiguous float32 [..., K] with the input scale divided out; float32 [..., N]."""
-    offset = None if bias is None else bias.float().contiguous()
-    tokens, in_features = x.shape[:-1].numel(), x.shape[-1]
-    if tokens > _FEW_TOKENS:
-        dense = reference.dequantize_weight(
-            weight, weight_scale, weight_zero_point, None, in_features, weight_bits, group_length, "none", 0
-        )
-        return functional.linear(x, dense, offset)
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    if tokens:
-        kept = [None if t is None else t.contiguous() for t in (weight, weight_scale, weight_zero_point)]
-        library.qvlm_linear_float(
-            _pointer(x), _pointer(offset), _pointer(y), tokens, *map(_pointer, kept),
-            *_sizes(weight, weight_scale, in_features, group_length), weight_bits,
-        )  # fmt: skip
-    return y
-
-
-def _sizes(weight: Tensor, weight_scale: Tensor, in_features: int, group_length: int) -> tuple[int, int, int, int, int]:
-    """N, K, G, L and the bytes of a packed row."""
-    return weight.shape[0], in_features, weight_scale.shape[1], group_length, weight.shape[1] * 4
 
 
 @functools.cache
@@ -239,10 +220,6 @@ def _misfit(in_features: int, weight_bits: int, activation_bits: int, group_leng
     if activation_bits <= 8 and group_length * (2**weight_bits - 1) * (2**activation_bits - 1) >= _INT32:
         return f"reference (a sum over {group_length} inputs can leave int32)"
     return None
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
@@ -263,14 +240,12 @@ def _kernels() -> _Kernels:
 
 def _load() -> ctypes.CDLL:
     library = native.load(_SOURCES, _FLAGS, native.openmp())
-    size, whole, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
-    matrix = [pointer] * 3 + [size] * 5 + [whole]
-    library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], whole
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], ctypes.c_int
     library.qvlm_linears.argtypes = [ctypes.c_char_p]
-    library.qvlm_linear_float.argtypes = [pointer, pointer, pointer, size, *matrix]
     library.qvlm_rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size, size]
     library.qvlm_rotary.argtypes = [pointer] * 4 + [size] * 5
-    for function in (library.qvlm_linears, library.qvlm_linear_float, library.qvlm_rms_norm, library.qvlm_rotary):
+    for function in (library.qvlm_linears, library.qvlm_rms_norm, library.qvlm_rotary):
         function.restype = None
     return library
 
@@ -295,13 +270,13 @@ def _self_check(library: ctypes.CDLL) -> str | None:
 
 
 def _check_fused(library: ctypes.CDLL, generator: torch.Generator) -> str | None:
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)):
+    for dtype, number in _DTYPES.items():
         x, weight, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 3, 5, 34), 34, (1, 3, 34), (1, 3, 34)))
-        y, two_bytes = torch.empty_like(x), dtype == torch.bfloat16
-        library.qvlm_rms_norm(_pointer(x), _pointer(weight), 1e-5, _pointer(y), 30, 34, two_bytes)
+        y, tolerance = torch.empty_like(x), 2 * torch.finfo(dtype).eps
+        library.qvlm_rms_norm(x.data_ptr(), weight.data_ptr(), 1e-5, y.data_ptr(), 30, 34, number)
         if not torch.allclose(y, reference.rms_norm(x, weight, 1e-5), rtol=tolerance, atol=tolerance):
             return f"RMSNorm in {dtype}"
-        library.qvlm_rotary(_pointer(x), _pointer(cos), _pointer(sin), _pointer(y), 6, 3, 5, 34, two_bytes)
+        library.qvlm_rotary(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), 6, 3, 5, 34, number)
         if not torch.equal(y, reference.rotary([x], cos, sin)[0]):
             return f"rotary embedding in {dtype}"
     return None

@@ -1,4 +1,4 @@
-// RMSNorm and rotary position embedding, each in one pass, rounded to T (float, or bfloat16 as uint16_t) where Transformers rounds.
+// RMSNorm and rotary position embedding, each in one pass, rounded to T where Transformers rounds.
 #pragma once
 
 #include <cmath>
@@ -6,16 +6,9 @@
 
 #include "cpu_number.h"
 
-namespace qvlm {
+namespace {
 
 constexpr int64_t kWorthThreads = 1 << 15;  // values: waking threads takes about as long
-
-template <class T>
-inline float rounded(float value) {
-    T held;
-    narrow(value, held);
-    return widen(held);
-}
 
 // y = weight * (x / sqrt(mean(x^2) + epsilon)), rows of k values.
 template <class T>
@@ -54,4 +47,4 @@ void rotary(const T* x, const T* cos, const T* sin, T* y, int64_t tokens, int64_
     }
 }
 
-}  // namespace qvlm
+}  // namespace

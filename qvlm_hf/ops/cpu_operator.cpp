@@ -1,18 +1,20 @@
-// `qvlm_hf::linears_cpu`, `rms_norm_cpu` and `rotary_cpu`: the usual call of the CPU kernels without any Python, through PyTorch's stable interface for
-// libraries.
+// `qvlm_hf::linears_cpu`, `rms_norm_cpu` and `rotary_cpu`: the usual call of the CPU kernels without any Python, through PyTorch's stable
+// interface for libraries.
 //
-// Usual is what decoding does: contiguous tensors, float32 or bfloat16, quantized inputs, no transform. Everything else gets an empty list,
-// and the caller goes the long way (`qvlm_hf::linears`, or PyTorch's operators), which takes all and has the words for what is wrong. The
-// kernels come as pointers, after their check; before that every call gets an empty list.
+// Usual is what decoding does: contiguous tensors, float32, bfloat16 or float16, no transform. Everything else gets an empty list, and the
+// caller goes the long way (`qvlm_hf::linears`, or PyTorch's operators), which takes all and has the words for what is wrong. The kernels
+// come as pointers, after their check; before that every call gets an empty list.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu_call.h"
@@ -34,10 +36,29 @@ bool is(const Tensor& tensor, ScalarType dtype, int64_t length) {
     return tensor.dim() == 1 && tensor.size(0) == length && tensor.scalar_type() == dtype && tensor.is_contiguous();
 }
 
-// As in cpu.py: groups begin at a byte, and no sum over one leaves int32.
-bool fits(int64_t k, int64_t weight_bits, int64_t activation_bits, int64_t length) {
+// A dtype as the kernels know it, -1 for others.
+int64_t known(ScalarType dtype) {
+    return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : dtype == ScalarType::Half ? 2 : -1;
+}
+
+// As in cpu.py: groups begin at a byte, and no sum of integers over one leaves int32.
+bool fits(int64_t k, int64_t weight_bits, int64_t activation_bits, int64_t length, bool integers) {
     const int64_t largest = ((int64_t(1) << weight_bits) - 1) * ((int64_t(1) << activation_bits) - 1);
-    return length > 0 && (length >= k || length * weight_bits % 8 == 0) && length * largest < int64_t(1) << 30;
+    return length > 0 && (length >= k || length * weight_bits % 8 == 0) && (!integers || length * largest < int64_t(1) << 30);
+}
+
+// An uninitialised [..., columns] of the dtype of x. Asked for directly: through the dispatcher a call spends microseconds on its name.
+Tensor output(const Tensor& x, int64_t columns) {
+    const auto like = x.sizes();
+    std::vector<int64_t> sizes(like.begin(), like.end()), strides(like.size(), 1);
+    sizes.back() = columns;
+    for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+    int32_t dtype;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), -1, &handle));
+    return Tensor(handle);
 }
 
 std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weight, std::vector<Tensor> weight_scale, std::vector<Tensor> weight_zero_point,
@@ -45,19 +66,22 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weight, std::vector<Te
                             int64_t weight_bits, int64_t activation_bits, int64_t group_length, std::string granularity, int64_t hadamard) {
     const ScalarType dtype = x.scalar_type();
     const size_t count = weight.size();
-    const bool channel = granularity == "channel", token = granularity == "token";
+    const std::array<std::string_view, 4> names{"channel", "token", "dynamic_token", "none"};
+    const int64_t kind = std::find(names.begin(), names.end(), granularity) - names.begin();
+    const bool token = kind == 1, floating = kind == 3;
     if (!kernels || !count || weight_scale.size() != count || (!weight_zero_point.empty() && weight_zero_point.size() != count) ||
-        (!bias.empty() && bias.size() != count) || hadamard || activation_bits > 8 || !(channel || token || granularity == "dynamic_token"))
+        (!bias.empty() && bias.size() != count) || hadamard || kind == 4 || (activation_bits > 8 && !floating))
         return {};
-    if ((dtype != ScalarType::Float && dtype != ScalarType::BFloat16) || x.dim() < (token ? 2 : 1) || x.size(x.dim() - 1) != in_features ||
-        !x.numel() || !x.is_contiguous() || !fits(in_features, weight_bits, activation_bits, group_length))
+    const int64_t number = known(dtype);
+    if (number < 0 || x.dim() < (token ? 2 : 1) || x.size(x.dim() - 1) != in_features ||
+        !x.numel() || !x.is_contiguous() || !fits(in_features, weight_bits, activation_bits, group_length, !floating))
         return {};
     const int64_t positions = token ? x.size(x.dim() - 2) : 0;
-    if (channel || token) {
-        const int64_t length = channel ? in_features : positions;
-        if (!input_scale || !input_zero_point || !is(*input_scale, ScalarType::Float, length) || !is(*input_zero_point, ScalarType::Int, length))
-            return {};
-    }
+    const bool scaled = kind <= 1 || (floating && input_scale), shifted = kind <= 1;
+    const int64_t length = token ? positions : in_features;
+    if ((scaled && !(input_scale && is(*input_scale, ScalarType::Float, length))) ||
+        (shifted && !(input_zero_point && is(*input_zero_point, ScalarType::Int, length))))
+        return {};
     const int64_t words = (in_features * weight_bits + 31) / 32, groups = (in_features + group_length - 1) / group_length;
     for (size_t i = 0; i < count; ++i) {
         const int64_t rows = weight[i].dim() ? weight[i].size(0) : 0;
@@ -66,39 +90,34 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weight, std::vector<Te
             return {};
     }
 
-    std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
     std::vector<Tensor> outputs;
     std::vector<char> memory(sizeof(qvlm::Call) + count * sizeof(qvlm::Layer));
-    const bool ranges = channel || token;
     const qvlm::Call call{
         x.data_ptr(),
-        ranges ? static_cast<const float*>(input_scale->data_ptr()) : nullptr,
-        ranges ? static_cast<const int32_t*>(input_zero_point->data_ptr()) : nullptr,
-        dtype == ScalarType::BFloat16, x.numel() / in_features, in_features, groups, group_length, words * 4, weight_bits, activation_bits,
-        channel ? 0 : token ? 1 : 2, positions, int64_t(count)};
+        scaled ? static_cast<const float*>(input_scale->data_ptr()) : nullptr,
+        shifted ? static_cast<const int32_t*>(input_zero_point->data_ptr()) : nullptr,
+        number, x.numel() / in_features, in_features, groups, group_length, words * 4, weight_bits, activation_bits,
+        kind, positions, int64_t(count)};
     std::memcpy(memory.data(), &call, sizeof call);
     for (size_t i = 0; i < count; ++i) {
-        shape.back() = weight[i].size(0);
-        outputs.push_back(torch::stable::new_empty(x, {shape.data(), shape.size()}));
+        outputs.push_back(output(x, weight[i].size(0)));
         const qvlm::Layer layer{
             bias.empty() ? nullptr : bias[i].data_ptr(), outputs[i].data_ptr(), static_cast<const uint8_t*>(weight[i].data_ptr()),
             static_cast<const uint16_t*>(weight_scale[i].data_ptr()),
-            weight_zero_point.empty() ? nullptr : static_cast<const uint8_t*>(weight_zero_point[i].data_ptr()), shape.back()};
+            weight_zero_point.empty() ? nullptr : static_cast<const uint8_t*>(weight_zero_point[i].data_ptr()), weight[i].size(0)};
         std::memcpy(memory.data() + sizeof call + i * sizeof layer, &layer, sizeof layer);
     }
     kernels(memory.data());
     return outputs;
 }
 
-bool plain(const Tensor& x) {
-    return (x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16) && x.numel() && x.is_contiguous();
-}
+bool plain(const Tensor& x) { return known(x.scalar_type()) >= 0 && x.numel() && x.is_contiguous(); }
 
 std::vector<Tensor> rms_norm(Tensor x, Tensor weight, double epsilon) {
     if (!norm || !x.dim() || !plain(x) || !is(weight, x.scalar_type(), x.size(x.dim() - 1))) return {};
-    const Tensor y = torch::stable::new_empty(x, x.sizes());
     const int64_t k = weight.size(0);
-    norm(x.data_ptr(), weight.data_ptr(), float(epsilon), y.data_ptr(), x.numel() / k, k, x.scalar_type() == ScalarType::BFloat16);
+    const Tensor y = output(x, k);
+    norm(x.data_ptr(), weight.data_ptr(), float(epsilon), y.data_ptr(), x.numel() / k, k, known(x.scalar_type()));
     return {y};
 }
 
@@ -114,9 +133,9 @@ std::vector<Tensor> rotary(std::vector<Tensor> x, Tensor cos, Tensor sin) {
             return {};
     std::vector<Tensor> turned;
     for (const Tensor& t : x) {
-        turned.push_back(torch::stable::new_empty(t, t.sizes()));
+        turned.push_back(output(t, t.size(3)));
         turn(t.data_ptr(), cos.data_ptr(), sin.data_ptr(), turned.back().data_ptr(), t.size(0) * t.size(1), cos.size(0) * cos.size(1), t.size(2),
-             t.size(3), dtype == ScalarType::BFloat16);
+             t.size(3), known(dtype));
     }
     return turned;
 }

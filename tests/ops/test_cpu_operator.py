@@ -7,7 +7,7 @@ import torch
 from linear_calls import arguments
 
 from qvlm_hf.core.scheme import QuantScheme
-from qvlm_hf.ops import cpu, cpu_operator, schema
+from qvlm_hf.ops import cpu, cpu_operator, reference, schema
 from qvlm_hf.ops.schema import linear, linears
 
 OPERATOR = torch.ops.qvlm_hf.linears_cpu.default
@@ -26,9 +26,9 @@ def lists(rest):
     return [weight], [scale], zero_points, input_scale, input_zero_point, biases, *sizes
 
 
-@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token"])
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(2, 4), (4, 4), (4, 8), (6, 6), (8, 8)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_bits_as_through_python(granularity, weight_bits, activation_bits, dtype):
     for shape, symmetric in (((1, 1), True), ((2, 5), False)):
         rest = arguments(weight_bits, activation_bits, granularity, 35, 200, 64, shape[1], symmetric, dtype)
@@ -36,6 +36,16 @@ def test_the_same_bits_as_through_python(granularity, weight_bits, activation_bi
         (y,) = OPERATOR(x, *lists(rest))
         assert torch.equal(y, cpu.linear(x, *rest))
         assert y.dtype == dtype
+
+
+def test_floating_point_inputs_with_a_stored_scale():
+    rest = list(arguments(4, 16, "none", 35, 200, 64, None, False, torch.float32))
+    x, rest[3] = torch.randn(3, 200), torch.rand(200) + 0.5
+    (y,) = OPERATOR(x, *lists(rest))
+    assert torch.equal(y, cpu.linear(x, *rest))
+    torch.testing.assert_close(y, reference.linear(x, *rest))
+    rest[3] = rest[3].double()
+    assert OPERATOR(x, *lists(rest)) == []
 
 
 def test_several_modules_of_other_heights():
@@ -63,7 +73,7 @@ def changed(place, value):
         changed(2, REST[2][:4]),
         changed(3, None), changed(3, REST[3].double()), changed(3, REST[3][:32]), changed(4, REST[4].long()), changed(4, None),
         changed(5, REST[5].bfloat16()), changed(5, REST[5][:4]), changed(6, 65),
-        changed(8, 16), changed(9, 0), changed(9, 3), changed(10, "none"),
+        changed(8, 16), changed(9, 0), changed(9, 3), changed(10, "other"),
         changed(10, "token"), changed(11, 32),
     ],
 )  # fmt: skip
@@ -71,7 +81,7 @@ def test_nothing_for_what_is_not_ordinary(rest):
     assert OPERATOR(torch.randn(2, 64), *lists(rest)) == []
 
 
-@pytest.mark.parametrize("x", [torch.ones(2, 64).half(), torch.ones(2, 32), torch.ones(64, 2).t(), torch.ones(0, 64), torch.tensor(1.0)])
+@pytest.mark.parametrize("x", [torch.ones(2, 64).double(), torch.ones(2, 32), torch.ones(64, 2).t(), torch.ones(0, 64), torch.tensor(1.0)])
 def test_nothing_for_such_inputs(x):
     assert OPERATOR(x, *lists(REST)) == []
 
@@ -102,7 +112,7 @@ def test_the_doors_use_it_where_nothing_is_recorded(monkeypatch):
         assert torch.equal(linears(x, *several)[0], cpu.linear(x, *REST))
         assert calls == []
         linear(x, *single, reference=True)
-        linear(x.half(), *single)
+        linear(x.double(), *single)
     linear(x, *single)
     linears(x, *several)
     ops = torch.ops.qvlm_hf
@@ -110,7 +120,7 @@ def test_the_doors_use_it_where_nothing_is_recorded(monkeypatch):
 
 
 def test_the_operator_itself():
-    torch.library.opcheck(OPERATOR, (torch.randn(2, 64).half(), *lists(REST)))
+    torch.library.opcheck(OPERATOR, (torch.randn(2, 64).double(), *lists(REST)))
 
 
 def test_without_a_compiler_calls_go_through_python(monkeypatch, tmp_path):
