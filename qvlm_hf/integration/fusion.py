@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, eager_attention_forward
 
 from qvlm_hf.core.architectures import shared_inputs
-from qvlm_hf.integration.growing_cache import grow_in_place
+from qvlm_hf.integration.growing_cache import updated
 from qvlm_hf.nn.fused import Fused, FusedRMSNorm
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.nn.shared_input import share_inputs
@@ -37,15 +37,15 @@ class FusedLlamaAttention(Fused, LlamaAttention):
         **kwargs: Any,  # noqa: ANN401 - what Transformers passes on to the attention function
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, hidden] -> [B, T, hidden] and, if the attention function gives them, the weights; arguments as of LlamaAttention."""
-        if self.reference or not fusible(hidden_states):
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        # A wrapper around a forward pass (accelerate's) keeps this one when the module has its own class again: `reference` is gone then.
+        if getattr(self, "reference", True) or not fusible(hidden_states):
+            return LlamaAttention.forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         shape = hidden_states.shape[:-1]
         query, key, value = (proj(hidden_states).view(*shape, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotary((query, key), *position_embeddings)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
-            grow_in_place(past_key_values, self.layer_idx)
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = updated(past_key_values, key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         mixed, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)

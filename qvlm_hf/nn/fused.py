@@ -24,5 +24,6 @@ class FusedRMSNorm(Fused):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., K] -> [..., K]."""
-        compute = reference.rms_norm if self.reference else rms_norm
+        # a wrapper around a forward pass keeps this one when the module has its own class again: `reference` is gone then
+        compute = reference.rms_norm if getattr(self, "reference", True) else rms_norm
         return compute(hidden_states, self.weight, self.variance_epsilon)

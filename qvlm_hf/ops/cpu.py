@@ -60,11 +60,11 @@ def kernel_name(in_features: int, weight_bits: int, activation_bits: int, group_
 
 
 def entries() -> tuple[int | None, ...] | None:
-    """Addresses of `qvlm_linears`, `qvlm_rms_norm` and `qvlm_rotary`; None where there are no kernels."""
+    """Addresses of `qvlm_linears`, `qvlm_square`, `qvlm_rms_norm` and `qvlm_rotary`; None where there are no kernels."""
     library = _kernels().library
     if library is None:
         return None
-    functions = library.qvlm_linears, library.qvlm_rms_norm, library.qvlm_rotary
+    functions = library.qvlm_linears, library.qvlm_square, library.qvlm_rms_norm, library.qvlm_rotary
     return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
 
 
@@ -243,9 +243,10 @@ def _load() -> ctypes.CDLL:
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], ctypes.c_int
     library.qvlm_linears.argtypes = [ctypes.c_char_p]
-    library.qvlm_rms_norm.argtypes = [pointer, pointer, ctypes.c_float, pointer, size, size, size]
+    library.qvlm_square.argtypes = [pointer, pointer, size, size]
+    library.qvlm_rms_norm.argtypes = [pointer, pointer, pointer, ctypes.c_float, pointer, size, size, size]
     library.qvlm_rotary.argtypes = [pointer] * 4 + [size] * 5
-    for function in (library.qvlm_linears, library.qvlm_rms_norm, library.qvlm_rotary):
+    for function in (library.qvlm_linears, library.qvlm_square, library.qvlm_rms_norm, library.qvlm_rotary):
         function.restype = None
     return library
 
@@ -272,9 +273,11 @@ def _self_check(library: ctypes.CDLL) -> str | None:
 def _check_fused(library: ctypes.CDLL, generator: torch.Generator) -> str | None:
     for dtype, number in _DTYPES.items():
         x, weight, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 3, 5, 34), 34, (1, 3, 34), (1, 3, 34)))
-        y, tolerance = torch.empty_like(x), 2 * torch.finfo(dtype).eps
-        library.qvlm_rms_norm(x.data_ptr(), weight.data_ptr(), 1e-5, y.data_ptr(), 30, 34, number)
-        if not torch.allclose(y, reference.rms_norm(x, weight, 1e-5), rtol=tolerance, atol=tolerance):
+        y, squares = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
+        library.qvlm_square(x.data_ptr(), squares.data_ptr(), x.numel(), number)
+        sums = squares.sum(-1)
+        library.qvlm_rms_norm(x.data_ptr(), weight.data_ptr(), sums.data_ptr(), 1e-5, y.data_ptr(), 30, 34, number)
+        if not torch.equal(y, reference.rms_norm(x, weight, 1e-5)):
             return f"RMSNorm in {dtype}"
         library.qvlm_rotary(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), 6, 3, 5, 34, number)
         if not torch.equal(y, reference.rotary([x], cos, sin)[0]):

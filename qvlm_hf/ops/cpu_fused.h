@@ -10,17 +10,21 @@ namespace {
 
 constexpr int64_t kWorthThreads = 1 << 15;  // values: waking threads takes about as long
 
-// y = weight * (x / sqrt(mean(x^2) + epsilon)), rows of k values.
+// y = x^2 in float32.
 template <class T>
-void rms_norm(const T* x, const T* weight, float epsilon, T* y, int64_t rows, int64_t k) {
+void square(const T* x, float* y, int64_t count) {
+#pragma omp parallel for simd schedule(static) if (parallel : count > kWorthThreads)
+    for (int64_t i = 0; i < count; ++i) y[i] = widen(x[i]) * widen(x[i]);
+}
+
+// y = weight * (x / sqrt(mean(x^2) + epsilon)), rows of k values, whose squares have these sums.
+template <class T>
+void rms_norm(const T* x, const T* weight, const float* sums, float epsilon, T* y, int64_t rows, int64_t k) {
 #pragma omp parallel for schedule(static) if (rows * k > kWorthThreads)
     for (int64_t row = 0; row < rows; ++row) {
         const T* in = x + row * k;
         T* out = y + row * k;
-        double squares = 0;  // exact enough to be what PyTorch rounds to, most of the time
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < k; ++i) squares += double(widen(in[i])) * double(widen(in[i]));
-        const float factor = 1.0f / std::sqrt(float(squares / double(k)) + epsilon);
+        const float factor = 1.0f / std::sqrt(sums[row] / float(k) + epsilon);
 #pragma omp simd
         for (int64_t i = 0; i < k; ++i) narrow(widen(weight[i]) * rounded<T>(widen(in[i]) * factor), out[i]);
     }

@@ -57,11 +57,16 @@ void qvlm_linears(const void* call) {
     typed(c.dtype, [&](auto zero) { linears_of<decltype(zero)>(c); });
 }
 
-// RMSNorm of x [rows, k]; weight and y have its dtype.
-void qvlm_rms_norm(const void* x, const void* weight, float epsilon, void* y, int64_t rows, int64_t k, int64_t dtype) {
+// The squares of `count` values, in float32.
+void qvlm_square(const void* x, float* y, int64_t count, int64_t dtype) {
+    typed(dtype, [&](auto zero) { square(static_cast<const decltype(zero)*>(x), y, count); });
+}
+
+// RMSNorm of x [rows, k] from the sums of its squares; weight and y have its dtype.
+void qvlm_rms_norm(const void* x, const void* weight, const float* sums, float epsilon, void* y, int64_t rows, int64_t k, int64_t dtype) {
     typed(dtype, [&](auto zero) {
         using T = decltype(zero);
-        rms_norm(static_cast<const T*>(x), static_cast<const T*>(weight), epsilon, static_cast<T*>(y), rows, k);
+        rms_norm(static_cast<const T*>(x), static_cast<const T*>(weight), sums, epsilon, static_cast<T*>(y), rows, k);
     });
 }
 

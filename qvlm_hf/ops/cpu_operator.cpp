@@ -25,7 +25,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void (*kernels)(const void*) = nullptr;
-void (*norm)(const void*, const void*, float, void*, int64_t, int64_t, int64_t) = nullptr;
+void (*square)(const void*, float*, int64_t, int64_t) = nullptr;
+void (*norm)(const void*, const void*, const float*, float, void*, int64_t, int64_t, int64_t) = nullptr;
 void (*turn)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t) = nullptr;
 
 bool is(const Tensor& tensor, ScalarType dtype, int64_t rows, int64_t columns) {
@@ -47,15 +48,15 @@ bool fits(int64_t k, int64_t weight_bits, int64_t activation_bits, int64_t lengt
     return length > 0 && (length >= k || length * weight_bits % 8 == 0) && (!integers || length * largest < int64_t(1) << 30);
 }
 
-// An uninitialised [..., columns] of the dtype of x. Asked for directly: through the dispatcher a call spends microseconds on its name.
-Tensor output(const Tensor& x, int64_t columns) {
+// An uninitialised [..., columns] of the dtype of x, or of another. Asked for directly: through the dispatcher a call spends microseconds on its name.
+Tensor output(const Tensor& x, int64_t columns, std::optional<int32_t> other = std::nullopt) {
     const auto like = x.sizes();
     std::vector<int64_t> sizes(like.begin(), like.end()), strides(like.size(), 1);
     sizes.back() = columns;
     for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-    int32_t dtype;
+    int32_t dtype = other.value_or(0);
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+    if (!other) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), -1, &handle));
     return Tensor(handle);
@@ -113,11 +114,15 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weight, std::vector<Te
 
 bool plain(const Tensor& x) { return known(x.scalar_type()) >= 0 && x.numel() && x.is_contiguous(); }
 
+// The squares are summed by PyTorch: a sum in another order would change the last bit of a norm, and with it now and then a level of an input.
 std::vector<Tensor> rms_norm(Tensor x, Tensor weight, double epsilon) {
     if (!norm || !x.dim() || !plain(x) || !is(weight, x.scalar_type(), x.size(x.dim() - 1))) return {};
-    const int64_t k = weight.size(0);
+    const int64_t k = weight.size(0), rows = x.numel() / k, dtype = known(x.scalar_type()), last = -1;
+    const Tensor squares = output(x, k, aoti_torch_dtype_float32());
+    square(x.data_ptr(), static_cast<float*>(squares.data_ptr()), rows * k, dtype);
+    const Tensor sums = torch::stable::sum(squares, torch::headeronly::IntHeaderOnlyArrayRef(&last, 1), true);
     const Tensor y = output(x, k);
-    norm(x.data_ptr(), weight.data_ptr(), float(epsilon), y.data_ptr(), x.numel() / k, k, known(x.scalar_type()));
+    norm(x.data_ptr(), weight.data_ptr(), static_cast<const float*>(sums.data_ptr()), float(epsilon), y.data_ptr(), rows, k, dtype);
     return {y};
 }
 
@@ -148,7 +153,7 @@ STABLE_TORCH_LIBRARY_IMPL(qvlm_hf, CPU, library) {
     library.impl("rotary_cpu", TORCH_BOX(&rotary));
 }
 
-// The kernels' entries: `qvlm_linears`, `qvlm_rms_norm`, `qvlm_rotary`.
-extern "C" void qvlm_use(decltype(kernels) linears_entry, decltype(norm) norm_entry, decltype(turn) rotary_entry) {
-    kernels = linears_entry, norm = norm_entry, turn = rotary_entry;
+// The kernels' entries: `qvlm_linears`, `qvlm_square`, `qvlm_rms_norm`, `qvlm_rotary`.
+extern "C" void qvlm_use(decltype(kernels) linears_entry, decltype(square) square_entry, decltype(norm) norm_entry, decltype(turn) rotary_entry) {
+    kernels = linears_entry, square = square_entry, norm = norm_entry, turn = rotary_entry;
 }

