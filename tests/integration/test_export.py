@@ -206,6 +206,7 @@ def test_a_damaged_checkpoint_is_not_exported(cases, tmp_path):
     save_file(held, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="up_proj"):
         export(tmp_path / "damaged", tmp_path / "x")
+    (tmp_path / "damaged" / "model.safetensors").unlink()
     (tmp_path / "damaged" / "model.safetensors.index.json").write_text('{"weight_map": 3}')
     with pytest.raises(ValueError, match="is no shard index"):
         export(tmp_path / "damaged", tmp_path / "x")
