@@ -16,7 +16,7 @@ from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.packing import unpack
 from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.core.weight import QuantizedWeight
-from qvlm_hf.ops.schema import LIBRARY
+from qvlm_hf.ops.schema import LIBRARY, check_sizes
 
 __all__ = ["dequantize_weight", "linear", "linear_input_grad", "linears", "per_module", "rms_norm", "rotary"]
 
@@ -39,6 +39,7 @@ def linear(
     hadamard: int,
 ) -> Tensor:
     """The reference of `qvlm_hf::linear`; arguments and errors as in `ops.schema.linear`."""
+    check_sizes(in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
     if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not end in in_features={in_features}.")
     values = block_hadamard(x.float(), hadamard) if hadamard else x.float()
