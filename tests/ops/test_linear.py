@@ -347,6 +347,24 @@ def test_impossible_numbers_given_to_the_operator_raise(place, value, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
+@pytest.mark.parametrize("tokens", [5, 600])
+def test_autocast_changes_no_bit(granularity, tokens):
+    case = make_case(granularity, 4, 8, shape=(tokens, 200), out_features=7, group_size=64)
+    case.x.requires_grad_()
+    plain = case.run()
+    (grad,) = torch.autograd.grad(plain.square().sum(), case.x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = case.run()
+        (again,) = torch.autograd.grad(y.square().sum(), case.x)
+        with torch.no_grad():
+            quick = case.run()
+        assert (case.x @ case.x.T).dtype == torch.bfloat16  # it is at work, and again after the call
+    assert torch.equal(y, plain)
+    assert torch.equal(quick, plain)
+    assert torch.equal(again, grad)
+
+
 def test_a_block_that_does_not_divide_raises():
     with pytest.raises(ValueError, match="a Hadamard block of 8 must be a power of two that divides 21"):
         make_case("dynamic_token", hadamard=8).run()

@@ -173,6 +173,18 @@ def test_impossible_numbers_given_to_the_operator_raise(place, value, message, m
         torch.ops.qvlm_hf.linears(torch.randn(2, 64), *rest)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("tokens", [5, 600])
+@pytest.mark.parametrize("group_size", [64, 41])  # the kernels, and what they leave to the reference
+def test_autocast_changes_no_bit(granularity, tokens, group_size):
+    site = make_site(granularity, (7, 3), torch.randn(tokens, 200), weight_bits=5, activation_bits=8, group_size=group_size)
+    with torch.no_grad():
+        plain = ops.linears(**site)
+        with torch.autocast("cpu", torch.bfloat16):
+            again = ops.linears(**site)
+    assert all(torch.equal(y, one) for y, one in zip(again, plain, strict=True))
+
+
 def test_a_module_of_another_number_of_inputs_raises():
     site = make_site("channel", (5, 3), torch.randn(4, 24))
     site["weight"][1] = pack(torch.zeros(3, 16, dtype=torch.uint8), 4)
