@@ -16,6 +16,7 @@ from qvlm_hf.bench import KernelRow, measure_kernels
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.cli.bench_models import bench_models
 from qvlm_hf.cli.record import benchmark_entry, shown_command
+from qvlm_hf.cli.result_file import check_result_file
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import CARD_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
@@ -72,8 +73,10 @@ def run(options: argparse.Namespace) -> int:
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {options.json}: the directory does not exist.")
+    for name in ("batch", "scheme", "tokens"):
+        _refuse_twice(name, getattr(options, name))
+    if options.json:
+        check_result_file(options.json)
     if options.rounds is None:
         options.rounds = _KERNEL_ROUNDS if options.kernels else _MODEL_ROUNDS
     folder = check_recordable(options.directory) if options.record else None
@@ -93,6 +96,13 @@ def _refuse(options: argparse.Namespace, names: Sequence[str] | dict[str, Any], 
         if getattr(options, name) is not None:
             option = "--no-peers" if name == "peers" else f"--{name.replace('_', '-')}"
             _wrong_usage(f"{option} belongs to {owner}: leave it out.")
+
+
+def _refuse_twice(name: str, values: Sequence[int | str] | None) -> None:
+    """Refuses a value that is named twice: its rows could not be told apart."""
+    shown = [str(value) for value in values or ()]
+    if len({value.upper() for value in shown}) < len(shown):
+        raise ValueError(f"--{name} {' '.join(shown)} names a value twice: name each once.")
 
 
 def _wrong_usage(message: str) -> NoReturn:

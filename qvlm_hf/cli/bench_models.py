@@ -26,7 +26,7 @@ from qvlm_hf.integration.random_models import random_model, random_prompt
 from qvlm_hf.integration.rounding import planned_modules
 from qvlm_hf.integration.shapes import shape_config, shape_model, token_positions
 from qvlm_hf.nn.footprint import footprint
-from qvlm_hf.nn.replace import dequantize_modules, quantized_modules
+from qvlm_hf.nn.replace import dequantize_modules
 
 __all__ = ["bench_models"]
 
@@ -58,7 +58,9 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
     silence()
     device = torch.device(options.device)
     subject = _shape(options, device) if options.directory is None else _saved(options, device)
-    prompt_tokens = options.prompt_tokens or options.images * subject.config.image_seq_length + _BEHIND_PICTURES
+    prompt_tokens = options.prompt_tokens
+    if prompt_tokens is None:
+        prompt_tokens = options.images * subject.config.image_seq_length + _BEHIND_PICTURES
     inputs = partial(random_prompt, subject.config, prompt_tokens=prompt_tokens, images=options.images, device=device)
     inputs(1, dtype=torch.bfloat16)  # a wrong length should not wait for the models
     ways = _ways(subject, inputs, device, static=options.compile, peers=options.peers)
@@ -111,14 +113,11 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
     config = AutoConfig.from_pretrained(directory)
     base = options.against
     if base is not None:
-        _check_found(base)
+        _check_baseline(base)
 
     def full_precision(dtype: torch.dtype) -> Any:  # noqa: ANN401 - any Transformers model
         if base is not None:
-            model = load_model(base, dtype=dtype)
-            if next(quantized_modules(model), None) is not None:
-                raise ValueError(f"--against {base}: is quantized itself: give the full-precision model.")
-            return model.to(device)
+            return load_model(base, dtype=dtype).to(device)
         model = load_model(directory, dtype=dtype)
         dequantize_modules(model, dtype)
         return model.to(device)
@@ -135,20 +134,22 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
     )  # fmt: skip
 
 
-def _check_found(base: str) -> None:
+def _check_baseline(base: str) -> None:
     """Looks for the full-precision model, which should not wait until something is measured.
 
     Raises:
-        ValueError: it is neither here nor on the Hub.
+        ValueError: it is neither here nor on the Hub, or is quantized.
         ConnectionError: it is not here, and the Hub cannot be asked.
     """
     try:
-        read_config(base)
+        config = read_config(base)
     except ConnectionError:
         raise
     except OSError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(f"--against {base}: is no model's directory and no Hub id that can be read ({reason}): check the name.") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"--against {base}: is quantized itself: give the full-precision model.")
 
 
 def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device: torch.device, *, static: bool, peers: bool) -> list[Way]:

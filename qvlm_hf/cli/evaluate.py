@@ -9,6 +9,7 @@ from tqdm import tqdm
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.cli.models import load_model, load_processor, read_config
 from qvlm_hf.cli.record import evaluation_entry, shown_command
+from qvlm_hf.cli.result_file import check_result_file
 from qvlm_hf.evaluation import evaluate, format_comparison
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import CARD_NAME
@@ -31,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    if options.json:
+        check_result_file(options.json)
     folder = check_recordable(options.model) if options.record else None
     if options.against is not None:
         read_config(options.against)  # a wrong name should not wait for the model

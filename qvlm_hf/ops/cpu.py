@@ -23,7 +23,7 @@ from torch.nn import functional
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.packing import pack
 from qvlm_hf.ops import native, reference
-from qvlm_hf.ops.schema import Module, well_formed
+from qvlm_hf.ops.schema import Module, check_sizes, well_formed
 
 __all__ = ["entries", "kernel_name", "linear", "linears"]
 
@@ -86,7 +86,7 @@ def linear(
     """`qvlm_hf::linear` on a CPU; arguments and errors as in `ops.schema.linear`."""
     sizes = (in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
     modules = ((weight, weight_scale, weight_zero_point, bias),)
-    library = _library(x, modules, input_scale, input_zero_point, *sizes[:-1])
+    library = _library(x, modules, input_scale, input_zero_point, *sizes)
     if library is None:
         return reference.linear(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
     return _outputs(library, x, modules, input_scale, input_zero_point, *sizes[1:])[0]
@@ -110,7 +110,7 @@ def linears(
     """`qvlm_hf::linears` on a CPU; arguments and errors as in `ops.schema.linears`."""
     sizes = (in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
     modules = reference.per_module(weight, weight_scale, weight_zero_point, bias)
-    library = _library(x, modules, input_scale, input_zero_point, *sizes[:-1])
+    library = _library(x, modules, input_scale, input_zero_point, *sizes)
     if library is None:
         return reference.linears(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
     return _outputs(library, x, modules, input_scale, input_zero_point, *sizes[1:])
@@ -126,8 +126,10 @@ def _library(
     activation_bits: int,
     group_length: int,
     granularity: str,
+    hadamard: int,
 ) -> ctypes.CDLL | None:
-    """The kernels if they take such a call; the reference takes all others, and has the words for what is wrong with them."""
+    """The kernels if they take such a call; the reference takes all others, and has the words for what is wrong with their tensors."""
+    check_sizes(in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
     if not well_formed(x, modules, input_scale, input_zero_point, in_features, weight_bits, group_length, granularity):
         return None
     return _kernels().library if _misfit(in_features, weight_bits, activation_bits, group_length) is None else None
@@ -204,7 +206,8 @@ def _dense(
 ) -> Tensor:
     """float32 [..., N] of floating-point inputs, float32 [..., K] with their scale divided out, by a dequantized copy of the weight."""
     dense = reference.dequantize_weight(weight, scale, zero_point, None, x.shape[-1], weight_bits, group_length, "none", 0)
-    return functional.linear(x, dense, None if bias is None else bias.float())
+    with reference.exact_products(x):
+        return functional.linear(x, dense, None if bias is None else bias.float())
 
 
 @functools.cache
@@ -228,7 +231,8 @@ def _kernels() -> _Kernels:
     try:
         library = _load()
         name = _VARIANTS[library.qvlm_variant()]
-        wrong = _self_check(library)
+        with torch.autocast("cpu", enabled=False):  # the first call may come from under one
+            wrong = _self_check(library)
         if not wrong:
             return _Kernels(library, name)
         reason = f"the compiled kernel is wrong for {wrong}"

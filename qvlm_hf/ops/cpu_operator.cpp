@@ -42,10 +42,12 @@ int64_t known(ScalarType dtype) {
     return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : dtype == ScalarType::Half ? 2 : -1;
 }
 
-// As in cpu.py: groups begin at a byte, and no sum of integers over one leaves int32.
+// As in schema.py and cpu.py: numbers that exist, groups that begin at a byte, and no sum of integers over one that leaves int32.
 bool fits(int64_t k, int64_t weight_bits, int64_t activation_bits, int64_t length, bool integers) {
+    if (weight_bits < 2 || weight_bits > 8 || length < 1 || length > k) return false;
+    if (integers ? activation_bits < 3 || activation_bits > 8 : activation_bits != 16) return false;
     const int64_t largest = ((int64_t(1) << weight_bits) - 1) * ((int64_t(1) << activation_bits) - 1);
-    return length > 0 && (length >= k || length * weight_bits % 8 == 0) && (!integers || length * largest < int64_t(1) << 30);
+    return (length == k || length * weight_bits % 8 == 0) && (!integers || length * largest < int64_t(1) << 30);
 }
 
 // An uninitialised [..., columns] of the dtype of x, or of another. Asked for directly: through the dispatcher a call spends microseconds on its name.
@@ -71,7 +73,7 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> weight, std::vector<Te
     const int64_t kind = std::find(names.begin(), names.end(), granularity) - names.begin();
     const bool token = kind == 1, floating = kind == 3;
     if (!kernels || !count || weight_scale.size() != count || (!weight_zero_point.empty() && weight_zero_point.size() != count) ||
-        (!bias.empty() && bias.size() != count) || hadamard || kind == 4 || (activation_bits > 8 && !floating))
+        (!bias.empty() && bias.size() != count) || hadamard || kind == 4)
         return {};
     const int64_t number = known(dtype);
     if (number < 0 || x.dim() < (token ? 2 : 1) || x.size(x.dim() - 1) != in_features ||

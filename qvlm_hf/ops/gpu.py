@@ -21,7 +21,7 @@ from torch import Tensor
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.packing import pack
 from qvlm_hf.ops import reference
-from qvlm_hf.ops.schema import LIBRARY, Module, well_formed
+from qvlm_hf.ops.schema import LIBRARY, Module, check_sizes, well_formed
 
 if TYPE_CHECKING:
     from qvlm_hf.ops.triton_kernels import Layout, Tile
@@ -85,7 +85,7 @@ def linear(
 ) -> Tensor:
     """`qvlm_hf::linear` on a CUDA device; arguments and errors as in `ops.schema.linear`."""
     modules: list[Module] = [(weight, weight_scale, weight_zero_point, bias)]
-    kernels = _fitting(x, modules, input_scale, input_zero_point, *sizes[:-1])
+    kernels = _fitting(x, modules, input_scale, input_zero_point, *sizes)
     if kernels is None or kernels.module is None:  # the reference also has the words for what is wrong
         return reference.linear(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
     with torch.cuda.device(x.device):
@@ -104,7 +104,7 @@ def linears(
 ) -> list[Tensor]:
     """`qvlm_hf::linears` on a CUDA device; arguments and errors as in `ops.schema.linears`."""
     modules = reference.per_module(weight, weight_scale, weight_zero_point, bias)
-    kernels = _fitting(x, modules, input_scale, input_zero_point, *sizes[:-1])
+    kernels = _fitting(x, modules, input_scale, input_zero_point, *sizes)
     if kernels is None or kernels.module is None:
         return reference.linears(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
     with torch.cuda.device(x.device):
@@ -163,8 +163,10 @@ def _fitting(
     activation_bits: int,
     group_length: int,
     granularity: str,
+    hadamard: int,
 ) -> _Kernels | None:
     """The kernels of x's device if they take such a call."""
+    check_sizes(in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
     fits = well_formed(x, modules, input_scale, input_zero_point, in_features, weight_bits, group_length, granularity)
     fits = fits and all(weight.numel() * 4 < _OFFSETS for weight, *_ in modules)
     return _kernels(_index(x.device)) if fits and not _misfit(weight_bits, activation_bits, group_length) else None

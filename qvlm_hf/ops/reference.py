@@ -16,9 +16,9 @@ from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.packing import unpack
 from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.core.weight import QuantizedWeight
-from qvlm_hf.ops.schema import LIBRARY
+from qvlm_hf.ops.schema import LIBRARY, check_sizes
 
-__all__ = ["dequantize_weight", "linear", "linear_input_grad", "linears", "per_module", "rms_norm", "rotary"]
+__all__ = ["dequantize_weight", "exact_products", "linear", "linear_input_grad", "linears", "per_module", "rms_norm", "rotary"]
 
 _EXACT_FLOAT32 = 2**24
 
@@ -39,6 +39,7 @@ def linear(
     hadamard: int,
 ) -> Tensor:
     """The reference of `qvlm_hf::linear`; arguments and errors as in `ops.schema.linear`."""
+    check_sizes(in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
     if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not end in in_features={in_features}.")
     values = block_hadamard(x.float(), hadamard) if hadamard else x.float()
@@ -52,7 +53,9 @@ def linear(
     for group in range(weight_scale.shape[1]):
         part = slice(group * group_length, (group + 1) * group_length)
         shifted = integers[:, part].to(dtype) - weight_zero_point[:, group, None].to(dtype)
-        y += (a[..., part].to(dtype) @ shifted.T).float() * weight_scale[:, group].float()
+        with exact_products(x):
+            sums = a[..., part].to(dtype) @ shifted.T
+        y += sums.float() * weight_scale[:, group].float()
     if row_scale is not None:
         y *= row_scale
     if bias is not None:
@@ -141,7 +144,13 @@ def linear_input_grad(
     dequantized = dequantize_weight(
         weight, weight_scale, weight_zero_point, input_scale, in_features, weight_bits, group_length, granularity, hadamard
     )
-    return (grad.float() @ dequantized).to(grad.dtype)
+    with exact_products(grad):
+        return (grad.float() @ dequantized).to(grad.dtype)
+
+
+def exact_products(x: Tensor) -> torch.autocast:
+    """Products in the dtype they are written in on x's device: the caller's `torch.autocast` would make them bfloat16 or float16."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def dequantize_weight(

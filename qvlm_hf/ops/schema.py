@@ -7,6 +7,7 @@ short call on that input. Implementations register for a dispatch key; PyTorch p
 Legend: M tokens (all leading dimensions), K in_features, N out_features, G weight groups, W packed words of a row.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.autograd import forward_ad
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["LIBRARY", "Module", "linear", "linears", "transformed", "watched", "well_formed"]
+__all__ = ["LIBRARY", "Module", "check_sizes", "linear", "linears", "transformed", "watched", "well_formed"]
 
 Module = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight, weight_scale, weight_zero_point, bias of `linear`
 
@@ -220,6 +221,20 @@ def _no_gradient(*_: object, **__: object) -> None:
 
 # Only reached where a gradient is wanted: the call itself raises, so that no result is silently detached.
 torch.library.register_autograd("qvlm_hf::linears", _no_gradient, setup_context=_no_gradient, lib=LIBRARY)
+
+
+@functools.cache
+def check_sizes(in_features: int, weight_bits: int, activation_bits: int, group_length: int, granularity: str, hadamard: int) -> None:
+    """Refuses numbers that no `QuantScheme` has: who calls an operator directly may pass any, and kernels read memory by them.
+
+    Raises:
+        ValueError: one is impossible, or two do not go together.
+    """
+    QuantScheme(weight_bits=weight_bits, activation_bits=activation_bits, granularity=granularity, hadamard=hadamard or None)
+    if in_features < 1:
+        raise ValueError(f"in_features={in_features} must be at least 1.")
+    if not 1 <= group_length <= in_features:
+        raise ValueError(f"group_length={group_length} must be from 1 to in_features={in_features}, which is one group per row.")
 
 
 def well_formed(

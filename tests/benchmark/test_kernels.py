@@ -41,6 +41,11 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert {row["tokens"] for row in result["rows"]} == {1, 17}
 
 
+def test_tokens_named_twice_are_refused(capsys):
+    assert main(["bench", "--kernels", "--tokens", "1", "1"]) == 1
+    assert capsys.readouterr().err == "qvlm: error: --tokens 1 1 names a value twice: name each once.\n"
+
+
 @pytest.mark.parametrize("wrong", [("--rounds", "1"), ("--tokens", "0"), ("--in-features", "100")])
 def test_sizes_that_make_no_sense_are_refused(wrong, capsys):
     assert main(["bench", "--kernels", *wrong]) == 1

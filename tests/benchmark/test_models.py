@@ -379,7 +379,9 @@ def test_the_command_times_a_saved_model(saved, capsys):
 def test_a_quantized_model_is_no_baseline(saved, capsys):
     arguments = ["--against", f"{saved}/w4a8", "--no-peers", "--rounds", "2", "--new-tokens", "2"]
     assert main(["bench", f"{saved}/w4a8", *arguments]) == 1
-    assert "is quantized itself: give the full-precision model" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.err == f"qvlm: error: --against {saved}/w4a8: is quantized itself: give the full-precision model.\n"
+    assert captured.out == ""  # before anything is measured
 
 
 def test_peers_that_are_not_installed_say_so(saved, capsys, monkeypatch):
@@ -419,6 +421,10 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, message, capsys):
         (["--shape", "demo-1b", "--scheme", "W9A9"], "is not W"),
         (["--shape", "demo-1b", "--rounds", "1"], "must be at least 2"),
         (["--shape", "demo-1b", "--prompt-tokens", "100"], "must be more than the 576"),
+        (["--shape", "demo-1b", "--prompt-tokens", "0"], "--prompt-tokens 0 must be more than the 576"),
+        (["--shape", "demo-1b", "--prompt-tokens", "0", "--images", "0"], "--prompt-tokens 0 must be more than the 0"),
+        (["--shape", "demo-1b", "--batch", "1", "2", "1"], "--batch 1 2 1 names a value twice: name each once."),
+        (["--shape", "demo-1b", "--scheme", "W4A8", "w4a8"], "--scheme W4A8 w4a8 names a value twice"),
         (["{f}/model"], "is not quantized"),
         (["{f}"], "no config.json"),
         (["{f}/w4a8", "--json", "{f}/nowhere/x.json"], "does not exist"),

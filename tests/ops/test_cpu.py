@@ -114,6 +114,42 @@ def test_every_float16_comes_in_and_out():
         assert torch.equal(y.nan_to_num(nan=7.0), (x.float() * factor).half().nan_to_num(nan=7.0))
 
 
+IMPOSSIBLE_NUMBERS = """
+import os, torch
+from linear_calls import IMPOSSIBLE, arguments
+from qvlm_hf.ops import cpu, cpu_operator
+from test_cpu import SOON_COMPILED
+
+cpu._FLAGS = SOON_COMPILED
+assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
+assert cpu_operator.load() is None
+x, ops = torch.randn(2, 64), torch.ops.qvlm_hf
+for place, value, message in IMPOSSIBLE:
+    rest = list(arguments(4, 4, "channel", 8, 64, 32, None, False, torch.float32))
+    rest[place] = value
+    lists = [[tensor] if i in (0, 1, 2, 5) else tensor for i, tensor in enumerate(rest)]
+    assert ops.linears_cpu(x, *lists) == []
+    for operator, given in ((ops.linear, rest), (ops.linears, lists)):
+        try:
+            operator(x, *given)
+        except ValueError as error:
+            assert str(error).startswith(message)
+        else:
+            raise AssertionError(message)
+print("refused")
+"""
+
+
+def test_impossible_numbers_do_not_reach_portable_kernels(tmp_path):
+    """In a process of its own: they end it there."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no compiler")
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", IMPOSSIBLE_NUMBERS], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
+
+
 BEHIND = """
 import ctypes, mmap, sys, torch
 from qvlm_hf.ops import cpu, reference
@@ -311,7 +347,8 @@ def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels, tmp_
         pytest.skip("no compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu, "_FLAGS", tuple(flag for flag in cpu._FLAGS if flag != "-march=native"))
-    assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
+    with torch.autocast("cpu", torch.bfloat16):  # the self-check does not see it
+        assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
     for granularity in ("channel", "token", "dynamic_token", "none"):
         for weight_bits, activation_bits in ((4, 4), (3, 8), (6, 6), (8, 8)):
             for tokens, dtype in ((1, torch.float32), (12, torch.float16), (70, torch.bfloat16)):
@@ -320,6 +357,8 @@ def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels, tmp_
                 compare(x, rest)
                 twice = cpu.linears(x, *[[t, t] if t is not None else [] for t in rest[:3]], *rest[3:5], [rest[5]] * 2, *rest[6:])
                 assert all(torch.equal(y, cpu.linear(x, *rest)) for y in twice)
+                with torch.autocast("cpu", torch.bfloat16):
+                    assert torch.equal(cpu.linear(x, *rest), twice[0])
 
 
 def test_the_source_travels_with_the_package():

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from linear_calls import arguments
+from linear_calls import IMPOSSIBLE, arguments
 
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.ops import cpu, cpu_operator, reference, schema
@@ -73,8 +73,8 @@ def changed(place, value):
         changed(2, REST[2][:4]),
         changed(3, None), changed(3, REST[3].double()), changed(3, REST[3][:32]), changed(4, REST[4].long()), changed(4, None),
         changed(5, REST[5].bfloat16()), changed(5, REST[5][:4]), changed(6, 65),
-        changed(8, 16), changed(9, 0), changed(9, 3), changed(10, "other"),
-        changed(10, "token"), changed(11, 32),
+        changed(8, 16), changed(9, 3), changed(10, "token"), changed(11, 32),
+        *(changed(place, value) for place, value, _ in IMPOSSIBLE), (*REST[:8], 8, 32, "none", 0),
     ],
 )  # fmt: skip
 def test_nothing_for_what_is_not_ordinary(rest):

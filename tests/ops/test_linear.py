@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from linear_calls import IMPOSSIBLE, arguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -334,6 +335,34 @@ def test_a_static_module_without_its_scale_raises(granularity, missing):
     message = f"granularity '{granularity}' needs input_scale and input_zero_point: the module was not calibrated."
     with pytest.raises(ValueError, match=re.escape(message)):
         replace(make_case(granularity), **{missing: None}).run()
+
+
+@pytest.mark.parametrize(("place", "value", "message"), IMPOSSIBLE)
+def test_impossible_numbers_given_to_the_operator_raise(place, value, message):
+    rest = list(arguments(4, 4, "channel", 8, 64, 32, None, False, torch.float32))
+    rest[place] = value
+    operator = torch.ops.qvlm_hf.linear_reference if REFERENCE[0] else torch.ops.qvlm_hf.linear
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        operator(torch.randn(2, 64), *rest)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
+@pytest.mark.parametrize("tokens", [5, 600])
+def test_autocast_changes_no_bit(granularity, tokens):
+    case = make_case(granularity, 4, 8, shape=(tokens, 200), out_features=7, group_size=64)
+    case.x.requires_grad_()
+    plain = case.run()
+    (grad,) = torch.autograd.grad(plain.square().sum(), case.x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = case.run()
+        (again,) = torch.autograd.grad(y.square().sum(), case.x)
+        with torch.no_grad():
+            quick = case.run()
+        assert (case.x @ case.x.T).dtype == torch.bfloat16  # it is at work, and again after the call
+    assert torch.equal(y, plain)
+    assert torch.equal(quick, plain)
+    assert torch.equal(again, grad)
 
 
 def test_a_block_that_does_not_divide_raises():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_calls import IMPOSSIBLE, arguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -159,6 +160,29 @@ def test_another_number_of_inputs_raises():
     site = make_site("channel", (5, 3), torch.randn(4, 24))
     with pytest.raises(ValueError, match=re.escape("an input of shape (4, 20) does not end in in_features=24.")):
         ops.linears(**{**site, "x": torch.randn(4, 20)})
+
+
+@pytest.mark.parametrize(("place", "value", "message"), IMPOSSIBLE)
+@pytest.mark.parametrize("modules", [0, 1, 2])
+def test_impossible_numbers_given_to_the_operator_raise(place, value, message, modules):
+    rest = list(arguments(4, 4, "channel", 8, 64, 32, None, False, torch.float32))
+    for i in (0, 1, 2, 5):
+        rest[i] = [rest[i]] * modules
+    rest[place] = value
+    with pytest.raises(ValueError, match=re.escape(message)):
+        torch.ops.qvlm_hf.linears(torch.randn(2, 64), *rest)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("tokens", [5, 600])
+@pytest.mark.parametrize("group_size", [64, 41])  # the kernels, and what they leave to the reference
+def test_autocast_changes_no_bit(granularity, tokens, group_size):
+    site = make_site(granularity, (7, 3), torch.randn(tokens, 200), weight_bits=5, activation_bits=8, group_size=group_size)
+    with torch.no_grad():
+        plain = ops.linears(**site)
+        with torch.autocast("cpu", torch.bfloat16):
+            again = ops.linears(**site)
+    assert all(torch.equal(y, one) for y, one in zip(again, plain, strict=True))
 
 
 def test_a_module_of_another_number_of_inputs_raises():
