@@ -89,3 +89,12 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def _rotary_fake(x: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     dtype = torch.promote_types(cos.dtype, sin.dtype)
     return [one.new_empty(one.shape, dtype=torch.promote_types(one.dtype, dtype)) for one in x]
+
+
+def _no_gradient(*_: object, **__: object) -> None:
+    raise ValueError("qvlm_hf::rms_norm and rotary have no gradient: call qvlm_hf.ops.rms_norm or rotary, or use torch.no_grad().")
+
+
+# Only reached where a gradient is wanted of the operators themselves: the call raises, so that no result is silently detached.
+for _name in ("rms_norm", "rotary"):
+    torch.library.register_autograd(f"qvlm_hf::{_name}", _no_gradient, setup_context=_no_gradient, lib=LIBRARY)

@@ -187,3 +187,12 @@ def test_the_first_call_has_the_bits_of_all_later_ones(monkeypatch):
         rms_norm(*norm_inputs((3, 40), torch.float32), 1e-5)
         rotary(*heads(1, 3, 1, 8, torch.float32))
     assert len(calls) == 2
+
+
+def test_the_operators_themselves_refuse_a_gradient():
+    x, weight = norm_inputs((3, 40), torch.float32)
+    turned, cos, sin = heads(1, 3, 1, 8, torch.float32)
+    with pytest.raises(ValueError, match="have no gradient"):
+        torch.ops.qvlm_hf.rms_norm(x.requires_grad_(), weight, 1e-5)
+    with pytest.raises(ValueError, match="have no gradient"):
+        torch.ops.qvlm_hf.rotary([turned[0].requires_grad_()], cos, sin)
