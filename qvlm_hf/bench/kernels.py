@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qvlm_hf.bench.machine import read_bandwidth
+from qvlm_hf.bench.machine import Reading
 from qvlm_hf.core.qparams import QParams
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import quantize_weight
@@ -42,7 +42,8 @@ class KernelRow:
         milliseconds: median of one call.
         spread: interquartile range over the median.
         speedup: the baseline's median over this one's.
-        bandwidth: bytes of weights read per second over the machine's read bandwidth; what limits few tokens of layers beyond the caches.
+        bandwidth: bytes of weights read per second over what the machine reads (median of readings in the same turns); what limits few
+            tokens of layers beyond the caches.
     """
 
     way: str
@@ -79,20 +80,22 @@ def measure_kernels(
         Rows by number of tokens, the baseline first.
     """
     ways = _ways(out_features, in_features, group_size, cache_bytes)
-    limit, rows = read_bandwidth(), []
+    reading, rows = Reading(), []
     for count in tokens:
         x = torch.randn(count, in_features).bfloat16()
         eligible = {name: way for name, way in ways.items() if count >= way.tokens}
         times: dict[str, list[float]] = {name: [] for name in eligible}
+        readings: list[float] = []
         calls = 1 if count > 16 else 8
         for turn in range(rounds + 1):
+            readings.append(reading.bandwidth())
             for name, way in eligible.items():
                 start = time.perf_counter()
                 for call in range(calls):
                     way.run(x, (turn * calls + call) % way.copies)
                 if turn:  # the first turn warms up
                     times[name].append((time.perf_counter() - start) / calls)
-        base = median(times[BASELINE])
+        base, limit = median(times[BASELINE]), median(readings)
         for name, values in times.items():
             middle, (low, _, high) = median(values), quantiles(values, n=4)
             rows.append(

@@ -95,18 +95,30 @@ struct Lines {
     Sums<MORE> more;
     Lines<BITS, ROWS, MORE, LINES - 1, HALVES> tail;
 
-    template <bool INSIDE>
+    // Adds 64 values of each row, `offset` bytes behind `bytes`; SLICED: a block of 128.
+    template <bool INSIDE, bool SLICED>
     QVLM_INLINE void step(const uint8_t* const* bytes, int64_t offset, const uint8_t* end, const int8_t* a, const int8_t* corrections, int64_t stride) {
-        const __m512i weights = unpack64<BITS, INSIDE>(*bytes + offset, end);
+        if constexpr (SLICED) {
+            __m512i block = load<64, INSIDE>(*bytes + offset, end);
+            __asm__("" : "+v"(block));  // GCC reads memory for each use otherwise
+            add(slice(block, 0), a, corrections, stride);
+            add(slice(block, 1), a + kStep, corrections + kStep, stride);
+        } else {
+            add(unpack64<BITS, INSIDE>(*bytes + offset, end), a, corrections, stride);
+        }
+        tail.template step<INSIDE, SLICED>(bytes + 1, offset, end, a, corrections, stride);
+    }
+
+private:
+    QVLM_INLINE void add(__m512i weights, const int8_t* a, const int8_t* corrections, int64_t stride) {
         sums.add(weights, a, stride);
         if constexpr (HALVES) sums.add(weights, corrections, stride);
         more.add(weights, corrections, stride);
-        tail.template step<INSIDE>(bytes + 1, offset, end, a, corrections, stride);
     }
 };
 template <int BITS, int ROWS, int MORE, bool HALVES>
 struct Lines<BITS, ROWS, MORE, 0, HALVES> {
-    template <bool INSIDE>
+    template <bool INSIDE, bool SLICED>
     QVLM_INLINE void step(const uint8_t* const*, int64_t, const uint8_t*, const int8_t*, const int8_t*, int64_t) {}
 };
 
@@ -119,6 +131,7 @@ struct LineTotals {
     // Scales of 16 groups from `g` on into `scale`, their zero points into the outputs.
     QVLM_INLINE void begin(const Weight& w, const Rows& x, bool wide, const int64_t* row, int64_t g, __mmask16 exist, __m512i more, float* scale) {
         const Parameters parameters = parameters16(w, *row, g, exist);
+        ask_parameters(w, *row, g + 16);
         _mm512_store_ps(scale, parameters.scale);
         if (!wide) totals.shift(parameters, x.sums + g, w.groups, exist, more, x.shift);
         tail.begin(w, x, wide, row + 1, g, exist, more, scale + 16);
@@ -150,11 +163,12 @@ struct LineTotals<ROWS, MORE, 0> {
 };
 
 // Few tokens: one pass over the weights, every value unpacked once for ROWS tokens and MORE correction rows. out [ROWS, kTileN] float.
-template <int BITS, int ROWS, int MORE, int LINES, bool HALVES = false>
+template <int BITS, bool SLICED, int ROWS, int MORE, int LINES, bool HALVES = false>
 QVLM_APART void gemv(const Weight& w, const Rows& x, float* out, int64_t first, int64_t last) {
     const int64_t padded = w.padded(), stride = w.stride(), groups = w.groups, group_bytes = w.length * BITS / 8;
     const uint8_t* end = w.bytes + w.n * w.row_bytes;  // what is read beyond a row meets inputs that are 0
     const bool wide = x.wide;
+    constexpr int64_t width = SLICED ? kBlock : kStep;
     alignas(64) float scale[LINES * 16];
     for (Streams<LINES> rows(w, first, last); rows.next();) {
         LineTotals<ROWS, MORE, LINES> totals;
@@ -171,9 +185,11 @@ QVLM_APART void gemv(const Weight& w, const Rows& x, float* out, int64_t first, 
                 Lines<BITS, ROWS, MORE, LINES, HALVES> lines;
                 const int8_t *a = x.a + g * padded, *more = x.more + g * padded;
                 if (__builtin_expect(rows.bytes[LINES - 1] + stop_bytes + 64 + kStep <= end, 1))
-                    for (int64_t k = 0; k < count; k += kStep) lines.template step<true>(rows.bytes, start + k * BITS / 8, end, a + k, more + k, stride);
+                    for (int64_t k = 0; k < count; k += width)
+                        lines.template step<true, SLICED>(rows.bytes, start + k * BITS / 8, end, a + k, more + k, stride);
                 else
-                    for (int64_t k = 0; k < count; k += kStep) lines.template step<false>(rows.bytes, start + k * BITS / 8, end, a + k, more + k, stride);
+                    for (int64_t k = 0; k < count; k += width)
+                        lines.template step<false, SLICED>(rows.bytes, start + k * BITS / 8, end, a + k, more + k, stride);
                 if (__builtin_expect(wide, 0))
                     totals.add_wide(lines, w, x, rows.row, g, scale + g - begin);
                 else
@@ -245,7 +261,7 @@ QVLM_APART void tile_product(const Weight& w, const Rows& x, int64_t g, const Ti
 }
 
 // Many tokens of a tile of columns, from `first` on. out [rows, kTileN] float, rows at most kTileM.
-template <int BITS, int MORE>
+template <int BITS, bool SLICED, int MORE>
 QVLM_APART void gemm(const Weight& w, const Rows& x, float* out, int64_t rows, int64_t first) {
     constexpr int panels = kTileN / 16;
     const int64_t padded = w.padded(), stride = w.stride();
@@ -255,7 +271,7 @@ QVLM_APART void gemm(const Weight& w, const Rows& x, float* out, int64_t rows, i
     Tile tile;
     tile.weights = weights;
     for (int64_t g = 0; g < w.groups; ++g) {
-        unpack_panels<BITS>(w, first, panels, g, 0, w.count(g), weights);
+        unpack_panels<BITS, SLICED>(w, first, panels, g, 0, w.count(g), weights);
         for (int64_t n = 0; n < kTileN; ++n) {
             const int64_t row = std::min(first + n, w.n - 1);
             tile.scale[n] = w.factor(row, g), tile.zero[n] = w.zero(row, g);
@@ -309,21 +325,23 @@ enum More { kNothing = 0, kHalves = 3 };
 inline bool few(int64_t m, int more) { return m <= (more == kNothing ? kFew : kFew / 2); }
 
 // The sums of columns first ... last - 1 for M tokens, at most kTileM. out [M, kTileN] float.
-template <int BITS, int MORE>
+template <int BITS, int MORE, bool SLICED = false>
 void columns(const Weight& w, const Rows& x, float* out, int64_t m, int64_t first, int64_t last) {
 #if QVLM_AVX512
+    if constexpr (BITS == 4 && !SLICED)
+        if (w.sliced()) return columns<BITS, MORE, true>(w, x, out, m, first, last);
     if constexpr (MORE == kHalves) {
-        gemv<BITS, 1, 0, 8, true>(w, x, out, first, last);
+        gemv<BITS, SLICED, 1, 0, 8, true>(w, x, out, first, last);
     } else if (few(m, MORE)) {
         // as many weight rows side by side as 32 registers hold
         int64_t i = 0;
         if constexpr (MORE == kNothing)
-            for (; i + 8 <= m; i += 8) gemv<BITS, 8, MORE, 1>(w, x.from(w, i), out + i * kTileN, first, last);
-        for (; i + 4 <= m; i += 4) gemv<BITS, 4, MORE, 2>(w, x.from(w, i), out + i * kTileN, first, last);
-        for (; i + 2 <= m; i += 2) gemv<BITS, 2, MORE, 4>(w, x.from(w, i), out + i * kTileN, first, last);
-        for (; i < m; ++i) gemv<BITS, 1, MORE, MORE == kNothing ? 8 : 4>(w, x.from(w, i), out + i * kTileN, first, last);
+            for (; i + 8 <= m; i += 8) gemv<BITS, SLICED, 8, MORE, 1>(w, x.from(w, i), out + i * kTileN, first, last);
+        for (; i + 4 <= m; i += 4) gemv<BITS, SLICED, 4, MORE, 2>(w, x.from(w, i), out + i * kTileN, first, last);
+        for (; i + 2 <= m; i += 2) gemv<BITS, SLICED, 2, MORE, 4>(w, x.from(w, i), out + i * kTileN, first, last);
+        for (; i < m; ++i) gemv<BITS, SLICED, 1, MORE, MORE == kNothing ? 8 : 4>(w, x.from(w, i), out + i * kTileN, first, last);
     } else {
-        gemm<BITS, MORE>(w, x, out, m, first);
+        gemm<BITS, SLICED, MORE>(w, x, out, m, first);
     }
 #else
     columns_portable(w, x, MORE, out, m, first, last);
@@ -427,6 +445,20 @@ void token_range(const Weight& w, const Input& input, const T* x, int64_t positi
     }
 }
 
+// Puts `count` integers, a multiple of 128, in the order in which the weights come out of their bytes.
+inline void into_slices(int8_t* values, int64_t count) {
+#if QVLM_AVX512
+    alignas(64) uint8_t even[kStep];
+    for (int i = 0; i < kStep; ++i) even[i] = uint8_t(2 * i);
+    const __m512i index = _mm512_load_si512(even), next = _mm512_add_epi8(index, _mm512_set1_epi8(1));
+    for (int8_t* block = values; block < values + count; block += kBlock) {
+        const __m512i low = _mm512_loadu_si512(block), high = _mm512_loadu_si512(block + kStep);
+        _mm512_storeu_si512(block, _mm512_permutex2var_epi8(low, index, high));
+        _mm512_storeu_si512(block + kStep, _mm512_permutex2var_epi8(low, next, high));
+    }
+#endif
+}
+
 // One token: integers [KP], the second halves of them (null: none), their sums per group.
 template <class T>
 void quantize_token(const Weight& w, const Input& input, const T* x, float scale, float zero, int8_t* a, int8_t* rest, int32_t* sums) {
@@ -439,6 +471,10 @@ void quantize_token(const Weight& w, const Input& input, const T* x, float scale
         sums[g] = quantize_values(x + begin, count, scales, zeros, zero, input.top(), offset, a + at, rest ? rest + at : nullptr);
         std::memset(a + at + count, 0, padded - count);
         if (rest) std::memset(rest + at + count, 0, padded - count);
+    }
+    if (w.sliced()) {
+        into_slices(a, w.groups * padded);
+        if (rest) into_slices(rest, w.groups * padded);
     }
 }
 
@@ -461,6 +497,7 @@ void correction_rows(const Weight& w, const Input& input, int8_t* a, int32_t* su
                 sum = int32_t(count);
             }
             std::memset(values + count, 0, padded - count);
+            if (w.sliced()) into_slices(values, padded);
             sums[r * w.groups + g] = sum;
         }
 }

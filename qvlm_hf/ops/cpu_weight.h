@@ -1,7 +1,9 @@
 // Packed weights of linear modules on x86-64 CPUs: how bytes on disk become numbers, where outputs go, and how threads share the columns.
 //
 // Unpacking. A row is a bit stream; eight values of b bits are b bytes. vpermb puts each run of b bytes into a 64-bit lane,
-// vpmultishiftqb cuts it into eight bytes: three instructions for 64 values of any width from 2 to 8.
+// vpmultishiftqb cuts it into eight bytes: three instructions for 64 values of any width from 2 to 8, in natural order.
+// 64 bytes of 4-bit weights are two slices, the even and the odd values of a block of 128, which come out by one shift and two masks if the
+// inputs lie in the same order: those of a module whose groups are whole blocks do (`sliced`).
 //
 // Legend: M tokens, N out_features, K in_features, G groups of L inputs (the last may be short), P inputs of a group padded to a multiple of
 // 64 (padding is 0 in the inputs, so whatever weight it meets adds nothing), KP = G * P.
@@ -26,6 +28,7 @@
 namespace {
 
 constexpr int64_t kStep = 64;   // values unpacked at a time
+constexpr int64_t kBlock = 128;  // 4-bit values of 64 bytes
 constexpr int64_t kTileN = 64;  // output columns that a thread works on at a time
 constexpr int64_t kFew = 8;     // tokens up to which a pass over the weights is best
 constexpr int64_t kFewN = 32;   // output columns that a thread works on at a time then
@@ -42,6 +45,8 @@ struct Weight {
     int64_t padded() const { return (std::min(length, k) + kStep - 1) / kStep * kStep; }
     // From one token's inputs to the next: KP and a cache line more, or the tokens of a power of two would share a cache set.
     int64_t stride() const { return groups * padded() + 64; }
+    // Whether integer inputs lie in slices.
+    bool sliced() const { return QVLM_AVX512 && bits == 4 && padded() % kBlock == 0; }
     int zero(int64_t row, int64_t g) const { return zero_point ? zero_point[row * groups + g] : 1 << (bits - 1); }
     float factor(int64_t row, int64_t g) const { return widen(scale[row * groups + g]); }
     // Values of a group that exist, and the first byte of it in a row.
@@ -121,6 +126,11 @@ inline __m512i unpack64(const uint8_t* source, const uint8_t* end) {
     return _mm512_and_si512(values, _mm512_set1_epi8(char((1 << BITS) - 1)));
 }
 
+// Slice 0 or 1 of 64 bytes of 4-bit values.
+QVLM_INLINE __m512i slice(__m512i block, int index) {
+    return _mm512_and_si512(index ? _mm512_srli_epi16(block, 4) : block, _mm512_set1_epi8(15));
+}
+
 // rows [16][16 dwords] -> columns [16 dwords][16 rows]
 inline void transpose16(__m512i r[16]) {
     __m512i t[16];
@@ -149,19 +159,23 @@ inline void transpose16(__m512i r[16]) {
 }
 
 // `count` values of a group from value `from` on, a multiple of 64, of `panels` x 16 columns: [count in steps of 64 / 4][panels][16 columns]
-// [4 values]. Columns beyond N repeat the last.
-template <int BITS>
+// [4 values]. Columns beyond N repeat the last. SLICED: whole blocks, each as its two slices.
+template <int BITS, bool SLICED = false>
 void unpack_panels(const Weight& w, int64_t first, int panels, int64_t g, int64_t from, int64_t count, uint8_t* tile) {
     const int64_t begin = w.start(g) + from * BITS / 8;
+    const int64_t stop = SLICED ? (count + kBlock - 1) / kBlock * kBlock : count;
     QVLM_UNROLL
     for (int p = 0; p < panels; ++p)
-        for (int64_t k = 0; k < count; k += kStep) {
+        for (int64_t k = 0; k < stop; k += kStep) {
             __m512i block[16];
             for (int i = 0; i < 16; ++i) {
                 const int64_t row = std::min(first + 16 * p + i, w.n - 1);
-                const uint8_t* source = w.bytes + row * w.row_bytes + begin + k * BITS / 8;
+                const uint8_t *source = w.bytes + row * w.row_bytes + begin + k * BITS / 8, *end = w.bytes + (row + 1) * w.row_bytes;
                 _mm_prefetch(reinterpret_cast<const char*>(source + 128), _MM_HINT_T1);  // no row is read long enough for the processor to foresee it
-                block[i] = unpack64<BITS>(source, w.bytes + (row + 1) * w.row_bytes);
+                if constexpr (SLICED)
+                    block[i] = slice(load<64>(source - k % kBlock / 2, end), k % kBlock != 0);
+                else
+                    block[i] = unpack64<BITS>(source, end);
             }
             transpose16(block);
             for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + ((k / 4 + i) * panels + p) * 64, block[i]);
@@ -181,6 +195,12 @@ inline Parameters parameters16(const Weight& w, int64_t row, int64_t g, __mmask1
     const __m512i zero = w.zero_point ? _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(exist, w.zero_point + row * w.groups + g))
                                       : _mm512_set1_epi32(1 << (w.bits - 1));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(scale, 16)), zero};
+}
+
+// Asks memory for scales and zero points of a row from group `g` on, or, behind its last one, of the next row.
+QVLM_INLINE void ask_parameters(const Weight& w, int64_t row, int64_t g) {
+    _mm_prefetch(reinterpret_cast<const char*>(w.scale + row * w.groups + g), _MM_HINT_T0);
+    if (w.zero_point) _mm_prefetch(reinterpret_cast<const char*>(w.zero_point + row * w.groups + g), _MM_HINT_T0);
 }
 
 // LINES rows of a range of columns side by side, step by step: they share the loads of the inputs, and memory delivers several streams

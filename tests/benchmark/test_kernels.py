@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qvlm_hf.bench import measure_kernels, read_bandwidth
+from qvlm_hf.bench.machine import Reading
 from qvlm_hf.cli import main
 
 
@@ -27,7 +28,8 @@ def test_every_way_gets_a_row_and_ratios_belong_together():
 
 
 def test_reading_takes_time():
-    assert 1e8 < read_bandwidth(2**22) < 1e13
+    assert 1e8 < Reading(2**22).bandwidth() < 1e13
+    assert 1e8 < read_bandwidth() < 1e13
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
