@@ -9,6 +9,7 @@ import functools
 import logging
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ _FUNCTIONS = ("linears", "rms_norm", "rotary")
 @functools.cache
 def load() -> str | None:
     """Fills `cpu_direct`, once per process; returns why not, or None."""
-    entries = cpu.entries()
+    with ThreadPoolExecutor(1) as pool:  # they take a minute to compile, and this a third of it
+        pool.submit(native.compiled, _SOURCES, _FLAGS, _LINKED)
+        entries = cpu.entries()
     if entries is None:
         return "there are no kernels"
     try:
