@@ -1,44 +1,49 @@
-"""`qvlm_hf::linear` and `linears` on CPUs: registered here, computed by cpu.py, and from the second call on mostly by `linears_cpu`.
+"""`qvlm_hf::linear` and `linears` on CPUs: registered here, computed by cpu.py, and from the second call on mostly by `cpu_direct.linears`.
 
-`linears_cpu`, `rms_norm_cpu` and `rotary_cpu` are a short C++ file over PyTorch's stable library interface, compiled and kept like the
-kernels. It calls them for what decoding does without running Python: of a decoding step of a model with a billion parameters the Python of
-the linear calls took a seventh. Where it cannot be compiled (no compiler, PyTorch before 2.10) calls take longer; norms and rotary
-embedding are PyTorch's then.
+What decoding calls again and again need not pass PyTorch's dispatcher: cpu_direct.cpp holds functions of Python that check their tensors
+and call the kernels. They are compiled and kept like these. Where they cannot be (no headers of Python), calls take longer, and norms
+and rotary embedding are PyTorch's.
 """
 
-import ctypes
 import functools
 import logging
 import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qvlm_hf.ops import cpu, native
+from qvlm_hf.ops import cpu, cpu_direct, native
 from qvlm_hf.ops.schema import LIBRARY
 
 __all__ = ["load"]
 
-_SOURCES = (Path(__file__).with_name("cpu_operator.cpp"), Path(__file__).with_name("cpu_call.h"))
+_SOURCES = (Path(__file__).with_name("cpu_direct.cpp"), Path(__file__).with_name("cpu_call.h"))
 _TORCH = Path(torch.__file__).parent
-_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", "-I", str(_TORCH / "include"))
-_LINKED = ("-L", str(_TORCH / "lib"), "-ltorch_cpu", "-lc10")
+_INCLUDES = (_TORCH / "include", _TORCH / "include" / "torch" / "csrc" / "api" / "include", Path(sysconfig.get_paths()["include"]))
+_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", *(word for path in _INCLUDES for word in ("-isystem", str(path))))
+_LINKED = ("-L", str(_TORCH / "lib"), "-ltorch_cpu", "-ltorch_python", "-lc10")
+_FUNCTIONS = ("linears", "rms_norm", "rotary")
 
 
 @functools.cache
 def load() -> str | None:
-    """Makes `linears_cpu`, `rms_norm_cpu` and `rotary_cpu` take calls, once per process; returns why they do not, or None."""
-    entries = cpu.entries()
+    """Fills `cpu_direct`, once per process; returns why not, or None."""
+    with ThreadPoolExecutor(1) as pool:  # they take a minute to compile, and this a third of it
+        pool.submit(native.compiled, _SOURCES, _FLAGS, _LINKED)
+        entries = cpu.entries()
     if entries is None:
         return "there are no kernels"
     try:
-        library = native.load(_SOURCES, _FLAGS, _LINKED)
-    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
-        logging.getLogger(__name__).info("calls of the CPU kernels go through Python: %s", error)
+        library = native.load_module("cpu_direct", _SOURCES, _FLAGS, _LINKED)
+    except (OSError, ImportError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+        logging.getLogger(__name__).warning("quantized layers take longer per call than they need: %s", error)
         return str(error)
-    library.qvlm_use.argtypes, library.qvlm_use.restype = [ctypes.c_void_p] * len(entries), None
-    library.qvlm_use(*entries)
+    library.use(*entries)
+    for name in _FUNCTIONS:
+        setattr(cpu_direct, name, getattr(library, name))
     return None
 
 

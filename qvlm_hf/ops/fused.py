@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qvlm_hf.ops import cpu_operator, reference
+from qvlm_hf.ops import cpu_direct, cpu_operator, reference
 from qvlm_hf.ops.schema import LIBRARY, watched
 
 __all__ = ["fusible", "rms_norm", "rotary"]
@@ -37,12 +37,13 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     Returns:
         [..., K], the same bits as LlamaRMSNorm.
     """
-    if not fusible(x):
-        return reference.rms_norm(x, weight, epsilon)
     if torch.compiler.is_compiling():
-        return torch.ops.qvlm_hf.rms_norm.default(x, weight, epsilon)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _rms_norm(x, weight, epsilon)
+        compute = torch.ops.qvlm_hf.rms_norm.default if fusible(x) else reference.rms_norm
+        return compute(x, weight, epsilon)
+    # `is True`: torch.fx traces with stand-ins that are neither
+    if x.is_cpu is True and (found := cpu_direct.rms_norm(x, weight, epsilon)) is not None:
+        return found
+    return _rms_norm(x, weight, epsilon) if fusible(x) else reference.rms_norm(x, weight, epsilon)
 
 
 def rotary(x: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
@@ -56,23 +57,26 @@ def rotary(x: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     Returns:
         Each [B, T, heads, D].
     """
-    if not fusible(cos):
-        return reference.rotary(x, cos, sin)
+    x = list(x)
     if torch.compiler.is_compiling():
-        return torch.ops.qvlm_hf.rotary.default(list(x), cos, sin)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _rotary(list(x), cos, sin)
+        return (torch.ops.qvlm_hf.rotary.default if fusible(cos) else reference.rotary)(x, cos, sin)
+    if cos.is_cpu is True and (found := cpu_direct.rotary(x, cos, sin)) is not None:
+        return found
+    return _rotary(x, cos, sin) if fusible(cos) else reference.rotary(x, cos, sin)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     cpu_operator.load()  # at once: an equal call later must give equal bits
-    found = torch.ops.qvlm_hf.rms_norm_cpu.default(x, weight, epsilon)
-    return found[0] if found else reference.rms_norm(x, weight, epsilon)
+    with torch.no_grad():  # the operator stands below what records gradients
+        found = cpu_direct.rms_norm(x, weight, epsilon)
+    return reference.rms_norm(x, weight, epsilon) if found is None else found
 
 
 def _rotary(x: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     cpu_operator.load()
-    return torch.ops.qvlm_hf.rotary_cpu.default(x, cos, sin) or reference.rotary(x, cos, sin)
+    with torch.no_grad():
+        found = cpu_direct.rotary(x, cos, sin)
+    return reference.rotary(x, cos, sin) if found is None else found
 
 
 LIBRARY.impl("rms_norm", _rms_norm, "CPU")

@@ -19,12 +19,15 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 import torch
 
-__all__ = ["compiled", "compiler", "load", "openmp"]
+__all__ = ["compiled", "compiler", "load", "load_module", "openmp"]
 
 _SECONDS = 300
 
@@ -49,6 +52,26 @@ def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]
     except OSError:  # damaged in the cache: once more
         path.unlink(missing_ok=True)  # another process may have found it damaged too
         return ctypes.CDLL(str(compiled(sources, flags, libraries)))
+
+
+def load_module(name: str, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> ModuleType:
+    """The same for an extension module of Python.
+
+    Args:
+        name: of the module, for which `PyInit_...` is named.
+        sources: as in `load`.
+        flags: as in `load`.
+        libraries: as in `load`.
+
+    Raises:
+        ImportError: it was compiled and cannot be imported.
+        OSError, RuntimeError, ValueError, subprocess.TimeoutExpired: as in `load`.
+    """
+    path = str(compiled(sources, flags, libraries))
+    loader = ExtensionFileLoader(name, path)
+    module = module_from_spec(ModuleSpec(name, loader, origin=path))
+    loader.exec_module(module)
+    return module
 
 
 def compiled(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.ops import cpu_direct
 
 __all__ = ["LIBRARY", "Module", "check_sizes", "linear", "linears", "transformed", "watched", "well_formed"]
 
@@ -35,11 +36,8 @@ _LINEARS = (
     " Tensor[] bias, int in_features, int weight_bits, int activation_bits, int group_length, str granularity, int hadamard) -> Tensor[]"
 )
 LIBRARY.define("linears" + _LINEARS)
-LIBRARY.define("linears_cpu" + _LINEARS)  # for inference: the same on a CPU where it takes the call, else an empty list
-LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor")  # these four: fused.py
-LIBRARY.define("rms_norm_cpu(Tensor x, Tensor weight, float epsilon) -> Tensor[]")
+LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor")  # these two: fused.py
 LIBRARY.define("rotary(Tensor[] x, Tensor cos, Tensor sin) -> Tensor[]")
-LIBRARY.define("rotary_cpu(Tensor[] x, Tensor cos, Tensor sin) -> Tensor[]")
 LIBRARY.define(
     "linear_input_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale,"
     " int in_features, int weight_bits, int group_length, str granularity, int hadamard) -> Tensor"
@@ -144,14 +142,12 @@ def watched() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or transformed()
 
 
-def _quick(x: Tensor, *arguments: object) -> list[Tensor]:
-    """The outputs by `linears_cpu`, or nothing: who watches, or records a gradient, shall see the operators proper."""
-    # `is not True`: torch.fx traces with stand-ins that are neither
-    if x.is_cpu is not True or torch.is_grad_enabled() or watched():
-        return []
-    _refuse_tangent(x)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.qvlm_hf.linears_cpu.default(x, *arguments)
+def _quick(x: Tensor, *arguments: object) -> list[Tensor] | None:
+    """The outputs straight from the CPU kernels, where they take the call."""
+    # `is not True`: torch.fx traces with stand-ins that are neither; the last argument is a transform, which the kernels do not know
+    if x.is_cpu is not True or torch.compiler.is_compiling() or arguments[-1]:
+        return None
+    return cpu_direct.linears(x, *arguments)
 
 
 def _called(operator: Any, x: Tensor, *arguments: object) -> Any:  # noqa: ANN401 - an operator and what it returns
@@ -167,15 +163,6 @@ def _refuse_tangent(x: Tensor) -> None:
     # PyTorch would take the derivative for zero
     if forward_ad._current_level >= 0 and not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
         raise ValueError("quantized linear modules have no forward-mode derivative: use backward() or torch.autograd.grad.")
-
-
-def _nothing(*_: object) -> list[Tensor]:
-    return []
-
-
-for _name in ("linears_cpu", "rms_norm_cpu", "rotary_cpu"):
-    LIBRARY.impl(_name, _nothing, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qvlm_hf::{_name}", _nothing, lib=LIBRARY)
 
 
 @torch.library.register_fake("qvlm_hf::linear_reference", lib=LIBRARY)

@@ -1,16 +1,20 @@
-"""`linears_cpu`: what `linears` gives, or nothing where the call is not an ordinary one."""
+"""`cpu_direct.linears`: what `linears` gives, or nothing where the call is not an ordinary one."""
 
 import shutil
+import sys
 
 import pytest
 import torch
 from linear_calls import IMPOSSIBLE, arguments
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvlm_hf.core.scheme import QuantScheme
-from qvlm_hf.ops import cpu, cpu_operator, reference, schema
+from qvlm_hf.ops import cpu, cpu_direct, cpu_operator, reference, schema
 from qvlm_hf.ops.schema import linear, linears
-
-OPERATOR = torch.ops.qvlm_hf.linears_cpu.default
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +22,8 @@ def loaded():
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no compiler")
     assert cpu_operator.load() is None
+    with torch.no_grad():
+        yield
 
 
 def lists(rest):
@@ -33,7 +39,7 @@ def test_the_same_bits_as_through_python(granularity, weight_bits, activation_bi
     for shape, symmetric in (((1, 1), True), ((2, 5), False)):
         rest = arguments(weight_bits, activation_bits, granularity, 35, 200, 64, shape[1], symmetric, dtype)
         x = torch.randn(*shape, 200).to(dtype)
-        (y,) = OPERATOR(x, *lists(rest))
+        (y,) = cpu_direct.linears(x, *lists(rest))
         assert torch.equal(y, cpu.linear(x, *rest))
         assert y.dtype == dtype
 
@@ -41,17 +47,17 @@ def test_the_same_bits_as_through_python(granularity, weight_bits, activation_bi
 def test_floating_point_inputs_with_a_stored_scale():
     rest = list(arguments(4, 16, "none", 35, 200, 64, None, False, torch.float32))
     x, rest[3] = torch.randn(3, 200), torch.rand(200) + 0.5
-    (y,) = OPERATOR(x, *lists(rest))
+    (y,) = cpu_direct.linears(x, *lists(rest))
     assert torch.equal(y, cpu.linear(x, *rest))
     torch.testing.assert_close(y, reference.linear(x, *rest))
     rest[3] = rest[3].double()
-    assert OPERATOR(x, *lists(rest)) == []
+    assert cpu_direct.linears(x, *lists(rest)) is None
 
 
 def test_several_modules_of_other_heights():
     rest = [arguments(4, 8, "dynamic_token", rows, 128, 128, None, False, torch.float32, seed=rows) for rows in (64, 8, 1)]
     x = torch.randn(3, 128)
-    together = OPERATOR(x, *([one[i] for one in rest] for i in (0, 1, 2)), None, None, [one[5] for one in rest], *rest[0][6:])
+    together = cpu_direct.linears(x, *([one[i] for one in rest] for i in (0, 1, 2)), None, None, [one[5] for one in rest], *rest[0][6:])
     assert len(together) == 3
     for y, one in zip(together, rest, strict=True):
         assert torch.equal(y, cpu.linear(x, *one))
@@ -78,25 +84,25 @@ def changed(place, value):
     ],
 )  # fmt: skip
 def test_nothing_for_what_is_not_ordinary(rest):
-    assert OPERATOR(torch.randn(2, 64), *lists(rest)) == []
+    assert cpu_direct.linears(torch.randn(2, 64), *lists(rest)) is None
 
 
 @pytest.mark.parametrize("x", [torch.ones(2, 64).double(), torch.ones(2, 32), torch.ones(64, 2).t(), torch.ones(0, 64), torch.tensor(1.0)])
 def test_nothing_for_such_inputs(x):
-    assert OPERATOR(x, *lists(REST)) == []
+    assert cpu_direct.linears(x, *lists(REST)) is None
 
 
 def test_nothing_for_lists_that_do_not_match():
     x, (weight, scale, zero_point, *rest) = torch.randn(2, 64), lists(REST)
-    assert OPERATOR(x, [], [], [], *rest) == []
-    assert OPERATOR(x, weight, scale * 2, zero_point, *rest) == []
-    assert OPERATOR(x, weight, scale, zero_point * 2, *rest) == []
+    assert cpu_direct.linears(x, [], [], [], *rest) is None
+    assert cpu_direct.linears(x, weight, scale * 2, zero_point, *rest) is None
+    assert cpu_direct.linears(x, weight, scale, zero_point * 2, *rest) is None
 
 
 def test_groups_that_overflow_or_begin_inside_a_byte_are_left_to_the_reference():
     for bits, length in ((8, 20000), (3, 20)):
         rest = arguments(bits, 8, "dynamic_token", 2, 20000, length, None, False, torch.float32)
-        assert OPERATOR(torch.randn(1, 20000), *lists(rest)) == []
+        assert cpu_direct.linears(torch.randn(1, 20000), *lists(rest)) is None
         assert cpu.kernel_name(20000, bits, 8, length).startswith("reference (")
 
 
@@ -107,20 +113,93 @@ def test_the_doors_use_it_where_nothing_is_recorded(monkeypatch):
     x, (weight, scale, zero_point, input_scale, input_zero_point, bias) = torch.randn(2, 64), REST[:6]
     single = (weight, scale, zero_point, input_scale, input_zero_point, bias, 64, scheme)
     several = ([weight], [scale], [zero_point], input_scale, input_zero_point, [bias], 64, scheme)
-    with torch.no_grad():
-        assert torch.equal(linear(x, *single), cpu.linear(x, *REST))
-        assert torch.equal(linears(x, *several)[0], cpu.linear(x, *REST))
-        assert calls == []
-        linear(x, *single, reference=True)
-        linear(x.double(), *single)
-    linear(x, *single)
-    linears(x, *several)
+    assert torch.equal(linear(x, *single), cpu.linear(x, *REST))
+    assert torch.equal(linears(x, *several)[0], cpu.linear(x, *REST))
+    assert calls == []
+    linear(x, *single, reference=True)
+    linear(x.double(), *single)
+    with torch.enable_grad():
+        linear(x, *single)
+        linears(x, *several)
     ops = torch.ops.qvlm_hf
     assert calls == [ops.linear_reference.default, ops.linear.default, ops.linear.default, ops.linears.default]
 
 
-def test_the_operator_itself():
-    torch.library.opcheck(OPERATOR, (torch.randn(2, 64).double(), *lists(REST)))
+def ordinary():
+    return torch.randn(2, 64), *lists(REST)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Watching(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_for_tensors_that_are_more_than_memory():
+    x, *rest = ordinary()
+    assert cpu_direct.linears(x, *rest) is not None
+    assert cpu_direct.linears(nn.Parameter(x, requires_grad=False), *rest) is not None
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    for other in (x.as_subclass(Subclass), x.to("meta"), torch.complex(x, x).conj().imag, x.to_sparse(), fake, 1, None):
+        assert cpu_direct.linears(other, *rest) is None
+    assert cpu_direct.linears(x, [rest[0][0].as_subclass(Subclass)], *rest[1:]) is None
+    torch.func.vmap(lambda one: x + (cpu_direct.linears(one, *rest) is None or pytest.fail("vmap is not seen")))(x[None])
+    with forward_ad.dual_level():
+        assert cpu_direct.linears(forward_ad.make_dual(x, x), *rest) is None
+
+
+@pytest.mark.parametrize("mode", [Counting, Watching, torch.enable_grad])
+def test_nothing_where_somebody_watches(mode):
+    arguments = ordinary()
+    with mode():
+        assert cpu_direct.linears(*arguments) is None
+    assert cpu_direct.linears(*arguments) is not None
+    seen = []
+    torch.jit.trace(lambda x: seen.append(cpu_direct.linears(x, *arguments[1:])) or x + 1, arguments[0], check_trace=False)
+    assert seen == [None]
+
+
+def test_inference_tensors_are_taken():
+    with torch.inference_mode():
+        x = torch.randn(2, 64)
+        (y,) = cpu_direct.linears(x, *lists(REST))
+    assert y.is_inference()
+    assert torch.equal(y, cpu.linear(x, *REST))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [(1, ()), (1, [1]), (4, 1), (7, 64.0), (7, 2**70), (8, None), (11, b"none"), (11, "no"), (12, None)]
+)
+def test_nothing_for_arguments_of_other_types(place, value):
+    given = list(ordinary())
+    given[place] = value
+    assert cpu_direct.linears(*given) is None
+    assert cpu_direct.linears(*given[:-1]) is None
+
+
+def test_the_profiler_sees_the_call():
+    with torch.profiler.profile() as profile:
+        cpu_direct.linears(*ordinary())
+    assert "qvlm_hf::linears" in {event.name for event in profile.events()}
+
+
+def test_no_memory_is_lost():
+    """Results and arguments are freed: a reference too many would keep them."""
+    x, *rest = ordinary()
+    held = [sys.getrefcount(one) for one in (x, rest[0], rest[0][0])]
+    result = cpu_direct.linears(x, *rest)
+    assert (sys.getrefcount(result), sys.getrefcount(result[0])) == (2, 2)
+    assert cpu_direct.linears(x.double(), *rest) is None
+    assert [sys.getrefcount(one) for one in (x, rest[0], rest[0][0])] == held
 
 
 def test_without_a_compiler_calls_go_through_python(monkeypatch, tmp_path):

@@ -1,0 +1,254 @@
+// `linears`, `rms_norm` and `rotary` of the CPU kernels as functions of Python that go straight to them.
+//
+// They take what decoding does: contiguous tensors, float32, bfloat16 or float16, no transform, no gradient, nobody who follows single
+// operators. For everything else they return None, and the caller goes the long way (`qvlm_hf::linears`, or PyTorch's operators), which
+// takes all and has the words for what is wrong. The kernels come as addresses, after their check; before that every call gets None.
+//
+// Why not an operator: between two matrices that do not fit into the caches, all code has left them too, and an operator's way through
+// PyTorch's dispatcher takes 0.1 ms, a tenth of a matrix of 11008 x 4096.
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/sum_cpu_dispatch.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <cstring>
+#include <vector>
+
+#include "cpu_call.h"
+
+namespace {
+
+using at::ScalarType;
+using at::Tensor;
+using Tensors = std::vector<const Tensor*>;
+
+void (*kernels)(const void*) = nullptr;
+void (*square)(const void*, float*, int64_t, int64_t) = nullptr;
+void (*norm)(const void*, const void*, const float*, float, void*, int64_t, int64_t, int64_t) = nullptr;
+void (*turn)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t) = nullptr;
+
+// Thrown where a call is none that the kernels take.
+struct Unusual {};
+
+void require(bool condition) {
+    if (!condition) throw Unusual{};
+}
+
+// Keys of an ordinary tensor in the CPU's memory: anything else, from a batch of torch.func to a conjugate, brings a key of its own.
+uint64_t ordinary_keys() {
+    static const uint64_t keys = Tensor(at::detail::empty_cpu({1}, at::kFloat)).key_set().raw_repr();
+    return keys;
+}
+
+// Whether a gradient is recorded, or a mode, a tracer or a transformation follows single operators.
+bool watched() {
+    const auto included = c10::impl::tls_local_dispatch_key_set().included_.raw_repr();
+    return at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || at::impl::torch_function_mode_enabled() ||
+           (included & ~c10::default_included_set.raw_repr());
+}
+
+const Tensor& tensor(PyObject* object) {
+    require(THPVariable_CheckExact(object));
+    const Tensor& found = THPVariable_Unpack(object);
+    require(!(found.key_set().raw_repr() & ~ordinary_keys()) && !found._fw_grad(0).defined());
+    return found;
+}
+
+const Tensor* maybe(PyObject* object) { return object == Py_None ? nullptr : &tensor(object); }
+
+Tensors listed(PyObject* object) {
+    require(PyList_CheckExact(object));
+    Tensors found(PyList_GET_SIZE(object));
+    for (size_t i = 0; i < found.size(); ++i) found[i] = &tensor(PyList_GET_ITEM(object, i));
+    return found;
+}
+
+int64_t integer(PyObject* object) {
+    require(PyLong_CheckExact(object));
+    int overflow = 0;
+    const int64_t value = PyLong_AsLongLongAndOverflow(object, &overflow);
+    require(!overflow);
+    return value;
+}
+
+// 0 ... 3, the numbers of cpu.py.
+int64_t kind_of(PyObject* granularity) {
+    require(PyUnicode_CheckExact(granularity));
+    const char* names[] = {"channel", "token", "dynamic_token", "none"};
+    for (int64_t i = 0; i < 4; ++i)
+        if (!PyUnicode_CompareWithASCIIString(granularity, names[i])) return i;
+    throw Unusual{};
+}
+
+bool is(const Tensor& t, ScalarType dtype, int64_t rows, int64_t columns) {
+    return t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.scalar_type() == dtype && t.is_contiguous();
+}
+
+bool is(const Tensor& t, ScalarType dtype, int64_t length) {
+    return t.dim() == 1 && t.size(0) == length && t.scalar_type() == dtype && t.is_contiguous();
+}
+
+// A dtype as the kernels know it, -1 for others.
+int64_t known(ScalarType dtype) {
+    return dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : dtype == ScalarType::Half ? 2 : -1;
+}
+
+bool plain(const Tensor& x) { return known(x.scalar_type()) >= 0 && x.dim() && x.numel() && x.is_contiguous(); }
+
+// As in schema.py and cpu.py: numbers that exist, groups that begin at a byte, and no sum of integers over one that leaves int32.
+bool fits(int64_t k, int64_t weight_bits, int64_t activation_bits, int64_t length, bool integers) {
+    if (weight_bits < 2 || weight_bits > 8 || length < 1 || length > k) return false;
+    if (integers ? activation_bits < 3 || activation_bits > 8 : activation_bits != 16) return false;
+    const int64_t largest = ((int64_t(1) << weight_bits) - 1) * ((int64_t(1) << activation_bits) - 1);
+    return (length == k || length * weight_bits % 8 == 0) && (!integers || length * largest < int64_t(1) << 30);
+}
+
+// An uninitialised [..., columns].
+Tensor output(const Tensor& x, int64_t columns, ScalarType dtype) {
+    c10::DimVector sizes(x.sizes());
+    sizes.back() = columns;
+    return Tensor(at::detail::empty_cpu(sizes, dtype));
+}
+
+PyObject* wrapped(const std::vector<Tensor>& tensors) {
+    PyObject* list = PyList_New(Py_ssize_t(tensors.size()));
+    for (size_t i = 0; list && i < tensors.size(); ++i) PyList_SET_ITEM(list, i, THPVariable_Wrap(tensors[i]));
+    return list;
+}
+
+PyObject* linears(PyObject* const* arguments) {
+    require(kernels);
+    const Tensor& x = tensor(arguments[0]);
+    const Tensors weight = listed(arguments[1]), weight_scale = listed(arguments[2]), weight_zero_point = listed(arguments[3]);
+    const Tensor *input_scale = maybe(arguments[4]), *input_zero_point = maybe(arguments[5]);
+    const Tensors bias = listed(arguments[6]);
+    const int64_t in_features = integer(arguments[7]), weight_bits = integer(arguments[8]), activation_bits = integer(arguments[9]);
+    const int64_t group_length = integer(arguments[10]), kind = kind_of(arguments[11]), hadamard = integer(arguments[12]);
+
+    const ScalarType dtype = x.scalar_type();
+    const size_t count = weight.size();
+    const bool token = kind == 1, floating = kind == 3;
+    require(count && weight_scale.size() == count && (weight_zero_point.empty() || weight_zero_point.size() == count) &&
+            (bias.empty() || bias.size() == count) && !hadamard);
+    require(plain(x) && x.dim() >= (token ? 2 : 1) && x.size(-1) == in_features &&
+            fits(in_features, weight_bits, activation_bits, group_length, !floating));
+    const int64_t positions = token ? x.size(-2) : 0;
+    const bool scaled = kind <= 1 || (floating && input_scale), shifted = kind <= 1;
+    const int64_t length = token ? positions : in_features;
+    require(!scaled || (input_scale && is(*input_scale, ScalarType::Float, length)));
+    require(!shifted || (input_zero_point && is(*input_zero_point, ScalarType::Int, length)));
+    const int64_t words = (in_features * weight_bits + 31) / 32, groups = (in_features + group_length - 1) / group_length;
+    for (size_t i = 0; i < count; ++i) {
+        const int64_t rows = weight[i]->dim() ? weight[i]->size(0) : 0;
+        require(is(*weight[i], ScalarType::Int, rows, words) && is(*weight_scale[i], ScalarType::BFloat16, rows, groups));
+        require(weight_zero_point.empty() || is(*weight_zero_point[i], ScalarType::Byte, rows, groups));
+        require(bias.empty() || is(*bias[i], dtype, rows));
+    }
+
+    RECORD_FUNCTION("qvlm_hf::linears", c10::ArrayRef<const c10::IValue>{});
+    std::vector<Tensor> outputs;
+    std::vector<char> memory(sizeof(qvlm::Call) + count * sizeof(qvlm::Layer));
+    const qvlm::Call call{
+        x.data_ptr(),
+        scaled ? static_cast<const float*>(input_scale->data_ptr()) : nullptr,
+        shifted ? static_cast<const int32_t*>(input_zero_point->data_ptr()) : nullptr,
+        known(dtype), x.numel() / in_features, in_features, groups, group_length, words * 4, weight_bits, activation_bits,
+        kind, positions, int64_t(count)};
+    std::memcpy(memory.data(), &call, sizeof call);
+    for (size_t i = 0; i < count; ++i) {
+        outputs.push_back(output(x, weight[i]->size(0), dtype));
+        const qvlm::Layer layer{
+            bias.empty() ? nullptr : bias[i]->data_ptr(), outputs[i].data_ptr(), static_cast<const uint8_t*>(weight[i]->data_ptr()),
+            static_cast<const uint16_t*>(weight_scale[i]->data_ptr()),
+            weight_zero_point.empty() ? nullptr : static_cast<const uint8_t*>(weight_zero_point[i]->data_ptr()), weight[i]->size(0)};
+        std::memcpy(memory.data() + sizeof call + i * sizeof layer, &layer, sizeof layer);
+    }
+    {
+        pybind11::gil_scoped_release others_run;
+        kernels(memory.data());
+    }
+    return wrapped(outputs);
+}
+
+// The squares are summed by PyTorch: a sum in another order would change the last bit of a norm, and with it now and then a level of an input.
+PyObject* rms_norm(PyObject* const* arguments) {
+    require(norm && PyFloat_CheckExact(arguments[2]));
+    const Tensor &x = tensor(arguments[0]), &weight = tensor(arguments[1]);
+    require(plain(x) && is(weight, x.scalar_type(), x.size(-1)));
+    RECORD_FUNCTION("qvlm_hf::rms_norm", c10::ArrayRef<const c10::IValue>{});
+    const int64_t k = weight.size(0), rows = x.numel() / k, dtype = known(x.scalar_type());
+    const float epsilon = float(PyFloat_AS_DOUBLE(arguments[2]));
+    Tensor y;
+    {
+        pybind11::gil_scoped_release others_run;
+        const Tensor squares = output(x, k, ScalarType::Float);
+        square(x.data_ptr(), squares.mutable_data_ptr<float>(), rows * k, dtype);
+        const Tensor sums = at::cpu::sum(squares, {-1}, true);
+        y = output(x, k, x.scalar_type());
+        norm(x.data_ptr(), weight.data_ptr(), sums.const_data_ptr<float>(), epsilon, y.data_ptr(), rows, k, dtype);
+    }
+    return THPVariable_Wrap(y);
+}
+
+PyObject* rotary(PyObject* const* arguments) {
+    require(turn);
+    const Tensors x = listed(arguments[0]);
+    const Tensor &cos = tensor(arguments[1]), &sin = tensor(arguments[2]);
+    const ScalarType dtype = cos.scalar_type();
+    require(plain(cos) && plain(sin) && cos.dim() == 3 && sin.scalar_type() == dtype && cos.sizes() == sin.sizes() && cos.size(2) % 2 == 0);
+    for (const Tensor* t : x)
+        require(plain(*t) && t->dim() == 4 && t->scalar_type() == dtype && t->size(1) == cos.size(1) && t->size(3) == cos.size(2) &&
+                (cos.size(0) == 1 || cos.size(0) == t->size(0)));
+    RECORD_FUNCTION("qvlm_hf::rotary", c10::ArrayRef<const c10::IValue>{});
+    std::vector<Tensor> turned;
+    {
+        pybind11::gil_scoped_release others_run;
+        for (const Tensor* t : x) {
+            turned.push_back(output(*t, t->size(3), dtype));
+            turn(t->data_ptr(), cos.data_ptr(), sin.data_ptr(), turned.back().data_ptr(), t->size(0) * t->size(1), cos.size(0) * cos.size(1), t->size(2),
+                 t->size(3), known(dtype));
+        }
+    }
+    return wrapped(turned);
+}
+
+// A function of Python: `compute` if there are COUNT arguments of the usual kinds, else None.
+template <PyObject* (*compute)(PyObject* const*), Py_ssize_t COUNT>
+PyObject* called(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    try {
+        if (count == COUNT && !watched()) return compute(arguments);
+    } catch (const Unusual&) {
+    }
+    Py_RETURN_NONE;
+    END_HANDLE_TH_ERRORS
+}
+
+// use(linears, square, rms_norm, rotary): addresses of the kernels' entries.
+PyObject* use(PyObject*, PyObject* addresses) {
+    void* entries[4];
+    for (Py_ssize_t i = 0; i < 4; ++i) entries[i] = PyLong_AsVoidPtr(PyTuple_GetItem(addresses, i));
+    if (PyErr_Occurred()) return nullptr;
+    kernels = decltype(kernels)(entries[0]), square = decltype(square)(entries[1]), norm = decltype(norm)(entries[2]), turn = decltype(turn)(entries[3]);
+    Py_RETURN_NONE;
+}
+
+template <class Function>
+PyMethodDef method(const char* name, Function function, int flags) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function)), flags, nullptr};
+}
+
+PyMethodDef methods[] = {
+    method("linears", called<linears, 13>, METH_FASTCALL), method("rms_norm", called<rms_norm, 3>, METH_FASTCALL),
+    method("rotary", called<rotary, 3>, METH_FASTCALL), method("use", use, METH_VARARGS), {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition{PyModuleDef_HEAD_INIT, "cpu_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_cpu_direct() { return PyModule_Create(&definition); }

@@ -1,0 +1,20 @@
+"""Functions that go from Python straight to the CPU kernels, without PyTorch's dispatcher: cpu_direct.cpp, put here by `cpu_operator.load`.
+
+`linears`, `rms_norm` and `rotary` take the arguments of the operators of these names and return what they do, or None for a call that is
+not an ordinary one: a gradient is recorded, a mode or a transformation follows single operators, a tensor is anything but a plain one
+in the CPU's memory, or the kernels are not there. They must not meet torch.compile, which would break its graph at them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["linears", "rms_norm", "rotary"]
+
+
+def _nothing(*_: object) -> None:
+    """Until they are loaded."""
+
+
+linears: Callable[..., Any] = _nothing
+rms_norm: Callable[..., Any] = _nothing
+rotary: Callable[..., Any] = _nothing
