@@ -97,7 +97,7 @@ def measure_kernels(
                     times[name].append((time.perf_counter() - start) / calls)
         base, limit = median(times[BASELINE]), median(readings)
         for name, values in times.items():
-            middle, (low, _, high) = median(values), quantiles(values, n=4)
+            middle, (low, _, high) = median(values), quantiles(values, n=4, method="inclusive")
             rows.append(
                 KernelRow(
                     way=name, tokens=count, milliseconds=middle * 1e3, spread=(high - low) / middle, speedup=base / middle,

@@ -42,6 +42,10 @@ def linear(
     check_sizes(in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
     if not x.dim() or x.shape[-1] != in_features:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not end in in_features={in_features}.")
+    shape = (weight.shape[0], -(-in_features // group_length))
+    for name, tensor in (("weight_scale", weight_scale), ("weight_zero_point", weight_zero_point)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not [out_features, groups] = {shape}.")
     values = block_hadamard(x.float(), hadamard) if hadamard else x.float()
     a, row_scale = _quantize_input(values, input_scale, input_zero_point, activation_bits, granularity)
     weight_zero_point = _zero_point(weight_scale, weight_zero_point, weight_bits)

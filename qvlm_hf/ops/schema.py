@@ -168,12 +168,14 @@ def _refuse_tangent(x: Tensor) -> None:
 @torch.library.register_fake("qvlm_hf::linear_reference", lib=LIBRARY)
 @torch.library.register_fake("qvlm_hf::linear", lib=LIBRARY)
 def _linear_fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    if x.device != weight.device:  # no tracing, but a real call with a weight that was never loaded
+        raise ValueError(f"the input is on {x.device} and the weight of a quantized module on {weight.device}: load it, or move one.")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("qvlm_hf::linears", lib=LIBRARY)
 def _linears_fake(x: Tensor, weight: Sequence[Tensor], *_: object) -> list[Tensor]:
-    return [x.new_empty((*x.shape[:-1], one.shape[0])) for one in weight]
+    return [_linear_fake(x, one) for one in weight]
 
 
 @torch.library.register_fake("qvlm_hf::linear_input_grad", lib=LIBRARY)

@@ -316,6 +316,29 @@ def test_every_sum_is_rounded_once(in_features):
 # Errors
 
 
+def test_scales_of_another_shape_raise():
+    """They would leave groups out without a word."""
+    rest = list(arguments(4, 8, "dynamic_token", 3, 256, 128, None, False, torch.float32))
+    for place, name in ((1, "weight_scale"), (2, "weight_zero_point")):
+        wrong = [*rest[:place], rest[place][:, :1], *rest[place + 1 :]]
+        with pytest.raises(ValueError, match=re.escape(f"{name} has the shape (3, 1), not [out_features, groups] = (3, 2).")):
+            torch.ops.qvlm_hf.linear(torch.randn(2, 256), *wrong)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_weight_that_was_never_loaded_raises(recorded):
+    """It lies on the meta device; a result would be memory that nobody wrote."""
+    weight, *rest = (
+        one.to("meta") if isinstance(one, torch.Tensor) else one
+        for one in arguments(4, 4, "channel", 8, 64, 32, None, False, torch.float32)
+    )
+    with (
+        torch.set_grad_enabled(recorded),
+        pytest.raises(ValueError, match="the input is on cpu and the weight of a quantized module on meta"),
+    ):
+        torch.ops.qvlm_hf.linear(torch.randn(2, 64), weight, *rest)
+
+
 def test_another_number_of_inputs_raises():
     case = make_case("dynamic_token")
     with pytest.raises(ValueError, match=re.escape("an input of shape (2, 3, 20) does not end in in_features=21.")):
