@@ -1,4 +1,4 @@
-// `qvlm_hf::decode_attention_cpu`: attention of one query token per sequence over cached keys and values, float32 or bfloat16.
+// Attention of one query token per sequence over cached keys and values, float32 or bfloat16.
 //
 //   out[b, h] = sum_s p[s] value[b, h / group, s],   p = softmax over s of (scale * query[b, h] . key[b, h / group, s] + mask[b, h, s])
 //
@@ -9,21 +9,16 @@
 // is rounded once. A chunk that the mask closes is not read.
 //
 // Written in vectors of the compiler, as wide as the processor's registers: one source for AVX-512, AVX2 and SSE2.
-// Everything else (other dtypes, several query tokens, head sizes below 32 or above 256) gets an empty list, and so does every call before
-// the check in attention.py, which has PyTorch compute those.
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+// Everything else (other dtypes, several query tokens, head sizes below 32 or above 256) is PyTorch's: cpu_direct.cpp looks at the tensors.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <new>
-#include <optional>
 #include <utility>
-#include <vector>
+
+#include "attention_call.h"
 
 #define QVLM_INLINE __attribute__((always_inline)) inline
 #define QVLM_FOR(i) [&](auto i) __attribute__((always_inline))  // body of each()
@@ -39,7 +34,7 @@ constexpr int kLanes = 4;
 #endif
 constexpr int kSums = kLanes;                      // vectors of sums that the registers hold beside their operands
 constexpr int64_t kStep = 2 * kLanes;              // values of a head taken at a time, as two vectors
-constexpr int64_t kSmallest = 32, kLargest = 256;  // head sizes
+constexpr int64_t kLargest = qvlm::kLargestHead;
 constexpr int64_t kChunk = 128;                    // keys of a task: their values stay in the L2 cache
 constexpr int64_t kStreams = 4;                    // runs of neighbouring keys read side by side: memory delivers faster than from one
 constexpr int64_t kQueries = 16;                   // queries of a group that a task works on at a time
@@ -148,11 +143,7 @@ QVLM_INLINE Floats totals(Floats (&sums)[kLanes]) {
         return sums[0];
 }
 
-struct Mask {
-    const void* data;  // null for none
-    enum { kBool, kFloat, kBfloat16 } kind;
-    int64_t batch, head, key;  // strides
-};
+using qvlm::Mask;
 
 // `count` neighbouring keys as kStreams runs: places 0, 1, ... are the first keys of all runs, then the second ones. The last places of
 // a short chunk have no key of their own; they read the last one, and nothing comes of it.
@@ -388,61 +379,13 @@ void run(const Call<T>& c) {
     ::operator delete(partials, line);
 }
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-bool enabled = false;  // until the check has passed
-
-bool is(const Tensor& tensor, int64_t batch, int64_t heads, int64_t rows, int64_t size) {
-    return tensor.dim() == 4 && tensor.size(0) == batch && tensor.size(1) == heads && tensor.size(2) == rows && tensor.size(3) == size;
-}
-
-// A mask [batch or 1, heads or 1, 1, keys]; false where it is another.
-bool read(const std::optional<Tensor>& tensor, int64_t batch, int64_t heads, int64_t keys, Mask& mask) {
-    mask = {};
-    if (!tensor) return true;
-    const ScalarType dtype = tensor->scalar_type();
-    if (dtype != ScalarType::Bool && dtype != ScalarType::Float && dtype != ScalarType::BFloat16) return false;
-    if (tensor->dim() != 4) return false;
-    const int64_t batches = tensor->size(0), rows = tensor->size(1);
-    if ((batches != 1 && batches != batch) || (rows != 1 && rows != heads) || tensor->size(2) != 1 || tensor->size(3) != keys) return false;
-    mask.data = tensor->data_ptr();
-    mask.kind = dtype == ScalarType::Bool ? Mask::kBool : dtype == ScalarType::Float ? Mask::kFloat : Mask::kBfloat16;
-    mask.batch = batches == 1 ? 0 : tensor->stride(0), mask.head = rows == 1 ? 0 : tensor->stride(1), mask.key = tensor->stride(3);
-    return true;
-}
-
 template <class T>
-void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Mask& mask, double scale, const Tensor& out) {
-    run(Call<T>{static_cast<const T*>(query.data_ptr()), static_cast<const T*>(key.data_ptr()), static_cast<const T*>(value.data_ptr()),
-                static_cast<T*>(out.data_ptr()), query.size(0), query.size(1), key.size(1), key.size(2), query.size(3),
-                query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), value.stride(0), value.stride(1), value.stride(2),
-                mask, float(scale)});
-}
-
-std::vector<Tensor> decode_attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale) {
-    const ScalarType dtype = query.scalar_type();
-    if (!enabled || (dtype != ScalarType::Float && dtype != ScalarType::BFloat16) || key.scalar_type() != dtype || value.scalar_type() != dtype ||
-        query.dim() != 4 || key.dim() != 4)
-        return {};
-    const int64_t batch = query.size(0), heads = query.size(1), size = query.size(3), key_heads = key.size(1), keys = key.size(2);
-    if (!batch || !key_heads || !heads || heads % key_heads || !keys || size < kSmallest || size > kLargest || !is(query, batch, heads, 1, size) ||
-        !is(key, batch, key_heads, keys, size) || !is(value, batch, key_heads, keys, size) || query.stride(3) != 1 || key.stride(3) != 1 ||
-        value.stride(3) != 1)
-        return {};
-    Mask read_mask;
-    if (!read(mask, batch, heads, keys, read_mask)) return {};
-    const Tensor out = torch::stable::new_empty(query, {batch, 1, heads, size});
-    if (dtype == ScalarType::Float)
-        attend<float>(query, key, value, read_mask, scale, out);
-    else
-        attend<Bfloat16>(query, key, value, read_mask, scale, out);
-    return {out};
+void attend(const qvlm::Attention& c) {
+    run(Call<T>{static_cast<const T*>(c.query), static_cast<const T*>(c.key), static_cast<const T*>(c.value), static_cast<T*>(c.out),
+                c.batch, c.heads, c.key_heads, c.keys, c.size, c.query_batch, c.query_head, c.key_batch, c.key_head, c.key_row,
+                c.value_batch, c.value_head, c.value_row, c.mask, c.scale});
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(qvlm_hf, CPU, library) { library.impl("decode_attention_cpu", TORCH_BOX(&decode_attention)); }
-
-// Whether calls are taken: not before the check, nor after it failed.
-extern "C" void qvlm_take_calls(int yes) { enabled = yes != 0; }
+extern "C" void qvlm_attend(const qvlm::Attention* call) { call->bfloat16 ? attend<Bfloat16>(*call) : attend<float>(*call); }

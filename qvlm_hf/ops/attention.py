@@ -1,15 +1,14 @@
 """`qvlm_hf::decode_attention`: attention of one query token per sequence over cached keys and values, as decoding asks of every layer.
 
 On CPUs a C++ file computes it for float32 and bfloat16, compiled where it runs and checked before it is used, like the kernels of linear
-layers. Its operator, `decode_attention_cpu`, goes from PyTorch's dispatcher to the kernel without Python and returns nothing for what it
-does not take. That, and everything where there is no compiler, is `composed`: the fastest way that PyTorch's operators have.
+layers, and called like them by `cpu_direct`. What it does not take, and everything where there is no compiler, is `composed`: the fastest
+way that PyTorch's operators have.
 
 Left out: float16, head sizes below 32 and above 256, gradients and dropout in C++.
 
 Legend: B sequences, H query heads, H_kv key heads (H is a multiple), S keys, D head size.
 """
 
-import ctypes
 import functools
 import logging
 import subprocess
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvlm_hf.ops import native
+from qvlm_hf.ops import cpu_direct, cpu_operator, native
 from qvlm_hf.ops.fused import fusible
 from qvlm_hf.ops.schema import LIBRARY
 
@@ -27,12 +26,9 @@ __all__ = ["composed", "decode_attention", "load"]
 
 _SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor"
 LIBRARY.define("decode_attention" + _SCHEMA)  # for inference: what torch.compile puts into its graph
-LIBRARY.define("decode_attention_cpu" + _SCHEMA + "[]")  # the same where it takes the call, else an empty list
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
-_TORCH = Path(torch.__file__).parent
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fopenmp", "-shared", "-fPIC", "-I", str(_TORCH / "include"))
-_LINKED = ("-L", str(_TORCH / "lib"), "-ltorch_cpu", "-lc10")
+_SOURCES = (Path(__file__).with_suffix(".cpp"), Path(__file__).with_name("attention_call.h"))
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
 _DTYPES = (torch.float32, torch.bfloat16)
 _SIZES = range(32, 257)  # of heads
 _CHECKED = (  # H, H_kv, S, D: groups of every tile, short and several chunks, heads that are no multiple of a vector
@@ -54,13 +50,14 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
         [B, 1, H, D] in the dtype of `query`, zero where no key counts: the layout that the output projection reads.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not fusible(query):
-        return composed(query, key, value, mask, scale)
     if torch.compiler.is_compiling():
         # PyTorch's operators are compiled together with what surrounds them: only what the kernel takes goes past that
-        taken = query.dtype in _DTYPES and query.shape[-1] in _SIZES
+        taken = fusible(query) and query.dtype in _DTYPES and query.shape[-1] in _SIZES
         return (torch.ops.qvlm_hf.decode_attention.default if taken else composed)(query, key, value, mask, scale)
-    return _computed(query, key, value, mask, scale)
+    # `is True`: torch.fx traces with stand-ins that are neither
+    if query.is_cpu is True and (found := cpu_direct.decode_attention(query, key, value, mask, scale)) is not None:
+        return found
+    return (_computed if fusible(query) else composed)(query, key, value, mask, scale)
 
 
 def composed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -86,21 +83,25 @@ def composed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
 
 @functools.cache
 def load() -> str | None:
-    """Makes `decode_attention_cpu` take calls, once per process; returns why it does not, or None."""
-    try:
-        library = native.load((_SOURCE,), _FLAGS, (*_LINKED, *native.openmp()))
-    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
-        logging.getLogger(__name__).info("attention of one token is computed by PyTorch: %s", error)
-        return str(error)
-    library.qvlm_take_calls.argtypes, library.qvlm_take_calls.restype = [ctypes.c_int], None
-    library.qvlm_take_calls(True)
+    """Lets `cpu_direct.decode_attention` take calls, once per process; returns why it does not, or None."""
+    wrong = cpu_operator.load()
+    if wrong is None:
+        try:
+            library = native.load(_SOURCES, _FLAGS, native.openmp())
+        except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+            wrong = str(error)
+    if wrong is not None:
+        logging.getLogger(__name__).info("attention of one token is computed by PyTorch: %s", wrong)
+        return wrong
+    cpu_direct.use("decode_attention", native.address(library.qvlm_attend))
     wrong = _self_check()
     if wrong:
-        library.qvlm_take_calls(False)
+        cpu_direct.use("decode_attention", 0)
         logging.getLogger(__name__).warning("attention of one token is computed by PyTorch: %s", wrong)
     return wrong
 
 
+@torch.no_grad()
 def _self_check() -> str | None:
     """The first small case that does not come out as PyTorch has it in float64, in words, or None."""
     generator = torch.Generator().manual_seed(0)
@@ -108,9 +109,9 @@ def _self_check() -> str | None:
         shapes = ((2, heads, 1, size), (2, key_heads, keys, size), (2, key_heads, keys, size), (2, 1, 1, keys))
         query, key, value, noise = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
         for mask in (None, noise > -1, noise):
-            taken = torch.ops.qvlm_hf.decode_attention_cpu.default(query, key, value, mask, 0.3)
+            taken = cpu_direct.decode_attention(query, key, value, mask, 0.3)
             exact = composed(query.double(), key.double(), value.double(), noise.double() if mask is noise else mask, 0.3)
-            if not taken or not torch.allclose(taken[0].double(), exact, rtol=0.01, atol=0.01 if dtype == torch.bfloat16 else 1e-5):
+            if taken is None or not torch.allclose(taken.double(), exact, rtol=0.01, atol=0.01 if dtype == torch.bfloat16 else 1e-5):
                 return f"the compiled kernel is wrong for {heads} heads, {key_heads} key heads of {size}, {keys} keys, {dtype}"
     return None
 
@@ -118,15 +119,11 @@ def _self_check() -> str | None:
 def _computed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """By the kernel if it takes the call."""
     if load() is None:
-        with torch._C._AutoDispatchBelowAutograd():
-            taken = torch.ops.qvlm_hf.decode_attention_cpu.default(query, key, value, mask, scale)
-        if taken:
-            return taken[0]
+        with torch.no_grad():  # the operator stands below what records gradients
+            found = cpu_direct.decode_attention(query, key, value, mask, scale)
+        if found is not None:
+            return found
     return composed(query, key, value, mask, scale)
-
-
-def _nothing(*_: object) -> list[Tensor]:
-    return []
 
 
 def _no_gradient(*_: object, **__: object) -> None:
@@ -135,8 +132,6 @@ def _no_gradient(*_: object, **__: object) -> None:
 
 LIBRARY.impl("decode_attention", composed, "CompositeExplicitAutograd")
 LIBRARY.impl("decode_attention", _computed, "CPU")
-LIBRARY.impl("decode_attention_cpu", _nothing, "CompositeExplicitAutograd")
-torch.library.register_fake("qvlm_hf::decode_attention_cpu", _nothing, lib=LIBRARY)
 # Only reached where a gradient is wanted: the call itself raises, so that no result is silently detached.
 torch.library.register_autograd("qvlm_hf::decode_attention", _no_gradient, setup_context=_no_gradient, lib=LIBRARY)
 

@@ -59,13 +59,13 @@ def kernel_name(in_features: int, weight_bits: int, activation_bits: int, group_
     return _misfit(in_features, weight_bits, activation_bits, group_length) or _kernels().name
 
 
-def entries() -> tuple[int | None, ...] | None:
-    """Addresses of `qvlm_linears`, `qvlm_square`, `qvlm_rms_norm` and `qvlm_rotary`; None where there are no kernels."""
+def entries() -> dict[str, int] | None:
+    """Where the kernels begin, by the names that `cpu_direct.use` has for them; None where there are none."""
     library = _kernels().library
     if library is None:
         return None
-    functions = library.qvlm_linears, library.qvlm_square, library.qvlm_rms_norm, library.qvlm_rotary
-    return tuple(ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    names = ("linears", "square", "rms_norm", "rotary")
+    return {name: native.address(getattr(library, f"qvlm_{name}")) for name in names}
 
 
 def linear(

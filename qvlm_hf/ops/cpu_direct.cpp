@@ -1,4 +1,4 @@
-// `linears`, `rms_norm` and `rotary` of the CPU kernels as functions of Python that go straight to them.
+// `linears`, `rms_norm`, `rotary` and `decode_attention` of the CPU kernels as functions of Python that go straight to them.
 //
 // They take what decoding does: contiguous tensors, float32, bfloat16 or float16, no transform, no gradient, nobody who follows single
 // operators. For everything else they return None, and the caller goes the long way (`qvlm_hf::linears`, or PyTorch's operators), which
@@ -18,8 +18,10 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <cstring>
+#include <utility>
 #include <vector>
 
+#include "attention_call.h"
 #include "cpu_call.h"
 
 namespace {
@@ -32,6 +34,7 @@ void (*kernels)(const void*) = nullptr;
 void (*square)(const void*, float*, int64_t, int64_t) = nullptr;
 void (*norm)(const void*, const void*, const float*, float, void*, int64_t, int64_t, int64_t) = nullptr;
 void (*turn)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t) = nullptr;
+void (*attend)(const qvlm::Attention*) = nullptr;
 
 // Thrown where a call is none that the kernels take.
 struct Unusual {};
@@ -218,6 +221,46 @@ PyObject* rotary(PyObject* const* arguments) {
     return wrapped(turned);
 }
 
+bool is(const Tensor& t, int64_t batch, int64_t heads, int64_t rows, int64_t size) {
+    return t.dim() == 4 && t.size(0) == batch && t.size(1) == heads && t.size(2) == rows && t.size(3) == size;
+}
+
+// A mask [batch or 1, heads or 1, 1, keys].
+qvlm::Mask mask_of(const Tensor* t, int64_t batch, int64_t heads, int64_t keys) {
+    if (!t) return {};
+    const ScalarType dtype = t->scalar_type();
+    require(dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == ScalarType::BFloat16);
+    require(t->dim() == 4);
+    const int64_t batches = t->size(0), rows = t->size(1);
+    require((batches == 1 || batches == batch) && (rows == 1 || rows == heads) && t->size(2) == 1 && t->size(3) == keys);
+    return {t->data_ptr(), dtype == ScalarType::Bool ? qvlm::Mask::kBool : dtype == ScalarType::Float ? qvlm::Mask::kFloat : qvlm::Mask::kBfloat16,
+            batches == 1 ? 0 : t->stride(0), rows == 1 ? 0 : t->stride(1), t->stride(3)};
+}
+
+PyObject* decode_attention(PyObject* const* arguments) {
+    require(attend && PyFloat_CheckExact(arguments[4]));
+    const Tensor &query = tensor(arguments[0]), &key = tensor(arguments[1]), &value = tensor(arguments[2]);
+    const ScalarType dtype = query.scalar_type();
+    require((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && key.scalar_type() == dtype && value.scalar_type() == dtype);
+    require(query.dim() == 4 && key.dim() == 4);
+    const int64_t batch = query.size(0), heads = query.size(1), size = query.size(3), key_heads = key.size(1), keys = key.size(2);
+    require(batch && heads && key_heads && heads % key_heads == 0 && keys && size >= qvlm::kSmallestHead && size <= qvlm::kLargestHead);
+    require(is(query, batch, heads, 1, size) && is(key, batch, key_heads, keys, size) && is(value, batch, key_heads, keys, size));
+    require(query.stride(3) == 1 && key.stride(3) == 1 && value.stride(3) == 1);
+    const qvlm::Mask mask = mask_of(maybe(arguments[3]), batch, heads, keys);
+    RECORD_FUNCTION("qvlm_hf::decode_attention", c10::ArrayRef<const c10::IValue>{});
+    const Tensor out = Tensor(at::detail::empty_cpu({batch, 1, heads, size}, dtype));
+    const qvlm::Attention call{
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), dtype == ScalarType::BFloat16, batch, heads, key_heads, keys, size,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), value.stride(0), value.stride(1), value.stride(2), mask,
+        float(PyFloat_AS_DOUBLE(arguments[4]))};
+    {
+        pybind11::gil_scoped_release others_run;
+        attend(&call);
+    }
+    return THPVariable_Wrap(out);
+}
+
 // A function of Python: `compute` if there are COUNT arguments of the usual kinds, else None.
 template <PyObject* (*compute)(PyObject* const*), Py_ssize_t COUNT>
 PyObject* called(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -230,13 +273,19 @@ PyObject* called(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     END_HANDLE_TH_ERRORS
 }
 
-// use(linears, square, rms_norm, rotary): addresses of the kernels' entries.
-PyObject* use(PyObject*, PyObject* addresses) {
-    void* entries[4];
-    for (Py_ssize_t i = 0; i < 4; ++i) entries[i] = PyLong_AsVoidPtr(PyTuple_GetItem(addresses, i));
-    if (PyErr_Occurred()) return nullptr;
-    kernels = decltype(kernels)(entries[0]), square = decltype(square)(entries[1]), norm = decltype(norm)(entries[2]), turn = decltype(turn)(entries[3]);
-    Py_RETURN_NONE;
+// use(name, address): where a kernel begins, or 0 to take no more calls for it.
+PyObject* use(PyObject*, PyObject* arguments) {
+    const char* name = nullptr;
+    unsigned long long address = 0;
+    if (!PyArg_ParseTuple(arguments, "sK", &name, &address)) return nullptr;
+    const std::pair<const char*, void*> entries[] = {
+        {"linears", &kernels}, {"square", &square}, {"rms_norm", &norm}, {"rotary", &turn}, {"decode_attention", &attend}};
+    for (const auto& [known, entry] : entries)
+        if (!std::strcmp(name, known)) {
+            std::memcpy(entry, &address, sizeof address);
+            Py_RETURN_NONE;
+        }
+    return PyErr_Format(PyExc_KeyError, "%s", name);
 }
 
 template <class Function>
@@ -246,7 +295,8 @@ PyMethodDef method(const char* name, Function function, int flags) {
 
 PyMethodDef methods[] = {
     method("linears", called<linears, 13>, METH_FASTCALL), method("rms_norm", called<rms_norm, 3>, METH_FASTCALL),
-    method("rotary", called<rotary, 3>, METH_FASTCALL), method("use", use, METH_VARARGS), {nullptr, nullptr, 0, nullptr}};
+    method("rotary", called<rotary, 3>, METH_FASTCALL), method("decode_attention", called<decode_attention, 5>, METH_FASTCALL),
+    method("use", use, METH_VARARGS), {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "cpu_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

@@ -20,12 +20,12 @@ from qvlm_hf.ops.schema import LIBRARY
 
 __all__ = ["load"]
 
-_SOURCES = (Path(__file__).with_name("cpu_direct.cpp"), Path(__file__).with_name("cpu_call.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_direct.cpp", "cpu_call.h", "attention_call.h"))
 _TORCH = Path(torch.__file__).parent
 _INCLUDES = (_TORCH / "include", _TORCH / "include" / "torch" / "csrc" / "api" / "include", Path(sysconfig.get_paths()["include"]))
 _FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", *(word for path in _INCLUDES for word in ("-isystem", str(path))))
 _LINKED = ("-L", str(_TORCH / "lib"), "-ltorch_cpu", "-ltorch_python", "-lc10")
-_FUNCTIONS = ("linears", "rms_norm", "rotary")
+_FUNCTIONS = ("use", "linears", "rms_norm", "rotary", "decode_attention")
 
 
 @functools.cache
@@ -41,9 +41,10 @@ def load() -> str | None:
     except (OSError, ImportError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
         logging.getLogger(__name__).warning("quantized layers take longer per call than they need: %s", error)
         return str(error)
-    library.use(*entries)
     for name in _FUNCTIONS:
         setattr(cpu_direct, name, getattr(library, name))
+    for name, address in entries.items():
+        cpu_direct.use(name, address)
     return None
 
 

@@ -23,11 +23,11 @@ from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
-__all__ = ["compiled", "compiler", "load", "load_module", "openmp"]
+__all__ = ["address", "compiled", "compiler", "load", "load_module", "openmp"]
 
 _SECONDS = 300
 
@@ -52,6 +52,11 @@ def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]
     except OSError:  # damaged in the cache: once more
         path.unlink(missing_ok=True)  # another process may have found it damaged too
         return ctypes.CDLL(str(compiled(sources, flags, libraries)))
+
+
+def address(function: Any) -> int:  # noqa: ANN401 - of a ctypes library
+    """Where a function of a library begins."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def load_module(name: str, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> ModuleType:

@@ -1,6 +1,6 @@
 """The attention kernel with the vectors of lesser processors: `python narrow_attention.py [FLAG ...]`, flags in place of -march=native.
 
-A process of its own: two builds of the kernel would register the same operator.
+A process of its own: the kernel is loaded once.
 """
 
 import sys
