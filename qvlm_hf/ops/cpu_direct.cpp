@@ -28,7 +28,6 @@ namespace {
 
 using at::ScalarType;
 using at::Tensor;
-using Tensors = std::vector<const Tensor*>;
 
 void (*kernels)(const void*) = nullptr;
 void (*square)(const void*, float*, int64_t, int64_t) = nullptr;
@@ -65,10 +64,12 @@ const Tensor& tensor(PyObject* object) {
 
 const Tensor* maybe(PyObject* object) { return object == Py_None ? nullptr : &tensor(object); }
 
-Tensors listed(PyObject* object) {
+// Held, because the list may change while other threads run.
+std::vector<Tensor> listed(PyObject* object) {
     require(PyList_CheckExact(object));
-    Tensors found(PyList_GET_SIZE(object));
-    for (size_t i = 0; i < found.size(); ++i) found[i] = &tensor(PyList_GET_ITEM(object, i));
+    std::vector<Tensor> found;
+    found.reserve(PyList_GET_SIZE(object));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i) found.push_back(tensor(PyList_GET_ITEM(object, i)));
     return found;
 }
 
@@ -121,16 +122,20 @@ Tensor output(const Tensor& x, int64_t columns, ScalarType dtype) {
 
 PyObject* wrapped(const std::vector<Tensor>& tensors) {
     PyObject* list = PyList_New(Py_ssize_t(tensors.size()));
-    for (size_t i = 0; list && i < tensors.size(); ++i) PyList_SET_ITEM(list, i, THPVariable_Wrap(tensors[i]));
+    for (size_t i = 0; list && i < tensors.size(); ++i) {
+        PyObject* one = THPVariable_Wrap(tensors[i]);
+        if (!one) Py_CLEAR(list);
+        if (list) PyList_SET_ITEM(list, i, one);
+    }
     return list;
 }
 
 PyObject* linears(PyObject* const* arguments) {
     require(kernels);
     const Tensor& x = tensor(arguments[0]);
-    const Tensors weight = listed(arguments[1]), weight_scale = listed(arguments[2]), weight_zero_point = listed(arguments[3]);
+    const std::vector<Tensor> weight = listed(arguments[1]), weight_scale = listed(arguments[2]), weight_zero_point = listed(arguments[3]);
     const Tensor *input_scale = maybe(arguments[4]), *input_zero_point = maybe(arguments[5]);
-    const Tensors bias = listed(arguments[6]);
+    const std::vector<Tensor> bias = listed(arguments[6]);
     const int64_t in_features = integer(arguments[7]), weight_bits = integer(arguments[8]), activation_bits = integer(arguments[9]);
     const int64_t group_length = integer(arguments[10]), kind = kind_of(arguments[11]), hadamard = integer(arguments[12]);
 
@@ -148,28 +153,28 @@ PyObject* linears(PyObject* const* arguments) {
     require(!shifted || (input_zero_point && is(*input_zero_point, ScalarType::Int, length)));
     const int64_t words = (in_features * weight_bits + 31) / 32, groups = (in_features + group_length - 1) / group_length;
     for (size_t i = 0; i < count; ++i) {
-        const int64_t rows = weight[i]->dim() ? weight[i]->size(0) : 0;
-        require(is(*weight[i], ScalarType::Int, rows, words) && is(*weight_scale[i], ScalarType::BFloat16, rows, groups));
-        require(weight_zero_point.empty() || is(*weight_zero_point[i], ScalarType::Byte, rows, groups));
-        require(bias.empty() || is(*bias[i], dtype, rows));
+        const int64_t rows = weight[i].dim() ? weight[i].size(0) : 0;
+        require(is(weight[i], ScalarType::Int, rows, words) && is(weight_scale[i], ScalarType::BFloat16, rows, groups));
+        require(weight_zero_point.empty() || is(weight_zero_point[i], ScalarType::Byte, rows, groups));
+        require(bias.empty() || is(bias[i], dtype, rows));
     }
 
     RECORD_FUNCTION("qvlm_hf::linears", c10::ArrayRef<const c10::IValue>{});
     std::vector<Tensor> outputs;
     std::vector<char> memory(sizeof(qvlm::Call) + count * sizeof(qvlm::Layer));
     const qvlm::Call call{
-        x.data_ptr(),
-        scaled ? static_cast<const float*>(input_scale->data_ptr()) : nullptr,
-        shifted ? static_cast<const int32_t*>(input_zero_point->data_ptr()) : nullptr,
+        x.const_data_ptr(),
+        scaled ? static_cast<const float*>(input_scale->const_data_ptr()) : nullptr,
+        shifted ? static_cast<const int32_t*>(input_zero_point->const_data_ptr()) : nullptr,
         known(dtype), x.numel() / in_features, in_features, groups, group_length, words * 4, weight_bits, activation_bits,
         kind, positions, int64_t(count)};
     std::memcpy(memory.data(), &call, sizeof call);
     for (size_t i = 0; i < count; ++i) {
-        outputs.push_back(output(x, weight[i]->size(0), dtype));
+        outputs.push_back(output(x, weight[i].size(0), dtype));
         const qvlm::Layer layer{
-            bias.empty() ? nullptr : bias[i]->data_ptr(), outputs[i].data_ptr(), static_cast<const uint8_t*>(weight[i]->data_ptr()),
-            static_cast<const uint16_t*>(weight_scale[i]->data_ptr()),
-            weight_zero_point.empty() ? nullptr : static_cast<const uint8_t*>(weight_zero_point[i]->data_ptr()), weight[i]->size(0)};
+            bias.empty() ? nullptr : bias[i].const_data_ptr(), outputs[i].mutable_data_ptr(), static_cast<const uint8_t*>(weight[i].const_data_ptr()),
+            static_cast<const uint16_t*>(weight_scale[i].const_data_ptr()),
+            weight_zero_point.empty() ? nullptr : static_cast<const uint8_t*>(weight_zero_point[i].const_data_ptr()), weight[i].size(0)};
         std::memcpy(memory.data() + sizeof call + i * sizeof layer, &layer, sizeof layer);
     }
     {
@@ -191,31 +196,31 @@ PyObject* rms_norm(PyObject* const* arguments) {
     {
         pybind11::gil_scoped_release others_run;
         const Tensor squares = output(x, k, ScalarType::Float);
-        square(x.data_ptr(), squares.mutable_data_ptr<float>(), rows * k, dtype);
+        square(x.const_data_ptr(), squares.mutable_data_ptr<float>(), rows * k, dtype);
         const Tensor sums = at::cpu::sum(squares, {-1}, true);
         y = output(x, k, x.scalar_type());
-        norm(x.data_ptr(), weight.data_ptr(), sums.const_data_ptr<float>(), epsilon, y.data_ptr(), rows, k, dtype);
+        norm(x.const_data_ptr(), weight.const_data_ptr(), sums.const_data_ptr<float>(), epsilon, y.mutable_data_ptr(), rows, k, dtype);
     }
     return THPVariable_Wrap(y);
 }
 
 PyObject* rotary(PyObject* const* arguments) {
     require(turn);
-    const Tensors x = listed(arguments[0]);
+    const std::vector<Tensor> x = listed(arguments[0]);
     const Tensor &cos = tensor(arguments[1]), &sin = tensor(arguments[2]);
     const ScalarType dtype = cos.scalar_type();
     require(plain(cos) && plain(sin) && cos.dim() == 3 && sin.scalar_type() == dtype && cos.sizes() == sin.sizes() && cos.size(2) % 2 == 0);
-    for (const Tensor* t : x)
-        require(plain(*t) && t->dim() == 4 && t->scalar_type() == dtype && t->size(1) == cos.size(1) && t->size(3) == cos.size(2) &&
-                (cos.size(0) == 1 || cos.size(0) == t->size(0)));
+    for (const Tensor& t : x)
+        require(plain(t) && t.dim() == 4 && t.scalar_type() == dtype && t.size(1) == cos.size(1) && t.size(3) == cos.size(2) &&
+                (cos.size(0) == 1 || cos.size(0) == t.size(0)));
     RECORD_FUNCTION("qvlm_hf::rotary", c10::ArrayRef<const c10::IValue>{});
     std::vector<Tensor> turned;
     {
         pybind11::gil_scoped_release others_run;
-        for (const Tensor* t : x) {
-            turned.push_back(output(*t, t->size(3), dtype));
-            turn(t->data_ptr(), cos.data_ptr(), sin.data_ptr(), turned.back().data_ptr(), t->size(0) * t->size(1), cos.size(0) * cos.size(1), t->size(2),
-                 t->size(3), known(dtype));
+        for (const Tensor& t : x) {
+            turned.push_back(output(t, t.size(3), dtype));
+            turn(t.const_data_ptr(), cos.const_data_ptr(), sin.const_data_ptr(), turned.back().mutable_data_ptr(), t.size(0) * t.size(1), cos.size(0) * cos.size(1), t.size(2),
+                 t.size(3), known(dtype));
         }
     }
     return wrapped(turned);
@@ -233,7 +238,7 @@ qvlm::Mask mask_of(const Tensor* t, int64_t batch, int64_t heads, int64_t keys) 
     require(t->dim() == 4);
     const int64_t batches = t->size(0), rows = t->size(1);
     require((batches == 1 || batches == batch) && (rows == 1 || rows == heads) && t->size(2) == 1 && t->size(3) == keys);
-    return {t->data_ptr(), dtype == ScalarType::Bool ? qvlm::Mask::kBool : dtype == ScalarType::Float ? qvlm::Mask::kFloat : qvlm::Mask::kBfloat16,
+    return {t->const_data_ptr(), dtype == ScalarType::Bool ? qvlm::Mask::kBool : dtype == ScalarType::Float ? qvlm::Mask::kFloat : qvlm::Mask::kBfloat16,
             batches == 1 ? 0 : t->stride(0), rows == 1 ? 0 : t->stride(1), t->stride(3)};
 }
 
@@ -251,7 +256,7 @@ PyObject* decode_attention(PyObject* const* arguments) {
     RECORD_FUNCTION("qvlm_hf::decode_attention", c10::ArrayRef<const c10::IValue>{});
     const Tensor out = Tensor(at::detail::empty_cpu({batch, 1, heads, size}, dtype));
     const qvlm::Attention call{
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), dtype == ScalarType::BFloat16, batch, heads, key_heads, keys, size,
+        query.const_data_ptr(), key.const_data_ptr(), value.const_data_ptr(), out.mutable_data_ptr(), dtype == ScalarType::BFloat16, batch, heads, key_heads, keys, size,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), value.stride(0), value.stride(1), value.stride(2), mask,
         float(PyFloat_AS_DOUBLE(arguments[4]))};
     {
