@@ -93,10 +93,11 @@ def load() -> str | None:
     if wrong is not None:
         logging.getLogger(__name__).info("attention of one token is computed by PyTorch: %s", wrong)
         return wrong
-    cpu_direct.use("decode_attention", native.address(library.qvlm_attend))
-    wrong = _self_check()
-    if wrong:
-        cpu_direct.use("decode_attention", 0)
+    cpu_direct.use("trial_attention", native.address(library.qvlm_attend))
+    wrong = native.apart(_self_check)
+    if wrong is None:
+        cpu_direct.use("decode_attention", native.address(library.qvlm_attend))
+    else:
         logging.getLogger(__name__).warning("attention of one token is computed by PyTorch: %s", wrong)
     return wrong
 
@@ -109,7 +110,7 @@ def _self_check() -> str | None:
         shapes = ((2, heads, 1, size), (2, key_heads, keys, size), (2, key_heads, keys, size), (2, 1, 1, keys))
         query, key, value, noise = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
         for mask in (None, noise > -1, noise):
-            taken = cpu_direct.decode_attention(query, key, value, mask, 0.3)
+            taken = cpu_direct.trial_attention(query, key, value, mask, 0.3)
             exact = composed(query.double(), key.double(), value.double(), noise.double() if mask is noise else mask, 0.3)
             if taken is None or not torch.allclose(taken.double(), exact, rtol=0.01, atol=0.01 if dtype == torch.bfloat16 else 1e-5):
                 return f"the compiled kernel is wrong for {heads} heads, {key_heads} key heads of {size}, {keys} keys, {dtype}"

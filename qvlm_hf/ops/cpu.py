@@ -65,7 +65,8 @@ def entries() -> dict[str, int] | None:
     if library is None:
         return None
     names = ("linears", "square", "rms_norm", "rotary")
-    return {name: native.address(getattr(library, f"qvlm_{name}")) for name in names}
+    most_floats = _DENSE_TOKENS if library.qvlm_variant() == _PORTABLE else 2**62
+    return {"most_floats": most_floats} | {name: native.address(getattr(library, f"qvlm_{name}")) for name in names}
 
 
 def linear(
@@ -231,8 +232,7 @@ def _kernels() -> _Kernels:
     try:
         library = _load()
         name = _VARIANTS[library.qvlm_variant()]
-        with torch.autocast("cpu", enabled=False):  # the first call may come from under one
-            wrong = _self_check(library)
+        wrong = native.apart(lambda: _self_check(library))
         if not wrong:
             return _Kernels(library, name)
         reason = f"the compiled kernel is wrong for {wrong}"
@@ -262,10 +262,10 @@ def _self_check(library: ctypes.CDLL) -> str | None:
         modules: list[Module] = [_random_module(weight_bits, rows, generator) for rows in (70, 5)]
         length = {"channel": 136, "token": tokens}.get(granularity)
         statics = (
-            None if length is None else torch.rand(length, generator=generator).add(0.1),
+            None if length is None else torch.rand(length, generator=generator, dtype=torch.float32).add(0.1),
             None if length is None else torch.randint(0, 2**activation_bits, (length,), generator=generator, dtype=torch.int32),
         )
-        x = torch.randn(tokens, 136, generator=generator)
+        x = torch.randn(tokens, 136, generator=generator, dtype=torch.float32)
         outputs = _outputs(library, x, modules, *statics, weight_bits, activation_bits, 128, granularity, 0)
         for (weight, scale, zero, bias), y in zip(modules, outputs, strict=True):
             expected = reference.linear(x, weight, scale, zero, *statics, bias, 136, weight_bits, activation_bits, 128, granularity, 0)
@@ -294,4 +294,4 @@ def _random_module(weight_bits: int, rows: int, generator: torch.Generator) -> M
     integers = torch.randint(0, 2**weight_bits, (rows, 136), generator=generator, dtype=torch.uint8)
     scale = torch.rand(rows, 2, generator=generator).add(0.5).bfloat16()
     zero_point = torch.randint(0, 2**weight_bits, (rows, 2), generator=generator, dtype=torch.uint8)
-    return pack(integers, weight_bits), scale, zero_point, torch.randn(rows, generator=generator)
+    return pack(integers, weight_bits), scale, zero_point, torch.randn(rows, generator=generator, dtype=torch.float32)

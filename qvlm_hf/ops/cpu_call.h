@@ -1,4 +1,4 @@
-// What the CPU kernels are told: a Call with its `count` Layers behind it, eight bytes a field. cpu.py and cpu_operator.cpp write it.
+// What the CPU kernels are told: a Call with its `count` Layers behind it, eight bytes a field. cpu.py and cpu_direct.cpp write it.
 #pragma once
 
 #include <cstdint>

@@ -14,6 +14,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <ATen/record_function.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
@@ -34,6 +35,8 @@ void (*square)(const void*, float*, int64_t, int64_t) = nullptr;
 void (*norm)(const void*, const void*, const float*, float, void*, int64_t, int64_t, int64_t) = nullptr;
 void (*turn)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t) = nullptr;
 void (*attend)(const qvlm::Attention*) = nullptr;
+void (*on_trial)(const qvlm::Attention*) = nullptr;  // the same before its check
+int64_t most_floats = 0;  // tokens of floating-point inputs, beyond which portable kernels are not the fastest way
 
 // Thrown where a call is none that the kernels take.
 struct Unusual {};
@@ -44,7 +47,10 @@ void require(bool condition) {
 
 // Keys of an ordinary tensor in the CPU's memory: anything else, from a batch of torch.func to a conjugate, brings a key of its own.
 uint64_t ordinary_keys() {
-    static const uint64_t keys = Tensor(at::detail::empty_cpu({1}, at::kFloat)).key_set().raw_repr();
+    static const uint64_t keys = [] {
+        const c10::InferenceMode off(false);  // whose tensors have fewer
+        return at::detail::empty_cpu({1}, at::kFloat).key_set().raw_repr();
+    }();
     return keys;
 }
 
@@ -131,7 +137,8 @@ PyObject* wrapped(const std::vector<Tensor>& tensors) {
 }
 
 PyObject* linears(PyObject* const* arguments) {
-    require(kernels);
+    const auto run = kernels;  // other threads may change it
+    require(run);
     const Tensor& x = tensor(arguments[0]);
     const std::vector<Tensor> weight = listed(arguments[1]), weight_scale = listed(arguments[2]), weight_zero_point = listed(arguments[3]);
     const Tensor *input_scale = maybe(arguments[4]), *input_zero_point = maybe(arguments[5]);
@@ -146,6 +153,7 @@ PyObject* linears(PyObject* const* arguments) {
             (bias.empty() || bias.size() == count) && !hadamard);
     require(plain(x) && x.dim() >= (token ? 2 : 1) && x.size(-1) == in_features &&
             fits(in_features, weight_bits, activation_bits, group_length, !floating));
+    require(!floating || x.numel() / in_features <= most_floats);
     const int64_t positions = token ? x.size(-2) : 0;
     const bool scaled = kind <= 1 || (floating && input_scale), shifted = kind <= 1;
     const int64_t length = token ? positions : in_features;
@@ -179,14 +187,16 @@ PyObject* linears(PyObject* const* arguments) {
     }
     {
         pybind11::gil_scoped_release others_run;
-        kernels(memory.data());
+        run(memory.data());
     }
     return wrapped(outputs);
 }
 
 // The squares are summed by PyTorch: a sum in another order would change the last bit of a norm, and with it now and then a level of an input.
 PyObject* rms_norm(PyObject* const* arguments) {
-    require(norm && PyFloat_CheckExact(arguments[2]));
+    const auto squared = square;
+    const auto run = norm;
+    require(squared && run && PyFloat_CheckExact(arguments[2]));
     const Tensor &x = tensor(arguments[0]), &weight = tensor(arguments[1]);
     require(plain(x) && is(weight, x.scalar_type(), x.size(-1)));
     RECORD_FUNCTION("qvlm_hf::rms_norm", c10::ArrayRef<const c10::IValue>{});
@@ -196,16 +206,17 @@ PyObject* rms_norm(PyObject* const* arguments) {
     {
         pybind11::gil_scoped_release others_run;
         const Tensor squares = output(x, k, ScalarType::Float);
-        square(x.const_data_ptr(), squares.mutable_data_ptr<float>(), rows * k, dtype);
+        squared(x.const_data_ptr(), squares.mutable_data_ptr<float>(), rows * k, dtype);
         const Tensor sums = at::cpu::sum(squares, {-1}, true);
         y = output(x, k, x.scalar_type());
-        norm(x.const_data_ptr(), weight.const_data_ptr(), sums.const_data_ptr<float>(), epsilon, y.mutable_data_ptr(), rows, k, dtype);
+        run(x.const_data_ptr(), weight.const_data_ptr(), sums.const_data_ptr<float>(), epsilon, y.mutable_data_ptr(), rows, k, dtype);
     }
     return THPVariable_Wrap(y);
 }
 
 PyObject* rotary(PyObject* const* arguments) {
-    require(turn);
+    const auto run = turn;
+    require(run);
     const std::vector<Tensor> x = listed(arguments[0]);
     const Tensor &cos = tensor(arguments[1]), &sin = tensor(arguments[2]);
     const ScalarType dtype = cos.scalar_type();
@@ -219,7 +230,7 @@ PyObject* rotary(PyObject* const* arguments) {
         pybind11::gil_scoped_release others_run;
         for (const Tensor& t : x) {
             turned.push_back(output(t, t.size(3), dtype));
-            turn(t.const_data_ptr(), cos.const_data_ptr(), sin.const_data_ptr(), turned.back().mutable_data_ptr(), t.size(0) * t.size(1), cos.size(0) * cos.size(1), t.size(2),
+            run(t.const_data_ptr(), cos.const_data_ptr(), sin.const_data_ptr(), turned.back().mutable_data_ptr(), t.size(0) * t.size(1), cos.size(0) * cos.size(1), t.size(2),
                  t.size(3), known(dtype));
         }
     }
@@ -242,8 +253,10 @@ qvlm::Mask mask_of(const Tensor* t, int64_t batch, int64_t heads, int64_t keys) 
             batches == 1 ? 0 : t->stride(0), rows == 1 ? 0 : t->stride(1), t->stride(3)};
 }
 
+template <void (**entry)(const qvlm::Attention*)>
 PyObject* decode_attention(PyObject* const* arguments) {
-    require(attend && PyFloat_CheckExact(arguments[4]));
+    const auto run = *entry;
+    require(run && PyFloat_CheckExact(arguments[4]));
     const Tensor &query = tensor(arguments[0]), &key = tensor(arguments[1]), &value = tensor(arguments[2]);
     const ScalarType dtype = query.scalar_type();
     require((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && key.scalar_type() == dtype && value.scalar_type() == dtype);
@@ -261,7 +274,7 @@ PyObject* decode_attention(PyObject* const* arguments) {
         float(PyFloat_AS_DOUBLE(arguments[4]))};
     {
         pybind11::gil_scoped_release others_run;
-        attend(&call);
+        run(&call);
     }
     return THPVariable_Wrap(out);
 }
@@ -278,16 +291,17 @@ PyObject* called(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     END_HANDLE_TH_ERRORS
 }
 
-// use(name, address): where a kernel begins, or 0 to take no more calls for it.
+// use(name, value): where a kernel begins, or 0 to take no more calls for it; "most_floats": tokens.
 PyObject* use(PyObject*, PyObject* arguments) {
     const char* name = nullptr;
-    unsigned long long address = 0;
-    if (!PyArg_ParseTuple(arguments, "sK", &name, &address)) return nullptr;
+    long long value = 0;
+    if (!PyArg_ParseTuple(arguments, "sL", &name, &value)) return nullptr;
     const std::pair<const char*, void*> entries[] = {
-        {"linears", &kernels}, {"square", &square}, {"rms_norm", &norm}, {"rotary", &turn}, {"decode_attention", &attend}};
+        {"linears", &kernels}, {"square", &square}, {"rms_norm", &norm}, {"rotary", &turn}, {"most_floats", &most_floats},
+        {"decode_attention", &attend}, {"trial_attention", &on_trial}};
     for (const auto& [known, entry] : entries)
         if (!std::strcmp(name, known)) {
-            std::memcpy(entry, &address, sizeof address);
+            std::memcpy(entry, &value, sizeof value);
             Py_RETURN_NONE;
         }
     return PyErr_Format(PyExc_KeyError, "%s", name);
@@ -300,8 +314,8 @@ PyMethodDef method(const char* name, Function function, int flags) {
 
 PyMethodDef methods[] = {
     method("linears", called<linears, 13>, METH_FASTCALL), method("rms_norm", called<rms_norm, 3>, METH_FASTCALL),
-    method("rotary", called<rotary, 3>, METH_FASTCALL), method("decode_attention", called<decode_attention, 5>, METH_FASTCALL),
-    method("use", use, METH_VARARGS), {nullptr, nullptr, 0, nullptr}};
+    method("rotary", called<rotary, 3>, METH_FASTCALL), method("decode_attention", called<decode_attention<&attend>, 5>, METH_FASTCALL),
+    method("trial_attention", called<decode_attention<&on_trial>, 5>, METH_FASTCALL), method("use", use, METH_VARARGS), {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "cpu_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

@@ -8,7 +8,7 @@ but a plain one in the CPU's memory, or the kernels are not there. They must not
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["decode_attention", "linears", "rms_norm", "rotary", "use"]
+__all__ = ["decode_attention", "linears", "rms_norm", "rotary", "trial_attention", "use"]
 
 
 def _nothing(*_: object) -> None:
@@ -17,6 +17,7 @@ def _nothing(*_: object) -> None:
 
 use: Callable[[str, int], None] = _nothing  # name of a kernel, and where it begins
 decode_attention: Callable[..., Any] = _nothing
+trial_attention: Callable[..., Any] = _nothing  # the same by a kernel that is not checked yet
 linears: Callable[..., Any] = _nothing
 rms_norm: Callable[..., Any] = _nothing
 rotary: Callable[..., Any] = _nothing

@@ -1,8 +1,8 @@
 """`qvlm_hf::linear` and `linears` on CPUs: registered here, computed by cpu.py, and from the second call on mostly by `cpu_direct.linears`.
 
 What decoding calls again and again need not pass PyTorch's dispatcher: cpu_direct.cpp holds functions of Python that check their tensors
-and call the kernels. They are compiled and kept like these. Where they cannot be (no headers of Python), calls take longer, and norms
-and rotary embedding are PyTorch's.
+and call the kernels. They are compiled and kept like these. Where they cannot be (no headers of Python), calls take longer, and norms,
+rotary embedding and attention are PyTorch's.
 """
 
 import functools
@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ _TORCH = Path(torch.__file__).parent
 _INCLUDES = (_TORCH / "include", _TORCH / "include" / "torch" / "csrc" / "api" / "include", Path(sysconfig.get_paths()["include"]))
 _FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", *(word for path in _INCLUDES for word in ("-isystem", str(path))))
 _LINKED = ("-L", str(_TORCH / "lib"), "-ltorch_cpu", "-ltorch_python", "-lc10")
-_FUNCTIONS = ("use", "linears", "rms_norm", "rotary", "decode_attention")
+_FUNCTIONS = ("use", "linears", "rms_norm", "rotary", "decode_attention", "trial_attention")
 
 
 @functools.cache
 def load() -> str | None:
     """Fills `cpu_direct`, once per process; returns why not, or None."""
     with ThreadPoolExecutor(1) as pool:  # they take a minute to compile, and this a third of it
-        pool.submit(native.compiled, _SOURCES, _FLAGS, _LINKED)
+        with suppress(RuntimeError):  # Python is about to end
+            pool.submit(native.compiled, _SOURCES, _FLAGS, _LINKED)
         entries = cpu.entries()
     if entries is None:
         return "there are no kernels"

@@ -79,8 +79,9 @@ def _rotary(x: list[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
     return reference.rotary(x, cos, sin) if found is None else found
 
 
-LIBRARY.impl("rms_norm", _rms_norm, "CPU")
-LIBRARY.impl("rotary", _rotary, "CPU")
+# Contiguous, as their fakes say: PyTorch's operators keep the strides of a permuted input.
+LIBRARY.impl("rms_norm", lambda *arguments: _rms_norm(*arguments).contiguous(), "CPU")
+LIBRARY.impl("rotary", lambda *arguments: [one.contiguous() for one in _rotary(*arguments)], "CPU")
 
 
 @torch.library.register_fake("qvlm_hf::rms_norm", lib=LIBRARY)

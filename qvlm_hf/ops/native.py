@@ -17,19 +17,21 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 
-__all__ = ["address", "compiled", "compiler", "load", "load_module", "openmp"]
+__all__ = ["address", "apart", "compiled", "compiler", "load", "load_module", "openmp"]
 
 _SECONDS = 300
+T = TypeVar("T")
 
 
 def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> ctypes.CDLL:
@@ -69,14 +71,31 @@ def load_module(name: str, sources: Sequence[Path], flags: Sequence[str], librar
         libraries: as in `load`.
 
     Raises:
-        ImportError: it was compiled and cannot be imported.
+        ImportError: it cannot be imported.
         OSError, RuntimeError, ValueError, subprocess.TimeoutExpired: as in `load`.
     """
-    path = str(compiled(sources, flags, libraries))
+    path = compiled(sources, flags, libraries)
+    try:
+        return _module(name, str(path))
+    except ImportError:  # as in `load`
+        path.unlink(missing_ok=True)
+        return _module(name, str(compiled(sources, flags, libraries)))
+
+
+def _module(name: str, path: str) -> ModuleType:
     loader = ExtensionFileLoader(name, path)
     module = module_from_spec(ModuleSpec(name, loader, origin=path))
     loader.exec_module(module)
     return module
+
+
+def apart(check: Callable[[], T]) -> T:
+    """What `check` returns in a thread of its own, where the caller's modes, default device, autocast and inference mode do not reach.
+
+    A check that one of them changed would speak against a kernel for the rest of the process.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(check).result()
 
 
 def compiled(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:

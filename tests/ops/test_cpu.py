@@ -137,6 +137,11 @@ for place, value, message in IMPOSSIBLE:
             assert str(error).startswith(message)
         else:
             raise AssertionError(message)
+rest = arguments(4, 16, "none", 8, 64, 32, None, False, torch.float32)
+lists = [[tensor] if i in (0, 1, 2, 5) else tensor for i, tensor in enumerate(rest)]
+with torch.no_grad():  # more tokens are PyTorch's with floating-point inputs
+    assert cpu_direct.linears(torch.randn(33, 64), *lists) is None
+    assert torch.equal(cpu_direct.linears(torch.randn(32, 64).fill_(0.5), *lists)[0], cpu.linear(torch.full((32, 64), 0.5), *rest))
 print("refused")
 """
 

@@ -1,7 +1,14 @@
 """`cpu_direct.linears`: what `linears` gives, or nothing where the call is not an ordinary one."""
 
+import gc
+import os
 import shutil
+import subprocess
 import sys
+import threading
+import time
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,6 +207,57 @@ def test_no_memory_is_lost():
     assert (sys.getrefcount(result), sys.getrefcount(result[0])) == (2, 2)
     assert cpu_direct.linears(x.double(), *rest) is None
     assert [sys.getrefcount(one) for one in (x, rest[0], rest[0][0])] == held
+
+
+FIRST_CALL = """
+import sys, torch
+from qvlm_hf.ops import attention, cpu, cpu_direct, decode_attention, rms_norm
+from linear_calls import arguments
+
+def first():
+    rms_norm(torch.ones(2, 8, device="cpu"), torch.ones(8, device="cpu"), 1e-5)
+    decode_attention(*[torch.ones(1, 2, 1, 64, device="cpu")] * 3)
+
+mode = sys.argv[1]
+if mode == "float64":
+    torch.set_default_dtype(torch.float64)
+modes = {"inference": torch.inference_mode(), "cpu": torch.device("cpu"), "meta": torch.device("meta")}
+with torch.no_grad(), modes.get(mode, torch.autocast("cpu", torch.bfloat16)):
+    first()
+torch.set_default_dtype(torch.float32)
+assert attention.load() is None, attention.load()
+assert "reference" not in cpu.kernel_name(64, 4, 4, 32)
+weight, scale, zero_point, input_scale, input_zero_point, bias, *sizes = arguments(4, 4, "channel", 8, 64, 32, None, False, torch.float32)
+with torch.no_grad():
+    assert cpu_direct.linears(torch.ones(2, 64), [weight], [scale], [zero_point], input_scale, input_zero_point, [bias], *sizes) is not None
+    assert cpu_direct.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-5) is not None
+    assert cpu_direct.decode_attention(*[torch.ones(1, 2, 1, 64)] * 3, None, 0.5) is not None
+print("taken")
+"""
+
+
+@pytest.mark.parametrize("mode", ["inference", "cpu", "meta", "float64", "autocast"])
+def test_the_mode_of_the_first_call_does_not_decide_for_all(mode):
+    """In a process of its own: kernels are checked once."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", FIRST_CALL, mode], capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (0, "taken\n"), done.stderr
+
+
+def test_tensors_live_while_other_threads_empty_the_list():
+    rest = arguments(4, 8, "dynamic_token", 512, 1024, 128, None, False, torch.float32)
+    x = torch.randn(600, 1024)
+    expected = cpu.linear(x, *rest)
+    given = lists(rest)
+    held = weakref.ref(given[0][0])
+    del rest
+    thread = threading.Thread(target=lambda: (time.sleep(0.002), [one.clear() for one in given[:3]]))
+    thread.start()
+    found = cpu_direct.linears(x, *given)
+    thread.join()
+    gc.collect()
+    assert held() is None
+    assert found is None or torch.equal(found[0], expected)  # None: the list was empty before the call
 
 
 def test_without_a_compiler_calls_go_through_python(monkeypatch, tmp_path):

@@ -185,6 +185,9 @@ def test_what_pytorch_asks_of_operators():
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(torch.ops.qvlm_hf.rms_norm.default, (x.to(dtype), weight, 1e-5), test_utils=checks)
     torch.library.opcheck(torch.ops.qvlm_hf.rotary.default, (list(turned), cos, sin), test_utils=checks)
+    permuted = torch.randn(40, 3, 8).permute(1, 2, 0)
+    torch.library.opcheck(torch.ops.qvlm_hf.rms_norm.default, (permuted, weight, 1e-5), test_utils=checks)
+    torch.library.opcheck(torch.ops.qvlm_hf.rotary.default, ([one.mT.contiguous().mT for one in turned], cos, sin), test_utils=checks)
 
 
 def test_the_first_call_has_the_bits_of_all_later_ones(monkeypatch):
