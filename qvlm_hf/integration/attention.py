@@ -1,5 +1,6 @@
 """`attn_implementation="qvlm"`: one query token on a CPU goes to `ops/attention.py`, everything else to Transformers' `sdpa`."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from qvlm_hf.ops import decode_attention
 __all__ = ["ATTENTION", "attend"]
 
 ATTENTION = "qvlm"
-_NOT_OURS = ("position_bias", "cache", "softcap")  # arguments of other models
+# Arguments that change what `sdpa` computes for one query; a new Transformers may name more.
+_KNOWN = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
+_NOT_OURS = {*inspect.signature(sdpa_attention_forward).parameters} - _KNOWN - {"kwargs"}
+_NOT_OURS |= {"cache", "softcap"}  # read from its kwargs, now or in 5.21 to 5.23
 
 
 def attend(

@@ -1,74 +1,113 @@
-"""What a quantized model computes together in inference, and files hold nothing of: modules that read one input, norms, rotary embedding.
+"""What a quantized model computes faster in inference; saved files do not change.
 
-Of a norm or an attention only the class changes: parameters, names, hooks and `isinstance` stay. A forward pass that somebody else put on
-the module (accelerate's offloading, `kernelize`) goes first, as on any module.
+Forward passes of attention, MLP and decoder layers stay Transformers' own. These parts plug in:
+
+    siblings     linear modules that read one input share an operator   nn/shared_input.py
+    norms        RMSNorm as one operator, by a change of class          nn/fused.py
+    cache        grows in place, by a change of its layers' class       growing_cache.py
+    attention    of one token, as an attention function                 attention.py
+
+Each part first checks that Transformers still computes what it knows. One that does not is left to
+Transformers: `precision_table` and a warning say so. A forward pass that somebody else put on a
+module (accelerate's offloading, `kernelize`) goes first, as on any module.
 """
 
+import inspect
+import warnings
 from typing import Any
 
-from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, eager_attention_forward
+import torch
+import transformers
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qvlm_hf.core.architectures import shared_inputs
-from qvlm_hf.integration.growing_cache import updated
-from qvlm_hf.nn.fused import Fused, FusedRMSNorm
+from qvlm_hf.integration.attention import ATTENTION
+from qvlm_hf.integration.growing_cache import grow_caches, leave_caches, unknown_cache
+from qvlm_hf.nn.fused import FusedRMSNorm, SteppedAside
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.nn.shared_input import share_inputs
-from qvlm_hf.ops import rotary
-from qvlm_hf.ops.fused import fusible
 
-__all__ = ["FusedLlamaAttention", "FusedLlamaRMSNorm", "fuse", "unfuse"]
+__all__ = ["FusedLlamaRMSNorm", "fuse", "unfuse"]
+
+_CACHE_NAMES = ("cache", "past_key_values")  # from Transformers 5.24 on, and before
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class FusedLlamaRMSNorm(FusedRMSNorm, LlamaRMSNorm):
     """LlamaRMSNorm by `qvlm_hf::rms_norm`."""
 
 
-class FusedLlamaAttention(Fused, LlamaAttention):
-    """LlamaAttention with its rotary embedding by `qvlm_hf::rotary`; the same bits."""
-
-    def forward(  # type: ignore[override]  # Transformers lists what may be in kwargs
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,  # noqa: ANN401 - any Transformers cache
-        **kwargs: Any,  # noqa: ANN401 - what Transformers passes on to the attention function
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, hidden] -> [B, T, hidden] and, if the attention function gives them, the weights; arguments as of LlamaAttention."""
-        # A wrapper around a forward pass (accelerate's) keeps this one when the module has its own class again: `reference` is gone then.
-        if getattr(self, "reference", True) or not fusible(hidden_states):
-            return LlamaAttention.forward(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        shape = hidden_states.shape[:-1]
-        query, key, value = (proj(hidden_states).view(*shape, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = rotary((query, key), *position_embeddings)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        if past_key_values is not None:
-            key, value = updated(past_key_values, key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(mixed.reshape(*shape, -1).contiguous()), weights
+_NORMS: dict[type[nn.Module], type[nn.Module]] = {LlamaRMSNorm: FusedLlamaRMSNorm}
 
 
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {LlamaRMSNorm: FusedLlamaRMSNorm, LlamaAttention: FusedLlamaAttention}
-
-
-def fuse(model: nn.Module) -> None:
+def fuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
     """Prepares a quantized model; leaves one without quantized modules alone.
 
+    Norms of exactly the known classes are changed: a subclass may compute something else.
+
     Args:
-        model: on its devices. Norms and attentions of exactly the known classes are changed: a subclass may compute something else.
+        model: on its devices.
     """
-    if next(quantized_modules(model), None) is not None:
-        share_inputs(model, shared_inputs(model))
-        _change_classes(model, _FUSED)
+    if next(quantized_modules(model), None) is None:
+        return
+    share_inputs(model, shared_inputs(model))
+    norms = {own: _unknown_norm(own, fused) for own, fused in _NORMS.items()}
+    _change_classes(model, {own: _NORMS[own] for own, reason in norms.items() if reason is None})
+    decoder = model.get_decoder()
+    attention = _unknown_attention(decoder)
+    cache = attention or unknown_cache()
+    if cache is None:
+        grow_caches(decoder)
+    text = model.config.get_text_config(decoder=True)
+    if attention is not None and text._attn_implementation == ATTENTION:
+        text._attn_implementation = "sdpa"
+    reasons = {own.__name__: reason for own, reason in norms.items()}
+    reasons |= {"key-value cache": cache, "attention of one token": attention}
+    aside = tuple(SteppedAside(part, reason) for part, reason in reasons.items() if reason)
+    model.stepped_aside = aside
+    if aside:
+        warnings.warn(
+            f"Transformers {transformers.__version__} is not as this version of qvlm_hf knows it: "
+            f"{'; '.join(map(str, aside))}. Transformers computes these parts: the results are "
+            "right, but slower. A newer qvlm_hf may know them.",
+            stacklevel=2,
+        )
 
 
-def unfuse(model: nn.Module) -> None:
-    """Gives norms and attentions their own classes again."""
-    _change_classes(model, {fused: own for own, fused in _FUSED.items()})
+def unfuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
+    """Gives norms their own class again, and leaves caches alone."""
+    _change_classes(model, {fused: own for own, fused in _NORMS.items()})
+    leave_caches(model.get_decoder())
+
+
+def _unknown_norm(own: type[nn.Module], fused: type[nn.Module]) -> str | None:
+    """How a norm class differs from what `fused` computes, or None: both must give the same bits."""
+    names = [list(inspect.signature(one.forward).parameters) for one in (own, fused)]
+    if names[0] != names[1]:
+        return f"forward takes {', '.join(names[0][1:])}"
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((3, 8), (8,)))
+    try:
+        with torch.no_grad():
+            module = own(8, eps=1e-3)
+            module.weight.copy_(weight)
+            for dtype in _FLOATS:
+                expected = own.forward(module.to(dtype), x.to(dtype))
+                if not torch.equal(expected, fused.forward(module, x.to(dtype))):
+                    return "forward computes something else"
+    except Exception as error:  # another Transformers: whatever it raises is the reason
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _unknown_attention(decoder: nn.Module) -> str | None:
+    """How the decoder's attention takes its cache, if that is unknown; None if it is known."""
+    for kind in {type(module) for module in decoder.modules() if hasattr(module, "layer_idx")}:
+        names = list(inspect.signature(kind.forward).parameters)
+        if not any(name in names for name in _CACHE_NAMES):
+            return f"{kind.__name__}.forward takes {', '.join(names[1:])}"
+    return None
 
 
 def _change_classes(model: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> None:

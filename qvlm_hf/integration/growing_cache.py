@@ -1,49 +1,121 @@
-"""Key-value caches that grow in place: Transformers' `DynamicCache` copies all keys and values of a layer for every new token.
+"""A key-value cache that grows in place; Transformers' `DynamicLayer` copies all of it per token.
 
-    LLaVA-1.5-7B at 640 positions: 0.34 GB copied for a token, beside 3.8 GB of W4 weights that it reads; at 4096 positions 2.1 GB
+    LLaVA-1.5-7B, 640 positions: 0.34 GB copied a token, beside 3.8 GB of W4 weights that it reads;
+    4096 positions: 2.1 GB
 
-Keys and values become the beginning of larger tensors, which take what comes next. Only a tensor that is exactly what was handed out last
-is continued: whatever else happened to a layer (cropped, reordered, repeated, copied, assigned) left another tensor in it, which is copied
-once, as Transformers would, and nothing that somebody holds is written to. The classes of cache and layers stay Transformers' own.
+Keys and values are the beginning of larger tensors, which take the positions that follow. Only a
+tensor that is exactly the one handed out last is continued. Whatever else happened to a layer
+(cropped, reordered, copied, assigned) left another tensor there. That one is copied once, as
+Transformers would, so nothing that somebody else holds is written to.
 
-Left out: gradients, compilers, offloading, devices other than a CPU and other classes of caches keep Transformers' way.
+Left out: gradients, compilers, offloading and devices other than a CPU go Transformers' way, and so
+does every other class of cache or layer.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-__all__ = ["updated"]
+__all__ = ["GrowingLayer", "grow_caches", "leave_caches", "unknown_cache"]
 
 _LEAST = 64  # positions of room at least
-_SHARE = 8  # and an eighth of what is there: however long a text gets, a position is copied about eight times
+_SHARE = 8  # and an eighth of the length: a position is copied about eight times, however long
 
-# Keys or values as handed out last -> the tensor [B, H, positions, D] that they begin, and their own positions. It goes when they do.
-_WHOLE = WeakTensorKeyDictionary()
+Room = tuple[Tensor, Tensor]  # a tensor handed out, and the larger one whose beginning it is
 
 
-def updated(cache: Any, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - any Transformers cache
-    """What `cache.update(key, value, layer)` gives, with room for more.
+class GrowingLayer(DynamicLayer):
+    """A `DynamicLayer` with room behind its keys and values; the same values, the same interface."""
 
-    Args:
-        cache: of the model; changed.
-        key: [B, H, T, D], the new positions.
-        value: likewise.
-        layer: its index.
+    _rooms: tuple[Room, Room] | None = None  # of keys and values
 
-    Returns:
-        Keys and values [B, H, S, D], which the layer holds too; a position's values lie side by side, its neighbours may not.
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,  # noqa: ANN401 - Transformers' signature
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Appends [B, H, T, D] to the layer; returns all keys and values, [B, H, S, D]."""
+        rooms, self._rooms = self._rooms, None
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or not (_continues(self.keys, key_states) and _continues(self.values, value_states))
+        ):
+            return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = rooms or (None, None)
+        keys = _appended(self.keys, key_states, keys)
+        values = _appended(self.values, value_states, values)
+        self.keys, self.values, self._rooms = keys[0], values[0], (keys, values)
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """As Transformers' own; the room goes too."""
+        self._rooms = None
+        super().reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files hold keys and values alone: of two layers, only one may use a room."""
+        return {name: value for name, value in vars(self).items() if name != "_rooms"}
+
+
+def grow_caches(decoder: nn.Module) -> None:
+    """Lets every `DynamicCache` that `decoder` is called with grow in place.
+
+    The cache is found among the arguments by its class, so its name there does not matter.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(cache) is not DynamicCache or cache.offloading:
-        return cache.update(key, value, layer)
-    place: Any = cache.layers[layer] if layer < len(cache.layers) else None
-    if type(place) is not DynamicLayer or not (_continues(place.keys, key) and _continues(place.values, value)):
-        return cache.update(key, value, layer)
-    place.keys, place.values = _appended(place.keys, key), _appended(place.values, value)  # type: ignore[arg-type]  # Optional
-    return place.keys, place.values
+    if _prepare not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(_prepare, with_kwargs=True)
+
+
+def leave_caches(decoder: nn.Module) -> None:
+    """Takes `grow_caches` back; found by the hook itself, since a copied model has no handle."""
+    for key in [key for key, hook in decoder._forward_pre_hooks.items() if hook is _prepare]:
+        del decoder._forward_pre_hooks[key], decoder._forward_pre_hooks_with_kwargs[key]
+
+
+def _prepare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    for value in (*args, *kwargs.values()):
+        if type(value) is DynamicCache and not value.offloading:
+            for layer in value.layers:
+                if type(layer) is DynamicLayer:
+                    layer.__class__ = GrowingLayer
+
+
+@torch.no_grad()
+def unknown_cache() -> str | None:
+    """How Transformers' cache differs from the one that `GrowingLayer` knows, or None.
+
+    Both get the same keys and values, in one, two and one positions, and must agree on everything.
+    """
+    try:
+        own, grown = DynamicCache(), DynamicCache()
+        for step, tokens in enumerate((1, 2, 1)):
+            states = [torch.full((1, 2, tokens, 3), step + part / 2) for part in range(2)]
+            _prepare(nn.Identity(), (grown,), {})
+            results = [cache.update(*states, 0) for cache in (own, grown)]
+            if not all(map(torch.equal, *results)):
+                return "DynamicCache.update returns something else"
+        layer, other = own.layers[0], grown.layers[0]
+        if type(layer) is not DynamicLayer or type(other) is not GrowingLayer:
+            return f"DynamicCache has layers of class {type(layer).__name__}"
+        state, ours = vars(layer), other.__getstate__()
+        tensors = {name for name, value in state.items() if isinstance(value, Tensor)}
+        if (
+            state.keys() != ours.keys()
+            or tensors != {"keys", "values"}
+            or any(state[name] != ours[name] for name in state.keys() - tensors)
+            or not all(torch.equal(state[name], ours[name]) for name in tensors)
+        ):
+            return f"DynamicLayer holds {', '.join(sorted(state))}"
+    except Exception as error:  # another version of Transformers: whatever it raises is the reason
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _continues(old: Tensor | None, new: Tensor) -> bool:
@@ -58,22 +130,21 @@ def _continues(old: Tensor | None, new: Tensor) -> bool:
     )
 
 
-def _appended(old: Tensor, new: Tensor) -> Tensor:
+def _appended(old: Tensor, new: Tensor, room: Room | None) -> Room:
+    """`old` and `new` one behind the other, and the tensor that they begin."""
     length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
-    whole, positions = _WHOLE.pop(old, (None, 0))  # taken out before it is written to: of two who hold `old`, one continues it
-    if whole is None or positions != length or total > whole.shape[-2] or not _begins(old, whole):
+    whole = room[1] if room is not None and room[0] is old and _begins(old, room[1]) else None
+    if whole is None or total > whole.shape[-2]:
         positions = total + max(_LEAST, total // _SHARE)
         whole = new.new_empty((*new.shape[:2], positions, new.shape[3]))
         whole[:, :, :length].copy_(old)
         whole[:, :, total:].zero_()  # a saved view takes the whole along
     # .data: a view that autograd keeps shares the count of writes, but none of what is written
     whole.data[:, :, length:total].copy_(new)
-    grown = whole[:, :, :total]
-    _WHOLE[grown] = whole, total
-    return grown
+    return whole[:, :, :total], whole
 
 
 def _begins(old: Tensor, whole: Tensor) -> bool:
-    """Whether `old` still lies at the beginning of `whole` (`.data =` moves it), and may be written behind here."""
+    """Whether `old` is still the beginning of `whole` (`.data =` moves it), to be written behind."""
     there = old.data_ptr() == whole.data_ptr() and old.stride() == whole.stride()
     return there and (torch.is_inference_mode_enabled() or not whole.is_inference())

@@ -1,29 +1,45 @@
-"""Modules of a model that get a forward pass of fused operators, by a change of their class alone."""
+"""Norms that get a forward pass of one operator, by a change of their class alone."""
+
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from qvlm_hf.ops import reference, rms_norm
 
-__all__ = ["Fused", "FusedRMSNorm"]
+__all__ = ["FusedRMSNorm", "SteppedAside"]
 
 
-class Fused(nn.Module):
-    """To be put before a class of the model.
+@dataclass(frozen=True)
+class SteppedAside:
+    """A part of a model that the framework computes because it is not the one known here.
+
+    A model's `stepped_aside` is a tuple of these; `precision_table` shows them.
+
+    Attributes:
+        part: what is left to the framework.
+        reason: how it differs.
+    """
+
+    part: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.part} ({self.reason})"
+
+
+class FusedRMSNorm(nn.Module):
+    """To be put before a class with `weight` [K] and `variance_epsilon` that is LlamaRMSNorm's equal.
 
     `reference` (False): whether plain PyTorch computes it; `set_backend` sets it, files do not hold it.
     """
 
     reference = False
-
-
-class FusedRMSNorm(Fused):
-    """For a class that has `weight` [K] and `variance_epsilon` and rounds as LlamaRMSNorm does."""
-
     weight: nn.Parameter
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., K] -> [..., K]."""
-        # a wrapper around a forward pass keeps this one when the module has its own class again: `reference` is gone then
+        # A wrapper around a forward pass keeps this one when the module has its own class again.
+        # `reference` is gone then.
         compute = reference.rms_norm if getattr(self, "reference", True) else rms_norm
         return compute(hidden_states, self.weight, self.variance_epsilon)

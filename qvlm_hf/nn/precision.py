@@ -5,7 +5,7 @@ from dataclasses import astuple, dataclass, fields
 
 from torch import nn
 
-from qvlm_hf.nn.fused import Fused
+from qvlm_hf.nn.fused import FusedRMSNorm
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import quantized_modules
 
@@ -38,8 +38,24 @@ class PrecisionRow:
 
 
 def precision_table(model: nn.Module) -> list[PrecisionRow]:
-    """One row per linear module of `model`, in model order; `format_precision_table` prints it."""
-    return [_row(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    """What computes each linear module of `model`, in model order; `format_precision_table` prints it.
+
+    Behind them stands a row per part that is left to Transformers because it is not the one that
+    this version knows (norms, key-value cache, attention); there is none where all is known.
+    """
+    named = list(model.named_modules())
+    rows = [_row(name, module) for name, module in named if isinstance(module, nn.Linear)]
+    aside = [part for _, module in named for part in vars(module).get("stepped_aside", ())]
+    return rows + [
+        PrecisionRow(
+            module=part.part,
+            weight_bits=16,
+            activation_bits=16,
+            granularity="none",
+            kernel=f"transformers ({part.reason})",
+        )
+        for part in aside
+    ]
 
 
 def format_precision_table(rows: Iterable[PrecisionRow]) -> str:
@@ -50,7 +66,7 @@ def format_precision_table(rows: Iterable[PrecisionRow]) -> str:
 
 
 def set_backend(model: nn.Module, name: str) -> None:
-    """Chooses the kernels of every quantized module of `model`, and of its fused norms and attentions; saved files do not depend on it.
+    """Chooses the kernels of every quantized module of `model`, and of its fused norms; saved files do not depend on it.
 
     Args:
         model: holds quantized modules.
@@ -64,7 +80,7 @@ def set_backend(model: nn.Module, name: str) -> None:
     if next(quantized_modules(model), None) is None:
         raise ValueError("set_backend needs a quantized model: nothing in this one is quantized.")
     for module in model.modules():
-        if isinstance(module, QVLMLinear | Fused):
+        if isinstance(module, QVLMLinear | FusedRMSNorm):
             module.reference = name == "reference"
 
 

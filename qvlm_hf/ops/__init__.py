@@ -4,9 +4,9 @@ from qvlm_hf.ops import cpu_operator as _cpu  # these register the implementatio
 from qvlm_hf.ops import gpu as _gpu
 from qvlm_hf.ops import reference as _reference
 from qvlm_hf.ops.attention import decode_attention
-from qvlm_hf.ops.fused import rms_norm, rotary
+from qvlm_hf.ops.fused import rms_norm
 from qvlm_hf.ops.schema import linear, linears
 
-__all__ = ["decode_attention", "linear", "linears", "rms_norm", "rotary"]
+__all__ = ["decode_attention", "linear", "linears", "rms_norm"]
 
 del _cpu, _gpu, _reference

@@ -1,4 +1,4 @@
-"""CPU kernels of `qvlm_hf::linear`, `linears`, `rms_norm` and `rotary`: C++, compiled where it runs, checked before it is used.
+"""CPU kernels of `qvlm_hf::linear`, `linears` and `rms_norm`: C++, compiled where it runs, checked before it is used.
 
 The source is part of the package and is compiled at first use with the host's C++ compiler for the host's own instruction set; the
 library is kept in the user's cache under a hash of source, flags, compiler and processor. It computes with PyTorch's own OpenMP threads.
@@ -64,7 +64,7 @@ def entries() -> dict[str, int] | None:
     library = _kernels().library
     if library is None:
         return None
-    names = ("linears", "square", "rms_norm", "rotary")
+    names = ("linears", "square", "rms_norm")
     most_floats = _DENSE_TOKENS if library.qvlm_variant() == _PORTABLE else 2**62
     return {"most_floats": most_floats} | {name: native.address(getattr(library, f"qvlm_{name}")) for name in names}
 
@@ -249,8 +249,7 @@ def _load() -> ctypes.CDLL:
     library.qvlm_linears.argtypes = [ctypes.c_char_p]
     library.qvlm_square.argtypes = [pointer, pointer, size, size]
     library.qvlm_rms_norm.argtypes = [pointer, pointer, pointer, ctypes.c_float, pointer, size, size, size]
-    library.qvlm_rotary.argtypes = [pointer] * 4 + [size] * 5
-    for function in (library.qvlm_linears, library.qvlm_square, library.qvlm_rms_norm, library.qvlm_rotary):
+    for function in (library.qvlm_linears, library.qvlm_square, library.qvlm_rms_norm):
         function.restype = None
     return library
 
@@ -271,21 +270,18 @@ def _self_check(library: ctypes.CDLL) -> str | None:
             expected = reference.linear(x, weight, scale, zero, *statics, bias, 136, weight_bits, activation_bits, 128, granularity, 0)
             if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
                 return f"W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
-    return _check_fused(library, generator)
+    return _check_norm(library, generator)
 
 
-def _check_fused(library: ctypes.CDLL, generator: torch.Generator) -> str | None:
+def _check_norm(library: ctypes.CDLL, generator: torch.Generator) -> str | None:
     for dtype, number in _DTYPES.items():
-        x, weight, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 3, 5, 34), 34, (1, 3, 34), (1, 3, 34)))
+        x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((30, 34), 34))
         y, squares = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
         library.qvlm_square(x.data_ptr(), squares.data_ptr(), x.numel(), number)
         sums = squares.sum(-1)
         library.qvlm_rms_norm(x.data_ptr(), weight.data_ptr(), sums.data_ptr(), 1e-5, y.data_ptr(), 30, 34, number)
         if not torch.equal(y, reference.rms_norm(x, weight, 1e-5)):
             return f"RMSNorm in {dtype}"
-        library.qvlm_rotary(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), 6, 3, 5, 34, number)
-        if not torch.equal(y, reference.rotary([x], cos, sin)[0]):
-            return f"rotary embedding in {dtype}"
     return None
 
 

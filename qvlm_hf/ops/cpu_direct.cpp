@@ -1,4 +1,4 @@
-// `linears`, `rms_norm`, `rotary` and `decode_attention` of the CPU kernels as functions of Python that go straight to them.
+// `linears`, `rms_norm` and `decode_attention` of the CPU kernels as functions of Python that go straight to them.
 //
 // They take what decoding does: contiguous tensors, float32, bfloat16 or float16, no transform, no gradient, nobody who follows single
 // operators. For everything else they return None, and the caller goes the long way (`qvlm_hf::linears`, or PyTorch's operators), which
@@ -33,7 +33,6 @@ using at::Tensor;
 void (*kernels)(const void*) = nullptr;
 void (*square)(const void*, float*, int64_t, int64_t) = nullptr;
 void (*norm)(const void*, const void*, const float*, float, void*, int64_t, int64_t, int64_t) = nullptr;
-void (*turn)(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t) = nullptr;
 void (*attend)(const qvlm::Attention*) = nullptr;
 void (*on_trial)(const qvlm::Attention*) = nullptr;  // the same before its check
 int64_t most_floats = 0;  // tokens of floating-point inputs, beyond which portable kernels are not the fastest way
@@ -214,29 +213,6 @@ PyObject* rms_norm(PyObject* const* arguments) {
     return THPVariable_Wrap(y);
 }
 
-PyObject* rotary(PyObject* const* arguments) {
-    const auto run = turn;
-    require(run);
-    const std::vector<Tensor> x = listed(arguments[0]);
-    const Tensor &cos = tensor(arguments[1]), &sin = tensor(arguments[2]);
-    const ScalarType dtype = cos.scalar_type();
-    require(plain(cos) && plain(sin) && cos.dim() == 3 && sin.scalar_type() == dtype && cos.sizes() == sin.sizes() && cos.size(2) % 2 == 0);
-    for (const Tensor& t : x)
-        require(plain(t) && t.dim() == 4 && t.scalar_type() == dtype && t.size(1) == cos.size(1) && t.size(3) == cos.size(2) &&
-                (cos.size(0) == 1 || cos.size(0) == t.size(0)));
-    RECORD_FUNCTION("qvlm_hf::rotary", c10::ArrayRef<const c10::IValue>{});
-    std::vector<Tensor> turned;
-    {
-        pybind11::gil_scoped_release others_run;
-        for (const Tensor& t : x) {
-            turned.push_back(output(t, t.size(3), dtype));
-            run(t.const_data_ptr(), cos.const_data_ptr(), sin.const_data_ptr(), turned.back().mutable_data_ptr(), t.size(0) * t.size(1), cos.size(0) * cos.size(1), t.size(2),
-                 t.size(3), known(dtype));
-        }
-    }
-    return wrapped(turned);
-}
-
 bool is(const Tensor& t, int64_t batch, int64_t heads, int64_t rows, int64_t size) {
     return t.dim() == 4 && t.size(0) == batch && t.size(1) == heads && t.size(2) == rows && t.size(3) == size;
 }
@@ -297,7 +273,7 @@ PyObject* use(PyObject*, PyObject* arguments) {
     long long value = 0;
     if (!PyArg_ParseTuple(arguments, "sL", &name, &value)) return nullptr;
     const std::pair<const char*, void*> entries[] = {
-        {"linears", &kernels}, {"square", &square}, {"rms_norm", &norm}, {"rotary", &turn}, {"most_floats", &most_floats},
+        {"linears", &kernels}, {"square", &square}, {"rms_norm", &norm}, {"most_floats", &most_floats},
         {"decode_attention", &attend}, {"trial_attention", &on_trial}};
     for (const auto& [known, entry] : entries)
         if (!std::strcmp(name, known)) {
@@ -314,7 +290,7 @@ PyMethodDef method(const char* name, Function function, int flags) {
 
 PyMethodDef methods[] = {
     method("linears", called<linears, 13>, METH_FASTCALL), method("rms_norm", called<rms_norm, 3>, METH_FASTCALL),
-    method("rotary", called<rotary, 3>, METH_FASTCALL), method("decode_attention", called<decode_attention<&attend>, 5>, METH_FASTCALL),
+    method("decode_attention", called<decode_attention<&attend>, 5>, METH_FASTCALL),
     method("trial_attention", called<decode_attention<&on_trial>, 5>, METH_FASTCALL), method("use", use, METH_VARARGS), {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "cpu_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -69,12 +69,4 @@ void qvlm_rms_norm(const void* x, const void* weight, const float* sums, float e
         rms_norm(static_cast<const T*>(x), static_cast<const T*>(weight), sums, epsilon, static_cast<T*>(y), rows, k);
     });
 }
-
-// Rotary embedding of x [tokens, heads, d] by cos, sin [angles, d]; all have the dtype of x.
-void qvlm_rotary(const void* x, const void* cos, const void* sin, void* y, int64_t tokens, int64_t angles, int64_t heads, int64_t d, int64_t dtype) {
-    typed(dtype, [&](auto zero) {
-        using T = decltype(zero);
-        rotary(static_cast<const T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin), static_cast<T*>(y), tokens, angles, heads, d);
-    });
-}
 }

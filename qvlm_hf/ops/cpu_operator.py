@@ -1,8 +1,8 @@
 """`qvlm_hf::linear` and `linears` on CPUs: registered here, computed by cpu.py, and from the second call on mostly by `cpu_direct.linears`.
 
 What decoding calls again and again need not pass PyTorch's dispatcher: cpu_direct.cpp holds functions of Python that check their tensors
-and call the kernels. They are compiled and kept like these. Where they cannot be (no headers of Python), calls take longer, and norms,
-rotary embedding and attention are PyTorch's.
+and call the kernels. They are compiled and kept like these. Where they cannot be (no headers of Python), calls take longer, and norms
+and attention are PyTorch's.
 """
 
 import functools
@@ -26,7 +26,7 @@ _TORCH = Path(torch.__file__).parent
 _INCLUDES = (_TORCH / "include", _TORCH / "include" / "torch" / "csrc" / "api" / "include", Path(sysconfig.get_paths()["include"]))
 _FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", *(word for path in _INCLUDES for word in ("-isystem", str(path))))
 _LINKED = ("-L", str(_TORCH / "lib"), "-ltorch_cpu", "-ltorch_python", "-lc10")
-_FUNCTIONS = ("use", "linears", "rms_norm", "rotary", "decode_attention", "trial_attention")
+_FUNCTIONS = ("use", "linears", "rms_norm", "decode_attention", "trial_attention")
 
 
 @functools.cache

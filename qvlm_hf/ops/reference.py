@@ -18,7 +18,7 @@ from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.core.weight import QuantizedWeight
 from qvlm_hf.ops.schema import LIBRARY, check_sizes
 
-__all__ = ["dequantize_weight", "exact_products", "linear", "linear_input_grad", "linears", "per_module", "rms_norm", "rotary"]
+__all__ = ["dequantize_weight", "exact_products", "linear", "linear_input_grad", "linears", "per_module", "rms_norm"]
 
 _EXACT_FLOAT32 = 2**24
 
@@ -116,20 +116,6 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """
     values = x.float()
     return weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-
-
-def rotary(x: Sequence[Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
-    """Rotary position embedding, rounded as Transformers' `apply_rotary_pos_emb` does.
-
-    Args:
-        x: each [B, T, heads, D], D even.
-        cos: [B or 1, T, D].
-        sin: [B or 1, T, D].
-    """
-    halves = [one.chunk(2, -1) for one in x]
-    return [
-        one * cos[:, :, None] + torch.cat((-second, first), -1) * sin[:, :, None] for one, (first, second) in zip(x, halves, strict=True)
-    ]
 
 
 def linear_input_grad(

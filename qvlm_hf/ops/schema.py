@@ -36,8 +36,7 @@ _LINEARS = (
     " Tensor[] bias, int in_features, int weight_bits, int activation_bits, int group_length, str granularity, int hadamard) -> Tensor[]"
 )
 LIBRARY.define("linears" + _LINEARS)
-LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor")  # these two: fused.py
-LIBRARY.define("rotary(Tensor[] x, Tensor cos, Tensor sin) -> Tensor[]")
+LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor")  # fused.py
 LIBRARY.define(
     "linear_input_grad(Tensor grad, Tensor weight, Tensor weight_scale, Tensor? weight_zero_point, Tensor? input_scale,"
     " int in_features, int weight_bits, int group_length, str granularity, int hadamard) -> Tensor"
