@@ -10,6 +10,7 @@ as generate calls it, with its key-value cache and the logits of the last positi
 The phases come from one pass: a hook marks the moment when the decoder is called. No step waits for another but through its token.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,19 +73,22 @@ def generate(
         ValueError: the model did not fill the cache.
     """
     step, marks = step or model, []
+    # "cache" from Transformers 5.24 on
+    names = inspect.signature(model.forward).parameters
+    cached = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
     clock.wait()
     start = clock.mark()
     # the decoder is called once: what lies before is the vision encoder's
     hook = model.get_decoder().register_forward_pre_hook(lambda *_: marks.append(clock.mark()))
     try:
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(**inputs, **cached, logits_to_keep=1).logits
     finally:
         hook.remove()
     tokens = [logits[:, -1].argmax(-1, keepdim=True)]
     first = clock.mark()
     before = cache_bytes(cache)
     for _ in range(new_tokens - 1):
-        logits = step(input_ids=tokens[-1], past_key_values=cache, use_cache=True).logits
+        logits = step(input_ids=tokens[-1], **cached).logits
         tokens.append(logits[:, -1].argmax(-1, keepdim=True))
     last = clock.mark()
     clock.wait()

@@ -8,7 +8,17 @@ from typing import Any
 from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["BlockReport", "CalibrationReport", "Lift", "SegmentReport", "SelfCheck", "SiteReport", "VisionReport", "settings_dict"]
+__all__ = [
+    "BlockReport",
+    "CalibrationReport",
+    "DecodeCheck",
+    "Lift",
+    "SegmentReport",
+    "SelfCheck",
+    "SiteReport",
+    "VisionReport",
+    "settings_dict",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +109,19 @@ class SelfCheck:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeCheck:
+    """The packed model with a key-value cache against the same model without one.
+
+    Attributes:
+        tokens: that were decoded.
+        kl: mean KL divergence of their logits in nats, inputs unrounded.
+    """
+
+    tokens: int
+    kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationReport:
     """The whole record.
 
@@ -115,6 +138,7 @@ class CalibrationReport:
         dead: layers whose output reaches nothing: rounded, not searched.
         full_precision: linear modules left alone.
         self_check: None where there was no data to check with.
+        decode_check: likewise.
         warnings: one line each.
         evaluation: accuracy on a test set, as `qvlm evaluate --record` measured it later; None until then.
         benchmark: speed and memory, as `qvlm bench --record` measured them later; None until then.
@@ -132,6 +156,7 @@ class CalibrationReport:
     dead: tuple[str, ...] = ()
     full_precision: tuple[str, ...] = ()
     self_check: SelfCheck | None = None
+    decode_check: DecodeCheck | None = None
     warnings: tuple[str, ...] = field(default=())
     evaluation: dict[str, Any] | None = None
     benchmark: dict[str, Any] | None = None
@@ -161,6 +186,8 @@ class CalibrationReport:
                 fields[name] = tuple(entry[name])
             fields["vision"] = None if entry["vision"] is None else VisionReport(**entry["vision"])
             fields["self_check"] = None if entry["self_check"] is None else SelfCheck(**entry["self_check"])
+            decoded = entry.get("decode_check")  # not in reports of older versions
+            fields["decode_check"] = None if decoded is None else DecodeCheck(**decoded)
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(

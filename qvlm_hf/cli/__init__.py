@@ -20,7 +20,7 @@ _COMMANDS = {
     "publish": "put a saved model on the Hugging Face Hub",
     "inspect": "show what a saved model holds, or size a named shape",
     "export": "write a saved model in a format that other programs load",
-    "check": "check that vLLM will load and run an exported model",
+    "check": "decode with a saved model to check it here, or see whether vLLM will run an exported one",
     "autoload": "let programs that never import qvlm_hf load quantized models",
 }
 

@@ -1,8 +1,11 @@
-"""`qvlm check DIR --vllm`: will vLLM load and run an exported model?"""
+"""`qvlm check DIR`: does a model answer with its cache as without; will vLLM run an exported one?"""
 
 import argparse
 
-from qvlm_hf.cli.models import silence
+import transformers
+
+from qvlm_hf.cli.models import load_model, load_processor, silence
+from qvlm_hf.integration.decoding import check_decoding, decoding_problem, probe_inputs
 from qvlm_hf.integration.vllm_rules import DEVICES, VLLM_VERSION, check_for_vllm
 
 __all__ = ["add_arguments", "run"]
@@ -10,18 +13,62 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("directory", metavar="DIR", help="what qvlm export wrote")
-    parser.add_argument("--vllm", action="store_true", required=True, help=f"against the rules of vLLM {VLLM_VERSION}")
-    parser.add_argument("--device", default=DEVICES[0], choices=DEVICES, help=f"to run on (default: {DEVICES[0]})")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="devices that share the model (default: 1)")
+    parser.add_argument("directory", metavar="DIR", help="a saved model")
+    parser.add_argument(
+        "--vllm",
+        action="store_true",
+        help=f"what qvlm export wrote, against the rules of vLLM {VLLM_VERSION}, instead",
+    )
+    parser.add_argument(
+        "--device",
+        default=DEVICES[0],
+        choices=DEVICES,
+        help=f"that vLLM runs on (default: {DEVICES[0]})",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="devices that share the model in vLLM (default: 1)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command; status 1 if a rule is broken."""
+    """Runs the command; status 1 if the check fails or a rule is broken."""
     silence()
-    findings = check_for_vllm(options.directory, device=options.device, tensor_parallel=options.tensor_parallel)
+    return _check_vllm(options) if options.vllm else _check_decoding(options.directory)
+
+
+def _check_decoding(directory: str) -> int:
+    """Loads the model, with all checks of loading, and decodes with and without a cache."""
+    model, processor = load_model(directory), load_processor(directory)
+    check = check_decoding(model, probe_inputs(processor))
+    problem = decoding_problem(check)
+    for part in getattr(model, "stepped_aside", ()):
+        print(f"note: {part}: Transformers computes it")
+    if problem is not None:
+        print(f"error: {problem}")
+        return 1
+    versions = f"Transformers {transformers.__version__}"
+    if check is None:
+        print(f"loads with {versions}; decoding was not checked, parts of the model are offloaded")
+    else:
+        print(
+            f"loads with {versions}; {check.tokens} tokens decoded with a key-value cache as "
+            f"without one (KL {max(check.kl, 0):.1g})"
+        )
+    return 0
+
+
+def _check_vllm(options: argparse.Namespace) -> int:
+    findings = check_for_vllm(
+        options.directory, device=options.device, tensor_parallel=options.tensor_parallel
+    )
     for finding in findings:
         print(f"{'error' if finding.fatal else 'note'}: {finding.text} ({finding.rule})")
     errors = sum(finding.fatal for finding in findings)
-    print(f"{errors} errors, {len(findings) - errors} notes, by the rules of vLLM {VLLM_VERSION} on {options.device}")
+    notes = len(findings) - errors
+    rules = f"by the rules of vLLM {VLLM_VERSION} on {options.device}"
+    print(f"{errors} errors, {notes} notes, {rules}")
     return 1 if errors else 0

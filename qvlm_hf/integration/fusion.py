@@ -28,7 +28,7 @@ from qvlm_hf.nn.fused import FusedRMSNorm, SteppedAside
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.nn.shared_input import share_inputs
 
-__all__ = ["FusedLlamaRMSNorm", "fuse", "unfuse"]
+__all__ = ["FusedLlamaRMSNorm", "fuse", "leave_to_transformers", "unfuse"]
 
 _CACHE_NAMES = ("cache", "past_key_values")  # from Transformers 5.24 on, and before
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,20 +59,11 @@ def fuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
     cache = attention or unknown_cache()
     if cache is None:
         grow_caches(decoder)
-    text = model.config.get_text_config(decoder=True)
-    if attention is not None and text._attn_implementation == ATTENTION:
-        text._attn_implementation = "sdpa"
+    if attention is not None:
+        _change_attention(model)
     reasons = {own.__name__: reason for own, reason in norms.items()}
     reasons |= {"key-value cache": cache, "attention of one token": attention}
-    aside = tuple(SteppedAside(part, reason) for part, reason in reasons.items() if reason)
-    model.stepped_aside = aside
-    if aside:
-        warnings.warn(
-            f"Transformers {transformers.__version__} is not as this version of qvlm_hf knows it: "
-            f"{'; '.join(map(str, aside))}. Transformers computes these parts: the results are "
-            "right, but slower. A newer qvlm_hf may know them.",
-            stacklevel=2,
-        )
+    _step_aside(model, {part: reason for part, reason in reasons.items() if reason})
 
 
 def unfuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
@@ -81,20 +72,46 @@ def unfuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
     leave_caches(model.get_decoder())
 
 
+def leave_to_transformers(model: Any, reason: str) -> None:  # noqa: ANN401 - a Transformers model
+    """Lets Transformers compute everything but the quantized linear modules, and says why."""
+    unfuse(model)
+    _change_attention(model)
+    _step_aside(model, dict.fromkeys(("norms", "key-value cache", "attention of one token"), reason))
+
+
+def _step_aside(model: Any, reasons: dict[str, str]) -> None:  # noqa: ANN401
+    """Writes down, and warns once, what Transformers computes that this package would."""
+    model.stepped_aside = tuple(SteppedAside(part, reason) for part, reason in reasons.items())
+    if reasons:
+        warnings.warn(
+            f"Transformers {transformers.__version__} is not as this version of qvlm_hf knows it: "
+            f"{'; '.join(map(str, model.stepped_aside))}. Transformers computes these parts: the "
+            "results are right, but slower. A newer qvlm_hf may know them.",
+            stacklevel=3,
+        )
+
+
+def _change_attention(model: Any) -> None:  # noqa: ANN401
+    text = model.config.get_text_config(decoder=True)
+    if text._attn_implementation == ATTENTION:
+        text._attn_implementation = "sdpa"
+
+
 def _unknown_norm(own: type[nn.Module], fused: type[nn.Module]) -> str | None:
     """How a norm class differs from what `fused` computes, or None: both must give the same bits."""
+    known: Any = fused
     names = [list(inspect.signature(one.forward).parameters) for one in (own, fused)]
     if names[0] != names[1]:
         return f"forward takes {', '.join(names[0][1:])}"
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(*shape, generator=generator) for shape in ((3, 8), (8,)))
     try:
-        with torch.no_grad():
-            module = own(8, eps=1e-3)
-            module.weight.copy_(weight)
+        with torch.no_grad(), torch.device("cpu"):
+            module: Any = own(8, eps=1e-3)
+            x = torch.randn(3, 8, generator=generator)
+            module.weight.normal_(generator=generator)
             for dtype in _FLOATS:
-                expected = own.forward(module.to(dtype), x.to(dtype))
-                if not torch.equal(expected, fused.forward(module, x.to(dtype))):
+                expected = module.to(dtype)(x.to(dtype))
+                if not torch.equal(expected, known.forward(module, x.to(dtype))):
                     return "forward computes something else"
     except Exception as error:  # another Transformers: whatever it raises is the reason
         return f"{type(error).__name__}: {error}"

@@ -9,10 +9,11 @@ tensor that is exactly the one handed out last is continued. Whatever else happe
 Transformers would, so nothing that somebody else holds is written to.
 
 Left out: gradients, compilers, offloading and devices other than a CPU go Transformers' way, and so
-does every other class of cache or layer.
+does every other class of cache or layer. torch.export takes no cache that has grown, only new ones:
+Transformers lists the classes of layers that it flattens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,13 @@ __all__ = ["GrowingLayer", "grow_caches", "leave_caches", "unknown_cache"]
 _LEAST = 64  # positions of room at least
 _SHARE = 8  # and an eighth of the length: a position is copied about eight times, however long
 
-Room = tuple[Tensor, Tensor]  # a tensor handed out, and the larger one whose beginning it is
+
+class Room(NamedTuple):
+    """A tensor [B, H, length, D] that was handed out, and the larger one whose beginning it is."""
+
+    handed: Tensor
+    whole: Tensor
+    length: int
 
 
 class GrowingLayer(DynamicLayer):
@@ -43,13 +50,17 @@ class GrowingLayer(DynamicLayer):
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or self.keys is None
+            or self.values is None
             or not (_continues(self.keys, key_states) and _continues(self.values, value_states))
         ):
             return super().update(key_states, value_states, *args, **kwargs)
-        keys, values = rooms or (None, None)
-        keys = _appended(self.keys, key_states, keys)
-        values = _appended(self.values, value_states, values)
-        self.keys, self.values, self._rooms = keys[0], values[0], (keys, values)
+        of_keys, of_values = rooms or (None, None)
+        self._rooms = (
+            _appended(self.keys, key_states, of_keys),
+            _appended(self.values, value_states, of_values),
+        )
+        self.keys, self.values = (room.handed for room in self._rooms)
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -96,9 +107,9 @@ def unknown_cache() -> str | None:
     try:
         own, grown = DynamicCache(), DynamicCache()
         for step, tokens in enumerate((1, 2, 1)):
-            states = [torch.full((1, 2, tokens, 3), step + part / 2) for part in range(2)]
+            keys = torch.full((1, 2, tokens, 3), float(step), device="cpu")
             _prepare(nn.Identity(), (grown,), {})
-            results = [cache.update(*states, 0) for cache in (own, grown)]
+            results = [cache.update(keys, keys + 0.5, 0) for cache in (own, grown)]
             if not all(map(torch.equal, *results)):
                 return "DynamicCache.update returns something else"
         layer, other = own.layers[0], grown.layers[0]
@@ -118,11 +129,10 @@ def unknown_cache() -> str | None:
     return None
 
 
-def _continues(old: Tensor | None, new: Tensor) -> bool:
+def _continues(old: Tensor, new: Tensor) -> bool:
     """Whether `new` can be written behind `old`, both [B, H, S, D]."""
     return (
-        old is not None
-        and old.is_cpu
+        old.is_cpu
         and new.is_cpu
         and old.dim() == new.dim() == 4
         and old.dtype == new.dtype
@@ -133,18 +143,22 @@ def _continues(old: Tensor | None, new: Tensor) -> bool:
 def _appended(old: Tensor, new: Tensor, room: Room | None) -> Room:
     """`old` and `new` one behind the other, and the tensor that they begin."""
     length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
-    whole = room[1] if room is not None and room[0] is old and _begins(old, room[1]) else None
-    if whole is None or total > whole.shape[-2]:
+    if room is not None and room.handed is old and room.length == length and _begins(old, room):
+        whole = room.whole
+    else:
+        whole = old
+    if total > whole.shape[-2]:
         positions = total + max(_LEAST, total // _SHARE)
         whole = new.new_empty((*new.shape[:2], positions, new.shape[3]))
         whole[:, :, :length].copy_(old)
         whole[:, :, total:].zero_()  # a saved view takes the whole along
     # .data: a view that autograd keeps shares the count of writes, but none of what is written
     whole.data[:, :, length:total].copy_(new)
-    return whole[:, :, :total], whole
+    return Room(whole[:, :, :total], whole, total)
 
 
-def _begins(old: Tensor, whole: Tensor) -> bool:
-    """Whether `old` is still the beginning of `whole` (`.data =` moves it), to be written behind."""
+def _begins(old: Tensor, room: Room) -> bool:
+    """Whether `old` is still where it was (`.data =` moves it), and may be written behind."""
+    whole = room.whole
     there = old.data_ptr() == whole.data_ptr() and old.stride() == whole.stride()
     return there and (torch.is_inference_mode_enabled() or not whole.is_inference())

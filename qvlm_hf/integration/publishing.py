@@ -14,21 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import HfApi, cached_assets_path
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.calibration.samples import Sample, collate
 from qvlm_hf.hub.card_rules import check_choices
 from qvlm_hf.hub.contents import REPORT_NAME, read_quantization, read_report, read_report_file
 from qvlm_hf.hub.model_card import write_card
 from qvlm_hf.hub.payload import choose_files
 from qvlm_hf.hub.publish import Published, Target, check_message, check_target, fetch_card, upload
 from qvlm_hf.integration.config import QVLMConfig
+from qvlm_hf.integration.decoding import probe_inputs
 from qvlm_hf.integration.saving import save_quantized
 from qvlm_hf.nn.replace import quantized_modules
 
@@ -81,7 +79,7 @@ def publish(
         raise ValueError(
             "publish needs a quantized model and its processor: quantize it first, and load AutoProcessor.from_pretrained(model_id)."
         )
-    _inputs(processor)  # one that makes none should not wait for the saving
+    probe_inputs(processor)  # one that makes none should not wait for the saving
     api = _api(api, token)
     check_message(api, commit_message or "")
     check_choices(license=license, base_model=base_model)
@@ -146,7 +144,7 @@ def check_push(config: QVLMConfig) -> Target:
         raise ValueError(
             "push_to_hub=True publishes the processor too: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id))."
         )
-    _inputs(config.processor)
+    probe_inputs(config.processor)
     _scratch().rmdir()
     return check_target(HfApi(), str(config.hub_model_id), private=config.hub_private)
 
@@ -261,7 +259,7 @@ def _difference(folder: Path, model: Any, processor: Any) -> str | None:  # noqa
     Returns:
         What differs, or None.
     """
-    inputs, again = _inputs(processor), _inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
+    inputs, again = probe_inputs(processor), probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
     if inputs.keys() != again.keys() or any(not torch.equal(inputs[name], again[name]) for name in inputs):
         return "the saved processor does not turn a picture and a question into the same inputs as the one in memory"
     attention = {part: getattr(model.config, part)._attn_implementation for part in model.config.sub_configs}
@@ -284,20 +282,13 @@ def _check_loads(folder: Path) -> None:
         ValueError: its processor is missing or cannot be read, its answer holds NaN or infinity, or as loading does.
     """
     try:
-        inputs = _inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
+        inputs = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: holds no processor that loads ({reason}): save it there with processor.save_pretrained.") from error
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     if not bool(_logits(model, inputs).isfinite().all()):
         raise ValueError(f"{folder}: the model answers with NaN or infinity: quantize it again, in bfloat16 if it was float16.")
-
-
-def _inputs(processor: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401 - any Transformers processor
-    """One question about one picture of noise."""
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
-    content = [{"type": "image", "image": Image.fromarray(pixels)}, {"type": "text", "text": "What is in this picture?"}]
-    return collate([Sample(messages=({"role": "user", "content": content},), origin="self-check")], processor).inputs
 
 
 def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:  # noqa: ANN401 - any Transformers model

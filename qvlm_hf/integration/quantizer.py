@@ -22,7 +22,13 @@ from transformers.quantizers.base import HfQuantizer
 
 from qvlm_hf.calibration.progress import ProgressBar
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.calibration.samples import Sample, dataset_name, hold_out, load_samples
+from qvlm_hf.calibration.samples import (
+    Sample,
+    collate,
+    dataset_name,
+    hold_out,
+    load_samples,
+)
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
@@ -223,11 +229,36 @@ class QVLMHfQuantizer(HfQuantizer):
         round_as_eager(model)
         try:
             if self.report is not None:
+                self._check_decoding(model, self.report)
                 self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
                 config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
                 self._announce(model, self.report)
         finally:
             config.dataset, config.processor, config.callbacks, self._samples = None, None, (), None
+
+    def _check_decoding(self, model: PreTrainedModel, report: CalibrationReport) -> None:
+        """Decodes with a cache and without one, where there is a sample to do it with.
+
+        Parts that plug into Transformers are given up, with a warning, if that mends it.
+
+        Raises:
+            ValueError: the answers differ all the same.
+        """
+        if not self._samples:
+            return
+        from qvlm_hf.integration.decoding import check_decoding, decoding_problem
+        from qvlm_hf.integration.fusion import leave_to_transformers
+
+        sample = next((one for one in self._samples if one.pictures()), self._samples[0])
+        inputs = collate([sample], self.quantization_config.processor).inputs
+        check = check_decoding(model, inputs)
+        problem = decoding_problem(check)
+        if problem is not None:
+            leave_to_transformers(model, problem)
+            if (still := decoding_problem(check_decoding(model, inputs))) is not None:
+                raise ValueError(still)
+            report = replace(report, warnings=(*report.warnings, problem))
+        self.report = replace(report, decode_check=check)
 
     def _announce(self, model: PreTrainedModel, report: CalibrationReport) -> None:
         """Tells the callbacks and publishes, in this order: a callback may still change the model, or refuse it."""

@@ -1,19 +1,24 @@
-"""Fused norms and attention of a quantized model: whose class changes, what stays, and that nothing else does."""
+"""What plugs into a quantized model: it changes no answer, and steps aside where it must."""
 
 import copy
+import inspect
 import io
+import warnings
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from transformers.cache_utils import DynamicLayer
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
 
 import qvlm_hf
 from qvlm_hf import QVLMConfig
-from qvlm_hf.integration import fusion
-from qvlm_hf.integration.fusion import FusedLlamaAttention, FusedLlamaRMSNorm, fuse, unfuse
+from qvlm_hf.integration.fusion import FusedLlamaRMSNorm, fuse, leave_to_transformers, unfuse
+from qvlm_hf.integration.growing_cache import GrowingLayer
+from qvlm_hf.nn.precision import format_precision_table
 
 IDS = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 8, 7, 6]])
 
@@ -27,11 +32,22 @@ def directory(tmp_path_factory):
 
 def quantized(directory, dtype=torch.float32, **options):
     config = QVLMConfig(scheme="W4A8", activation_granularity="dynamic_token")
-    return AutoModelForImageTextToText.from_pretrained(directory, quantization_config=config, dtype=dtype, **options)
+    return AutoModelForImageTextToText.from_pretrained(
+        directory, quantization_config=config, dtype=dtype, **options
+    )
 
 
-def classes(model):
-    return {type(module) for module in model.modules() if isinstance(module, LlamaRMSNorm | LlamaAttention)}
+def norms(model):
+    return {type(module) for module in model.modules() if isinstance(module, LlamaRMSNorm)}
+
+
+def cache_layers(model):
+    """The classes of a cache's layers after a token was decoded."""
+    found = model.generate(
+        input_ids=IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
+    cache = found["cache"] if "cache" in found else found["past_key_values"]
+    return {type(layer) for layer in cache.layers}
 
 
 @torch.no_grad()
@@ -39,20 +55,32 @@ def logits(model, **inputs):
     return model(input_ids=IDS, **inputs).logits
 
 
+def text(model, **options):
+    return model.generate(input_ids=IDS, max_new_tokens=8, do_sample=False, **options)
+
+
 def test_quantized_models_are_fused_and_others_are_not(directory, tmp_path):
-    assert classes(AutoModelForImageTextToText.from_pretrained(directory)) == {LlamaRMSNorm, LlamaAttention}
+    assert norms(AutoModelForImageTextToText.from_pretrained(directory)) == {LlamaRMSNorm}
     plain = tiny_llava()
     fuse(plain)
-    assert classes(plain) == {LlamaRMSNorm, LlamaAttention}
+    assert norms(plain) == {LlamaRMSNorm}
+    assert cache_layers(plain) == {DynamicLayer}
     model = quantized(directory)
     names = set(model.state_dict())
-    assert classes(model) == {FusedLlamaRMSNorm, FusedLlamaAttention}
+    for _ in range(2):
+        assert norms(model) == {FusedLlamaRMSNorm}
+        assert cache_layers(model) == {GrowingLayer}
+        assert len(model.get_decoder()._forward_pre_hooks) == 1
+        fuse(model)  # again: the same
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    assert classes(loaded) == {FusedLlamaRMSNorm, FusedLlamaAttention}
+    assert norms(loaded) == {FusedLlamaRMSNorm}
     assert torch.equal(logits(loaded), logits(model))
     assert set(loaded.state_dict()) == names
-    assert classes(model.dequantize()) == {LlamaRMSNorm, LlamaAttention}
+    full = model.dequantize()
+    assert norms(full) == {LlamaRMSNorm}
+    assert cache_layers(full) == {DynamicLayer}
+    assert not full.get_decoder()._forward_pre_hooks
 
 
 @pytest.mark.parametrize("implementation", ["qvlm", "sdpa", "eager"])
@@ -61,15 +89,10 @@ def test_the_same_text(directory, implementation, cache):
     model = quantized(directory, attn_implementation=implementation)
     mask = torch.ones_like(IDS)
     mask[1, :2] = 0  # padded on the left
-
-    def text():
-        return model.generate(
-            input_ids=IDS, attention_mask=mask, max_new_tokens=8, do_sample=False, cache_implementation=cache, disable_compile=True
-        )
-
-    fused = text()
+    options = {"attention_mask": mask, "cache_implementation": cache, "disable_compile": True}
+    fused = text(model, **options)
     unfuse(model)
-    assert torch.equal(text(), fused)
+    assert torch.equal(text(model, **options), fused)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -82,7 +105,7 @@ def test_the_same_bits(directory, dtype):
 
 @pytest.mark.parametrize("name", ["norm", "layers.0.input_layernorm", "layers.0.self_attn"])
 def test_a_wrapped_forward_pass_outlives_the_class(directory, name):
-    """accelerate keeps the bound method that it found; dequantize() must not pull the rug from under it."""
+    """accelerate keeps the bound method that it found; dequantize() must not break it."""
     model, plain = quantized(directory), quantized(directory).dequantize()
     add_hook_to_module(model.model.language_model.get_submodule(name), ModelHook())
     assert torch.equal(logits(model.dequantize()), logits(plain))
@@ -96,24 +119,32 @@ def test_attentions_and_hidden_states_can_be_asked_for(directory):
         with torch.no_grad():
             results.append(model(input_ids=IDS, output_attentions=True, output_hidden_states=True))
     fused, plain = results
-    assert len(fused.attentions) == len(plain.attentions) == model.config.text_config.num_hidden_layers
-    for a, b in zip((*fused.attentions, *fused.hidden_states), (*plain.attentions, *plain.hidden_states), strict=True):
-        assert torch.equal(a, b)
+    layers = model.config.text_config.num_hidden_layers
+    assert len(fused.attentions) == len(plain.attentions) == layers
+    pairs = zip(
+        (*fused.attentions, *fused.hidden_states),
+        (*plain.attentions, *plain.hidden_states),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_gradients_go_the_plain_way(directory, monkeypatch):
+def test_gradients_pass_the_norms(directory):
     model = quantized(directory)
-    monkeypatch.setattr(fusion, "rotary", None)  # a call would fail
-    embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
-    model(inputs_embeds=embeddings).logits.sum().backward()
-    assert embeddings.grad.abs().sum() > 0
+    gradients = []
+    for change in (fuse, unfuse):
+        change(model)
+        embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        model(inputs_embeds=embeddings).logits.sum().backward()
+        gradients.append(embeddings.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients)
 
 
-def test_the_reference_backend_fuses_nothing(directory, monkeypatch):
+def test_the_reference_backend_fuses_no_norm(directory, monkeypatch):
     model = quantized(directory)
     qvlm_hf.set_backend(model, "reference")
-    monkeypatch.setattr(fusion, "rotary", None)
-    monkeypatch.setattr("qvlm_hf.nn.fused.rms_norm", None)
+    monkeypatch.setattr("qvlm_hf.nn.fused.rms_norm", None)  # a call would fail
     expected = logits(model)
     monkeypatch.undo()
     qvlm_hf.set_backend(model, "auto")
@@ -127,8 +158,12 @@ def test_copies_and_pickles_stay_fused(directory):
     torch.save(model.model.language_model.layers[0], file)
     file.seek(0)
     layer = torch.load(file, weights_only=False)
-    assert classes(layer) == {FusedLlamaRMSNorm, FusedLlamaAttention}
-    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    assert norms(layer) == {FusedLlamaRMSNorm}
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), expected)
+    assert cache_layers(other) == {GrowingLayer}
+    assert cache_layers(other.dequantize()) == {DynamicLayer}
+    assert cache_layers(model) == {GrowingLayer}
 
 
 def test_what_somebody_else_put_on_a_norm_goes_first(directory):
@@ -150,3 +185,109 @@ def test_a_subclass_is_left_alone(directory):
     model.model.language_model.norm.__class__ = Own
     fuse(model)
     assert type(model.model.language_model.norm) is Own
+
+
+# What a Transformers of tomorrow may do. Each replaces something, and the text must stay right.
+
+
+def renamed_attention(monkeypatch):
+    """The cache comes under another name, in the layer and in its attention."""
+    layer, attention = LlamaDecoderLayer.forward, LlamaAttention.forward
+    name = "cache" if "cache" in inspect.signature(attention).parameters else "past_key_values"
+
+    def attention_forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, memory=None, **kwargs
+    ):
+        kwargs = {"position_embeddings": position_embeddings, name: memory} | kwargs
+        return attention(self, hidden_states, attention_mask=attention_mask, **kwargs)
+
+    class Renaming:
+        """Stands for an attention while a layer calls it under the old name."""
+
+        def __init__(self, module):
+            self.module = module
+
+        def __call__(self, **kwargs):
+            return self.module(memory=kwargs.pop(name), **kwargs)
+
+    def layer_forward(self, *args, **kwargs):
+        module = self._modules.pop("self_attn")
+        object.__setattr__(self, "self_attn", Renaming(module))
+        try:
+            return layer(self, *args, **kwargs)
+        finally:
+            object.__delattr__(self, "self_attn")
+            self._modules["self_attn"] = module
+
+    monkeypatch.setattr(LlamaAttention, "forward", attention_forward)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", layer_forward)
+    return "attention of one token", "LlamaAttention.forward takes hidden_states"
+
+
+def renamed_norm(monkeypatch):
+    own = LlamaRMSNorm.forward
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, states: own(self, states))
+    return "LlamaRMSNorm", "forward takes states"
+
+
+def offset_norm(monkeypatch):
+    own = LlamaRMSNorm.forward
+
+    def forward(self, hidden_states):
+        return own(self, hidden_states) * 1.5
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    return "LlamaRMSNorm", "forward computes something else"
+
+
+def other_layers(monkeypatch):
+    update = DynamicLayer.update
+
+    def reversed_in_memory(self, key_states, value_states, *args, **kwargs):
+        """Holds the newest position first, and hands out the usual order."""
+        for part in ("keys", "values") if self.is_initialized else ():
+            setattr(self, part, getattr(self, part).flip(-2))
+        keys, values = update(self, key_states, value_states, *args, **kwargs)
+        self.keys, self.values = keys.flip(-2), values.flip(-2)
+        return keys, values
+
+    monkeypatch.setattr(DynamicLayer, "update", reversed_in_memory)
+    return "key-value cache", "DynamicLayer holds"
+
+
+@pytest.mark.parametrize("change", [renamed_attention, renamed_norm, offset_norm, other_layers])
+def test_a_part_that_is_not_as_known_is_left_to_transformers(directory, monkeypatch, change):
+    part, reason = change(monkeypatch)
+    with pytest.warns(UserWarning, match=f"{part} .*{reason}.*right, but slower"):
+        model = quantized(directory)
+    rows = [row for row in qvlm_hf.precision_table(model) if row.module == part]
+    assert len(rows) == 1
+    assert rows[0].kernel.startswith(f"transformers ({reason}")
+    assert rows[0].kernel in format_precision_table(rows)
+    fused = text(model)
+    assert torch.equal(fused, text(model, use_cache=False))
+    with pytest.warns(UserWarning, match="for comparison"):
+        leave_to_transformers(model, "for comparison")
+    assert torch.equal(text(model), fused)
+    assert change is not offset_norm or norms(model) == {LlamaRMSNorm}
+
+
+def test_nothing_is_said_where_all_is_known(directory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = quantized(directory)
+    assert model.stepped_aside == ()
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert len(qvlm_hf.precision_table(model)) == linears
+
+
+def test_no_forward_pass_of_transformers_is_written_anew():
+    """Of Transformers' classes of a model, the package derives from none but norms."""
+    written = {
+        kind.__name__
+        for own in vars(modeling_llama).values()
+        if inspect.isclass(own) and issubclass(own, torch.nn.Module)
+        for kind in own.__subclasses__()
+        if kind.__module__.startswith("qvlm_hf")
+    }
+    assert written == {"FusedLlamaRMSNorm"}

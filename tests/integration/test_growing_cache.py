@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import io
 import pickle
 import weakref
@@ -18,7 +19,7 @@ from transformers.integrations.executorch import register_dynamic_cache_export_s
 
 from qvlm_hf import QVLMConfig
 from qvlm_hf.integration import growing_cache
-from qvlm_hf.integration.growing_cache import updated
+from qvlm_hf.integration.growing_cache import GrowingLayer, unknown_cache
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 5, 6], [1, 9, 8, 7, 6, 5, 9, 8]])
 
@@ -28,7 +29,9 @@ def states(tokens, batch=2, dtype=torch.float32):
 
 
 def append(cache, new, *, ours):
-    return updated(cache, *new, 0) if ours else cache.update(*new, 0)
+    if ours:
+        growing_cache._prepare(None, (), {"under any name": cache})
+    return cache.update(*new, 0)
 
 
 def filled(*, ours, tokens=9):
@@ -62,7 +65,7 @@ CHANGES = {
     "clone": lambda layer: assign(layer, torch.clone),
     "write": lambda layer: (layer.keys.mul_(0.5), layer.values.add_(1)),
     "data": swap,
-    "Transformers' own": lambda layer: layer.update(*states(1)),
+    "Transformers' own": lambda layer: DynamicLayer.update(layer, *states(1)),
 }
 
 
@@ -167,12 +170,20 @@ def test_gradients_and_other_dtypes_go_transformers_way():
         append(ours, states(1, batch=3, dtype=torch.float64), ours=True)
 
 
-def test_room_goes_with_the_keys():
+@pytest.mark.parametrize("change", [DynamicLayer.reset, GrowingLayer.reset, DynamicLayer.crop])
+def test_room_goes_with_the_keys(change):
     cache = filled(ours=True)
-    whole = [weakref.ref(growing_cache._WHOLE[held][0]) for held in (cache.layers[0].keys, cache.layers[0].values)]
-    cache.layers[0].batch_select_indices(torch.tensor([0]))
+    (layer,) = cache.layers
+    rooms = [weakref.ref(whole) for _, whole, _ in layer._rooms]
+    if change is DynamicLayer.crop:
+        layer.crop(-1)
+    else:
+        change(layer)
+        assert layer._rooms is None or change is DynamicLayer.reset
+    with torch.no_grad():
+        append(cache, states(1), ours=True)
     gc.collect()
-    assert [reference() for reference in whole] == [None, None]
+    assert [room() for room in rooms] == [None, None]
 
 
 def test_saved_keys_carry_nothing_of_others():
@@ -191,14 +202,44 @@ def test_other_caches_are_left_to_themselves():
     class Own(DynamicCache):
         pass
 
+    class OwnLayer(DynamicLayer):
+        pass
+
     config = tiny_llava().config.text_config
-    for cache in (StaticCache(config=config, max_cache_len=8), Own(), DynamicCache(config=config)):
-        calls, update = [], cache.update
-        cache.update = lambda *args, calls=calls, update=update, **kwargs: calls.append(1) or update(*args, **kwargs)
+    offloading = DynamicCache(config=config)
+    offloading.offloading = True
+    mixed = DynamicCache(config=config)
+    mixed.layers[0] = OwnLayer()
+    for cache in (StaticCache(config=config, max_cache_len=8), Own(config=config), offloading):
+        classes = [type(layer) for layer in cache.layers]
         with torch.no_grad():
-            for _ in range(3):
-                updated(cache, torch.randn(1, 4, 1, 16), torch.randn(1, 4, 1, 16), 0)
-        assert len(calls) == (1 if type(cache) is DynamicCache else 3)
+            growing_cache._prepare(None, (cache,), {})
+        assert [type(layer) for layer in cache.layers] == classes
+    with torch.no_grad():
+        growing_cache._prepare(None, (mixed,), {})
+    assert [type(layer) for layer in mixed.layers] == [OwnLayer, GrowingLayer]
+
+
+def test_another_cache_of_transformers_is_noticed(monkeypatch):
+    assert unknown_cache() is None
+
+    def windowed(self, key_states, value_states, *args, **kwargs):
+        keys, values = update(self, key_states, value_states, *args, **kwargs)
+        return keys[:, :, -2:], values[:, :, -2:]
+
+    update = DynamicLayer.update
+    monkeypatch.setattr(DynamicLayer, "update", windowed)
+    assert unknown_cache() == "DynamicCache.update returns something else"
+    monkeypatch.setattr(DynamicLayer, "update", lambda self, states: (states, states))
+    assert "TypeError" in unknown_cache()
+    monkeypatch.undo()
+
+    def counting(self, *args, **kwargs):
+        self.positions = getattr(self, "positions", 0) + 1
+        return update(self, *args, **kwargs)
+
+    monkeypatch.setattr(DynamicLayer, "update", counting)
+    assert unknown_cache().startswith("DynamicLayer holds")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +272,7 @@ def test_generate_gives_the_same_text(model, monkeypatch, options):
         appended = growing_cache._appended
         patched.setattr(growing_cache, "_appended", lambda *args: written.append(1) or appended(*args))
         grown = text()
-    monkeypatch.setattr("qvlm_hf.integration.fusion.updated", lambda cache, *args: cache.update(*args))
+    monkeypatch.setattr(GrowingLayer, "update", DynamicLayer.update)
     assert torch.equal(text(), grown)
     assert len(written) > 40
 
@@ -239,27 +280,31 @@ def test_generate_gives_the_same_text(model, monkeypatch, options):
 def test_one_prefix_for_several_questions(model):
     """The usual way to reuse a prompt: copies of a filled cache."""
     with torch.no_grad():
-        prefix = model(input_ids=IDS[:1, :5], use_cache=True).past_key_values
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        prefix = model(input_ids=IDS[:1, :5], use_cache=True)[name]
         tails = (IDS[:1, 5:], IDS[1:, 5:])
-        answers = [model(input_ids=tail, past_key_values=copy.deepcopy(prefix), use_cache=True).logits for tail in tails]
+        answers = [model(input_ids=tail, **{name: copy.deepcopy(prefix)}, use_cache=True).logits for tail in tails]
         assert prefix.get_seq_length() == 5
         for tail, answer in zip(tails, answers, strict=True):
             whole = model(input_ids=torch.cat((IDS[:1, :5], tail), 1), use_cache=False).logits[:, 5:]
             torch.testing.assert_close(answer, whole, rtol=1e-3, atol=1e-3)
 
 
-def test_compilers_and_pytrees_see_an_ordinary_cache(model):
-    """Export and fullgraph compilation refuse other classes of layers, and changes of class."""
+def test_compilers_see_an_ordinary_cache(model):
+    """Export takes a new cache, and fullgraph compilation one that has grown in place."""
     language = model.model.language_model
+    name = "cache" if "cache" in inspect.signature(language.forward).parameters else "past_key_values"
     with torch.no_grad():
-        cache = language(IDS[:1], use_cache=True).past_key_values
-        language(IDS[:1, :1], past_key_values=cache)
-        assert {type(layer) for layer in cache.layers} == {DynamicLayer}
+        cache = language(IDS[:1], use_cache=True)[name]
+        language(IDS[:1, :1], **{name: cache})
+        assert {type(layer) for layer in cache.layers} == {GrowingLayer}
         register_dynamic_cache_export_support()
-        assert len(pytree.tree_leaves(cache)) == 2 * len(cache.layers)
+        fresh = DynamicCache(config=model.config.text_config)
+        fresh.update(*states(1), 0)
+        assert len(pytree.tree_leaves(fresh)) == 2
 
         def step(cache, ids):
-            return language(input_ids=ids, past_key_values=cache).last_hidden_state
+            return language(input_ids=ids, **{name: cache}).last_hidden_state
 
         expected = step(copy.deepcopy(cache), IDS[:1, 3:4])
         torch._dynamo.reset()
