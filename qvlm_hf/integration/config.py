@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization
+from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization, to_plain
 from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.core.scheme import QuantScheme, parse_scheme
 from qvlm_hf.hub.publish import check_repo_id
@@ -130,12 +130,12 @@ class QVLMConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **later: Any,  # noqa: ANN401 - the fields of `_LATER`; anything else is an error
     ) -> None:
-        _check_version(format_version)
-        if quant_method != QUANT_METHOD:
+        _check_version(format_version := to_plain("format_version", format_version))
+        if to_plain("quant_method", quant_method) != QUANT_METHOD:
             raise ValueError(f"quant_method={quant_method!r} must be {QUANT_METHOD!r}: this is another method's configuration.")
         self.quant_method: Any = QUANT_METHOD  # a str, as in every plugin; in-tree methods have an enum
         self.format_version = format_version
-        self.scheme = "W{}A{}".format(*parse_scheme(scheme))
+        self.scheme = "W{}A{}".format(*parse_scheme(to_plain("scheme", scheme)))
         self.group_size, self.symmetric, self.activation_granularity = group_size, symmetric, activation_granularity
         self.quantize_vision, self.quantize_projector, self.lm_head_bits = quantize_vision, quantize_projector, lm_head_bits
         self.modules_to_not_convert = modules_to_not_convert
@@ -146,13 +146,17 @@ class QVLMConfig(QuantizationConfigMixin):
         self.token_importance = token_importance
         self.guard, self.precision_budget, self.optimize_vision = guard, precision_budget, optimize_vision
         self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
-        _check_publishing(push_to_hub, hub_model_id, hub_private)
-        self.push_to_hub, self.hub_model_id, self.hub_private = push_to_hub, hub_model_id, hub_private
+        publishing = {"push_to_hub": push_to_hub, "hub_model_id": hub_model_id, "hub_private": hub_private}
+        publishing = {name: to_plain(name, value) for name, value in publishing.items()}
+        _check_publishing(**publishing)
+        self.__dict__.update(publishing)
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():
             setattr(self, name, value)
-        settings = self.settings()  # raises where a value breaks a rule; "auto" and True become what they mean
-        self.rotation, self.optimize_vision = settings.rotation, settings.optimize_vision
+        settings = self.settings()  # raises where a value breaks a rule; what they mean is what is kept
+        self.__dict__.update({name: getattr(settings, name) for name in (*_SETTINGS, "strict")})
+        if modules_to_not_convert is None:
+            self.__dict__["modules_to_not_convert"] = None
 
     @classmethod
     def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":  # noqa: ANN401 - fields of QVLMConfig
@@ -186,6 +190,11 @@ class QVLMConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401 - Transformers' signature
         """Reads a configuration as `to_dict` wrote it.
 
+        Args:
+            config_dict: the fields.
+            return_unused_kwargs: hand back what of `kwargs` are no fields, instead of refusing it.
+            **kwargs: fields that replace those of `config_dict`.
+
         Raises:
             ValueError: a field is unknown or breaks a rule: the file is newer than this version, or damaged.
         """
@@ -195,7 +204,31 @@ class QVLMConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"quantization_config has the unknown fields {unknown}: the file is damaged or from a newer qvlm_hf (then upgrade)."
             )
-        return super().from_dict(dict(config_dict), return_unused_kwargs=return_unused_kwargs, **kwargs)
+        changes = {name: value for name, value in kwargs.items() if name in _FIELDS or not return_unused_kwargs}
+        config = cls(**(dict(config_dict) | changes))
+        return (config, {name: kwargs[name] for name in kwargs.keys() - changes}) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - fields of QVLMConfig
+        """Changes fields, all or none, checked together as at construction.
+
+        Returns:
+            What of `kwargs` are no fields.
+
+        Raises:
+            ValueError: a value breaks a rule.
+        """
+        changes = {name: value for name, value in kwargs.items() if name in _FIELDS}
+        if changes:
+            unchanged = {name: self.__dict__[name] for name in _FIELDS}
+            self.__dict__.update(QVLMConfig(**(unchanged | changes)).__dict__)
+        return {name: kwargs[name] for name in kwargs.keys() - changes}
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - any field
+        """Checks a field that has a value already, as `update` does."""
+        if name in _FIELDS and name in self.__dict__:
+            self.update(**{name: value})
+        else:
+            super().__setattr__(name, value)
 
     @property
     def weight_bits(self) -> int:
@@ -232,7 +265,7 @@ class QVLMConfig(QuantizationConfigMixin):
         for field, asked in needing.items():
             if asked:
                 raise ValueError(f"{field} needs calibration data: pass dataset= and processor= to QVLMConfig, or leave it out.")
-        self.weight_rounding, self.equalization, self.token_importance, self.guard = "nearest", False, False, False
+        self.update(weight_rounding="nearest", equalization=False, token_importance=False, guard=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that config.json holds: only the fields that belong there."""
@@ -328,7 +361,7 @@ def _checked_modules(modules: Mapping[str, Any] | None) -> dict[str, QuantScheme
         if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) or canonical_name(name) != name:
             raise ValueError(f"modules: {name!r} is no canonical module name: the checkpoint is damaged.")
         try:
-            checked[name] = entry if isinstance(entry, QuantScheme) else QuantScheme.from_dict(entry)
+            checked[name] = entry if isinstance(entry, QuantScheme) else QuantScheme.from_dict(to_plain("entry", entry))
         except ValueError as error:
             raise ValueError(f"modules: {name}: {error}") from error
     return checked
@@ -339,7 +372,8 @@ def _checked_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(provenance, Mapping):
         raise ValueError(f"provenance={provenance!r} must be a mapping.")
+    plain = to_plain("provenance", provenance)
     try:
-        return json.loads(json.dumps(dict(provenance)))
-    except (TypeError, ValueError) as error:
+        return json.loads(json.dumps(plain, allow_nan=False))
+    except ValueError as error:
         raise ValueError(f"provenance must hold what JSON can: {error}.") from error
