@@ -328,5 +328,6 @@ def _vision_optimization(value: object) -> VisionOptimization | None:
 
 
 def _finite(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and abs(value) <= sys.float_info.max  # NaN is not
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # NaN is not

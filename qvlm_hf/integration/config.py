@@ -146,10 +146,7 @@ class QVLMConfig(QuantizationConfigMixin):
         self.token_importance = token_importance
         self.guard, self.precision_budget, self.optimize_vision = guard, precision_budget, optimize_vision
         self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
-        publishing = {"push_to_hub": push_to_hub, "hub_model_id": hub_model_id, "hub_private": hub_private}
-        publishing = {name: to_plain(name, value) for name, value in publishing.items()}
-        _check_publishing(**publishing)
-        self.__dict__.update(publishing)
+        self.push_to_hub, self.hub_model_id, self.hub_private = _checked_publishing(push_to_hub, hub_model_id, hub_private)
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():
             setattr(self, name, value)
@@ -326,12 +323,14 @@ def _checked_later(fields: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"QVLMConfig has no field {name!r}: the fields are {', '.join(sorted(_FIELDS))}.")
         neutral = _LATER[name]
         # the type as well, because 0 == False
-        if value != neutral or type(value) is not type(neutral):
+        if type(value) is not type(neutral) or value != neutral:
             raise ValueError(f"{name}={value!r} is not available in this version; leave it at {neutral!r}.")
     return fields
 
 
-def _check_publishing(push_to_hub: object, hub_model_id: object, hub_private: object) -> None:
+def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -> tuple[bool, str | None, bool | None]:  # noqa: ANN401
+    push_to_hub, hub_private = to_plain("push_to_hub", push_to_hub), to_plain("hub_private", hub_private)
+    hub_model_id = to_plain("hub_model_id", hub_model_id)
     if not isinstance(push_to_hub, bool):
         raise ValueError(f"push_to_hub={push_to_hub!r} must be True or False.")
     if hub_private is not None and not isinstance(hub_private, bool):
@@ -340,6 +339,7 @@ def _check_publishing(push_to_hub: object, hub_model_id: object, hub_private: ob
         raise ValueError("push_to_hub=True must know where: pass hub_model_id='owner/name'.")
     if hub_model_id is not None:
         check_repo_id(hub_model_id, field="hub_model_id")
+    return push_to_hub, hub_model_id, hub_private
 
 
 def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:  # noqa: ANN401 - duck-typed
