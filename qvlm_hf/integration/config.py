@@ -8,7 +8,7 @@ configuration deeply at every call, so objects of this process are shared by ref
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -88,8 +88,11 @@ class QVLMConfig(QuantizationConfigMixin):
         provenance: what the quantization was made from (dataset, hash, counts, versions); filled by quantizing.
         format_version: of the files (docs/format.md).
 
+    Every field of config.json is a plain value, whatever was given (NumPy, PyTorch, sets, iterators).
+
     Raises:
-        ValueError: at construction: unknown field, or a value that breaks a rule, with the remedy.
+        ValueError: an unknown field, or a value that breaks a rule, with the remedy: at construction, in `from_dict` and `update`, and
+            when a field is assigned.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class QVLMConfig(QuantizationConfigMixin):
         quantize_vision: bool = True,
         quantize_projector: bool = True,
         lm_head_bits: int | None = None,
-        modules_to_not_convert: Sequence[str] | None = None,
+        modules_to_not_convert: Iterable[str] | None = None,
         dataset: Any = None,  # noqa: ANN401 - anything `load_samples` reads
         processor: Any = None,  # noqa: ANN401 - any Transformers processor
         num_samples: int = 64,
@@ -110,8 +113,8 @@ class QVLMConfig(QuantizationConfigMixin):
         seed: int = 0,
         max_block_depth: int = 3,
         entropy_threshold: float | None = None,
-        percentiles: Sequence[float] = CalibrationSettings.percentiles,
-        margins: Sequence[float] = CalibrationSettings.margins,
+        percentiles: Iterable[float] = CalibrationSettings.percentiles,
+        margins: Iterable[float] = CalibrationSettings.margins,
         weight_rounding: str = CalibrationSettings.weight_rounding,
         rotation: str | None = CalibrationSettings.rotation,
         equalization: bool = CalibrationSettings.equalization,
@@ -120,7 +123,7 @@ class QVLMConfig(QuantizationConfigMixin):
         precision_budget: float | None = CalibrationSettings.precision_budget,
         optimize_vision: bool | VisionOptimization | Mapping[str, Any] | None = CalibrationSettings.optimize_vision,
         strict: bool = False,
-        callbacks: Sequence[Any] = (),
+        callbacks: Iterable[Any] = (),
         push_to_hub: bool = False,
         hub_model_id: str | None = None,
         hub_private: bool | None = None,

@@ -118,7 +118,7 @@ def written_whole(target: Path) -> Iterator[Path]:
         # safetensors reports a full disk as an error of its own
         reason = " ".join(str(error).split())
         if complete:
-            raise OSError(f"{target}: could not be replaced ({reason}) and is as it was; the new result is whole in {partial}.") from error
+            raise OSError(f"{target}: is as it was, the last step failed ({reason}); the new result is whole in {partial}.") from error
         raise OSError(f"{target}: could not be saved ({reason}); nothing was changed there.") from error
     finally:
         if not complete:

@@ -201,6 +201,16 @@ def test_quantize_never_replaces_what_is_not_its_own(folder, tmp_path, capsys, m
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("command", ["demo", "export {f}/w4a4", "quantize {f}/model --method rtn"])
+def test_no_command_replaces_a_full_precision_model(folder, tmp_path, capsys, monkeypatch, command):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    words = command.replace("{f}", str(folder)).split()
+    assert main([*words, "--overwrite", "--output", f"{tmp_path}/model"]) == 1
+    assert f"{tmp_path}/model: holds no earlier result of qvlm_hf, so nothing there is replaced" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
 def test_quantize_into_the_working_directory(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     inode = tmp_path.stat().st_ino

@@ -104,9 +104,8 @@ def test_a_failing_move_is_taken_back_and_the_new_result_kept(
     assert {name: content for name, content in snapshot(output).items() if not name.startswith(".")} == before
     assert sorted(os.listdir(partial)) == sorted([*names, "qvlm_report.json"])
     if isinstance(error, OSError):
-        assert f"(... Input/output error) and is as it was; the new result is whole in {partial}".replace("... ", "[Errno 5] ") in str(
-            caught.value
-        )
+        expected = f"is as it was, the last step failed ([Errno 5] Input/output error); the new result is whole in {partial}."
+        assert str(caught.value) == f"{output}: {expected}"
     with pytest.raises(ValueError, match=rf"holds {partial.name} of a save that was interrupted or still runs: move what you need"):
         saving.check_output(output, overwrite=True)
 
@@ -214,7 +213,7 @@ def test_a_file_that_comes_while_saving_stays(
     assert snapshot(output) == before | {"notes.txt": b"mine"}
     (output / "notes.txt").unlink()
     meanwhile("qvlm_report.json")
-    with pytest.raises(OSError, match=r"File exists.*is as it was; the new result is whole in"):
+    with pytest.raises(OSError, match=r"is as it was, the last step failed \(.*File exists.*\); the new result is whole in"):
         save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
     assert (output / "qvlm_report.json").read_text() == "mine"
     assert before.items() <= snapshot(output).items()
