@@ -168,8 +168,8 @@ def _try_writing(target: Path) -> None:
             (folder / INDEX_NAME).touch()
     finally:
         for folder in folders:
-            (folder / INDEX_NAME).unlink(missing_ok=True)
-        _remove_empty([*folders, *made])
+            shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(made)
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
