@@ -1,14 +1,87 @@
 """The options of a calibration, validated once, free of Transformers. `QVLMConfig` holds one; tests make their own."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from enum import Enum
+from itertools import islice
+from numbers import Integral, Real
+from typing import Any
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate", "VisionOptimization"]
+__all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate", "VisionOptimization", "to_plain"]
 
 COMPONENTS = ("vision", "projector", "language")
+_MAX_ENTRIES = 100_000  # of a list that a user gives; a model of 70 B parameters has about 600 linear modules
+
+
+def to_plain(name: str, value: object) -> Any:  # noqa: ANN401 - any JSON value
+    """A value as JSON knows it: None, bool, int, float, str, a tuple of these or a dict by str.
+
+    Scalars and arrays of NumPy and PyTorch, enums, paths, fractions and decimals become what they
+    stand for. Sets are sorted, because their order differs between two runs. Iterators are read.
+
+    Args:
+        name: of the field, for messages.
+        value: anything.
+
+    Raises:
+        ValueError: it is, or holds, something else.
+    """
+    if isinstance(value, Enum):
+        return to_plain(name, value.value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real | Decimal):
+        return _as_float(value)
+    if callable(getattr(value, "tolist", None)):  # tensors and arrays, those of one value too
+        return to_plain(name, _as_list(name, value))
+    if isinstance(value, os.PathLike):
+        return to_plain(name, os.fspath(value))
+    if isinstance(value, Mapping):
+        return {str(to_plain(name, key)): to_plain(name, item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray):
+        return _as_tuple(name, value)
+    raise ValueError(f"{name}={_shown(value)} is {type(value).__name__}, must be what JSON can hold: a number, text, list or mapping.")
+
+
+def _as_float(value: Any) -> float:  # noqa: ANN401 - any real number
+    try:
+        return float(value)
+    except OverflowError:  # a fraction of whole numbers that no float holds
+        return math.inf
+
+
+def _as_list(name: str, value: Any) -> Any:  # noqa: ANN401 - an array
+    try:
+        return value.tolist()
+    except Exception as error:  # a tensor on "meta", for one
+        raise ValueError(f"{name}={_shown(value)} cannot be read: give numbers.") from error
+
+
+def _as_tuple(name: str, values: Iterable[object]) -> tuple[Any, ...]:
+    plain = tuple(to_plain(name, value) for value in islice(values, _MAX_ENTRIES + 1))
+    if len(plain) > _MAX_ENTRIES:
+        raise ValueError(f"{name} has more than {_MAX_ENTRIES} entries: give fewer.")
+    if not isinstance(values, set | frozenset):  # a view of a dict has an order
+        return plain
+    try:
+        return tuple(sorted(plain))
+    except TypeError as error:
+        raise ValueError(f"{name}={_shown(values)} cannot be sorted: give a list.") from error
+
+
+def _shown(value: object) -> str:
+    """On one line, cut."""
+    return " ".join(repr(value).split())[:80]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +136,9 @@ class VisionOptimization:
     output_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = to_plain(f"VisionOptimization: {field.name}", getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 1:
             raise ValueError(f"VisionOptimization: epochs={self.epochs!r} must be an integer of at least 1.")
         if not _finite(self.learning_rate) or not 0 < self.learning_rate <= 1:
@@ -106,11 +182,11 @@ class CalibrationSettings:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self) if field.name != "optimize_vision"):
+            object.__setattr__(self, name, to_plain(name, getattr(self, name)))
         for name in ("percentiles", "margins", "modules_to_not_convert"):
-            value = getattr(self, name)
-            if isinstance(value, str) or not hasattr(value, "__iter__"):
+            if not isinstance(value := getattr(self, name), tuple):
                 raise ValueError(f"{name}={value!r} must be a list.")
-            object.__setattr__(self, name, tuple(value))
         if not isinstance(self.activation_bits, int):
             raise ValueError(f"activation_bits={self.activation_bits!r} must be an integer from 3 to 8, or 16 for floating point.")
         object.__setattr__(self, "optimize_vision", _vision_optimization(self.optimize_vision))
@@ -236,19 +312,22 @@ class CalibrationSettings:
 
 def _vision_optimization(value: object) -> VisionOptimization | None:
     """True is the default, a mapping what config.json holds."""
+    if isinstance(value, VisionOptimization):
+        return value
+    value = to_plain("optimize_vision", value)
     if value is None or value is False:
         return None
     if value is True:
         return VisionOptimization()
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         try:
             return VisionOptimization(**value)
         except TypeError as error:
-            raise ValueError(f"optimize_vision={dict(value)!r} does not have the fields of VisionOptimization.") from error
-    if not isinstance(value, VisionOptimization):
-        raise ValueError(f"optimize_vision={value!r} must be True, False or a VisionOptimization.")
-    return value
+            raise ValueError(f"optimize_vision={value!r} does not have the fields of VisionOptimization.") from error
+    raise ValueError(f"optimize_vision={value!r} must be True, False or a VisionOptimization.")
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # NaN is not

@@ -1,12 +1,10 @@
 """`qvlm bench DIR`, `qvlm bench --shape NAME` and `qvlm bench --kernels`: how fast this machine is, beside full precision and others."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +14,7 @@ from qvlm_hf.bench import KernelRow, measure_kernels
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.cli.bench_models import bench_models
 from qvlm_hf.cli.record import benchmark_entry, shown_command
-from qvlm_hf.cli.result_file import check_result_file
+from qvlm_hf.cli.result_file import check_result_file, write_result_file
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import CARD_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
@@ -82,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     folder = check_recordable(options.directory) if options.record else None
     result = _bench_kernels(options) if options.kernels else bench_models(options)
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result_file(options.json, result)
     if folder is not None:
         asked = {name: getattr(options, name) for name in _RECORDED if getattr(options, name) != _MODELS.get(name, _MODEL_ROUNDS)}
         command = shown_command("bench", folder, against=options.against, **asked, no_peers=not options.peers, record=True)

@@ -1,7 +1,6 @@
 """`qvlm evaluate DIR --dataset F [--against MODEL]`."""
 
 import argparse
-import json
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,7 +8,7 @@ from tqdm import tqdm
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.cli.models import load_model, load_processor, read_config
 from qvlm_hf.cli.record import evaluation_entry, shown_command
-from qvlm_hf.cli.result_file import check_result_file
+from qvlm_hf.cli.result_file import check_result_file, write_result_file
 from qvlm_hf.evaluation import evaluate, format_comparison
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import CARD_NAME
@@ -47,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     for line in format_comparison(result, name=Path(options.model).name):
         print(line)
     if options.json:
-        Path(options.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_result_file(options.json, result.to_dict())
     if folder is not None:
         command = shown_command(
             "evaluate", folder, dataset=options.dataset, against=options.against, num_samples=options.num_samples,

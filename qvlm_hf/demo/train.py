@@ -42,6 +42,7 @@ from qvlm_hf.demo.processor import build_processor
 from qvlm_hf.demo.recipe import EASY_KINDS, KIND_WEIGHTS, PARALLEL_SHARE, TrainOptions
 from qvlm_hf.demo.scenes import load_sprite_bank
 from qvlm_hf.demo.scoring import evaluate
+from qvlm_hf.integration.saving import check_output
 
 __all__ = ["TrainOptions", "export", "main", "train"]
 
@@ -170,7 +171,7 @@ def train(options: TrainOptions, output: Path) -> None:
 def _parse(arguments: Sequence[str] | None) -> tuple[TrainOptions, Path]:
     """Read the command line: --output, and one option for each field of `TrainOptions`."""
     parser = argparse.ArgumentParser(prog="python -m qvlm_hf.demo.train", description="Train the demo model.")
-    parser.add_argument("--output", type=Path, required=True, help="folder that gets data/ and model/")
+    parser.add_argument("--output", type=Path, required=True, help="new or empty folder that gets data/ and model/")
     for name, default in asdict(TrainOptions()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}")
     values = vars(parser.parse_args(arguments))
@@ -180,7 +181,8 @@ def _parse(arguments: Sequence[str] | None) -> tuple[TrainOptions, Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m qvlm_hf.demo.train`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    train(*_parse(arguments))
+    options, output = _parse(arguments)
+    train(options, check_output(output, overwrite=False))  # half an hour of work, whose files replace others of their names
 
 
 if __name__ == "__main__":

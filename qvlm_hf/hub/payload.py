@@ -11,11 +11,20 @@ from pathlib import Path
 
 from qvlm_hf.hub.errors import TOKEN
 
-__all__ = ["STALE", "Payload", "check_secrets", "check_text", "choose_files", "read_header", "weight_files"]
+__all__ = [
+    "FILES",
+    "STALE",
+    "Payload",
+    "check_secrets",
+    "check_text",
+    "choose_files",
+    "read_header",
+    "weight_files",
+]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Besides weights and card: what Transformers writes for a model and its processor, and our report.
-_FILES = (
+FILES = (
     "config.json", "generation_config.json", "qvlm_report.json",
     "processor_config.json", "preprocessor_config.json", "image_processor_config.json", "video_preprocessor_config.json",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
@@ -23,7 +32,7 @@ _FILES = (
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
 # What is deleted on the Hub unless it is sent: anything that `from_pretrained` would read, even instead of ours.
-STALE = (*_FILES, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json", "qvlm_*.png")
+STALE = (*FILES, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json", "qvlm_*.png")
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
@@ -53,7 +62,7 @@ def choose_files(folder: Path, card: Iterable[str]) -> Payload:
         ValueError: config.json or weights are missing or ambiguous, or a file is a link that leaves the directory.
     """
     weights = weight_files(folder)
-    found = {path.relative_to(folder).as_posix() for pattern in _FILES for path in folder.glob(pattern) if path.is_file()}
+    found = {path.relative_to(folder).as_posix() for pattern in FILES for path in folder.glob(pattern) if path.is_file()}
     if "config.json" not in found:
         raise ValueError(f"{folder}: holds no config.json: name the directory of a saved model.")
     files = tuple(sorted(found | {*card, *weights} | ({_INDEX} if (folder / _INDEX).is_file() else set())))

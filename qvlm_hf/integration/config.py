@@ -8,13 +8,13 @@ configuration deeply at every call, so objects of this process are shared by ref
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization
+from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization, to_plain
 from qvlm_hf.core.architectures import canonical_name
 from qvlm_hf.core.scheme import QuantScheme, parse_scheme
 from qvlm_hf.hub.publish import check_repo_id
@@ -88,8 +88,11 @@ class QVLMConfig(QuantizationConfigMixin):
         provenance: what the quantization was made from (dataset, hash, counts, versions); filled by quantizing.
         format_version: of the files (docs/format.md).
 
+    Every field of config.json is a plain value, whatever was given (NumPy, PyTorch, sets, iterators).
+
     Raises:
-        ValueError: at construction: unknown field, or a value that breaks a rule, with the remedy.
+        ValueError: an unknown field, or a value that breaks a rule, with the remedy: at construction, in `from_dict` and `update`, and
+            when a field is assigned.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class QVLMConfig(QuantizationConfigMixin):
         quantize_vision: bool = True,
         quantize_projector: bool = True,
         lm_head_bits: int | None = None,
-        modules_to_not_convert: Sequence[str] | None = None,
+        modules_to_not_convert: Iterable[str] | None = None,
         dataset: Any = None,  # noqa: ANN401 - anything `load_samples` reads
         processor: Any = None,  # noqa: ANN401 - any Transformers processor
         num_samples: int = 64,
@@ -110,8 +113,8 @@ class QVLMConfig(QuantizationConfigMixin):
         seed: int = 0,
         max_block_depth: int = 3,
         entropy_threshold: float | None = None,
-        percentiles: Sequence[float] = CalibrationSettings.percentiles,
-        margins: Sequence[float] = CalibrationSettings.margins,
+        percentiles: Iterable[float] = CalibrationSettings.percentiles,
+        margins: Iterable[float] = CalibrationSettings.margins,
         weight_rounding: str = CalibrationSettings.weight_rounding,
         rotation: str | None = CalibrationSettings.rotation,
         equalization: bool = CalibrationSettings.equalization,
@@ -120,7 +123,7 @@ class QVLMConfig(QuantizationConfigMixin):
         precision_budget: float | None = CalibrationSettings.precision_budget,
         optimize_vision: bool | VisionOptimization | Mapping[str, Any] | None = CalibrationSettings.optimize_vision,
         strict: bool = False,
-        callbacks: Sequence[Any] = (),
+        callbacks: Iterable[Any] = (),
         push_to_hub: bool = False,
         hub_model_id: str | None = None,
         hub_private: bool | None = None,
@@ -130,12 +133,12 @@ class QVLMConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         **later: Any,  # noqa: ANN401 - the fields of `_LATER`; anything else is an error
     ) -> None:
-        _check_version(format_version)
-        if quant_method != QUANT_METHOD:
+        _check_version(format_version := to_plain("format_version", format_version))
+        if to_plain("quant_method", quant_method) != QUANT_METHOD:
             raise ValueError(f"quant_method={quant_method!r} must be {QUANT_METHOD!r}: this is another method's configuration.")
         self.quant_method: Any = QUANT_METHOD  # a str, as in every plugin; in-tree methods have an enum
         self.format_version = format_version
-        self.scheme = "W{}A{}".format(*parse_scheme(scheme))
+        self.scheme = "W{}A{}".format(*parse_scheme(to_plain("scheme", scheme)))
         self.group_size, self.symmetric, self.activation_granularity = group_size, symmetric, activation_granularity
         self.quantize_vision, self.quantize_projector, self.lm_head_bits = quantize_vision, quantize_projector, lm_head_bits
         self.modules_to_not_convert = modules_to_not_convert
@@ -146,13 +149,14 @@ class QVLMConfig(QuantizationConfigMixin):
         self.token_importance = token_importance
         self.guard, self.precision_budget, self.optimize_vision = guard, precision_budget, optimize_vision
         self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
-        _check_publishing(push_to_hub, hub_model_id, hub_private)
-        self.push_to_hub, self.hub_model_id, self.hub_private = push_to_hub, hub_model_id, hub_private
+        self.push_to_hub, self.hub_model_id, self.hub_private = _checked_publishing(push_to_hub, hub_model_id, hub_private)
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():
             setattr(self, name, value)
-        settings = self.settings()  # raises where a value breaks a rule; "auto" and True become what they mean
-        self.rotation, self.optimize_vision = settings.rotation, settings.optimize_vision
+        settings = self.settings()  # raises where a value breaks a rule; what they mean is what is kept
+        self.__dict__.update({name: getattr(settings, name) for name in (*_SETTINGS, "strict")})
+        if modules_to_not_convert is None:
+            self.__dict__["modules_to_not_convert"] = None
 
     @classmethod
     def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":  # noqa: ANN401 - fields of QVLMConfig
@@ -186,6 +190,11 @@ class QVLMConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401 - Transformers' signature
         """Reads a configuration as `to_dict` wrote it.
 
+        Args:
+            config_dict: the fields.
+            return_unused_kwargs: hand back what of `kwargs` are no fields, instead of refusing it.
+            **kwargs: fields that replace those of `config_dict`.
+
         Raises:
             ValueError: a field is unknown or breaks a rule: the file is newer than this version, or damaged.
         """
@@ -195,7 +204,31 @@ class QVLMConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"quantization_config has the unknown fields {unknown}: the file is damaged or from a newer qvlm_hf (then upgrade)."
             )
-        return super().from_dict(dict(config_dict), return_unused_kwargs=return_unused_kwargs, **kwargs)
+        changes = {name: value for name, value in kwargs.items() if name in _FIELDS or not return_unused_kwargs}
+        config = cls(**(dict(config_dict) | changes))
+        return (config, {name: kwargs[name] for name in kwargs.keys() - changes}) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - fields of QVLMConfig
+        """Changes fields, all or none, checked together as at construction.
+
+        Returns:
+            What of `kwargs` are no fields.
+
+        Raises:
+            ValueError: a value breaks a rule.
+        """
+        changes = {name: value for name, value in kwargs.items() if name in _FIELDS}
+        if changes:
+            unchanged = {name: self.__dict__[name] for name in _FIELDS}
+            self.__dict__.update(QVLMConfig(**(unchanged | changes)).__dict__)
+        return {name: kwargs[name] for name in kwargs.keys() - changes}
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - any field
+        """Checks a field that has a value already, as `update` does."""
+        if name in _FIELDS and name in self.__dict__:
+            self.update(**{name: value})
+        else:
+            super().__setattr__(name, value)
 
     @property
     def weight_bits(self) -> int:
@@ -232,7 +265,7 @@ class QVLMConfig(QuantizationConfigMixin):
         for field, asked in needing.items():
             if asked:
                 raise ValueError(f"{field} needs calibration data: pass dataset= and processor= to QVLMConfig, or leave it out.")
-        self.weight_rounding, self.equalization, self.token_importance, self.guard = "nearest", False, False, False
+        self.update(weight_rounding="nearest", equalization=False, token_importance=False, guard=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that config.json holds: only the fields that belong there."""
@@ -293,12 +326,14 @@ def _checked_later(fields: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"QVLMConfig has no field {name!r}: the fields are {', '.join(sorted(_FIELDS))}.")
         neutral = _LATER[name]
         # the type as well, because 0 == False
-        if value != neutral or type(value) is not type(neutral):
+        if type(value) is not type(neutral) or value != neutral:
             raise ValueError(f"{name}={value!r} is not available in this version; leave it at {neutral!r}.")
     return fields
 
 
-def _check_publishing(push_to_hub: object, hub_model_id: object, hub_private: object) -> None:
+def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -> tuple[bool, str | None, bool | None]:  # noqa: ANN401
+    push_to_hub, hub_private = to_plain("push_to_hub", push_to_hub), to_plain("hub_private", hub_private)
+    hub_model_id = to_plain("hub_model_id", hub_model_id)
     if not isinstance(push_to_hub, bool):
         raise ValueError(f"push_to_hub={push_to_hub!r} must be True or False.")
     if hub_private is not None and not isinstance(hub_private, bool):
@@ -307,6 +342,7 @@ def _check_publishing(push_to_hub: object, hub_model_id: object, hub_private: ob
         raise ValueError("push_to_hub=True must know where: pass hub_model_id='owner/name'.")
     if hub_model_id is not None:
         check_repo_id(hub_model_id, field="hub_model_id")
+    return push_to_hub, hub_model_id, hub_private
 
 
 def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:  # noqa: ANN401 - duck-typed
@@ -328,7 +364,7 @@ def _checked_modules(modules: Mapping[str, Any] | None) -> dict[str, QuantScheme
         if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) or canonical_name(name) != name:
             raise ValueError(f"modules: {name!r} is no canonical module name: the checkpoint is damaged.")
         try:
-            checked[name] = entry if isinstance(entry, QuantScheme) else QuantScheme.from_dict(entry)
+            checked[name] = entry if isinstance(entry, QuantScheme) else QuantScheme.from_dict(to_plain("entry", entry))
         except ValueError as error:
             raise ValueError(f"modules: {name}: {error}") from error
     return checked
@@ -339,7 +375,8 @@ def _checked_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(provenance, Mapping):
         raise ValueError(f"provenance={provenance!r} must be a mapping.")
+    plain = to_plain("provenance", provenance)
     try:
-        return json.loads(json.dumps(dict(provenance)))
-    except (TypeError, ValueError) as error:
+        return json.loads(json.dumps(plain, allow_nan=False))
+    except ValueError as error:
         raise ValueError(f"provenance must hold what JSON can: {error}.") from error

@@ -27,6 +27,7 @@ from qvlm_hf.integration.checks import TensorHeader, check_complete, check_files
 from qvlm_hf.integration.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
 from qvlm_hf.integration.config import QVLMConfig
 from qvlm_hf.integration.directory import INDEX_NAME, weight_files
+from qvlm_hf.integration.earlier_result import EXPORT_MARK
 from qvlm_hf.integration.registry import QUANT_METHOD
 from qvlm_hf.integration.saving import REPORT_NAME, check_output, written_whole
 
@@ -81,7 +82,7 @@ def export(
         directory: what `save_quantized` or `qvlm quantize` wrote.
         output: the directory to make.
         format: "compressed-tensors".
-        overwrite: replace an existing saved model, which stays until the new one is complete.
+        overwrite: replace an earlier result, which stays until the new one is complete.
         max_shard_size: of one safetensors file.
 
     Raises:
@@ -101,7 +102,7 @@ def export(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(modules, full_precision)
     with written_whole(target) as partial:
-        save_torch_state_dict(dict(_tensors(plan)), partial, max_shard_size=max_shard_size)
+        save_torch_state_dict(dict(_tensors(plan)), partial, max_shard_size=max_shard_size, metadata={EXPORT_MARK: format})
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for file in sorted(source.iterdir()):
             if file.is_file() and file.name not in _NOT_COPIED and file.suffix not in (".safetensors", ".png"):

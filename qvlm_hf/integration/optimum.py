@@ -104,7 +104,7 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
             save_dir: the directory to make.
             file_prefix: of Optimum's interface; must be None, because a checkpoint's files have fixed names.
             config: how to quantize; None is `QVLMConfig()`, which needs a dataset.
-            overwrite: replace an existing saved model.
+            overwrite: replace an earlier result.
             max_shard_size: of one safetensors file.
 
         Returns:

@@ -1,6 +1,6 @@
 """`QVLMHfQuantizer`: what Transformers calls while it loads, saves and dequantizes a model with a `QVLMConfig`.
 
-    full precision + dataset      load, then calibrate and pack            (validate_environment reads the samples first)
+    full precision + dataset      load, then calibrate and pack            (samples and processor are checked first)
     full precision, no dataset    round each weight as it is loaded        (rounding.py)
     quantized checkpoint          check headers, build the skeleton, load, check values   (checks.py)
 
@@ -36,6 +36,7 @@ from qvlm_hf.integration.compiling import compile_as_transformers_does, round_as
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.directory import check_index
 from qvlm_hf.integration.origin import origin
+from qvlm_hf.integration.processor_fit import check_processor_fits
 from qvlm_hf.integration.registry import quantizer_class
 from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_segments, rounding_skeleton
 from qvlm_hf.nn.footprint import count_parameters
@@ -182,6 +183,11 @@ class QVLMHfQuantizer(HfQuantizer):
             rounding_skeleton(model, self.report.modules)
         else:
             resolve_segments(model, settings)  # an unknown family or a wrong pattern should not wait for the weights
+            self._check_processor(model)
+
+    def _check_processor(self, model: PreTrainedModel) -> None:
+        if self.quantization_config.dataset is not None:
+            check_processor_fits(model, self.quantization_config.processor, self._samples)
 
     def _build_skeleton(self, model: PreTrainedModel, files: Sequence[str] | None) -> None:
         check_files(files, str(model.config.name_or_path))
@@ -325,6 +331,7 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationRep
     quantizer = QVLMHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment()
     quantizer.update_dtype(model.dtype)
+    quantizer._check_processor(model)
     quantizer.report = quantizer._calibrate(model)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]

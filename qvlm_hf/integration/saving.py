@@ -1,12 +1,16 @@
-"""Saving a quantized model so that a full disk, an error or Ctrl-C leaves nothing half-written and nothing old destroyed."""
+"""Saving a quantized model so that a full disk, an error or Ctrl-C leaves nothing half-written and nothing old destroyed.
+
+Only what earlier_result.py knows as ours is ever replaced, and a directory that exists stays itself.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -17,6 +21,7 @@ from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import write_card
 from qvlm_hf.integration.directory import INDEX_NAME
+from qvlm_hf.integration.earlier_result import OLD, PARTIAL, check_replaceable, is_ours
 from qvlm_hf.nn.footprint import count_parameters
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -34,21 +39,21 @@ def save_quantized(
     overwrite: bool = False,
     max_shard_size: int | str = "50GB",
 ) -> Path:
-    """Writes model, processor, report and card into a directory beside `output` and renames it when everything is there.
+    """Writes model, processor, report and card, all or nothing (`written_whole` says how).
 
     Args:
         model: quantized.
         processor: saved with it, because pipelines need it; None leaves it out.
-        output: the directory to make.
+        output: the directory to make; an empty one, or one to overwrite, stays the same directory.
         report: written as qvlm_report.json; None leaves it out.
-        overwrite: replace an existing saved model, which stays until the new one is complete.
+        overwrite: replace an earlier result, which stays until the new one is complete.
         max_shard_size: of one safetensors file.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: `output` exists and may not be replaced, or the model is not quantized or has adapters on it.
+        ValueError: as `check_output`, or the model is not quantized or has adapters on it.
         OSError: writing failed, for example on a full disk; `output` is as it was.
     """
     if not getattr(model, "is_quantized", False):
@@ -74,54 +79,103 @@ def save_quantized(
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A directory beside `target` to write into; it takes the target's place when the block ends without an error.
+    """A directory to write into, whose content is that of `target` when the block ends without an error.
 
-    Its files get the permissions of any new file, so that whoever may read the directory can load the model.
+    A new target is written beside its place and renamed, in one step. An existing one stays the
+    same directory, so that whoever stands in it, or mounted it, sees the result: everything is
+    written into a folder inside it and then moved up by renames. config.json goes first of what was
+    there before and comes last of the new, so a machine that stops in between leaves no model that
+    loads and is neither. Both are then whole, in `.qvlm-old-...` and in `.qvlm-partial-...` with
+    what was moved up. What was there is deleted when everything new is on the disk.
+
+    Files get the permissions of any new file, so that whoever may read the directory can load the model.
 
     Args:
         target: from `check_output`.
 
     Raises:
-        OSError: writing failed, for example on a full disk; `target` is as it was.
+        OSError: writing failed, for example on a full disk; `target` is as it was. If only the move
+            failed, the message names the folder where everything is.
     """
-    partial = target.with_name(f".{target.name}.partial-{uuid4().hex[:8]}")
+    earlier = [path for path in sorted(target.iterdir()) if is_ours(path)] if target.is_dir() else None
+    parent = target.parent if earlier is None else target
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    partial = parent / f"{PARTIAL}{uuid4().hex[:8]}"
+    complete = False
     try:
         partial.mkdir(parents=True)
         yield partial
+        for file in partial.rglob("*"):
+            _write_through(file)
         _follow_umask(partial)
-        _move_into_place(partial, target)
+        complete = True
+        if earlier is None:
+            partial.rename(target)
+        else:
+            _move_into(target, partial, earlier)
+        complete = False
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as an error of its own
-        raise OSError(f"{target}: could not be saved ({' '.join(str(error).split())}); nothing was changed there.") from error
+        reason = " ".join(str(error).split())
+        if complete:
+            raise OSError(f"{target}: is as it was, the last step failed ({reason}); the new result is whole in {partial}.") from error
+        raise OSError(f"{target}: could not be saved ({reason}); nothing was changed there.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if not complete:
+            shutil.rmtree(partial, ignore_errors=True)
+            _remove_empty(made)
 
 
 def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Checks, before hours of work, that a directory may be written.
+    """Checks, before hours of work, that a directory can be written and that nothing of another's is lost.
+
+    The check makes the directory and a file of a long name in it, and removes them again.
 
     Returns:
         Its real path.
 
     Raises:
-        ValueError: it is a file; it holds something and `overwrite` is False; its parent may not be written; or it holds no saved
-            model, so replacing it would destroy something else.
+        ValueError: it is a file or cannot be written; it holds something and `overwrite` is False; or
+            it holds more than an earlier result of ours.
     """
-    target = Path(output).resolve()
-    if not target.exists():
-        parent = next(folder for folder in target.parents if folder.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise ValueError(f"{output}: cannot be made in {parent}: choose a directory that you may write to.")
-        return target
-    if not target.is_dir():
-        raise ValueError(f"{output}: is a file, must be a directory: choose another name.")
-    if not any(target.iterdir()):
-        return target
-    if not overwrite:
-        raise ValueError(f"{output}: exists and is not empty: choose another directory, or overwrite it (--overwrite).")
-    if not (target / "config.json").is_file() or Path.cwd().is_relative_to(target):
-        raise ValueError(f"{output}: holds no saved model (or the working directory) and is not replaced: choose another directory.")
+    try:
+        target = Path(output).resolve()
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"{output}: is a file, must be a directory: choose another name.")
+        if target.is_dir() and any(target.iterdir()):
+            if not overwrite:
+                raise ValueError(f"{output}: exists and is not empty: choose another directory, or overwrite it (--overwrite).")
+            check_replaceable(target, output)
+        _try_writing(target)
+    except OSError as error:
+        long = error.errno == errno.ENAMETOOLONG
+        remedy = "a shorter name" if long else "a directory that you may write to"
+        raise ValueError(f"{output}: cannot be written ({error.strerror}): choose {remedy}.") from error
     return target
+
+
+def _try_writing(target: Path) -> None:
+    """Makes, and removes, what a save would make: the directory, a folder of ours in it, a file there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    folders = [parent / f"{PARTIAL}{uuid4().hex[:8]}" for parent in {target, target.parent if made else target}]
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True)
+            (folder / INDEX_NAME).touch()
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _forget_configuration(processor: Any) -> None:  # noqa: ANN401 - any Transformers processor
@@ -164,15 +218,41 @@ def _follow_umask(folder: Path) -> None:
             file.chmod(mode)
 
 
-def _move_into_place(partial: Path, target: Path) -> None:
-    if not target.exists():
-        partial.rename(target)
-        return
-    old = target.with_name(f".{target.name}.old-{uuid4().hex[:8]}")
-    target.rename(old)
+def _write_through(path: Path) -> None:
+    """Waits until a file or directory is on the disk; some file systems cannot do that for a directory."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _move_into(target: Path, partial: Path, earlier: Sequence[Path]) -> None:
+    """Moves what is in `partial` into `target`, its parent, in place of the earlier result there.
+
+    Raises:
+        OSError: it could not; everything is back where it was.
+    """
+    old = target / f"{OLD}{uuid4().hex[:8]}"
+    if earlier:
+        old.mkdir()
+    moves = [(path, old / path.name) for path in sorted(earlier, key=_config_last, reverse=True)]
+    moves += [(path, target / path.name) for path in sorted(partial.iterdir(), key=_config_last)]
     try:
-        partial.rename(target)
-    except OSError:
-        old.rename(target)
+        for path, place in moves:
+            if os.path.lexists(place):  # it came while we wrote
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+            path.rename(place)
+    except BaseException:  # an interruption too
+        for path, place in reversed(moves):
+            if not path.exists():
+                place.rename(path)
+        _remove_empty([old])
         raise
+    _write_through(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _config_last(path: Path) -> bool:
+    return path.name == "config.json"

@@ -1,6 +1,7 @@
 """The commands as a user runs them, on a tiny model: what they print, what they write, how they fail."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,53 @@ def test_errors_are_one_line_and_status_1(folder, capsys, arguments, message):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not (folder / "x").exists()
+
+
+@pytest.mark.parametrize("output", ["source", "link", "above", "data", "pictures", "rtn"])
+def test_quantize_never_replaces_what_is_not_its_own(folder, tmp_path, capsys, monkeypatch, output):
+    """The source, also by a link; what holds the source, the samples or their pictures; an earlier result with a note."""
+    source = tmp_path / "above" / "source"
+    shutil.copytree(folder / "model", source)
+    for name in ("data", "pictures", "rtn"):
+        assert main(["quantize", str(source), "--method", "rtn", "--output", f"{tmp_path}/{name}"]) == 0
+    shutil.copytree(tmp_path / "rtn", tmp_path / "above", dirs_exist_ok=True)
+    (tmp_path / "link").symlink_to(source)
+    for file in folder.glob("*.png"):
+        for place in (tmp_path / "data", tmp_path / "pictures" / "images"):
+            place.mkdir(exist_ok=True)
+            shutil.copy(file, place)
+    shutil.copy(folder / "samples.jsonl", tmp_path / "data")
+    (tmp_path / "rtn" / "notes.txt").write_text("kept")
+    target = source if output == "source" else tmp_path / output
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("qvlm_hf.cli.quantize.load_processor", lambda *_: pytest.fail("refused too late"))
+    capsys.readouterr()
+    arguments = ["quantize", str(source), "--dataset", f"{tmp_path}/data/samples.jsonl", "--overwrite", "--output", str(target)]
+    assert main(arguments) == 1
+    why = "holds no earlier result of qvlm_hf, so" if output in ("source", "link") else ", which no earlier result of qvlm_hf wrote:"
+    error = capsys.readouterr().err
+    assert why in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["demo", "export {f}/w4a4", "quantize {f}/model --method rtn"])
+def test_no_command_replaces_a_full_precision_model(folder, tmp_path, capsys, monkeypatch, command):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    words = command.replace("{f}", str(folder)).split()
+    assert main([*words, "--overwrite", "--output", f"{tmp_path}/model"]) == 1
+    assert f"{tmp_path}/model: holds no earlier result of qvlm_hf, so nothing there is replaced" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_quantize_into_the_working_directory(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    for more in ([], ["--overwrite"]):
+        assert main(["quantize", f"{folder}/model", "--method", "rtn", "--output", ".", *more]) == 0
+        assert (tmp_path.stat().st_ino, Path.cwd()) == (inode, tmp_path)
+        assert (tmp_path / "config.json").is_file()
 
 
 def test_debug_shows_the_traceback(folder):

@@ -1,11 +1,14 @@
 """`--json FILE` of `qvlm bench` and `qvlm evaluate`: refused before anything is loaded or measured, and never touched by the look."""
 
+import errno
+import json
 import os
+from pathlib import Path
 
 import pytest
 
 from qvlm_hf.cli import main
-from qvlm_hf.cli.result_file import check_result_file
+from qvlm_hf.cli.result_file import check_result_file, write_result_file
 
 
 @pytest.mark.parametrize(
@@ -27,17 +30,58 @@ def test_refused_before_measuring(command, name, message, tmp_path, capsys):
     assert (captured.out, captured.err) == ("", f"qvlm: error: --json {tmp_path}{name}{message}\n")
 
 
-def test_what_is_there_is_kept_and_nothing_is_left(tmp_path):
-    (tmp_path / "old.json").write_text("kept")
+RESULTS = ('{"accuracy": 1, "questions": []}', '{"threads": 2, "versions": {}, "rows": [], "device": "cpu"}', "")
+
+
+@pytest.mark.parametrize("text", RESULTS)
+def test_what_is_there_is_kept_and_nothing_is_left(tmp_path, text):
+    (tmp_path / "old.json").write_text(text)
     check_result_file(f"{tmp_path}/old.json")
     check_result_file(f"{tmp_path}/new.json")
-    assert (tmp_path / "old.json").read_text() == "kept"
+    check_result_file(f"{tmp_path}/{'x' * 255}")
+    assert (tmp_path / "old.json").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
 
 
-def test_a_pipe_is_not_opened(tmp_path):
+@pytest.mark.parametrize("text", ["kept", "[1]", '{"image": "a.png", "question": "?"}', '{"accuracy": 1}', "\u00ff"])
+@pytest.mark.parametrize("command", [["bench", "--kernels"], ["evaluate", "none", "--dataset", "none.jsonl"]])
+def test_what_is_no_result_is_never_replaced(tmp_path, capsys, text, command):
+    (tmp_path / "samples.jsonl").write_text(text, encoding="latin-1")
+    (tmp_path / "link.json").symlink_to(tmp_path / "samples.jsonl")
+    for name in ("samples.jsonl", "link.json"):
+        assert main([*command, "--json", f"{tmp_path}/{name}"]) == 1
+        expected = f"--json {tmp_path}/{name}: holds no earlier result, so it is not replaced: name another file.\n"
+        assert capsys.readouterr().err == f"qvlm: error: {expected}"
+    assert (tmp_path / "samples.jsonl").read_text(encoding="latin-1") == text
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "real.json").write_text(RESULTS[0])
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_result_file(f"{tmp_path}/link.json", {"a": 1})
+    assert json.loads((tmp_path / "real.json").read_text()) == {"a": 1}
+    assert (tmp_path / "link.json").is_symlink()
+
+    def full(self, text, **options):
+        with self.open("w") as opened:
+            opened.write(text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_result_file(f"{tmp_path}/real.json", {"b": 2})
+    assert json.loads((tmp_path / "real.json").read_text()) == {"a": 1}
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "real.json"]
+
+
+def test_a_pipe_is_not_opened_before_the_end(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a reader
     check_result_file(f"{tmp_path}/pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_result_file(f"{tmp_path}/pipe", {"a": 1})
+    assert json.loads(os.read(reader, 100)) == {"a": 1}
+    os.close(reader)
+    assert os.listdir(tmp_path) == ["pipe"]
 
 
 def test_a_file_that_may_not_be_written(tmp_path, monkeypatch):

@@ -24,6 +24,13 @@ def alone(tmp_path):
     distributed.destroy_process_group()
 
 
+def test_a_folder_that_holds_something_is_refused_before_the_work(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="exists and is not empty: choose another directory"):
+        train.main(["--output", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_the_first_steps_are_those_that_made_the_model(alone, monkeypatch, tmp_path):
     pytest.importorskip("sklearn", reason="the handwritten digits come with scikit-learn")
     step, losses = train.take_step, []

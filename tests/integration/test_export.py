@@ -236,6 +236,20 @@ def test_overwrite_replaces_an_earlier_export(cases, tmp_path):
     assert json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
 
 
+def test_exports_of_other_programs_are_never_deleted(cases, tmp_path):
+    export(cases["4 bits"].path, tmp_path / "x")
+    weights = tmp_path / "x" / "model.safetensors"
+    ours = weights.read_bytes()
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf, so nothing there is replaced"):
+        export(cases["W8A8"].path, tmp_path / "x", overwrite=True)
+    weights.write_bytes(ours)
+    (tmp_path / "x" / "notes.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"holds notes\.txt, which no earlier result of qvlm_hf wrote"):
+        export(cases["W8A8"].path, tmp_path / "x", overwrite=True)
+    assert (tmp_path / "x" / "notes.txt").read_text() == "kept"
+
+
 def test_a_sharded_checkpoint_is_read(processor, tmp_path, cases):
     model = AutoModelForImageTextToText.from_pretrained(cases["4 bits"].path)
     save_quantized(model, processor, tmp_path / "shards", report=None, max_shard_size="60KB")

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,15 @@ def test_quantizes_a_model_object_in_place(source, quantized, config, tmp_path):
     assert model.is_quantized
     with pytest.raises(ValueError, match="the model is quantized already"):
         quantizer.quantize(tmp_path / "again", config=config)
+
+
+def test_never_replaces_the_full_precision_model(source, config, tmp_path):
+    shutil.copytree(source, tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf, so nothing there is replaced"):
+        quantizer.quantize(tmp_path / "model", config=config, overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
 
 
 def test_calibrates_with_the_processor_beside_the_model(source, tmp_path):

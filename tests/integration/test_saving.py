@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText, modeling_utils
 
@@ -67,28 +68,63 @@ def test_a_full_disk_keeps_the_old_model(
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_an_interrupt_and_a_failing_rename_leave_the_old_model(
+def test_an_interrupt_leaves_the_old_model(
     model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = save_quantized(model, processor, tmp_path / "out", report=None)
     before = snapshot(output)
-    with monkeypatch.context() as patch:
-        patch.setattr(type(processor), "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            save_quantized(model, processor, output, report=None, overwrite=True)
-    rename = Path.rename
-
-    def fail(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fail)
-        with pytest.raises(OSError, match="Input/output error"):
-            save_quantized(model, processor, output, report=None, overwrite=True)
+    monkeypatch.setattr(type(processor), "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_quantized(model, processor, output, report=None, overwrite=True)
     assert snapshot(output) == before
     assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", [0, 1, 7, 8, 9, 16])
+def test_a_failing_move_is_taken_back_and_the_new_result_kept(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    before, names = snapshot(output), sorted(os.listdir(output))
+    rename, calls = Path.rename, []
+
+    def fail(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == failing + 1:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(type(error)) as caught:
+        save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
+    assert len(calls) > failing
+    partial = next(output.glob(".qvlm-partial-*"))
+    assert sorted([*names, partial.name]) == sorted(os.listdir(output))
+    assert {name: content for name, content in snapshot(output).items() if not name.startswith(".")} == before
+    assert sorted(os.listdir(partial)) == sorted([*names, "qvlm_report.json"])
+    if isinstance(error, OSError):
+        expected = f"is as it was, the last step failed ([Errno 5] Input/output error); the new result is whole in {partial}."
+        assert str(caught.value) == f"{output}: {expected}"
+    with pytest.raises(ValueError, match=rf"holds {partial.name} of a save that was interrupted or still runs: move what you need"):
+        saving.check_output(output, overwrite=True)
+
+
+def test_while_files_are_moved_no_model_loads_that_is_neither(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    old = (output / "config.json").read_bytes()
+    rename, seen = Path.rename, []
+
+    def watch(self: Path, target: Path) -> Path:
+        if (output / "config.json").exists():
+            seen.append((output / "config.json").read_bytes() == old and not any(output.glob(".qvlm-old-*/*")))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watch)
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert seen == [True]  # at the first move alone
 
 
 def test_overwriting_replaces_the_whole_directory(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
@@ -107,21 +143,148 @@ def test_overwriting_replaces_the_whole_directory(model: torch.nn.Module, proces
     assert (output / "model.safetensors").read_bytes() == before
 
 
-def test_directories_that_are_refused(model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directories_that_are_refused(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file, must be a directory"):
         save_quantized(model, processor, tmp_path / "file", report=None, overwrite=True)
     with pytest.raises(ValueError, match="exists and is not empty: choose another directory, or overwrite it"):
         save_quantized(model, processor, tmp_path, report=None)
-    with pytest.raises(ValueError, match="holds no saved model"):
-        save_quantized(model, processor, tmp_path, report=None, overwrite=True)
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="working directory"):
-        save_quantized(model, processor, ".", report=None, overwrite=True)
+    for content in ("{}", "[]", "no JSON", '{"quantization_config": {"quant_method": "gptq"}}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf, so nothing there is replaced: choose another"):
+            save_quantized(model, processor, tmp_path, report=None, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "file"]
     with pytest.raises(ValueError, match="needs a quantized model"):
         save_quantized(tiny_llava(), processor, tmp_path / "new", report=None)
+
+
+def a_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("kept")
+
+
+FOREIGN = {
+    "a file": lambda folder: a_file(folder / "notes.txt"),
+    "a hidden file": lambda folder: a_file(folder / ".env"),
+    "pictures": lambda folder: a_file(folder / "images" / "1.png"),
+    "another picture": lambda folder: a_file(folder / "cat.png"),
+    "an empty folder": lambda folder: (folder / "data").mkdir(),
+    "a folder named as a file of ours": lambda folder: a_file(folder / "vocab.txt" / "x"),
+    "a file in a folder of ours": lambda folder: a_file(folder / "additional_chat_templates" / "notes.txt"),
+    "a link named as a file of ours": lambda folder: (folder / "vocab.json").symlink_to(folder / "tokenizer.json"),
+    "a dangling link": lambda folder: (folder / "vocab.json").symlink_to("nowhere"),
+    "pickled weights": lambda folder: a_file(folder / "pytorch_model.bin"),
+    "an adapter": lambda folder: save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors"),
+    "full-precision weights": lambda folder: save_file(
+        {"a": torch.ones(1)}, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"}
+    ),
+    "weights that cannot be read": lambda folder: a_file(folder / "model-00002-of-00002.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_an_earlier_result_did_not_write_is_never_deleted(
+    model: torch.nn.Module, processor: object, tmp_path: Path, kind: str
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    FOREIGN[kind](output)
+    before, names = snapshot(output), sorted(os.listdir(output))
+    with pytest.raises(ValueError, match=r"holds \S+, which no earlier result of qvlm_hf wrote: move that away, or choose") as caught:
+        save_quantized(model, processor, output, report=None, overwrite=True)
+    assert "\n" not in str(caught.value)
+    assert (snapshot(output), sorted(os.listdir(output))) == (before, names)
+
+
+def test_a_file_that_comes_while_saving_stays(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    before, write = snapshot(output), saving.write_card
+
+    def meanwhile(name: str) -> None:
+        def written(*arguments: object, **options: object) -> None:
+            (output / name).write_text("mine")
+            write(*arguments, **options)
+
+        monkeypatch.setattr(saving, "write_card", written)
+
+    meanwhile("notes.txt")
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert snapshot(output) == before | {"notes.txt": b"mine"}
+    (output / "notes.txt").unlink()
+    meanwhile("qvlm_report.json")
+    with pytest.raises(OSError, match=r"is as it was, the last step failed \(.*File exists.*\); the new result is whole in"):
+        save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
+    assert (output / "qvlm_report.json").read_text() == "mine"
+    assert before.items() <= snapshot(output).items()
+
+
+def test_results_of_other_ways_can_be_overwritten(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+    """`save_pretrained` and earlier versions leave no list of what they wrote."""
+    model.save_pretrained(tmp_path / "out", max_shard_size="60KB")
+    processor.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "additional_chat_templates").mkdir()
+    (tmp_path / "out" / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    assert len(list((tmp_path / "out").glob("model-*"))) > 1
+    save_quantized(model, processor, tmp_path / "out", report=None, overwrite=True)
+    assert snapshot(tmp_path / "out") == snapshot(save_quantized(model, processor, tmp_path / "two" / "out", report=None))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_existing_directory_stays_itself(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    if overwrite:
+        save_quantized(model, processor, folder, report=None)
+    inode = folder.stat().st_ino
+    monkeypatch.chdir(folder)
+    assert save_quantized(model, processor, ".", report=None, overwrite=overwrite) == folder
+    assert (folder.stat().st_ino, Path.cwd()) == (inode, folder)
+    assert "config.json" in os.listdir(".")
+    assert not [name for name in os.listdir(".") if name.startswith(".")]
+    save_quantized(model, processor, tmp_path / "link", report=None, overwrite=True)
+    assert (folder.stat().st_ino, (tmp_path / "link").is_symlink()) == (inode, True)
+    assert AutoModelForImageTextToText.from_pretrained(folder).is_quantized
+
+
+@pytest.mark.parametrize("length", [1, 236, 237, 255])
+def test_a_name_of_any_length_that_the_file_system_takes(model: torch.nn.Module, processor: object, tmp_path: Path, length: int) -> None:
+    output = save_quantized(model, processor, tmp_path / ("x" * length), report=None)
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * length]
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"):
+        saving.check_output(tmp_path / ("x" * 256), overwrite=False)
+    for length in (4060, 4085):  # the directory fits, the files in it do not
+        deep = Path(str(tmp_path.joinpath(*["y" * 200] * 30))[:length])
+        with pytest.raises(ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"):
+            saving.check_output(deep, overwrite=False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"cannot be written \(Not a directory\): choose a directory that you may write to\.$"):
+        saving.check_output(tmp_path / "file" / "out", overwrite=False)
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch:  # root may write everywhere
+        patch.setattr(Path, "touch", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+        for output in (tmp_path / "empty", tmp_path / "new" / "out"):
+            with pytest.raises(ValueError, match=r"cannot be written \(Read-only file system\): choose a directory that"):
+                saving.check_output(output, overwrite=False)
+    assert saving.check_output(tmp_path / "new" / "out", overwrite=False) == tmp_path / "new" / "out"
+    assert sorted(os.listdir(tmp_path)) == ["empty", "file"]  # the look leaves nothing
+    assert os.listdir(tmp_path / "empty") == []
+
+
+def test_a_failed_save_takes_the_folders_above_it_away_again(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at_second_shard(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="nothing was changed"):
+        save_quantized(model, processor, tmp_path / "a" / "b" / "out", report=None, max_shard_size="60KB")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])

@@ -104,7 +104,7 @@ def _call_processor(
         output = processor(
             text=texts, **images, padding=True, padding_side="right", truncation=False, add_special_tokens=special, return_tensors="pt"
         )
-    except ValueError as error:
+    except Exception as error:  # a processor is foreign code: it may raise anything
         raise ValueError(f"{', '.join(origins)}: {type(processor).__name__} refuses this batch ({first_line(error)})") from error
     for name, value in output.items():
         if not isinstance(value, torch.Tensor):

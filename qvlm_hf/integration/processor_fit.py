@@ -1,0 +1,123 @@
+"""Whether a processor fits a model, seen on one sample before a weight is read.
+
+The model is asked what it makes of the picture. On the device "meta" that costs no memory and computes
+shapes alone, so nothing here knows how a family turns pictures into features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from qvlm_hf.calibration.samples import Sample, collate
+from qvlm_hf.calibration.samples.errors import first_line
+
+if TYPE_CHECKING:  # transformers' modeling code takes a second to import
+    from transformers import PreTrainedModel
+
+__all__ = ["check_processor_fits"]
+
+
+def check_processor_fits(model: PreTrainedModel, processor: Any, samples: Sequence[Sample] | None) -> None:  # noqa: ANN401
+    """Puts one sample, with a picture if there is one, through the processor and compares with the model.
+
+    A model that cannot be asked, for example because it knows no `get_image_features`, is let through.
+
+    Args:
+        model: on any device; "meta" is enough.
+        processor: any Transformers processor.
+        samples: None stands for one with an empty picture.
+
+    Raises:
+        ValueError: the processor fails on the sample, or writes a token that the model does not know, or
+            another number of image tokens than the model makes features.
+    """
+    sample = _drawn() if samples is None else next((sample for sample in samples if sample.pictures()), samples[0])
+    name = type(processor).__name__
+    try:
+        inputs = _make_inputs(sample, processor)
+    except ValueError as error:  # names the sample
+        if found := _find_settings(model, sample, processor):
+            raise ValueError(f"{error}: {found}.") from error
+        raise
+    embeddings: Any = model.get_input_embeddings()
+    highest, known = int(inputs["input_ids"].max()), embeddings.weight.shape[0]
+    if highest >= known:
+        raise ValueError(f"{sample.origin}: {name} writes the token {highest}, but the model knows {known} tokens: {_OWN}.")
+    try:
+        features = _count_features(model, inputs)
+    except ValueError as error:
+        raise ValueError(f"{sample.origin}: the model refuses the picture that {name} made ({first_line(error)}): {_OWN}.") from error
+    tokens = _count_tokens(model, inputs)
+    if None not in (tokens, features) and tokens != features:
+        found = _find_settings(model, sample, processor) or _OWN
+        raise ValueError(f"{sample.origin}: {name} writes {tokens} image tokens, but the model makes {features} features: {found}.")
+
+
+_OWN = "load the model's own processor, AutoProcessor.from_pretrained(model_id)"
+
+
+def _drawn() -> Sample:
+    content = [{"type": "image", "image": Image.new("RGB", (128, 96))}, {"type": "text", "text": "What is this?"}]
+    return Sample(messages=({"role": "user", "content": content},), origin="an empty picture")
+
+
+def _make_inputs(sample: Sample, processor: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
+    with torch.device("cpu"):  # from_pretrained makes "meta" the default while it builds the model
+        return collate([sample], processor).inputs
+
+
+def _count_tokens(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> int | None:
+    token = getattr(model.config, "image_token_id", None)
+    return None if token is None else int((inputs["input_ids"] == token).sum())
+
+
+def _count_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> int | None:
+    """None if the sample has no picture or the model cannot be asked.
+
+    Raises:
+        ValueError: the model refuses the picture.
+    """
+    if "pixel_values" not in inputs:
+        return None
+    rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", "pixel_values")}
+    try:
+        ask: Any = model.get_image_features
+        with torch.no_grad(), torch.device(model.device):
+            output = ask(inputs["pixel_values"].to(model.device, model.dtype), **rest)
+        features = getattr(output, "pooler_output", output)
+        parts = [features] if isinstance(features, torch.Tensor) else list(features)
+        return sum(part.shape[:-1].numel() for part in parts)
+    except ValueError:
+        raise
+    except Exception:  # of a family, or a device, that this cannot be asked of
+        return None
+
+
+def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> str | None:  # noqa: ANN401
+    """Settings with which the processor fits, as they were tried; None if there are none."""
+    asked = {
+        "patch_size": getattr(getattr(model.config, "vision_config", None), "patch_size", None),
+        "vision_feature_select_strategy": getattr(model.config, "vision_feature_select_strategy", None),
+    }
+    changes = {
+        name: value for name, value in asked.items()
+        if value is not None and hasattr(processor, name) and getattr(processor, name) != value
+    }  # fmt: skip
+    extra = "num_additional_image_tokens"  # 1 where the encoder has a class token
+    for change in (changes, changes | {extra: 1}, changes | {extra: 0}):
+        twin = copy.copy(processor)
+        for name, value in change.items():
+            setattr(twin, name, value)
+        try:
+            inputs = _make_inputs(sample, twin)
+            if _count_tokens(model, inputs) == _count_features(model, inputs):
+                shown = " and ".join(f"processor.{name} = {value!r}" for name, value in change.items())
+                return f"set {shown}, or the same in the model's processor_config.json"
+        except Exception:
+            continue  # no remedy
+    return None
