@@ -143,11 +143,8 @@ def _continues(old: Tensor, new: Tensor) -> bool:
 def _appended(old: Tensor, new: Tensor, room: Room | None) -> Room:
     """`old` and `new` one behind the other, and the tensor that they begin."""
     length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
-    if room is not None and room.handed is old and room.length == length and _begins(old, room):
-        whole = room.whole
-    else:
-        whole = old
-    if total > whole.shape[-2]:
+    whole = None if room is None or not _begins(old, room) else room.whole
+    if whole is None or total > whole.shape[-2]:
         positions = total + max(_LEAST, total // _SHARE)
         whole = new.new_empty((*new.shape[:2], positions, new.shape[3]))
         whole[:, :, :length].copy_(old)
@@ -158,7 +155,15 @@ def _appended(old: Tensor, new: Tensor, room: Room | None) -> Room:
 
 
 def _begins(old: Tensor, room: Room) -> bool:
-    """Whether `old` is still where it was (`.data =` moves it), and may be written behind."""
+    """Whether `old` is what was handed out, lies where it was, and may be written behind.
+
+    `.data =` moves a tensor, or makes it shorter.
+    """
     whole = room.whole
-    there = old.data_ptr() == whole.data_ptr() and old.stride() == whole.stride()
-    return there and (torch.is_inference_mode_enabled() or not whole.is_inference())
+    return (
+        old is room.handed
+        and old.shape[-2] == room.length
+        and old.data_ptr() == whole.data_ptr()
+        and old.stride() == whole.stride()
+        and (torch.is_inference_mode_enabled() or not whole.is_inference())
+    )

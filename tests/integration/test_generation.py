@@ -217,14 +217,14 @@ def test_lora_trains_a_step_and_generates(pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_a_quantized_cache(pair, backend):
+@pytest.mark.parametrize(("backend", "bits"), [("quanto", 4), ("hqq", 8)])
+def test_a_quantized_cache(pair, backend, bits):
     """Keys and values lose bits, in the same way with and without what plugs in."""
     pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
     model, plain, processor = pair
     inputs = prompts(processor, [1, 1])
     options = {
         "cache_implementation": "quantized",
-        "cache_config": {"backend": backend, "nbits": 4, "q_group_size": 16, "residual_length": 8},
+        "cache_config": {"backend": backend, "nbits": bits, "q_group_size": 16, "residual_length": 8},
     }
     assert torch.equal(answer(model, inputs, **options), answer(plain, inputs, **options))
