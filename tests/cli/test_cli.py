@@ -80,6 +80,31 @@ def test_evaluate_against_full_precision(folder, capsys):
     assert json.loads((folder / "result.json").read_text())["comparison"]["answer_kl_nats"] > 0
 
 
+def test_samples_without_positions_are_left_out_with_counts(folder, tmp_path, caplog, capsys):
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for index, record in enumerate(lines):
+        record["question_id"] = index
+        part = record["messages"][0]["content"][0]
+        part["path"] = str(folder / part["path"])
+    lines[3]["messages"][0]["content"][1]["text"] = "what " * 600  # the tiny model has 512 positions
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["quantize", f"{folder}/model", "--dataset", f"{tmp_path}/long.jsonl", "--output", f"{tmp_path}/out"]
+    assert main([*arguments, "--num-samples", "12", "--max-block-depth", "1"]) == 0
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert saved["provenance"]["samples"] == 11
+    noted = [record.getMessage() for record in caplog.records if "samples" in record.name]
+    assert noted[0] == f"{tmp_path}/long.jsonl: ignored the keys question_id: they name no content"
+    assert noted[1].startswith("1 of 12 samples are longer than the model's 512 positions and are left out (long.jsonl:4: 6")
+    assert main(["evaluate", f"{folder}/model", "--dataset", f"{tmp_path}/long.jsonl", "--json", f"{tmp_path}/r.json"]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["accuracy"]["total"] == 11
+    (tmp_path / "all.jsonl").write_text(json.dumps(lines[3]))
+    capsys.readouterr()
+    assert main([*arguments[:2], "--dataset", f"{tmp_path}/all.jsonl", "--output", f"{tmp_path}/x"]) == 1
+    expected = "qvlm: error: 1 of 1 samples are longer than the model's 512 positions (all.jsonl:1: 6"
+    assert capsys.readouterr().err.startswith(expected)
+    assert not (tmp_path / "x").exists()
+
+
 def test_rounding_needs_no_data(folder, capsys):
     assert main(["quantize", f"{folder}/model", "--method", "rtn", "--output", f"{folder}/rtn"]) == 0
     assert "saved in rtn" in capsys.readouterr().out
