@@ -13,6 +13,7 @@ import it first. Read quantize.py first.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import qvlm_hf.interruption  # noqa: F401 - first, because what follows takes seconds
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.settings import VisionOptimization
 from qvlm_hf.hub.publish import Published

@@ -30,7 +30,7 @@ from qvlm_hf.calibration.provenance import provenance, versions
 from qvlm_hf.calibration.recombination import recombined
 from qvlm_hf.calibration.report import BlockReport, CalibrationReport, Lift, SegmentReport, SiteReport, settings_dict
 from qvlm_hf.calibration.rotation import rotate, undone_on_error
-from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture
+from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture, longest_sample
 from qvlm_hf.calibration.segment import Evidence, SearchedBlock, layer_dependencies, search_segment
 from qvlm_hf.calibration.self_check import collapse_warning, compare_answers, head_warning
 from qvlm_hf.calibration.sensitivity import SensitivityProbe, allocate_bits, guard_sites, measure_widths, site_parameters
@@ -75,18 +75,20 @@ def calibrate_and_pack(
         What was measured, chosen and kept.
 
     Raises:
-        ValueError: unsupported model, a module that no sample reaches, NaN in weights or activations; under `settings.strict` also a
-            model that collapsed. The model is then unchanged.
+        ValueError: unsupported model, a module that no sample reaches, a sample that it has no positions for, NaN in weights or
+            activations; under `settings.strict` also a model that collapsed. The model is then unchanged.
     """
     segments = _resolve(model, settings)
-    data = list(batches(by_picture(samples), processor, settings.batch_size))
-    checks = list(batches(list(islice(held_out or samples, CHECK_SAMPLES)), processor, settings.batch_size))
+    longest = longest_sample(model)
+    data = list(batches(by_picture(samples), processor, settings.batch_size, max_tokens=longest))
+    checked = list(islice(held_out or samples, CHECK_SAMPLES))
+    checks = list(batches(checked, processor, settings.batch_size, max_tokens=longest))
     reference = [logits.cpu() for batch in checks for logits in answer_logits(model, batch)]
     with _transformed(model, settings, segments, data):
         full = capture_inputs(model, data, [segment.layers[0].name for segment in segments])
         for segment in segments:
             if not full[segment.layers[0].name]:
-                raise ValueError(_unreached(segment))
+                raise ValueError(_unreached(segment, len(samples)))
         precisions, sensitivities, lifts = _choose_precisions(model, segments, full, data, settings, callbacks)
         more = recombined(data, _RECOMBINATIONS, seed=settings.seed) if settings.weight_rounding == "learned" else []
         importance = token_importance(model, segments, [*data, *more], seed=settings.seed) if settings.token_importance else {}
@@ -322,11 +324,11 @@ def _few_samples(samples: Sequence[Sample], settings: CalibrationSettings) -> st
     return f"static ranges from {len(samples)} samples clip what these did not show: use {_FEW_SAMPLES} or more samples like your data."
 
 
-def _unreached(segment: Segment) -> str:
+def _unreached(segment: Segment, samples: int) -> str:
     if segment.component == "language":
-        return f"calibration did not reach {segment.layers[0].name}: no sample has text."
+        return f"calibration did not reach {segment.layers[0].name}: none of the {samples} samples has text."
     return (
-        f"calibration did not reach {segment.layers[0].name}: no sample has a picture; add pictures to the dataset, "
+        f"calibration did not reach {segment.layers[0].name}: none of the {samples} samples has a picture; add pictures to the dataset, "
         "or leave the vision side alone (quantize_vision=False, quantize_projector=False, or both in modules_to_not_convert)."
     )
 

@@ -9,6 +9,9 @@ import os
 import sys
 from collections.abc import Sequence
 
+from qvlm_hf import interruption
+from qvlm_hf.cli.wording import in_options
+
 __all__ = ["main"]
 
 _COMMANDS = {
@@ -38,21 +41,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: wrong usage (2), --help and --version (0).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser(next((word for word in arguments if word in _COMMANDS), None)).parse_args(arguments)
+    debug = "--debug" in arguments
     try:
+        options = _parser(next((word for word in arguments if word in _COMMANDS), None)).parse_args(arguments)
+        debug = options.debug
+        interruption.raise_again()
         return _run(options)
     except BrokenPipeError:
         # the reader of our output has gone; Python would complain again while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("qvlm: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        if options.debug:
+        print(interruption.MESSAGE, file=sys.stderr)
+        return interruption.STATUS
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if debug:
             raise
-        print(f"qvlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"qvlm: error: {in_options(str(error))}", file=sys.stderr)
         return 1
+    finally:
+        interruption.let_go()
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from qvlm_hf.calibration.report import CalibrationReport, SegmentReport
+from qvlm_hf.cli.wording import in_options
 
 __all__ = ["block_lines", "entropy_chart", "lift_lines", "story", "vision_lines"]
 
@@ -15,7 +16,7 @@ def story(report: CalibrationReport) -> Iterator[str]:
     yield from block_lines(report)
     yield from lift_lines(report)
     yield from vision_lines(report)
-    yield from (f"warning: {warning}" for warning in report.warnings)
+    yield from (f"warning: {in_options(warning)}" for warning in report.warnings)
 
 
 def entropy_chart(report: CalibrationReport) -> Iterator[str]:

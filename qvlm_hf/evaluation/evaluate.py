@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qvlm_hf.calibration.answers import answer_kl, answer_logits
-from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, Processor, Sample, collate, fingerprint
+from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, Processor, Sample, collate, fingerprint, longest_sample
 from qvlm_hf.evaluation.metrics import Interval, PairedCounts, Proportion, mcnemar_p_value, paired_difference
 
 __all__ = ["Comparison", "Evaluation", "evaluate", "format_comparison"]
@@ -115,17 +115,18 @@ def evaluate(
 
     Raises:
         ValueError: for no samples, a sample without an answer, a reference that belongs to other samples or kept no logits, logits that
-            are not numbers, and as `collate` does.
+            are not numbers, a sample that the model has no positions for, and as `collate` does.
     """
     _check_samples(samples, batch_size)
     data = fingerprint(samples)
     if isinstance(reference, Evaluation):
         _check_reference(reference, data)
+    longest = longest_sample(model)
     order = sorted(range(len(samples)), key=lambda index: _length(samples[index]), reverse=True)
     answers: dict[int, _Answer] = {}
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        batch = collate([samples[index] for index in indices], processor)
+        batch = collate([samples[index] for index in indices], processor, max_tokens=longest)
         answers |= zip(indices, _batch_answers(model, batch, reference, indices, keep_logits), strict=True)
         if progress is not None:
             progress(len(answers), len(samples))

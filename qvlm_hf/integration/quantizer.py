@@ -28,6 +28,8 @@ from qvlm_hf.calibration.samples import (
     dataset_name,
     hold_out,
     load_samples,
+    longest_sample,
+    without_too_long,
 )
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.hub.publish import Published, Target
@@ -219,7 +221,8 @@ class QVLMHfQuantizer(HfQuantizer):
             return round_and_pack(model, config.settings())
         if config.dataset == SYNTHETIC:
             self._samples = synthesize(model, config.processor, config.num_samples + CHECK_SAMPLES, seed=config.seed)
-        samples, held_out = hold_out(self._samples or (), config.num_samples, config.seed)
+        usable = without_too_long(self._samples or (), config.processor, longest_sample(model))
+        samples, held_out = hold_out(usable, config.num_samples, config.seed)
         callbacks = config.callbacks or (ProgressBar(),)
         report = calibrate_and_pack(model, config.settings(), samples, config.processor, held_out=held_out, callbacks=callbacks)
         return replace(report, provenance={"dataset": dataset_name(config.dataset), **report.provenance})

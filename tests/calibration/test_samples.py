@@ -2,16 +2,29 @@
 
 import dataclasses
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import IMAGE_TOKENS, tiny_messages, tiny_processor
+from tiny_models import IMAGE_TOKENS, tiny_llava, tiny_messages, tiny_processor
 
-from qvlm_hf.calibration.samples import Batch, Sample, batches, check_image_tokens, collate, fingerprint, load_samples
+from qvlm_hf.calibration.samples import (
+    Batch,
+    Sample,
+    batches,
+    check_image_tokens,
+    collate,
+    fingerprint,
+    hold_out,
+    load_samples,
+    longest_sample,
+    without_too_long,
+)
 
 RED = Image.new("RGB", (8, 6), "red")
 CHAT = [
@@ -173,6 +186,8 @@ def test_scienceqa_rows_in_memory():
     (sample,) = load_samples([row])
     assert (sample.answer, sample.kind) == ("A", "s")
     assert 'dataset[0]: key "answer" is 2' in refusal([{**row, "answer": 2}])
+    del row["answer"]
+    assert 'dataset[0]: key "anwser" is unknown here, and "answer" is missing' in refusal([{**row, "anwser": 1}])
 
 
 def test_datasets_dataset_reads_only_chosen_rows():
@@ -280,8 +295,18 @@ TEXT = {"type": "text", "text": "a"}
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        ({**GOOD, "img": "x"}, 'key "img" is unknown here; known are answer, id, image, kind, question'),
-        ({"question": "what ?", "answer": "red"}, 'key "image" is missing; add it (null for'),
+        ({"question": "what ?", "answer": "red"}, 'key "image" is missing; add it (null for a question without a picture)'),
+        ({"imgae": "a.png", "question": "what ?"}, 'key "image" is missing; add it (null for a question without a picture); is "imgae" to'),
+        ({"img": "a.png", "question": "what ?"}, 'key "image" is missing; add it (null for a question without a picture); is "img" to'),
+        (
+            {"image": "a.png", "question": "what ?", "Anser": "red"},
+            'key "Anser" is unknown here, and "answer" is missing; rename or remove',
+        ),
+        ({"image": "a.png", "quesion": "what ?"}, 'no known format (keys: image, quesion); give "messages", or "image" and'),
+        ({"image": "a.png", "quesion": "what ?"}, '(is "quesion" to be "question"?)'),
+        ({"imgae": "a.png", "conversations": LLAVA}, 'key "imgae" is unknown here, and "image" is missing; rename or remove it'),
+        ({"conversations": [{"from": "human", "valeu": "x"}]}, 'key "conversations[0].value" is missing; add it; is "valeu" to be it?'),
+        ({"conversations": [{"from": "human", "value": "x", "image": "a.png"}]}, 'key "conversations[0].image" has no place here'),
         ({"image": "a.png", "answer": "red"}, "no known format (keys: image, answer); give"),
         ({**GOOD, "answer": 3}, 'key "answer" is int; give text'),
         ({**GOOD, "question": " "}, 'key "question" is empty'),
@@ -303,7 +328,9 @@ TEXT = {"type": "text", "text": "a"}
         (chat(), 'key "messages" is empty'),
         (chat("hello"), 'key "messages[0]" is str'),
         (chat({"role": "user"}), 'key "messages[0].content" is missing'),
-        (chat({"role": "user", "content": "a", "name": "b"}), 'key "messages[0].name" is unknown'),
+        (chat({"role": "user", "contents": "a"}), 'key "messages[0].content" is missing; add it; is "contents" to be it?'),
+        (chat({"role": "user", "content": "a", "images": ["a.png"]}), 'key "messages[0].images" has no place here; write a picture as'),
+        ({**chat({"role": "user", "content": "a"}), "images": ["a.png"]}, 'key "images" holds what no message shows; write a picture as'),
         (chat({"role": "human", "content": "a"}), "message 0 has the role 'human'"),
         (chat(user(TEXT), user(TEXT)), "message 1 has the role 'user' where \"assistant\" belongs"),
         (chat({"role": "system", "content": "a"}), "message 0 has the role 'system'"),
@@ -312,7 +339,11 @@ TEXT = {"type": "text", "text": "a"}
         (chat(user(TEXT, {"type": "image", "url": "a.png"})), 'key "messages[0].content[1].url" is a URL'),
         (chat(user(TEXT, {"type": "image", "path": "gone.png"})), 'key "messages[0].content[1].path": no such picture'),
         (chat(user({"type": "image"})), 'key "messages[0].content[0].image" is missing'),
-        (chat(user({"type": "text", "content": "a"})), 'key "messages[0].content[0].content" is unknown'),
+        (chat(user({"type": "text", "content": "a"})), 'key "messages[0].content[0].text" is missing; add it'),
+        (chat(user({**TEXT, "image": "a.png"})), 'key "messages[0].content[0].image" has no place here; write a picture as'),
+        (chat(user({"type": "image", "path": "a.png", "text": "a"})), 'key "messages[0].content[0].text" has no place here; write text as'),
+        (chat(user({"type": "image", "path": "a.png", "image": "b.png"})), 'key "messages[0].content[0].image" has no place here'),
+        ({**GOOD, "answer": "\ud800"}, 'key "answer" holds half of a surrogate pair'),
         ([1], "is list; give an object with keys"),
     ],
 )
@@ -402,6 +433,370 @@ def test_handmade_sample_is_checked():
         Sample(messages=({"role": "user", "content": "text"},), origin="mine")
     with pytest.raises(ValueError, match=r"mine: has no messages"):
         Sample(messages=(), origin="mine")
+
+
+# ---- keys that name no content -------------------------------------------------------------------------------------------------------
+
+EXTRA = {"question_id": 7, "category": ["a", {"b": None}], "score": 1.5, "meta": {"x": [1]}, "image_id": "x", "none": None}
+
+
+def notes(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("qvlm_hf")]
+
+
+def with_extra(layout):
+    """A record of each layout with keys of no content at every level."""
+    part = {"type": "text", "text": "what colour ?", "index": 3}
+    return {
+        "messages": {"messages": [user({"type": "image", "path": "a.png", "detail": "high"}, part) | {"name": "me"}], **EXTRA},
+        "conversations": {"image": "a.png", "conversations": [LLAVA[0] | {"weight": 0}], **EXTRA},
+        "question": {"image": "a.png", "question": "what colour ?", **EXTRA},
+    }[layout]
+
+
+@pytest.mark.parametrize(
+    ("layout", "inner"),
+    [
+        ("messages", ["messages[].content[].detail", "messages[].content[].index", "messages[].name"]),
+        ("conversations", ["conversations[].weight"]),
+        ("question", []),
+    ],
+)
+@pytest.mark.parametrize("source", ["file", "list", "rows"])
+def test_keys_that_name_no_content_are_ignored_with_one_note(folder, caplog, monkeypatch, layout, inner, source):
+    monkeypatch.chdir(folder)
+    records = [with_extra(layout) for _ in range(5)]
+    if source == "rows":
+        records = pytest.importorskip("datasets").Dataset.from_list([{**r, "category": "c"} for r in records])
+    samples = load_samples(write_lines(folder, *records) if source == "file" else records, num_samples=3)
+    assert [user_parts(sample) for sample in samples] == [[("image", None), ("text", "what colour ?")]] * 3
+    names = ", ".join(sorted(["category", "image_id", "meta", "question_id", "score", *inner]))
+    name = f"{folder}/data.jsonl" if source == "file" else "dataset"
+    assert notes(caplog) == [f"{name}: ignored the keys {names}: they name no content"]
+
+
+def test_a_note_names_few_of_many_keys_and_none_where_all_are_known(folder, caplog):
+    load_samples(write_lines(folder, {**GOOD, "id": 3, "kind": "k", "note": None, "more": ""}))
+    assert notes(caplog) == []
+    load_samples(write_lines(folder, {**GOOD, **{f"k{i}": i for i in range(11)}}))
+    assert notes(caplog) == [f"{folder}/data.jsonl: ignored the keys k0, k1, k10, k2, k3, k4, k5, k6 and 3 more: they name no content"]
+
+
+# ---- every kind of content in the draw -----------------------------------------------------------------------------------------------
+
+
+def of_kinds(folder, *kinds):
+    """Chats of the named kinds, as records."""
+    picture, turns = {"type": "image", "path": "a.png"}, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    made = {
+        "picture": chat(user(picture, TEXT), turns[1]),
+        "text": chat(*turns),
+        "pictures": chat(user(picture, picture, TEXT), turns[1]),
+        "turns": chat(*turns, *turns),
+    }
+    return [made[kind] for kind in kinds]
+
+
+RARE = ["picture", "text", "pictures", "turns"]
+
+
+@pytest.mark.parametrize("rare", RARE)
+@pytest.mark.parametrize("source", ["file", "list"])
+def test_a_draw_keeps_what_is_rare(folder, monkeypatch, rare, source):
+    monkeypatch.chdir(folder)
+    common = "text" if rare in ("picture", "turns") else "picture"
+    records = of_kinds(folder, *[common] * 6, rare, *[common] * 3)
+    for seed in range(12):
+        chosen = load_samples(write_lines(folder, *records) if source == "file" else records, num_samples=4, seed=seed)
+        assert len(chosen) == 4
+        assert [sample.origin for sample in chosen if sample.origin.endswith((":7", "[6]"))], seed
+        kept, rest = hold_out(load_samples(records), 4, seed)
+        assert (len(kept), len(rest)) == (4, 6)
+        assert [sample for sample in kept if sample.origin == "dataset[6]"], seed
+
+
+def test_a_draw_of_one_takes_a_picture_and_of_four_all_kinds(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    records = of_kinds(folder, *["text"] * 20, *RARE, *["text"] * 20)
+    for seed in range(12):
+        (one,) = load_samples(records, num_samples=1, seed=seed)
+        assert one.pictures()
+        assert {origin.origin for origin in load_samples(records, num_samples=4, seed=seed)} >= {"dataset[22]", "dataset[23]"}
+        smaller, larger = ({s.origin for s in load_samples(records, num_samples=n, seed=seed)} for n in (5, 9))
+        assert smaller < larger
+
+
+def test_a_draw_that_had_every_kind_anyway_is_as_before(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    records = of_kinds(folder, *["picture", "text"] * 20)
+    for seed in range(12):
+        order = list(range(40))
+        random.Random(seed).shuffle(order)
+        if len({index % 2 for index in order[:10]}) == 2:
+            assert [s.origin for s in load_samples(records, num_samples=10, seed=seed)] == [f"dataset[{i}]" for i in sorted(order[:10])]
+
+
+def test_rows_are_read_until_one_has_a_picture():
+    read = []
+
+    class Rows:
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, index):
+            read.append(index)
+            return {"image": RED if index == 6 else None, "question": f"q{index}"}
+
+    for seed in range(12):
+        read.clear()
+        chosen = load_samples(Rows(), num_samples=4, seed=seed)
+        assert "dataset[6]" in [sample.origin for sample in chosen]
+        assert len(chosen) == 4
+        assert read[-1] == 6 or len(read) == 4
+        assert len(set(read)) == len(read)
+
+
+# ---- files that are nearly JSON ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("[" * 200_000 + "]" * 200_000, "it is nested too deep"),
+        ('{"a":' * 200_000 + "1" + "}" * 200_000, "it is nested too deep"),
+        ("9" * 5000, "Exceeds the limit (4300 digits) for integer string conversion"),
+        ('{"b": 1, "b": 2}', 'key "b" stands twice in one object'),
+    ],
+    ids=["lists", "objects", "digits", "twice"],
+)
+def test_json_that_cannot_be_used_is_named_with_its_line(tmp_path, name, value, reason):
+    good = '{"image": null, "question": "a"}'
+    bad = f'{{"image": null, "question": "b", "extra": {value}}}'
+    (tmp_path / name).write_text(f"{good}\n{bad}\n" if name == "data.jsonl" else f"[{good},\n{bad}]\n")
+    message = refusal(tmp_path / name)
+    assert message.startswith(f"{name}:2: cannot be used as JSON ({reason}")
+    assert message.endswith("; mend the file")
+
+
+def test_scienceqa_tables_nested_too_deep(tmp_path):
+    (tmp_path / "problems.json").write_text('{"1": ' + "[" * 200_000 + "]" * 200_000 + "}")
+    assert refusal(tmp_path) == f"{tmp_path}/problems.json: cannot be used as JSON (it is nested too deep); mend the file"
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_numbers_of_python_and_endings_of_windows_are_read(tmp_path, name):
+    rows = ['{"image": null, "question": "a", "x": NaN}', '{"image": null, "question": "b", "x": -Infinity, "x": -Infinity}']
+    text = "\r\n\r\n".join(rows) if name == "data.jsonl" else "[" + ",\r\n\r\n".join(rows) + "]\r\n"
+    (tmp_path / name).write_bytes(("\ufeff" + text + "\r\n").encode())
+    samples = load_samples(tmp_path / name)
+    assert [(s.origin, user_parts(s)[0][1]) for s in samples] == [(f"{name}:1", "a"), (f"{name}:3", "b")]
+
+
+def test_encodings_and_leftovers_are_refused(tmp_path):
+    row = '{"image": null, "question": "a"}'
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(row.encode("utf-16"))
+    assert "is not UTF-8 text (byte 0); save it as UTF-8" in refusal(path)
+    path.write_bytes(row.encode("utf-16-le"))
+    assert "is not UTF-8 text (a NUL at character 1); save it as UTF-8" in refusal(path)
+    (tmp_path / "data.json").write_text(f"[{row}]\n\n[{row}]")
+    assert refusal(tmp_path / "data.json") == "data.json:3: more follows after the list's end; put all samples into one list"
+
+
+# ---- objects that are nearly data sets -----------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """A map-style data set as torch has it: no length, no iteration."""
+
+    def __getitem__(self, index):
+        return {"image": RED, "question": f"q{index}"}
+
+
+class BrokenRows(Rows):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        raise KeyError(index)
+
+
+def columns():
+    return {"image": [RED, None], "question": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (columns, "dataset is function; call it and give what it returns"),
+        (Rows, "dataset is type; give an object of it"),
+        (Rows(), "dataset is Rows; it has no length: give it __len__, or give a list of its samples"),
+        (BrokenRows(), "dataset[0]: BrokenRows does not give it (KeyError: 0); give a list of samples"),
+        (columns(), "dataset is a mapping with the keys image, question, which are columns; give its rows: datasets.Dataset.from_dict("),
+        ({"image": RED, "question": "a"}, "dataset is a mapping with the keys image, question, a single sample; give a list of samples"),
+        ({"train": [], "test": []}, 'keys train, test; give a list of samples, or one split such as dataset["train"]'),
+        (np.zeros((2, 4, 4, 3)), "dataset[0]: is ndarray; give an object with keys"),
+        (np.zeros(()), "dataset is ndarray without a length"),
+        (torch.utils.data.TensorDataset(torch.zeros(3, 2)), "dataset[0]: is tuple; give an object with keys"),
+        (b"[]", "dataset is bytes; give a path"),
+        (None, "dataset is NoneType; give a path"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_near_misses_say_what_to_give(source, expected):
+    assert expected in refusal(source)
+
+
+def test_tables_say_how_to_get_their_rows():
+    datasets, pandas, arrow = (pytest.importorskip(name) for name in ("datasets", "pandas", "pyarrow"))
+    rows = {"image": [None, None], "question": ["a", "b"]}
+    frame = pandas.DataFrame(rows)
+    remedy = "datasets.Dataset.from_pandas(dataset)"
+    assert refusal(frame) == f"dataset is a pandas DataFrame; give its rows: {remedy}"
+    assert refusal(frame["question"]) == f"dataset is a pandas Series; give its rows: {remedy}"
+    table = arrow.table(rows)
+    assert refusal(table) == "dataset is a pyarrow Table; give its rows: dataset.to_pylist()"
+    for given in (eval(remedy, {"datasets": datasets, "dataset": frame}), table.to_pylist(), datasets.Dataset.from_dict(rows)):
+        assert [user_parts(sample)[0][1] for sample in load_samples(given)] == ["a", "b"]
+    both = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows))
+    assert refusal(both).endswith('keys train; give a list of samples, or one split such as dataset["train"]')
+    polars = type("DataFrame", (), {"__module__": "polars.dataframe.frame"})  # a stand-in: the package is not among the test's
+    assert refusal(polars()) == "dataset is a polars DataFrame; give its rows: dataset.to_dicts()"
+
+
+# ---- pictures of other modes ---------------------------------------------------------------------------------------------------------
+
+
+def gradient(mode):
+    """12 x 4 pixels of any mode of 8 bits, from a colour gradient with transparency."""
+    values = np.arange(12 * 4 * 4, dtype=np.uint8).reshape(4, 12, 4)
+    if mode in ("CMYK", "RGBA", "RGBX"):
+        return Image.fromarray(values, mode="RGBA") if mode == "RGBA" else Image.frombytes(mode, (12, 4), values.tobytes())
+    if mode == "P with transparency":
+        picture = Image.fromarray(values[..., :3]).convert("P")
+        picture.info["transparency"] = 3
+        return picture
+    return Image.fromarray(values[..., :3]).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "P with transparency", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_pictures_of_8_bits_are_what_transformers_makes_of_them(mode):
+    from transformers.image_utils import load_image
+
+    picture = gradient(mode)
+    (sample,) = load_samples([{"image": picture, "question": "q"}])
+    expected = load_image(picture)
+    (found,) = sample.images()
+    assert (found.mode, found.size, found.tobytes()) == ("RGB", expected.size, expected.tobytes())
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", None, "big-endian"])
+def test_pictures_of_16_bits_keep_their_content(folder, name):
+    values = np.array([[0, 257, 300, 32896], [65535, 25700, 25828, 128]], dtype=np.uint16)
+    picture = Image.fromarray(values)
+    if name == "big-endian":
+        picture = Image.frombytes("I;16B", (4, 2), values.byteswap().tobytes())
+    elif name:
+        picture.save(folder / name)
+    (sample,) = load_samples([{"image": folder / name if name in ("a.png", "a.tiff") else picture, "question": "q"}])
+    (found,) = sample.images()
+    expected = [[0, 1, 1, 128], [255, 100, 100, 0]]
+    assert found.mode == "RGB"
+    assert np.asarray(found).tolist() == [[[v] * 3 for v in row] for row in expected]
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "32-bit integers")])
+def test_pictures_without_a_known_range_are_refused(folder, dtype, kind):
+    picture = Image.fromarray(np.full((4, 4), 0.5).astype(dtype))
+    expected = f'key "image": the picture holds {kind} (mode "{picture.mode}"), whose black and white are unknown; scale it to 8 bits'
+    assert refusal([{"image": picture, "question": "q"}]).startswith(f"dataset[0]: {expected}")
+    picture.save(folder / "a.tiff")
+    path = write_lines(folder, GOOD, {**GOOD, "image": "a.tiff"})
+    assert refusal(path).startswith(f"data.jsonl:2: {expected}")
+    (sample,) = load_samples(write_lines(folder, GOOD))
+    picture.save(folder / "a.png", format="TIFF")  # the file changes after it was checked
+    with pytest.raises(ValueError, match="whose black and white are unknown"):
+        sample.images()
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint16), torch.zeros(3, 4, 4)], ids=["float", "uint16", "torch"]
+)
+def test_arrays_are_no_pictures(array):
+    kind = type(array).__name__
+    expected = (
+        f'dataset[0]: key "image" is {kind}; give a path or a PIL image; of an array of 8-bit values make one with PIL.Image.fromarray'
+    )
+    assert refusal([{"image": array, "question": "q"}]) == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pixels_that_are_no_numbers_are_named_with_their_sample(monkeypatch, bad):
+    processor = tiny_processor()
+    processing = type(processor.image_processor).preprocess
+
+    def preprocess(self, images, *args, **options):
+        made = processing(self, images, *args, **options)
+        for row, picture in enumerate(own[0] for own in images):
+            if picture.getpixel((0, 0)) == (0, 0, 255):
+                made["pixel_values"][row] = bad
+        return made
+
+    monkeypatch.setattr(type(processor.image_processor), "preprocess", preprocess)
+    rows = [{"image": Image.new("RGB", (8, 8), colour), "question": "what ?"} for colour in ("red", "blue", "red")]
+    message = (
+        r"^dataset\[1\]: LlavaProcessor makes NaN or infinity of the pictures \(pixel_values\); check them, and the processor's image_mean"
+    )
+    with pytest.raises(ValueError, match=message):
+        collate(load_samples(rows), processor)
+
+
+# ---- samples longer than the model's positions ---------------------------------------------------------------------------------------
+
+
+def of_lengths(*words):
+    return load_samples([{"image": RED, "question": "what " * count, "answer": "red"} for count in words])
+
+
+def test_samples_without_positions_are_left_out_with_counts(processor, caplog):
+    samples = of_lengths(3, 50, 4, 90)
+    lengths = [int(collate([sample], processor).inputs["attention_mask"].sum()) for sample in samples]
+    assert without_too_long(samples, processor, max(lengths)) == samples
+    assert without_too_long(samples, processor, None) == samples
+    assert without_too_long([], processor, 1) == []
+    assert notes(caplog) == []
+    assert without_too_long(samples, processor, lengths[1] - 1) == [samples[0], samples[2]]
+    counts = f"2 of 4 samples are longer than the model's {lengths[1] - 1} positions"
+    assert notes(caplog) == [f"{counts} and are left out (dataset[3]: {lengths[3]} tokens)"]
+    with pytest.raises(ValueError, match=rf"^4 of 4 samples are .* 5 positions \(dataset\[3\]: {lengths[3]} tokens\): give shorter texts"):
+        without_too_long(samples, processor, 5)
+    with pytest.raises(
+        ValueError, match=rf"^dataset\[1\]: {lengths[1]} tokens are more than the model's {lengths[1] - 1} positions; leave"
+    ):
+        list(batches(samples, processor, 2, max_tokens=lengths[1] - 1))
+
+
+def scaled(**rope):
+    class Text:
+        max_position_embeddings, rope_parameters = 4096, rope or None
+
+    class Config:
+        get_text_config = Text
+
+    model = torch.nn.Module()
+    model.config = Config()
+    return longest_sample(model)
+
+
+def test_longest_sample_follows_the_text_models_configuration():
+    assert longest_sample(tiny_llava()) == 512
+    assert longest_sample(torch.nn.Linear(1, 1)) is None
+    assert scaled() == 4096
+    assert scaled(rope_type="default", rope_theta=1e4) == 4096
+    assert scaled(rope_type="linear", factor=4.0) == 16384  # the figure is that before scaling
+    assert scaled(rope_type="llama3", factor=8.0, original_max_position_embeddings=512) == 4096  # that after it
+    assert scaled(rope_type="yarn", factor=4.0, original_max_position_embeddings=4096) == 16384
 
 
 # ---- fingerprint ---------------------------------------------------------------------------------------------------------------------

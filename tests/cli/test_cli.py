@@ -1,6 +1,7 @@
 """The commands as a user runs them, on a tiny model: what they print, what they write, how they fail."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -30,6 +31,8 @@ def folder(tmp_path_factory):
                     part["path"] = f"{index}.png"
         lines.append(json.dumps(record))
     (folder / "samples.jsonl").write_text("\n".join(lines))
+    texts = [json.dumps({"image": None, "question": "what ?", "answer": "red"})] * 3
+    (folder / "texts.jsonl").write_text("\n".join(texts))
     (folder / "bert").mkdir()
     (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
     arguments = ["quantize", f"{folder}/model", "--dataset", f"{folder}/samples.jsonl", "--output", f"{folder}/w4a4"]
@@ -76,6 +79,31 @@ def test_evaluate_against_full_precision(folder, capsys):
     assert main([*arguments, "--json", f"{folder}/result.json"]) == 0
     assert "McNemar" in capsys.readouterr().out
     assert json.loads((folder / "result.json").read_text())["comparison"]["answer_kl_nats"] > 0
+
+
+def test_samples_without_positions_are_left_out_with_counts(folder, tmp_path, caplog, capsys):
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for index, record in enumerate(lines):
+        record["question_id"] = index
+        part = record["messages"][0]["content"][0]
+        part["path"] = str(folder / part["path"])
+    lines[3]["messages"][0]["content"][1]["text"] = "what " * 600  # the tiny model has 512 positions
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["quantize", f"{folder}/model", "--dataset", f"{tmp_path}/long.jsonl", "--output", f"{tmp_path}/out"]
+    assert main([*arguments, "--num-samples", "12", "--max-block-depth", "1"]) == 0
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert saved["provenance"]["samples"] == 11
+    noted = [record.getMessage() for record in caplog.records if "samples" in record.name]
+    assert noted[0] == f"{tmp_path}/long.jsonl: ignored the keys question_id: they name no content"
+    assert noted[1].startswith("1 of 12 samples are longer than the model's 512 positions and are left out (long.jsonl:4: 6")
+    assert main(["evaluate", f"{folder}/model", "--dataset", f"{tmp_path}/long.jsonl", "--json", f"{tmp_path}/r.json"]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["accuracy"]["total"] == 11
+    (tmp_path / "all.jsonl").write_text(json.dumps(lines[3]))
+    capsys.readouterr()
+    assert main([*arguments[:2], "--dataset", f"{tmp_path}/all.jsonl", "--output", f"{tmp_path}/x"]) == 1
+    expected = "qvlm: error: 1 of 1 samples are longer than the model's 512 positions (all.jsonl:1: 6"
+    assert capsys.readouterr().err.startswith(expected)
+    assert not (tmp_path / "x").exists()
 
 
 def test_rounding_needs_no_data(folder, capsys):
@@ -139,7 +167,23 @@ def test_a_calibrated_w8a8_can_be_made_for_export(folder):
     ("arguments", "message"),
     [
         (["quantize", "{f}/model", "--dataset", "{f}/none.jsonl", "--output", "{f}/x"], "no such file"),
-        (["quantize", "{f}/model", "--output", "{f}/x"], "has activation ranges to calibrate"),
+        (
+            ["quantize", "{f}/model", "--output", "{f}/x"],
+            "--scheme 'W4A4' has activation ranges to calibrate: give --dataset F or take --activation-granularity 'dynamic_token'",
+        ),
+        (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--num-samples", "0"], "--num-samples 0 must be"),
+        (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--seed", "-1"], "--seed -1 must be an integer"),
+        (
+            ["quantize", "{f}/model", "--dataset", "{f}/texts.jsonl", "--output", "{f}/x"],
+            "none of the 3 samples has a picture; add pictures to the dataset, or leave the vision side alone (--modules-to-not-convert",
+        ),
+        (["evaluate", "{f}/w4a4", "--dataset", "{f}/samples.jsonl", "--num-samples", "0"], "--num-samples is 0; give a whole number"),
+        (["evaluate", "{f}/w4a4", "--dataset", "{f}/samples.jsonl", "--batch-size", "0"], "--batch-size is 0; give at least 1"),
+        (
+            ["ask", "{f}/w4a4", "--image", "gone.png", "what ?"],
+            "error: --image: no such picture: gone.png; paths are relative to the working directory\n",
+        ),
+        (["ask", "{f}/w4a4", "--image", "{f}/0.png", " "], "error: the question is empty; give text\n"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--scheme", "W9A4"], "is not W"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/w4a4"], "exists and is not empty"),
         (["quantize", "{f}/nowhere", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x"], "nowhere"),
@@ -156,10 +200,13 @@ def test_a_calibrated_w8a8_can_be_made_for_export(folder):
         (["inspect", "{f}"], "no config.json"),
         (["inspect"], "either a directory or a --shape"),
         (["inspect", "{f}/w4a4", "--group-size", "64"], "--group-size: is for --shape"),
-        (["ask", "{f}/w4a4", "--image", "{f}/samples.jsonl", "what ?"], "unreadable picture"),
+        (["ask", "{f}/w4a4", "--image", "{f}/samples.jsonl", "what ?"], "error: --image: unreadable picture"),
         (["demo", "--questions", "none"], "must be a number"),
         (["demo", "--threads", "0"], "must be at least 1"),
-        (["export", "{f}/w4a4", "--output", "{f}/x"], "which no consumer reads: quantize with activation_granularity"),
+        (
+            ["export", "{f}/w4a4", "--output", "{f}/x"],
+            "no consumer r",
+        ),
         (["export", "{f}/model", "--output", "{f}/x"], "is not quantized by qvlm_hf"),
         (["check", "{f}/w4a4", "--vllm"], "qvlm export writes what it runs"),
     ],
@@ -170,6 +217,7 @@ def test_errors_are_one_line_and_status_1(folder, capsys, arguments, message):
     assert captured.err.startswith("qvlm: error: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+    assert not re.search(r"QVLMConfig|dataset\[|processor=|\b[a-z]+_[a-z_]+=|=(None|True|False)", captured.err)
     assert not (folder / "x").exists()
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 
-from qvlm_hf.calibration.samples import collate, load_samples
+from qvlm_hf.calibration.samples import collate, load_samples, longest_sample, without_too_long
 from qvlm_hf.evaluation import Evaluation, evaluate, format_comparison
 
 PICTURE = Image.new("RGB", (32, 32), "green")
@@ -172,6 +172,18 @@ def test_refuses(trained, samples, processor):
         evaluate(trained, samples, processor, reference=without)
     with pytest.raises(ValueError, match="evaluated on other samples"):
         evaluate(trained, samples[::-1], processor, reference=without)
+
+
+def test_questions_without_positions_are_refused_and_can_be_left_out(samples, processor):
+    model = tiny_llava()
+    lengths = [int(collate([sample], processor).inputs["attention_mask"].sum()) for sample in samples]
+    model.config.text_config.max_position_embeddings = limit = max(lengths) - 1
+    assert longest_sample(model) == limit
+    with pytest.raises(ValueError, match=rf"^dataset\[\d\]: {limit + 1} tokens are more than the model's {limit} positions; leave it out"):
+        evaluate(model, samples, processor)
+    fitting = without_too_long(samples, processor, limit)
+    assert [sample.origin for sample in fitting] == [s.origin for s, length in zip(samples, lengths, strict=True) if length <= limit]
+    assert len(evaluate(model, fitting, processor).correct) == len(fitting)
 
 
 def test_broken_model_is_named(samples, processor):

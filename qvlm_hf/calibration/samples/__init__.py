@@ -15,7 +15,15 @@ the processor is passed in.
     identity   hashes of samples
 """
 
-from qvlm_hf.calibration.samples.batch import IGNORE_INDEX, Batch, batches, check_image_tokens, collate
+from qvlm_hf.calibration.samples.batch import (
+    IGNORE_INDEX,
+    Batch,
+    batches,
+    check_image_tokens,
+    collate,
+    longest_sample,
+    without_too_long,
+)
 from qvlm_hf.calibration.samples.identity import by_picture, fingerprint
 from qvlm_hf.calibration.samples.loading import dataset_name, hold_out, load_samples
 from qvlm_hf.calibration.samples.rendering import Processor, Tokenizer
@@ -35,4 +43,6 @@ __all__ = [
     "fingerprint",
     "hold_out",
     "load_samples",
+    "longest_sample",
+    "without_too_long",
 ]

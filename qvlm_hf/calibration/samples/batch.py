@@ -1,7 +1,9 @@
 """Samples -> what the model is fed: rendered, tokenized, padded on the right, the last answer of each labelled."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,7 +12,7 @@ from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.calibration.samples.rendering import Processor, adds_special_tokens, check_processor, render
 from qvlm_hf.calibration.samples.sample import Sample
 
-__all__ = ["IGNORE_INDEX", "Batch", "batches", "check_image_tokens", "collate"]
+__all__ = ["IGNORE_INDEX", "Batch", "batches", "check_image_tokens", "collate", "longest_sample", "without_too_long"]
 
 IGNORE_INDEX = -100  # label of every token that is no part of an answer; what torch's cross entropy skips
 
@@ -37,7 +39,7 @@ class Batch:
         return Batch(inputs=inputs, labels=self.labels.to(device), origins=self.origins)
 
 
-def batches(samples: Sequence[Sample], processor: Processor, batch_size: int) -> Iterator[Batch]:
+def batches(samples: Sequence[Sample], processor: Processor, batch_size: int, *, max_tokens: int | None = None) -> Iterator[Batch]:
     """Yields the samples in order, `batch_size` at a time (the last batch may be smaller).
 
     Raises:
@@ -46,10 +48,52 @@ def batches(samples: Sequence[Sample], processor: Processor, batch_size: int) ->
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
     for start in range(0, len(samples), batch_size):
-        yield collate(samples[start : start + batch_size], processor)
+        yield collate(samples[start : start + batch_size], processor, max_tokens=max_tokens)
 
 
-def collate(samples: Sequence[Sample], processor: Processor) -> Batch:
+def longest_sample(model: torch.nn.Module) -> int | None:
+    """How many tokens a sample may have: the positions that the text model was made for; None if its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    if not isinstance(rope, Mapping):
+        return positions
+    factor = rope.get("factor")
+    if not isinstance(factor, (int, float)) or not factor > 1:
+        return positions
+    # Some checkpoints say how far the scaled positions reach, others what was there before; nobody is refused for it.
+    original = rope.get("original_max_position_embeddings") or positions
+    return max(positions, int(original * factor))
+
+
+def without_too_long(samples: Sequence[Sample], processor: Processor, max_tokens: int | None) -> list[Sample]:
+    """The samples that a model has positions for, in order; logs one line about the others, if there are any.
+
+    Args:
+        samples: any number.
+        processor: as in `collate`.
+        max_tokens: tokens that a sample may have, its pictures and its answer included; None: any number.
+
+    Raises:
+        ValueError: no sample is left of at least one, and as `collate` does.
+    """
+    if max_tokens is None or not samples:
+        return list(samples)
+    lengths = [int(collate([sample], processor).inputs["attention_mask"].sum()) for sample in samples]
+    fitting = [sample for sample, length in zip(samples, lengths, strict=True) if length <= max_tokens]
+    problem = f"{len(samples) - len(fitting)} of {len(samples)} samples are longer than the model's {max_tokens} positions"
+    longest = samples[lengths.index(max(lengths))].origin
+    if not fitting:
+        raise ValueError(f"{problem} ({longest}: {max(lengths)} tokens): give shorter texts, or fewer or smaller pictures")
+    if len(fitting) < len(samples):
+        logging.getLogger(__name__).warning("%s and are left out (%s: %d tokens)", problem, longest, max(lengths))
+    return fitting
+
+
+def collate(samples: Sequence[Sample], processor: Processor, *, max_tokens: int | None = None) -> Batch:
     """Renders the chats with the processor's template, tokenizes them and labels the last answer of each.
 
     The answer is found by rendering twice, with and without it: what the two token sequences share is the prompt. Its length is counted
@@ -60,10 +104,11 @@ def collate(samples: Sequence[Sample], processor: Processor) -> Batch:
     Args:
         samples: at least one; with and without pictures may be mixed.
         processor: a Transformers processor (`apply_chat_template`, `__call__`, `tokenizer`).
+        max_tokens: that a sample may have (`longest_sample`); None: any number.
 
     Raises:
-        ValueError: if the processor has no chat template or no padding token, if a picture is missing or has no place in the text, or if
-            the template does not show the answer.
+        ValueError: if the processor has no chat template or no padding token, if a picture is missing or has no place in the text, if
+            the template does not show the answer, if the processor makes NaN or infinity of a picture, or if a sample is too long.
     """
     if not samples:
         raise ValueError("collate got no samples; give at least one")
@@ -74,6 +119,10 @@ def collate(samples: Sequence[Sample], processor: Processor) -> Batch:
         _check_placeholders(text, len(own), processor, sample.origin)
     inputs = _call_processor(processor, [text for text, _ in chats], pictures, [sample.origin for sample in samples])
     _check_expansion(inputs["input_ids"], pictures, processor, [sample.origin for sample in samples])
+    for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
+        if max_tokens is not None and length > max_tokens:
+            remedy = "leave it out (qvlm_hf.calibration.samples.without_too_long does), or shorten it"
+            raise ValueError(f"{sample.origin}: {length} tokens are more than the model's {max_tokens} positions; {remedy}")
     labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
     for row, (sample, (_, answer)) in enumerate(zip(samples, chats, strict=True)):
         if answer:
@@ -110,6 +159,12 @@ def _call_processor(
         if not isinstance(value, torch.Tensor):
             problem = f"{type(processor).__name__} returns {name} as {type(value).__name__}, not as one tensor"
             raise ValueError(f"{', '.join(origins)}: {problem}; use batch size 1")
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            if len(texts) > 1:  # which of them it is only they themselves can tell
+                for text, own, origin in zip(texts, pictures, origins, strict=True):
+                    _call_processor(processor, [text], [own], [origin])
+            problem = f"{type(processor).__name__} makes NaN or infinity of the pictures ({name})"
+            raise ValueError(f"{', '.join(origins)}: {problem}; check them, and the processor's image_mean and image_std")
     return dict(output)
 
 

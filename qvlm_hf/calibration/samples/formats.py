@@ -1,9 +1,15 @@
-"""Rows -> samples: the layouts that are read, recognised by their keys (`_FORMATS`)."""
+"""Rows -> samples: the layouts that are read, recognised by their keys (`_FORMATS`).
 
+Keys that name no content (question_id, category) are carried by many data sets: they are ignored, with one note for the source. A key
+that looks like a content key which is missing is an error: content would be lost.
+"""
+
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +22,34 @@ __all__ = ["convert_rows"]
 
 _SCIENCEQA_REQUEST = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's own words
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_SHOWN_KEYS = 8  # of those that a note names
+_INDEX = re.compile(r"\[\d+\]")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Format:
-    """One accepted layout, recognised by the key `marker`; `convert` returns the messages and the key of each picture."""
+    """One accepted layout, recognised by the key `marker`; `convert` returns the messages and the key of each picture.
+
+    `required` and `optional` are its content keys, `known` the others that data sets of this layout have.
+    """
 
     marker: str
     required: frozenset[str]
-    optional: frozenset[str]
+    optional: frozenset[str] = frozenset()
+    known: frozenset[str] = frozenset()
     convert: Callable[[Mapping[str, Any], Row], tuple[list[Message], list[str]]]
 
 
-def convert_rows(rows: Sequence[Row]) -> list[Sample]:
-    """Checks every row and makes it a sample.
+def convert_rows(rows: Sequence[Row], source: str) -> list[Sample]:
+    """Checks every row and makes it a sample; logs one line about the keys that were ignored, if any were.
 
     Args:
         rows: at least one, all of one layout.
+        source: how messages call the data set.
 
     Raises:
-        ValueError: a row has no known layout or another one than the first, or a key is missing, unknown or wrong.
+        ValueError: a row has no known layout or another one than the first, or a content key is missing, misspelt or wrong.
     """
     samples, first = [], _recognise(rows[0])
     for row in rows:
@@ -45,6 +58,11 @@ def convert_rows(rows: Sequence[Row]) -> list[Sample]:
             here, there = _marker(found), _marker(first)
             raise ValueError(f"{row.origin}: is {here}, but {rows[0].origin} is {there}; keep one format per source")
         samples.append(row.value if found is None else _sample(row, found))
+    ignored = sorted({_INDEX.sub("[]", key) for row in rows for key in row.ignored})
+    if ignored:
+        more = f" and {len(ignored) - _SHOWN_KEYS} more" if len(ignored) > _SHOWN_KEYS else ""
+        names = ", ".join(ignored[:_SHOWN_KEYS])
+        logging.getLogger(__name__).warning("%s: ignored the keys %s%s: they name no content", source, names, more)
     return samples
 
 
@@ -61,15 +79,21 @@ def _recognise(row: Row) -> _Format | None:
     for candidate in _FORMATS:
         if candidate.marker in row.value:
             return candidate
-    keys, known = (
-        ", ".join(map(str, row.value)) or "none",
-        '"messages", or "image" and "conversations", or "image", "question" and "answer"',
-    )
-    raise ValueError(f"{row.origin}: no known format (keys: {keys}); give {known}")
+    keys = ", ".join(map(str, row.value)) or "none"
+    known = '"messages", or "image" and "conversations", or "image", "question" and "answer"'
+    markers = [layout.marker for layout in _FORMATS]
+    close = next((f' (is "{key}" to be "{found[0]}"?)' for key in row.value if (found := _close(key, markers))), "")
+    raise ValueError(f"{row.origin}: no known format (keys: {keys}); give {known}{close}")
+
+
+def _close(key: object, wanted: Iterable[str], likeness: float = 0.8) -> list[str]:
+    """Those of `wanted` that `key` may be a misspelling of, the likeliest first."""
+    return get_close_matches(str(key).strip().lower(), sorted(wanted), cutoff=likeness)
 
 
 def _sample(row: Row, layout: _Format) -> Sample:
-    _check_keys(row.value, layout.required, layout.optional | {"kind", "id"}, row)
+    known = layout.known | {"kind", "id"}
+    _check_keys({key: value for key, value in row.value.items() if key not in known}, layout.required, layout.optional, row)
     record = _present(row.value)
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
@@ -85,15 +109,43 @@ def _present(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if value is not None}
 
 
-def _check_keys(record: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], row: Row, parent: str = "") -> None:
-    required, allowed = set(required), {*required, *optional}
-    for key in record:
-        if key not in allowed and record[key] is not None:
-            raise row.error(f"{parent}{key}", f"is unknown here; known are {', '.join(sorted(allowed))}: rename or remove it")
-    for key in sorted(required):
-        if key not in record:
-            hint = " (null for a question without a picture)" if key == "image" else ""
-            raise row.error(f"{parent}{key}", f"is missing; add it{hint}")
+def _check_keys(
+    record: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], row: Row, parent: str = "", *, no_place: Iterable[str] = ()
+) -> None:
+    """Checks the keys of one object, and notes in `row.ignored` those that name no content.
+
+    Args:
+        record: the object.
+        required: content keys that must be there.
+        optional: other keys that are read.
+        row: that it is part of.
+        parent: what stands before its keys in messages.
+        no_place: content keys of other objects: what stands under them, or under a misspelling, would be lost here.
+    """
+    required, optional = set(required), set(optional)
+    others = [key for key, value in record.items() if key not in required | optional and not _is_empty(value)]
+    for key in sorted(required - record.keys()):
+        hint = " (null for a question without a picture)" if key == "image" else ""
+        like = next((f'; is "{other}" to be it?' for other in others if _close(other, [key], 0.6)), "")
+        raise row.error(f"{parent}{key}", f"is missing; add it{hint}{like}")
+    for key in others:
+        if close := _close(key, no_place):
+            raise row.error(f"{parent}{key}", f"has no place here; {_PLACES[close[0]]}, or remove it")
+        if close := _close(key, optional - record.keys()):
+            raise row.error(f"{parent}{key}", f'is unknown here, and "{close[0]}" is missing; rename or remove it')
+        row.ignored.append(f"{parent}{key}")
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+# Content keys -> where what they hold belongs.
+_PLACES = {
+    "image": 'write a picture as {"type": "image", "path": ...} into the content',
+    "path": 'write a picture as {"type": "image", "path": ...}, and one in each',
+    "text": 'write text as {"type": "text", "text": ...}',
+}
 
 
 def _text(value: object, key: str, row: Row) -> str:
@@ -101,6 +153,8 @@ def _text(value: object, key: str, row: Row) -> str:
         raise row.error(key, f"is {type(value).__name__}; give text")
     if not value.strip():
         raise row.error(key, "is empty; give text or remove the sample")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise row.error(key, "holds half of a surrogate pair, which is no character; mend the text")
     return value
 
 
@@ -108,7 +162,8 @@ def _image(value: object, key: str, row: Row) -> Path | Image.Image:
     if isinstance(value, Image.Image):
         return value
     if not isinstance(value, (str, os.PathLike)):
-        raise row.error(key, f"is {type(value).__name__}; give a path or a PIL image")
+        array = "; of an array of 8-bit values make one with PIL.Image.fromarray" if hasattr(value, "shape") else ""
+        raise row.error(key, f"is {type(value).__name__}; give a path or a PIL image{array}")
     if _URL.match(str(value)):
         raise row.error(key, f'is a URL ("{str(value)[:80]}"); pictures are read from disk only: download it and give its path')
     return row.folder / value
@@ -128,7 +183,7 @@ def _from_chat(record: Mapping[str, Any], row: Row) -> tuple[list[Message], list
         key = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise row.error(key, f'is {type(message).__name__}; give an object with "role" and "content"')
-        _check_keys(message, ("role", "content"), (), row, f"{key}.")
+        _check_keys(message, ("role", "content"), (), row, f"{key}.", no_place=("image",))
         content = message["content"]
         if isinstance(content, str):
             messages.append(_turn(message["role"], _text(content, f"{key}.content", row)))
@@ -139,6 +194,9 @@ def _from_chat(record: Mapping[str, Any], row: Row) -> tuple[list[Message], list
             parts.append(value)
             image_keys += [] if isinstance(value, str) else [part_key]
         messages.append(_turn(message["role"], *parts))
+    for key in record:
+        if not image_keys and _close(key, ["image"]) and not _is_empty(record[key]):
+            raise row.error(key, f"holds what no message shows; {_PLACES['image']}, or remove it")
     return messages, image_keys
 
 
@@ -157,12 +215,13 @@ def _part(part: object, key: str, row: Row) -> tuple[str, str | Path | Image.Ima
     if kind not in ("text", "image"):
         raise row.error(f"{key}.type", f'is {kind!r}; give {{"type": "text", "text": ...}} or {{"type": "image", "path": ...}}')
     if kind == "text":
-        _check_keys(fields, ("text",), ("type",), row, f"{key}.")
+        _check_keys(fields, ("text",), ("type",), row, f"{key}.", no_place=("image", "path"))
         return f"{key}.text", _text(fields["text"], f"{key}.text", row)
-    if "url" in fields:
+    if "url" in fields and not fields.keys() & {"path", "image"}:
         raise row.error(f"{key}.url", 'is a URL; pictures are read from disk only: download it and give its "path"')
     name = "path" if "path" in fields else "image"
-    _check_keys(fields, (name,), ("type",), row, f"{key}.")
+    other = "image" if name == "path" else "path"
+    _check_keys(fields, (name,), ("type",), row, f"{key}.", no_place=("text", other))
     return f"{key}.{name}", _image(fields[name], f"{key}.{name}", row)
 
 
@@ -179,7 +238,7 @@ def _from_llava(record: Mapping[str, Any], row: Row) -> tuple[list[Message], lis
         key = f"conversations[{index}]"
         if not isinstance(turn, Mapping):
             raise row.error(key, f'is {type(turn).__name__}; give an object with "from" and "value"')
-        _check_keys(turn, ("from", "value"), (), row, f"{key}.")
+        _check_keys(turn, ("from", "value"), (), row, f"{key}.", no_place=("image",))
         if turn["from"] not in roles:
             raise row.error(f"{key}.from", f"is {turn['from']!r}; give human, gpt or system")
         first, *others = _text(turn["value"], f"{key}.value", row).split("<image>")
@@ -220,25 +279,16 @@ def _from_scienceqa(record: Mapping[str, Any], row: Row) -> tuple[list[Message],
     return messages, ["image"] * len(pictures)
 
 
-_SCIENCEQA_OTHERS = (
-    "answer",
-    "hint",
-    "image",
-    "task",
-    "grade",
-    "subject",
-    "topic",
-    "category",
-    "skill",
-    "lecture",
-    "solution",
-    "split",
-    "caption",
-)
+_SCIENCEQA_KNOWN = frozenset({"task", "grade", "subject", "topic", "category", "skill", "lecture", "solution", "split", "caption"})
 _FORMATS = (
-    _Format(marker="messages", required=frozenset({"messages"}), optional=frozenset(), convert=_from_chat),
-    # "model" stands in LLaVA's own training file.
-    _Format(marker="conversations", required=frozenset({"conversations"}), optional=frozenset({"image", "model"}), convert=_from_llava),
-    _Format(marker="choices", required=frozenset({"question", "choices"}), optional=frozenset(_SCIENCEQA_OTHERS), convert=_from_scienceqa),
+    _Format(marker="messages", required=frozenset({"messages"}), convert=_from_chat),
+    _Format(
+        marker="conversations", required=frozenset({"conversations"}), optional=frozenset({"image"}),
+        known=frozenset({"model"}), convert=_from_llava,  # "model" stands in LLaVA's own training file
+    ),
+    _Format(
+        marker="choices", required=frozenset({"question", "choices"}), optional=frozenset({"answer", "hint", "image"}),
+        known=_SCIENCEQA_KNOWN, convert=_from_scienceqa,
+    ),
     _Format(marker="question", required=frozenset({"image", "question"}), optional=frozenset({"answer"}), convert=_from_question),
-)
+)  # fmt: skip

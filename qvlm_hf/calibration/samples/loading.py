@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qvlm_hf.calibration.samples.formats import convert_rows
 from qvlm_hf.calibration.samples.sample import Sample
-from qvlm_hf.calibration.samples.sources import choose, read_rows, source_name
+from qvlm_hf.calibration.samples.sources import read_rows, shuffled, source_name
 
 __all__ = ["dataset_name", "hold_out", "load_samples"]
 
@@ -19,7 +19,8 @@ def load_samples(dataset: object, *, num_samples: int | None = None, seed: int =
             "name/name:split" (needs the `datasets` package); a list, a `datasets.Dataset` or another iterable of dicts or `Sample`s.
             Pictures in files are relative to the file, others to the working directory.
         num_samples: how many to take; all if None or if there are fewer. From a source with a length a seeded random choice, in source
-            order, and a smaller choice is part of a larger one; from a one-pass iterable the first.
+            order, and a smaller choice is part of a larger one; from a one-pass iterable the first. A choice of a file or list has
+            every kind of content that the source has (`_content`); of another source with a length it has a picture if there is one.
         seed: of the choice.
 
     Returns:
@@ -34,8 +35,8 @@ def load_samples(dataset: object, *, num_samples: int | None = None, seed: int =
     rows = read_rows(dataset, num_samples, seed)
     if not rows:
         raise ValueError(f"{source_name(dataset)} has no samples; at least one is needed")
-    samples = convert_rows(rows)
-    chosen = [samples[index] for index in choose(len(samples), num_samples, seed)]
+    samples = convert_rows(rows, source_name(dataset))
+    chosen = [samples[index] for index in _choose(samples, num_samples, seed)]
     for sample in chosen:
         sample.check_images()
     return chosen
@@ -53,12 +54,39 @@ def dataset_name(dataset: object) -> str:
 
 
 def hold_out(samples: Sequence[Sample], num_samples: int, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples into those to calibrate on and the rest, which checks the result; both keep their order.
+    """Splits samples into those to calibrate on, every kind of content among them, and the rest; both keep their order.
 
     Args:
         samples: as `load_samples` gives them.
         num_samples: how many to calibrate on; all if there are not more.
         seed: of the choice.
     """
-    chosen = set(choose(len(samples), num_samples, seed))
+    chosen = set(_choose(samples, num_samples, seed))
     return [s for i, s in enumerate(samples) if i in chosen], [s for i, s in enumerate(samples) if i not in chosen]
+
+
+def _choose(samples: Sequence[Sample], num_samples: int | None, seed: int) -> list[int]:
+    """A seeded choice of indices, in order: the first of each kind of content in the seeded order, then what comes first.
+
+    Where the first `num_samples` of that order have every kind anyway, they are the choice. Where there is room for few kinds only,
+    samples with pictures go first: without one the vision encoder cannot be calibrated.
+    """
+    if num_samples is None or num_samples >= len(samples):
+        return list(range(len(samples)))
+    order, seen, first = shuffled(len(samples), seed), set[str](), list[int]()
+    for index in order:
+        kinds = _content(samples[index])
+        if not kinds <= seen:
+            seen |= kinds
+            first.append(index)
+    first.sort(key=lambda index: "pictures" not in _content(samples[index]))
+    return sorted([*first, *(index for index in order if index not in first)][:num_samples])
+
+
+def _content(sample: Sample) -> set[str]:
+    """What kinds of content a sample stands for: the ways in which the model reads it differently."""
+    pictures, turns = len(sample.pictures()), sum(message["role"] == "user" for message in sample.messages)
+    kinds = {"pictures" if pictures else "text only"}
+    kinds |= {"several pictures"} if pictures > 1 else set()
+    kinds |= {"several turns"} if turns > 1 else set()
+    return kinds | ({"answers"} if sample.answer is not None else set())

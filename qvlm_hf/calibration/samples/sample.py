@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from qvlm_hf.calibration.samples.pictures import open_image, verify_image
+from qvlm_hf.calibration.samples.pictures import check_mode, open_image, verify_image
 
 __all__ = ["Message", "Sample"]
 
@@ -52,13 +52,15 @@ class Sample:
         return [open_image(value, key, self.origin) for key, value in self.pictures()]
 
     def check_images(self) -> None:
-        """Checks that every picture file exists and starts like a picture, without decoding it.
+        """Checks that every picture can be used, as far as that is known without decoding it.
 
         Raises:
-            ValueError: for the first that does not.
+            ValueError: for the first that cannot.
         """
         for key, value in self.pictures():
-            if not isinstance(value, Image.Image):
+            if isinstance(value, Image.Image):
+                check_mode(value, key, self.origin)
+            else:
                 verify_image(value, key, self.origin)
 
     def pictures(self) -> list[tuple[str, Path | Image.Image]]:

@@ -5,25 +5,34 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 from qvlm_hf.calibration.samples.errors import first_line
+from qvlm_hf.calibration.samples.sample import Sample
 
-__all__ = ["Row", "choose", "read_rows", "source_name"]
+__all__ = ["Row", "read_rows", "shuffled", "source_name"]
 
+# Packages whose tables hold samples as columns -> how to get rows of them.
+_TABLES = {
+    "pandas": "datasets.Dataset.from_pandas(dataset)",
+    "polars": "dataset.to_dicts()",
+    "pyarrow": "dataset.to_pylist()",
+}
+_CONTENT = {"messages", "conversations", "image", "question", "answer", "choices"}
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One entry of a source, not yet checked."""
+    """One entry of a source, not yet checked; `ignored` collects the keys of it that name no content."""
 
     origin: str
     value: Any
     folder: Path = Path()
+    ignored: list[str] = field(default_factory=list)
 
     def error(self, key: str, problem: str) -> ValueError:
         """What to raise about one of its keys."""
@@ -35,41 +44,96 @@ def source_name(dataset: object) -> str:
     return str(dataset) if isinstance(dataset, (str, os.PathLike)) else "dataset"
 
 
-def choose(available: int, num_samples: int | None, seed: int) -> list[int]:
-    """A seeded choice of indices, in order; a smaller one is part of a larger one."""
+def shuffled(available: int, seed: int) -> list[int]:
+    """All indices in a seeded order."""
     indices = list(range(available))
-    if num_samples is None or num_samples >= available:
-        return indices
     random.Random(seed).shuffle(indices)
-    return sorted(indices[:num_samples])
+    return indices
 
 
 def read_rows(dataset: object, num_samples: int | None, seed: int) -> list[Row]:
     """Reads a data set; arguments as in `load_samples`.
 
     Returns:
-        All of a file or list; of a Hub data set or another indexable one the rows that `choose` gives, of an iterable the first.
+        All of a file or list; of a Hub data set or another indexable one `num_samples` in the seeded order (and one more, if
+        that many rows show no picture and a later one does), of an iterable the first.
 
     Raises:
         ValueError: it cannot be read, or is nothing that could be.
     """
     if isinstance(dataset, (str, os.PathLike)):
         return _read_path(dataset, num_samples, seed)
-    if isinstance(dataset, Mapping):
-        keys = ", ".join(map(str, dataset))
-        raise ValueError(f'dataset is a mapping with the keys {keys}; give a list of samples, or one split such as dataset["train"]')
     if isinstance(dataset, (list, tuple)):
         return [Row(origin=f"dataset[{index}]", value=value) for index, value in enumerate(dataset)]
+    _check_type(dataset)
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         return _rows_of(cast(Sequence[object], dataset), "dataset[{}]", num_samples, seed)
-    if isinstance(dataset, Iterable):
-        return [Row(origin=f"dataset[{index}]", value=value) for index, value in enumerate(islice(dataset, num_samples))]
-    raise ValueError(f"dataset is {type(dataset).__name__}; give a path, a Hub id, or a list or other iterable of samples")
+    first = enumerate(islice(cast(Iterable[object], dataset), num_samples))
+    return [Row(origin=f"dataset[{index}]", value=value) for index, value in first]
+
+
+def _check_type(dataset: object) -> None:
+    """Refuses what holds samples in a form of its own, and what holds none."""
+    kind, package = type(dataset).__name__, type(dataset).__module__.partition(".")[0]
+    if package in _TABLES:
+        raise ValueError(f"dataset is a {package} {kind}; give its rows: {_TABLES[package]}")
+    if isinstance(dataset, Mapping):
+        problem = f"dataset is a mapping with the keys {', '.join(map(str, dataset)) or 'none'}"
+        if not dataset.keys() & _CONTENT:
+            raise ValueError(f'{problem}; give a list of samples, or one split such as dataset["train"]')
+        if any(isinstance(dataset[key], str) for key in dataset.keys() & _CONTENT):
+            raise ValueError(f"{problem}, a single sample; give a list of samples: [dataset]")
+        raise ValueError(f"{problem}, which are columns; give its rows: datasets.Dataset.from_dict(dataset)")
+    if isinstance(dataset, (bytes, bytearray)) or not (
+        isinstance(dataset, Iterable) or (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+    ):
+        remedy = "give a path, a Hub id, or a list or other iterable of samples"
+        if callable(dataset):
+            remedy = "call it and give what it returns" if not isinstance(dataset, type) else "give an object of it"
+        elif hasattr(dataset, "__getitem__") and not isinstance(dataset, (bytes, bytearray)):
+            remedy = "it has no length: give it __len__, or give a list of its samples"
+        raise ValueError(f"dataset is {kind}; {remedy}")
 
 
 def _rows_of(dataset: Sequence[object], origin: str, num_samples: int | None, seed: int) -> list[Row]:
     """Rows of an indexable dataset, chosen before they are read: reading one decodes its picture."""
-    return [Row(origin=origin.format(index), value=dataset[index]) for index in choose(len(dataset), num_samples, seed)]
+    order = shuffled(_length(dataset), seed)
+    if num_samples is None or num_samples >= len(order):
+        return [_row(dataset, index, origin) for index in range(len(order))]
+    rows = {index: _row(dataset, index, origin) for index in order[:num_samples]}
+    if not any(_shows_picture(row.value) for row in rows.values()):
+        # rows without a picture cost nothing to read, so the search for one goes as far as it must
+        for index in order[num_samples:]:
+            row = _row(dataset, index, origin)
+            if _shows_picture(row.value):
+                rows[index] = row
+                break
+    return [rows[index] for index in sorted(rows)]
+
+
+def _length(dataset: Sequence[object]) -> int:
+    try:
+        return len(dataset)
+    except TypeError as error:  # a 0-dimensional array
+        raise ValueError(f"dataset is {type(dataset).__name__} without a length ({first_line(error)}); give a list of samples") from error
+
+
+def _row(dataset: Sequence[object], index: int, origin: str) -> Row:
+    place = origin.format(index)
+    try:
+        return Row(origin=place, value=dataset[index])
+    except Exception as error:  # foreign code: it may raise anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{place}: {type(dataset).__name__} does not give it ({reason}); give a list of samples") from error
+
+
+def _shows_picture(value: object) -> bool:
+    """Whether a row that is not checked yet holds a picture."""
+    if isinstance(value, Sample):
+        return bool(value.pictures())
+    if isinstance(value, Mapping):
+        return any((key in ("image", "path") and bool(item)) or _shows_picture(item) for key, item in value.items())
+    return isinstance(value, (list, tuple)) and any(map(_shows_picture, value))
 
 
 def _read_path(dataset: "str | os.PathLike[str]", num_samples: int | None, seed: int) -> list[Row]:
@@ -97,11 +161,14 @@ def _read_file(path: Path) -> list[Row]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    if (place := text.find("\0")) >= 0:  # UTF-16 without its mark reads as UTF-8 full of them
+        raise ValueError(f"{path}: is not UTF-8 text (a NUL at character {place}); save it as UTF-8")
+    return text
 
 
 def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -109,14 +176,14 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
             try:
-                yield line, json.loads(content)
-            except json.JSONDecodeError as error:
+                yield line, _DECODER.decode(content)
+            except (ValueError, RecursionError) as error:
                 raise _json_error(f"{path.name}:{line}", error, "put one object on each line") from error
 
 
 def _json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """Decodes a JSON list entry by entry, so that every entry has the line it starts on."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    line, counted = 1, 0
     position = _skip_space(text, 0)
     if text[position : position + 1] != "[":
         raise ValueError(f'{path.name}: holds no list; write "[sample, sample, ...]", or pass the folder if this is ScienceQA')
@@ -124,15 +191,18 @@ def _json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = _DECODER.raw_decode(text, position)
             position = _skip_space(text, position)
             if text[position : position + 1] == ",":
                 position = _skip_space(text, position + 1)
             elif text[position : position + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        except json.JSONDecodeError as error:
-            raise _json_error(f"{path.name}:{error.lineno}", error) from error
+        except (ValueError, RecursionError) as error:
+            raise _json_error(f"{path.name}:{getattr(error, 'lineno', line)}", error) from error
         yield line, value
+    if (end := _skip_space(text, position + 1)) < len(text):
+        line = 1 + text.count("\n", 0, end)
+        raise ValueError(f"{path.name}:{line}: more follows after the list's end; put all samples into one list")
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -141,8 +211,24 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _json_error(where: str, error: json.JSONDecodeError, remedy: str = "mend the file") -> ValueError:
-    return ValueError(f"{where}: not valid JSON at column {error.colno} ({error.msg}); {remedy}")
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that stands there twice Python would take the last value, without a word."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f'key "{key}" stands twice in one object')
+        found[key] = value
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+
+
+def _json_error(where: str, error: ValueError | RecursionError, remedy: str = "mend the file") -> ValueError:
+    if isinstance(error, json.JSONDecodeError):
+        return ValueError(f"{where}: not valid JSON at column {error.colno} ({error.msg}); {remedy}")
+    reason = "it is nested too deep" if isinstance(error, RecursionError) else first_line(error)
+    return ValueError(f"{where}: cannot be used as JSON ({reason}); mend the file")
 
 
 def _read_scienceqa(folder: Path, split: str) -> list[Row]:
@@ -168,10 +254,12 @@ def _read_scienceqa(folder: Path, split: str) -> list[Row]:
 def _read_table(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent}: is no ScienceQA folder ({path.name} is missing); give such a folder, or a .jsonl or .json file")
+    text = _read_text(path)
     try:
-        table = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise _json_error(f"{path}:{error.lineno}", error, "fetch it anew") from error
+        table = _DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else f"{path}"
+        raise _json_error(where, error, "fetch it anew") from error
     if not isinstance(table, dict):
         raise ValueError(f"{path}: holds {type(table).__name__}; ScienceQA has an object there")
     return table
