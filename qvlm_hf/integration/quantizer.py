@@ -221,8 +221,8 @@ class QVLMHfQuantizer(HfQuantizer):
             return round_and_pack(model, config.settings())
         if config.dataset == SYNTHETIC:
             self._samples = synthesize(model, config.processor, config.num_samples + CHECK_SAMPLES, seed=config.seed)
-        usable = without_too_long(self._samples or (), config.processor, longest_sample(model))
-        samples, held_out = hold_out(usable, config.num_samples, config.seed)
+        self._samples = without_too_long(self._samples or (), config.processor, longest_sample(model))
+        samples, held_out = hold_out(self._samples, config.num_samples, config.seed)
         callbacks = config.callbacks or (ProgressBar(),)
         report = calibrate_and_pack(model, config.settings(), samples, config.processor, held_out=held_out, callbacks=callbacks)
         return replace(report, provenance={"dataset": dataset_name(config.dataset), **report.provenance})

@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding as one operator: Transformers' numbers, on every way to call them."""
+"""RMSNorm as one operator: Transformers' numbers, on every way to call it."""
 
 import shutil
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qvlm_hf.ops import cpu_direct, cpu_operator, reference, rms_norm, rotary
+from qvlm_hf.ops import cpu_direct, cpu_operator, reference, rms_norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,21 +25,9 @@ def direct_norm(*arguments):
     return cpu_direct.rms_norm(*arguments)
 
 
-@torch.no_grad()
-def direct_rotary(*arguments):
-    return cpu_direct.rotary(*arguments)
-
-
 def norm_inputs(shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).mul(3).to(dtype), torch.randn(shape[-1], generator=generator).to(dtype)
-
-
-def heads(batch, tokens, angles, dim, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, tokens, 6, dim), (batch, tokens, 2, dim), (angles, tokens, dim), (angles, tokens, dim))
-    query, key, cos, sin = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    return (query, key), cos, sin
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,32 +51,18 @@ def test_norms_of_real_sizes_have_transformers_bits(dtype, shape):
         assert torch.equal(direct_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "angles"), [(1, 1), (3, 3), (3, 1)])
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 64), (7, 10), (40, 128)])
-def test_the_rotary_embedding_has_transformers_bits(dtype, batch, angles, tokens, dim):
-    x, cos, sin = heads(batch, tokens, angles, dim, dtype)
-    expected = apply_rotary_pos_emb(*x, cos, sin, unsqueeze_dim=2)
-    with torch.no_grad():
-        found = direct_rotary(list(x), cos, sin)
-        assert len(found) == 2
-        for way in (rotary(x, cos, sin), reference.rotary(x, cos, sin), found):
-            assert all(torch.equal(a, b) for a, b in zip(way, expected, strict=True))
-
-
 @pytest.mark.parametrize("tokens", [1, 600])
 def test_threads_change_no_bit(tokens):
     x, weight = norm_inputs((tokens, 512), torch.bfloat16)
-    turned = heads(1, tokens, 1, 64, torch.bfloat16)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append((direct_norm(x, weight, 1e-5), *direct_rotary(list(turned[0]), *turned[1:])))
+            results.append(direct_norm(x, weight, 1e-5))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert torch.equal(*results)
 
 
 def test_numbers_that_are_none_stay_so():
@@ -121,26 +95,6 @@ def test_what_the_norm_kernel_does_not_take_is_computed_all_the_same(x, weight):
         assert y.dtype == expected.dtype
 
 
-def test_what_the_rotary_kernel_does_not_take():
-    (query, key), cos, sin = heads(2, 3, 1, 8, torch.float32)
-    for x, c, s in (
-        ([query.transpose(1, 2).contiguous().transpose(1, 2), key], cos, sin),
-        ([query, key.bfloat16()], cos, sin),
-        ([query, key], cos.bfloat16(), sin),
-        ([query, key], cos, sin[:, :2]),
-        ([query[:, :2], key], cos, sin),
-        ([query, key[..., :6].contiguous()], cos, sin),
-        ([query[:0], key], cos, sin),
-        ([query[0], key], cos, sin),
-        ([query, key], torch.cat([cos] * 3), torch.cat([sin] * 3)),
-        ([query[..., :7].contiguous()], cos[..., :7].contiguous(), sin[..., :7].contiguous()),
-    ):
-        assert direct_rotary(x, c, s) is None
-    odd = query.transpose(1, 2).contiguous().transpose(1, 2)
-    with torch.no_grad():
-        assert torch.equal(rotary([odd], cos, sin)[0], reference.rotary([odd], cos, sin)[0])
-
-
 def test_gradients_are_those_of_the_operators():
     x, weight = norm_inputs((3, 40), torch.float32)
     gradients = []
@@ -149,9 +103,6 @@ def test_gradients_are_those_of_the_operators():
         compute(*inputs, 1e-5).sin().sum().backward()
         gradients.append([one.grad for one in inputs])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    (query, _), cos, sin = heads(1, 3, 1, 8, torch.float32)
-    query.requires_grad_()
-    assert torch.autograd.grad(rotary([query], cos, sin)[0].sum(), query)[0].abs().sum() > 0
 
 
 def test_forward_derivatives_and_vmap_see_single_operators():
@@ -167,45 +118,35 @@ def test_forward_derivatives_and_vmap_see_single_operators():
 
 def test_a_compiled_graph_has_the_same_bits():
     x, weight = norm_inputs((3, 40), torch.bfloat16)
-    turned, cos, sin = heads(1, 3, 1, 8, torch.bfloat16)
 
-    def both(x, weight, query, cos, sin):
-        return rms_norm(x, weight, 1e-5) + 1, rotary([query], cos, sin)[0] + 1
+    def more(x, weight):
+        return rms_norm(x, weight, 1e-5) + 1
 
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    arguments = (x, weight, turned[0], cos, sin)
+    compiled = torch.compile(more, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(compiled(*arguments), both(*arguments), strict=True))
+        assert torch.equal(compiled(x, weight), more(x, weight))
 
 
 def test_what_pytorch_asks_of_operators():
     x, weight = norm_inputs((3, 40), torch.float32)
-    turned, cos, sin = heads(1, 3, 1, 8, torch.bfloat16)
     checks = ("test_schema", "test_faketensor")
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(torch.ops.qvlm_hf.rms_norm.default, (x.to(dtype), weight, 1e-5), test_utils=checks)
-    torch.library.opcheck(torch.ops.qvlm_hf.rotary.default, (list(turned), cos, sin), test_utils=checks)
     permuted = torch.randn(40, 3, 8).permute(1, 2, 0)
     torch.library.opcheck(torch.ops.qvlm_hf.rms_norm.default, (permuted, weight, 1e-5), test_utils=checks)
-    torch.library.opcheck(torch.ops.qvlm_hf.rotary.default, ([one.mT.contiguous().mT for one in turned], cos, sin), test_utils=checks)
 
 
 def test_the_first_call_has_the_bits_of_all_later_ones(monkeypatch):
     """Kernels that came with the second call would change the last bits of an answer that is asked for twice."""
     calls = []
     monkeypatch.setattr(cpu_operator, "load", lambda: calls.append(1))
-    for name in ("rms_norm", "rotary"):  # as before the first call
-        monkeypatch.setattr(cpu_direct, name, lambda *_: None)
+    monkeypatch.setattr(cpu_direct, "rms_norm", lambda *_: None)  # as before the first call
     with torch.no_grad():
         rms_norm(*norm_inputs((3, 40), torch.float32), 1e-5)
-        rotary(*heads(1, 3, 1, 8, torch.float32))
-    assert len(calls) == 2
+    assert len(calls) == 1
 
 
-def test_the_operators_themselves_refuse_a_gradient():
+def test_the_operator_itself_refuses_a_gradient():
     x, weight = norm_inputs((3, 40), torch.float32)
-    turned, cos, sin = heads(1, 3, 1, 8, torch.float32)
-    with pytest.raises(ValueError, match="have no gradient"):
+    with pytest.raises(ValueError, match="has no gradient"):
         torch.ops.qvlm_hf.rms_norm(x.requires_grad_(), weight, 1e-5)
-    with pytest.raises(ValueError, match="have no gradient"):
-        torch.ops.qvlm_hf.rotary([turned[0].requires_grad_()], cos, sin)
