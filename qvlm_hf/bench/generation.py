@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qvlm_hf.bench.machine import Clock
 
-__all__ = ["Pass", "cache_bytes", "generate"]
+__all__ = ["Pass", "cache_argument", "cache_bytes", "generate"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +73,7 @@ def generate(
         ValueError: the model did not fill the cache.
     """
     step, marks = step or model, []
-    # "cache" from Transformers 5.24 on
-    names = inspect.signature(model.forward).parameters
-    cached = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+    cached = {cache_argument(model): cache, "use_cache": True}
     clock.wait()
     start = clock.mark()
     # the decoder is called once: what lies before is the vision encoder's
@@ -102,6 +100,12 @@ def generate(
         cache_bytes=(before + cache_bytes(cache)) / 2,
         tokens=torch.cat(tokens, -1).cpu(),
     )
+
+
+def cache_argument(model: Any) -> str:  # noqa: ANN401 - any Transformers model
+    """What the model's forward pass calls its key-value cache: "cache" from Transformers 5.24 on."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def cache_bytes(cache: Any) -> int:  # noqa: ANN401 - any Transformers cache

@@ -2,7 +2,7 @@
 
     bfloat16     Transformers as it is
     kernels      the quantized model without what follows
-    fused        and norms and rotary embedding as one operator each
+    norms        and norms as one operator each
     all          and a cache that grows in place: what a user gets
 
 Before each step the cache holds `--positions` tokens and as many more as there were turns.
@@ -23,8 +23,10 @@ import torch
 from transformers import DynamicCache
 
 from qvlm_hf import QVLMConfig
+from qvlm_hf.bench.generation import cache_argument
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.integration import fusion
+from qvlm_hf.integration.growing_cache import leave_caches
 from qvlm_hf.integration.random_models import random_model
 from qvlm_hf.integration.rounding import planned_modules
 from qvlm_hf.integration.shapes import shape_config, shape_model
@@ -38,21 +40,19 @@ def models() -> dict[str, Any]:
     planned = planned_modules(shape_model(SHAPE), settings)
     quantized = random_model(shape_config(SHAPE), dtype=torch.bfloat16, device=cpu, modules=planned)
     full = random_model(shape_config(SHAPE), dtype=torch.bfloat16, device=cpu)
-    return {"bfloat16": full, "kernels": quantized, "fused": quantized, "all": quantized}
+    return {"bfloat16": full, "kernels": quantized, "norms": quantized, "all": quantized}
 
 
 @contextmanager
 def prepared(model: Any, way: str) -> Iterator[None]:
     """The model as the way says."""
-    grow = fusion.updated
     if way == "kernels":
         fusion.unfuse(model)
-    if way == "fused":
-        fusion.updated = lambda cache, *arguments: cache.update(*arguments)
+    if way in ("kernels", "norms"):
+        leave_caches(model.get_decoder())
     try:
         yield
     finally:
-        fusion.updated = grow
         fusion.fuse(model)
 
 
@@ -74,7 +74,7 @@ def measure(ways: dict[str, Any], positions: int, rounds: int) -> dict[str, dict
         for way, model in ways.items():
             with prepared(model, way):
                 start = time.perf_counter()
-                model(input_ids=token, past_key_values=caches[way], use_cache=True)
+                model(input_ids=token, **{cache_argument(model): caches[way]}, use_cache=True)
                 if turn > 1:
                     times[way].append(time.perf_counter() - start)
     found = {}
