@@ -5,8 +5,7 @@
     python tests/versions.py 5.22.0 torch=oldest
 
 A version is one of Transformers, or of the package named before "=". Each gets an environment on top
-of the one that runs this, so only what differs is installed. The versions that are installed here
-are tested here.
+of the one that runs this, so only what differs is installed. What follows as options is pytest's.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import tomllib
 import venv
 import xml.etree.ElementTree as xml
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -69,9 +69,17 @@ def chosen(argument: str) -> list[tuple[str, str]]:
     return [(name, str(Version(version)))]
 
 
+def is_here(package: str, version: str) -> bool:
+    """Whether the environment that runs this has that version."""
+    try:
+        return installed_version(package).partition("+")[0] == version
+    except PackageNotFoundError:
+        return False
+
+
 def interpreter(package: str, version: str, folder: Path) -> str:
     """Python with that version of the package and everything else as here."""
-    if installed_version(package) == version:
+    if is_here(package, version):
         return sys.executable
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
@@ -141,10 +149,13 @@ def main() -> None:
     )
     parser.add_argument("versions", nargs="+", metavar="[PACKAGE=]VERSION|oldest|newest|minors")
     parser.add_argument("--write", action="store_true", help="docs/compatibility.md")
+    parser.add_argument("--others", action="store_true", help="leave out what is installed here")
     options, more = parser.parse_known_args()
     results = []
     asked = [pair for argument in options.versions for pair in chosen(argument)]
     for package, version in dict.fromkeys(asked):
+        if options.others and is_here(package, version):
+            continue
         print(f"== {package} {version}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             results.append(run(interpreter(package, version, Path(folder) / "env"), Path(folder), more))
