@@ -274,7 +274,7 @@ def test_without_a_place_to_write_the_reference_computes_and_says_so(monkeypatch
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no compiler")
     name = cpu.kernel_name(64, 4, 4, 64)
-    assert name.startswith(f"reference ([Errno {errno.ENOTDIR}] Not a directory: '{tmp_path}/file/qvlm_hf'")
+    assert name.startswith(f"reference ({tmp_path}/file/qvlm_hf: [Errno {errno.EEXIST}] File exists: '{tmp_path}/file'")
     assert "name a directory of yours in XDG_CACHE_HOME" in name
     cpu.kernel_name(64, 4, 8, 64)
     (record,) = caplog.records  # once
@@ -290,7 +290,7 @@ def test_kernels_are_kept_elsewhere_where_the_cache_cannot_be_written(monkeypatc
     monkeypatch.setattr(cpu, "_FLAGS", SOON_COMPILED)
     assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
     (record,) = caplog.records
-    assert "Not a directory" in record.getMessage()
+    assert f"because of {tmp_path}/file/qvlm_hf: [Errno {errno.EEXIST}] File exists" in record.getMessage()
 
 
 def test_a_compiler_that_hangs_or_is_misspelt_is_no_disaster(monkeypatch, fresh_kernels, tmp_path):
