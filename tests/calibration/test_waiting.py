@@ -13,6 +13,7 @@ from qvlm_hf import quantize
 from qvlm_hf.calibration import waiting
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.waiting import yield_to_others
+from qvlm_hf.evaluation.evaluate import evaluate
 
 
 class Clock:
@@ -131,4 +132,12 @@ def test_quantizing_yields(monkeypatch, entry):
     rest = () if entry == "round_and_pack" else ([], None)
     with pytest.raises((ValueError, AttributeError)):
         getattr(quantize, entry)(torch.nn.Linear(2, 2), CalibrationSettings(), *rest)
+    assert asked == [1]
+
+
+def test_evaluating_yields(monkeypatch):
+    asked = []
+    monkeypatch.setattr(waiting, "_crowd", lambda: asked.append(1))
+    with pytest.raises(ValueError, match="sample"):
+        evaluate(torch.nn.Linear(2, 2), [], None)
     assert asked == [1]
