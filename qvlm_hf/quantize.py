@@ -37,6 +37,7 @@ from qvlm_hf.calibration.sensitivity import SensitivityProbe, allocate_bits, gua
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.calibration.simulation import installed
 from qvlm_hf.calibration.vision_encoder import OptimizedVision, optimize_vision
+from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve, rotation_plan, scale_paths
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.scheme import QuantScheme
@@ -52,6 +53,7 @@ _RECOMBINATIONS = 3  # times the calibration samples that learned rounding sees 
 CHECK_SAMPLES = 16  # held-out samples of the self-check
 
 
+@yield_to_others()
 def calibrate_and_pack(
     model: nn.Module,
     settings: CalibrationSettings,
@@ -131,6 +133,7 @@ def calibrate_and_pack(
     )
 
 
+@yield_to_others()
 def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> CalibrationReport:
     """Rounds a model in place to nearest, without data: weight-only schemes, and inputs with a range per token found at run time.
 

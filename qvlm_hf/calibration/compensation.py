@@ -92,14 +92,15 @@ def compensate(weight: Tensor, hessian: Tensor, start: QuantizedWeight, bits: in
     values = torch.empty_like(rest)
     for begin in range(0, length, _CHUNK):
         end = min(begin + _CHUNK, length)
-        errors = rest.new_empty((rest.shape[0], end - begin))
-        for k in range(begin, end):
-            value = (torch.div(rest[:, k], scale[:, k]).round_() + zero[:, k]).clamp_(0, top)
-            values[:, k] = value
-            error = (rest[:, k] - (value - zero[:, k]) * scale[:, k]) / factor[k, k]
-            rest[:, k:end] -= error[:, None] * factor[k, k:end]
-            errors[:, k - begin] = error
-        rest[:, end:] -= errors @ factor[begin:end, end:]
+        # columns as rows: what an operation touches lies together in memory
+        chunk, scales, zeros = (part[:, begin:end].T.contiguous() for part in (rest, scale, zero))
+        errors = torch.empty_like(chunk)
+        for k in range(end - begin):
+            value = (torch.div(chunk[k], scales[k]).round_() + zeros[k]).clamp_(0, top)
+            values[:, begin + k] = value
+            torch.div(chunk[k] - (value - zeros[k]) * scales[k], factor[begin + k, begin + k], out=errors[k])
+            chunk[k + 1 :] -= errors[k] * factor[begin + k, begin + k + 1 : end, None]
+        rest[:, end:] -= errors.T.contiguous() @ factor[begin:end, end:]
     integers = torch.empty_like(start.values)
     integers[:, order] = values.to(torch.uint8)
     return QuantizedWeight(integers, start.scale, start.zero_point, start.group_length)

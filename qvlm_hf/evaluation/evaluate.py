@@ -16,6 +16,7 @@ import torch
 
 from qvlm_hf.calibration.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, Processor, Sample, collate, fingerprint, longest_sample
+from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.evaluation.metrics import Interval, PairedCounts, Proportion, mcnemar_p_value, paired_difference
 
 __all__ = ["Comparison", "Evaluation", "evaluate", "format_comparison"]
@@ -92,6 +93,7 @@ class Evaluation:
         }
 
 
+@yield_to_others()
 def evaluate(
     model: torch.nn.Module,
     samples: Sequence[Sample],

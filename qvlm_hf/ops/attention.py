@@ -84,21 +84,21 @@ def composed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
 @functools.cache
 def load() -> str | None:
     """Lets `cpu_direct.decode_attention` take calls, once per process; returns why it does not, or None."""
-    wrong = cpu_operator.load()
-    if wrong is None:
-        try:
-            library = native.load(_SOURCES, _FLAGS, native.openmp())
-        except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
-            wrong = str(error)
-    if wrong is not None:
-        logging.getLogger(__name__).info("attention of one token is computed by PyTorch: %s", wrong)
+    log = logging.getLogger(__name__)
+    if wrong := cpu_operator.load():  # which has warned
+        log.info("attention of one token is computed by PyTorch: %s", wrong)
         return wrong
-    cpu_direct.use("trial_attention", native.address(library.qvlm_attend))
-    wrong = native.apart(_self_check)
-    if wrong is None:
-        cpu_direct.use("decode_attention", native.address(library.qvlm_attend))
+    try:
+        library = native.load(_SOURCES, _FLAGS, native.openmp())
+    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+        wrong = str(error)
     else:
-        logging.getLogger(__name__).warning("attention of one token is computed by PyTorch: %s", wrong)
+        cpu_direct.use("trial_attention", native.address(library.qvlm_attend))
+        wrong = native.apart(_self_check)
+        if wrong is None:
+            cpu_direct.use("decode_attention", native.address(library.qvlm_attend))
+    if wrong is not None:
+        log.warning("attention of one token is computed by PyTorch, 1.1 to 1.8 times slower (docs/benchmarks.md): %s", wrong)
     return wrong
 
 

@@ -43,6 +43,8 @@ _DENSE_TOKENS = 32  # beyond, portable kernels leave floating-point inputs to Py
 _GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2, "none": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PORTABLE = 0
+# What tests/bench/plain_pytorch.py measured: layers of 1024 x 1024 and of 4096 x 4096.
+_SLOWER = "20 to 130 times slower per token (docs/benchmarks.md; remedies: docs/troubleshooting.md)"
 _VARIANTS = {_PORTABLE: "cpu portable", 1: "cpu avx512-vnni"}
 
 
@@ -238,7 +240,7 @@ def _kernels() -> _Kernels:
         reason = f"the compiled kernel is wrong for {wrong}"
     except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: shlex, of CXX
         reason = str(error)
-    logging.getLogger(__name__).warning("quantized layers run in plain PyTorch, correct but slow: %s", reason)
+    logging.getLogger(__name__).warning("quantized layers run in plain PyTorch, correct but %s: %s", _SLOWER, reason)
     return _Kernels(None, f"reference ({reason})")
 
 

@@ -1,5 +1,8 @@
 """C++ that is compiled where it runs: once per source, flags, compiler, processor and PyTorch, kept in the user's cache.
 
+Where the cache cannot be used, a private folder of the user under the temporary directories keeps the library. That happens when the
+cache is read-only, full, mounted noexec or open to others. A library is only loaded from where nobody else could have put it.
+
 A library is written whole or not at all and ends with the digest of all before it, because one that lost its end loads, and kills the
 process at the first call into it.
 
@@ -8,16 +11,18 @@ where it cannot be had, or not in time, a process compiles for itself and replac
 """
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
@@ -31,11 +36,13 @@ import torch
 __all__ = ["address", "apart", "compiled", "compiler", "load", "load_module", "openmp"]
 
 _SECONDS = 300
+_TEMPORARY = ("/tmp", "/var/tmp")  # a folder in them is made private, and checked
+_ROOM = 64 * 2**20  # bytes: the compiler's temporary files and the library
 T = TypeVar("T")
 
 
 def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> ctypes.CDLL:
-    """Compiles a library if the cache has none, and loads it.
+    """Compiles a library if no cache has it, and loads it.
 
     Args:
         sources: the file to compile, and those that it includes.
@@ -44,16 +51,11 @@ def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]
 
     Raises:
         RuntimeError: there is no compiler, or it failed.
-        OSError: nothing can be written or loaded.
+        OSError: no folder can be written and loaded from.
         ValueError: CXX cannot be read.
         subprocess.TimeoutExpired: the compiler takes minutes.
     """
-    path = compiled(sources, flags, libraries)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # damaged in the cache: once more
-        path.unlink(missing_ok=True)  # another process may have found it damaged too
-        return ctypes.CDLL(str(compiled(sources, flags, libraries)))
+    return _first_that_works(lambda path: ctypes.CDLL(str(path)), sources, flags, libraries)
 
 
 def address(function: Any) -> int:  # noqa: ANN401 - of a ctypes library
@@ -74,12 +76,7 @@ def load_module(name: str, sources: Sequence[Path], flags: Sequence[str], librar
         ImportError: it cannot be imported.
         OSError, RuntimeError, ValueError, subprocess.TimeoutExpired: as in `load`.
     """
-    path = compiled(sources, flags, libraries)
-    try:
-        return _module(name, str(path))
-    except ImportError:  # as in `load`
-        path.unlink(missing_ok=True)
-        return _module(name, str(compiled(sources, flags, libraries)))
+    return _first_that_works(lambda path: _module(name, str(path)), sources, flags, libraries)
 
 
 def _module(name: str, path: str) -> ModuleType:
@@ -99,32 +96,58 @@ def apart(check: Callable[[], T]) -> T:
 
 
 def compiled(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
-    """The library for these sources, compiler and processor, from the cache or compiled now; arguments and errors as in `load`."""
+    """The library for these sources, compiler and processor, from a cache or compiled now; arguments and errors as in `load`."""
+    return _first_that_works(lambda path: path, sources, flags, libraries)
+
+
+def _first_that_works(use: Callable[[Path], T], sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]) -> T:
+    """What `use` returns for the library in the first folder where it can be kept and loaded."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"no kernels for {platform.system()} on {platform.machine()}")
     command = compiler()
     version = _output(*command, "--version")
     words = (*command, *flags, torch.__version__)
     identity = [*(path.read_bytes() for path in sources), " ".join(words).encode(), version, _processor()]
-    target = _cache() / f"{sources[0].stem}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
+    name = f"{sources[0].stem}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
+    refused: list[str] = []
+    for folder in _folders():
+        try:
+            target = _private(folder) / name
+            for last in (False, True):
+                _keep(target, [*command, *flags], sources[0], libraries, refused)
+                try:
+                    return use(target)
+                except (OSError, ImportError):  # damaged, or of another machine: once more
+                    if last:
+                        raise
+                    target.unlink(missing_ok=True)  # another process may have found it damaged too
+        except (OSError, ImportError) as error:  # read-only, full, noexec, open to others: the next folder
+            refused.append(str(error) if str(folder) in str(error) else f"{folder}: {error}")
+    raise OSError("; ".join(refused) + " (name a directory of yours in XDG_CACHE_HOME that can be written and executed from)")
+
+
+def _keep(target: Path, command: Sequence[str], source: Path, libraries: Sequence[str], refused: Sequence[str]) -> None:
+    """Compiles the library if it is not there."""
     if not _intact(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target):
             if not _intact(target):  # now, another process may have made it
-                _compile([*command, *flags], sources[0], libraries, target)
-    return target
+                _compile(command, source, libraries, target, refused)
 
 
-def _compile(command: Sequence[str], source: Path, libraries: Sequence[str], target: Path) -> None:
-    log = logging.getLogger(__name__)
-    log.warning("compiling %s for this machine, once: up to a minute (kept in %s)", source.stem, target.parent)
+def _compile(command: Sequence[str], source: Path, libraries: Sequence[str], target: Path, refused: Sequence[str]) -> None:
+    if shutil.disk_usage(target.parent).free < _ROOM:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, compiling takes {_ROOM >> 20} MiB", str(target.parent))
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        why = f", because of {'; '.join(refused)}" if refused else ""
+        log = logging.getLogger(__name__)
+        log.warning("compiling %s for this machine, once: up to a minute (kept in %s%s)", source.stem, target.parent, why)
         made = Path(folder) / target.name
-        _output(*command, "-o", str(made), str(source), "-Wl,--as-needed", *libraries)
+        _output(*command, "-o", str(made), str(source), "-Wl,--as-needed", *libraries, temporary=folder)
         if not made.exists():
             raise RuntimeError(f"{command[0]} reported success and wrote nothing")
         code = made.read_bytes()
         made.write_bytes(code + hashlib.sha256(code).digest())  # the loader reads what the headers name, not what follows
+        made.chmod(0o755)  # whatever the umask is: what others can write is not loaded
         os.replace(made, target)
 
 
@@ -173,24 +196,90 @@ def openmp() -> list[str]:
 
 
 def _intact(path: Path) -> bool:
-    """Whether a library ends with the digest of all before: a cut one would end the process when its missing pages are touched."""
+    """Whether a library is ours alone and ends with the digest of all before.
+
+    A cut one would end the process when its missing pages are touched.
+    """
     try:
-        code = path.read_bytes()
-    except FileNotFoundError:
+        code, mine = path.read_bytes(), _stranger(path) is None
+    except (FileNotFoundError, PermissionError):
         return False
-    return hashlib.sha256(code[: -hashlib.sha256().digest_size]).digest() == code[-hashlib.sha256().digest_size :]
+    size = hashlib.sha256().digest_size
+    return mine and hashlib.sha256(code[:-size]).digest() == code[-size:]
 
 
-def _output(*command: str) -> bytes:
-    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False)
+def _output(*command: str, temporary: str | None = None) -> bytes:
+    """What a command prints; its temporary files go into `temporary`, because the usual folder may be read-only or full."""
+    environment = None if temporary is None else {**os.environ, "TMPDIR": temporary}
+    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False, env=environment)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
         raise RuntimeError(f"{Path(command[0]).name} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
     return done.stdout
 
 
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvlm_hf"
+def _folders() -> Iterator[Path]:
+    """Where libraries may be kept, the user's cache first; relative paths are ignored, as the XDG specification says."""
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = Path(os.path.expanduser("~"))  # Path.home() raises for a user that has no home
+    if asked.is_absolute():
+        yield asked / "qvlm_hf"
+    elif home.is_absolute():
+        yield home / ".cache" / "qvlm_hf"
+    for base in dict.fromkeys((os.environ.get("TMPDIR", ""), *_TEMPORARY)):
+        if Path(base).is_absolute() and Path(base).is_dir():
+            yield Path(base) / f"qvlm_hf-{os.getuid()}"
+
+
+def _private(folder: Path) -> Path:
+    """The folder without symbolic links, made if need be, when nobody else can change what lies in it.
+
+    Raises:
+        OSError: it cannot be made, nothing is loaded from it, or others can write to it or to a directory on the way.
+    """
+    _make(folder)
+    if folder.is_symlink() and folder.lstat().st_uid not in (os.getuid(), 0):
+        raise PermissionError(errno.EPERM, "a symbolic link that another user made", str(folder))
+    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        raise PermissionError(errno.EPERM, "mounted noexec", str(folder))
+    real = folder.resolve()  # a link on the way may be changed between this check and loading
+    for path in (real, *real.parents):
+        if why := _stranger(path):
+            raise PermissionError(errno.EPERM, why, str(path))
+    return real
+
+
+def _make(folder: Path) -> None:
+    """As `mkdir -p`, every new directory for the user alone."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _stranger(path: Path) -> str | None:
+    """Why another user can change what lies at `path`, or None.
+
+    Others may write to a directory with the sticky bit, such as /tmp: what is ours in it stays ours. The owner of / is trusted, because
+    it can change everything (root, or whoever root is called in a user namespace).
+    """
+    found = path.lstat()
+    if found.st_uid not in (os.getuid(), 0, Path("/").stat().st_uid):
+        return f"it belongs to another user (uid {found.st_uid})"
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    group = found.st_mode & stat.S_IWGRP and not _alone_in(found.st_gid)
+    return "others can write to it (chmod go-w mends that)" if (found.st_mode & stat.S_IWOTH or group) and not sticky else None
+
+
+def _alone_in(group: int) -> bool:
+    """Whether this is the user's private group, as many systems make one for each user and let it write."""
+    import grp  # not at the top: Windows has neither
+    import pwd
+
+    try:
+        user, found = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return False
+    return found.gr_name == user and set(found.gr_mem) <= {user}
 
 
 def _processor() -> bytes:

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
-from qvlm_hf.ops import attention, cpu_direct, decode_attention
+from qvlm_hf.ops import attention, cpu_direct, cpu_operator, decode_attention
 
 OPS = torch.ops.qvlm_hf
 DTYPES = [torch.float32, torch.bfloat16]
@@ -281,7 +281,17 @@ def test_a_wrong_kernel_takes_no_calls(monkeypatch, fresh, caplog):
     monkeypatch.setattr(attention, "composed", lambda query, *_: torch.zeros_like(query).transpose(1, 2))
     assert attention.load() == "the compiled kernel is wrong for 8 heads, 1 key heads of 64, 300 keys, torch.bfloat16"
     assert direct(Q, K, V, None, 0.2) is None
-    assert "computed by PyTorch: the compiled kernel is wrong" in caplog.text
+    assert "computed by PyTorch, 1.1 to 1.8 times slower (docs/benchmarks.md): the compiled kernel is wrong" in caplog.text
+    monkeypatch.undo()
+
+
+def test_a_kernel_that_cannot_be_compiled_is_spoken_of(monkeypatch, fresh, caplog):
+    assert cpu_operator.load() is None  # these can
+    monkeypatch.setattr(attention, "_FLAGS", ("-std=c++1",))
+    assert "failed" in attention.load()
+    (record,) = [record for record in caplog.records if record.name == attention.__name__]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().endswith(attention.load())
     monkeypatch.undo()
 
 

@@ -1,7 +1,8 @@
-"""The lock around compiling: it saves work between processes, and never stands in the way."""
+"""Where libraries are kept, who may have put them there, and the lock around compiling, which never stands in the way."""
 
 import errno
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,8 @@ def compilations(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     return tmp_path / "compilations"
 
 
@@ -69,7 +72,7 @@ def test_processes_that_start_together_compile_once(compilations):
 def test_a_lock_that_nobody_lets_go_is_waited_for_so_long_and_no_longer(compilations, monkeypatch):
     target = compile_answer(compilations.parent)
     target.unlink()
-    monkeypatch.setattr(native, "_output", lambda *command: run(command))
+    monkeypatch.setattr(native, "_output", lambda *command, temporary=None: run(command))
     monkeypatch.setattr(native, "_SECONDS", 1)
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -115,3 +118,172 @@ def test_a_lock_file_that_cannot_be_opened_is_done_without(compilations):
     target.with_suffix(".lock").mkdir()
     assert compile_answer(compilations.parent) == target
     assert target.is_file()
+
+
+@pytest.fixture
+def cache(compilations):
+    """The folder that is tried first."""
+    return compilations.parent / "cache" / "qvlm_hf"
+
+
+@pytest.fixture
+def elsewhere(compilations):
+    """The folder that is tried next."""
+    return compilations.parent / "temporary" / f"qvlm_hf-{os.getuid()}"
+
+
+def block(folder):
+    """Lets nothing be made at a path; a mode would not do, root ignores it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.write_text("")
+
+
+def test_folders_are_made_for_the_user_alone(compilations, cache):
+    before = os.umask(0)
+    try:
+        target = compile_answer(compilations.parent)
+    finally:
+        os.umask(before)
+    assert target.parent == cache
+    assert [path.stat().st_mode & 0o777 for path in (cache.parent, cache, target)] == [0o700, 0o700, 0o755]
+
+
+def test_another_folder_where_the_cache_cannot_be_written(compilations, cache, elsewhere, caplog):
+    block(cache)
+    target = compile_answer(compilations.parent)
+    assert target.parent == elsewhere
+    assert elsewhere.stat().st_mode & 0o777 == 0o700
+    (record,) = caplog.records
+    assert f"kept in {elsewhere}, because of [Errno 17] File exists: '{cache}'" in record.getMessage()
+    assert compile_answer(compilations.parent) == target
+    assert count(compilations) == 1
+
+
+def test_no_home_and_a_relative_one(compilations, elsewhere, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", "home")
+    assert compile_answer(compilations.parent).parent == elsewhere
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # of a user without an entry
+    assert compile_answer(compilations.parent).parent == elsewhere
+    assert not Path("cache").exists()
+    assert not Path("home").exists()
+
+
+def test_a_cache_filled_before_is_used_without_writing(compilations, cache):
+    """As in an image whose cache is read-only when it runs."""
+    target = compile_answer(compilations.parent)
+    target.with_suffix(".lock").unlink()
+    before = [(path, path.stat().st_mtime_ns) for path in (cache, target)]
+    assert compile_answer(compilations.parent) == target
+    assert [(path, path.stat().st_mtime_ns) for path in (cache, target)] == before
+    assert list(cache.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("kind", ["noexec", "full"])
+def test_a_cache_that_nothing_is_loaded_from_or_nothing_fits_into(compilations, cache, elsewhere, monkeypatch, kind):
+    real_usage, real_statvfs = shutil.disk_usage, os.statvfs
+
+    class Noexec:
+        f_flag = os.ST_NOEXEC
+
+    if kind == "noexec":
+        monkeypatch.setattr(os, "statvfs", lambda path: Noexec if path == cache else real_statvfs(path))
+    else:
+        full = real_usage("/")._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: full if path == cache else real_usage(path))
+    assert compile_answer(compilations.parent).parent == elsewhere
+
+
+def test_a_library_that_the_loader_refuses_is_made_elsewhere(compilations, cache, elsewhere, monkeypatch):
+    """As a mandatory access control does, which no flag of the mount tells of."""
+    tried = []
+
+    def use(path):
+        tried.append(path.parent)
+        if path.parent == cache:
+            raise OSError("failed to map segment from shared object")
+        return path
+
+    words = [compilations.parent / "answer.cpp"], ["-shared", "-fPIC"], ()
+    assert native._first_that_works(use, *words).parent == elsewhere
+    assert tried == [cache, cache, elsewhere]
+
+
+def test_the_compiler_keeps_its_temporary_files_beside_the_library(compilations, cache, monkeypatch):
+    """Where /tmp is read-only or full and the cache is not, it compiles all the same."""
+    monkeypatch.setenv("TMPDIR", "/nope")
+    compiler = compilations.parent / "slow-g++"
+    compiler.write_text(compiler.read_text().replace("sleep 1", f'echo "$TMPDIR" > {compilations.parent}/seen'))
+    assert compile_answer(compilations.parent).parent == cache
+    assert (compilations.parent / "seen").read_text().startswith(f"{cache}/")
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
+
+
+@pytest.mark.parametrize("place", ["cache", "parent"])
+@pytest.mark.parametrize("mode", [0o777, 0o757])
+def test_a_folder_that_others_can_write_to_is_not_used(compilations, cache, elsewhere, caplog, place, mode):
+    planted = compile_answer(compilations.parent)
+    caplog.clear()
+    folder = {"cache": cache, "parent": cache.parent}[place]
+    folder.chmod(mode)
+    assert compile_answer(compilations.parent).parent == elsewhere
+    (record,) = caplog.records
+    assert f"others can write to it (chmod go-w mends that): '{folder}'" in record.getMessage()
+    folder.chmod(0o1777)  # sticky, as /tmp: others cannot replace what is ours
+    assert compile_answer(compilations.parent) == planted
+    assert count(compilations) == 2
+
+
+def test_a_library_that_others_can_write_is_made_anew(compilations):
+    target = compile_answer(compilations.parent)
+    target.chmod(0o666)
+    assert compile_answer(compilations.parent) == target
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert count(compilations) == 2
+
+
+def test_a_group_may_write_if_it_is_the_users_own(compilations, cache, monkeypatch):
+    target = compile_answer(compilations.parent)
+    cache.chmod(0o770)
+    monkeypatch.setattr(native, "_alone_in", lambda group: group == cache.stat().st_gid)
+    assert compile_answer(compilations.parent) == target
+    monkeypatch.setattr(native, "_alone_in", lambda group: False)
+    assert compile_answer(compilations.parent).parent != cache
+
+
+def test_whose_own_a_group_is(monkeypatch):
+    grp, pwd = pytest.importorskip("grp"), pytest.importorskip("pwd")
+    members = []
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.struct_passwd(("ann", "x", uid, 7, "", "/", "")))
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group(({7: "ann", 8: "users"}[gid], "x", gid, members)))
+    assert native._alone_in(7)
+    assert not native._alone_in(8)
+    members += ["ann", "bob"]
+    assert not native._alone_in(7)
+    assert not native._alone_in(9)  # no such group
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("place", ["library", "folder", "link"])
+def test_what_another_user_put_there_is_not_loaded(compilations, cache, elsewhere, place):
+    target = compile_answer(compilations.parent)
+    if place == "link":
+        cache.rename(cache.with_name("theirs"))
+        cache.symlink_to(cache.with_name("theirs"))
+        os.chown(cache, 12345, 12345, follow_symlinks=False)
+    else:
+        os.chown({"library": target, "folder": cache}[place], 12345, 12345)
+    found = compile_answer(compilations.parent)
+    assert found.parent == (cache if place == "library" else elsewhere)
+    assert found.stat().st_uid == 0
+    assert count(compilations) == 2
+
+
+def test_what_was_checked_is_what_is_loaded(compilations, cache):
+    """A link on the way is followed before the check, so that it cannot be turned afterwards."""
+    real = compilations.parent / "real"
+    real.mkdir()
+    cache.parent.symlink_to(real)
+    assert compile_answer(compilations.parent).parent == real / "qvlm_hf"

@@ -1,0 +1,86 @@
+"""PyTorch's threads give their cores away while they wait for each other and another program wants the cores.
+
+Threads of libgomp, PyTorch's OpenMP runtime on Linux, spin while they wait. That is fastest on an
+idle machine. On a busy one a spinning thread uses up the time that the thread it waits for needs, at
+each small operation: calibration took more than ten times as long.
+
+libgomp reads OMP_WAIT_POLICY once, when it is loaded, which is too early for a library. But it spins
+for microseconds only while the process has more OpenMP threads than cores. So idle ones are added.
+They compute nothing: operations are split as before, and results keep every bit.
+
+Left out: other runtimes, and fewer threads, which would change sums and thereby results.
+"""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+
+import torch
+
+__all__ = ["yield_to_others"]
+
+_LOOK = 0.5  # seconds between two looks at the machine
+_STAY = 10.0  # seconds that idle threads stay, once they are there
+_BUSY = 25.0  # times a second that the process loses a core before its time is up
+
+
+@contextmanager
+def yield_to_others() -> Iterator[None]:
+    """Inside, threads wait without spinning whenever the machine is busy. Thread counts and results stay as they are."""
+    crowd = _crowd()
+    if crowd is None or torch.get_num_threads() == 1:
+        yield
+        return
+    done = Event()
+    watcher = Thread(target=_watch, args=(done, crowd, _lost_cores), daemon=True, name="qvlm yield_to_others")
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _watch(done: Event, crowd: Callable[[Event], None], lost_cores: Callable[[], int]) -> None:
+    """Keeps idle threads while the process loses its cores often, until `done`."""
+    leave: Event | None = None
+    lost, since = lost_cores(), time.monotonic()
+    try:
+        while not done.wait(_LOOK if leave is None else _STAY):
+            now_lost, now = lost_cores(), time.monotonic()
+            busy = now_lost - lost > _BUSY * (now - since)
+            lost, since = now_lost, now
+            if busy and leave is None:
+                leave = Event()
+                Thread(target=crowd, args=(leave,), daemon=True, name="qvlm idle").start()
+            elif not busy and leave is not None:
+                leave.set()
+                leave = None
+    finally:
+        if leave is not None:
+            leave.set()
+
+
+def _crowd() -> Callable[[Event], None] | None:
+    """What makes idle OpenMP threads and keeps them until an event; None where PyTorch's runtime is not libgomp."""
+    runtime = ctypes.CDLL(torch._C.__file__)  # finds what PyTorch itself is linked with
+    if not hasattr(runtime, "GOMP_parallel") or hasattr(runtime, "kmp_set_blocktime"):
+        return None
+    nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # of a null pointer
+    count = max(2, (os.cpu_count() or 1) + 2 - torch.get_num_threads())  # one of them is the calling thread
+
+    def crowd(leave: Event) -> None:
+        runtime.GOMP_parallel(nothing, None, count, 0)
+        leave.wait()  # they sleep until their master ends
+
+    return crowd
+
+
+def _lost_cores() -> int:
+    """How often the process lost a core before its time was up."""
+    import resource  # not at the top: Windows has none, and no libgomp
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

@@ -1,0 +1,143 @@
+"""When idle threads come and go, and that nothing else changes. How much faster a busy machine is with them is no test."""
+
+import os
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from qvlm_hf import quantize
+from qvlm_hf.calibration import waiting
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.waiting import yield_to_others
+from qvlm_hf.evaluation.evaluate import evaluate
+
+
+class Clock:
+    """An event whose `wait` takes no time: it moves a clock by what it was asked to wait, and ends with the rates."""
+
+    def __init__(self, rates):
+        self.rates, self.now, self.lost, self.waited = list(rates), 0.0, 0.0, []
+
+    def wait(self, seconds):
+        if not self.rates:
+            return True
+        self.now += seconds
+        self.lost += self.rates.pop(0) * seconds
+        self.waited.append(seconds)
+        return False
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Runs the watcher over rates of lost cores a second; returns after which of its looks idle threads were there."""
+
+    def run(rates):
+        clock, leaves, there = Clock(rates), [], []
+        monkeypatch.setattr(waiting.time, "monotonic", lambda: clock.now)
+        waits = clock.wait
+
+        def wait(seconds):
+            there.append(any(not leave.is_set() for leave in leaves))
+            return waits(seconds)
+
+        clock.wait = wait
+        monkeypatch.setattr(waiting, "Thread", Now)
+        waiting._watch(clock, leaves.append, lambda: clock.lost)
+        assert all(leave.is_set() for leave in leaves)
+        return there[1:], clock.waited, len(leaves)
+
+    return run
+
+
+class Now:
+    """A thread whose function is called at `start`."""
+
+    def __init__(self, target, args, **_):
+        self.start = lambda: target(*args)
+
+
+def test_idle_threads_come_when_cores_are_lost_and_go_when_they_are_not(watched):
+    there, waited, crowds = watched([0, 10, 200, 5000, 60, 3, 0, 90])
+    assert there == [False, False, True, True, True, False, False, True]
+    assert waited == [0.5, 0.5, 0.5, 10.0, 10.0, 10.0, 0.5, 0.5]
+    assert crowds == 2
+
+
+def test_a_core_shared_with_three_others_is_busy_and_a_quiet_machine_is_not(watched):
+    assert watched([1 / (4 * 0.008)])[0] == [True]  # slices of 8 ms in turns
+    assert watched([20])[0] == [False]
+
+
+def tasks():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(waiting._crowd() is None, reason="another OpenMP runtime")
+def test_more_openmp_threads_than_cores_then_none_and_the_same_bits(monkeypatch):
+    monkeypatch.setattr(waiting, "_LOOK", 0.01)
+    lost = iter(range(0, 10**9, 1000))
+    monkeypatch.setattr(waiting, "_lost_cores", lambda: next(lost))
+    x, weight = torch.randn(500, 300), torch.randn(400, 300)
+    work = lambda: (torch.nn.functional.linear(x, weight).sum(0), x.exp().sum())  # noqa: E731
+    before, (alone, threads) = tasks(), (work(), torch.get_num_threads())
+    before = max(before, tasks())
+    with yield_to_others():
+        # the watcher, the master of the idle ones, and so many that all together are one more than the cores
+        until(lambda: tasks() >= before + 2 + os.cpu_count() + 1 - threads)
+        crowded = work()
+        assert torch.get_num_threads() == threads
+    assert all(torch.equal(one, other) for one, other in zip(alone, crowded, strict=True))
+    until(lambda: tasks() <= before)
+
+
+def test_one_thread_or_another_runtime_is_left_alone(monkeypatch):
+    started = []
+    monkeypatch.setattr(waiting, "Thread", lambda **_: started.append(1))
+    monkeypatch.setattr(waiting, "_crowd", lambda: None)
+    with yield_to_others():
+        pass
+    monkeypatch.setattr(waiting, "_crowd", lambda: lambda _: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with yield_to_others():
+        pass
+    assert started == []
+
+
+def test_an_error_ends_the_watch():
+    with pytest.raises(ValueError, match="inside"), yield_to_others():
+        raise ValueError("inside")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qvlm yield")]
+
+
+def test_lost_cores_are_counted_upwards():
+    counts = [waiting._lost_cores() for _ in range(3)]
+    assert all(a <= b for a, b in pairwise(counts))
+
+
+@pytest.mark.parametrize("entry", ["round_and_pack", "calibrate_and_pack"])
+def test_quantizing_yields(monkeypatch, entry):
+    asked = []
+    monkeypatch.setattr(waiting, "_crowd", lambda: asked.append(1))
+    rest = () if entry == "round_and_pack" else ([], None)
+    with pytest.raises((ValueError, AttributeError)):
+        getattr(quantize, entry)(torch.nn.Linear(2, 2), CalibrationSettings(), *rest)
+    assert asked == [1]
+
+
+def test_evaluating_yields(monkeypatch):
+    asked = []
+    monkeypatch.setattr(waiting, "_crowd", lambda: asked.append(1))
+    with pytest.raises(ValueError, match="sample"):
+        evaluate(torch.nn.Linear(2, 2), [], None)
+    assert asked == [1]
