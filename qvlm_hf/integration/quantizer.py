@@ -29,6 +29,7 @@ from qvlm_hf.integration.checks import check_complete, check_files, check_loaded
 from qvlm_hf.integration.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.directory import check_index
+from qvlm_hf.integration.guards import guard, unguard
 from qvlm_hf.integration.origin import origin
 from qvlm_hf.integration.registry import quantizer_class
 from qvlm_hf.integration.rounding import RoundOnLoad, planned_report, resolve_segments, rounding_skeleton
@@ -221,6 +222,7 @@ class QVLMHfQuantizer(HfQuantizer):
 
         fuse(model)
         round_as_eager(model)
+        guard(model)
         try:
             if self.report is not None:
                 self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
@@ -246,6 +248,7 @@ class QVLMHfQuantizer(HfQuantizer):
                 raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to dequantize it.")
         from qvlm_hf.integration.fusion import unfuse
 
+        unguard(model)
         unfuse(model)
         compile_as_transformers_does(model)
         if not isinstance(dtype, torch.dtype):  # saving a model leaves the dtype's name in its config, which Transformers passes on
