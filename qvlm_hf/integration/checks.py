@@ -156,7 +156,8 @@ def check_modules(
         local = linears.get(name.removeprefix(prefix) if bare else name)
         if local is None or name in tied:
             raise ValueError(
-                f"config.json: quantization_config lists {name!r}, which the model does not have as a linear module of its own: {_AGAIN}."
+                f"config.json: quantization_config lists {name!r}, which {type(model).__name__} does not have as a linear module of "
+                f"its own: load it with AutoModelForImageTextToText, or {_AGAIN}."
             )
         linear: Any = model.get_submodule(local)
         layouts[local] = _check_module(local, linear, scheme, headers)
@@ -232,7 +233,8 @@ def check_values(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme |
             if not 0 <= low <= high <= top:
                 raise ValueError(f"{name}.{part}: holds a value outside 0 ... {top}: {_AGAIN}.")
         elif not float("-inf") < low <= high < float("inf"):
-            raise ValueError(f"{name}.{part}: holds NaN or infinity: {_AGAIN}.")
+            wider = "load it in a wider dtype than float16, or " if tensor.dtype == torch.float16 else ""
+            raise ValueError(f"{name}.{part}: holds NaN or infinity: {wider}{_AGAIN}.")
 
 
 def _bounds(values: Tensor) -> tuple[float, float]:

@@ -1,8 +1,11 @@
-"""`PackedWeight`: the packed integers of a quantized module for readers that may take them for a float weight.
+"""`PackedWeight`: packed integers for readers that may take them for a float weight.
 
-Adapters (PEFT), initialisers and resizing read `module.weight` and compute with it. On packed integers that fails in words about
-shapes, or gives a broken model without any. So such arithmetic raises one line here, and reading stays free.
-Kernels, files, offloading and compilers use `module._parameters`, where the weight is an ordinary parameter.
+Adapters (PEFT) read `module.weight` and compute with it. On packed integers that fails in words
+about shapes, or gives a broken model without any. So arithmetic raises one line here; reading stays
+free. Kernels, files, offloading and compilers use `module._parameters`, whose weight is ordinary.
+
+Left out: who reads shape or dtype alone (LoHa, LoKr, some initialisations). Loaders need the true
+ones.
 """
 
 import weakref
@@ -15,38 +18,47 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["PackedWeight", "freeze", "guarded", "plain"]
 
-_REFUSAL = "the packed weight of a quantized module takes no arithmetic: call model.dequantize() first (docs/lora.md)."
+_REFUSAL = "a quantized module's packed weight takes no arithmetic: call model.dequantize() first."
 _NO_TRAINING = (
-    "the packed weight of a quantized module cannot be trained: train an adapter, call model.dequantize() first, or keep "
-    "the module in full precision when quantizing (quantize_projector=False, modules_to_not_convert)."
+    "a quantized module's packed weight cannot be trained: train an adapter, or quantize without the"
+    " module (quantize_projector=False, modules_to_not_convert), or call model.dequantize() first."
 )
-_ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "multiply", "divide", "matmul", "mm", "norm"}  # and in place, and reflected
-# What hands on the same integers: their result is guarded too.
+_ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "multiply", "divide", "matmul", "mm", "norm"}
+_ATTRIBUTES: Any = Tensor  # as descriptors
+# The result of these holds the same integers, so it is guarded too.
 _SAME_INTEGERS = {
-    Tensor.data.__get__, Tensor.T.__get__, Tensor.t, Tensor.transpose, Tensor.reshape, Tensor.view, Tensor.contiguous,
-    Tensor.detach, Tensor.clone, Tensor.__getitem__, torch.t, torch.transpose, torch.reshape, torch.clone, torch.detach,
-}  # fmt: skip
+    _ATTRIBUTES.data.__get__,
+    _ATTRIBUTES.T.__get__,
+    *(getattr(Tensor, name) for name in ("t", "transpose", "reshape", "view", "detach", "clone")),
+    *(getattr(torch, name) for name in ("t", "transpose", "reshape", "detach", "clone")),
+    Tensor.contiguous,
+    Tensor.__getitem__,
+}
 
 
 class PackedWeight(nn.Parameter):
-    """An alias of a packed weight that raises ValueError where somebody computes floats with it, replaces it or trains it."""
+    """An alias of a packed weight: ValueError if it is computed with, replaced or trained."""
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - torch's own signature
-        """Calls `func`, unless it computes floats."""
+        """Calls `func`, unless it computes."""
         del types
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if str(func).startswith("qvlm_hf"):  # an operator that knows what the integers mean
                 return func(*args, **kwargs)
-            if func == Tensor.data.__set__ or _computes(func, tree_leaves((args, kwargs))):
+            if func == _ATTRIBUTES.data.__set__ or _computes(func, tree_leaves((args, kwargs))):
                 raise ValueError(_REFUSAL)
-            if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):
+            if func in (Tensor.requires_grad_, _ATTRIBUTES.requires_grad.__set__):
                 _refuse_training(*args[1:], **kwargs)
             result = func(*args, **kwargs)
-            if any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(result)):
+            if any(map(_is_floating, tree_leaves(result))):
                 raise ValueError(_REFUSAL)
             return guarded(result) if func in _SAME_INTEGERS else result
 
@@ -55,14 +67,14 @@ class PackedWeight(nn.Parameter):
 
 
 def guarded(weight: Tensor) -> PackedWeight:
-    """An alias of `weight` (integers of any shape) that is a `PackedWeight`, with the same attributes."""
+    """A `PackedWeight` of the memory and attributes of `weight`: integers of any shape."""
     with torch._C.DisableTorchFunctionSubclass():
         alias = Tensor._make_subclass(PackedWeight, weight.detach(), False)
     alias.__dict__ = weight.__dict__
     return alias
 
 
-def plain(weight: Tensor | None) -> Tensor | None:
+def plain(weight: Any) -> Any:  # noqa: ANN401 - whatever is made a parameter of a module
     """The ordinary parameter behind an alias; anything else as it is."""
     if not isinstance(weight, PackedWeight):
         return weight
@@ -73,9 +85,10 @@ def plain(weight: Tensor | None) -> Tensor | None:
 
 
 def freeze(weight: nn.Parameter) -> None:
-    """Lets `weight.requires_grad_()` raise one line: PEFT asks for it in a copy of a module in `modules_to_save`."""
-    weight.requires_grad_ = _Frozen(weight)  # type: ignore[method-assign]
-    weight.__getstate__ = weight.requires_grad_.state  # type: ignore[attr-defined]  # so that a file holds nothing of this
+    """Lets `weight.requires_grad_()` raise one line: PEFT calls it for `modules_to_save`."""
+    frozen = _Frozen(weight)
+    # the second, so that a file holds nothing of the first
+    vars(weight).update(requires_grad_=frozen, __getstate__=frozen.state)
 
 
 class _Frozen:
@@ -92,7 +105,10 @@ class _Frozen:
 
 
 def _state(weight: Tensor | None) -> dict[str, Any]:
-    return {name: value for name, value in vars(weight).items() if name not in ("requires_grad_", "__getstate__")}
+    state = dict(vars(weight))
+    for name in ("requires_grad_", "__getstate__"):
+        state.pop(name, None)
+    return state
 
 
 def _refuse_training(requires_grad: bool = True) -> None:
@@ -101,15 +117,15 @@ def _refuse_training(requires_grad: bool = True) -> None:
 
 
 def _computes(func: Callable[..., Any], arguments: Sequence[Any]) -> bool:
-    """Whether it is arithmetic, or a float tensor, a float dtype or (in place) a float number takes part."""
+    """Whether it is arithmetic, also in place or reflected, or has a float among its arguments."""
     name = func.__name__.strip("_")
     if {name, name[1:]} & _ARITHMETIC or name.startswith("linalg"):
         return True
-    return any(
-        argument.is_floating_point
-        if isinstance(argument, torch.dtype)
-        else argument.is_floating_point()
-        if isinstance(argument, Tensor)
-        else func.__name__ == f"{name}_" and isinstance(argument, float)
-        for argument in arguments
-    )
+    in_place = func.__name__ == f"{name}_"  # a plain number may be a tolerance elsewhere
+    return any(_is_floating(one) or (in_place and isinstance(one, float)) for one in arguments)
+
+
+def _is_floating(value: object) -> bool:
+    if isinstance(value, torch.dtype):
+        return value.is_floating_point
+    return isinstance(value, Tensor) and value.is_floating_point()
