@@ -49,7 +49,7 @@ from qvlm_hf.core.architectures import (
 )
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.scheme import QuantScheme
-from qvlm_hf.core.weight import quantize_weight
+from qvlm_hf.core.weight import not_finite, quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules
 
@@ -298,8 +298,7 @@ def _resolve(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, 
             if linear.weight.is_meta:
                 raise ValueError(f"{name} {why_empty(linear)}, then quantize it.")
             if not torch.isfinite(linear.weight).all():
-                narrow = ", or load it in a wider dtype than float16" if linear.weight.dtype == torch.float16 else ""
-                raise ValueError(f"the weight of {name} holds NaN or infinity: repair the checkpoint{narrow} before quantizing it.")
+                raise ValueError(f"the weight of {name} {not_finite(linear.weight.dtype)}")
     return segments
 
 
