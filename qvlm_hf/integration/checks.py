@@ -156,8 +156,7 @@ def check_modules(
         local = linears.get(name.removeprefix(prefix) if bare else name)
         if local is None or name in tied:
             raise ValueError(
-                f"config.json: quantization_config lists {name!r}, which {type(model).__name__} does not have as a linear module of "
-                f"its own: load it with AutoModelForImageTextToText, or {_AGAIN}."
+                f"config.json: quantization_config lists {name!r}, which the model does not have as a linear module of its own: {_AGAIN}."
             )
         linear: Any = model.get_submodule(local)
         layouts[local] = _check_module(local, linear, scheme, headers)
