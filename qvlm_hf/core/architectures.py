@@ -328,10 +328,10 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
     if type(module) is not nn.Linear:
         if hasattr(module, "base_layer"):
             raise ValueError(f"{name} carries a PEFT adapter: merge or unload the adapter, and quantize the model that is left.")
-        raise ValueError(
-            f"{name} is a {type(module).__name__}, not nn.Linear: only plain ones are quantized; name it in "
-            "modules_to_not_convert to leave it as it is."
-        )
+        kind = f"{name} is a {type(module).__name__}, not nn.Linear"
+        if hasattr(module, "dequantize"):
+            raise ValueError(f"{kind}, and quantized already: call model.dequantize() first.")
+        raise ValueError(f"{kind}: only plain ones are quantized; modules_to_not_convert leaves it out.")
     return module
 
 
