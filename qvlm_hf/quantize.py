@@ -38,10 +38,19 @@ from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.calibration.simulation import installed
 from qvlm_hf.calibration.vision_encoder import OptimizedVision, optimize_vision
 from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.core.architectures import Segment, full_precision_modules, get_linear, output_head, resolve, rotation_plan, scale_paths
+from qvlm_hf.core.architectures import (
+    Segment,
+    full_precision_modules,
+    get_linear,
+    output_head,
+    resolve,
+    rotation_plan,
+    scale_paths,
+    why_empty,
+)
 from qvlm_hf.core.hadamard import block_hadamard
 from qvlm_hf.core.scheme import QuantScheme
-from qvlm_hf.core.weight import quantize_weight
+from qvlm_hf.core.weight import not_finite, quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules
 
@@ -290,11 +299,11 @@ def _resolve(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, 
     )
     for segment in segments:
         for name in (name for layer in segment.layers for site in layer.sites for name in site.modules):
-            weight = get_linear(model, name).weight
-            if weight.is_meta:
-                raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to quantize it.")
-            if not torch.isfinite(weight).all():
-                raise ValueError(f"the weight of {name} holds NaN or infinity: repair the checkpoint before quantizing it.")
+            linear = get_linear(model, name)
+            if linear.weight.is_meta:
+                raise ValueError(f"{name} {why_empty(linear)}, then quantize it.")
+            if not torch.isfinite(linear.weight).all():
+                raise ValueError(f"the weight of {name} {not_finite(linear.weight.dtype)}")
     return segments
 
 

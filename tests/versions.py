@@ -109,9 +109,7 @@ def run(python: str, folder: Path, more: list[str]) -> Result:
     shown = subprocess.run([python, "-c", script, *SHOWN], capture_output=True, text=True, check=True)
     failed = count["failures"] + count["errors"]
     passed = count["tests"] - failed - count["skipped"]
-    return Result(
-        dict(zip(SHOWN, shown.stdout.split(), strict=True)), passed, failed, count["skipped"]
-    )
+    return Result(dict(zip(SHOWN, shown.stdout.split(), strict=True)), passed, failed, count["skipped"])
 
 
 def page(results: list[Result]) -> str:
@@ -120,10 +118,7 @@ def page(results: list[Result]) -> str:
     ranges = [entry for entry in project["dependencies"] if Requirement(entry).name in SHOWN]
     python = ".".join(map(str, sys.version_info[:2]))
     head = [*SHOWN, "passed", "failed", "skipped"]
-    rows = [
-        [*(result.versions[name] for name in SHOWN), result.passed, result.failed, result.skipped]
-        for result in results
-    ]
+    rows = [[*(result.versions[name] for name in SHOWN), result.passed, result.failed, result.skipped] for result in results]
     table = [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
     lines = [
         "# Versions that were seen to work",
@@ -144,9 +139,7 @@ def page(results: list[Result]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+", metavar="[PACKAGE=]VERSION|oldest|newest|minors")
     parser.add_argument("--write", action="store_true", help="docs/compatibility.md")
     parser.add_argument("--others", action="store_true", help="leave out what is installed here")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.core.architectures import RotationPlan, ValuePath, get_linear
+from qvlm_hf.core.architectures import RotationPlan, ValuePath, get_linear, why_empty
 from qvlm_hf.core.hadamard import block_hadamard, largest_block
 
 __all__ = ["residual_rotation", "rotate", "undone_on_error"]
@@ -136,7 +136,7 @@ def _change(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) ->
     """Gives a parameter a new tensor: `change` of its value in float64, in its own dtype."""
     parameter = module.get_parameter(name)
     if parameter.is_meta:
-        raise ValueError("a weight is offloaded: load the model without offloading (no disk or cpu in device_map) to rotate it.")
+        raise ValueError(f"a weight to be rotated {why_empty(module)}, then rotate it.")
     parameter.data = change(parameter.detach().double()).to(parameter.dtype).contiguous()
 
 

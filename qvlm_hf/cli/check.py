@@ -54,17 +54,12 @@ def _check_decoding(directory: str) -> int:
     if check is None:
         print(f"loads with {versions}; decoding was not checked, parts of the model are offloaded")
     else:
-        print(
-            f"loads with {versions}; {check.tokens} tokens decoded with a key-value cache as "
-            f"without one (KL {max(check.kl, 0):.1g})"
-        )
+        print(f"loads with {versions}; {check.tokens} tokens decoded with a key-value cache as without one (KL {max(check.kl, 0):.1g})")
     return 0
 
 
 def _check_vllm(options: argparse.Namespace) -> int:
-    findings = check_for_vllm(
-        options.directory, device=options.device, tensor_parallel=options.tensor_parallel
-    )
+    findings = check_for_vllm(options.directory, device=options.device, tensor_parallel=options.tensor_parallel)
     for finding in findings:
         print(f"{'error' if finding.fatal else 'note'}: {finding.text} ({finding.rule})")
     errors = sum(finding.fatal for finding in findings)

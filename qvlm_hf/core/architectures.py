@@ -29,6 +29,7 @@ __all__ = [
     "rotation_plan",
     "scale_paths",
     "shared_inputs",
+    "why_empty",
 ]
 
 
@@ -325,8 +326,20 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
     module = _get(model, name)
     # exact type: subclasses may read .weight themselves (attention's NonDynamicallyQuantizableLinear)
     if type(module) is not nn.Linear:
-        raise ValueError(f"{name} is a {type(module).__name__}, not nn.Linear: a quantized or adapted model cannot be quantized again.")
+        if hasattr(module, "base_layer"):
+            raise ValueError(f"{name} carries a PEFT adapter: merge or unload the adapter, and quantize the model that is left.")
+        kind = f"{name} is a {type(module).__name__}, not nn.Linear"
+        if hasattr(module, "dequantize"):
+            raise ValueError(f"{kind}, and quantized already: call model.dequantize() first.")
+        raise ValueError(f"{kind}: only plain ones are quantized; modules_to_not_convert leaves it out.")
     return module
+
+
+def why_empty(module: nn.Module) -> str:
+    """Why the tensors of a module lie on the meta device, and what to do, for messages."""
+    if hasattr(module, "_hf_hook"):  # accelerate's, which brings them when the module runs
+        return "is offloaded: load the model without offloading (no disk or cpu in device_map)"
+    return "has no values, it lies on the meta device: load the weights first, as from_pretrained does"
 
 
 def output_head(model: nn.Module) -> str:
@@ -377,6 +390,15 @@ def _get(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError as error:
-        raise ValueError(
-            f"the model has no module {path!r}, which its family should have: is this a Transformers version below 5.21?"
-        ) from error
+        raise ValueError(_why_missing(model, path)) from error
+
+
+def _why_missing(model: nn.Module, path: str) -> str:
+    """Why a model has no module of that name: it has no head, or is something else."""
+    kind = type(model).__name__
+    if path.partition(".")[2] in dict(model.named_modules()):
+        return (
+            f"{kind} is the model without its output head: quantize the whole one, as AutoModelForImageTextToText loads it; "
+            f"what is saved loads as {kind} too."
+        )
+    return f"{kind} has no module {path!r}, where this version looks for it: load the model with AutoModelForImageTextToText."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qvlm_hf.core.scheme import QuantScheme
 
-__all__ = ["QuantizedWeight", "chosen_clip", "group_expand", "grouped_weight", "quantize_weight"]
+__all__ = ["QuantizedWeight", "chosen_clip", "group_expand", "grouped_weight", "not_finite", "quantize_weight"]
 
 # Factors on a group's min-max range that are tried.
 _SHRINK = tuple(1.0 - 0.04 * step for step in range(11))
@@ -47,6 +47,12 @@ def group_expand(per_group: Tensor, group_length: int, in_features: int) -> Tens
     return per_group.repeat_interleave(group_length, dim=1)[:, :in_features]
 
 
+def not_finite(dtype: torch.dtype) -> str:
+    """What is wrong with a weight of that dtype that is not finite, for messages."""
+    wider = ", or load it in a wider dtype than float16," if dtype == torch.float16 else ""
+    return f"holds NaN or infinity: repair the checkpoint{wider} before quantizing it."
+
+
 def quantize_weight(weight: Tensor, scheme: QuantScheme, clip: Tensor | None = None) -> QuantizedWeight:
     """Rounds a weight to nearest on per-group grids whose ranges have the lowest L_2.4 error.
 
@@ -62,7 +68,7 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme, clip: Tensor | None = N
         ValueError: the weight holds NaN or infinity.
     """
     if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity: repair the checkpoint before quantizing it.")
+        raise ValueError(f"the weight {not_finite(weight.dtype)}")
     grouped = grouped_weight(weight.float(), scheme)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
     best_error = torch.full_like(low, torch.inf)

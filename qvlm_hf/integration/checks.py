@@ -232,7 +232,8 @@ def check_values(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme |
             if not 0 <= low <= high <= top:
                 raise ValueError(f"{name}.{part}: holds a value outside 0 ... {top}: {_AGAIN}.")
         elif not float("-inf") < low <= high < float("inf"):
-            raise ValueError(f"{name}.{part}: holds NaN or infinity: {_AGAIN}.")
+            wider = "load it in a wider dtype than float16, or " if tensor.dtype == torch.float16 else ""
+            raise ValueError(f"{name}.{part}: holds NaN or infinity: {wider}{_AGAIN}.")
 
 
 def _bounds(values: Tensor) -> tuple[float, float]:

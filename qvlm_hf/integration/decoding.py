@@ -51,10 +51,7 @@ def check_decoding(model: Any, inputs: Mapping[str, Tensor]) -> DecodeCheck | No
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
     with _unrounded(model):
-        fed = {
-            name: tensor.to(model.device, torch.float32 if tensor.is_floating_point() else None)
-            for name, tensor in inputs.items()
-        }
+        fed = {name: tensor.to(model.device, torch.float32 if tensor.is_floating_point() else None) for name, tensor in inputs.items()}
         alone, tokens = _decode(model, fed, use_cache=False)
         cached, _ = _decode(model, fed, use_cache=True, tokens=tokens)
     found, expected = (torch.log_softmax(logits, -1) for logits in (cached, alone))

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,13 @@ from qvlm_hf.calibration.samples import (
     without_too_long,
 )
 from qvlm_hf.calibration.synthetic import SYNTHETIC, synthesize
+from qvlm_hf.core.architectures import why_empty
 from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.integration.checks import check_complete, check_files, check_loaded, check_modules, read_headers
 from qvlm_hf.integration.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.integration.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.integration.directory import check_index
+from qvlm_hf.integration.guards import guard, unguard
 from qvlm_hf.integration.origin import origin
 from qvlm_hf.integration.processor_fit import check_processor_fits
 from qvlm_hf.integration.registry import quantizer_class
@@ -236,6 +238,7 @@ class QVLMHfQuantizer(HfQuantizer):
 
         fuse(model)
         round_as_eager(model)
+        guard(model)
         try:
             if self.report is not None:
                 self._check_decoding(model, self.report)
@@ -283,9 +286,10 @@ class QVLMHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         for name, module in quantized_modules(model):
             if module.weight.is_meta:
-                raise ValueError(f"{name} is offloaded: load the model without offloading (no disk or cpu in device_map) to dequantize it.")
+                raise ValueError(f"{name} {why_empty(module)}, then dequantize it.")
         from qvlm_hf.integration.fusion import unfuse
 
+        unguard(model)
         unfuse(model)
         compile_as_transformers_does(model)
         if not isinstance(dtype, torch.dtype):  # saving a model leaves the dtype's name in its config, which Transformers passes on
@@ -313,12 +317,12 @@ class QVLMHfQuantizer(HfQuantizer):
         return True
 
 
-def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationReport:
+def quantize_model(model: PreTrainedModel, config: QVLMConfig | Mapping[str, Any]) -> CalibrationReport:
     """Quantizes a model in memory, in place, as `from_pretrained(..., quantization_config=config)` does while loading.
 
     Args:
         model: in full precision, of a known family.
-        config: as for `from_pretrained`; not changed.
+        config: as for `from_pretrained`, or its fields in a dict; not changed.
 
     Returns:
         The report, also at `model.hf_quantizer.report`. `model.save_pretrained` then writes a quantized checkpoint.
@@ -331,6 +335,17 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig) -> CalibrationRep
     """
     if getattr(model, "hf_quantizer", None) is not None or next(quantized_modules(model), None) is not None:
         raise ValueError("the model is quantized already: load the full-precision one, or call model.dequantize() first.")
+    from transformers import PreTrainedModel  # not at the top: it imports Transformers' modeling code
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"quantize_model takes a model of Transformers, not {type(model).__name__}: give the model inside "
+            "(of PEFT: what merge_and_unload() or unload() returns)."
+        )
+    if isinstance(config, Mapping):
+        config = QVLMConfig(**config)
+    if not isinstance(config, QVLMConfig):
+        raise ValueError(f"config={config!r} must be a QVLMConfig, or a dict of its fields: quantize_model(model, QVLMConfig(...)).")
     quantizer = QVLMHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment()
     quantizer.update_dtype(model.dtype)

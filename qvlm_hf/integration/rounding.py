@@ -105,7 +105,8 @@ def rounding_skeleton(model: nn.Module, modules: dict[str, QuantScheme]) -> None
         module = QVLMLinear(
             linear.in_features, linear.out_features, scheme, bias=linear.bias is not None, dtype=linear.weight.dtype, device="meta"
         )
-        module.weight = nn.Parameter(torch.empty_like(linear.weight), requires_grad=False)
-        module.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as every tensor of a quantized module
+        weight = nn.Parameter(torch.empty_like(linear.weight), requires_grad=False)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as every tensor of a quantized module
+        module.register_parameter("weight", weight)
         replaced[name] = module
     replace_modules(model, replaced)

@@ -130,7 +130,7 @@ def count_parameters(model: nn.Module) -> int:
     for _, module in quantized_modules(model):
         own = dict(module.named_parameters(recurse=False))
         sizes |= {id(parameter): 0 for part, parameter in own.items() if part != "bias"}
-        sizes[id(module.weight)] = module.in_features * module.out_features
+        sizes[id(module.tensors["weight"])] = module.in_features * module.out_features
     return sum(sizes.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 

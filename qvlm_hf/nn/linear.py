@@ -13,6 +13,7 @@ from qvlm_hf.core.packing import pack
 from qvlm_hf.core.qparams import QParams
 from qvlm_hf.core.scheme import QuantScheme
 from qvlm_hf.core.weight import QuantizedWeight
+from qvlm_hf.nn.packed_weight import freeze, guarded, plain
 from qvlm_hf.ops import cpu, gpu
 from qvlm_hf.ops.reference import dequantize_weight
 from qvlm_hf.ops.schema import linear
@@ -94,7 +95,7 @@ class QVLMLinear(nn.Linear):
         def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
-        self.weight = empty(out_features, scheme.words(in_features), dtype=torch.int32)
+        self.register_parameter("weight", empty(out_features, scheme.words(in_features), dtype=torch.int32))
         self.weight_scale = empty(out_features, groups, dtype=torch.bfloat16)
         self.weight_zero_point = None if scheme.symmetric else empty(out_features, groups, dtype=torch.uint8)
         self.input_scale = None if statics is None else empty(statics, dtype=torch.float32)
@@ -137,6 +138,27 @@ class QVLMLinear(nn.Linear):
         )
 
     @property
+    def weight(self) -> Any:  # type: ignore[override]  # noqa: ANN401 - a tensor; any module may read it
+        """The packed integers, int32 [out, words], in a form that refuses float arithmetic (packed_weight.py)."""
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise AttributeError("weight")
+        # exact type: compilers and exporters put in tensors of their own; a float one waits to be rounded while it is loaded
+        if type(weight) is not nn.Parameter or weight.dtype != torch.int32 or torch.compiler.is_compiling():
+            return weight
+        return guarded(weight)
+
+    def register_parameter(self, name: str, param: Any) -> None:  # noqa: ANN401 - as nn.Module's
+        """As nn.Module's; the weight becomes an ordinary parameter that says why it cannot be trained."""
+        super().register_parameter(name, plain(param))
+        self._freeze()
+
+    def _freeze(self) -> None:
+        weight = self._parameters.get("weight")
+        if weight is not None and not weight.is_floating_point():
+            freeze(weight)
+
+    @property
     def tensors(self) -> dict[str, Any]:
         """The parameters by name; those that the scheme does not have are not there. Attributes of a module cost ten times a dict's."""
         return self._parameters
@@ -146,7 +168,7 @@ class QVLMLinear(nn.Linear):
         """What computes this module where its weight is now: a kernel's name, or "reference", with the reason unless it was asked for."""
         if self.reference:
             return "reference"
-        scheme, device = self.scheme, self.weight.device
+        scheme, device = self.scheme, self.tensors["weight"].device
         sizes = (self.in_features, scheme.weight_bits, scheme.activation_bits, scheme.group_length(self.in_features))
         if device.type == "cuda":
             return gpu.kernel_name(device, *sizes[1:])
@@ -156,7 +178,7 @@ class QVLMLinear(nn.Linear):
         """The float weight that this module multiplies by, float32 [out_features, in_features] (without the input's rounding)."""
         scheme = self.scheme
         return dequantize_weight(
-            self.weight, self.weight_scale, self.weight_zero_point, self.input_scale,
+            self.tensors["weight"], self.weight_scale, self.weight_zero_point, self.input_scale,
             self.in_features, scheme.weight_bits, scheme.group_length(self.in_features), scheme.granularity, scheme.hadamard or 0,
         )  # fmt: skip
 
@@ -199,6 +221,7 @@ class QVLMLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._freeze()
         if self.shared is not None:
             self.shared[0].rejoin(self.shared[1], self)
 

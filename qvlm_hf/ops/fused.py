@@ -63,12 +63,8 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def _no_gradient(*_: object, **__: object) -> None:
-    raise ValueError(
-        "qvlm_hf::rms_norm has no gradient: call qvlm_hf.ops.rms_norm, or use torch.no_grad()."
-    )
+    raise ValueError("qvlm_hf::rms_norm has no gradient: call qvlm_hf.ops.rms_norm, or use torch.no_grad().")
 
 
 # Only reached where a gradient is wanted: the call raises, so that no result is silently detached.
-torch.library.register_autograd(
-    "qvlm_hf::rms_norm", _no_gradient, setup_context=_no_gradient, lib=LIBRARY
-)
+torch.library.register_autograd("qvlm_hf::rms_norm", _no_gradient, setup_context=_no_gradient, lib=LIBRARY)

@@ -225,7 +225,7 @@ def test_an_already_quantized_model_raises():
     scheme = QuantScheme(weight_bits=4, activation_bits=4, granularity="dynamic_token")
     name = "model.language_model.layers.1.mlp.down_proj"
     model.get_submodule(name.rpartition(".")[0]).down_proj = QVLMLinear(104, 64, scheme, bias=False, dtype=torch.float32)
-    with pytest.raises(ValueError, match=f"^{re.escape(name)} is a QVLMLinear, not nn.Linear: .* cannot be quantized again"):
+    with pytest.raises(ValueError, match=f"^{re.escape(name)} is a QVLMLinear, not nn.Linear, and quantized already"):
         resolve(model)
     resolve(model, modules_to_not_convert=[name])  # what is left out is not looked at
 
@@ -250,7 +250,7 @@ def test_output_head(model):
 def test_a_missing_module_raises():
     model = tiny_llava()
     del model.model.language_model.layers[0].mlp.down_proj
-    with pytest.raises(ValueError, match=r"has no module 'model\.language_model\.layers\.0\.mlp\.down_proj'.*below 5\.21"):
+    with pytest.raises(ValueError, match=r"has no module 'model\.language_model\.layers\.0\.mlp\.down_proj'.*load the model with Auto"):
         resolve(model)
 
 

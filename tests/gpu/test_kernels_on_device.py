@@ -49,7 +49,7 @@ def module(
     )  # fmt: skip
     made = QVLMLinear(in_features, out_features, scheme, bias=True, dtype=dtype, positions=positions, device="cuda")
     groups = scheme.groups(in_features)
-    made.weight.data = pack(torch.randint(0, 2**weight_bits, (out_features, in_features)), weight_bits).cuda()
+    made.tensors["weight"].data = pack(torch.randint(0, 2**weight_bits, (out_features, in_features)), weight_bits).cuda()
     made.weight_scale.data = ((torch.rand(out_features, groups) + 0.5) / 2 ** (weight_bits + activation_bits)).bfloat16().cuda()
     if not symmetric:
         made.weight_zero_point.data = torch.randint(0, 2**weight_bits, (out_features, groups), dtype=torch.uint8).cuda()

@@ -32,9 +32,7 @@ def directory(tmp_path_factory):
 
 def quantized(directory, dtype=torch.float32, **options):
     config = QVLMConfig(scheme="W4A8", activation_granularity="dynamic_token")
-    return AutoModelForImageTextToText.from_pretrained(
-        directory, quantization_config=config, dtype=dtype, **options
-    )
+    return AutoModelForImageTextToText.from_pretrained(directory, quantization_config=config, dtype=dtype, **options)
 
 
 def norms(model):
@@ -43,9 +41,7 @@ def norms(model):
 
 def cache_layers(model):
     """The classes of a cache's layers after a token was decoded."""
-    found = model.generate(
-        input_ids=IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
-    )
+    found = model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     cache = found["cache"] if "cache" in found else found["past_key_values"]
     return {type(layer) for layer in cache.layers}
 
@@ -195,9 +191,7 @@ def renamed_attention(monkeypatch):
     layer, attention = LlamaDecoderLayer.forward, LlamaAttention.forward
     name = "cache" if "cache" in inspect.signature(attention).parameters else "past_key_values"
 
-    def attention_forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, memory=None, **kwargs
-    ):
+    def attention_forward(self, hidden_states, position_embeddings=None, attention_mask=None, memory=None, **kwargs):
         kwargs = {"position_embeddings": position_embeddings, name: memory} | kwargs
         return attention(self, hidden_states, attention_mask=attention_mask, **kwargs)
 

@@ -10,7 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, MissConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    C3AConfig,
+    FourierFTConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftModel,
+    RandLoraConfig,
+    ShiraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from tiny_models import tiny_messages
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
@@ -252,18 +270,95 @@ def test_the_trainer_trains_an_adapter_and_refuses_a_model_without_one(directory
     assert torch.equal(logits(again, batch), logits(tuned.eval(), batch))
 
 
+PACKED = "^a quantized module's packed weight takes no arithmetic: call model.dequantize\\(\\) first\\.$"
+UNTRAINABLE = "^a quantized module's packed weight cannot be trained: train an adapter, or quantize without"
+ATTENTION = r"model\.language_model\..*(q_proj|v_proj)"
+MERGED = {  # reads the weight only to merge
+    "LoRA": LoraConfig(r=4),
+    "AdaLoRA": AdaLoraConfig(total_step=10, init_r=4, target_r=2),
+    "BOFT": BOFTConfig(boft_block_size=4),
+    "C3A": C3AConfig(block_size=8),
+    "FourierFT": FourierFTConfig(n_frequency=16),
+    "IA3": IA3Config(feedforward_modules=[]),
+    "MiSS": MissConfig(r=8),
+    "OFT": OFTConfig(oft_block_size=8),
+    "RandLoRA": RandLoraConfig(r=4),
+    "VB-LoRA": VBLoRAConfig(r=4, num_vectors=8, vector_length=8),
+    "VeRA": VeraConfig(r=4),
+}
+READ = {  # reads the weight at once, or at the first forward pass
+    "DoRA": LoraConfig(use_dora=True),
+    "HRA": HRAConfig(r=4),
+    "HiRA": HiraConfig(r=4),
+    "MiSS in blocks": MissConfig(r=8, init_weights="bat"),
+    "SHiRA": ShiraConfig(r=4),
+}
+
+
+def with_adapter(model, config):
+    """`config` on a copy of the model, with random adapter weights."""
+    config = copy.deepcopy(config)
+    config.target_modules = ATTENTION
+    torch.manual_seed(0)
+    model = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    return model
+
+
+@pytest.fixture(scope="module")
+def weight_only(source, tmp_path_factory):
+    """A model whose dequantized form gives the same numbers."""
+    config = QVLMConfig(scheme="W8A16", group_size=32)
+    path = tmp_path_factory.mktemp("weight-only")
+    load(source, quantization_config=config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merging_into_packed_weights_is_refused_and_changes_nothing(weight_only, batch, name):
+    model = with_adapter(load(weight_only), MERGED[name])
+    before, expected = copy.deepcopy(model.state_dict()), logits(model, batch)
+    plain = load(weight_only)
+    plain.dequantize()
+    base = logits(plain, batch)
+    plain = with_adapter(plain, MERGED[name])
+    torch.testing.assert_close(logits(plain, batch), expected, rtol=1e-3, atol=1e-3)
+    assert (expected - base).abs().max() > 0.02  # the adapter does something
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        for safe in (False, True):
+            with pytest.raises(ValueError, match=PACKED):
+                merge(safe_merge=safe)
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    assert torch.equal(logits(model, batch), expected)
+    model.dequantize()
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_adapters_of_the_weight_itself_are_refused(weight_only, batch, name):
+    with pytest.raises(ValueError, match=PACKED):
+        logits(with_adapter(load(weight_only), READ[name]), batch)
+    plain = load(weight_only)
+    plain.dequantize()
+    assert logits(with_adapter(plain, READ[name]), batch).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"use_dora": True}, RuntimeError, r"The size of tensor a .* must match the size of tensor b"),
         ({"init_lora_weights": "pissa"}, TypeError, "PiSSA under float32, float16, or bfloat16"),
         ({"init_lora_weights": "olora"}, TypeError, r"Unsupported data type for the base layer\. Got torch\.int32"),
         ({"init_lora_weights": "mica"}, TypeError, "MiCA under float32, float16, or bfloat16"),
         ({"init_lora_weights": "orthogonal"}, RuntimeError, "Only Tensors of floating point"),
     ],
 )
-def test_what_needs_the_float_weight_is_refused(directory, options, error, message):
-    # PEFT's own words: it reads `.weight` and asks nobody. docs/lora.md says what they mean and what to do.
+def test_what_asks_for_the_dtype_alone_is_refused_by_peft(directory, options, error, message):
+    # PEFT's own words: it reads the dtype, which must stay what it is. docs/lora.md says what they mean and what to do.
     with pytest.raises(error, match=message):
         adapted(load(directory), **options)
     plain = load(directory)
@@ -271,25 +366,27 @@ def test_what_needs_the_float_weight_is_refused(directory, options, error, messa
     adapted(plain, **options)
 
 
-@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-@pytest.mark.parametrize("safe", [False, True])
-def test_merging_into_packed_weights_is_refused_and_changes_nothing(directory, trained, batch, merge, safe):
-    _, path, expected = trained
-    model = PeftModel.from_pretrained(load(directory), path)
-    with pytest.raises(RuntimeError, match=r"The size of tensor a .* must match the size of tensor b"):
-        getattr(model, merge)(safe_merge=safe)
-    assert torch.equal(logits(model, batch), expected)
+def test_a_packed_projector_is_not_trained_and_a_float_one_is(directory, source, batch, tmp_path):
+    options = {"targets": ["q_proj", "v_proj"], "modules_to_save": ["multi_modal_projector"]}
+    with pytest.raises(ValueError, match=UNTRAINABLE):
+        adapted(load(directory), **options)
+    config = QVLMConfig(scheme="W4A8", activation_granularity="dynamic_token", quantize_projector=False)
+    load(source, quantization_config=config).save_pretrained(tmp_path / "model")
+    model = adapted(load(tmp_path / "model"), **options)
+    before = load(tmp_path / "model").model.multi_modal_projector.linear_1.weight
+    losses = train(model, batch)
+    assert losses[-1] < 0.5 * losses[0]
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "adapter")
+    assert torch.equal(logits(again, batch), logits(model, batch))
+    trained = again.get_submodule("base_model.model.model.multi_modal_projector.modules_to_save.default.linear_1").weight
+    assert not torch.allclose(trained, before)
 
 
-@pytest.mark.parametrize(
-    "config", [IA3Config(target_modules=["q_proj"], feedforward_modules=[]), MissConfig(target_modules=["q_proj"], r=8)]
-)
-def test_peft_merges_some_kinds_into_packed_integers_without_a_word(directory, batch, config):
-    # What they multiply or add fits the packed words' shape. If this fails, PEFT has learnt to refuse: rewrite docs/lora.md.
-    base = logits(load(directory), batch)
-    model = get_peft_model(load(directory), config)
-    torch.testing.assert_close(logits(model, batch), base)  # an untrained adapter changes nothing
-    assert not torch.allclose(logits(model.merge_and_unload(), batch), base, atol=0.1)
+def test_a_packed_head_is_not_trained(source):
+    model = load(source, quantization_config=QVLMConfig(scheme="W4A16", lm_head_bits=8))
+    with pytest.raises(ValueError, match=UNTRAINABLE):
+        adapted(model, ["q_proj"], modules_to_save=["lm_head"])
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A8"])

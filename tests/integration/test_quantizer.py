@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import save_tiny, tiny_llava, tiny_messages
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, LlavaModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import qvlm_hf
@@ -246,3 +248,100 @@ def test_a_tower_of_dead_layers_alone(processor):
     assert report.dead == ("model.vision_tower.encoder.layers.0",)
     assert report.segments[0].blocks == ()
     assert "model.vision_tower.encoder.layers.0.mlp.fc1" in report.modules
+
+
+HEADLESS = "^LlavaModel is the model without its output head: quantize the whole one, as AutoModelForImageTextToText loads it; "
+
+
+def both_ways(processor: object) -> tuple[QVLMConfig, QVLMConfig]:
+    """Without data and with."""
+    return QVLMConfig(scheme="W4A16"), QVLMConfig(dataset=tiny_messages(2), processor=processor, num_samples=2)
+
+
+def test_a_model_without_its_head_is_told_from_another_version(source: Path, processor: object, tmp_path: Path) -> None:
+    for config in both_ways(processor):
+        for kind in (AutoModel, LlavaModel):
+            with pytest.raises(ValueError, match=HEADLESS):
+                kind.from_pretrained(source, quantization_config=config)
+        with pytest.raises(ValueError, match=HEADLESS):
+            quantize_model(tiny_llava().model, config)
+    # and the remedy is one
+    AutoModelForImageTextToText.from_pretrained(source, quantization_config=QVLMConfig(scheme="W4A16")).save_pretrained(tmp_path)
+    model = AutoModel.from_pretrained(tmp_path)
+    assert type(model) is LlavaModel
+    assert sum(isinstance(module, QVLMLinear) for module in model.modules()) == 34
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "name"),
+    [
+        (lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])), "PeftModel"),
+        (lambda model: get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), "PeftModelForCausalLM"),
+        (torch.nn.DataParallel, "DataParallel"),
+        (torch.compile, "OptimizedModule"),
+    ],
+)
+def test_what_is_wrapped_around_a_model_is_named(processor: object, wrapper: Callable, name: str) -> None:
+    model = wrapper(tiny_llava())
+    for config in both_ways(processor):
+        with pytest.raises(ValueError, match=f"^quantize_model takes a model of Transformers, not {name}: give the model inside"):
+            quantize_model(model, config)
+    assert not any(isinstance(module, QVLMLinear) for module in model.modules())
+
+
+def test_an_adapter_inside_the_model_is_named(processor: object) -> None:
+    model = get_peft_model(tiny_llava(), LoraConfig(target_modules=["q_proj"]))
+    for config in both_ways(processor):
+        with pytest.raises(ValueError, match=r"q_proj carries a PEFT adapter: merge or unload the adapter, and quantize"):
+            quantize_model(model.get_base_model(), config)
+    assert len(quantize_model(model.unload(), QVLMConfig(scheme="W4A16")).modules) == 34
+
+
+@pytest.mark.parametrize("rotation", [None, "hadamard"])
+def test_meta_and_offloaded_are_told_apart(rotation: str | None) -> None:
+    config = QVLMConfig(scheme="W4A16", rotation=rotation)
+    with pytest.raises(ValueError, match=r"has no values, it lies on the meta device: load the weights first, .*, then quantize it"):
+        quantize_model(tiny_llava().to("meta"), config)
+    model = tiny_llava()
+    cpu_offload(model)
+    with pytest.raises(ValueError, match=r"is offloaded: load the model without offloading \(.*\), then quantize it"):
+        quantize_model(model, config)
+    model = tiny_llava()
+    quantize_model(model, QVLMConfig(scheme="W4A16"))
+    with pytest.raises(ValueError, match=r"has no values, it lies on the meta device: load the weights first, .*, then dequantize it"):
+        model.to("meta").dequantize()
+
+
+def test_quantize_model_takes_a_dict_of_fields() -> None:
+    model = tiny_llava()
+    report = quantize_model(model, {"scheme": "W3A16"})
+    assert {scheme.weight_bits for scheme in report.modules.values()} == {3}
+    assert model.config.quantization_config.scheme == "W3A16"
+    with pytest.raises(ValueError, match=r"^scheme='W4A4' has activation ranges to calibrate: pass QVLMConfig\(dataset"):
+        quantize_model(tiny_llava(), {})
+    with pytest.raises(ValueError, match=r"^QVLMConfig has no field 'bits': the fields are "):
+        quantize_model(tiny_llava(), {"bits": 4})
+    for config in (None, "W4A16"):
+        with pytest.raises(ValueError, match=f"^config={config!r} must be a QVLMConfig, or a dict of its fields"):
+            quantize_model(tiny_llava(), config)
+
+
+def test_a_weight_beyond_float16_is_told_from_a_broken_checkpoint(tmp_path: Path, processor: object) -> None:
+    model = tiny_llava()
+    with torch.no_grad():
+        model.model.language_model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "linear")
+    model = tiny_llava()
+    with torch.no_grad():
+        model.model.language_model.norm.weight[0] = 1e5
+    model.save_pretrained(tmp_path / "norm")
+    rounding, calibrating = both_ways(processor)
+    wider = "load it in a wider dtype than float16"
+    for path, config, message in (
+        ("linear", rounding, f"up_proj: the weight holds NaN or infinity: repair the checkpoint, or {wider}, before"),
+        ("linear", calibrating, f"the weight of .*up_proj holds NaN or infinity: repair the checkpoint, or {wider}, before"),
+        ("norm", rounding, f"norm.weight: holds NaN or infinity: {wider}, or download"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AutoModelForImageTextToText.from_pretrained(tmp_path / path, dtype=torch.float16, quantization_config=config)
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "norm", dtype=torch.bfloat16, quantization_config=rounding)

@@ -1,0 +1,131 @@
+"""`PackedWeight`: packed integers for readers that may take them for a float weight.
+
+Adapters (PEFT) read `module.weight` and compute with it. On packed integers that fails in words
+about shapes, or gives a broken model without any. So arithmetic raises one line here; reading stays
+free. Kernels, files, offloading and compilers use `module._parameters`, whose weight is ordinary.
+
+Left out: who reads shape or dtype alone (LoHa, LoKr, some initialisations). Loaders need the true
+ones.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["PackedWeight", "freeze", "guarded", "plain"]
+
+_REFUSAL = "a quantized module's packed weight takes no arithmetic: call model.dequantize() first."
+_NO_TRAINING = (
+    "a quantized module's packed weight cannot be trained: train an adapter, or quantize without the"
+    " module (quantize_projector=False, modules_to_not_convert), or call model.dequantize() first."
+)
+_ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "multiply", "divide", "matmul", "mm", "norm"}
+_ATTRIBUTES: Any = Tensor  # as descriptors
+# The result of these holds the same integers, so it is guarded too.
+_SAME_INTEGERS = {
+    _ATTRIBUTES.data.__get__,
+    _ATTRIBUTES.T.__get__,
+    *(getattr(Tensor, name) for name in ("t", "transpose", "reshape", "view", "detach", "clone")),
+    *(getattr(torch, name) for name in ("t", "transpose", "reshape", "detach", "clone")),
+    Tensor.contiguous,
+    Tensor.__getitem__,
+}
+
+
+class PackedWeight(nn.Parameter):
+    """An alias of a packed weight: ValueError if it is computed with, replaced or trained."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - torch's own signature
+        """Calls `func`, unless it computes."""
+        del types
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if str(func).startswith("qvlm_hf"):  # an operator that knows what the integers mean
+                return func(*args, **kwargs)
+            if func == _ATTRIBUTES.data.__set__ or _computes(func, tree_leaves((args, kwargs))):
+                raise ValueError(_REFUSAL)
+            if func in (Tensor.requires_grad_, _ATTRIBUTES.requires_grad.__set__):
+                _refuse_training(*args[1:], **kwargs)
+            result = func(*args, **kwargs)
+            if any(map(_is_floating, tree_leaves(result))):
+                raise ValueError(_REFUSAL)
+            return guarded(result) if func in _SAME_INTEGERS else result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 - as object's
+        return plain(self).__reduce_ex__(protocol)
+
+
+def guarded(weight: Tensor) -> PackedWeight:
+    """A `PackedWeight` of the memory and attributes of `weight`: integers of any shape."""
+    with torch._C.DisableTorchFunctionSubclass():
+        alias = Tensor._make_subclass(PackedWeight, weight.detach(), False)
+    alias.__dict__ = weight.__dict__
+    return alias
+
+
+def plain(weight: Any) -> Any:  # noqa: ANN401 - whatever is made a parameter of a module
+    """The ordinary parameter behind an alias; anything else as it is."""
+    if not isinstance(weight, PackedWeight):
+        return weight
+    with torch._C.DisableTorchFunctionSubclass():
+        ordinary = nn.Parameter(weight.as_subclass(Tensor), requires_grad=False)
+    vars(ordinary).update(_state(weight))
+    return ordinary
+
+
+def freeze(weight: nn.Parameter) -> None:
+    """Lets `weight.requires_grad_()` raise one line: PEFT calls it for `modules_to_save`."""
+    frozen = _Frozen(weight)
+    # the second, so that a file holds nothing of the first
+    vars(weight).update(requires_grad_=frozen, __getstate__=frozen.state)
+
+
+class _Frozen:
+    def __init__(self, weight: nn.Parameter) -> None:
+        self._weight = weakref.ref(weight)
+
+    def __call__(self, requires_grad: bool = True) -> Tensor | None:
+        _refuse_training(requires_grad)
+        return self._weight()
+
+    def state(self) -> dict[str, Any]:
+        """Of the weight, without what `freeze` put there."""
+        return _state(self._weight())
+
+
+def _state(weight: Tensor | None) -> dict[str, Any]:
+    state = dict(vars(weight))
+    for name in ("requires_grad_", "__getstate__"):
+        state.pop(name, None)
+    return state
+
+
+def _refuse_training(requires_grad: bool = True) -> None:
+    if requires_grad:
+        raise ValueError(_NO_TRAINING)
+
+
+def _computes(func: Callable[..., Any], arguments: Sequence[Any]) -> bool:
+    """Whether it is arithmetic, also in place or reflected, or has a float among its arguments."""
+    name = func.__name__.strip("_")
+    if {name, name[1:]} & _ARITHMETIC or name.startswith("linalg"):
+        return True
+    in_place = func.__name__ == f"{name}_"  # a plain number may be a tolerance elsewhere
+    return any(_is_floating(one) or (in_place and isinstance(one, float)) for one in arguments)
+
+
+def _is_floating(value: object) -> bool:
+    if isinstance(value, torch.dtype):
+        return value.is_floating_point
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,171 @@
+"""`module.weight` of a quantized module: reading is free, computing raises one line, and what is stored is ordinary."""
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from qvlm_hf.core.packing import unpack
+from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.core.weight import quantize_weight
+from qvlm_hf.nn import QVLMLinear
+from qvlm_hf.nn.linear import packed_tensors
+from qvlm_hf.nn.packed_weight import PackedWeight
+from qvlm_hf.ops import cpu_direct
+
+SCHEME = QuantScheme(weight_bits=4, activation_bits=8, group_size=32, granularity="dynamic_token")
+REFUSED = "^" + re.escape("a quantized module's packed weight takes no arithmetic: call model.dequantize() first.") + "$"
+UNTRAINABLE = "^a quantized module's packed weight cannot be trained: train an adapter, or "
+
+
+@pytest.fixture
+def module():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64)
+    tensors = packed_tensors(quantize_weight(linear.weight.detach(), SCHEME), SCHEME, None)
+    return QVLMLinear.from_packed(linear, SCHEME, tensors)
+
+
+def replace_data(weight):
+    weight.data = weight.data.clone()
+
+
+def require_gradient(weight):
+    weight.requires_grad = True
+
+
+def write(weight, value):
+    weight.data[:] = value
+
+
+COLUMN = torch.rand(64, 1)  # broadcasts against [out, words]: integers were changed without a word
+REFUSALS = {
+    "mul": lambda w: torch.mul(w.data, COLUMN),
+    "integer mul": lambda w: w * COLUMN.int(),
+    "div": lambda w: torch.div(w.data, COLUMN + 1),
+    "reflected": lambda w: 1 - w,
+    "add in place": lambda w: w.data.__iadd__(COLUMN),
+    "add to a copy": lambda w: w.data.clone().add_(torch.ones(64, 64, dtype=torch.int32)),
+    "number": lambda w: w * 0.5,
+    "number in place": lambda w: w.mul_(0.5),
+    "matmul": lambda w: COLUMN.T @ w,
+    "transposed": lambda w: COLUMN.T @ w.T.contiguous().reshape(64, 8),
+    "linear": lambda w: nn.functional.linear(torch.rand(2, 8), w),
+    "einsum": lambda w: torch.einsum("ij,ik->jk", w, COLUMN),
+    "norm": lambda w: torch.linalg.vector_norm(w, dim=1),
+    "float": lambda w: w.float(),
+    "to": lambda w: w.to(torch.bfloat16),
+    "type_as": lambda w: w.type_as(COLUMN),
+    "row": lambda w: w[0] + COLUMN,
+    "written to": lambda w: write(w, torch.rand(64, 8)),
+    "read into": lambda w: torch.zeros(64, 8).copy_(w),
+    "replaced": replace_data,
+    "initialised": lambda w: nn.init.normal_(w),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_computing_with_it_raises_one_line_and_changes_nothing(module, name):
+    before = module.state_dict()["weight"].clone()
+    with pytest.raises(ValueError, match=REFUSED):
+        REFUSALS[name](module.weight)
+    assert torch.equal(module.state_dict()["weight"], before)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        lambda m: m.weight.requires_grad_(),
+        lambda m: require_gradient(m.weight),
+        lambda m: m.requires_grad_(True),
+        lambda m: next(m.parameters()).requires_grad_(True),
+        lambda m: copy.deepcopy(nn.Sequential(m)).requires_grad_(True),
+        lambda m: pickle.loads(pickle.dumps(m)).requires_grad_(True),
+    ],
+)
+def test_training_it_raises_one_line(module, train):
+    with pytest.raises(ValueError, match=UNTRAINABLE):
+        train(module)
+    module.requires_grad_(False)
+    assert next(module.parameters()).requires_grad_(False) is next(module.parameters())
+
+
+def test_reading_it_is_free(module):
+    stored, weight = module._parameters["weight"], module.weight
+    assert isinstance(weight, nn.Parameter)
+    assert (weight.shape, weight.dtype, weight.device, weight.requires_grad) == (
+        (64, 8), torch.int32, stored.device, False,
+    )  # fmt: skip
+    assert weight.data_ptr() == stored.data_ptr()
+    assert torch.equal(weight, stored)
+    torch.testing.assert_close(weight, stored)
+    assert torch.equal(unpack(weight, 4, 64), unpack(stored, 4, 64))
+    assert int(weight.max()) == int(stored.max())
+    assert (weight.numpy() == stored.numpy()).all()
+    assert "PackedWeight" in repr(weight)
+    assert weight._is_hf_initialized is True
+    weight.mark = 1
+    assert stored.mark == 1
+    assert type(copy.deepcopy(weight)) is PackedWeight
+    assert torch.equal(pickle.loads(pickle.dumps(weight)), stored)
+    assert type(weight.to("meta")) is torch.Tensor
+
+
+def test_operators_of_ours_take_it(module):
+    x = torch.randn(3, 64)
+    arguments = (module.weight_scale, module.weight_zero_point, None, None, module.bias, 64, 4, 8, 32, "dynamic_token", 0)
+    with torch.no_grad():
+        for operator in (torch.ops.qvlm_hf.linear, torch.ops.qvlm_hf.linear.default):
+            torch.testing.assert_close(operator(x, module.weight, *arguments), module(x))
+
+
+def test_what_is_stored_is_an_ordinary_parameter(module):
+    for made in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.to(torch.bfloat16)):
+        for held in (made._parameters["weight"], dict(made.named_parameters())["weight"]):
+            assert type(held) is nn.Parameter
+        assert type(made.state_dict()["weight"]) is torch.Tensor
+    other = copy.deepcopy(module)
+    other._mark_initialized()
+    module.weight = other.weight  # as who ties weights does
+    assert type(module._parameters["weight"]) is nn.Parameter
+    assert module._parameters["weight"]._is_hf_initialized is True
+    buffer = io.BytesIO()
+    torch.save(dict(module.named_parameters()), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)["weight"]  # holds no class of ours
+    assert torch.equal(loaded, module._parameters["weight"])
+    assert vars(loaded) == {"_is_hf_initialized": True}
+
+
+def test_the_forward_pass_never_meets_it(module, monkeypatch):
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        expected = module(x)
+    monkeypatch.setattr(PackedWeight, "__torch_function__", None)
+    seen, direct = [], cpu_direct.linears
+
+    def linears(*arguments):
+        seen.append([type(tensor) for tensor in arguments[1]])
+        return direct(*arguments)
+
+    monkeypatch.setattr(cpu_direct, "linears", linears)
+    with torch.no_grad():
+        assert torch.equal(module(x), expected)
+    assert seen == [[nn.Parameter]]
+    y = module(x.requires_grad_())
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_compiled_code_reads_the_ordinary_one(module):
+    @torch.compile(backend="eager", fullgraph=True)
+    def read(x):
+        return module(x).to(torch.float64) if module.weight.dtype == torch.int32 else x
+
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(read(x), module(x).double())
