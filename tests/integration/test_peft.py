@@ -30,7 +30,7 @@ from peft import (
     prepare_model_for_kbit_training,
 )
 from tiny_models import tiny_messages
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
 
 import qvlm_hf.nn.shared_input
 from qvlm_hf import QVLMConfig, QVLMLinear, quantize_model, save_quantized
@@ -38,6 +38,10 @@ from qvlm_hf.calibration.samples import collate, load_samples
 
 TESTS = Path(__file__).parents[1]
 CONFIG = QVLMConfig(scheme="W4A8", activation_granularity="dynamic_token", group_size=32)
+# Transformers 5.23 renamed it
+CHECKPOINTING = "activation_checkpointing"
+if not hasattr(PreTrainedModel, f"{CHECKPOINTING}_enable"):
+    CHECKPOINTING = "gradient_checkpointing"
 UNREAD = "vision_tower.encoder.layers.2."  # LLaVA reads the second-last layer of its vision tower
 
 
@@ -220,7 +224,8 @@ def test_gradient_checkpointing_changes_no_gradient(directory, batch, reentrant)
         runs.append([])
         model.model.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_, seen=runs[-1]: seen.append(1))
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+            enable = getattr(model, f"{CHECKPOINTING}_enable")
+            enable(**{f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}})
         model.enable_input_require_grads()  # the reentrant kind sends gradients only to layers whose input has one
         model = adapted(model, r"model\.language_model\..*(q_proj|v_proj|down_proj)")
         train(model, batch, steps=2)
@@ -254,7 +259,7 @@ def test_the_trainer_trains_an_adapter_and_refuses_a_model_without_one(directory
 
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=8, learning_rate=1e-2, lr_scheduler_type="constant",
-        logging_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False, activation_checkpointing=True,
+        logging_steps=1, report_to="none", use_cpu=True, remove_unused_columns=False, **{CHECKPOINTING: True},
     )  # fmt: skip
     model = load(directory)
     with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
