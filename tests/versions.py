@@ -130,7 +130,7 @@ def page(results: list[Result]) -> str:
         *table,
         "",
         "CI runs the oldest and the newest Transformers for each change, the nightly every minor one.",
-        "This page is written by `tests/versions.sh minors torch=oldest --write`.",
+        "This page is written by `tests/versions.sh oldest minors torch=oldest --write`.",
         "",
         "On another version the package says in a warning and in `precision_table` which of its parts",
         "it left to Transformers. `qvlm check DIR` decodes with a saved model on the versions at hand.",

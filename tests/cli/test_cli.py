@@ -273,7 +273,7 @@ def test_debug_shows_the_traceback(folder):
         main(["inspect", "--shape", "gpt-5", "--debug"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["ask", "x"], ["demo", "--method", "magic"], ["check", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["ask", "x"], ["demo", "--method", "magic"], ["check"]])
 def test_wrong_usage_is_status_2(arguments):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
