@@ -31,7 +31,7 @@ PAGE = ROOT / "docs" / "compatibility.md"
 SHOWN = ("transformers", "torch", "huggingface-hub", "accelerate", "peft")
 # What touches Transformers: loading, saving, generating, caches, adapters, compilers, pipelines.
 TESTS = (
-    "test_attention", "test_checks", "test_compile", "test_decoding", "test_fusion", "test_generation",
+    "test_attention", "test_checks", "test_compile", "test_decoding", "test_deprecations", "test_fusion", "test_generation",
     "test_growing_cache", "test_peft", "test_pipelines", "test_quantizer", "test_round_trip",
 )  # fmt: skip
 
