@@ -70,6 +70,7 @@ def unfuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
     """Gives norms their own class again, and leaves caches alone."""
     _change_classes(model, {fused: own for own, fused in _NORMS.items()})
     leave_caches(model.get_decoder())
+    model.stepped_aside = ()
 
 
 def leave_to_transformers(model: Any, reason: str) -> None:  # noqa: ANN401 - a Transformers model

@@ -254,7 +254,7 @@ class QVLMHfQuantizer(HfQuantizer):
         Parts that plug into Transformers are given up, with a warning, if that mends it.
 
         Raises:
-            ValueError: the answers differ all the same.
+            RuntimeError: the answers differ all the same; the model is quantized and complete.
         """
         if not self._samples:
             return
@@ -263,14 +263,18 @@ class QVLMHfQuantizer(HfQuantizer):
 
         sample = next((one for one in self._samples if one.pictures()), self._samples[0])
         inputs = collate([sample], self.quantization_config.processor).inputs
-        check = check_decoding(model, inputs)
-        problem = decoding_problem(check)
-        if problem is not None:
-            leave_to_transformers(model, problem)
-            if (still := decoding_problem(check_decoding(model, inputs))) is not None:
-                raise ValueError(still)
-            report = replace(report, warnings=(*report.warnings, problem))
-        self.report = replace(report, decode_check=check)
+        check, problem = None, None
+        try:
+            check = check_decoding(model, inputs)
+            problem = decoding_problem(check)
+            if problem is not None:
+                leave_to_transformers(model, problem)
+                if (still := decoding_problem(check_decoding(model, inputs))) is not None:
+                    raise RuntimeError(still)
+        except (torch.OutOfMemoryError, MemoryError):  # hours of work shall not end in it
+            problem = "decoding with a cache was not checked, memory is too small: run qvlm check."
+        warnings = report.warnings if problem is None else (*report.warnings, problem)
+        self.report = replace(report, decode_check=check, warnings=warnings)
 
     def _announce(self, model: PreTrainedModel, report: CalibrationReport) -> None:
         """Tells the callbacks and publishes, in this order: a callback may still change the model, or refuse it."""
@@ -330,6 +334,8 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig | Mapping[str, Any
     Raises:
         ValueError: the model is quantized already, `config` lacks data, a sample is wrong, or as `calibrate_and_pack`. The model is then
             as it was.
+        RuntimeError: the model answers differently with a key-value cache than without one: versions
+            that do not go together. It is quantized and complete.
         Exception: what a callback's `on_calibration_end` raises. The model is then quantized and complete, and can be saved; callbacks
             behind that one are not called, and nothing is published.
     """

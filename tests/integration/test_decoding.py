@@ -114,9 +114,19 @@ def test_what_fails_without_our_parts_is_an_error(source, processor, monkeypatch
     forget(monkeypatch)
     with (
         pytest.warns(UserWarning, match="right, but slower"),
-        pytest.raises(ValueError, match="with a key-value cache the model answers differently"),
+        pytest.raises(RuntimeError, match="with a key-value cache the model answers differently"),
     ):
         quantize(source, processor)
+
+
+def test_too_little_memory_for_the_check_loses_nothing(source, processor, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("qvlm_hf.integration.decoding.check_decoding", too_large)
+    report = quantize(source, processor).hf_quantizer.report
+    assert report.decode_check is None
+    assert any("was not checked, memory is too small" in line for line in report.warnings)
 
 
 def test_the_command(saved, monkeypatch, capsys):
