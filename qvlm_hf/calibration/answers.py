@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 
-__all__ = ["answer_kl", "answer_logits"]
+__all__ = ["answer_kl", "answer_logits", "eval_mode"]
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
@@ -36,7 +36,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     # The head is the widest layer: where the model can, it is run only from the first answer of the batch on.
     keep = tokens - int(answered.any(dim=0).nonzero()[0]) + 1 if answered.any() else 1
     options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         logits = model(**inputs, **options).logits
     offset = tokens - logits.shape[1]
     rows = []
@@ -50,7 +50,8 @@ def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode; afterwards every module is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

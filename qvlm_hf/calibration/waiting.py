@@ -24,7 +24,7 @@ __all__ = ["yield_to_others"]
 
 _LOOK = 0.5  # seconds between two looks at the machine
 _STAY = 10.0  # seconds that idle threads stay, once they are there
-_BUSY = 25.0  # times a second that the process loses a core before its time is up
+_BUSY = 12.5  # times a second and thread that the process loses a core before its time is up
 
 
 @contextmanager
@@ -47,11 +47,12 @@ def yield_to_others() -> Iterator[None]:
 def _watch(done: Event, crowd: Callable[[Event], None], lost_cores: Callable[[], int]) -> None:
     """Keeps idle threads while the process loses its cores often, until `done`."""
     leave: Event | None = None
+    often = _BUSY * torch.get_num_threads()
     lost, since = lost_cores(), time.monotonic()
     try:
         while not done.wait(_LOOK if leave is None else _STAY):
             now_lost, now = lost_cores(), time.monotonic()
-            busy = now_lost - lost > _BUSY * (now - since)
+            busy = now_lost - lost > often * (now - since)
             lost, since = now_lost, now
             if busy and leave is None:
                 leave = Event()
@@ -66,10 +67,13 @@ def _watch(done: Event, crowd: Callable[[Event], None], lost_cores: Callable[[],
 
 def _crowd() -> Callable[[Event], None] | None:
     """What makes idle OpenMP threads and keeps them until an event; None where PyTorch's runtime is not libgomp."""
-    runtime = ctypes.CDLL(torch._C.__file__)  # finds what PyTorch itself is linked with
+    try:
+        runtime = ctypes.CDLL(torch._C.__file__)  # finds what PyTorch itself is linked with
+        nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # of a null pointer
+    except (OSError, AttributeError, TypeError):
+        return None
     if not hasattr(runtime, "GOMP_parallel") or hasattr(runtime, "kmp_set_blocktime"):
         return None
-    nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # of a null pointer
     count = max(2, (os.cpu_count() or 1) + 2 - torch.get_num_threads())  # one of them is the calling thread
 
     def crowd(leave: Event) -> None:

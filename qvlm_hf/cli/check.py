@@ -19,16 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"what qvlm export wrote, against the rules of vLLM {VLLM_VERSION}, instead",
     )
-    parser.add_argument(
-        "--device",
-        default=DEVICES[0],
-        choices=DEVICES,
-        help=f"that vLLM runs on (default: {DEVICES[0]})",
-    )
+    parser.add_argument("--device", choices=DEVICES, help=f"that vLLM runs on (default: {DEVICES[0]})")
     parser.add_argument(
         "--tensor-parallel",
         type=int,
-        default=1,
         metavar="N",
         help="devices that share the model in vLLM (default: 1)",
     )
@@ -37,7 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command; status 1 if the check fails or a rule is broken."""
     silence()
-    return _check_vllm(options) if options.vllm else _check_decoding(options.directory)
+    if options.vllm:
+        return _check_vllm(options)
+    if options.device is not None or options.tensor_parallel is not None:
+        raise ValueError("--device and --tensor-parallel are of vLLM: give --vllm, or leave them out.")
+    return _check_decoding(options.directory)
 
 
 def _check_decoding(directory: str) -> int:
@@ -59,11 +57,11 @@ def _check_decoding(directory: str) -> int:
 
 
 def _check_vllm(options: argparse.Namespace) -> int:
-    findings = check_for_vllm(options.directory, device=options.device, tensor_parallel=options.tensor_parallel)
+    device, devices = options.device or DEVICES[0], options.tensor_parallel or 1
+    findings = check_for_vllm(options.directory, device=device, tensor_parallel=devices)
     for finding in findings:
         print(f"{'error' if finding.fatal else 'note'}: {finding.text} ({finding.rule})")
     errors = sum(finding.fatal for finding in findings)
     notes = len(findings) - errors
-    rules = f"by the rules of vLLM {VLLM_VERSION} on {options.device}"
-    print(f"{errors} errors, {notes} notes, {rules}")
+    print(f"{errors} errors, {notes} notes, by the rules of vLLM {VLLM_VERSION} on {device}")
     return 1 if errors else 0

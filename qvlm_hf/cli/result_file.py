@@ -70,6 +70,6 @@ def _is_result(path: Path) -> bool:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for JSON nested very deep
         return False
     return not text or (isinstance(content, dict) and any(keys <= content.keys() for keys in _KEYS))

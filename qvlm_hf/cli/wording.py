@@ -46,7 +46,8 @@ _RULES: tuple[tuple[str, str], ...] = (
     (rf"{_NAME}={_VALUE}", r"--\1 \2"),
     (r"\brepo_id='", "REPO '"),
     (r"^(dataset|num_samples|strict|modules_to_not_convert|batch_size)(?=:? )", r"--\1"),
-    (rf"(?<![\w/.\"'=-])({'|'.join(n for n in _OPTIONS if '_' in n)})(?![\w/=\"']|\.\w)", r"--\1"),
+    # our remedies alone: a column of somebody's data may have such a name
+    (rf"\b(lower|raise|shorten|change) ({'|'.join(n for n in _OPTIONS if '_' in n)})\b", r"\1 --\2"),
     (r"\bor None to take all", "or leave it out to take all"),
     (r", or None(?= to |[ .;,]|$)", ", or left out"),
 )  # fmt: skip

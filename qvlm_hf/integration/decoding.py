@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qvlm_hf.calibration.answers import eval_mode
 from qvlm_hf.calibration.report import DecodeCheck
 from qvlm_hf.calibration.samples import Sample, collate
 from qvlm_hf.core.scheme import QuantScheme
@@ -42,7 +43,7 @@ def check_decoding(model: Any, inputs: Mapping[str, Tensor]) -> DecodeCheck | No
     """Decodes a few tokens greedily with a cache and without one.
 
     Args:
-        model: an image-text-to-text model of Transformers, in eval mode; as it was afterwards.
+        model: an image-text-to-text model of Transformers; as it was afterwards.
         inputs: of one prompt without padding, as the processor gives them: input_ids [1, T], ...
 
     Returns:
@@ -50,7 +51,7 @@ def check_decoding(model: Any, inputs: Mapping[str, Tensor]) -> DecodeCheck | No
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
-    with _unrounded(model):
+    with _unrounded(model), eval_mode(model):
         fed = {name: tensor.to(model.device, torch.float32 if tensor.is_floating_point() else None) for name, tensor in inputs.items()}
         alone, tokens = _decode(model, fed, use_cache=False)
         cached, _ = _decode(model, fed, use_cache=True, tokens=tokens)
@@ -124,17 +125,28 @@ def _decode(
     forced = {}
     if tokens is not None:
         forced["prefix_allowed_tokens_fn"] = lambda _, ids: [tokens[ids.shape[0] - start]]
-    found = model.generate(
-        **inputs,
-        **forced,
-        generation_config=transformers.GenerationConfig(
-            max_new_tokens=_TOKENS,
-            min_new_tokens=_TOKENS,
-            do_sample=False,
-            use_cache=use_cache,
-            output_logits=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,  # no token ends the text, so nothing is padded
-        ),
-    )
+    # The one model.generation_config fills what is None here: beams, stop strings, time limits.
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    try:
+        found = model.generate(
+            **inputs,
+            **forced,
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=_TOKENS,
+                do_sample=False,
+                use_cache=use_cache,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=0,  # no token ends the text, so nothing is padded
+                suppress_tokens=_special_tokens(model.config),
+            ),
+        )
+    finally:
+        model.generation_config = own
     return torch.cat(found.logits).float(), found.sequences[0, start:].tolist()
+
+
+def _special_tokens(config: Any) -> list[int]:  # noqa: ANN401 - of any Transformers model
+    """Tokens that stand for something else than text: a picture's placeholder without a picture."""
+    named = (value for name, value in vars(config).items() if name.endswith(("_token_id", "_index")))
+    return sorted({value for value in named if type(value) is int and value >= 0})

@@ -78,7 +78,7 @@ def _is_our_file(file: Path, folder: Path) -> bool:
 def _has_mark(file: Path) -> bool:
     try:
         return not _MARKS.isdisjoint(json.loads(read_header(file))["__metadata__"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 
@@ -87,7 +87,7 @@ def _has_our_configuration(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         method = config["quantization_config"]["quant_method"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
     exported = method == "compressed-tensors"  # other programs write these too
     return method == QUANT_METHOD or (exported and any(map(_has_mark, folder.glob("*.safetensors"))))

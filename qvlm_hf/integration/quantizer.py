@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # transformers' modeling code takes a second to import
 __all__ = ["QVLMHfQuantizer", "quantize_model"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_REASON = 200  # characters of a foreign error in a warning
 
 
 @quantizer_class
@@ -241,40 +242,45 @@ class QVLMHfQuantizer(HfQuantizer):
         guard(model)
         try:
             if self.report is not None:
-                self._check_decoding(model, self.report)
                 self.report = replace(self.report, provenance=origin(model, self._files) | self.report.provenance)
                 config.modules, config.provenance = dict(self.report.modules), dict(self.report.provenance)
+                self.report = self._check_decoding(model, self.report)
                 self._announce(model, self.report)
         finally:
             config.dataset, config.processor, config.callbacks, self._samples = None, None, (), None
 
-    def _check_decoding(self, model: PreTrainedModel, report: CalibrationReport) -> None:
+    def _check_decoding(self, model: PreTrainedModel, report: CalibrationReport) -> CalibrationReport:
         """Decodes with a cache and without one, where there is a sample to do it with.
 
         Parts that plug into Transformers are given up, with a warning, if that mends it.
+
+        Returns:
+            The report with what was found.
 
         Raises:
             RuntimeError: the answers differ all the same; the model is quantized and complete.
         """
         if not self._samples:
-            return
+            return report
         from qvlm_hf.integration.decoding import check_decoding, decoding_problem
         from qvlm_hf.integration.fusion import leave_to_transformers
 
         sample = next((one for one in self._samples if one.pictures()), self._samples[0])
-        inputs = collate([sample], self.quantization_config.processor).inputs
-        check, problem = None, None
+        check, warning = None, None
         try:
+            inputs = collate([sample], self.quantization_config.processor).inputs
             check = check_decoding(model, inputs)
-            problem = decoding_problem(check)
-            if problem is not None:
-                leave_to_transformers(model, problem)
-                if (still := decoding_problem(check_decoding(model, inputs))) is not None:
-                    raise RuntimeError(still)
-        except (torch.OutOfMemoryError, MemoryError):  # hours of work shall not end in it
-            problem = "decoding with a cache was not checked, memory is too small: run qvlm check."
-        warnings = report.warnings if problem is None else (*report.warnings, problem)
-        self.report = replace(report, decode_check=check, warnings=warnings)
+            if (warning := decoding_problem(check)) is not None:
+                leave_to_transformers(model, warning)
+                again = check_decoding(model, inputs)
+        except Exception as error:  # of the check alone: it takes no hours of work away
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON]
+            warning = f"decoding with a key-value cache was not checked ({reason}): run qvlm check."
+        else:
+            if warning is not None and (still := decoding_problem(again)) is not None:
+                raise RuntimeError(still)
+        warnings = report.warnings if warning is None else (*report.warnings, warning)
+        return replace(report, decode_check=check, warnings=warnings)
 
     def _announce(self, model: PreTrainedModel, report: CalibrationReport) -> None:
         """Tells the callbacks and publishes, in this order: a callback may still change the model, or refuse it."""

@@ -246,8 +246,9 @@ def _move_into(target: Path, partial: Path, earlier: Sequence[Path]) -> None:
             path.rename(place)
     except BaseException:  # an interruption too
         for path, place in reversed(moves):
-            if not path.exists():
-                place.rename(path)
+            if not os.path.lexists(path) and os.path.lexists(place):
+                with suppress(OSError):  # each by itself: one that fails keeps no other away
+                    place.rename(path)
         _remove_empty([old])
         raise
     _write_through(target)

@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -113,25 +114,28 @@ def _first_that_works(use: Callable[[Path], T], sources: Sequence[Path], flags: 
     for folder in _folders():
         try:
             target = _private(folder) / name
-            for last in (False, True):
+            new = _keep(target, [*command, *flags], sources[0], libraries, refused)
+            try:
+                return use(target)
+            except (OSError, ImportError):  # damaged, or of another machine: once more
+                target.unlink(missing_ok=True)  # another process may have found it damaged too
+                if new:
+                    raise
                 _keep(target, [*command, *flags], sources[0], libraries, refused)
-                try:
-                    return use(target)
-                except (OSError, ImportError):  # damaged, or of another machine: once more
-                    if last:
-                        raise
-                    target.unlink(missing_ok=True)  # another process may have found it damaged too
+                return use(target)
         except (OSError, ImportError) as error:  # read-only, full, noexec, open to others: the next folder
             refused.append(str(error) if str(folder) in str(error) else f"{folder}: {error}")
     raise OSError("; ".join(refused) + " (name a directory of yours in XDG_CACHE_HOME that can be written and executed from)")
 
 
-def _keep(target: Path, command: Sequence[str], source: Path, libraries: Sequence[str], refused: Sequence[str]) -> None:
-    """Compiles the library if it is not there."""
+def _keep(target: Path, command: Sequence[str], source: Path, libraries: Sequence[str], refused: Sequence[str]) -> bool:
+    """Compiles the library if it is not there; returns whether it did."""
     if not _intact(target):
         with _alone(target):
             if not _intact(target):  # now, another process may have made it
                 _compile(command, source, libraries, target, refused)
+                return True
+    return False
 
 
 def _compile(command: Sequence[str], source: Path, libraries: Sequence[str], target: Path, refused: Sequence[str]) -> None:
@@ -142,7 +146,11 @@ def _compile(command: Sequence[str], source: Path, libraries: Sequence[str], tar
         log = logging.getLogger(__name__)
         log.warning("compiling %s for this machine, once: up to a minute (kept in %s%s)", source.stem, target.parent, why)
         made = Path(folder) / target.name
-        _output(*command, "-o", str(made), str(source), "-Wl,--as-needed", *libraries, temporary=folder)
+        # gcc and cc, which PEFT's BOFT leaves in CXX, compile C++ and link without its library
+        is_cxx = re.search(r"\+\+(-[\d.]+)?$", command[0])
+        runtime = [] if is_cxx else ["-lstdc++"]
+        arguments = ("-o", str(made), str(source), "-Wl,--as-needed", *libraries, *runtime)
+        _output(*command, *arguments, temporary=folder)
         if not made.exists():
             raise RuntimeError(f"{command[0]} reported success and wrote nothing")
         code = made.read_bytes()

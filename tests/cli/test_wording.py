@@ -40,6 +40,7 @@ from qvlm_hf.cli.wording import _OPTIONS, in_options
         ),
         ("lower batch_size, or more samples", "lower --batch-size, or more samples"),
         ("two\n lines", "two lines"),
+        ("columns num_samples and batch_size are odd", "columns num_samples and batch_size are odd"),
     ],
 )
 def test_arguments_become_options(message, expected):

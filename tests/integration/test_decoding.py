@@ -119,14 +119,65 @@ def test_what_fails_without_our_parts_is_an_error(source, processor, monkeypatch
         quantize(source, processor)
 
 
-def test_too_little_memory_for_the_check_loses_nothing(source, processor, monkeypatch):
-    def too_large(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("not enough memory")])
+def test_a_check_that_cannot_run_loses_nothing(source, processor, monkeypatch, error):
+    def fails(*_):
+        raise error
 
-    monkeypatch.setattr("qvlm_hf.integration.decoding.check_decoding", too_large)
+    monkeypatch.setattr("qvlm_hf.integration.decoding.check_decoding", fails)
     report = quantize(source, processor).hf_quantizer.report
     assert report.decode_check is None
-    assert any("was not checked, memory is too small" in line for line in report.warnings)
+    assert any(f"was not checked ({type(error).__name__}: {error})" in w for w in report.warnings)
+
+
+def test_a_model_that_fails_the_check_can_be_saved(source, processor, monkeypatch, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(source)
+    with monkeypatch.context() as patched:
+        forget(patched)
+        with (
+            pytest.warns(UserWarning, match="right, but slower"),
+            pytest.raises(RuntimeError, match="with a key-value cache"),
+        ):
+            qvlm_hf.quantize_model(model, config(processor))
+    output = qvlm_hf.save_quantized(model, processor, tmp_path / "out", report=None)
+    loaded = AutoModelForImageTextToText.from_pretrained(output)
+    inputs = probe_inputs(processor)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+GENERATION = {
+    "beams": {"num_beams": 3},
+    "several texts": {"num_beams": 3, "num_return_sequences": 2},
+    "stop strings": {"stop_strings": ["a"]},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "a time limit": {"max_time": 1e-6},
+    "sampling": {"do_sample": True, "temperature": 5.0},
+    "a static cache": {"cache_implementation": "static"},
+    "a penalty": {"repetition_penalty": 2.0},
+}
+
+
+@pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION)
+def test_the_models_own_way_to_generate_is_left_out(saved, processor, options):
+    model = AutoModelForImageTextToText.from_pretrained(saved["dynamic", "bfloat16"].path)
+    own = model.generation_config
+    for name, value in options.items():
+        setattr(own, name, value)
+    check = check_decoding(model, probe_inputs(processor))
+    assert check.tokens == 8
+    assert abs(check.kl) < 1e-6
+    assert model.generation_config is own
+
+
+def test_dropout_is_off_meanwhile(saved, processor):
+    model = AutoModelForImageTextToText.from_pretrained(saved["dynamic", "float32"].path)
+    for module in model.modules():
+        if isinstance(module, LlamaAttention):
+            module.attention_dropout = 0.3
+    model.train()
+    assert abs(check_decoding(model, probe_inputs(processor)).kl) < 1e-6
+    assert all(module.training for module in model.modules())
 
 
 def test_the_command(saved, monkeypatch, capsys):

@@ -11,8 +11,8 @@ from qvlm_hf.calibration.samples.errors import first_line
 
 __all__ = ["check_mode", "image_bytes", "open_image", "verify_image"]
 
-# What PIL raises for a file that is no picture or is cut short.
 _RANGELESS = {"I": "32-bit integers", "F": "floats"}  # modes of PIL
+# What PIL raises for a file that is no picture or is cut short.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, Image.DecompressionBombError)
 
 

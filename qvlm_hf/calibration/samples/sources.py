@@ -21,6 +21,7 @@ _TABLES = {
     "polars": "dataset.to_dicts()",
     "pyarrow": "dataset.to_pylist()",
 }
+_SEARCHED = 10_000  # rows that are read for one with a picture
 _CONTENT = {"messages", "conversations", "image", "question", "answer", "choices"}
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
 
@@ -102,8 +103,8 @@ def _rows_of(dataset: Sequence[object], origin: str, num_samples: int | None, se
         return [_row(dataset, index, origin) for index in range(len(order))]
     rows = {index: _row(dataset, index, origin) for index in order[:num_samples]}
     if not any(_shows_picture(row.value) for row in rows.values()):
-        # rows without a picture cost nothing to read, so the search for one goes as far as it must
-        for index in order[num_samples:]:
+        # rows without a picture are cheap to read, so the search for one may go on for a while
+        for index in order[num_samples : num_samples + _SEARCHED]:
             row = _row(dataset, index, origin)
             if _shows_picture(row.value):
                 rows[index] = row
