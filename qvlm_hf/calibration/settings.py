@@ -212,6 +212,8 @@ class CalibrationSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {low}.")
+        if self.seed >= 2**63:  # what PyTorch's generators take
+            raise ValueError(f"seed={self.seed} must be below 2**63.")
         if self.entropy_threshold is not None and not _finite(self.entropy_threshold):
             raise ValueError(f"entropy_threshold={self.entropy_threshold!r} must be a number (in nats) or None for the segment's mean.")
         if self.precision_budget is not None and not (_finite(self.precision_budget) and 2 <= self.precision_budget <= 8):

@@ -7,6 +7,7 @@ import transformers
 from qvlm_hf.cli.models import load_model, load_processor, silence
 from qvlm_hf.integration.decoding import check_decoding, decoding_problem, probe_inputs
 from qvlm_hf.integration.vllm_rules import DEVICES, VLLM_VERSION, check_for_vllm
+from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["add_arguments", "run"]
 
@@ -41,7 +42,15 @@ def run(options: argparse.Namespace) -> int:
 def _check_decoding(directory: str) -> int:
     """Loads the model, with all checks of loading, and decodes with and without a cache."""
     model, processor = load_model(directory), load_processor(directory)
-    check = check_decoding(model, probe_inputs(processor))
+    if next(quantized_modules(model), None) is None:
+        print("note: nothing in this model is quantized by qvlm_hf")
+    try:
+        check = check_decoding(model, probe_inputs(processor))
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"{directory}: a question about a picture cannot be answered ({error}): check that the "
+            "processor's files are this model's, or quantize it again."
+        ) from error
     problem = decoding_problem(check)
     for part in getattr(model, "stepped_aside", ()):
         print(f"note: {part}: Transformers computes it")

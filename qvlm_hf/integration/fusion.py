@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qvlm_hf.core.architectures import shared_inputs
@@ -27,6 +28,7 @@ from qvlm_hf.integration.growing_cache import grow_caches, leave_caches, unknown
 from qvlm_hf.nn.fused import FusedRMSNorm, SteppedAside
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.nn.shared_input import share_inputs
+from qvlm_hf.ops.attention import composed
 
 __all__ = ["FusedLlamaRMSNorm", "fuse", "leave_to_transformers", "unfuse"]
 
@@ -86,8 +88,8 @@ def _step_aside(model: Any, reasons: dict[str, str]) -> None:  # noqa: ANN401
     if reasons:
         warnings.warn(
             f"Transformers {transformers.__version__} is not as this version of qvlm_hf knows it: "
-            f"{'; '.join(map(str, model.stepped_aside))}. Transformers computes these parts: the "
-            "results are right, but slower. A newer qvlm_hf may know them.",
+            f"{'; '.join(map(str, model.stepped_aside))}. Transformers alone computes these parts, "
+            "which is slower. A newer qvlm_hf may know them.",
             stacklevel=3,
         )
 
@@ -120,11 +122,31 @@ def _unknown_norm(own: type[nn.Module], fused: type[nn.Module]) -> str | None:
 
 
 def _unknown_attention(decoder: nn.Module) -> str | None:
-    """How the decoder's attention takes its cache, if that is unknown; None if it is known."""
+    """How attention differs from what is known, or None.
+
+    The decoder's must take a cache under a known name, and Transformers' `sdpa` must give what
+    `decode_attention` gives for one token, with grouped queries, with a mask and without.
+    """
     for kind in {type(module) for module in decoder.modules() if hasattr(module, "layer_idx")}:
         names = list(inspect.signature(kind.forward).parameters)
         if not any(name in names for name in _CACHE_NAMES):
             return f"{kind.__name__}.forward takes {', '.join(names[1:])}"
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            query, key, value = (
+                torch.randn(2, heads, tokens, 8, generator=generator, dtype=torch.float32) for heads, tokens in ((4, 1), (2, 5), (2, 5))
+            )
+            module: Any = nn.Module()
+            module.num_key_value_groups, module.is_causal = 2, True
+            hidden = torch.arange(5).expand(2, 1, 1, 5) > 1
+            for mask in (None, hidden):
+                states = (query, key, value, mask)
+                found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, scaling=0.3)
+                if not torch.allclose(found, composed(*states, 0.3), rtol=1e-4, atol=1e-5):
+                    return "sdpa computes something else"
+    except Exception as error:  # another Transformers: whatever it raises is the reason
+        return f"{type(error).__name__}: {error}"
     return None
 
 

@@ -345,10 +345,11 @@ def quantize_model(model: PreTrainedModel, config: QVLMConfig | Mapping[str, Any
         Exception: what a callback's `on_calibration_end` raises. The model is then quantized and complete, and can be saved; callbacks
             behind that one are not called, and nothing is published.
     """
-    if getattr(model, "hf_quantizer", None) is not None or next(quantized_modules(model), None) is not None:
-        raise ValueError("the model is quantized already: load the full-precision one, or call model.dequantize() first.")
     from transformers import PreTrainedModel  # not at the top: it imports Transformers' modeling code
 
+    quantized = isinstance(model, nn.Module) and next(quantized_modules(model), None) is not None
+    if quantized or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError("the model is quantized already: load the full-precision one, or call model.dequantize() first.")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"quantize_model takes a model of Transformers, not {type(model).__name__}: give the model inside "

@@ -276,3 +276,9 @@ def test_head_scheme():
     assert settings.head_scheme() == expected
     floating = dataclasses.replace(expected, activation_bits=16, granularity="none")
     assert dataclasses.replace(settings, activation_bits=16).head_scheme() == floating
+
+
+def test_a_seed_that_no_generator_takes_is_refused_at_once():
+    with pytest.raises(ValueError, match="must be below 2"):
+        CalibrationSettings(seed=2**63)
+    assert CalibrationSettings(seed=2**63 - 1).seed == 2**63 - 1

@@ -2,6 +2,8 @@
 
 import dataclasses
 import inspect
+import json
+import shutil
 
 import pytest
 import torch
@@ -100,7 +102,7 @@ def test_a_part_of_ours_that_fails_is_given_up(source, processor, monkeypatch):
 
     monkeypatch.setattr(GrowingLayer, "update", lost)
     monkeypatch.setattr("qvlm_hf.integration.fusion.unknown_cache", lambda: None)
-    with pytest.warns(UserWarning, match="right, but slower"):
+    with pytest.warns(UserWarning, match="which is slower"):
         model = quantize(source, processor)
     (warning,) = [w for w in model.hf_quantizer.report.warnings if "key-value cache" in w]
     rows = [row for row in qvlm_hf.precision_table(model) if row.kernel.startswith("transformers")]
@@ -113,7 +115,7 @@ def test_a_part_of_ours_that_fails_is_given_up(source, processor, monkeypatch):
 def test_what_fails_without_our_parts_is_an_error(source, processor, monkeypatch):
     forget(monkeypatch)
     with (
-        pytest.warns(UserWarning, match="right, but slower"),
+        pytest.warns(UserWarning, match="which is slower"),
         pytest.raises(RuntimeError, match="with a key-value cache the model answers differently"),
     ):
         quantize(source, processor)
@@ -135,7 +137,7 @@ def test_a_model_that_fails_the_check_can_be_saved(source, processor, monkeypatc
     with monkeypatch.context() as patched:
         forget(patched)
         with (
-            pytest.warns(UserWarning, match="right, but slower"),
+            pytest.warns(UserWarning, match="which is slower"),
             pytest.raises(RuntimeError, match="with a key-value cache"),
         ):
             qvlm_hf.quantize_model(model, config(processor))
@@ -189,6 +191,19 @@ def test_the_command(saved, monkeypatch, capsys):
     forget(monkeypatch)
     assert main(["check", path]) == 1
     assert "error: with a key-value cache the model answers differently" in capsys.readouterr().out
+
+
+def test_the_command_on_what_it_was_not_made_for(saved, source, tmp_path, capsys):
+    assert main(["check", str(source)]) == 0
+    assert "note: nothing in this model is quantized" in capsys.readouterr().out
+    assert main(["check", str(source), "--device", "cpu"]) == 1
+    assert "are of vLLM: give --vllm" in capsys.readouterr().err
+    folder = shutil.copytree(saved["rounded", "float32"].path, tmp_path / "model")
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"patch_size": 16}))
+    assert main(["check", str(folder)]) == 1
+    assert "check that the processor's files are this model's" in capsys.readouterr().err
 
 
 def test_offloaded_models_are_left_out(saved, processor, tmp_path):

@@ -11,6 +11,7 @@ from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
 
@@ -249,10 +250,24 @@ def other_layers(monkeypatch):
     return "key-value cache", "DynamicLayer holds"
 
 
-@pytest.mark.parametrize("change", [renamed_attention, renamed_norm, offset_norm, other_layers])
+def other_sdpa(monkeypatch):
+    """Attention means something else from now on, also where it is asked for by name."""
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(module, query, *args, **kwargs):
+        return own(module, query * 0.3, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
+    return "attention of one token", "sdpa computes something else"
+
+
+CHANGES = [renamed_attention, renamed_norm, offset_norm, other_layers, other_sdpa]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_part_that_is_not_as_known_is_left_to_transformers(directory, monkeypatch, change):
     part, reason = change(monkeypatch)
-    with pytest.warns(UserWarning, match=f"{part} .*{reason}.*right, but slower"):
+    with pytest.warns(UserWarning, match=f"{part} .*{reason}.*which is slower"):
         model = quantized(directory)
     rows = [row for row in qvlm_hf.precision_table(model) if row.module == part]
     assert len(rows) == 1

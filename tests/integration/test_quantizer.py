@@ -289,6 +289,12 @@ def test_what_is_wrapped_around_a_model_is_named(processor: object, wrapper: Cal
     assert not any(isinstance(module, QVLMLinear) for module in model.modules())
 
 
+@pytest.mark.parametrize("thing", [None, "llava", {}, 3])
+def test_what_is_no_model_at_all_is_named(thing: object) -> None:
+    with pytest.raises(ValueError, match=f"takes a model of Transformers, not {type(thing).__name__}"):
+        quantize_model(thing, QVLMConfig(scheme="W4A16"))
+
+
 def test_an_adapter_inside_the_model_is_named(processor: object) -> None:
     model = get_peft_model(tiny_llava(), LoraConfig(target_modules=["q_proj"]))
     for config in both_ways(processor):
