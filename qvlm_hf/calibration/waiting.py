@@ -15,7 +15,8 @@ import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Event, Thread
 
 import torch
@@ -24,7 +25,8 @@ __all__ = ["yield_to_others"]
 
 _LOOK = 0.5  # seconds between two looks at the machine
 _STAY = 10.0  # seconds that idle threads stay, once they are there
-_BUSY = 12.5  # times a second and thread that the process loses a core before its time is up
+_TASKS = Path("/proc/self/task")
+_BUSY = 0.25  # cores that the process could use and does not get; 0.01 on an idle machine
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def yield_to_others() -> Iterator[None]:
         yield
         return
     done = Event()
-    watcher = Thread(target=_watch, args=(done, crowd, _lost_cores), daemon=True, name="qvlm yield_to_others")
+    watcher = Thread(target=_watch, args=(done, crowd), daemon=True, name="qvlm yield_to_others")
     watcher.start()
     try:
         yield
@@ -44,16 +46,15 @@ def yield_to_others() -> Iterator[None]:
         watcher.join()
 
 
-def _watch(done: Event, crowd: Callable[[Event], None], lost_cores: Callable[[], int]) -> None:
-    """Keeps idle threads while the process loses its cores often, until `done`."""
+def _watch(done: Event, crowd: Callable[[Event], None]) -> None:
+    """Keeps idle threads while the process waits for cores, until `done`."""
     leave: Event | None = None
-    often = _BUSY * torch.get_num_threads()
-    lost, since = lost_cores(), time.monotonic()
+    waited, since = _waited(), time.monotonic()
     try:
         while not done.wait(_LOOK if leave is None else _STAY):
-            now_lost, now = lost_cores(), time.monotonic()
-            busy = now_lost - lost > often * (now - since)
-            lost, since = now_lost, now
+            now_waited, now = _waited(), time.monotonic()
+            busy = now_waited - waited > _BUSY * (now - since)
+            waited, since = now_waited, now
             if busy and leave is None:
                 leave = Event()
                 Thread(target=crowd, args=(leave,), daemon=True, name="qvlm idle").start()
@@ -83,8 +84,10 @@ def _crowd() -> Callable[[Event], None] | None:
     return crowd
 
 
-def _lost_cores() -> int:
-    """How often the process lost a core before its time was up."""
-    import resource  # not at the top: Windows has none, and no libgomp
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+def _waited() -> float:
+    """Seconds for which threads of this process were ready and had no core; 0 where the kernel does not say."""
+    nanoseconds = 0
+    for thread in _TASKS.glob("*/schedstat"):
+        with suppress(OSError):  # a thread that has ended
+            nanoseconds += int(thread.read_text().split()[1])
+    return nanoseconds / 1e9

@@ -16,6 +16,7 @@ from qvlm_hf.hub import card_tables, card_text
 from qvlm_hf.hub.card_rules import check_card
 from qvlm_hf.hub.card_text import Card
 from qvlm_hf.hub.contents import read_contents
+from qvlm_hf.hub.file_list import relist_files
 from qvlm_hf.hub.pictures import entropy_picture
 from qvlm_hf.hub.reproduce import quantize_command
 
@@ -78,9 +79,10 @@ def write_card(
     (folder / CARD_NAME).write_text(text, encoding="utf-8")
     if picture is None:
         (folder / PICTURE_NAME).unlink(missing_ok=True)  # of an earlier card
-        return (CARD_NAME,)
-    (folder / PICTURE_NAME).write_bytes(picture)
-    return CARD_NAME, PICTURE_NAME
+    else:
+        (folder / PICTURE_NAME).write_bytes(picture)
+    relist_files(folder, (CARD_NAME, PICTURE_NAME))
+    return (CARD_NAME,) if picture is None else (CARD_NAME, PICTURE_NAME)
 
 
 def _earlier(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from qvlm_hf.hub.errors import TOKEN
 
 __all__ = [
     "FILES",
+    "FILE_LIST",
     "STALE",
     "Payload",
     "check_secrets",
@@ -31,6 +32,7 @@ FILES = (
     "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
+FILE_LIST = "qvlm_files.json"  # what we wrote into a directory; of no use elsewhere
 # What is deleted on the Hub unless it is sent: anything that `from_pretrained` would read, even instead of ours.
 STALE = (*FILES, "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json", "qvlm_*.png")
 _MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
@@ -69,7 +71,7 @@ def choose_files(folder: Path, card: Iterable[str]) -> Payload:
     for name in files:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{name}: is a link to a file outside {folder.name}: put the file itself there.")
-    tops = {name.split("/")[0] for name in files}
+    tops = {name.split("/")[0] for name in files} | {FILE_LIST}
     return Payload(files=files, weights=weights, left_out=tuple(sorted(path.name for path in folder.iterdir() if path.name not in tops)))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_hf.hub.contents import REPORT_NAME, read_report
+from qvlm_hf.hub.file_list import relist_files
 from qvlm_hf.hub.model_card import write_card
 
 __all__ = ["check_recordable", "record_measurement"]
@@ -47,4 +48,5 @@ def record_measurement(folder: Path, *, evaluation: dict[str, Any] | None = None
     partial = folder / f".{REPORT_NAME}.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(folder / REPORT_NAME)  # all or nothing, as everything that is saved
+    relist_files(folder, (REPORT_NAME,))
     write_card(folder)

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvlm_hf.core.architectures import canonical_name
+from qvlm_hf.hub.payload import FILES
 from qvlm_hf.integration.checks import TensorHeader, check_complete, check_files, check_modules, check_values, read_headers
 from qvlm_hf.integration.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
 from qvlm_hf.integration.config import QVLMConfig
-from qvlm_hf.integration.directory import INDEX_NAME, weight_files
-from qvlm_hf.integration.earlier_result import EXPORT_MARK
+from qvlm_hf.integration.directory import weight_files
 from qvlm_hf.integration.registry import QUANT_METHOD
 from qvlm_hf.integration.saving import REPORT_NAME, check_output, written_whole
 
@@ -35,7 +35,7 @@ __all__ = ["EXPORT_FORMATS", "Exported", "export", "has_nested_vision", "hub_nam
 
 EXPORT_FORMATS = ("compressed-tensors",)
 # What describes or belongs to the form that is left behind.
-_NOT_COPIED = ("config.json", "README.md", REPORT_NAME, INDEX_NAME)
+_NOT_COPIED = ("config.json", REPORT_NAME)
 _NESTED_VISION = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -102,11 +102,14 @@ def export(
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(modules, full_precision)
     with written_whole(target) as partial:
-        save_torch_state_dict(dict(_tensors(plan)), partial, max_shard_size=max_shard_size, metadata={EXPORT_MARK: format})
+        save_torch_state_dict(dict(_tensors(plan)), partial, max_shard_size=max_shard_size)
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.name not in _NOT_COPIED and file.suffix not in (".safetensors", ".png"):
-                shutil.copyfile(file, partial / file.name)
+        for pattern in FILES:  # of the processor; notes and keys that lie there stay behind
+            for file in sorted(source.glob(pattern)):
+                name = file.relative_to(source)
+                if file.is_file() and name.as_posix() not in _NOT_COPIED:
+                    (partial / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, partial / name)
     return Exported(path=target, modules=modules, full_precision=tuple(full_precision))
 
 

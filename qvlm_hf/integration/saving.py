@@ -1,6 +1,6 @@
 """Saving a quantized model so that a full disk, an error or Ctrl-C leaves nothing half-written and nothing old destroyed.
 
-Only what earlier_result.py knows as ours is ever replaced, and a directory that exists stays itself.
+Only what an earlier result listed as its own is ever replaced (hub/file_list.py), and a directory that exists stays itself.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.hub.contents import REPORT_NAME
+from qvlm_hf.hub.file_list import list_files, written_entries
 from qvlm_hf.hub.model_card import write_card
 from qvlm_hf.integration.directory import INDEX_NAME
-from qvlm_hf.integration.earlier_result import OLD, PARTIAL, check_replaceable, is_ours
+from qvlm_hf.integration.earlier_result import OLD, PARTIAL, check_replaceable
 from qvlm_hf.nn.footprint import count_parameters
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -97,7 +98,7 @@ def written_whole(target: Path) -> Iterator[Path]:
         OSError: writing failed, for example on a full disk; `target` is as it was. If only the move
             failed, the message names the folder where everything is.
     """
-    earlier = [path for path in sorted(target.iterdir()) if is_ours(path)] if target.is_dir() else None
+    earlier = (written_entries(target) or []) if target.is_dir() else None
     parent = target.parent if earlier is None else target
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     partial = parent / f"{PARTIAL}{uuid4().hex[:8]}"
@@ -105,6 +106,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        list_files(partial)
         for file in partial.rglob("*"):
             _write_through(file)
         _follow_umask(partial)

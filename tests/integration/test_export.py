@@ -238,12 +238,10 @@ def test_overwrite_replaces_an_earlier_export(cases, tmp_path):
 
 def test_exports_of_other_programs_are_never_deleted(cases, tmp_path):
     export(cases["4 bits"].path, tmp_path / "x")
-    weights = tmp_path / "x" / "model.safetensors"
-    ours = weights.read_bytes()
-    save_file(load_file(weights), weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf, so nothing there is replaced"):
+    (tmp_path / "x" / "qvlm_files.json").rename(tmp_path / "list")  # other programs write none
+    with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf that lists its files"):
         export(cases["W8A8"].path, tmp_path / "x", overwrite=True)
-    weights.write_bytes(ours)
+    (tmp_path / "list").rename(tmp_path / "x" / "qvlm_files.json")
     (tmp_path / "x" / "notes.txt").write_text("kept")
     with pytest.raises(ValueError, match=r"holds notes\.txt, which no earlier result of qvlm_hf wrote"):
         export(cases["W8A8"].path, tmp_path / "x", overwrite=True)

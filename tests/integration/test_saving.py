@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText, modeling_utils
 
 from qvlm_hf import QVLMConfig, quantize_model, save_quantized
+from qvlm_hf.hub.record import record_measurement
 from qvlm_hf.integration import saving
 
 
@@ -151,7 +152,7 @@ def test_directories_that_are_refused(model: torch.nn.Module, processor: object,
         save_quantized(model, processor, tmp_path, report=None)
     for content in ("{}", "[]", "no JSON", '{"quantization_config": {"quant_method": "gptq"}}'):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf, so nothing there is replaced: choose another"):
+        with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf that lists its files, so nothing there is"):
             save_quantized(model, processor, tmp_path, report=None, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "file"]
     with pytest.raises(ValueError, match="needs a quantized model"):
@@ -163,7 +164,35 @@ def a_file(path: Path) -> None:
     path.write_text("kept")
 
 
+def changed(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def more_of(file: Path) -> None:
+    """Other values under the same header, as those of another training are."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    last = max(tensors)  # packed or not: any other bits
+    tensors[last] = torch.roll(tensors[last], 1, 0)
+    save_file(tensors, file, metadata=metadata)
+
+
 FOREIGN = {
+    "a README of the user's": lambda folder: a_file(folder / "README.md"),
+    "a card that was edited": lambda folder: changed(folder / "README.md"),
+    "a picture named as ours": lambda folder: a_file(folder / "qvlm_holiday.png"),
+    "a vocabulary": lambda folder: a_file(folder / "vocab.json"),
+    "merges": lambda folder: a_file(folder / "merges.txt"),
+    "a report": lambda folder: a_file(folder / "qvlm_report.json"),
+    "a chat template": lambda folder: a_file(folder / "additional_chat_templates" / "mine.jinja"),
+    "an empty folder named as one of ours": lambda folder: (folder / "additional_chat_templates").mkdir(),
+    "a configuration that was edited": lambda folder: changed(folder / "config.json"),
+    "other weights": lambda folder: more_of(folder / "model.safetensors"),
+    "a file that became a link": lambda folder: (
+        (folder / "README.md").rename(folder.parent / "moved"),
+        (folder / "README.md").symlink_to(folder.parent / "moved"),
+    ),
     "a file": lambda folder: a_file(folder / "notes.txt"),
     "a hidden file": lambda folder: a_file(folder / ".env"),
     "pictures": lambda folder: a_file(folder / "images" / "1.png"),
@@ -189,7 +218,7 @@ def test_what_an_earlier_result_did_not_write_is_never_deleted(
     output = save_quantized(model, processor, tmp_path / "out", report=None)
     FOREIGN[kind](output)
     before, names = snapshot(output), sorted(os.listdir(output))
-    with pytest.raises(ValueError, match=r"holds \S+, which no earlier result of qvlm_hf wrote: move that away, or choose") as caught:
+    with pytest.raises(ValueError, match=r"holds \S+, which no earlier result of qvlm_hf wrote like that: move that away, or") as caught:
         save_quantized(model, processor, output, report=None, overwrite=True)
     assert "\n" not in str(caught.value)
     assert (snapshot(output), sorted(os.listdir(output))) == (before, names)
@@ -219,15 +248,49 @@ def test_a_file_that_comes_while_saving_stays(
     assert before.items() <= snapshot(output).items()
 
 
-def test_results_of_other_ways_can_be_overwritten(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
-    """`save_pretrained` and earlier versions leave no list of what they wrote."""
-    model.save_pretrained(tmp_path / "out", max_shard_size="60KB")
-    processor.save_pretrained(tmp_path / "out")
-    (tmp_path / "out" / "additional_chat_templates").mkdir()
-    (tmp_path / "out" / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
-    assert len(list((tmp_path / "out").glob("model-*"))) > 1
-    save_quantized(model, processor, tmp_path / "out", report=None, overwrite=True)
-    assert snapshot(tmp_path / "out") == snapshot(save_quantized(model, processor, tmp_path / "two" / "out", report=None))
+def test_what_lists_no_files_is_never_replaced(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+    """As of `save_pretrained`, a download, or a result whose list is damaged."""
+    model.save_pretrained(tmp_path / "out")
+    saved = save_quantized(model, processor, tmp_path / "damaged", report=None)
+    (saved / "qvlm_files.json").write_text('{"config.json"')
+    linked = save_quantized(model, processor, tmp_path / "linked", report=None)
+    (linked / "qvlm_files.json").rename(tmp_path / "list")
+    (linked / "qvlm_files.json").symlink_to(tmp_path / "list")
+    for folder in (tmp_path / "out", saved, linked):
+        before = snapshot(folder)
+        with pytest.raises(ValueError, match=r"that lists its files, .*: delete it yourself, or"):
+            save_quantized(model, processor, folder, report=None, overwrite=True)
+        assert snapshot(folder) == before
+
+
+def test_a_result_with_folders_can_be_overwritten(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = type(processor).save_pretrained
+
+    def with_templates(self: object, folder: Path) -> None:
+        save(self, folder)
+        a_file(Path(folder) / "additional_chat_templates" / "rag.jinja")
+
+    output = save_quantized(model, processor, tmp_path / "plain" / "out", report=None)
+    plain = snapshot(output)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(processor), "save_pretrained", with_templates)
+        save_quantized(model, processor, output, report=None, overwrite=True)
+    assert (output / "additional_chat_templates" / "rag.jinja").is_file()
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert snapshot(output) == plain
+    assert not (output / "additional_chat_templates").exists()
+
+
+def test_what_was_recorded_later_is_still_ours(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    listed = (output / "qvlm_files.json").read_bytes()
+    record_measurement(output)
+    assert (output / "qvlm_report.json").is_file()
+    assert (output / "qvlm_files.json").read_bytes() != listed
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert (output / "qvlm_files.json").read_bytes() == listed
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
