@@ -17,14 +17,14 @@ import qvlm_hf.interruption  # noqa: F401 - first, because what follows takes se
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.settings import VisionOptimization
 from qvlm_hf.hub.publish import Published
-from qvlm_hf.integration.config import QVLMConfig
-from qvlm_hf.integration.quantizer import QVLMHfQuantizer, quantize_model
-from qvlm_hf.integration.saving import save_quantized
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.quantizer import QVLMHfQuantizer, quantize_model
+from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.nn.linear import QVLMLinear
-from qvlm_hf.nn.precision import PrecisionRow, format_precision_table, precision_table, set_backend
+from qvlm_hf.nn.report import PrecisionRow, format_precision_table, precision_table, set_backend
 
 if TYPE_CHECKING:
-    from qvlm_hf.integration.publishing import publish, publish_folder
+    from qvlm_hf.hf.publishing import publish, publish_folder
 
 __all__ = [
     "CalibrationReport",
@@ -46,7 +46,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LAZY = {"publish": "qvlm_hf.integration.publishing", "publish_folder": "qvlm_hf.integration.publishing"}  # Transformers' modeling code
+_LAZY = {"publish": "qvlm_hf.hf.publishing", "publish_folder": "qvlm_hf.hf.publishing"}  # Transformers' modeling code
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - any of the names in _LAZY

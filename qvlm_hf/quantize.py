@@ -20,25 +20,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvlm_hf.calibration.answers import answer_logits
-from qvlm_hf.calibration.capture import LayerInput, capture_inputs
-from qvlm_hf.calibration.equalization import equalize
-from qvlm_hf.calibration.importance import token_importance
-from qvlm_hf.calibration.partition import partition_layers
+from qvlm_hf.calibration.measure.answers import answer_logits
+from qvlm_hf.calibration.layers import LayerInput, capture_inputs
+from qvlm_hf.calibration.transforms.equalization import equalize
+from qvlm_hf.calibration.measure.importance import token_importance
+from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.provenance import provenance, versions
 from qvlm_hf.calibration.recombination import recombined
 from qvlm_hf.calibration.report import BlockReport, CalibrationReport, Lift, SegmentReport, SiteReport, settings_dict
-from qvlm_hf.calibration.rotation import rotate, undone_on_error
+from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
 from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture, longest_sample
-from qvlm_hf.calibration.segment import Evidence, SearchedBlock, layer_dependencies, search_segment
-from qvlm_hf.calibration.self_check import collapse_warning, compare_answers, head_warning
-from qvlm_hf.calibration.sensitivity import SensitivityProbe, allocate_bits, guard_sites, measure_widths, site_parameters
+from qvlm_hf.calibration.search.segments import Evidence, SearchedBlock, layer_dependencies, search_segment
+from qvlm_hf.calibration.measure.self_check import collapse_warning, compare_answers, head_warning
+from qvlm_hf.calibration.search.sensitivity import SensitivityProbe, allocate_bits, guard_sites, measure_widths, site_parameters
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision
-from qvlm_hf.calibration.simulation import installed
+from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.vision_encoder import OptimizedVision, optimize_vision
 from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.core.architectures import (
+from qvlm_hf.models.graph import (
     Segment,
     full_precision_modules,
     get_linear,
@@ -48,9 +48,9 @@ from qvlm_hf.core.architectures import (
     scale_paths,
     why_empty,
 )
-from qvlm_hf.core.hadamard import block_hadamard
-from qvlm_hf.core.scheme import QuantScheme
-from qvlm_hf.core.weight import not_finite, quantize_weight
+from qvlm_hf.format.hadamard import block_hadamard
+from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.format.weight_grid import not_finite, quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from qvlm_hf.core.packing import pack
+from qvlm_hf.format.packing import pack
 
 # Place in `arguments`, a number that no module has, and the words for it.
 IMPOSSIBLE = (

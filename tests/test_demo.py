@@ -20,12 +20,12 @@ from transformers import (
 )
 
 from qvlm_hf.demo import dataset_path, model_dir
-from qvlm_hf.demo.datasets import SPLITS
-from qvlm_hf.demo.outliers import plant_outliers
-from qvlm_hf.demo.processor import build_processor
-from qvlm_hf.demo.questions import KINDS, ask, cells_of, vocabulary
-from qvlm_hf.demo.scenes import SceneOptions, SpriteBank, draw_scenes, sample_scenes
-from qvlm_hf.demo.scoring import evaluate
+from demo_model.datasets import SPLITS
+from demo_model.outliers import plant_outliers
+from demo_model.processor import build_processor
+from demo_model.questions import KINDS, ask, cells_of, vocabulary
+from demo_model.scenes import SceneOptions, SpriteBank, draw_scenes, sample_scenes
+from demo_model.scoring import evaluate
 
 MEGABYTE = 1_000_000
 
@@ -97,7 +97,7 @@ def test_no_picture_is_in_two_splits() -> None:
 
 def test_handwritten_digits_are_split() -> None:
     pytest.importorskip("sklearn", reason="the handwritten digits come with scikit-learn")
-    from qvlm_hf.demo.scenes import digit_instances
+    from demo_model.scenes import digit_instances
 
     seen, held_out = digit_instances(held_out=False), digit_instances(held_out=True)
     assert (len(seen), len(held_out)) == (1258, 539)
@@ -177,8 +177,8 @@ def test_scenes_follow_the_seed(bank: SpriteBank) -> None:
 
 def test_shipped_pictures_follow_the_seed() -> None:
     pytest.importorskip("sklearn", reason="the handwritten digits come with scikit-learn")
-    from qvlm_hf.demo.datasets import scene_stream
-    from qvlm_hf.demo.scenes import load_sprite_bank
+    from demo_model.datasets import scene_stream
+    from demo_model.scenes import load_sprite_bank
 
     _, pictures = next(scene_stream("train", load_sprite_bank(0), 0))
     shipped = np.stack([np.asarray(Image.open(path)) for path in picture_paths("train")])

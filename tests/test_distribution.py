@@ -15,7 +15,7 @@ from hatchling.builders.wheel import WheelBuilder
 
 ROOT = Path(__file__).parent.parent
 NAMESPACE = {"optimum/qvlm/__init__.py", "optimum/commands/register/register_qvlm.py"}
-SOURCES = {"qvlm_hf/integration/optimum_namespace/qvlm.py", "qvlm_hf/integration/optimum_namespace/register_qvlm.py"}
+SOURCES = {"qvlm_hf/optimum/namespace/qvlm.py", "qvlm_hf/optimum/namespace/register_qvlm.py"}
 CHECK = """
 import sys, optimum.qvlm, qvlm_hf
 from pathlib import Path

@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.calibration.simulation import TrialSite
-from qvlm_hf.core.architectures import Site
-from qvlm_hf.core.qparams import QParams, choose_qparams
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.calibration.search.sites import TrialSite
+from qvlm_hf.models.graph import Site
+from qvlm_hf.format.activation_grid import QParams, choose_qparams
+from qvlm_hf.format.scheme import QuantScheme
 
 __all__ = [
     "ANSWERS",

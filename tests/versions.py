@@ -94,7 +94,7 @@ def interpreter(package: str, version: str, folder: Path) -> str:
 def run(python: str, folder: Path, more: list[str]) -> Result:
     """Runs the tests; prints what pytest prints."""
     report = folder / "report.xml"
-    files = [f"tests/integration/{name}.py" for name in TESTS]
+    files = [f"tests/hf/{name}.py" for name in TESTS]
     # -P: the installed package, not the one in the current folder
     command = [python, "-P", "-m", "pytest", "--no-cov", "-q", f"--junitxml={report}", *files, *more]
     status = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": ""}).returncode

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.capture import LayerInput, frozen, kept, layer_output
-from qvlm_hf.calibration.simulation import TrialSite, installed
-from qvlm_hf.calibration.straight_through import IntegerSite
+from qvlm_hf.calibration.layers import LayerInput, frozen, kept, layer_output
+from qvlm_hf.calibration.search.sites import TrialSite, installed
+from qvlm_hf.calibration.search.straight_through import IntegerSite
 
 __all__ = ["learn_rounding"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.format.scheme import QuantScheme
 
 __all__ = [
     "BlockReport",

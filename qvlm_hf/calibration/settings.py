@@ -11,7 +11,7 @@ from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.format.scheme import QuantScheme
 
 __all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate", "VisionOptimization", "to_plain"]
 

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from qvlm_hf.calibration.capture import LayerInput, calibrating, frozen, kept, layer_outputs
-from qvlm_hf.calibration.entropy import DependencyHistogram, value_bounds
-from qvlm_hf.calibration.initialization import initialize_sites, judging
-from qvlm_hf.calibration.partition import Block, partition_layers
+from qvlm_hf.calibration.layers import LayerInput, calibrating, frozen, kept, layer_outputs
+from qvlm_hf.calibration.measure.entropy import DependencyHistogram, value_bounds
+from qvlm_hf.calibration.search.ranges import initialize_sites, judging
+from qvlm_hf.calibration.search.blocks import Block, partition_layers
 from qvlm_hf.calibration.report import VisionReport
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
-from qvlm_hf.calibration.segment import layer_dependencies
+from qvlm_hf.calibration.search.segments import layer_dependencies
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
-from qvlm_hf.calibration.simulation import LearnedRanges, installed
-from qvlm_hf.calibration.straight_through import FixedSite, RangeSite, StraightThroughSite
-from qvlm_hf.core.architectures import Segment
+from qvlm_hf.calibration.search.sites import LearnedRanges, installed
+from qvlm_hf.calibration.search.straight_through import FixedSite, RangeSite, StraightThroughSite
+from qvlm_hf.models.graph import Segment
 
 __all__ = ["OptimizedVision", "optimize_vision"]
 

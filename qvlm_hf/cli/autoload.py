@@ -1,6 +1,6 @@
 """`qvlm autoload install|remove|status`: a `.pth` file by which every Python of the environment knows quantized models.
 
-The file holds the text of integration/autoload_hook.py. It is written here and nowhere else: installing the package alone changes nothing.
+The file holds the text of hf/autoload_hook.py. It is written here and nowhere else: installing the package alone changes nothing.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from qvlm_hf.integration import autoload_hook
+from qvlm_hf.hf import autoload_hook
 
 __all__ = ["PTH_NAME", "add_arguments", "pth_text", "run"]
 

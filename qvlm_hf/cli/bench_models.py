@@ -19,12 +19,12 @@ from qvlm_hf.bench.models import ModelRow, Phase, Way, fits_together, measure_mo
 from qvlm_hf.bench.peers import PEERS
 from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import load_model, read_config, silence
-from qvlm_hf.core.scheme import parse_scheme
-from qvlm_hf.integration.compiling import ROUND_AS_EAGER
-from qvlm_hf.integration.config import QVLMConfig
-from qvlm_hf.integration.random_models import random_model, random_prompt
-from qvlm_hf.integration.rounding import planned_modules
-from qvlm_hf.integration.shapes import shape_config, shape_model, token_positions
+from qvlm_hf.format.scheme import parse_scheme
+from qvlm_hf.hf.runtime.compiling import ROUND_AS_EAGER
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.bench.random_models import random_model, random_prompt
+from qvlm_hf.hf.round_on_load import planned_modules
+from qvlm_hf.bench.shapes import shape_config, shape_model, token_positions
 from qvlm_hf.nn.footprint import footprint
 from qvlm_hf.nn.replace import dequantize_modules
 

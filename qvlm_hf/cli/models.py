@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from qvlm_hf.hub.errors import one_line
-from qvlm_hf.integration.config import QVLMConfig
-from qvlm_hf.integration.directory import check_directory
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.directory import check_directory
 
 __all__ = ["METHODS", "add_scheme_arguments", "load_model", "load_processor", "make_config", "read_config", "silence"]
 

@@ -8,7 +8,7 @@ seconds and without a network.
     questions.py  the questions about a picture and their answers
     datasets.py   the three splits as PNGs and JSON lines
     processor.py  tokenizer, image processor and chat template
-    train.py      the recipe: `python -m qvlm_hf.demo.train --output DIR`; its numbers are in recipe.py, its steps in network.py (the
+    train.py      the recipe: `python -m demo_model.train --output DIR`; its numbers are in recipe.py, its steps in network.py (the
                   model), pool.py (pictures), packing.py (questions as sequences), losses.py, optimizer.py and scoring.py
     outliers.py   the function-preserving rescale that makes the model as hard to quantize as a large one
     model/, data/ what the recipe wrote

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qvlm_hf.calibration.answers import answer_kl, answer_logits
+from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, Processor, Sample, collate, fingerprint, longest_sample
 from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.evaluation.metrics import Interval, PairedCounts, Proportion, mcnemar_p_value, paired_difference

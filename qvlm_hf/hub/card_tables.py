@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qvlm_hf.calibration.report import CalibrationReport, Lift, SegmentReport
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hub.contents import Contents
 
 __all__ = [

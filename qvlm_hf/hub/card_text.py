@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.core.scheme import parse_scheme
+from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hub.card_tables import code, counted, full_precision_names, percent, shown_bytes, shown_versions
 from qvlm_hf.hub.contents import Contents
 

@@ -4,7 +4,7 @@
     upload -> Published         repository and branch, ONE upload_folder that deletes stale weights with the same commit, then `verify`
 
 An upload that was cut short changes nothing that a reader sees, because the commit comes last; repeating it sends what is missing, because
-content is addressed by its hash. Knows folders and an `HfApi` that is passed in; models and Transformers are integration/publishing.py's.
+content is addressed by its hash. Knows folders and an `HfApi` that is passed in; models and Transformers are hf/publishing.py's.
 """
 
 import glob

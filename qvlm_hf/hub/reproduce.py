@@ -11,7 +11,7 @@ from typing import Any
 
 from qvlm_hf.calibration.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization
-from qvlm_hf.core.scheme import parse_scheme
+from qvlm_hf.format.scheme import parse_scheme
 
 __all__ = ["quantize_command"]
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.core.packing import pack
-from qvlm_hf.core.qparams import QParams
-from qvlm_hf.core.scheme import QuantScheme
-from qvlm_hf.core.weight import QuantizedWeight
+from qvlm_hf.format.packing import pack
+from qvlm_hf.format.activation_grid import QParams
+from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.format.weight_grid import QuantizedWeight
 from qvlm_hf.nn.packed_weight import freeze, guarded, plain
 from qvlm_hf.ops import cpu, gpu
 from qvlm_hf.ops.reference import dequantize_weight
 from qvlm_hf.ops.schema import linear
 
 if TYPE_CHECKING:
-    from qvlm_hf.nn.shared_input import SharedInput
+    from qvlm_hf.nn.siblings import SharedInput
 
 __all__ = ["QVLMLinear", "packed_tensors"]
 

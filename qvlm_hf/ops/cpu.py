@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvlm_hf.core.hadamard import block_hadamard
-from qvlm_hf.core.packing import pack
+from qvlm_hf.format.hadamard import block_hadamard
+from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import native, reference
 from qvlm_hf.ops.schema import Module, check_sizes, well_formed
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qvlm_hf.core.hadamard import block_hadamard
-from qvlm_hf.core.packing import pack
+from qvlm_hf.format.hadamard import block_hadamard
+from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import reference
 from qvlm_hf.ops.schema import LIBRARY, Module, check_sizes, well_formed
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.core.hadamard import block_hadamard
-from qvlm_hf.core.packing import unpack
-from qvlm_hf.core.qparams import QParams, dynamic_token_qparams, shift_quantize
-from qvlm_hf.core.weight import QuantizedWeight
+from qvlm_hf.format.hadamard import block_hadamard
+from qvlm_hf.format.packing import unpack
+from qvlm_hf.format.activation_grid import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.format.weight_grid import QuantizedWeight
 from qvlm_hf.ops.schema import LIBRARY, check_sizes
 
 __all__ = ["dequantize_weight", "exact_products", "linear", "linear_input_grad", "linears", "per_module", "rms_norm"]

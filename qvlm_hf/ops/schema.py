@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.ops import cpu_direct
 
 __all__ = ["LIBRARY", "Module", "check_sizes", "linear", "linears", "transformed", "watched", "well_formed"]
@@ -60,7 +60,7 @@ def linear(
 
     Args:
         x: [..., K], floating point.
-        weight: int32 [N, W], packed unsigned integers (core/packing.py).
+        weight: int32 [N, W], packed unsigned integers (format/packing.py).
         weight_scale: bfloat16 [N, G].
         weight_zero_point: uint8 [N, G]; None is 2^(weight_bits - 1).
         input_scale: float32 [K] for "channel" (and, optionally, "none"), [positions] for "token", else None.

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from qvlm_hf.bench.machine import device_name
-from qvlm_hf.integration.attention import attend
+from qvlm_hf.hf.runtime.attention import attend
 from qvlm_hf.ops.attention import composed
 
 SIZES = {"LLaVA-1.5-7B": (32, 32, 128), "TinyLlama": (32, 4, 64)}  # heads, key heads, head size

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from qvlm_hf.calibration.answers import answer_kl, answer_logits
+from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.samples import collate, load_samples
 from qvlm_hf.demo import dataset_path
-from qvlm_hf.integration.compiling import ROUND_AS_EAGER
+from qvlm_hf.hf.runtime.compiling import ROUND_AS_EAGER
 
 BATCH = 16
 WAYS = {"inductor": {}, "as generate compiles it": dict(ROUND_AS_EAGER)}

@@ -7,14 +7,14 @@ import torch
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 
 from qvlm_hf.calibration import learned_rounding
-from qvlm_hf.calibration.capture import capture_inputs, run_layer
-from qvlm_hf.calibration.initialization import initialize_sites
+from qvlm_hf.calibration.layers import capture_inputs, run_layer
+from qvlm_hf.calibration.search.ranges import initialize_sites
 from qvlm_hf.calibration.learned_rounding import learn_rounding
 from qvlm_hf.calibration.recombination import recombined
 from qvlm_hf.calibration.samples import Batch, batches, load_samples
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.calibration.simulation import installed
-from qvlm_hf.core.architectures import resolve
+from qvlm_hf.calibration.search.sites import installed
+from qvlm_hf.models.graph import resolve
 from qvlm_hf.quantize import calibrate_and_pack
 
 

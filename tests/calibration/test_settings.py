@@ -4,7 +4,7 @@ import re
 import pytest
 
 from qvlm_hf.calibration.settings import COMPONENTS, CalibrationSettings, Precision, RangeCandidate
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.format.scheme import QuantScheme
 
 
 def dynamic():

@@ -8,14 +8,14 @@ from tiny_models import tiny_llava, tiny_messages, tiny_processor
 from tiny_models import tiny_trial as trial
 
 from qvlm_hf.calibration import vision_encoder
-from qvlm_hf.calibration.capture import capture_inputs, frozen
-from qvlm_hf.calibration.entropy import DependencyHistogram, value_bounds
+from qvlm_hf.calibration.layers import capture_inputs, frozen
+from qvlm_hf.calibration.measure.entropy import DependencyHistogram, value_bounds
 from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
-from qvlm_hf.calibration.simulation import LearnedRanges, installed
+from qvlm_hf.calibration.search.sites import LearnedRanges, installed
 from qvlm_hf.calibration.vision_encoder import optimize_vision
-from qvlm_hf.core.architectures import resolve
-from qvlm_hf.core.qparams import grid_bounds
+from qvlm_hf.models.graph import resolve
+from qvlm_hf.format.activation_grid import grid_bounds
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.quantize import calibrate_and_pack
 

@@ -18,7 +18,7 @@ import qvlm_hf
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.cli import autoload, main
 from qvlm_hf.demo import dataset_path, model_dir
-from qvlm_hf.integration import autoload_hook
+from qvlm_hf.hf import autoload_hook
 
 HERE = Path(__file__).parent
 BEFORE = {"PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONUSERBASE"}  # would let the tests' own environment in

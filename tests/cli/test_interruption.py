@@ -23,7 +23,7 @@ sys.meta_path.insert(0, Interrupt)
 
 # The script that pip writes for an entry point.
 SCRIPT = "import sys\nfrom qvlm_hf.cli import main\nsys.exit(main())\n"
-MODULES = ("torch", "transformers", "qvlm_hf.integration.config", "qvlm_hf.cli.wording", "qvlm_hf.cli.inspect", "qvlm_hf.hub.contents")
+MODULES = ("torch", "transformers", "qvlm_hf.hf.config", "qvlm_hf.cli.wording", "qvlm_hf.cli.inspect", "qvlm_hf.hub.contents")
 
 
 def run(tmp_path, program, module):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvlm_hf.calibration.answers import answer_kl
+from qvlm_hf.calibration.measure.answers import answer_kl
 from qvlm_hf.evaluation.metrics import PairedCounts, Proportion, mcnemar_p_value, paired_difference, wilson_interval
 
 

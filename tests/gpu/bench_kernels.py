@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qvlm_hf.core.qparams import QParams
-from qvlm_hf.core.scheme import QuantScheme
-from qvlm_hf.core.weight import quantize_weight
+from qvlm_hf.format.activation_grid import QParams
+from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 
 BASELINE = "cuBLAS bfloat16"

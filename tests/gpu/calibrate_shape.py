@@ -18,8 +18,8 @@ from transformers import CLIPImageProcessor, LlavaProcessor
 
 import qvlm_hf
 from qvlm_hf.bench.machine import device_name
-from qvlm_hf.integration.random_models import random_model
-from qvlm_hf.integration.shapes import shape_config
+from qvlm_hf.bench.random_models import random_model
+from qvlm_hf.bench.shapes import shape_config
 from qvlm_hf.nn.footprint import count_parameters
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from linear_calls import arguments
 
-from qvlm_hf.core.packing import pack
+from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import cpu, cpu_operator, native, reference
 
 SOON_COMPILED = ("-O0", *(flag for flag in cpu._FLAGS[1:] if flag != "-march=native"))  # portable: 2 seconds instead of 10

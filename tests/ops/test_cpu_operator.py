@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.ops import cpu, cpu_direct, cpu_operator, reference, schema
 from qvlm_hf.ops.schema import linear, linears
 

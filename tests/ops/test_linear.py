@@ -14,8 +14,8 @@ from linear_calls import IMPOSSIBLE, arguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qvlm_hf.core.packing import pack
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.format.packing import pack
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.ops import linear
 
 STATIC = ("channel", "token")

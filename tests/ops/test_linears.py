@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qvlm_hf import ops
-from qvlm_hf.core.packing import pack
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.format.packing import pack
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.ops import cpu, reference
 
 GRANULARITIES = ("channel", "token", "dynamic_token", "none")

@@ -6,9 +6,9 @@ from linear_calls import arguments
 from torch import nn
 from torch.autograd import forward_ad
 
-from qvlm_hf.core.scheme import QuantScheme
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear
-from qvlm_hf.nn.shared_input import SharedInput
+from qvlm_hf.nn.siblings import SharedInput
 
 
 @pytest.fixture(params=["alone", "shared"])

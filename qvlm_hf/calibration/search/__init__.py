@@ -1,0 +1,1 @@
+"""From measured inputs to ranges and rounded weights: blocks, candidates, joint search, GPTQ."""

@@ -1,1 +1,0 @@
-"""Schemes, grids, packing and the table of model families. Depends on torch alone."""

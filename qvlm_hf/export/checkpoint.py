@@ -1,0 +1,198 @@
+"""A saved quantized model in another format, for programs that do not know this package.
+
+The files are read tensor by tensor and written anew; the model itself is never built and nothing is computed with it. Module by module,
+compressed_tensors.py says what becomes of the tensors, or why nothing can. Names are those of the LLaVA checkpoints on the Hub
+(`language_model.model...`, `vision_tower.vision_model...`): Transformers reads several layouts, vLLM this one alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from qvlm_hf.models.graph import canonical_name
+from qvlm_hf.hub.payload import FILES
+from qvlm_hf.hf.checks import TensorHeader, check_complete, check_files, check_modules, check_values, read_headers
+from qvlm_hf.export.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.directory import weight_files
+from qvlm_hf.hf.registry import QUANT_METHOD
+from qvlm_hf.hf.saving import REPORT_NAME, check_output, written_whole
+
+__all__ = ["EXPORT_FORMATS", "Exported", "export", "has_nested_vision", "hub_name"]
+
+EXPORT_FORMATS = ("compressed-tensors",)
+# What describes or belongs to the form that is left behind.
+_NOT_COPIED = ("config.json", REPORT_NAME)
+_NESTED_VISION = ("clip_vision_model", "siglip_vision_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the directory.
+        modules: canonical module name -> how it is stored.
+        full_precision: canonical names of the linear modules that are stored unquantized.
+    """
+
+    path: Path
+    modules: dict[str, Stored]
+    full_precision: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Everything that can be decided without reading a weight; names are those of the modules in Transformers' model."""
+
+    files: list[str]
+    headers: dict[str, TensorHeader]
+    schemes: dict[str, Any]
+    stored: dict[str, Stored]
+    in_features: dict[str, int]
+    full_precision: list[str]
+    dtype: torch.dtype
+    nested_vision: bool
+
+
+def export(
+    directory: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    format: str = EXPORT_FORMATS[0],
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> Exported:
+    """Writes a saved quantized model in a format that other programs load; the processor's files are copied.
+
+    Args:
+        directory: what `save_quantized` or `qvlm quantize` wrote.
+        output: the directory to make.
+        format: "compressed-tensors".
+        overwrite: replace an earlier result, which stays until the new one is complete.
+        max_shard_size: of one safetensors file.
+
+    Raises:
+        ValueError: before anything is written: `directory` holds no quantized model or a damaged one, no consumer of the format runs its
+            scheme, or `output` may not be written.
+        OSError: writing failed; `output` is as it was.
+    """
+    if format not in EXPORT_FORMATS:
+        raise ValueError(f"format={format!r} must be one of {', '.join(EXPORT_FORMATS)}.")
+    target = check_output(output, overwrite=overwrite)
+    source = Path(directory).resolve()
+    plan = _plan(source)
+    if target.is_relative_to(source):
+        raise ValueError(f"{output}: is, or lies in, the model that is read: choose another directory.")
+    modules = {canonical_name(name): kind for name, kind in plan.stored.items()}
+    full_precision = [canonical_name(name) for name in plan.full_precision]
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = quantization_config(modules, full_precision)
+    with written_whole(target) as partial:
+        save_torch_state_dict(dict(_tensors(plan)), partial, max_shard_size=max_shard_size)
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for pattern in FILES:  # of the processor; notes and keys that lie there stay behind
+            for file in sorted(source.glob(pattern)):
+                name = file.relative_to(source)
+                if file.is_file() and name.as_posix() not in _NOT_COPIED:
+                    (partial / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, partial / name)
+    return Exported(path=target, modules=modules, full_precision=tuple(full_precision))
+
+
+def has_nested_vision(config: Any) -> bool:  # noqa: ANN401 - the configuration of any supported family
+    """Whether checkpoints on the Hub have the vision encoder in a `vision_model` of its own."""
+    return getattr(getattr(config, "vision_config", None), "model_type", None) in _NESTED_VISION
+
+
+def hub_name(name: str, *, nested_vision: bool) -> str:
+    """A tensor's name in Transformers' model -> its name in LLaVA checkpoints on the Hub.
+
+    Args:
+        name: for example `model.vision_tower.encoder.layers.0.mlp.fc1.bias`.
+        nested_vision: from `has_nested_vision`.
+    """
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    part, _, rest = canonical_name(name).removeprefix("model.").partition(".")
+    inside = {"language_model": "model.", "vision_tower": "vision_model." if nested_vision else ""}.get(part, "")
+    return f"{part}.{inside}{rest}" if rest else part
+
+
+def _plan(source: Path) -> _Plan:
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source}: holds no config.json: name the directory of a saved model.")
+    config = AutoConfig.from_pretrained(source)
+    saved = getattr(config, "quantization_config", None)
+    if not isinstance(saved, Mapping) or saved.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{source}: is not quantized by qvlm_hf: name the directory that qvlm quantize wrote.")
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    files = weight_files(source)
+    check_files(files, str(source))
+    headers = read_headers(model, files)
+    layouts = check_modules(model, QVLMConfig.from_dict(saved).modules, headers)
+    check_complete(model, headers)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    in_features = {name: linears[name].in_features for name in layouts}
+    stored = {
+        name: stored_as(
+            canonical_name(name),
+            layout.scheme,
+            in_features[name],
+            has_input_scale=layout.scheme.granularity == "none" and layout.has_input_scale,
+        )
+        for name, layout in layouts.items()
+    }
+    return _Plan(
+        files=files,
+        headers=headers,
+        schemes={name: layout.scheme for name, layout in layouts.items()},
+        stored=with_one_group_size(stored, in_features),
+        in_features=in_features,
+        full_precision=[name for name in linears if name not in layouts],
+        dtype=config.dtype or torch.float32,
+        nested_vision=has_nested_vision(config),
+    )
+
+
+def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the export under its name there."""
+    with ExitStack() as stack:
+        opened = {os.path.basename(file): stack.enter_context(safe_open(file, framework="pt")) for file in plan.files}
+
+        def read(name: str) -> Tensor:
+            header = plan.headers[name]
+            return opened[header.file].get_tensor(header.key)
+
+        for name in plan.headers:
+            module, _, part = name.rpartition(".")
+            if module not in plan.stored:
+                tensor = read(name)
+                check_values(module, {part: tensor}, None)
+                yield hub_name(name, nested_vision=plan.nested_vision), tensor
+            elif part == "weight":
+                parts = {other.rpartition(".")[2]: read(other) for other in _parts(plan, module)}
+                check_values(module, parts, plan.schemes[module])
+                converted = convert(parts, plan.schemes[module], plan.stored[module], plan.in_features[module], plan.dtype)
+                for converted_part, tensor in converted.items():
+                    yield hub_name(f"{module}.{converted_part}", nested_vision=plan.nested_vision), tensor
+
+
+def _parts(plan: _Plan, module: str) -> list[str]:
+    names = (f"{module}.{part}" for part in ("weight", "weight_scale", "weight_zero_point", "bias"))
+    return [name for name in names if name in plan.headers]

@@ -1,0 +1,1 @@
+"""What lies on disk: schemes, grids, packed bits. Needs torch alone."""

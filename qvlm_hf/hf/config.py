@@ -1,0 +1,382 @@
+"""`QVLMConfig`: what the user asks for, and what `quantization_config` in config.json says.
+
+Three kinds of fields: settings that shape the result (written to config.json), results of quantizing (`modules` and `provenance`, written
+too), and objects of this process (`dataset`, `processor`, `callbacks` and where to publish; never written). AutoModel copies the
+configuration deeply at every call, so objects of this process are shared by reference.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization, to_plain
+from qvlm_hf.models.graph import canonical_name
+from qvlm_hf.format.scheme import QuantScheme, parse_scheme
+from qvlm_hf.hub.publish import check_repo_id
+from qvlm_hf.hf.registry import QUANT_METHOD, config_class
+
+__all__ = ["FORMAT_VERSION", "QVLMConfig"]
+
+FORMAT_VERSION = 1
+_MAX_MODULES = 100_000  # a model of 70 B parameters has about 600 linear modules
+
+# Fields that go to `CalibrationSettings` and to config.json as they are.
+_SETTINGS = (
+    "group_size", "symmetric", "activation_granularity", "quantize_vision", "quantize_projector", "lm_head_bits", "modules_to_not_convert",
+    "num_samples", "batch_size", "seed", "max_block_depth", "entropy_threshold", "percentiles", "margins", "weight_rounding",
+    "rotation", "equalization", "token_importance", "guard", "precision_budget", "optimize_vision",
+)  # fmt: skip
+# Fields that this version has no code for, with the one value they take.
+_LATER: dict[str, Any] = {"resume_dir": None}
+_SHARED = ("dataset", "processor", "callbacks")
+_PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private")
+_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, "provenance", "modules")
+_FIELDS = (*_SERIALIZED, *_LATER, *_SHARED, *_PUBLISHING, "strict")
+
+
+@config_class
+class QVLMConfig(QuantizationConfigMixin):
+    """How a vision-language model is quantized.
+
+    Attributes:
+        scheme: any W{2-8}A{3-8,16}: bits of weights and of the inputs of linear modules.
+        group_size: inputs that share a weight scale; -1 is the whole row.
+        symmetric: weights without zero points. Activations always have them.
+        activation_granularity: "channel", "token" (static, per position), "dynamic_token", or a mapping from "vision", "projector" and
+            "language" to one of them. None starts at "channel" for up to 5 bits and at "dynamic_token" above; calibration may choose
+            the other one per site.
+        quantize_vision: quantize the vision encoder.
+        quantize_projector: quantize the projector.
+        lm_head_bits: 8 quantizes the output head, None leaves it in full precision.
+        modules_to_not_convert: module paths, suffixes or component names that stay in full precision, besides the output head and
+            tied modules.
+        dataset: calibration samples: a path, a Hub id, a list, a Dataset or another iterable; "synthetic" draws pictures and lets the
+            model answer. Never saved.
+        processor: of the model; turns samples into inputs. Never saved.
+        num_samples: samples taken from `dataset`.
+        batch_size: samples per forward pass.
+        seed: of the choice of samples.
+        max_block_depth: layers that are searched together, at most (eq. 7).
+        entropy_threshold: nats from which a layer depends on its neighbours (eq. 7); None is the mean of the segment.
+        percentiles: range candidates: shares of the calibration values that a range covers.
+        margins: range candidates: factors on the range of all values.
+        weight_rounding: "gptq" (second-order compensation of the rounding error), "learned" (that, then gradient descent block by
+            block) or "nearest".
+        rotation: "hadamard" folds a Hadamard rotation into the weights, with online transforms where that cannot be; None does not; "auto"
+            does for calibrated inputs of 7 or 8 bits, where it measured best.
+        equalization: move scales of input channels into the weights that read them, exactly; calibrated inputs only.
+        token_importance: weigh every token's error by the gradient of the answers there (a few backward passes through the model).
+        guard: lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth of them at most; needs data.
+        precision_budget: average bits of a weight: calibration gives every site its own width, from 2 to 8. None: those of the scheme.
+        strict: raise instead of warning where something falls back. Never saved.
+        callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. An error in the first leaves the model
+            unquantized; one in the second comes after the work: `quantize_model` leaves the model quantized, `from_pretrained` returns
+            none, and nothing is published. Never saved.
+        optimize_vision: learn the ranges of vision encoder and projector by gradient descent (eq. 8-10); True, False or a
+            `VisionOptimization`. Kept only if it lowers the error on held-out calibration samples.
+        push_to_hub: publish the result when quantizing ends, as `publish` does; `model.hf_quantizer.published` says where. Needs
+            `hub_model_id` and `processor`. A failure is a warning that names the saved directory. Never saved.
+        hub_model_id: "owner/name" to publish to. Never saved.
+        hub_private: of that repository; None takes the owner's default, or leaves it as it is. Never saved.
+        resume_dir: not available in this version; takes None alone.
+        modules: canonical module name -> `QuantScheme` of every quantized module; filled by quantizing.
+        provenance: what the quantization was made from (dataset, hash, counts, versions); filled by quantizing.
+        format_version: of the files (docs/format.md).
+
+    Every field of config.json is a plain value, whatever was given (NumPy, PyTorch, sets, iterators).
+
+    Raises:
+        ValueError: an unknown field, or a value that breaks a rule, with the remedy: at construction, in `from_dict` and `update`, and
+            when a field is assigned.
+    """
+
+    def __init__(
+        self,
+        *,
+        scheme: str = "W4A4",
+        group_size: int = 128,
+        symmetric: bool = False,
+        activation_granularity: str | Mapping[str, str] | None = None,
+        quantize_vision: bool = True,
+        quantize_projector: bool = True,
+        lm_head_bits: int | None = None,
+        modules_to_not_convert: Iterable[str] | None = None,
+        dataset: Any = None,  # noqa: ANN401 - anything `load_samples` reads
+        processor: Any = None,  # noqa: ANN401 - any Transformers processor
+        num_samples: int = 64,
+        batch_size: int = 8,
+        seed: int = 0,
+        max_block_depth: int = 3,
+        entropy_threshold: float | None = None,
+        percentiles: Iterable[float] = CalibrationSettings.percentiles,
+        margins: Iterable[float] = CalibrationSettings.margins,
+        weight_rounding: str = CalibrationSettings.weight_rounding,
+        rotation: str | None = CalibrationSettings.rotation,
+        equalization: bool = CalibrationSettings.equalization,
+        token_importance: bool = CalibrationSettings.token_importance,
+        guard: bool = CalibrationSettings.guard,
+        precision_budget: float | None = CalibrationSettings.precision_budget,
+        optimize_vision: bool | VisionOptimization | Mapping[str, Any] | None = CalibrationSettings.optimize_vision,
+        strict: bool = False,
+        callbacks: Iterable[Any] = (),
+        push_to_hub: bool = False,
+        hub_model_id: str | None = None,
+        hub_private: bool | None = None,
+        modules: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        format_version: int = FORMAT_VERSION,
+        **later: Any,  # noqa: ANN401 - the fields of `_LATER`; anything else is an error
+    ) -> None:
+        _check_version(format_version := to_plain("format_version", format_version))
+        if to_plain("quant_method", quant_method) != QUANT_METHOD:
+            raise ValueError(f"quant_method={quant_method!r} must be {QUANT_METHOD!r}: this is another method's configuration.")
+        self.quant_method: Any = QUANT_METHOD  # a str, as in every plugin; in-tree methods have an enum
+        self.format_version = format_version
+        self.scheme = "W{}A{}".format(*parse_scheme(to_plain("scheme", scheme)))
+        self.group_size, self.symmetric, self.activation_granularity = group_size, symmetric, activation_granularity
+        self.quantize_vision, self.quantize_projector, self.lm_head_bits = quantize_vision, quantize_projector, lm_head_bits
+        self.modules_to_not_convert = modules_to_not_convert
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.max_block_depth, self.entropy_threshold = max_block_depth, entropy_threshold
+        self.percentiles, self.margins, self.strict = percentiles, margins, strict
+        self.weight_rounding, self.rotation, self.equalization = weight_rounding, rotation, equalization
+        self.token_importance = token_importance
+        self.guard, self.precision_budget, self.optimize_vision = guard, precision_budget, optimize_vision
+        self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
+        self.push_to_hub, self.hub_model_id, self.hub_private = _checked_publishing(push_to_hub, hub_model_id, hub_private)
+        self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
+        for name, value in (_LATER | _checked_later(later)).items():
+            setattr(self, name, value)
+        settings = self.settings()  # raises where a value breaks a rule; what they mean is what is kept
+        self.__dict__.update({name: getattr(settings, name) for name in (*_SETTINGS, "strict")})
+        if modules_to_not_convert is None:
+            self.__dict__["modules_to_not_convert"] = None
+
+    @classmethod
+    def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":  # noqa: ANN401 - fields of QVLMConfig
+        """What the Q-VLM paper (arXiv 2410.08119) has and nothing besides: percentiles, granularities, visual encoder optimisation.
+
+        Rounding is to nearest; guard, token importance, equalization and rotation are off.
+
+        Args:
+            scheme: as in `QVLMConfig`.
+            **overrides: any field of `QVLMConfig`.
+
+        Raises:
+            ValueError: as `QVLMConfig`.
+        """
+        fields: dict[str, Any] = {
+            "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
+            "margins": (),
+            "activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"},
+            "weight_rounding": "nearest",
+            "rotation": None,
+            "equalization": False,
+            "token_importance": False,
+            "guard": False,
+            "optimize_vision": True,
+        }
+        if parse_scheme(scheme)[1] == 16:  # nothing of an input is quantized
+            fields["activation_granularity"] = None
+        return cls(scheme=scheme, **(fields | overrides))
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401 - Transformers' signature
+        """Reads a configuration as `to_dict` wrote it.
+
+        Args:
+            config_dict: the fields.
+            return_unused_kwargs: hand back what of `kwargs` are no fields, instead of refusing it.
+            **kwargs: fields that replace those of `config_dict`.
+
+        Raises:
+            ValueError: a field is unknown or breaks a rule: the file is newer than this version, or damaged.
+        """
+        _check_version(config_dict.get("format_version", FORMAT_VERSION))
+        unknown = sorted(set(config_dict) - set(_FIELDS), key=str)
+        if unknown:
+            raise ValueError(
+                f"quantization_config has the unknown fields {unknown}: the file is damaged or from a newer qvlm_hf (then upgrade)."
+            )
+        changes = {name: value for name, value in kwargs.items() if name in _FIELDS or not return_unused_kwargs}
+        config = cls(**(dict(config_dict) | changes))
+        return (config, {name: kwargs[name] for name in kwargs.keys() - changes}) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - fields of QVLMConfig
+        """Changes fields, all or none, checked together as at construction.
+
+        Returns:
+            What of `kwargs` are no fields.
+
+        Raises:
+            ValueError: a value breaks a rule.
+        """
+        changes = {name: value for name, value in kwargs.items() if name in _FIELDS}
+        if changes:
+            unchanged = {name: self.__dict__[name] for name in _FIELDS}
+            self.__dict__.update(QVLMConfig(**(unchanged | changes)).__dict__)
+        return {name: kwargs[name] for name in kwargs.keys() - changes}
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - any field
+        """Checks a field that has a value already, as `update` does."""
+        if name in _FIELDS and name in self.__dict__:
+            self.update(**{name: value})
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a weight, from `scheme`."""
+        return parse_scheme(self.scheme)[0]
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of an input value, from `scheme`."""
+        return parse_scheme(self.scheme)[1]
+
+    def settings(self) -> CalibrationSettings:
+        """The part that calibration reads.
+
+        Raises:
+            ValueError: a value breaks a rule.
+        """
+        fields = {name: getattr(self, name) for name in _SETTINGS}
+        if fields["modules_to_not_convert"] is None:
+            fields["modules_to_not_convert"] = ()
+        return CalibrationSettings(weight_bits=self.weight_bits, activation_bits=self.activation_bits, strict=self.strict, **fields)
+
+    def settle_without_data(self) -> None:
+        """Sets what only calibration does to what happens without data: rounding to nearest, nothing besides.
+
+        Raises:
+            ValueError: something was asked for that needs data.
+        """
+        needing = {
+            "weight_rounding='learned'": self.weight_rounding == "learned",
+            "optimize_vision": self.optimize_vision is not None,
+            "precision_budget": self.precision_budget is not None,
+        }
+        for field, asked in needing.items():
+            if asked:
+                raise ValueError(f"{field} needs calibration data: pass dataset= and processor= to QVLMConfig, or leave it out.")
+        self.update(weight_rounding="nearest", equalization=False, token_importance=False, guard=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form that config.json holds: only the fields that belong there."""
+        return {name: _plain(getattr(self, name)) for name in _SERIALIZED}  # a whitelist: no attribute leaks into config.json
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as `to_dict`: a file must not depend on the defaults of the version that reads it."""
+        return self.to_dict()
+
+    def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - as dict.get
+        """A field by name; Transformers treats `model.config.quantization_config` as a dict here and there."""
+        return getattr(self, key, default)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QVLMConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable, as every quantization config
+
+    def __copy__(self) -> "QVLMConfig":
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QVLMConfig":
+        other = object.__new__(type(self))
+        for name, value in self.__dict__.items():
+            setattr(other, name, value if name in _SHARED else copy.deepcopy(value, memo))
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"dataset": None, "processor": None, "callbacks": ()}
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any field
+    """`value` as JSON has it: new dicts and lists, schemes as their dicts."""
+    if isinstance(value, QuantScheme):
+        return value.to_dict()
+    if isinstance(value, VisionOptimization):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _check_version(version: object) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"format_version={version!r} must be an integer of at least 1: the file is damaged.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"format_version={version} is newer than {FORMAT_VERSION}, which this version reads: upgrade qvlm_hf (pip install -U qvlm_hf)."
+        )
+
+
+def _checked_later(fields: dict[str, Any]) -> dict[str, Any]:
+    for name, value in fields.items():
+        if name not in _LATER:
+            raise ValueError(f"QVLMConfig has no field {name!r}: the fields are {', '.join(sorted(_FIELDS))}.")
+        neutral = _LATER[name]
+        # the type as well, because 0 == False
+        if type(value) is not type(neutral) or value != neutral:
+            raise ValueError(f"{name}={value!r} is not available in this version; leave it at {neutral!r}.")
+    return fields
+
+
+def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -> tuple[bool, str | None, bool | None]:  # noqa: ANN401
+    push_to_hub, hub_private = to_plain("push_to_hub", push_to_hub), to_plain("hub_private", hub_private)
+    hub_model_id = to_plain("hub_model_id", hub_model_id)
+    if not isinstance(push_to_hub, bool):
+        raise ValueError(f"push_to_hub={push_to_hub!r} must be True or False.")
+    if hub_private is not None and not isinstance(hub_private, bool):
+        raise ValueError(f"hub_private={hub_private!r} must be True, False or None.")
+    if push_to_hub and hub_model_id is None:
+        raise ValueError("push_to_hub=True must know where: pass hub_model_id='owner/name'.")
+    if hub_model_id is not None:
+        check_repo_id(hub_model_id, field="hub_model_id")
+    return push_to_hub, hub_model_id, hub_private
+
+
+def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:  # noqa: ANN401 - duck-typed
+    if isinstance(callbacks, str) or not hasattr(callbacks, "__iter__"):
+        raise ValueError(f"callbacks={callbacks!r} must be a list of objects.")
+    for callback in (kept := tuple(callbacks)):
+        if not (hasattr(callback, "on_step") or hasattr(callback, "on_calibration_end")):
+            raise ValueError(f"callback {callback!r} must have on_step(name, done, total) or on_calibration_end(model, report).")
+    return kept
+
+
+def _checked_modules(modules: Mapping[str, Any] | None) -> dict[str, QuantScheme]:
+    if modules is None:
+        return {}
+    if not isinstance(modules, Mapping) or len(modules) > _MAX_MODULES:
+        raise ValueError(f"modules must be a mapping of at most {_MAX_MODULES} module names: the checkpoint is damaged.")
+    checked = {}
+    for name, entry in modules.items():
+        if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) or canonical_name(name) != name:
+            raise ValueError(f"modules: {name!r} is no canonical module name: the checkpoint is damaged.")
+        try:
+            checked[name] = entry if isinstance(entry, QuantScheme) else QuantScheme.from_dict(to_plain("entry", entry))
+        except ValueError as error:
+            raise ValueError(f"modules: {name}: {error}") from error
+    return checked
+
+
+def _checked_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    if provenance is None:
+        return {}
+    if not isinstance(provenance, Mapping):
+        raise ValueError(f"provenance={provenance!r} must be a mapping.")
+    plain = to_plain("provenance", provenance)
+    try:
+        return json.loads(json.dumps(plain, allow_nan=False))
+    except ValueError as error:
+        raise ValueError(f"provenance must hold what JSON can: {error}.") from error

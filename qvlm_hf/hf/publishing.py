@@ -1,0 +1,298 @@
+"""`publish`: from a quantized model in memory, or a saved directory, to a repository on the Hub that loads.
+
+    may we? -> save -> load it again, logits equal -> card -> search for secrets -> one upload -> read back what the Hub holds
+    (hub/publish.py asks, uploads and reads back; hub/payload.py chooses the files; hub/model_card.py writes the card)
+
+Whatever fails after saving, the saved directory stays and the error says how to go on. Left out: datasets, Spaces, anything but models.
+"""
+
+import shlex
+import shutil
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, cached_assets_path
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.hub import cached_file
+
+from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.hub.card_rules import check_choices
+from qvlm_hf.hub.contents import REPORT_NAME, read_quantization, read_report, read_report_file
+from qvlm_hf.hub.model_card import write_card
+from qvlm_hf.hub.payload import choose_files
+from qvlm_hf.hub.publish import Published, Target, check_message, check_target, fetch_card, upload
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.runtime.decoding import probe_inputs
+from qvlm_hf.hf.saving import save_quantized
+from qvlm_hf.nn.replace import quantized_modules
+
+__all__ = ["check_push", "publish", "publish_folder", "push_result"]
+
+
+def publish(
+    model: Any,  # noqa: ANN401 - any Transformers model
+    processor: Any,  # noqa: ANN401 - any Transformers processor
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    api: HfApi | None = None,
+) -> Published:
+    """Publishes a quantized model with its processor, report and card, in one upload.
+
+    Args:
+        model: quantized.
+        processor: of the model.
+        repo_id: "owner/name"; a bare name belongs to the token's user. Made where it is missing.
+        private: of the repository; None is the owner's default, or leaves it as it is.
+        revision: branch, made where it is missing, or "refs/pr/N"; None is main.
+        create_pr: open a pull request against main.
+        token: None takes the one of `hf auth login` or HF_TOKEN.
+        commit_message: None names the scheme.
+        base_model: Hub id of the full-precision model; None takes what quantizing recorded.
+        license: identifier of a licence; None copies that of the base model.
+        api: instead of `token`, for another Hub.
+
+    Returns:
+        Repository, commit and files.
+
+    Raises:
+        ValueError: an argument breaks a rule, the model is not quantized, or a file holds a token.
+        PermissionError: there is no token, or it may not write there.
+        FileNotFoundError: there is no such repository or revision.
+        ConnectionError: the Hub cannot be reached.
+        OSError: saving failed, or the Hub refuses.
+        RuntimeError: what was saved answers differently from `model`; nothing was sent.
+
+        Notes of the error (PEP 678) name the saved directory and the command that publishes it.
+    """
+    if not getattr(model, "is_quantized", False) or processor is None:
+        raise ValueError(
+            "publish needs a quantized model and its processor: quantize it first, and load AutoProcessor.from_pretrained(model_id)."
+        )
+    probe_inputs(processor)  # one that makes none should not wait for the saving
+    api = _api(api, token)
+    check_message(api, commit_message or "")
+    check_choices(license=license, base_model=base_model)
+    target = check_target(api, repo_id, private=private, revision=revision, create_pr=create_pr)
+    return _publish(api, model, processor, target, commit_message=commit_message, base_model=base_model, license=license)
+
+
+def publish_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    api: HfApi | None = None,
+) -> Published:
+    """Publishes a directory that `save_quantized` or `qvlm quantize` wrote; writes its card (README.md) anew.
+
+    Args:
+        folder: with config.json, weights and processor; other files stay behind.
+        repo_id: as in `publish`, and so on.
+        private: as there.
+        revision: as there.
+        create_pr: as there.
+        token: as there.
+        commit_message: as there.
+        base_model: as there.
+        license: as there.
+        api: as there.
+
+    Returns:
+        Repository, commit and files.
+
+    Raises:
+        ValueError: the directory holds no complete quantized model, or as `publish`.
+        OSError: as `publish`.
+    """
+    folder = Path(folder)
+    read_quantization(folder)
+    api = _api(api, token)
+    check_message(api, commit_message or "")
+    check_choices(license=license, base_model=base_model)
+    target = check_target(api, repo_id, private=private, revision=revision, create_pr=create_pr)
+    choose_files(folder, ())
+    read_report(folder)
+    _check_loads(folder)
+    return _send(api, folder, target, commit_message=commit_message, base_model=base_model, license=license)
+
+
+def check_push(config: QVLMConfig) -> Target:
+    """Checks what `push_to_hub=True` needs, before hours of work.
+
+    Raises:
+        ValueError: the processor is missing or makes no inputs, or as `check_target`.
+        OSError: the scratch directory cannot be written, or as `check_target`.
+    """
+    if config.processor is None:
+        raise ValueError(
+            "push_to_hub=True publishes the processor too: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id))."
+        )
+    probe_inputs(config.processor)
+    _scratch().rmdir()
+    return check_target(HfApi(), str(config.hub_model_id), private=config.hub_private)
+
+
+def push_result(model: Any, processor: Any, target: Target) -> Published | None:  # noqa: ANN401 - Transformers objects
+    """Publishes what quantizing with `push_to_hub=True` made; a failure is one warning, because the model in memory took hours."""
+    try:
+        return _publish(HfApi(), model, processor, target)
+    except Exception as error:
+        notes = getattr(error, "__notes__", ["The model is in memory: save it with qvlm_hf.save_quantized."])
+        warnings.warn(f"push_to_hub: {error} {' '.join(notes)}", stacklevel=2)
+        return None
+
+
+def _publish(
+    api: HfApi,
+    model: Any,  # noqa: ANN401 - any Transformers model
+    processor: Any,  # noqa: ANN401 - any Transformers processor
+    target: Target,
+    *,
+    commit_message: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> Published:
+    """Saves, checks and sends; the directory is deleted when all went well."""
+    scratch = _scratch()
+    folder = scratch / target.repo_id.split("/")[1]
+    try:
+        save_quantized(model, processor, folder, report=_report(model))
+        if difference := _difference(folder, model, processor):
+            shutil.rmtree(folder)
+            raise RuntimeError(f"{target.repo_id}: {difference}; nothing was sent: undo what was changed since it was quantized.")
+        published = _send(api, folder, target, commit_message=commit_message, base_model=base_model, license=license)
+    except BaseException as error:  # an interruption too
+        if folder.is_dir():
+            command = _command(folder, target, message=commit_message, base_model=base_model, license=license)
+            error.add_note(f"The model is saved; this publishes it: {command}")
+        else:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+    return replace(published, folder=None)
+
+
+def _scratch() -> Path:
+    """A new directory beside the Hub's own cache, which has room for models; of a name of its own, so that no earlier result is replaced.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    try:
+        return Path(tempfile.mkdtemp(prefix="publish-", dir=cached_assets_path("qvlm_hf", "publish")))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"publish saves below HF_HOME/assets, where nothing can be written ({error}): set HF_HOME to a directory that can be."
+        ) from error
+
+
+def _api(api: HfApi | None, token: str | None) -> HfApi:
+    """To ask with. A token from a file often has a line break behind it, which HTTP would refuse.
+
+    Raises:
+        ValueError: there are two tokens, or an empty one.
+    """
+    if api is None:
+        if token is not None and not token.strip():
+            raise ValueError("token= is empty: leave it out to use the one of `hf auth login` or HF_TOKEN.")
+        return HfApi(token=None if token is None else token.strip())
+    if token is not None:
+        raise ValueError("publish takes token= or api=, not both: an HfApi has its own token.")
+    if isinstance(api.token, str) and api.token != api.token.strip():
+        raise ValueError("the token of api= has spaces or line breaks around it: make the HfApi with token.strip().")
+    return api
+
+
+def _send(
+    api: HfApi, folder: Path, target: Target, *, commit_message: str | None, base_model: str | None, license: str | None
+) -> Published:
+    """Card, choice of files, upload."""
+    base = base_model or read_report(folder).provenance.get("base_model")
+    card = write_card(folder, repo_id=target.repo_id, base_model=base, license=license, author=target.user, base_card=fetch_card(api, base))
+    message = commit_message or f"Upload a model that qvlm_hf quantized to {read_quantization(folder)['scheme']}"
+    return upload(api, folder, target, choose_files(folder, card), message=message)
+
+
+def _report(model: Any) -> CalibrationReport | None:  # noqa: ANN401 - any Transformers model
+    """Of this process, or beside the checkpoint that the model was loaded from; None where there is none."""
+    if model.hf_quantizer.report is not None:
+        return model.hf_quantizer.report
+    file = cached_file(
+        model.name_or_path, REPORT_NAME, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    if file is None:
+        return None
+    report, config = read_report_file(Path(file)), model.hf_quantizer.quantization_config
+    # a branch's model finds the report of main
+    return report if (report.modules, report.provenance) == (config.modules, config.provenance) else None
+
+
+def _command(folder: Path, target: Target, *, message: str | None, base_model: str | None, license: str | None) -> str:
+    """What publishes a saved directory as it was asked for."""
+    values = {"--revision": target.revision, "--message": message, "--base-model": base_model, "--license": license}
+    flags = {"--private": target.private, "--create-pr": target.create_pr}
+    words = ["qvlm", "publish", str(folder), target.repo_id, *(name for name, asked in flags.items() if asked)]
+    return shlex.join(words + [word for name, value in values.items() if value is not None for word in (name, value)])
+
+
+def _difference(folder: Path, model: Any, processor: Any) -> str | None:  # noqa: ANN401 - Transformers objects
+    """Loads a saved model and compares its logits, bit by bit, with those of the model that was saved.
+
+    Returns:
+        What differs, or None.
+    """
+    inputs, again = probe_inputs(processor), probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
+    if inputs.keys() != again.keys() or any(not torch.equal(inputs[name], again[name]) for name in inputs):
+        return "the saved processor does not turn a picture and a question into the same inputs as the one in memory"
+    attention = {part: getattr(model.config, part)._attn_implementation for part in model.config.sub_configs}
+    reloaded = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=model.dtype, device_map=getattr(model, "hf_device_map", None) or model.device, attn_implementation=attention,
+        local_files_only=True,
+    )  # fmt: skip
+    for (_, mine), (_, other) in zip(quantized_modules(model), quantized_modules(reloaded), strict=True):
+        other.reference = mine.reference  # the same kernels: `set_backend` is not saved
+    expected, found = _logits(model, inputs), _logits(reloaded, inputs)
+    if torch.equal(expected, found):
+        return None
+    return f"the saved model's logits differ from those of the model in memory by up to {float((expected - found).abs().max()):.3g}"
+
+
+def _check_loads(folder: Path) -> None:
+    """Loads a saved model with every check of a checkpoint and asks it once.
+
+    Raises:
+        ValueError: its processor is missing or cannot be read, its answer holds NaN or infinity, or as loading does.
+    """
+    try:
+        inputs = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: holds no processor that loads ({reason}): save it there with processor.save_pretrained.") from error
+    model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
+    if not bool(_logits(model, inputs).isfinite().all()):
+        raise ValueError(f"{folder}: the model answers with NaN or infinity: quantize it again, in bfloat16 if it was float16.")
+
+
+def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:  # noqa: ANN401 - any Transformers model
+    """[1, tokens, vocabulary]."""
+    fed = {name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in inputs.items()}
+    with torch.inference_mode():
+        return model(**fed).logits

@@ -1,0 +1,112 @@
+"""Rounding while loading: each weight is quantized as it comes from the file, so the float model is never in memory as a whole.
+
+For schemes that need no data. The skeleton holds quantized modules whose `weight` still has the float shape; Transformers hands every such
+weight to `RoundOnLoad` and puts what comes back into the module. The result is that of `round_and_pack` on the loaded model.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+
+from qvlm_hf.calibration.report import CalibrationReport, settings_dict
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.models.graph import Segment, full_precision_modules, output_head, resolve
+from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.format.weight_grid import quantize_weight
+from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+from qvlm_hf.nn.replace import replace_modules
+
+if TYPE_CHECKING:  # transformers' modeling code takes a second to import
+    from transformers import PreTrainedModel
+
+__all__ = ["RoundOnLoad", "planned_modules", "planned_report", "resolve_segments", "rounding_skeleton"]
+
+
+class RoundOnLoad(ConversionOps):
+    """One float weight in, the tensors of the quantized module out.
+
+    Args:
+        errors: gets a line for every weight that cannot be quantized; raising here would end in a page of Transformers' own report.
+    """
+
+    def __init__(self, errors: list[str]) -> None:
+        self.errors = errors
+
+    def convert(  # type: ignore[override]  # the base class takes what it does not name as keywords too
+        self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **_: object
+    ) -> dict[str, Tensor]:
+        """`input_dict` holds the weight, [out, in], alone or in a list, under any name."""
+        (weight,) = input_dict.values()
+        weight = weight[0] if isinstance(weight, list) else weight
+        name = full_layer_name.rpartition(".")[0]
+        scheme: Any = model.get_submodule(name).scheme
+        try:
+            quantized = quantize_weight(weight, scheme)
+        except ValueError as error:
+            self.errors.append(f"{name}: {error}")
+            quantized = quantize_weight(torch.zeros_like(weight), scheme)
+        return {f"{name}.{part}": tensor for part, tensor in packed_tensors(quantized, scheme, None).items()}
+
+
+def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
+    """`resolve` with the options of `settings`; `model` may be on the meta device.
+
+    Raises:
+        ValueError: as `resolve` and `output_head`.
+    """
+    if settings.lm_head_bits is not None:
+        output_head(model)
+    return resolve(
+        model,
+        quantize_vision=settings.quantize_vision,
+        quantize_projector=settings.quantize_projector,
+        modules_to_not_convert=settings.modules_to_not_convert,
+    )
+
+
+def planned_modules(model: nn.Module, settings: CalibrationSettings) -> dict[str, QuantScheme]:
+    """Canonical module name -> the scheme that it gets without a search, the starting granularity of its component.
+
+    Raises:
+        ValueError: as `resolve_segments`.
+    """
+    head = settings.head_scheme()
+    modules = {} if head is None else {output_head(model): head}
+    for segment in resolve_segments(model, settings):
+        scheme = settings.scheme(settings.start_granularity(segment.component))
+        modules |= {name: scheme for layer in segment.layers for site in layer.sites for name in site.modules}
+    return modules
+
+
+def planned_report(model: nn.Module, settings: CalibrationSettings) -> CalibrationReport:
+    """The report that `round_and_pack` gives, made before the weights are there."""
+    segments, modules = resolve_segments(model, settings), planned_modules(model, settings)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in ("qvlm_hf", "torch", "transformers")}}
+    return CalibrationReport(
+        settings=settings_dict(settings),
+        provenance={"versions": versions},
+        modules=modules,
+        dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
+        full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
+    )
+
+
+def rounding_skeleton(model: nn.Module, modules: dict[str, QuantScheme]) -> None:
+    """Replaces the modules (on the meta device) by quantized ones that wait for a float weight."""
+    replaced = {}
+    for name, scheme in modules.items():
+        linear: Any = model.get_submodule(name)
+        module = QVLMLinear(
+            linear.in_features, linear.out_features, scheme, bias=linear.bias is not None, dtype=linear.weight.dtype, device="meta"
+        )
+        weight = nn.Parameter(torch.empty_like(linear.weight), requires_grad=False)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as every tensor of a quantized module
+        module.register_parameter("weight", weight)
+        replaced[name] = module
+    replace_modules(model, replaced)

@@ -1,0 +1,1 @@
+"""What runs in a loaded model besides its quantized modules."""

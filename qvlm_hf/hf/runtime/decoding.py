@@ -1,0 +1,152 @@
+"""Does a model answer with its key-value cache as it does without one?
+
+A cache that a new Transformers hands over under another name, or a mask that no longer fits, gives
+fluent text of another model: nothing raises. So the model decodes the same tokens in both ways, by
+Transformers' own `generate`, and the logits are compared.
+
+Both passes leave inputs unrounded and run in float32. Rounding looks at one token and never at a
+cache, but a sum in another order puts an input on another level. One such level of a massive
+activation moved SmolLM2-135M at W4A4 by .6 nats, as much as a forgotten cache does. Without
+rounding it moved by 1e-8.
+
+Left out: models of which parts are offloaded.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qvlm_hf.calibration.measure.answers import eval_mode
+from qvlm_hf.calibration.report import DecodeCheck
+from qvlm_hf.calibration.samples import Sample, collate
+from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.nn.linear import QVLMLinear
+
+__all__ = ["check_decoding", "decoding_problem", "probe_inputs"]
+
+ModuleState = tuple[QuantScheme, dict[str, Any]]  # scheme and parameters
+
+_TOKENS = 8  # the first one comes from the prompt; the cache makes the others
+_NATS = 1e-3  # rounding in float32 gave 1e-8, a forgotten cache .01 and more
+
+
+@torch.no_grad()
+def check_decoding(model: Any, inputs: Mapping[str, Tensor]) -> DecodeCheck | None:  # noqa: ANN401
+    """Decodes a few tokens greedily with a cache and without one.
+
+    Args:
+        model: an image-text-to-text model of Transformers; as it was afterwards.
+        inputs: of one prompt without padding, as the processor gives them: input_ids [1, T], ...
+
+    Returns:
+        What was compared, to be judged by `decoding_problem`; None where a part is offloaded.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    with _unrounded(model), eval_mode(model):
+        fed = {name: tensor.to(model.device, torch.float32 if tensor.is_floating_point() else None) for name, tensor in inputs.items()}
+        alone, tokens = _decode(model, fed, use_cache=False)
+        cached, _ = _decode(model, fed, use_cache=True, tokens=tokens)
+    found, expected = (torch.log_softmax(logits, -1) for logits in (cached, alone))
+    kl = functional.kl_div(found, expected, reduction="batchmean", log_target=True)
+    return DecodeCheck(tokens=len(tokens), kl=float(kl))
+
+
+def decoding_problem(check: DecodeCheck | None) -> str | None:
+    """One line if the difference is more than rounding explains, else None."""
+    if check is None or check.kl <= _NATS:
+        return None
+    return (
+        f"with a key-value cache the model answers differently than without one (KL {check.kl:.2g} "
+        f"nats over {check.tokens} tokens): Transformers {transformers.__version__} and torch "
+        f"{torch.__version__} do not go together with this qvlm_hf: take versions of "
+        "docs/compatibility.md, or generate with use_cache=False."
+    )
+
+
+def probe_inputs(processor: Any) -> dict[str, Tensor]:  # noqa: ANN401 - any Transformers processor
+    """What the model is called with for one question about one picture of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    content = [
+        {"type": "image", "image": Image.fromarray(pixels)},
+        {"type": "text", "text": "What is in this picture?"},
+    ]
+    messages = ({"role": "user", "content": content},)
+    return collate([Sample(messages=messages, origin="self-check")], processor).inputs
+
+
+@contextmanager
+def _unrounded(model: nn.Module) -> Iterator[None]:
+    """Inputs unrounded, everything that is not packed in float32; afterwards as it was."""
+    tensors: list[tuple[Tensor, Tensor]] = []
+    modules: list[tuple[QVLMLinear, ModuleState]] = []
+    try:
+        for module in model.modules():
+            own = [*module._parameters.values(), *module._buffers.values()]
+            if isinstance(module, QVLMLinear):
+                own = [module.bias]
+                modules.append((module, (module.scheme, dict(module._parameters))))
+                # of a static range per channel the scale stays: `weight` holds W diag(scale)
+                if module.scheme.granularity == "token":
+                    module._parameters["input_scale"] = None
+                if "input_zero_point" in module._parameters:
+                    module._parameters["input_zero_point"] = None
+                module.scheme = replace(module.scheme, activation_bits=16, granularity="none")
+            for tensor in own:
+                if tensor is not None and tensor.is_floating_point():
+                    tensors.append((tensor, tensor.data))
+                    tensor.data = tensor.data.float()
+        yield
+    finally:
+        for module, (scheme, parameters) in modules:
+            module.scheme = scheme
+            module._parameters.update(parameters)
+        for tensor, data in reversed(tensors):
+            tensor.data = data
+
+
+def _decode(
+    model: Any,  # noqa: ANN401
+    inputs: Mapping[str, Tensor],
+    *,
+    use_cache: bool,
+    tokens: list[int] | None = None,
+) -> tuple[Tensor, list[int]]:
+    """Logits [tokens, vocabulary] in float32, and the tokens: the most likely ones, or given."""
+    start = inputs["input_ids"].shape[1]
+    forced = {}
+    if tokens is not None:
+        forced["prefix_allowed_tokens_fn"] = lambda _, ids: [tokens[ids.shape[0] - start]]
+    # The one model.generation_config fills what is None here: beams, stop strings, time limits.
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    try:
+        found = model.generate(
+            **inputs,
+            **forced,
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=_TOKENS,
+                do_sample=False,
+                use_cache=use_cache,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=0,  # no token ends the text, so nothing is padded
+                suppress_tokens=_special_tokens(model.config),
+            ),
+        )
+    finally:
+        model.generation_config = own
+    return torch.cat(found.logits).float(), found.sequences[0, start:].tolist()
+
+
+def _special_tokens(config: Any) -> list[int]:  # noqa: ANN401 - of any Transformers model
+    """Tokens that stand for something else than text: a picture's placeholder without a picture."""
+    named = (value for name, value in vars(config).items() if name.endswith(("_token_id", "_index")))
+    return sorted({value for value in named if type(value) is int and value >= 0})

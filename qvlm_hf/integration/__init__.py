@@ -1,1 +1,0 @@
-"""All knowledge of Transformers: configuration, quantizer, checkpoint checks, saving and named model shapes."""

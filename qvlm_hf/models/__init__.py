@@ -1,0 +1,1 @@
+"""Which modules of which model family are quantized."""

@@ -1,0 +1,1 @@
+"""The quantizer of Optimum, and what the build puts into Optimum's namespace."""

@@ -1,0 +1,1 @@
+"""Two files that the build maps into the package `optimum`."""

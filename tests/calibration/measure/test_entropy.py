@@ -1,0 +1,291 @@
+"""Cross-layer dependency (eq. 4, 5): against loops over single numbers, against closed forms, and what it must not depend on."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from qvlm_hf.calibration.measure import entropy
+from qvlm_hf.calibration.layers import LayerInput
+from qvlm_hf.calibration.measure.entropy import DependencyHistogram, conditional_entropy, soft_assignment
+from qvlm_hf.calibration.search.segments import layer_dependencies
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.models.graph import Layer, Segment
+
+
+def assigned(units, levels):
+    """p_m of eq. 5 for one value, in float64, straight from the formula."""
+    weights = [math.exp(-((units - m) ** 2)) for m in range(levels)]
+    return np.array([w / math.fsum(weights) for w in weights])
+
+
+def brute_dependency(first, second, first_range, second_range, levels):
+    """D of eq. 4 by looping over elements; ranges already of the values' shape."""
+    joint = np.zeros((levels, levels))
+    columns = [np.asarray(t, dtype=np.float64).reshape(-1) for t in (first, *first_range, second, *second_range)]
+    for a, a_low, a_high, b, b_low, b_high in zip(*columns, strict=True):
+        a_units = (a - a_low) / ((a_high - a_low) / (levels - 1))
+        b_units = (b - b_low) / ((b_high - b_low) / (levels - 1))
+        joint += np.outer(assigned(a_units, levels), assigned(b_units, levels))
+    return dependency(joint / columns[0].size)
+
+
+def dependency(joint):
+    """Eq. 4 of a joint distribution, term by term."""
+    total = 0.0
+    for row in joint:
+        marginal = math.fsum(row)
+        total -= math.fsum(p * math.log(p / marginal) for p in row if p > 0)
+    return total
+
+
+def marginal_entropy(p):
+    return -math.fsum(x * math.log(x) for x in p if x > 0)
+
+
+def channel_range(x):
+    """(smallest, largest) per channel of [..., H]."""
+    return x.flatten(0, -2).amin(0), x.flatten(0, -2).amax(0)
+
+
+def measured(first, second, first_range=None, second_range=None, *, levels=16, splits=None):
+    """The streamed entropy of [tokens, H] values, in batches of the sizes `splits`."""
+    histogram = DependencyHistogram(
+        first_range or channel_range(first), second_range or channel_range(second), levels=levels, elements=first.numel()
+    )
+    sizes = splits or [first.shape[0]]
+    for a, b in zip(first.split(sizes), second.split(sizes), strict=True):
+        histogram.update(a, b)
+    return float(histogram.entropy())
+
+
+def unit_range(levels, channels=1):
+    """A range whose step is 1: values are levels."""
+    return torch.zeros(channels), torch.full((channels,), levels - 1.0)
+
+
+def correlated(tokens, channels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(tokens, channels, generator=generator)
+    return first, torch.tanh(first) * 3 + 0.5 * torch.randn(tokens, channels, generator=generator)
+
+
+# ---- eq. 5 ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [8, 16, 256])
+def test_soft_assignment_is_the_formula(levels):
+    units = torch.tensor([-1.5, 0.0, 0.25, 0.5, 1.0, 3.49, levels - 1.0, levels + 0.75])
+    p = soft_assignment(units, levels)
+    assert p.shape == (8, levels)
+    torch.testing.assert_close(p.sum(-1), torch.ones(8))
+    expected = np.stack([assigned(float(u), levels) for u in units])
+    np.testing.assert_allclose(p.numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+# ---- eq. 4 ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_conditional_entropy_by_hand():
+    assert conditional_entropy(torch.eye(4) / 4) == 0.0  # the second level is known, and 0 log 0 is 0
+    assert conditional_entropy(torch.full((4, 4), 1 / 16)) == pytest.approx(math.log(4))
+    # rows are the first layer: given row 0 the second is a fair coin, given row 1 it is known
+    assert conditional_entropy(torch.tensor([[0.25, 0.25], [0.0, 0.5]])) == pytest.approx(0.5 * math.log(2))
+    assert conditional_entropy(torch.tensor([[0.25, 0.0], [0.25, 0.5]])) == pytest.approx(-0.25 * math.log(1 / 3) - 0.5 * math.log(2 / 3))
+
+
+@pytest.mark.parametrize("levels", [8, 16])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_histogram_equals_a_loop_over_elements(levels, seed):
+    first, second = correlated(40, 5, seed)
+    ranges = [tuple(bound.expand(40, 5) for bound in channel_range(x)) for x in (first, second)]
+    expected = brute_dependency(first, second, *ranges, levels)
+    assert measured(first, second, levels=levels) == pytest.approx(expected, abs=1e-5)
+
+
+def test_ranges_per_position():
+    first, second = (x.view(6, 5, 4) for x in correlated(30, 4))  # [samples, positions, channels]
+    bounds = [(x.amin((0, 2))[:, None], x.amax((0, 2))[:, None]) for x in (first, second)]
+    histogram = DependencyHistogram(*bounds, levels=8, elements=first.numel())
+    for a, b in zip(first.split([2, 4]), second.split([2, 4]), strict=True):
+        histogram.update(a, b)
+    per_position = brute_dependency(first, second, *(tuple(low.expand(6, 5, 4) for low in pair) for pair in bounds), 8)
+    assert float(histogram.entropy()) == pytest.approx(per_position, abs=1e-5)
+    assert abs(measured(first.flatten(0, 1), second.flatten(0, 1), levels=8) - per_position) > 1e-3  # and that is no per-channel range
+
+
+def test_independent_levels_give_the_entropy_of_the_second():
+    levels = 16
+    first = torch.arange(levels).repeat_interleave(levels).float()[:, None]
+    second = torch.arange(levels).repeat(levels).float()[:, None]  # every pair once: independent without any noise
+    marginal = np.mean([assigned(m, levels) for m in range(levels)], axis=0)
+    d = measured(first, second, unit_range(levels), unit_range(levels))
+    assert d == pytest.approx(marginal_entropy(marginal), abs=1e-5)
+    assert 0.99 * math.log(levels) < d <= math.log(levels)
+
+
+def test_a_function_of_the_first_leaves_only_the_width_of_the_soft_assignment():
+    """Levels so far apart that their soft assignments do not touch: D is what is left when the level is known."""
+    levels = 16
+    ends = torch.tensor([0.0, levels - 1.0])
+    known = measured(ends.repeat(50)[:, None], ends.repeat(50)[:, None], unit_range(levels), unit_range(levels))
+    width = marginal_entropy(assigned(0.0, levels))
+    assert known == pytest.approx(width, abs=1e-5)
+    unknown = measured(
+        ends.repeat_interleave(2).repeat(25)[:, None], ends.repeat(2).repeat(25)[:, None], unit_range(levels), unit_range(levels)
+    )
+    assert unknown == pytest.approx(width + math.log(2), abs=1e-5)
+
+
+def test_the_second_is_conditioned_on_the_first_and_not_the_other_way_round():
+    levels = 16
+    first = torch.tensor([0.0, 5.0, 10.0, 15.0]).repeat(20)[:, None]
+    second = torch.tensor([0.0, 0.0, 15.0, 15.0]).repeat(20)[:, None]
+    forward = measured(first, second, unit_range(levels), unit_range(levels))
+    assert forward == pytest.approx(marginal_entropy(assigned(0.0, levels)), abs=1e-3)
+    backward = measured(second, first, unit_range(levels), unit_range(levels))
+    assert backward > forward + 0.9 * math.log(2)
+
+
+def test_a_constant_second_layer_holds_no_information():
+    first = torch.randn(200, 3)
+    constant = torch.full((200, 3), 7.0)
+    assert measured(first, constant) == pytest.approx(marginal_entropy(assigned(0.0, 16)), abs=1e-5)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([8, 16, 32]), st.integers(1, 30), st.integers(1, 4))
+def test_bounds(seed, levels, tokens, channels):
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(2, tokens, channels, generator=generator).exp()
+    assert 0.0 <= measured(first, second, levels=levels) <= math.log(levels) + 1e-6
+
+
+# ---- what it must not depend on ------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_change_nothing(monkeypatch):
+    first, second = correlated(50, 6)
+    whole = measured(first, second)
+    monkeypatch.setattr(entropy, "_CHUNK", 16 * 7)  # 300 elements in chunks of 7: the last one is short
+    assert measured(first, second) == pytest.approx(whole, abs=1e-6)
+    monkeypatch.setattr(entropy, "_CHUNK", 1)  # less than one element
+    assert measured(first, second) == pytest.approx(whole, abs=1e-6)
+
+
+def test_batches_change_nothing():
+    first, second = correlated(50, 6)
+    whole = measured(first, second)
+    assert measured(first, second, splits=[1, 20, 29]) == pytest.approx(whole, abs=1e-6)
+    assert measured(first, second, splits=[1] * 50) == pytest.approx(whole, abs=1e-6)
+
+
+def test_the_scale_of_a_channel_changes_nothing():
+    first, second = correlated(200, 4)
+    factor, shift = torch.tensor([1.0, 100.0, 0.01, -3.0]), torch.tensor([0.0, -50.0, 2.0, 1.0])
+    before = measured(first, second)
+    assert measured(first * factor.abs() + shift, second) == pytest.approx(before, abs=1e-4)
+    assert measured(first, second * factor.abs() - shift) == pytest.approx(before, abs=1e-4)
+
+
+@pytest.mark.parametrize("splits", [None, [4] * 1500])
+def test_subsampling_stays_close_however_the_batches_fall(monkeypatch, splits):
+    """A fifth of the tokens; with batches of 4 the stride is longer than a batch."""
+    first, second = correlated(6000, 4)
+    ranges = channel_range(first), channel_range(second)
+    second[::4] = 0.0  # the first token of every batch is special, as the attention sink of a language model is
+    whole = measured(first, second, *ranges, levels=8)
+    monkeypatch.setattr(entropy, "_BUDGET", first.numel() * 8 // 5)
+    assert measured(first, second, *ranges, levels=8, splits=splits) == pytest.approx(whole, abs=0.02)
+
+
+def test_subsampling_keeps_to_the_budget(monkeypatch):
+    """The work is bounded: the tokens that are looked at, counted where their levels are assigned."""
+    seen = []
+    assign = entropy.soft_assignment
+    monkeypatch.setattr(entropy, "soft_assignment", lambda units, levels: (seen.append(units.numel()), assign(units, levels))[1])
+    monkeypatch.setattr(entropy, "_BUDGET", 16 * 400)
+    first, second = correlated(1000, 4)
+    measured(first, second, splits=[100] * 10)
+    assert 200 <= sum(seen) / 2 <= 400  # of 4000, for both layers each
+
+
+def test_shapes_must_agree():
+    histogram = DependencyHistogram(unit_range(8, 4), unit_range(8, 4), levels=8, elements=40)
+    with pytest.raises(ValueError, match=r"shapes \(10, 4\) and \(9, 4\) have no common elements"):
+        histogram.update(torch.zeros(10, 4), torch.zeros(9, 4))
+
+
+# ---- from a segment ------------------------------------------------------------------------------------------------------------------
+
+
+def toy_segment(layers, component="language"):
+    model = nn.Module()
+    model.layers = nn.ModuleList(layers)
+    return model, Segment(component, tuple(Layer(f"layers.{i}", ()) for i in range(len(layers))))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_padded_tokens_do_not_count(batch_size):
+    layers = [nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 6)]
+    model, segment = toy_segment(layers)
+    keep = torch.arange(10).expand(8, 10) < torch.tensor([10, 7, 9, 4, 10, 3, 8, 6])[:, None]
+    clean = torch.randn(8, 10, 6)
+    hidden = torch.where(keep[..., None], clean, 1e4)
+    inputs = [LayerInput(h, (), {}, k, ("a",) * batch_size) for h, k in zip(hidden.split(batch_size), keep.split(batch_size), strict=True)]
+    values, expected = clean[keep], []
+    with torch.no_grad():
+        for layer in layers:
+            before, values = values, layer(values)
+            expected.append((before, values))
+    found = layer_dependencies(model, segment, inputs, CalibrationSettings())
+    ranges = [tuple(bound.expand_as(x) for bound in channel_range(x)) for _, x in expected]
+    outputs = [x for _, x in expected]
+    brute = [brute_dependency(outputs[i], outputs[i + 1], ranges[i], ranges[i + 1], 16) for i in range(2)]
+    assert found == pytest.approx(brute, abs=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "levels"), [(3, 8), (4, 16), (8, 256), (16, 256)])
+def test_levels_follow_the_activation_bits(bits, levels):
+    layers = [nn.Linear(4, 4), nn.Tanh()]
+    model, segment = toy_segment(layers)
+    hidden = torch.randn(2, 20, 4)
+    with torch.no_grad():
+        first = layers[0](hidden).flatten(0, 1)
+        second = layers[1](first)
+    found = layer_dependencies(model, segment, [LayerInput(hidden, (), {}, None, ("a", "b"))], CalibrationSettings(activation_bits=bits))
+    assert found == pytest.approx([measured(first, second, levels=levels)], abs=1e-5)
+
+
+def test_token_granularity_takes_ranges_per_position():
+    layers = [nn.Linear(4, 4), nn.Tanh()]
+    model, segment = toy_segment(layers, "vision")
+    hidden = torch.randn(6, 5, 4) * torch.arange(1, 6)[:, None]
+    inputs = [LayerInput(h, (), {}, None, ("a",)) for h in hidden.split(2)]
+    with torch.no_grad():
+        first = layers[0](hidden)
+        second = layers[1](first)
+    ranges = [tuple(f((0, 2))[:, None].expand(6, 5, 4) for f in (x.amin, x.amax)) for x in (first, second)]
+    settings = CalibrationSettings(activation_granularity={"vision": "token"})
+    assert layer_dependencies(model, segment, inputs, settings) == pytest.approx([brute_dependency(first, second, *ranges, 16)], abs=1e-5)
+
+
+def test_dead_layers_and_single_layers_have_no_dependency():
+    model, segment = toy_segment([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
+    inputs = [LayerInput(torch.randn(2, 5, 4), (), {}, None, ("a", "b"))]
+    dead = Segment("vision", (*segment.layers[:2], Layer("layers.2", (), dead=True)))
+    both = layer_dependencies(model, segment, inputs, CalibrationSettings())
+    assert layer_dependencies(model, dead, inputs, CalibrationSettings()) == both[:1]
+    assert layer_dependencies(model, Segment("projector", segment.layers[:1]), inputs, CalibrationSettings()) == []
+
+
+def test_an_output_that_is_not_finite_is_named():
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    layers[1].weight.data[0, 0] = torch.nan
+    model, segment = toy_segment(layers)
+    inputs = [LayerInput(torch.randn(1, 5, 4), (), {}, None, (f"data.json:{i}",)) for i in (3, 4)]
+    with pytest.raises(ValueError, match=r"\Athe output of layers\.1 holds NaN or infinity for the samples data\.json:3: .+\Z"):
+        layer_dependencies(model, segment, inputs, CalibrationSettings())

@@ -1,0 +1,91 @@
+"""Token weights: gradients of the answers, checked against finite differences, and what they change."""
+
+import pytest
+import torch
+from tiny_models import tiny_llava, tiny_messages, tiny_processor
+
+from qvlm_hf.calibration.measure import importance
+from qvlm_hf.calibration.measure.importance import token_importance
+from qvlm_hf.calibration.samples import IGNORE_INDEX, batches, load_samples
+from qvlm_hf.models.graph import resolve
+
+LAYER = "model.language_model.layers.0"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava().eval()
+
+
+def data(count=4, batch_size=2):
+    return list(batches(load_samples(tiny_messages(count)), tiny_processor(), batch_size))
+
+
+def test_one_weight_per_token_of_every_live_layer(model):
+    batches_ = data()
+    weights = token_importance(model, resolve(model), batches_, seed=0)
+    live = [layer.name for segment in resolve(model) for layer in segment.layers if not layer.dead]
+    assert list(weights) == live
+    for name in live:
+        assert len(weights[name]) == 2
+        assert min(float(w.min()) for w in weights[name]) >= 0.1
+    assert weights[LAYER][0].shape == batches_[0].inputs["input_ids"].shape
+    assert weights["model.vision_tower.encoder.layers.0"][0].shape == (2, 17)
+
+
+def test_tokens_behind_the_answer_get_the_least(model):
+    """No gradient reaches what comes after the last answer token: only the floor is left."""
+    for batch, weight in zip(data(), token_importance(model, resolve(model), data(), seed=0)[LAYER], strict=True):
+        last = (batch.labels != IGNORE_INDEX).float().cumsum(1).argmax(1)
+        for row, end in enumerate(last.tolist()):
+            assert torch.equal(weight[row, end:], torch.full_like(weight[row, end:], 0.1))
+            assert weight[row, :end].max() > 1
+
+
+def test_norms_equal_finite_differences(model, monkeypatch):
+    monkeypatch.setattr(importance, "_DRAWS", 1)
+    model = tiny_llava().double().eval()
+    batch = data(1, 1)[0]
+    batch = type(batch)(**{**vars(batch), "inputs": {k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()}})
+    norms = importance._gradient_norms(model, [LAYER], batch, torch.Generator().manual_seed(5))[LAYER]
+
+    answered = batch.labels[:, 1:] != IGNORE_INDEX
+    layer = model.get_submodule(LAYER)
+
+    def log_likelihood(shift=None, drawn=None):
+        handle = layer.register_forward_hook(lambda _m, _a, out: None if shift is None else out + shift)
+        with torch.no_grad():
+            logits = model(**batch.inputs, use_cache=False).logits
+        handle.remove()
+        predictions = torch.log_softmax(logits[:, :-1][answered].float().double() / 3.0, -1)
+        if drawn is None:
+            drawn = torch.multinomial(predictions.float().exp(), 1, generator=torch.Generator().manual_seed(5))
+        return predictions.gather(1, drawn).sum(), drawn
+
+    _, drawn = log_likelihood()
+    position = int(answered.nonzero()[0, 1])
+    gradient = torch.zeros(64, dtype=torch.float64)
+    for channel in range(64):
+        shift = torch.zeros(*batch.inputs["input_ids"].shape, 64, dtype=torch.float64)
+        shift[0, position, channel] = 1e-2
+        gradient[channel] = (log_likelihood(shift, drawn)[0] - log_likelihood(-shift, drawn)[0]) / 2e-2
+    assert float(norms[0, position]) == pytest.approx(float(gradient.norm()), rel=1e-2)
+
+
+def test_the_model_is_left_as_it_was_and_seeds_repeat(model):
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    first = token_importance(model, resolve(model), data(), seed=1)
+    again = token_importance(model, resolve(model), data(), seed=1)
+    other = token_importance(model, resolve(model), data(), seed=2)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
+    assert all(torch.equal(a, b) for name in first for a, b in zip(first[name], again[name], strict=True))
+    assert any(not torch.equal(a, b) for name in first for a, b in zip(first[name], other[name], strict=True))
+
+
+def test_without_answers_all_tokens_count_alike(model):
+    batch = data(1, 1)[0]
+    silent = type(batch)(**{**vars(batch), "labels": torch.full_like(batch.labels, IGNORE_INDEX)})
+    weights = token_importance(model, resolve(model), [silent], seed=0)
+    assert all(torch.equal(w, torch.ones_like(w)) for per_batch in weights.values() for w in per_batch)

@@ -1,0 +1,92 @@
+"""GPTQ: against the exhaustive optimum, against plain rounding, and what must not change it."""
+
+import itertools
+
+import pytest
+import torch
+
+from qvlm_hf.calibration.search.joint_search import gptq as compensation
+from qvlm_hf.calibration.search.gptq import compensate
+from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.format.weight_grid import group_expand, quantize_weight
+
+
+def compensated(weight, hessian, scheme):
+    return compensate(weight, hessian, quantize_weight(weight, scheme), scheme.weight_bits)
+
+
+def problem(out_features: int, in_features: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(in_features, in_features, generator=generator) * 0.5 + torch.eye(in_features)
+    inputs = torch.randn(tokens, in_features, generator=generator) @ mixing
+    return torch.randn(out_features, in_features, generator=generator), inputs
+
+
+def output_error(weight: torch.Tensor, dequantized: torch.Tensor, inputs: torch.Tensor) -> float:
+    return float(((weight - dequantized) @ inputs.T).double().square().sum())
+
+
+def exhaustive_error(weight: torch.Tensor, inputs: torch.Tensor, scheme: QuantScheme) -> float:
+    """The lowest output error of any choice of integers on the same grids; rows are independent."""
+    grid = quantize_weight(weight, scheme)
+    length = weight.shape[1]
+    scale, zero = (group_expand(t, grid.group_length, length).float() for t in (grid.scale, grid.zero_point))
+    levels = torch.tensor(list(itertools.product(range(2**scheme.weight_bits), repeat=length)), dtype=torch.float32)
+    total = 0.0
+    for row in range(weight.shape[0]):
+        candidates = (levels - zero[row]) * scale[row]
+        total += float(((weight[row] - candidates) @ inputs.T).double().square().sum(1).min())
+    return total
+
+
+def test_near_the_exhaustive_optimum_on_tiny_problems():
+    scheme = QuantScheme(weight_bits=2, activation_bits=4, group_size=-1)
+    found = optimum = plain = 0.0
+    for seed in range(12):
+        weight, inputs = problem(3, 6, 200, seed)
+        best = exhaustive_error(weight, inputs, scheme)
+        own = output_error(weight, compensated(weight, inputs.T @ inputs, scheme).dequantize(), inputs)
+        assert own >= best * (1 - 1e-4)
+        found, optimum = found + own, optimum + best
+        plain += output_error(weight, quantize_weight(weight, scheme).dequantize(), inputs)
+    # more than half of what rounding to nearest loses against the optimum is won back
+    assert found - optimum < 0.5 * (plain - optimum)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_much_better_than_rounding_to_nearest(bits, symmetric):
+    scheme = QuantScheme(weight_bits=bits, activation_bits=4, group_size=32, symmetric=symmetric)
+    weight, inputs = problem(24, 80, 600, bits)
+    own = output_error(weight, compensated(weight, inputs.T @ inputs, scheme).dequantize(), inputs)
+    assert own < 0.7 * output_error(weight, quantize_weight(weight, scheme).dequantize(), inputs)
+
+
+def test_uncorrelated_inputs_leave_nothing_to_compensate():
+    scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
+    weight, _ = problem(8, 40, 10, 0)
+    assert torch.equal(compensated(weight, torch.eye(40), scheme).values, quantize_weight(weight, scheme).values)
+
+
+def test_the_chunk_changes_only_the_speed(monkeypatch):
+    scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
+    weight, inputs = problem(8, 40, 300, 1)
+    hessian = inputs.T @ inputs
+    expected = compensated(weight, hessian, scheme).values
+    monkeypatch.setattr(compensation, "_CHUNK", 7)
+    assert (compensated(weight, hessian, scheme).values != expected).float().mean() < 0.02  # float32 sums in another order
+
+
+def test_a_singular_hessian_is_damped_until_it_factorises():
+    scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
+    weight, inputs = problem(8, 40, 3, 2)
+    inputs[:, 5] = 0  # a channel that never fires
+    quantized = compensated(weight, inputs.T @ inputs, scheme)
+    assert torch.isfinite(quantized.dequantize()).all()
+    assert torch.isfinite(compensated(weight, torch.zeros(40, 40), scheme).dequantize()).all()
+
+
+def test_a_hessian_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        compensated(torch.ones(2, 16), torch.full((16, 16), torch.nan), QuantScheme(weight_bits=4, activation_bits=4))

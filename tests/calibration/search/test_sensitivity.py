@@ -1,0 +1,125 @@
+"""Which sites bear few bits, and what guard and budget make of it."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_llava, tiny_messages, tiny_processor
+
+from qvlm_hf.calibration.samples import load_samples
+from qvlm_hf.calibration.search.sensitivity import allocate_bits, site_parameters
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.models.graph import resolve
+from qvlm_hf.nn.replace import quantized_modules
+from qvlm_hf.quantize import calibrate_and_pack
+
+DOWN = "model.language_model.layers.0.mlp.down_proj"
+
+
+def calibrate(model, **options):
+    fields = {"group_size": 32, "batch_size": 4, "max_block_depth": 1, "weight_rounding": "nearest", "activation_granularity": "channel",
+              "equalization": False}  # fmt: skip
+    report = calibrate_and_pack(
+        model, CalibrationSettings(**{**fields, **options}), load_samples(tiny_messages(8, seed=0)), tiny_processor()
+    )
+    return model, report
+
+
+def broken_model():
+    """A model whose answers hang on a product of small numbers in one site: a channel 300 times larger than the others hides them."""
+    model = tiny_llava(seed=1)
+    layer = model.model.language_model.layers[0]
+    with torch.no_grad():
+        layer.mlp.up_proj.weight[::2] *= 40
+        layer.mlp.down_proj.weight *= 3
+    return model
+
+
+def curve_cases():
+    widths = (2, 3, 4)
+    values = st.lists(st.floats(0, 1), min_size=3, max_size=3).map(lambda v: dict(zip(widths, sorted(v, reverse=True), strict=True)))
+    return st.lists(st.tuples(values, st.integers(1, 50)), min_size=1, max_size=5)
+
+
+@given(curve_cases(), st.floats(2, 4))
+@settings(max_examples=200, deadline=None)
+def test_the_budget_holds_and_nothing_more_would_fit(cases, budget):
+    curves = {str(i): curve for i, (curve, _) in enumerate(cases)}
+    parameters = {str(i): size for i, (_, size) in enumerate(cases)}
+    bits = allocate_bits(curves, parameters, budget)
+    total = sum(parameters.values())
+    spent = sum(bits[name] * parameters[name] for name in bits)
+    assert spent <= budget * total + 1e-9
+    for name in bits:
+        for wider in (3, 4):
+            assert wider <= bits[name] or spent + (wider - bits[name]) * parameters[name] > budget * total - 1e-9
+
+
+def test_whole_budgets_are_met_exactly_and_close_to_the_best_allocation():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        # convex curves, as rounding errors give: each bit a quarter
+        curves = {
+            name: {b: float(s) * 4.0**-b for b in (2, 3, 4)} for name, s in zip("abcd", torch.rand(4, generator=generator), strict=True)
+        }
+        parameters = dict.fromkeys("abcd", 10)
+        bits = allocate_bits(curves, parameters, 3.0)
+        assert sum(bits.values()) == 12
+        best = min(
+            sum(curves[name][b] for name, b in zip("abcd", choice, strict=True))
+            for choice in product((2, 3, 4), repeat=4)
+            if sum(choice) <= 12
+        )
+        assert sum(curves[name][b] for name, b in bits.items()) <= best * 1.3
+
+
+def test_a_site_that_matters_gets_more_bits():
+    curves = {"matters": {2: 1.0, 3: 0.5, 4: 0.1}, "not": {2: 1e-3, 3: 9e-4, 4: 8e-4}}
+    assert allocate_bits(curves, {"matters": 10, "not": 10}, 3.0) == {"matters": 4, "not": 2}
+
+
+def test_too_small_a_budget_is_refused():
+    with pytest.raises(ValueError, match=r"precision_budget=1\.5 is below 2 bits"):
+        allocate_bits({"a": {2: 1.0, 3: 0.5}}, {"a": 10}, 1.5)
+
+
+@pytest.mark.parametrize("budget", [2.5, 3.5, 4.0, 6.0])
+def test_a_calibrated_model_keeps_to_its_budget(budget):
+    model, report = calibrate(tiny_llava(), precision_budget=budget, guard=False)
+    sizes = {name: module.in_features * module.out_features for name, module in quantized_modules(model)}
+    average = sum(sizes[name] * module.scheme.weight_bits for name, module in quantized_modules(model)) / sum(sizes.values())
+    assert average <= budget
+    assert average == pytest.approx(report.average_weight_bits)
+    largest = max(site_parameters(tiny_llava(), resolve(tiny_llava())).values())
+    assert budget - average < 2 * largest / sum(sizes.values())  # no raise of a site that matters is left over
+    assert len({module.scheme.weight_bits for _, module in quantized_modules(model)}) > 1
+    assert {module.scheme.activation_bits for _, module in quantized_modules(model)} == {4}
+
+
+def test_the_guard_lifts_what_four_bits_break_and_says_so():
+    model, report = calibrate(broken_model(), guard=True)
+    assert report.lifts
+    worst = max(report.sensitivities, key=report.sensitivities.get)
+    assert report.lifts[0].site == worst
+    for lift in report.lifts:
+        assert lift.before == report.sensitivities[lift.site] > 1e-3
+        assert lift.after < lift.before
+        assert lift.activation_bits == 8
+        assert report.modules[lift.site].activation_bits == 8
+        assert report.modules[lift.site].weight_bits == lift.weight_bits
+    lifted = {lift.site for lift in report.lifts}
+    assert len(lifted) <= 0.1 * len(report.sensitivities)
+    plain, without = calibrate(broken_model(), guard=False)
+    assert not without.lifts
+    assert not without.sensitivities
+    assert {module.scheme.activation_bits for _, module in quantized_modules(plain)} == {4}
+    assert report.self_check.kl < without.self_check.kl
+    del model
+
+
+def test_eight_bits_need_no_guard():
+    _, report = calibrate(tiny_llava(), weight_bits=8, activation_bits=8, guard=True)
+    assert not report.sensitivities
+    assert report.average_weight_bits == 8

@@ -1,0 +1,55 @@
+"""What the search simulates is what the packed integers compute."""
+
+import pytest
+import torch
+from tiny_models import tiny_trial as trial
+
+from qvlm_hf.calibration.search.joint_search import sites as simulation
+from qvlm_hf.calibration.search.sites import installed
+from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+
+
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_equals_the_packed_module(granularity, bits):
+    site, x = trial(granularity, bits)
+    for linear, quantized in zip(site.linears, site.quantized_weights(), strict=True):
+        packed = QVLMLinear.from_packed(linear, site.scheme, packed_tensors(quantized, site.scheme, site.input_qparams))
+        with installed([site]):
+            simulated = linear(x)
+        torch.testing.assert_close(simulated, packed(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_keeps_the_dtype_of_16_bit_models(dtype):
+    site, x = trial("channel", dtype=dtype)
+    expected = site.linears[0](x)
+    with installed([site]):
+        found = site.linears[0](x)
+    assert found.dtype == dtype
+    assert 0 < (found - expected).float().norm() / expected.float().norm() < 0.3
+
+
+def test_full_precision_when_nothing_is_active_and_restored_after_errors():
+    site, x = trial("channel")
+    expected = site.linears[0](x)
+    site.active = None
+    with installed([site]):
+        assert torch.equal(site.linears[0](x), expected)
+    with pytest.raises(RuntimeError), installed([site]):
+        site.linears[0](x[..., :3])  # a wrong shape
+    assert "forward" not in vars(site.linears[0])
+    with pytest.raises(ValueError, match="no candidate in force"):
+        _ = site.choice
+
+
+def test_the_shared_input_is_quantized_once(monkeypatch):
+    site, x = trial("dynamic_token")
+    calls = []
+    original = simulation.shift_quantize
+    monkeypatch.setattr(simulation, "shift_quantize", lambda *args: (calls.append(1), original(*args))[1])
+    with installed([site]):
+        site.linears[0](x)
+        site.linears[1](x)
+        site.linears[0](x.clone())
+    assert len(calls) == 2

@@ -1,0 +1,83 @@
+"""Rounding with gradients: the same values as the simulation, and the derivatives of the function without rounding."""
+
+import pytest
+import torch
+from tiny_models import tiny_trial as trial
+
+from qvlm_hf.calibration.search.joint_search import straight_through
+from qvlm_hf.calibration.search.sites import installed
+from qvlm_hf.calibration.search.straight_through import FixedSite, IntegerSite, RangeSite
+
+
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
+@pytest.mark.parametrize("kind", [FixedSite, RangeSite, IntegerSite])
+def test_forward_equals_the_simulation(granularity, kind):
+    site, x = trial(granularity)
+    with installed([kind(site)]), torch.no_grad():
+        differentiable = [linear(x) for linear in site.linears]
+    with installed([site]), torch.no_grad():
+        for linear, y in zip(site.linears, differentiable, strict=True):
+            expected = linear(x)
+            assert (y - expected).norm() < 2e-3 * expected.norm()  # a value on the edge of two integers may fall to the other side
+
+
+@pytest.mark.parametrize("granularity", ["channel", "token"])
+@pytest.mark.parametrize("which", ["low", "high", "clip"])
+def test_gradients_equal_finite_differences(granularity, which, monkeypatch):
+    """With rounding replaced by the identity, which is what straight-through assumes, the function is piecewise smooth."""
+    monkeypatch.setattr(straight_through, "_straight_through", lambda x, rounded: x)
+    site, x = trial(granularity)
+    differentiable = RangeSite(site)
+    parameters = differentiable.parameters()
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.sub_(0.3)  # clip, so that the ranges matter
+    parameter = parameters[{"low": 0, "high": 1, "clip": 2}[which]]
+    targets = [torch.randn(3, 7, linear.out_features, generator=torch.Generator().manual_seed(2)) for linear in site.linears]
+
+    def loss():
+        with installed([differentiable]):
+            return sum((linear(x) - target).double().square().sum() for linear, target in zip(site.linears, targets, strict=True))
+
+    (gradient,) = torch.autograd.grad(loss(), parameter)
+    assert gradient.abs().max() > 1e-2
+    expected = torch.zeros_like(gradient)
+    with torch.no_grad():
+        for i in range(parameter.numel()):
+            values = []
+            for step in (5e-3, -5e-3):
+                parameter.view(-1)[i] += step
+                values.append(float(loss()))
+                parameter.view(-1)[i] -= step
+            expected.view(-1)[i] = (values[0] - values[1]) / 1e-2
+    assert (gradient - expected).norm() < 0.05 * expected.norm()
+
+
+def test_integers_move_by_one_step_at_most_and_stay_on_their_grid():
+    site, _ = trial("channel")
+    before = site.quantized_weights()
+    integers = IntegerSite(site)
+    with torch.no_grad():
+        for offsets in integers.parameters():
+            offsets.copy_(torch.linspace(-3, 3, offsets.numel()).view_as(offsets))
+    for old, new in zip(before, integers.quantized(), strict=True):
+        moved = new.values.int() - old.values.int()
+        assert moved.abs().max() == 1
+        assert new.values.max() <= 15
+        assert torch.equal(new.scale, old.scale)
+        assert torch.equal(new.zero_point, old.zero_point)
+
+
+def test_the_gradient_of_an_integer_is_that_of_the_dequantized_weight():
+    site, x = trial("channel")
+    integers = IntegerSite(site)
+    with installed([integers]):
+        loss = site.linears[0](x).square().sum()
+    (gradient,) = torch.autograd.grad(loss, integers.parameters()[0])
+    a = site.multiplied_input(x).flatten(0, -2)
+    weight = site.quantized_weights()[0]
+    y = a @ weight.dequantize().T + site.linears[0].bias
+    scale = weight.scale.float().repeat_interleave(16, dim=1)[:, :40]
+    expected = (2 * y.T @ a) * scale
+    inside = (weight.values > 0) & (weight.values < 15)
+    torch.testing.assert_close(gradient[inside], expected[inside].detach(), rtol=1e-3, atol=1e-2)

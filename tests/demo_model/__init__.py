@@ -1,0 +1,1 @@
+"""How the demo model and its data were made."""

@@ -1,0 +1,329 @@
+"""`QVLMConfig`: validation, JSON, copies."""
+
+import copy
+import itertools
+import json
+import pickle
+import re
+from collections import deque
+from collections.abc import Callable
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_llava
+from transformers import AutoModelForImageTextToText, GPTQConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from qvlm_hf import QVLMConfig, VisionOptimization, quantize_model
+from qvlm_hf.format.scheme import QuantScheme
+
+SCHEME = QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token")
+
+
+def test_defaults_are_the_contract() -> None:
+    config = QVLMConfig()
+    assert (config.weight_bits, config.activation_bits, config.group_size, config.symmetric) == (4, 4, 128, False)
+    assert (config.num_samples, config.batch_size, config.seed, config.max_block_depth) == (64, 8, 0, 3)
+    assert (config.percentiles, config.margins) == ((1.0, 0.9999, 0.9995, 0.999), (1.1, 1.25))
+    assert config.settings().needs_data
+
+
+def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
+    config = QVLMConfig.paper(scheme="W6A6", seed=3)
+    assert config.percentiles == (1.0, 0.995, 0.99, 0.985, 0.98)
+    assert config.margins == ()
+    assert config.activation_granularity == {"vision": "token", "projector": "channel", "language": "channel"}
+    assert (config.scheme, config.seed) == ("W6A6", 3)
+    assert QVLMConfig.paper(margins=(1.5,)).margins == (1.5,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scheme": "W1A4"}, "scheme='W1A4' is not W"),
+        ({"scheme": 4}, "scheme=4 is not W"),
+        ({"group_size": 10**9}, "group_size=1000000000 must be -1"),
+        ({"group_size": "128"}, "group_size='128' must be"),
+        ({"symmetric": 1}, "symmetric=1 must be True or False"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
+        ({"percentiles": (2.0,)}, "percentiles=.* must be numbers from 0.9 to 1.0"),
+        ({"lm_head_bits": 4}, "lm_head_bits=4 must be 8 or None"),
+        ({"activation_granularity": "row"}, "activation_granularity='row'"),
+        ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert='lm_head' must be a list"),
+        ({"strict": "yes"}, "strict='yes' must be True or False"),
+        ({"callbacks": "x"}, "callbacks='x' must be a list of objects"),
+        ({"callbacks": [object()]}, "must have on_step"),
+        ({"bits": 4}, "QVLMConfig has no field 'bits': the fields are activation_granularity"),
+        ({"quant_method": "gptq"}, "quant_method='gptq' must be 'qvlm'"),
+        ({"optimize_vision": 0}, "optimize_vision=0 must be True, False or a VisionOptimization"),
+        ({"optimize_vision": {"epoch": 3}}, "does not have the fields of VisionOptimization"),
+        ({"optimize_vision": {"epochs": 0}}, "VisionOptimization: epochs=0 must be an integer of at least 1"),
+        ({"weight_rounding": "best"}, "weight_rounding='best' must be 'nearest', 'gptq' or 'learned'"),
+        ({"rotation": "givens"}, "rotation='givens' must be 'hadamard', None or 'auto'"),
+        ({"precision_budget": 1.5}, "precision_budget=1.5 must be an average of 2 to 8 bits"),
+        ({"guard": "yes"}, "guard='yes' must be True or False"),
+        ({"resume_dir": "x"}, "resume_dir='x' is not available"),
+        ({"push_to_hub": True}, "push_to_hub=True must know where: pass hub_model_id='owner/name'"),
+        ({"push_to_hub": "a/b"}, "push_to_hub='a/b' must be True or False"),
+        ({"hub_model_id": "a/b/c"}, "hub_model_id='a/b/c' must be 'owner/name' of letters, digits"),
+        ({"hub_private": 1}, "hub_private=1 must be True, False or None"),
+        ({"provenance": [1]}, "provenance=.* must be a mapping"),
+        ({"provenance": {"x": object()}}, "provenance=<object .*> is object, must be what JSON can hold: a number, text, list or"),
+        ({"provenance": {"x": [float("nan")]}}, "provenance must hold what JSON can: Out of range float"),
+        ({"modules": ["a"]}, "modules must be a mapping"),
+        ({"modules": {"model..up": SCHEME}}, "'model..up' is no canonical module name"),
+        ({"modules": {"a.(b+)+$": SCHEME}}, "is no canonical module name"),
+        ({"modules": {"model.vision_tower.vision_model.fc": SCHEME}}, "is no canonical module name"),
+        ({"modules": {"model.up": {"weight_bits": 4}}}, "modules: model.up: a module entry must have exactly the keys"),
+        ({"modules": {"model.up": SCHEME.to_dict() | {"weight_bits": 10**9}}}, "modules: model.up: weight_bits=1000000000 must be"),
+        ({"format_version": 2}, "format_version=2 is newer than 1, which this version reads: upgrade qvlm_hf"),
+        ({"format_version": "1"}, "format_version='1' must be an integer"),
+    ],
+)
+def test_a_wrong_value_is_a_one_line_error(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        QVLMConfig(**fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_with_unknown_fields_is_newer_or_damaged() -> None:
+    entry = QVLMConfig().to_dict() | {"speed": 11}
+    with pytest.raises(ValueError, match=r"unknown fields \['speed'\]: the file is damaged or from a newer qvlm_hf"):
+        AutoQuantizationConfig.from_dict(entry)
+    with pytest.raises(ValueError, match="format_version=9 is newer"):  # the version explains the field
+        QVLMConfig.from_dict(entry | {"format_version": 9})
+
+
+def test_json_round_trip_holds_settings_and_results_only() -> None:
+    config = QVLMConfig.paper(
+        dataset=[1],
+        processor=object(),
+        strict=True,
+        push_to_hub=True,
+        hub_model_id="me/model",
+        hub_private=True,
+        modules={"model.up": SCHEME},
+        provenance={"samples": 3},
+        modules_to_not_convert=("fc1",),
+    )
+    text = json.dumps(config.to_dict())
+    again = AutoQuantizationConfig.from_dict(json.loads(text))
+    assert again == config
+    assert again.modules == {"model.up": SCHEME}
+    assert json.dumps(again.to_dict()) == text
+    assert dict(config) == config.to_diff_dict() == config.to_dict()
+    assert not {"dataset", "processor", "callbacks", "strict", "resume_dir", "push_to_hub", "hub_model_id", "hub_private"} & set(
+        config.to_dict()
+    )
+    assert '"scheme": "W4A4"' in repr(config)
+    assert config != QVLMConfig()
+    assert config != "W4A4"
+    assert config.get("quant_method") == "qvlm"
+    assert config.get("nothing", 5) == 5
+
+
+def test_from_dict_hands_back_what_it_does_not_use() -> None:
+    config, unused = QVLMConfig.from_dict({"scheme": "W8A8"}, return_unused_kwargs=True, other=1, group_size=64)
+    assert (config.scheme, config.group_size, unused) == ("W8A8", 64, {"other": 1})
+    with pytest.raises(ValueError, match="QVLMConfig has no field 'other'"):  # it would vanish
+        QVLMConfig.from_dict({"scheme": "W8A8"}, other=1)
+
+
+class Part(Enum):
+    HEAD = "lm_head"
+    VISION = "vision"
+    BITS = 8
+
+
+NAMES = ["lm_head", "fc1"]
+# What a user may give -> what the same in plain values is.
+GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any]]] = {
+    "map": (lambda: {"modules_to_not_convert": map(str, NAMES)}, {"modules_to_not_convert": NAMES}),
+    "generator": (lambda: {"modules_to_not_convert": (name for name in NAMES)}, {"modules_to_not_convert": NAMES}),
+    "empty generator": (lambda: {"modules_to_not_convert": iter(())}, {"modules_to_not_convert": []}),
+    "set": (lambda: {"modules_to_not_convert": set(NAMES)}, {"modules_to_not_convert": sorted(NAMES)}),
+    "frozenset": (lambda: {"modules_to_not_convert": frozenset(NAMES)}, {"modules_to_not_convert": sorted(NAMES)}),
+    "keys": (lambda: {"modules_to_not_convert": dict.fromkeys(NAMES).keys()}, {"modules_to_not_convert": NAMES}),
+    "values": (lambda: {"modules_to_not_convert": {1: "lm_head", 2: "fc1"}.values()}, {"modules_to_not_convert": NAMES}),
+    "deque": (lambda: {"modules_to_not_convert": deque(NAMES)}, {"modules_to_not_convert": NAMES}),
+    "array of text": (lambda: {"modules_to_not_convert": np.array(NAMES)}, {"modules_to_not_convert": NAMES}),
+    "enum and path": (lambda: {"modules_to_not_convert": [Part.HEAD, Path("fc1")]}, {"modules_to_not_convert": NAMES}),
+    "text of NumPy": (lambda: {"scheme": np.str_("W8A8"), "rotation": np.str_("hadamard")}, {"scheme": "W8A8", "rotation": "hadamard"}),
+    "integers of NumPy": (
+        lambda: {name: np.int64(16) for name in ("group_size", "num_samples", "batch_size", "seed", "max_block_depth")},
+        dict.fromkeys(("group_size", "num_samples", "batch_size", "seed", "max_block_depth"), 16),
+    ),
+    "integers of PyTorch": (lambda: {"seed": torch.tensor(3), "lm_head_bits": Part.BITS}, {"seed": 3, "lm_head_bits": 8}),
+    "booleans of NumPy": (
+        lambda: {name: np.bool_(True) for name in ("symmetric", "strict", "guard", "push_to_hub")} | {"hub_model_id": "a/b"},
+        dict.fromkeys(("symmetric", "strict", "guard", "push_to_hub"), True) | {"hub_model_id": "a/b"},
+    ),
+    "booleans of PyTorch": (lambda: {"equalization": torch.tensor(False)}, {"equalization": False}),
+    "array of floats": (lambda: {"percentiles": np.array([1.0, 0.99])}, {"percentiles": [1.0, 0.99]}),
+    "long floats": (lambda: {"percentiles": np.array([1, 0.5 + 0.25 + 0.1875], np.longdouble)}, {"percentiles": [1.0, 0.9375]}),
+    "tensor of floats": (lambda: {"margins": torch.tensor([1.5, 1.25])}, {"margins": [1.5, 1.25]}),
+    "fractions": (lambda: {"percentiles": [Fraction(1), Fraction(9, 10)]}, {"percentiles": [1.0, 0.9]}),
+    "decimals": (lambda: {"margins": [Decimal("1.1")]}, {"margins": [1.1]}),
+    "float32": (lambda: {"entropy_threshold": np.float32(0.5)}, {"entropy_threshold": 0.5}),
+    "float16": (lambda: {"precision_budget": np.float16(3.5)}, {"precision_budget": 3.5}),
+    "a mapping": (
+        lambda: {"activation_granularity": MappingProxyType({Part.VISION: np.str_("token")})},
+        {"activation_granularity": {"vision": "token"}},
+    ),
+    "vision optimization": (
+        lambda: {"optimize_vision": VisionOptimization(epochs=np.int32(3), learning_rate=Fraction(1, 4), error_weight=torch.tensor(2.0))},
+        {"optimize_vision": {"epochs": 3, "learning_rate": 0.25, "error_weight": 2.0}},
+    ),
+    "true": (lambda: {"optimize_vision": np.bool_(True)}, {"optimize_vision": True}),
+    "provenance": (
+        lambda: {"provenance": {"samples": np.int64(3), "file": Path("a"), "kinds": {"b", "a"}}},
+        {"provenance": {"samples": 3, "file": "a", "kinds": ["a", "b"]}},
+    ),
+    "modules": (
+        lambda: {"modules": {"model.up": SCHEME.to_dict() | {"weight_bits": np.int64(4)}}},
+        {"modules": {"model.up": SCHEME}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_every_field_becomes_a_plain_value(kind: str) -> None:
+    make, plain = GIVEN[kind]
+    config, expected = QVLMConfig(**make()), QVLMConfig(**plain)
+    assert config.__dict__ == expected.__dict__
+    assert config.to_json_string() == expected.to_json_string()
+    assert repr(config.settings()) == repr(expected.settings())
+    assert config.settings() == config.settings()  # nothing is used up
+    changed = QVLMConfig()
+    assert changed.update(**make()) == {}
+    assert changed.to_json_string() == expected.to_json_string()
+    assert QVLMConfig.from_dict({}, **make()).to_json_string() == expected.to_json_string()
+
+
+def test_a_value_is_kept_as_it_was_when_given() -> None:
+    granularity, names = {"vision": "token"}, ["lm_head"]
+    config = QVLMConfig(activation_granularity=granularity, modules_to_not_convert=names)
+    granularity["language"] = "token"
+    names.append(3)
+    assert config.to_dict()["activation_granularity"] == {"vision": "token"}
+    assert config.to_dict()["modules_to_not_convert"] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modules_to_not_convert": b"lm_head"}, "modules_to_not_convert=b'lm_head' is bytes, must be what JSON can hold"),
+        ({"modules_to_not_convert": [object()]}, "modules_to_not_convert=<object .* is object, must be what JSON"),
+        ({"modules_to_not_convert": {"lm_head": 1}}, "modules_to_not_convert={'lm_head': 1} must be a list"),
+        ({"modules_to_not_convert": {"a", 1}}, "modules_to_not_convert={.*} cannot be sorted: give a list"),
+        ({"modules_to_not_convert": itertools.repeat("a")}, "modules_to_not_convert has more than 100000 entries"),
+        ({"percentiles": torch.ones(2, device="meta")}, "percentiles=tensor.* cannot be read: give numbers"),
+        ({"percentiles": np.array([1.0 + 1j])}, "percentiles=.* is complex, must be what JSON can hold"),
+        ({"percentiles": np.ones((1, 2))}, r"percentiles=\(\(1.0, 1.0\),\) must be numbers"),
+        ({"entropy_threshold": Fraction(10**400)}, "entropy_threshold=inf must be a number"),
+        ({"entropy_threshold": 10**400}, "entropy_threshold=10* must be a number"),
+        ({"seed": np.float64(3)}, r"seed=3\.0 must be an integer"),
+        ({"seed": torch.ones(2).int()}, r"seed=\(1, 1\) must be an integer"),
+        ({"num_samples": Fraction(7, 2)}, r"num_samples=3\.5 must be an integer"),
+        ({"group_size": object}, "group_size=<class 'object'> is type, must be what JSON"),
+        ({"strict": np.int64(1)}, "strict=1 must be True or False"),
+        ({"scheme": ["W4A4"]}, r"scheme=\('W4A4',\) is not W"),
+        ({"optimize_vision": {"epochs": object()}}, "optimize_vision=<object .* is object, must be what JSON"),
+        ({"hub_model_id": object(), "push_to_hub": True}, "hub_model_id=<object .* is object, must be what JSON"),
+        ({"hub_private": np.int8(1)}, "hub_private=1 must be True, False or None"),
+        ({"group_size": -7}, "group_size=-7 must be -1"),
+        ({"activation_granularity": "dynamic_token", "scheme": "W4A16"}, "activation_granularity has no meaning for 16-bit"),
+    ],
+)
+def test_a_wrong_value_is_refused_wherever_it_is_given(fields: dict[str, Any], message: str) -> None:
+    config = QVLMConfig(seed=5)
+    before = copy.deepcopy(config.__dict__)
+
+    def assign() -> None:
+        for name, value in fields.items():
+            setattr(config, name, value)
+
+    ways = (lambda: QVLMConfig(**fields), lambda: QVLMConfig.from_dict(config.to_dict(), **fields), lambda: config.update(**fields))
+    for way in (*ways, assign) if len(fields) == 1 else ways:
+        with pytest.raises(ValueError, match=message) as caught:
+            way()
+        assert "\n" not in str(caught.value)
+    assert config.__dict__ == before
+
+
+def test_fields_can_be_changed_together_and_one_by_one() -> None:
+    config = QVLMConfig(activation_granularity="channel")
+    with pytest.raises(ValueError, match="has no meaning for 16-bit"):
+        config.scheme = "W4A16"
+    assert config.update(scheme="W4A16", activation_granularity=None, colour="red") == {"colour": "red"}
+    assert (config.scheme, config.activation_granularity) == ("W4A16", None)
+    config.modules_to_not_convert = iter(["lm_head"])
+    assert config.to_dict()["modules_to_not_convert"] == ["lm_head"]
+    config.note = object()  # what is no field is nobody's business
+    assert "note" not in config.to_dict()
+
+
+def test_excluded_modules_of_an_iterator_stay_in_full_precision() -> None:
+    model = tiny_llava()
+    quantize_model(model, QVLMConfig(scheme="W4A16", modules_to_not_convert=map(str, ["fc1"])))
+    names = set(model.config.quantization_config.modules)
+    assert any(name.endswith("fc2") for name in names)
+    assert not any(name.endswith("fc1") for name in names)
+
+
+def test_copies_share_what_belongs_to_the_process_and_pickles_drop_it() -> None:
+    def collate() -> None: ...
+
+    class Callback:
+        on_step = staticmethod(lambda name, done, total: None)
+
+    config = QVLMConfig(dataset=(n for n in range(3)), processor=collate, callbacks=[Callback()], provenance={"a": [1]})
+    for twin in (copy.deepcopy(config), copy.copy(config)):
+        assert twin.dataset is config.dataset
+        assert twin.processor is collate
+        assert twin.callbacks[0] is config.callbacks[0]
+        assert twin.provenance is not config.provenance
+        assert twin == config
+    pickled = pickle.loads(pickle.dumps(config))
+    assert pickled == config
+    assert (pickled.dataset, pickled.processor, pickled.callbacks) == (None, None, ())
+
+
+def test_a_checkpoint_keeps_its_own_configuration(saved: dict) -> None:
+    path: Path = saved["rounded", "float32"].path
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=QVLMConfig(scheme="W8A8", dataset=[1]))
+    assert model.config.quantization_config.scheme == "W4A16"
+    assert model.hf_quantizer.quantization_config.dataset is None
+    with pytest.raises(ValueError, match="quantized with QVLMConfig but you are passing a GPTQConfig"):
+        AutoModelForImageTextToText.from_pretrained(path, quantization_config=GPTQConfig(bits=4))
+
+
+def test_without_data_only_rounding_is_recorded():
+    config = QVLMConfig(scheme="W4A16")
+    config.settle_without_data()
+    assert (config.weight_rounding, config.equalization, config.token_importance, config.guard) == ("nearest", False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"weight_rounding": "learned"}, "weight_rounding='learned'"),
+        ({"optimize_vision": True}, "optimize_vision"),
+        ({"precision_budget": 3.0}, "precision_budget"),
+    ],
+)
+def test_without_data_nothing_else_can_be_asked_for(fields, name):
+    with pytest.raises(ValueError, match=f"^{re.escape(name)} needs calibration data"):
+        QVLMConfig(scheme="W4A16", **fields).settle_without_data()
+
+
+def test_the_papers_settings_fit_weight_only_schemes_too():
+    assert QVLMConfig.paper("W4A16").activation_granularity is None

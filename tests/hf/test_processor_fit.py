@@ -1,0 +1,135 @@
+"""A processor that does not fit the model is found before a weight is read, on one sample, with the remedy."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import IMAGE_TOKENS, PATCH_SIZE, tiny_llava, tiny_messages, tiny_processor
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+from qvlm_hf import QVLMConfig, quantize_model
+from qvlm_hf.calibration.samples import load_samples
+from qvlm_hf.hf.processor_fit import check_processor_fits
+
+SET = {
+    "patch_size": f"processor.patch_size = {PATCH_SIZE}",
+    "vision_feature_select_strategy": "processor.vision_feature_select_strategy = 'default'",
+    "num_additional_image_tokens": "processor.num_additional_image_tokens = 1",
+}
+NONE = "LlavaProcessor refuses this batch (unsupported operand type(s) for //: 'int' and 'NoneType')"
+COUNTED = f"LlavaProcessor writes {{}} image tokens, but the model makes {IMAGE_TOKENS} features"
+# Settings of a processor -> what is said of them.
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no patch size": ({"patch_size": None}, NONE),
+    "larger patches": ({"patch_size": 2 * PATCH_SIZE}, COUNTED.format(4)),
+    "smaller patches": ({"patch_size": PATCH_SIZE // 2}, COUNTED.format(64)),
+    "no strategy": ({"vision_feature_select_strategy": None}, COUNTED.format(17)),
+    "another strategy": ({"vision_feature_select_strategy": "full"}, COUNTED.format(17)),
+    "no class token": ({"num_additional_image_tokens": 0}, COUNTED.format(15)),
+    "as in old repositories": (
+        {"patch_size": None, "vision_feature_select_strategy": None, "num_additional_image_tokens": 0},
+        NONE,
+    ),
+}
+
+
+def wrong_processor(settings: dict[str, Any]) -> Any:
+    processor = tiny_processor()
+    for name, value in settings.items():
+        setattr(processor, name, value)
+    return processor
+
+
+def on_meta() -> LlavaForConditionalGeneration:
+    model = tiny_llava()
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(model.config)
+
+
+@pytest.fixture
+def no_weights(source: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose weights cannot be read: an error about anything else came first."""
+    (tmp_path / "model").mkdir()
+    for file in source.iterdir():
+        content = b"broken" if file.suffix == ".safetensors" else file.read_bytes()
+        (tmp_path / "model" / file.name).write_bytes(content)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> str:
+    """The second line has the first picture."""
+    tiny_messages(1)[0]["messages"][0]["content"][0]["image"].save(tmp_path / "1.png")
+    lines = [{"image": None, "question": "what ?", "answer": "red"}, {"image": "1.png", "question": "what ?", "answer": "red"}]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(tmp_path / "samples.jsonl")
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_settings_are_found_before_a_weight_is_read(no_weights: Path, samples: str, kind: str) -> None:
+    settings, problem = WRONG[kind]
+    processor = wrong_processor(settings)
+    remedy = " and ".join(text for name, text in SET.items() if name in settings)
+    message = f"samples.jsonl:2: {problem}: set {remedy}, or the same in the model's processor_config.json."
+    config = QVLMConfig(dataset=samples, processor=processor)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        quantize_model(tiny_llava(), config)
+    assert {name: getattr(processor, name) for name in settings} == settings  # it was only tried
+    exec("\n".join(remedy.split(" and ")), {"processor": processor})
+    check_processor_fits(on_meta(), processor, load_samples(samples))
+
+
+def test_drawn_samples_are_checked_too(no_weights: Path) -> None:
+    config = QVLMConfig(dataset="synthetic", processor=wrong_processor({"patch_size": None}))
+    with pytest.raises(ValueError, match=r"^an empty picture: LlavaProcessor refuses .*: set processor\.patch_size = 8, or"):
+        AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
+
+
+def test_pictures_of_another_size_and_unknown_tokens(samples: str) -> None:
+    processor = tiny_processor()
+    processor.image_processor.crop_size = processor.image_processor.size = {"height": 48, "width": 48}
+    message = r"^samples.jsonl:2: the model refuses the picture that LlavaProcessor made \(Input image size .*\): load the model's own"
+    with pytest.raises(ValueError, match=message) as caught:
+        check_processor_fits(on_meta(), processor, load_samples(samples))
+    assert "\n" not in str(caught.value)
+    model = on_meta()
+    model.resize_token_embeddings(5, mean_resizing=False)
+    with pytest.raises(ValueError, match=r"^samples.jsonl:2: LlavaProcessor writes the token \d+, but the model knows 5 tokens: load"):
+        check_processor_fits(model, tiny_processor(), load_samples(samples))
+
+
+def test_what_fits_or_cannot_be_known_is_let_through(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = load_samples(samples)
+    for model in (on_meta(), tiny_llava()):
+        check_processor_fits(model, tiny_processor(), chosen)
+        check_processor_fits(model, tiny_processor(), None)
+        check_processor_fits(model, wrong_processor({"patch_size": None}), chosen[:1])  # no picture
+    wrong = wrong_processor({"patch_size": 16})
+    for error in (NotImplementedError("meta"), RuntimeError("meta"), AttributeError("no such method"), TypeError("an argument")):
+        model = on_meta()
+
+        def ask(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(model, "get_image_features", ask)
+        check_processor_fits(model, wrong, chosen)
+    model = on_meta()
+    model.config.image_token_id = None
+    check_processor_fits(model, wrong, chosen)
+
+
+def test_a_processor_that_nothing_mends_is_named(samples: str) -> None:
+    class Broken(type(tiny_processor())):
+        def __call__(self, *_: object, **__: object) -> None:
+            raise KeyError("pixel_values\nand more")
+
+    processor = tiny_processor()
+    processor.__class__ = Broken
+    with pytest.raises(ValueError, match=r"^samples.jsonl:2: Broken refuses this batch \('pixel_values.*\)$") as caught:
+        check_processor_fits(on_meta(), processor, load_samples(samples))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,370 @@
+"""Saving is all or nothing."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llava
+from transformers import AutoModelForImageTextToText, modeling_utils
+
+from qvlm_hf import QVLMConfig, quantize_model, save_quantized
+from qvlm_hf.hub.record import record_measurement
+from qvlm_hf.hf import saving
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    model = tiny_llava()
+    quantize_model(model, QVLMConfig(scheme="W4A16"))
+    return model
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def fail_at_second_shard(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    real, calls = modeling_utils.safe_save_file, []
+
+    def write(*arguments: object, **options: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        real(*arguments, **options)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", write)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error:\n No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_leaves_nothing(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    fail_at_second_shard(monkeypatch, error)
+    with pytest.raises(OSError, match=r"out: could not be saved \(.*No space left on device.*\); nothing was changed there") as caught:
+        save_quantized(model, processor, tmp_path / "out", report=model.hf_quantizer.report, max_shard_size="60KB")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_the_old_model(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=model.hf_quantizer.report)
+    before = snapshot(output)
+    fail_at_second_shard(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="nothing was changed"):
+        save_quantized(model, processor, output, report=None, overwrite=True, max_shard_size="60KB")
+    assert snapshot(output) == before
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_interrupt_leaves_the_old_model(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    before = snapshot(output)
+    monkeypatch.setattr(type(processor), "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_quantized(model, processor, output, report=None, overwrite=True)
+    assert snapshot(output) == before
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", [0, 1, 7, 8, 9, 16])
+def test_a_failing_move_is_taken_back_and_the_new_result_kept(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    before, names = snapshot(output), sorted(os.listdir(output))
+    rename, calls = Path.rename, []
+
+    def fail(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == failing + 1:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(type(error)) as caught:
+        save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
+    assert len(calls) > failing
+    partial = next(output.glob(".qvlm-partial-*"))
+    assert sorted([*names, partial.name]) == sorted(os.listdir(output))
+    assert {name: content for name, content in snapshot(output).items() if not name.startswith(".")} == before
+    assert sorted(os.listdir(partial)) == sorted([*names, "qvlm_report.json"])
+    if isinstance(error, OSError):
+        expected = f"is as it was, the last step failed ([Errno 5] Input/output error); the new result is whole in {partial}."
+        assert str(caught.value) == f"{output}: {expected}"
+    with pytest.raises(ValueError, match=rf"holds {partial.name} of a save that was interrupted or still runs: move what you need"):
+        saving.check_output(output, overwrite=True)
+
+
+def test_while_files_are_moved_no_model_loads_that_is_neither(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    old = (output / "config.json").read_bytes()
+    rename, seen = Path.rename, []
+
+    def watch(self: Path, target: Path) -> Path:
+        if (output / "config.json").exists():
+            seen.append((output / "config.json").read_bytes() == old and not any(output.glob(".qvlm-old-*/*")))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watch)
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert seen == [True]  # at the first move alone
+
+
+def test_overwriting_replaces_the_whole_directory(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None, max_shard_size="60KB")
+    assert (output / "model.safetensors.index.json").is_file()
+    assert not (output / "qvlm_report.json").exists()
+    save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
+    assert (output / "model.safetensors").is_file()
+    assert not list(output.glob("model-*"))
+    assert set(json.loads((output / "qvlm_report.json").read_text())["modules"]) == set(model.hf_quantizer.report.modules)
+    assert list(tmp_path.iterdir()) == [output]
+    # saving over the directory that a model was loaded from is fine too
+    loaded = AutoModelForImageTextToText.from_pretrained(output)
+    before = (output / "model.safetensors").read_bytes()
+    save_quantized(loaded, processor, output, report=None, overwrite=True)
+    assert (output / "model.safetensors").read_bytes() == before
+
+
+def test_directories_that_are_refused(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file, must be a directory"):
+        save_quantized(model, processor, tmp_path / "file", report=None, overwrite=True)
+    with pytest.raises(ValueError, match="exists and is not empty: choose another directory, or overwrite it"):
+        save_quantized(model, processor, tmp_path, report=None)
+    for content in ("{}", "[]", "no JSON", '{"quantization_config": {"quant_method": "gptq"}}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf that lists its files, so nothing there is"):
+            save_quantized(model, processor, tmp_path, report=None, overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "file"]
+    with pytest.raises(ValueError, match="needs a quantized model"):
+        save_quantized(tiny_llava(), processor, tmp_path / "new", report=None)
+
+
+def a_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("kept")
+
+
+def changed(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def more_of(file: Path) -> None:
+    """Other values under the same header, as those of another training are."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    last = max(tensors)  # packed or not: any other bits
+    tensors[last] = torch.roll(tensors[last], 1, 0)
+    save_file(tensors, file, metadata=metadata)
+
+
+FOREIGN = {
+    "a README of the user's": lambda folder: a_file(folder / "README.md"),
+    "a card that was edited": lambda folder: changed(folder / "README.md"),
+    "a picture named as ours": lambda folder: a_file(folder / "qvlm_holiday.png"),
+    "a vocabulary": lambda folder: a_file(folder / "vocab.json"),
+    "merges": lambda folder: a_file(folder / "merges.txt"),
+    "a report": lambda folder: a_file(folder / "qvlm_report.json"),
+    "a chat template": lambda folder: a_file(folder / "additional_chat_templates" / "mine.jinja"),
+    "an empty folder named as one of ours": lambda folder: (folder / "additional_chat_templates").mkdir(),
+    "a configuration that was edited": lambda folder: changed(folder / "config.json"),
+    "other weights": lambda folder: more_of(folder / "model.safetensors"),
+    "a file that became a link": lambda folder: (
+        (folder / "README.md").rename(folder.parent / "moved"),
+        (folder / "README.md").symlink_to(folder.parent / "moved"),
+    ),
+    "a file": lambda folder: a_file(folder / "notes.txt"),
+    "a hidden file": lambda folder: a_file(folder / ".env"),
+    "pictures": lambda folder: a_file(folder / "images" / "1.png"),
+    "another picture": lambda folder: a_file(folder / "cat.png"),
+    "an empty folder": lambda folder: (folder / "data").mkdir(),
+    "a folder named as a file of ours": lambda folder: a_file(folder / "vocab.txt" / "x"),
+    "a file in a folder of ours": lambda folder: a_file(folder / "additional_chat_templates" / "notes.txt"),
+    "a link named as a file of ours": lambda folder: (folder / "vocab.json").symlink_to(folder / "tokenizer.json"),
+    "a dangling link": lambda folder: (folder / "vocab.json").symlink_to("nowhere"),
+    "pickled weights": lambda folder: a_file(folder / "pytorch_model.bin"),
+    "an adapter": lambda folder: save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors"),
+    "full-precision weights": lambda folder: save_file(
+        {"a": torch.ones(1)}, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"}
+    ),
+    "weights that cannot be read": lambda folder: a_file(folder / "model-00002-of-00002.safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_an_earlier_result_did_not_write_is_never_deleted(
+    model: torch.nn.Module, processor: object, tmp_path: Path, kind: str
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    FOREIGN[kind](output)
+    before, names = snapshot(output), sorted(os.listdir(output))
+    with pytest.raises(ValueError, match=r"holds \S+, which no earlier result of qvlm_hf wrote like that: move that away, or") as caught:
+        save_quantized(model, processor, output, report=None, overwrite=True)
+    assert "\n" not in str(caught.value)
+    assert (snapshot(output), sorted(os.listdir(output))) == (before, names)
+
+
+def test_a_file_that_comes_while_saving_stays(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    before, write = snapshot(output), saving.write_card
+
+    def meanwhile(name: str) -> None:
+        def written(*arguments: object, **options: object) -> None:
+            (output / name).write_text("mine")
+            write(*arguments, **options)
+
+        monkeypatch.setattr(saving, "write_card", written)
+
+    meanwhile("notes.txt")
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert snapshot(output) == before | {"notes.txt": b"mine"}
+    (output / "notes.txt").unlink()
+    meanwhile("qvlm_report.json")
+    with pytest.raises(OSError, match=r"is as it was, the last step failed \(.*File exists.*\); the new result is whole in"):
+        save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
+    assert (output / "qvlm_report.json").read_text() == "mine"
+    assert before.items() <= snapshot(output).items()
+
+
+def test_what_lists_no_files_is_never_replaced(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+    """As of `save_pretrained`, a download, or a result whose list is damaged."""
+    model.save_pretrained(tmp_path / "out")
+    saved = save_quantized(model, processor, tmp_path / "damaged", report=None)
+    (saved / "qvlm_files.json").write_text('{"config.json"')
+    linked = save_quantized(model, processor, tmp_path / "linked", report=None)
+    (linked / "qvlm_files.json").rename(tmp_path / "list")
+    (linked / "qvlm_files.json").symlink_to(tmp_path / "list")
+    for folder in (tmp_path / "out", saved, linked):
+        before = snapshot(folder)
+        with pytest.raises(ValueError, match=r"that lists its files, .*: delete it yourself, or"):
+            save_quantized(model, processor, folder, report=None, overwrite=True)
+        assert snapshot(folder) == before
+
+
+def test_a_result_with_folders_can_be_overwritten(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = type(processor).save_pretrained
+
+    def with_templates(self: object, folder: Path) -> None:
+        save(self, folder)
+        a_file(Path(folder) / "additional_chat_templates" / "rag.jinja")
+
+    output = save_quantized(model, processor, tmp_path / "plain" / "out", report=None)
+    plain = snapshot(output)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(processor), "save_pretrained", with_templates)
+        save_quantized(model, processor, output, report=None, overwrite=True)
+    assert (output / "additional_chat_templates" / "rag.jinja").is_file()
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert snapshot(output) == plain
+    assert not (output / "additional_chat_templates").exists()
+
+
+def test_what_was_recorded_later_is_still_ours(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    listed = (output / "qvlm_files.json").read_bytes()
+    record_measurement(output)
+    assert (output / "qvlm_report.json").is_file()
+    assert (output / "qvlm_files.json").read_bytes() != listed
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert (output / "qvlm_files.json").read_bytes() == listed
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_existing_directory_stays_itself(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    if overwrite:
+        save_quantized(model, processor, folder, report=None)
+    inode = folder.stat().st_ino
+    monkeypatch.chdir(folder)
+    assert save_quantized(model, processor, ".", report=None, overwrite=overwrite) == folder
+    assert (folder.stat().st_ino, Path.cwd()) == (inode, folder)
+    assert "config.json" in os.listdir(".")
+    assert not [name for name in os.listdir(".") if name.startswith(".")]
+    save_quantized(model, processor, tmp_path / "link", report=None, overwrite=True)
+    assert (folder.stat().st_ino, (tmp_path / "link").is_symlink()) == (inode, True)
+    assert AutoModelForImageTextToText.from_pretrained(folder).is_quantized
+
+
+@pytest.mark.parametrize("length", [1, 236, 237, 255])
+def test_a_name_of_any_length_that_the_file_system_takes(model: torch.nn.Module, processor: object, tmp_path: Path, length: int) -> None:
+    output = save_quantized(model, processor, tmp_path / ("x" * length), report=None)
+    save_quantized(model, processor, output, report=None, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x" * length]
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"):
+        saving.check_output(tmp_path / ("x" * 256), overwrite=False)
+    for length in (4060, 4085):  # the directory fits, the files in it do not
+        deep = Path(str(tmp_path.joinpath(*["y" * 200] * 30))[:length])
+        with pytest.raises(ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"):
+            saving.check_output(deep, overwrite=False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"cannot be written \(Not a directory\): choose a directory that you may write to\.$"):
+        saving.check_output(tmp_path / "file" / "out", overwrite=False)
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as patch:  # root may write everywhere
+        patch.setattr(Path, "touch", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+        for output in (tmp_path / "empty", tmp_path / "new" / "out"):
+            with pytest.raises(ValueError, match=r"cannot be written \(Read-only file system\): choose a directory that"):
+                saving.check_output(output, overwrite=False)
+    assert saving.check_output(tmp_path / "new" / "out", overwrite=False) == tmp_path / "new" / "out"
+    assert sorted(os.listdir(tmp_path)) == ["empty", "file"]  # the look leaves nothing
+    assert os.listdir(tmp_path / "empty") == []
+
+
+def test_a_failed_save_takes_the_folders_above_it_away_again(
+    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at_second_shard(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(OSError, match="nothing was changed"):
+        save_quantized(model, processor, tmp_path / "a" / "b" / "out", report=None, max_shard_size="60KB")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_follow_the_umask(model: torch.nn.Module, processor: object, tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        output = save_quantized(model, processor, tmp_path / "out", report=model.hf_quantizer.report, max_shard_size="60KB")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in output.iterdir()}
+    assert len([name for name in modes if name.endswith(".safetensors")]) > 1
+    assert modes == dict.fromkeys(modes, mode)
+
+
+def test_an_empty_directory_is_taken_and_permissions_are_ordinary(model: torch.nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    output = save_quantized(model, None, tmp_path / "empty", report=None)
+    (tmp_path / "other").mkdir()
+    assert output.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert saving.REPORT_NAME not in os.listdir(output)
