@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import qvlm_hf.interruption  # noqa: F401 - first, because what follows takes seconds
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.settings import VisionOptimization
-from qvlm_hf.hub.publish import Published
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.quantizer import QVLMHfQuantizer, quantize_model
 from qvlm_hf.hf.saving import save_quantized
+from qvlm_hf.hub.publish import Published
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.report import PrecisionRow, format_precision_table, precision_table, set_backend
 

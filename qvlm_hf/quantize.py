@@ -20,24 +20,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvlm_hf.calibration.measure.answers import answer_logits
 from qvlm_hf.calibration.layers import LayerInput, capture_inputs
-from qvlm_hf.calibration.transforms.equalization import equalize
+from qvlm_hf.calibration.measure.answers import answer_logits
 from qvlm_hf.calibration.measure.importance import token_importance
-from qvlm_hf.calibration.search.blocks import partition_layers
+from qvlm_hf.calibration.measure.self_check import collapse_warning, compare_answers, head_warning
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.provenance import provenance, versions
-from qvlm_hf.calibration.recombination import recombined
 from qvlm_hf.calibration.report import BlockReport, CalibrationReport, Lift, SegmentReport, SiteReport, settings_dict
-from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
 from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture, longest_sample
+from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.segments import Evidence, SearchedBlock, layer_dependencies, search_segment
-from qvlm_hf.calibration.measure.self_check import collapse_warning, compare_answers, head_warning
 from qvlm_hf.calibration.search.sensitivity import SensitivityProbe, allocate_bits, guard_sites, measure_widths, site_parameters
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.calibration.search.sites import installed
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision
+from qvlm_hf.calibration.transforms.equalization import equalize
+from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
 from qvlm_hf.calibration.vision_encoder import OptimizedVision, optimize_vision
 from qvlm_hf.calibration.waiting import yield_to_others
+from qvlm_hf.format.hadamard import block_hadamard
+from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.format.weight_grid import not_finite, quantize_weight
 from qvlm_hf.models.graph import (
     Segment,
     full_precision_modules,
@@ -48,9 +50,6 @@ from qvlm_hf.models.graph import (
     scale_paths,
     why_empty,
 )
-from qvlm_hf.format.hadamard import block_hadamard
-from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import not_finite, quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules
 
@@ -58,7 +57,6 @@ __all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "round_and_pack"]
 
 _FEW_SAMPLES = 16  # seen: four equal samples at W8A8 cost the demo model 60 points, and their own self-check could not know
 _GUARDED_BITS = 4  # schemes with more bits than this break no site
-_RECOMBINATIONS = 3  # times the calibration samples that learned rounding sees besides them
 CHECK_SAMPLES = 16  # held-out samples of the self-check
 
 
@@ -101,11 +99,10 @@ def calibrate_and_pack(
             if not full[segment.layers[0].name]:
                 raise ValueError(_unreached(segment, len(samples)))
         precisions, sensitivities, lifts = _choose_precisions(model, segments, full, data, settings, callbacks)
-        more = recombined(data, _RECOMBINATIONS, seed=settings.seed) if settings.weight_rounding == "learned" else []
-        importance = token_importance(model, segments, [*data, *more], seed=settings.seed) if settings.token_importance else {}
+        importance = token_importance(model, segments, data, seed=settings.seed) if settings.token_importance else {}
         vision = _optimize_vision(model, segments, full, data, settings, precisions, callbacks)
         evidence = Evidence(precisions, importance, vision.ranges, vision.dependencies) if vision else Evidence(precisions, importance)
-        modules, segment_reports, site_reports = _search(model, segments, full, data, more, settings, evidence, callbacks)
+        modules, segment_reports, site_reports = _search(model, segments, full, data, settings, evidence, callbacks)
         head = _pack_head(model, settings)
         floating = {name: get_linear(model, name) for name in (*modules, *head)}
         try:
@@ -248,7 +245,6 @@ def _search(
     segments: Sequence[Segment],
     full: dict[str, list[LayerInput]],
     data: Sequence[Batch],
-    more: Sequence[Batch],
     settings: CalibrationSettings,
     evidence: Evidence,
     callbacks: Sequence[Any],
@@ -258,7 +254,6 @@ def _search(
     segment_reports: list[SegmentReport] = []
     site_reports: list[SiteReport] = []
     progress = Steps("search", callbacks, sum(len(segment.layers) for segment in segments))
-    unsearched = capture_inputs(model, more, [segment.layers[0].name for segment in segments])
     with ExitStack() as below:
         for segment in segments:
             first = segment.layers[0].name
@@ -266,11 +261,9 @@ def _search(
                 layer_dependencies(model, segment, full[first], settings), settings.entropy_threshold,
             )  # fmt: skip
             blocks, threshold = partition_layers(dependencies, max_block_depth=settings.max_block_depth, threshold=threshold)
-            count = len(full[first])
-            full[first] += unsearched[first]
-            inputs = capture_inputs(model, [*data, *more], [first])[first] if modules else full[first]
+            inputs = capture_inputs(model, data, [first])[first] if modules else full[first]
             searched = []
-            for found in search_segment(model, segment, blocks, full[first], inputs, settings, evidence, count):
+            for found in search_segment(model, segment, blocks, full[first], inputs, settings, evidence):
                 modules |= _pack_block(model, found)
                 searched.append(found)
                 progress.advance(len(found.layers))
@@ -279,7 +272,7 @@ def _search(
             site_reports += [SiteReport(modules=site.site.modules, candidate=site.chosen) for site in sites]
             # from here on the segment runs as quantized, so that the next one sees what it will see
             below.enter_context(installed(sites))
-            del full[first], unsearched[first]
+            del full[first]
     return modules, segment_reports, site_reports
 
 

@@ -84,7 +84,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
             raise RuntimeError("stop")
         return real(search)
 
-    from qvlm_hf.calibration.search.joint_search import segments as segment
+    from qvlm_hf.calibration.search import segments as segment
 
     real = segment.search_block
     monkeypatch.setattr(segment, "search_block", fail)

@@ -26,11 +26,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.calibration.search.sites import TrialSite
-from qvlm_hf.models.graph import Site
+from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.activation_grid import QParams, choose_qparams
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.graph import Site
 
 __all__ = [
     "ANSWERS",

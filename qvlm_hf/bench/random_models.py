@@ -13,10 +13,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.runtime.attention import ATTENTION
 from qvlm_hf.hf.runtime.fusion import fuse
+from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import replace_modules
 

@@ -194,8 +194,8 @@ class CalibrationSettings:
         self._check_numbers()
         if self.lm_head_bits is not None and (self.lm_head_bits != 8 or type(self.lm_head_bits) is not int):
             raise ValueError(f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision).")
-        if self.weight_rounding not in ("nearest", "gptq", "learned"):
-            raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest', 'gptq' or 'learned'.")
+        if self.weight_rounding not in ("nearest", "gptq", "learned"):  # the last in saved files alone
+            raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'.")
         if self.rotation not in ("auto", None, "hadamard"):
             raise ValueError(f"rotation={self.rotation!r} must be 'hadamard', None or 'auto'.")
         if self.rotation == "auto":

@@ -24,14 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 from qvlm_hf.calibration.layers import LayerInput, calibrating, frozen, kept, layer_outputs
 from qvlm_hf.calibration.measure.entropy import DependencyHistogram, value_bounds
-from qvlm_hf.calibration.search.ranges import initialize_sites, judging
-from qvlm_hf.calibration.search.blocks import Block, partition_layers
 from qvlm_hf.calibration.report import VisionReport
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
+from qvlm_hf.calibration.search.blocks import Block, partition_layers
+from qvlm_hf.calibration.search.ranges import initialize_sites, judging
 from qvlm_hf.calibration.search.segments import layer_dependencies
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
 from qvlm_hf.calibration.search.sites import LearnedRanges, installed
 from qvlm_hf.calibration.search.straight_through import FixedSite, RangeSite, StraightThroughSite
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
 from qvlm_hf.models.graph import Segment
 
 __all__ = ["OptimizedVision", "optimize_vision"]

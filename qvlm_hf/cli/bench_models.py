@@ -17,14 +17,14 @@ from transformers import AutoConfig, DynamicCache, StaticCache
 from qvlm_hf.bench.machine import Limits, available_bytes, device_name, has_bfloat16_units, measure_limits
 from qvlm_hf.bench.models import ModelRow, Phase, Way, fits_together, measure_models
 from qvlm_hf.bench.peers import PEERS
+from qvlm_hf.bench.random_models import random_model, random_prompt
+from qvlm_hf.bench.shapes import shape_config, shape_model, token_positions
 from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import load_model, read_config, silence
 from qvlm_hf.format.scheme import parse_scheme
-from qvlm_hf.hf.runtime.compiling import ROUND_AS_EAGER
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.bench.random_models import random_model, random_prompt
 from qvlm_hf.hf.round_on_load import planned_modules
-from qvlm_hf.bench.shapes import shape_config, shape_model, token_positions
+from qvlm_hf.hf.runtime.compiling import ROUND_AS_EAGER
 from qvlm_hf.nn.footprint import footprint
 from qvlm_hf.nn.replace import dequantize_modules
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from qvlm_hf.bench.shapes import SHAPES, shape_model, token_positions
 from qvlm_hf.cli.models import silence
 from qvlm_hf.cli.story import story
-from qvlm_hf.hub.contents import REPORT_NAME, read_report_file
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.round_on_load import planned_modules
-from qvlm_hf.bench.shapes import SHAPES, shape_model, token_positions
+from qvlm_hf.hub.contents import REPORT_NAME, read_report_file
 from qvlm_hf.nn.footprint import Footprint, footprint
 
 __all__ = ["add_arguments", "run", "saved_footprint"]

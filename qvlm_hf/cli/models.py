@@ -11,9 +11,9 @@ from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from qvlm_hf.hub.errors import one_line
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.directory import check_directory
+from qvlm_hf.hub.errors import one_line
 
 __all__ = ["METHODS", "add_scheme_arguments", "load_model", "load_processor", "make_config", "read_config", "silence"]
 

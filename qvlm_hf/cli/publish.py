@@ -3,8 +3,8 @@
 import argparse
 
 from qvlm_hf.cli.models import silence
-from qvlm_hf.hub.publish import Published
 from qvlm_hf.hf.publishing import publish_folder
+from qvlm_hf.hub.publish import Published
 
 __all__ = ["add_arguments", "describe", "run"]
 

@@ -8,9 +8,9 @@ from huggingface_hub import HfApi
 from qvlm_hf.cli.models import add_scheme_arguments, load_model, load_processor, make_config
 from qvlm_hf.cli.publish import describe
 from qvlm_hf.cli.story import story
-from qvlm_hf.hub.publish import check_target
 from qvlm_hf.hf.publishing import publish_folder
 from qvlm_hf.hf.saving import check_output, save_quantized
+from qvlm_hf.hub.publish import check_target
 
 __all__ = ["add_arguments", "run"]
 

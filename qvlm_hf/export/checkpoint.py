@@ -22,14 +22,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from qvlm_hf.models.graph import canonical_name
-from qvlm_hf.hub.payload import FILES
-from qvlm_hf.hf.checks import TensorHeader, check_complete, check_files, check_modules, check_values, read_headers
 from qvlm_hf.export.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
+from qvlm_hf.hf.checks import TensorHeader, check_complete, check_files, check_modules, check_values, read_headers
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.directory import weight_files
 from qvlm_hf.hf.registry import QUANT_METHOD
 from qvlm_hf.hf.saving import REPORT_NAME, check_output, written_whole
+from qvlm_hf.hub.payload import FILES
+from qvlm_hf.models.graph import canonical_name
 
 __all__ = ["EXPORT_FORMATS", "Exported", "export", "has_nested_vision", "hub_name"]
 

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from qvlm_hf.export.checkpoint import has_nested_vision, hub_name
 from qvlm_hf.hf.checks import check_files, tensor_headers
 from qvlm_hf.hf.directory import weight_files
-from qvlm_hf.export.checkpoint import has_nested_vision, hub_name
 
 __all__ = ["DEVICES", "RULES", "VLLM_VERSION", "Finding", "Rule", "check_for_vllm"]
 

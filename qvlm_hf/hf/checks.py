@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.linear import QVLMLinear
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import

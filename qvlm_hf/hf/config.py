@@ -15,10 +15,10 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization, to_plain
-from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.format.scheme import QuantScheme, parse_scheme
-from qvlm_hf.hub.publish import check_repo_id
 from qvlm_hf.hf.registry import QUANT_METHOD, config_class
+from qvlm_hf.hub.publish import check_repo_id
+from qvlm_hf.models.graph import canonical_name
 
 __all__ = ["FORMAT_VERSION", "QVLMConfig"]
 
@@ -65,8 +65,7 @@ class QVLMConfig(QuantizationConfigMixin):
         entropy_threshold: nats from which a layer depends on its neighbours (eq. 7); None is the mean of the segment.
         percentiles: range candidates: shares of the calibration values that a range covers.
         margins: range candidates: factors on the range of all values.
-        weight_rounding: "gptq" (second-order compensation of the rounding error), "learned" (that, then gradient descent block by
-            block) or "nearest".
+        weight_rounding: "gptq" (second-order compensation of the rounding error) or "nearest".
         rotation: "hadamard" folds a Hadamard rotation into the weights, with online transforms where that cannot be; None does not; "auto"
             does for calibrated inputs of 7 or 8 bits, where it measured best.
         equalization: move scales of input channels into the weights that read them, exactly; calibrated inputs only.
@@ -153,6 +152,8 @@ class QVLMConfig(QuantizationConfigMixin):
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():
             setattr(self, name, value)
+        if self.weight_rounding == "learned" and not self.modules:
+            raise ValueError("weight_rounding='learned' was removed, it gained nothing: take 'gptq'. Saved models still load.")
         settings = self.settings()  # raises where a value breaks a rule; what they mean is what is kept
         self.__dict__.update({name: getattr(settings, name) for name in (*_SETTINGS, "strict")})
         if modules_to_not_convert is None:
@@ -258,7 +259,6 @@ class QVLMConfig(QuantizationConfigMixin):
             ValueError: something was asked for that needs data.
         """
         needing = {
-            "weight_rounding='learned'": self.weight_rounding == "learned",
             "optimize_vision": self.optimize_vision is not None,
             "precision_budget": self.precision_budget is not None,
         }

@@ -20,14 +20,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.runtime.decoding import probe_inputs
+from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.hub.card_rules import check_choices
 from qvlm_hf.hub.contents import REPORT_NAME, read_quantization, read_report, read_report_file
 from qvlm_hf.hub.model_card import write_card
 from qvlm_hf.hub.payload import choose_files
 from qvlm_hf.hub.publish import Published, Target, check_message, check_target, fetch_card, upload
-from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.runtime.decoding import probe_inputs
-from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["check_push", "publish", "publish_folder", "push_result"]

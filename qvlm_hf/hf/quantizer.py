@@ -32,17 +32,17 @@ from qvlm_hf.calibration.samples import (
     without_too_long,
 )
 from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
-from qvlm_hf.models.graph import why_empty
-from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.hf.checks import check_complete, check_files, check_loaded, check_modules, read_headers
-from qvlm_hf.hf.runtime.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.hf.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.hf.directory import check_index
-from qvlm_hf.hf.runtime.guards import guard, unguard
 from qvlm_hf.hf.origin import origin
 from qvlm_hf.hf.processor_fit import check_processor_fits
 from qvlm_hf.hf.registry import quantizer_class
 from qvlm_hf.hf.round_on_load import RoundOnLoad, planned_report, resolve_segments, rounding_skeleton
+from qvlm_hf.hf.runtime.compiling import compile_as_transformers_does, round_as_eager
+from qvlm_hf.hf.runtime.guards import guard, unguard
+from qvlm_hf.hub.publish import Published, Target
+from qvlm_hf.models.graph import why_empty
 from qvlm_hf.nn.footprint import count_parameters
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules

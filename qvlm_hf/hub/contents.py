@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hub.payload import read_header, weight_files
+from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.footprint import component_of, footprint
 
 __all__ = ["REPORT_NAME", "Component", "Contents", "LinearModule", "read_contents", "read_quantization", "read_report", "read_report_file"]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["COMPONENTS", "Footprint", "FootprintRow", "component_of", "count_parameters", "footprint", "linear_bytes"]

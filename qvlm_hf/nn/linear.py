@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.format.packing import pack
 from qvlm_hf.format.activation_grid import QParams
+from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.format.weight_grid import QuantizedWeight
 from qvlm_hf.nn.packed_weight import freeze, guarded, plain

@@ -34,7 +34,6 @@ LINES = {
     "+ token importance": _GUARDED | {"token_importance": True},
     "+ equalization": _BEST,
     "+ vision optimisation": _BEST | {"optimize_vision": True},
-    "+ learned rounding": _BEST | {"weight_rounding": "learned"},
     "+ rotation": _BEST | {"rotation": "hadamard"},
 }
 VARIANTS = LINES | {

@@ -25,11 +25,11 @@ from transformers import DynamicCache
 from qvlm_hf import QVLMConfig
 from qvlm_hf.bench.generation import cache_argument
 from qvlm_hf.bench.machine import device_name
+from qvlm_hf.bench.random_models import random_model
+from qvlm_hf.bench.shapes import shape_config, shape_model
+from qvlm_hf.hf.round_on_load import planned_modules
 from qvlm_hf.hf.runtime import fusion
 from qvlm_hf.hf.runtime.growing_cache import leave_caches
-from qvlm_hf.bench.random_models import random_model
-from qvlm_hf.hf.round_on_load import planned_modules
-from qvlm_hf.bench.shapes import shape_config, shape_model
 
 SHAPE = "demo-1b"
 

@@ -26,8 +26,8 @@ import qvlm_hf
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.bench.memory import stored_bytes
 from qvlm_hf.bench.random_models import random_tensors, skeleton
-from qvlm_hf.hf.round_on_load import planned_modules
 from qvlm_hf.bench.shapes import shape_config, shape_model
+from qvlm_hf.hf.round_on_load import planned_modules
 from qvlm_hf.nn.replace import quantized_modules
 
 _SHARD = 10**9

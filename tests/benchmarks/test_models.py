@@ -13,11 +13,11 @@ from qvlm_hf.bench.machine import Clock, Limits, measure_limits
 from qvlm_hf.bench.memory import decoder_bytes, peak_bytes, stored_bytes
 from qvlm_hf.bench.models import Way, fits_together, measure_models, phase
 from qvlm_hf.bench.peers import PEERS, _gptq_tensors
+from qvlm_hf.bench.random_models import random_model, random_prompt
 from qvlm_hf.bench.rounds import Figure, figure, one_line, take_turns
 from qvlm_hf.cli import main
 from qvlm_hf.cli.bench_models import _caches, _saved, _ways
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.bench.random_models import random_model, random_prompt
 from qvlm_hf.hf.round_on_load import planned_modules
 from qvlm_hf.nn.replace import quantized_modules
 

@@ -11,11 +11,11 @@ from qvlm_hf.calibration import vision_encoder
 from qvlm_hf.calibration.layers import capture_inputs, frozen
 from qvlm_hf.calibration.measure.entropy import DependencyHistogram, value_bounds
 from qvlm_hf.calibration.samples import batches, load_samples
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
 from qvlm_hf.calibration.search.sites import LearnedRanges, installed
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
 from qvlm_hf.calibration.vision_encoder import optimize_vision
-from qvlm_hf.models.graph import resolve
 from qvlm_hf.format.activation_grid import grid_bounds
+from qvlm_hf.models.graph import resolve
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.quantize import calibrate_and_pack
 

@@ -19,7 +19,7 @@ Pictures of nine cells with coloured shapes and handwritten digits, and question
 
 | split | pictures | questions | use |
 |---|---|---|---|
-| train | 128 | 512 | the first pictures of the training stream |
+| train | 128 | 512 | the first pictures of the training stream (tests/demo_model/data) |
 | calibration | 64 | 128 | quantization |
 | test | 400 | 2400 | accuracy |
 

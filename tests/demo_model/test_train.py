@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import distributed
 
-from qvlm_hf.demo import train
+from demo_model import train
 from demo_model.losses import PatchHeads
 from demo_model.network import build_model
 from demo_model.pool import draw_pool

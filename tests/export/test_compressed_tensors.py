@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from qvlm_hf.export.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.format.weight_grid import quantize_weight
-from qvlm_hf.export.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
 from qvlm_hf.nn.linear import packed_tensors
 
 

@@ -6,7 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvlm_hf.format.activation_grid import QParams, choose_qparams, dequantize, dynamic_token_qparams, fake_quantize, quantize, shift_quantize
+from qvlm_hf.format.activation_grid import (
+    QParams,
+    choose_qparams,
+    dequantize,
+    dynamic_token_qparams,
+    fake_quantize,
+    quantize,
+    shift_quantize,
+)
 
 BITS = st.integers(2, 8)
 BOUND = st.floats(-1e4, 1e4, width=32).filter(lambda value: value == 0 or abs(value) > 1e-30)

@@ -65,7 +65,7 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
         ({"optimize_vision": 0}, "optimize_vision=0 must be True, False or a VisionOptimization"),
         ({"optimize_vision": {"epoch": 3}}, "does not have the fields of VisionOptimization"),
         ({"optimize_vision": {"epochs": 0}}, "VisionOptimization: epochs=0 must be an integer of at least 1"),
-        ({"weight_rounding": "best"}, "weight_rounding='best' must be 'nearest', 'gptq' or 'learned'"),
+        ({"weight_rounding": "best"}, "weight_rounding='best' must be 'nearest' or 'gptq'"),
         ({"rotation": "givens"}, "rotation='givens' must be 'hadamard', None or 'auto'"),
         ({"precision_budget": 1.5}, "precision_budget=1.5 must be an average of 2 to 8 bits"),
         ({"guard": "yes"}, "guard='yes' must be True or False"),
@@ -306,6 +306,21 @@ def test_a_checkpoint_keeps_its_own_configuration(saved: dict) -> None:
         AutoModelForImageTextToText.from_pretrained(path, quantization_config=GPTQConfig(bits=4))
 
 
+def test_learned_rounding_is_in_saved_files_alone():
+    with pytest.raises(ValueError, match="weight_rounding='learned' was removed, it gained nothing: take 'gptq'"):
+        QVLMConfig(weight_rounding="learned")
+    scheme = {
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "group_size": 128,
+        "symmetric": False,
+        "granularity": "channel",
+        "input_transform": None,
+    }
+    config = QVLMConfig.from_dict({"weight_rounding": "learned", "modules": {"lm_head": scheme}})
+    assert config.to_dict()["weight_rounding"] == "learned"
+
+
 def test_without_data_only_rounding_is_recorded():
     config = QVLMConfig(scheme="W4A16")
     config.settle_without_data()
@@ -315,7 +330,6 @@ def test_without_data_only_rounding_is_recorded():
 @pytest.mark.parametrize(
     ("fields", "name"),
     [
-        ({"weight_rounding": "learned"}, "weight_rounding='learned'"),
         ({"optimize_vision": True}, "optimize_vision"),
         ({"precision_budget": 3.0}, "precision_budget"),
     ],

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.report import BlockReport, SegmentReport
+from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.hub.pictures import entropy_picture
 
 

@@ -6,6 +6,7 @@ import torch
 from tiny_models import tiny_llava
 from torch import nn
 
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import (
     Layer,
     Segment,
@@ -18,7 +19,6 @@ from qvlm_hf.models.graph import (
     resolve,
     shared_inputs,
 )
-from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear
 
 

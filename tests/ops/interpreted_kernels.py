@@ -10,8 +10,8 @@ from interpreted_triton import kernels
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qvlm_hf.format.packing import pack
 from qvlm_hf.format.activation_grid import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import gpu, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows that nobody reads hold anything, infinities too

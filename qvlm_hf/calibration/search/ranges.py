@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from qvlm_hf.calibration.layers import LayerInput, count_tokens, run_layer
 from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
 from qvlm_hf.calibration.search.sites import LearnedRanges, TrialSite, site_input
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
 from qvlm_hf.models.graph import Layer, Site, get_linear
 
 __all__ = ["initialize_sites", "judging"]

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.calibration.layers import LayerInput, calibrating, count_tokens, kept, run_layer
-from qvlm_hf.calibration.search.gptq import compensate_layer
 from qvlm_hf.calibration.measure.entropy import DependencyHistogram, value_bounds
-from qvlm_hf.calibration.search.ranges import initialize_sites, judging
-from qvlm_hf.calibration.learned_rounding import learn_rounding
 from qvlm_hf.calibration.search.blocks import Block
+from qvlm_hf.calibration.search.gptq import compensate_layer
 from qvlm_hf.calibration.search.joint_search import BlockSearch, SearchResult, search_block
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision
+from qvlm_hf.calibration.search.ranges import initialize_sites, judging
 from qvlm_hf.calibration.search.sites import LearnedRanges, TrialSite, installed
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.models.graph import Layer, Segment
 
 __all__ = ["Evidence", "SearchedBlock", "layer_dependencies", "search_segment"]
@@ -93,7 +92,6 @@ def search_segment(
     inputs: Sequence[LayerInput],
     settings: CalibrationSettings,
     evidence: Evidence,
-    searched: int,
 ) -> Iterator[SearchedBlock]:
     """Searches the blocks of a segment bottom to top (eq. 3), then gives dead layers their L_p start.
 
@@ -105,7 +103,6 @@ def search_segment(
         inputs: the same when everything below is quantized.
         settings: candidates and schemes.
         evidence: what was measured before.
-        searched: how many batches, from the first, ranges are taken from; the others only round weights.
 
     Yields:
         Each block when its search has ended.
@@ -121,16 +118,12 @@ def search_segment(
             for layer in layers:
                 full = run_layer(model.get_submodule(layer.name), full_inputs, full)
                 targets.append(full)
-            seen = slice(searched)
-            sites = initialize_sites(
-                model, layers, segment.component, inputs[seen], hidden[seen], settings, evidence.precisions, evidence.ranges
-            )
+            sites = initialize_sites(model, layers, segment.component, inputs, hidden, settings, evidence.precisions, evidence.ranges)
             modules = [model.get_submodule(layer.name) for layer in layers]
             weights = [evidence.importance[layer.name] for layer in layers] if evidence.importance else [None] * len(layers)
-            entering = hidden
             with installed(site for row in sites for site in row):
-                judged = [[judging(per_batch[seen]) for per_batch in rows if per_batch is not None] for rows in (targets, weights)]
-                result = search_block(BlockSearch(modules, sites, judging(inputs[seen]), judging(hidden[seen]), *judged))
+                judged = [[judging(per_batch) for per_batch in rows if per_batch is not None] for rows in (targets, weights)]
+                result = search_block(BlockSearch(modules, sites, judging(inputs), judging(hidden), *judged))
                 for module, row, choice, tokens in zip(modules, sites, result.choice, weights, strict=True):
                     for site, index in zip(row, choice, strict=True):
                         site.active = index
@@ -138,17 +131,11 @@ def search_segment(
                     if settings.weight_rounding != "nearest":
                         compensate_layer(module, row, inputs, hidden, tokens)
                     hidden = run_layer(module, inputs, hidden)
-            if settings.weight_rounding == "learned":
-                learn_rounding(modules, sites, inputs, entering, targets[-1], weights[-1], judging(range(searched)) if searched > 1 else ())
-                with installed(site for row in sites for site in row):
-                    hidden = entering
-                    for module in modules:
-                        hidden = run_layer(module, inputs, hidden)
         # outside the context: whoever packs the block must see the model's own dtype
         yield _settled(layers, sites, result)
     if dead:
         with calibrating(model, dead, inputs):
-            sites = initialize_sites(model, dead, segment.component, inputs[:searched], hidden[:searched], settings, evidence.precisions)
+            sites = initialize_sites(model, dead, segment.component, inputs, hidden, settings, evidence.precisions)
             for site in (site for row in sites for site in row):
                 site.take_final_ranges()
         yield _settled(dead, sites, None)

@@ -15,13 +15,13 @@ from dataclasses import asdict, replace
 
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.layers import LayerInput, calibrating
-from qvlm_hf.calibration.search.ranges import initialize_sites, judging
+from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.report import Lift
 from qvlm_hf.calibration.samples import Batch
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision
+from qvlm_hf.calibration.search.ranges import initialize_sites, judging
 from qvlm_hf.calibration.search.sites import installed
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.models.graph import Segment, get_linear
 
 __all__ = ["SensitivityProbe", "allocate_bits", "guard_sites", "measure_widths", "site_parameters"]

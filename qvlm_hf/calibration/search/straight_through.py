@@ -1,8 +1,7 @@
 """A site's quantized forward pass with gradients: rounding passes them on unchanged (the straight-through estimator).
 
 What is computed equals `TrialSite.forward` under the candidate in force; only the derivatives differ. What an optimiser may move depends
-on the class: nothing (`FixedSite`), ranges (`RangeSite`, for the visual encoder optimisation), integers of the weights
-(`IntegerSite`, for learned rounding).
+on the class: nothing (`FixedSite`) or ranges (`RangeSite`, for the visual encoder optimisation).
 
 Legend: O out_features, I in_features, G groups of inputs that share a weight scale.
 """
@@ -15,13 +14,13 @@ from torch.nn import functional
 
 from qvlm_hf.calibration.search.sites import LearnedRanges, TrialSite, site_input
 from qvlm_hf.format.activation_grid import grid_bounds
-from qvlm_hf.format.weight_grid import QuantizedWeight, chosen_clip, group_expand, grouped_weight
+from qvlm_hf.format.weight_grid import chosen_clip, group_expand, grouped_weight
 
-__all__ = ["FixedSite", "IntegerSite", "RangeSite", "StraightThroughSite"]
+__all__ = ["FixedSite", "RangeSite", "StraightThroughSite"]
 
 
 class StraightThroughSite(ABC):
-    """One site of any of the three kinds. Goes where `simulation.installed` puts it.
+    """One site of either kind. Goes where `simulation.installed` puts it.
 
     Args:
         trial: the site under a candidate.
@@ -114,44 +113,6 @@ class RangeSite(StraightThroughSite):
         length = scheme.group_length(weight.shape[1])
         scale, zero_point = (group_expand(part, length, weight.shape[1]) for part in (scale, zero_point))
         return _quantized(weight, scale, zero_point, 2 * half - 1) * scale
-
-
-class IntegerSite(StraightThroughSite):
-    """A site whose weights can move to a neighbouring integer: offsets [O, I] from it in steps of the grid, from -1 to 1.
-
-    They start at what rounding took away, so that the weights that were nearest to their neighbours reach them first.
-    """
-
-    def __init__(self, trial: TrialSite) -> None:
-        super().__init__(trial)
-        self._weights = trial.quantized_weights()
-        self._offsets = tuple(_remainder(trial.folded_weight(i), w).requires_grad_(True) for i, w in enumerate(self._weights))
-
-    def parameters(self) -> list[Tensor]:  # noqa: D102 - as the first class
-        return list(self._offsets)
-
-    def quantized(self) -> tuple[QuantizedWeight, ...]:
-        """The weights as they are now, on the grids that they had."""
-        return tuple(
-            QuantizedWeight(self._integers(i).detach().to(torch.uint8), weight.scale, weight.zero_point, weight.group_length)
-            for i, weight in enumerate(self._weights)
-        )
-
-    def _integers(self, index: int) -> Tensor:
-        moved = self._weights[index].values.float() + self._offsets[index].clamp(-1, 1)
-        return _round(moved).clamp(0, 2**self._trial.scheme.weight_bits - 1)
-
-    def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:  # noqa: ARG002 - the grids are those of the folded weight
-        weight, length = self._weights[index], self.linears[index].in_features
-        scale, zero_point = (group_expand(part, weight.group_length, length).float() for part in (weight.scale, weight.zero_point))
-        return (self._integers(index) - zero_point) * scale
-
-
-def _remainder(folded: Tensor, weight: QuantizedWeight) -> Tensor:
-    """W' minus its quantized values in steps of the grid, kept inside half a step, [O, I]."""
-    length = folded.shape[1]
-    scale = group_expand(weight.scale, weight.group_length, length).float()
-    return ((folded - weight.dequantize()) / scale).clamp(-0.49, 0.49)
 
 
 def _quantized(x: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.models.graph import RotationPlan, ValuePath, get_linear, why_empty
 from qvlm_hf.format.hadamard import block_hadamard, largest_block
+from qvlm_hf.models.graph import RotationPlan, ValuePath, get_linear, why_empty
 
 __all__ = ["residual_rotation", "rotate", "undone_on_error"]
 

@@ -22,9 +22,9 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qvlm_hf.models.graph import shared_inputs
 from qvlm_hf.hf.runtime.attention import ATTENTION
 from qvlm_hf.hf.runtime.growing_cache import grow_caches, leave_caches, unknown_cache
+from qvlm_hf.models.graph import shared_inputs
 from qvlm_hf.nn.fused import FusedRMSNorm, SteppedAside
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.nn.siblings import share_inputs

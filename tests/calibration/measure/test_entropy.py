@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from qvlm_hf.calibration.measure import entropy
 from qvlm_hf.calibration.layers import LayerInput
+from qvlm_hf.calibration.measure import entropy
 from qvlm_hf.calibration.measure.entropy import DependencyHistogram, conditional_entropy, soft_assignment
 from qvlm_hf.calibration.search.segments import layer_dependencies
 from qvlm_hf.calibration.settings import CalibrationSettings

@@ -6,8 +6,7 @@ import torch
 from tiny_models import tiny_llava, tiny_processor
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.calibration.samples import synthetic
-from qvlm_hf.calibration.samples import collate
+from qvlm_hf.calibration.samples import collate, synthetic
 from qvlm_hf.calibration.samples.synthetic import synthesize
 
 

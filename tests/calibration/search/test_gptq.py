@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from qvlm_hf.calibration.search.joint_search import gptq as compensation
+from qvlm_hf.calibration.search import gptq as compensation
 from qvlm_hf.calibration.search.gptq import compensate
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.format.weight_grid import group_expand, quantize_weight

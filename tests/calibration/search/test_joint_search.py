@@ -8,14 +8,14 @@ from tiny_models import tiny_llava, tiny_messages, tiny_processor
 from torch import nn
 
 from qvlm_hf.calibration.layers import LayerInput, capture_inputs, run_layer
-from qvlm_hf.calibration.search.ranges import initialize_sites
 from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.search.joint_search import BlockSearch, search_block
-from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
+from qvlm_hf.calibration.search.ranges import initialize_sites
 from qvlm_hf.calibration.search.sites import TrialSite, installed
-from qvlm_hf.models.graph import Site, resolve
+from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
 from qvlm_hf.format.activation_grid import choose_qparams
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.graph import Site, resolve
 
 
 class OneLinear(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny_trial as trial
 
-from qvlm_hf.calibration.search.joint_search import sites as simulation
+from qvlm_hf.calibration.search import sites as simulation
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 
+from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
-from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.models.graph import resolve, rotation_plan, scale_paths
 from qvlm_hf.quantize import CalibrationSettings, calibrate_and_pack
 

@@ -7,10 +7,10 @@ import torch
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 from torch import nn
 
-from qvlm_hf.calibration.transforms.rotation import residual_rotation, rotate, undone_on_error
 from qvlm_hf.calibration.samples import batches, load_samples
-from qvlm_hf.models.graph import resolve, rotation_plan
+from qvlm_hf.calibration.transforms.rotation import residual_rotation, rotate, undone_on_error
 from qvlm_hf.format.hadamard import largest_block
+from qvlm_hf.models.graph import resolve, rotation_plan
 
 
 def logits(model):
