@@ -4,7 +4,7 @@ It is an nn.Linear so that LoRA, offloading and tensor-parallel code treat it as
 a shape that no float weight can have, so that a program without this package fails to load it instead of running garbage.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,7 @@ from qvlm_hf.ops import cpu, gpu
 from qvlm_hf.ops.reference import dequantize_weight
 from qvlm_hf.ops.schema import linear
 
-if TYPE_CHECKING:
-    from qvlm_hf.nn.siblings import SharedInput
-
-__all__ = ["QVLMLinear", "packed_tensors"]
+__all__ = ["Group", "QVLMLinear", "packed_tensors"]
 
 _FIXED_DTYPE = ("weight_scale", "input_scale")  # float parameters that `.to(dtype)` must leave alone: they are part of the format
 
@@ -44,6 +41,19 @@ def packed_tensors(quantized: QuantizedWeight, scheme: QuantScheme, input_qparam
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
+class Group(Protocol):
+    """What a module asks of those that it is computed together with (siblings.py)."""
+
+    def output(self, place: int, module: "QVLMLinear", x: Tensor) -> Tensor | None:
+        """What the module at `place` returns for x, or None if it has to compute by itself."""
+
+    def rejoin(self, place: int, module: "QVLMLinear") -> None:
+        """Takes in the copy of the module at `place`."""
+
+    def dissolve(self) -> None:
+        """From now on every module computes by itself."""
+
+
 class QVLMLinear(nn.Linear):
     """A quantized linear module, [..., in_features] -> [..., out_features].
 
@@ -51,11 +61,11 @@ class QVLMLinear(nn.Linear):
     [out, groups] or None, `input_scale` float32 and `input_zero_point` int32 [in] or [positions] or None, `bias` [out] or None.
 
     `reference` (False): whether the reference computes the module and no kernel; `set_backend` sets it, files do not hold it.
-    `shared` (None): the modules that it is computed together with, and its place among them (shared_input.py).
+    `shared` (None): the modules that it is computed together with, and its place among them.
     """
 
     reference = False
-    shared: "tuple[SharedInput, int] | None" = None
+    shared: tuple[Group, int] | None = None
 
     def __init__(
         self,

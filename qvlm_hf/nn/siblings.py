@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.ops.schema import linears, transformed
 
-__all__ = ["SharedInput", "share_inputs"]
+__all__ = ["Siblings", "share_inputs"]
 
 _PATIENCE = 3  # calls in a row whose results nobody asked for, after which the modules compute by themselves
 
 
-class SharedInput:
+class Siblings:
     """The modules of one site. `module.shared` of each is this and the module's place in it."""
 
     _members: list[Callable[[], QVLMLinear | None]]  # by place
@@ -163,7 +163,7 @@ def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:
     for names in sites:
         modules = [model.get_submodule(name) for name in names]
         if len(modules) > 1 and all(isinstance(module, QVLMLinear) for module in modules) and _agree(modules):  # type: ignore[arg-type]
-            SharedInput(modules)  # type: ignore[arg-type]
+            Siblings(modules)  # type: ignore[arg-type]
 
 
 def _agree(modules: Sequence[QVLMLinear]) -> bool:

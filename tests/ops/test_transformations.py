@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear
-from qvlm_hf.nn.siblings import SharedInput
+from qvlm_hf.nn.siblings import Siblings
 
 
 @pytest.fixture(params=["alone", "shared"])
@@ -20,7 +20,7 @@ def modules(request):
         tensors = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
         made.append(QVLMLinear.from_packed(nn.Linear(64, rows, bias=False), scheme, tensors))
     if request.param == "shared":
-        SharedInput(made)
+        Siblings(made)
     return made
 
 
