@@ -49,7 +49,7 @@ __version__ = "0.1.0"
 _LAZY = {"publish": "qvlm_hf.hf.publishing", "publish_folder": "qvlm_hf.hf.publishing"}  # Transformers' modeling code
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - any of the names in _LAZY
+def __getattr__(name: str) -> Any:
     """Imports what only some programs need, when it is asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

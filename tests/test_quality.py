@@ -1,4 +1,4 @@
-"""The settings of pyproject.toml, enforced: lint, format, types, import direction; and the rules no tool knows."""
+"""The rules of style that no tool knows; tests/style.sh runs the tools."""
 
 import ast
 import importlib
@@ -14,8 +14,6 @@ PACKAGE = ROOT / "qvlm_hf"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OPTIONAL = {"triton", "sklearn"}  # extras: a module that needs one is read, but imported only where it is installed
 PRINTERS = (PACKAGE / "cli",)  # what a user runs and reads
-# lint-imports has no `python -m`; the script in bin/ is missing where an environment was copied rather than installed
-LINT_IMPORTS = ("-c", "import sys; from importlinter.cli import lint_imports_command as run; sys.argv = ['lint-imports']; run()")
 
 
 def relative(path):
@@ -27,20 +25,6 @@ def module_name(path):
         return f"optimum.{'' if path.stem == 'qvlm' else 'commands.register.'}{path.stem}"
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param(("-m", "ruff", "check", "--no-cache"), id="ruff check"),
-        pytest.param(("-m", "ruff", "format", "--check", "--no-cache"), id="ruff format"),
-        pytest.param(("-m", "mypy"), id="mypy"),  # a minute in a fresh checkout, two seconds with .mypy_cache
-        pytest.param(LINT_IMPORTS, id="import-linter"),
-    ],
-)
-def test_tool(arguments):
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

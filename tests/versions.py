@@ -96,7 +96,7 @@ def run(python: str, folder: Path, more: list[str]) -> Result:
     report = folder / "report.xml"
     files = [f"tests/hf/{name}" for name in TESTS]
     # -P: the installed package, not the one in the current folder
-    command = [python, "-P", "-m", "pytest", "--no-cov", "-q", f"--junitxml={report}", *files, *more]
+    command = [python, "-P", "-m", "pytest", "-q", f"--junitxml={report}", *files, *more]
     status = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": ""}).returncode
     if status not in (0, 1):
         raise SystemExit(f"pytest ended with status {status}")

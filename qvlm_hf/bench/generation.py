@@ -49,10 +49,10 @@ class Pass:
 
 @torch.no_grad()
 def generate(
-    model: Any,  # noqa: ANN401 - any Transformers model
+    model: Any,
     inputs: Mapping[str, Tensor],
     new_tokens: int,
-    cache: Any,  # noqa: ANN401 - any Transformers cache
+    cache: Any,
     clock: Clock,
     step: Callable[..., Any] | None = None,
 ) -> Pass:
@@ -102,12 +102,12 @@ def generate(
     )
 
 
-def cache_argument(model: Any) -> str:  # noqa: ANN401 - any Transformers model
+def cache_argument(model: Any) -> str:
     """What the model's forward pass calls its key-value cache: "cache" from Transformers 5.24 on."""
     names = inspect.signature(model.forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 
 
-def cache_bytes(cache: Any) -> int:  # noqa: ANN401 - any Transformers cache
+def cache_bytes(cache: Any) -> int:
     """Bytes of keys and values."""
     return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))

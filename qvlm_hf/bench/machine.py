@@ -51,7 +51,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
 
-    def mark(self) -> Any:  # noqa: ANN401 - a number or an event, for `seconds` alone
+    def mark(self) -> Any:
         """This moment."""
         if not self._cuda:
             return time.perf_counter()
@@ -64,7 +64,7 @@ class Clock:
         if self._cuda:
             torch.cuda.synchronize()
 
-    def seconds(self, first: Any, last: Any) -> float:  # noqa: ANN401 - marks
+    def seconds(self, first: Any, last: Any) -> float:
         """From one mark to another; on CUDA after `wait`."""
         return first.elapsed_time(last) / 1e3 if self._cuda else last - first
 

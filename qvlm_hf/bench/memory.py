@@ -22,7 +22,7 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(_plain_tensors((*model.parameters(), *model.buffers())).values())
 
 
-def decoder_bytes(model: Any) -> int:  # noqa: ANN401 - any Transformers model
+def decoder_bytes(model: Any) -> int:
     """Bytes of weights that one decoding step reads: the decoder without its embedding table, and the output head."""
     decoder, head, table = model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()
     embeddings = {id(parameter) for parameter in table.parameters()}
@@ -65,7 +65,7 @@ def _plain_tensors(tensors: Iterable[Tensor]) -> dict[tuple[int, int], int]:
     return found
 
 
-def _inner(tensor: Any) -> list[Tensor]:  # noqa: ANN401 - attributes of other packages' tensors
+def _inner(tensor: Any) -> list[Tensor]:
     """Parts of a tensor subclass (torchao), or what stands beside a parameter (bitsandbytes)."""
     if hasattr(tensor, "__tensor_flatten__"):
         return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]

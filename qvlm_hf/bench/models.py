@@ -213,7 +213,7 @@ def _build(way: Way, compiled: bool) -> _Built | str:
         return one_line(error)
 
 
-def _compiled_step(model: Any, options: Mapping[str, bool]) -> Callable[..., Any]:  # noqa: ANN401 - any Transformers model
+def _compiled_step(model: Any, options: Mapping[str, bool]) -> Callable[..., Any]:
     on_cuda = next(model.parameters()).device.type == "cuda"
     # torch.compile takes a mode or options: the mode's own are among them
     mode = torch._inductor.list_mode_options()["reduce-overhead" if on_cuda else "default"]
@@ -221,7 +221,7 @@ def _compiled_step(model: Any, options: Mapping[str, bool]) -> Callable[..., Any
     if not on_cuda:
         return forward
 
-    def step(**inputs: Any) -> Any:  # noqa: ANN401 - as the model's forward
+    def step(**inputs: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()
         return forward(**inputs)
 
@@ -290,7 +290,7 @@ def _row(way: Way, batch: int, base: Way, measured: Mapping[tuple[str, int], _Me
     )  # fmt: skip
 
 
-def _operations(model: Any) -> int:  # noqa: ANN401 - any Transformers model
+def _operations(model: Any) -> int:
     """Multiplications and additions of the decoder's linear modules for one token; the head, which sees one of many, is not counted."""
     return sum(2 * module.in_features * module.out_features for module in model.get_decoder().modules() if isinstance(module, nn.Linear))
 

@@ -48,7 +48,7 @@ class Peer:
         return None if find_spec(self.package) else "not installed"
 
 
-def _bitsandbytes_8bit(model: Any) -> None:  # noqa: ANN401 - any Transformers model
+def _bitsandbytes_8bit(model: Any) -> None:
     _silence()
     import bitsandbytes
 
@@ -64,7 +64,7 @@ def _bitsandbytes_8bit(model: Any) -> None:  # noqa: ANN401 - any Transformers m
     _replace(model, quantized)
 
 
-def _bitsandbytes_4bit(model: Any) -> None:  # noqa: ANN401 - any Transformers model
+def _bitsandbytes_4bit(model: Any) -> None:
     _silence()
     import bitsandbytes
 
@@ -82,7 +82,7 @@ def _bitsandbytes_4bit(model: Any) -> None:  # noqa: ANN401 - any Transformers m
     _replace(model, quantized)
 
 
-def _torchao_int4(model: Any) -> None:  # noqa: ANN401 - any Transformers model
+def _torchao_int4(model: Any) -> None:
     from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
     if model.device.type == "cpu":
@@ -97,13 +97,13 @@ def _torchao_int4(model: Any) -> None:  # noqa: ANN401 - any Transformers model
         raise ValueError(f"torchao quantizes nothing here: no module has a multiple of {_GROUP} inputs.")
 
 
-def _torchao_int8(model: Any) -> None:  # noqa: ANN401 - any Transformers model
+def _torchao_int8(model: Any) -> None:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), filter_fn=_chosen(model))
 
 
-def _gptqmodel_int4(model: Any) -> None:  # noqa: ANN401 - any Transformers model
+def _gptqmodel_int4(model: Any) -> None:
     with redirect_stdout(StringIO()):  # a banner, and a line for every kernel considered
         from gptqmodel.utils.importer import hf_select_quant_linear_v2
 
@@ -150,19 +150,19 @@ def _silence() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def _linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:  # noqa: ANN401 - any Transformers model
+def _linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head:
             yield name, module
 
 
-def _chosen(model: Any) -> Callable[[nn.Module, str], bool]:  # noqa: ANN401 - any Transformers model
+def _chosen(model: Any) -> Callable[[nn.Module, str], bool]:
     names = {name for name, _ in _linears(model)}
     return lambda _, name: name in names
 
 
-def _replace(model: Any, quantized: Callable[[nn.Linear], nn.Module], *, decoder_only: bool = False) -> None:  # noqa: ANN401
+def _replace(model: Any, quantized: Callable[[nn.Linear], nn.Module], *, decoder_only: bool = False) -> None:
     """One module at a time, so that no second model is in memory."""
     root = model.get_decoder() if decoder_only else model
     among = set(root.modules())

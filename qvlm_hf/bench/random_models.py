@@ -28,12 +28,12 @@ _RANGE = 8.0  # width of a static input range: inputs behind a norm have a stand
 
 
 def random_model(
-    config: Any,  # noqa: ANN401 - of any supported family
+    config: Any,
     *,
     dtype: torch.dtype,
     device: torch.device,
     modules: Mapping[str, QuantScheme] | None = None,
-) -> Any:  # noqa: ANN401 - any Transformers model
+) -> Any:
     """A model in eval mode, on `device`, with finite outputs.
 
     Args:
@@ -55,7 +55,7 @@ def random_model(
     return model.eval()
 
 
-def skeleton(config: Any, *, dtype: torch.dtype, modules: Mapping[str, QuantScheme]) -> Any:  # noqa: ANN401 - any Transformers model
+def skeleton(config: Any, *, dtype: torch.dtype, modules: Mapping[str, QuantScheme]) -> Any:
     """The model with parameters on the meta device, quantized modules in their place, and real buffers."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -90,7 +90,7 @@ def random_tensors(model: nn.Module, device: torch.device) -> Iterator[tuple[str
 
 
 def random_prompt(
-    config: Any,  # noqa: ANN401 - of any supported family
+    config: Any,
     batch: int,
     *,
     prompt_tokens: int,

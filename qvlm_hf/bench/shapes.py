@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 __all__ = ["SHAPES", "shape_config", "shape_model", "token_positions"]
 
 
-def _llava_15(**text: Any) -> LlavaConfig:  # noqa: ANN401 - sizes of LlamaConfig
+def _llava_15(**text: Any) -> LlavaConfig:
     """LLaVA-1.5 as llava-hf publishes it: CLIP ViT-L/14 at 336 pixels and a Vicuna, vocabulary padded to 32064."""
     vision = CLIPVisionConfig(
         hidden_size=1024,
@@ -60,7 +60,7 @@ def shape_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LlavaForCondi
         return LlavaForConditionalGeneration._from_config(config)
 
 
-def token_positions(config: Any) -> dict[str, int]:  # noqa: ANN401 - the configuration of any supported family
+def token_positions(config: Any) -> dict[str, int]:
     """Component -> positions that granularity "token" is calibrated for: patches with the class token, and those the projector sees."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     projected = patches if config.vision_feature_select_strategy == "default" else patches + 1

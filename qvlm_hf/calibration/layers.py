@@ -90,7 +90,7 @@ def capture_inputs(model: nn.Module, batches: Sequence[Any], layers: Sequence[st
     for batch in batches:
         mask = batch.inputs.get("attention_mask")
 
-        def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = batch, mask: Tensor | None = mask) -> None:  # noqa: ANN401
+        def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = batch, mask: Tensor | None = mask) -> None:
             hidden, args, kwargs = _split(args, kwargs)
             if not torch.isfinite(hidden).all():
                 raise ValueError(
@@ -160,7 +160,7 @@ def layer_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
     outputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def collect(_module: nn.Module, _args: Any, output: Any) -> None:  # noqa: ANN401 - a layer returns hidden states or a tuple
+        def collect(_module: nn.Module, _args: Any, output: Any) -> None:
             hidden = _first(output)
             if not hidden.requires_grad:
                 hidden.requires_grad_(True)
@@ -177,7 +177,7 @@ def layer_outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, 
 
 
 @contextmanager
-def _pre_hooks(model: nn.Module, layers: Sequence[str], record: Any) -> Iterator[None]:  # noqa: ANN401
+def _pre_hooks(model: nn.Module, layers: Sequence[str], record: Any) -> Iterator[None]:
     handles = []
     try:
         for name in layers:
@@ -197,7 +197,7 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple
     return rest.pop("hidden_states"), (), rest
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 - nested arguments of any kind
+def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to(dtype) if value.is_floating_point() else value.detach()
     if isinstance(value, tuple):
@@ -207,5 +207,5 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 - nested argum
     return value
 
 
-def _first(output: Any) -> Tensor:  # noqa: ANN401 - a layer returns hidden states or a tuple that starts with them
+def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output

@@ -205,7 +205,7 @@ def _segment(entry: Mapping[str, Any]) -> SegmentReport:
     return SegmentReport(**{**entry, "layers": tuple(entry["layers"]), "entropies": tuple(entry["entropies"]), "blocks": blocks})
 
 
-def _listed(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _listed(value: Any) -> Any:
     """Tuples to lists, so that a report equals what JSON gives back."""
     if isinstance(value, Mapping):
         return {key: _listed(item) for key, item in value.items()}

@@ -19,7 +19,7 @@ COMPONENTS = ("vision", "projector", "language")
 _MAX_ENTRIES = 100_000  # of a list that a user gives; a model of 70 B parameters has about 600 linear modules
 
 
-def to_plain(name: str, value: object) -> Any:  # noqa: ANN401 - any JSON value
+def to_plain(name: str, value: object) -> Any:
     """A value as JSON knows it: None, bool, int, float, str, a tuple of these or a dict by str.
 
     Scalars and arrays of NumPy and PyTorch, enums, paths, fractions and decimals become what they
@@ -53,14 +53,14 @@ def to_plain(name: str, value: object) -> Any:  # noqa: ANN401 - any JSON value
     raise ValueError(f"{name}={_shown(value)} is {type(value).__name__}, must be what JSON can hold: a number, text, list or mapping.")
 
 
-def _as_float(value: Any) -> float:  # noqa: ANN401 - any real number
+def _as_float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # a fraction of whole numbers that no float holds
         return math.inf
 
 
-def _as_list(name: str, value: Any) -> Any:  # noqa: ANN401 - an array
+def _as_list(name: str, value: Any) -> Any:
     try:
         return value.tolist()
     except Exception as error:  # a tensor on "meta", for one

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def answer(model: Any, processor: Any, sample: Sample, *, max_new_tokens: int = 64) -> str:  # noqa: ANN401 - any Transformers model
+def answer(model: Any, processor: Any, sample: Sample, *, max_new_tokens: int = 64) -> str:
     """The model's greedy answer to the question of a sample (its own answer, if it has one, is not shown)."""
     pictures = iter(sample.images())
     question = [

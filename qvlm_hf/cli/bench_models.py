@@ -115,14 +115,14 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
     if base is not None:
         _check_baseline(base)
 
-    def full_precision(dtype: torch.dtype) -> Any:  # noqa: ANN401 - any Transformers model
+    def full_precision(dtype: torch.dtype) -> Any:
         if base is not None:
             return load_model(base, dtype=dtype).to(device)
         model = load_model(directory, dtype=dtype)
         dequantize_modules(model, dtype)
         return model.to(device)
 
-    def quantized() -> Any:  # noqa: ANN401 - any Transformers model
+    def quantized() -> Any:
         return load_model(directory, dtype=torch.bfloat16).to(device)
 
     parameters = sum(row.parameters for row in sizes.rows)
@@ -171,7 +171,7 @@ def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device
         ways.append(replace(quantized, compile_options=ROUND_AS_EAGER))
     for peer in PEERS if peers else ():
 
-        def build_peer(quantize: Callable[[Any], None] = peer.quantize) -> Any:  # noqa: ANN401 - any Transformers model
+        def build_peer(quantize: Callable[[Any], None] = peer.quantize) -> Any:
             model = subject.full_precision(torch.bfloat16)
             quantize(model)
             return model
@@ -180,11 +180,11 @@ def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device
     return ways
 
 
-def _caches(config: Any, *, static: bool) -> Callable[[int, int], Any]:  # noqa: ANN401 - any Transformers configuration
+def _caches(config: Any, *, static: bool) -> Callable[[int, int], Any]:
     """Batch size, length -> an empty cache; a static one is used again, because compiled code is tied to its memory."""
     kept: dict[tuple[int, int], Any] = {}
 
-    def new_cache(batch: int, length: int) -> Any:  # noqa: ANN401 - any Transformers cache
+    def new_cache(batch: int, length: int) -> Any:
         if not static:
             return DynamicCache(config=config.get_text_config(decoder=True))
         if (batch, length) not in kept:

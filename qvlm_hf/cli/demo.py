@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _quantize(options: argparse.Namespace, processor: Any) -> Any:  # noqa: ANN401 - Transformers objects
+def _quantize(options: argparse.Namespace, processor: Any) -> Any:
     config = make_config(options, search={"dataset": str(dataset_path("calibration")), "processor": processor})
     return load_model(str(model_dir()), config, torch.float32)
 

@@ -30,7 +30,7 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in the output directory")
 
 
-def make_config(options: argparse.Namespace, *, search: Mapping[str, Any] | None = None, **fields: Any) -> QVLMConfig:  # noqa: ANN401 - fields of QVLMConfig
+def make_config(options: argparse.Namespace, *, search: Mapping[str, Any] | None = None, **fields: Any) -> QVLMConfig:
     """The configuration that the options ask for.
 
     Args:
@@ -57,7 +57,7 @@ def silence() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype | str = "auto", revision: str | None = None) -> Any:  # noqa: ANN401 - any Transformers model
+def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype | str = "auto", revision: str | None = None) -> Any:
     """A model from a directory or the Hub, quantized on the way if there is a configuration."""
     silence()
     kind = read_config(name, revision)
@@ -71,7 +71,7 @@ def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype |
     return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, revision=revision, **options)
 
 
-def read_config(name: str, revision: str | None = None) -> Any:  # noqa: ANN401 - any Transformers configuration
+def read_config(name: str, revision: str | None = None) -> Any:
     """The configuration of a model in a directory or on the Hub.
 
     Raises:
@@ -101,7 +101,7 @@ def _check_reachable(name: str, revision: str | None) -> None:
         ) from error
 
 
-def load_processor(name: str, revision: str | None = None) -> Any:  # noqa: ANN401 - any Transformers processor
+def load_processor(name: str, revision: str | None = None) -> Any:
     """Its processor."""
     silence()
     _check_reachable(name, revision)

@@ -53,7 +53,7 @@ def model_label(model: str | Path) -> str:
     return Path(model).resolve().name if Path(model).exists() else str(model)
 
 
-def shown_command(command: str, directory: str | Path, *, dataset: str | None = None, against: str | None = None, **options: Any) -> str:  # noqa: ANN401 - values of options
+def shown_command(command: str, directory: str | Path, *, dataset: str | None = None, against: str | None = None, **options: Any) -> str:
     """A command line that means the same elsewhere.
 
     Args:

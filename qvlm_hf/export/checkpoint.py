@@ -113,7 +113,7 @@ def export(
     return Exported(path=target, modules=modules, full_precision=tuple(full_precision))
 
 
-def has_nested_vision(config: Any) -> bool:  # noqa: ANN401 - the configuration of any supported family
+def has_nested_vision(config: Any) -> bool:
     """Whether checkpoints on the Hub have the vision encoder in a `vision_model` of its own."""
     return getattr(getattr(config, "vision_config", None), "model_type", None) in _NESTED_VISION
 

@@ -244,7 +244,7 @@ def _fused_parts(linears: list[_Linear]) -> Iterator[list[_Linear]]:
             yield [by_name[parent + last] for last in family if parent + last in by_name]
 
 
-def _check_heads(config: Any, setting: _Setting, findings: _Findings) -> None:  # noqa: ANN401 - a LlavaConfig
+def _check_heads(config: Any, setting: _Setting, findings: _Findings) -> None:
     text, vision, devices = config.get_text_config(), config.vision_config, setting.devices
     for name, heads in (("language model", text.num_attention_heads), ("vision encoder", vision.num_attention_heads)):
         if heads % devices:

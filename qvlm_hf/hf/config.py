@@ -105,8 +105,8 @@ class QVLMConfig(QuantizationConfigMixin):
         quantize_projector: bool = True,
         lm_head_bits: int | None = None,
         modules_to_not_convert: Iterable[str] | None = None,
-        dataset: Any = None,  # noqa: ANN401 - anything `load_samples` reads
-        processor: Any = None,  # noqa: ANN401 - any Transformers processor
+        dataset: Any = None,
+        processor: Any = None,
         num_samples: int = 64,
         batch_size: int = 8,
         seed: int = 0,
@@ -130,7 +130,7 @@ class QVLMConfig(QuantizationConfigMixin):
         provenance: Mapping[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         format_version: int = FORMAT_VERSION,
-        **later: Any,  # noqa: ANN401 - the fields of `_LATER`; anything else is an error
+        **later: Any,
     ) -> None:
         _check_version(format_version := to_plain("format_version", format_version))
         if to_plain("quant_method", quant_method) != QUANT_METHOD:
@@ -160,7 +160,7 @@ class QVLMConfig(QuantizationConfigMixin):
             self.__dict__["modules_to_not_convert"] = None
 
     @classmethod
-    def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":  # noqa: ANN401 - fields of QVLMConfig
+    def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":
         """What the Q-VLM paper (arXiv 2410.08119) has and nothing besides: percentiles, granularities, visual encoder optimisation.
 
         Rounding is to nearest; guard, token importance, equalization and rotation are off.
@@ -188,7 +188,7 @@ class QVLMConfig(QuantizationConfigMixin):
         return cls(scheme=scheme, **(fields | overrides))
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:  # noqa: ANN401 - Transformers' signature
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Reads a configuration as `to_dict` wrote it.
 
         Args:
@@ -209,7 +209,7 @@ class QVLMConfig(QuantizationConfigMixin):
         config = cls(**(dict(config_dict) | changes))
         return (config, {name: kwargs[name] for name in kwargs.keys() - changes}) if return_unused_kwargs else config
 
-    def update(self, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - fields of QVLMConfig
+    def update(self, **kwargs: Any) -> dict[str, Any]:
         """Changes fields, all or none, checked together as at construction.
 
         Returns:
@@ -224,7 +224,7 @@ class QVLMConfig(QuantizationConfigMixin):
             self.__dict__.update(QVLMConfig(**(unchanged | changes)).__dict__)
         return {name: kwargs[name] for name in kwargs.keys() - changes}
 
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - any field
+    def __setattr__(self, name: str, value: Any) -> None:
         """Checks a field that has a value already, as `update` does."""
         if name in _FIELDS and name in self.__dict__:
             self.update(**{name: value})
@@ -275,7 +275,7 @@ class QVLMConfig(QuantizationConfigMixin):
         """The same as `to_dict`: a file must not depend on the defaults of the version that reads it."""
         return self.to_dict()
 
-    def get(self, key: str, default: Any = None) -> Any:  # noqa: ANN401 - as dict.get
+    def get(self, key: str, default: Any = None) -> Any:
         """A field by name; Transformers treats `model.config.quantization_config` as a dict here and there."""
         return getattr(self, key, default)
 
@@ -300,7 +300,7 @@ class QVLMConfig(QuantizationConfigMixin):
         return self.__dict__ | {"dataset": None, "processor": None, "callbacks": ()}
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any field
+def _plain(value: Any) -> Any:
     """`value` as JSON has it: new dicts and lists, schemes as their dicts."""
     if isinstance(value, QuantScheme):
         return value.to_dict()
@@ -331,7 +331,7 @@ def _checked_later(fields: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -> tuple[bool, str | None, bool | None]:  # noqa: ANN401
+def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -> tuple[bool, str | None, bool | None]:
     push_to_hub, hub_private = to_plain("push_to_hub", push_to_hub), to_plain("hub_private", hub_private)
     hub_model_id = to_plain("hub_model_id", hub_model_id)
     if not isinstance(push_to_hub, bool):
@@ -345,7 +345,7 @@ def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -
     return push_to_hub, hub_model_id, hub_private
 
 
-def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:  # noqa: ANN401 - duck-typed
+def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
     if isinstance(callbacks, str) or not hasattr(callbacks, "__iter__"):
         raise ValueError(f"callbacks={callbacks!r} must be a list of objects.")
     for callback in (kept := tuple(callbacks)):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # transformers' modeling code takes a second to import
 __all__ = ["check_processor_fits"]
 
 
-def check_processor_fits(model: PreTrainedModel, processor: Any, samples: Sequence[Sample] | None) -> None:  # noqa: ANN401
+def check_processor_fits(model: PreTrainedModel, processor: Any, samples: Sequence[Sample] | None) -> None:
     """Puts one sample, with a picture if there is one, through the processor and compares with the model.
 
     A model that cannot be asked, for example because it knows no `get_image_features`, is let through.
@@ -66,7 +66,7 @@ def _drawn() -> Sample:
     return Sample(messages=({"role": "user", "content": content},), origin="an empty picture")
 
 
-def _make_inputs(sample: Sample, processor: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401
+def _make_inputs(sample: Sample, processor: Any) -> dict[str, torch.Tensor]:
     with torch.device("cpu"):  # from_pretrained makes "meta" the default while it builds the model
         return collate([sample], processor).inputs
 
@@ -98,7 +98,7 @@ def _count_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
         return None
 
 
-def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> str | None:  # noqa: ANN401
+def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> str | None:
     """Settings with which the processor fits, as they were tried; None if there are none."""
     asked = {
         "patch_size": getattr(getattr(model.config, "vision_config", None), "patch_size", None),

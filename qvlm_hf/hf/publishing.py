@@ -34,8 +34,8 @@ __all__ = ["check_push", "publish", "publish_folder", "push_result"]
 
 
 def publish(
-    model: Any,  # noqa: ANN401 - any Transformers model
-    processor: Any,  # noqa: ANN401 - any Transformers processor
+    model: Any,
+    processor: Any,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -149,7 +149,7 @@ def check_push(config: QVLMConfig) -> Target:
     return check_target(HfApi(), str(config.hub_model_id), private=config.hub_private)
 
 
-def push_result(model: Any, processor: Any, target: Target) -> Published | None:  # noqa: ANN401 - Transformers objects
+def push_result(model: Any, processor: Any, target: Target) -> Published | None:
     """Publishes what quantizing with `push_to_hub=True` made; a failure is one warning, because the model in memory took hours."""
     try:
         return _publish(HfApi(), model, processor, target)
@@ -161,8 +161,8 @@ def push_result(model: Any, processor: Any, target: Target) -> Published | None:
 
 def _publish(
     api: HfApi,
-    model: Any,  # noqa: ANN401 - any Transformers model
-    processor: Any,  # noqa: ANN401 - any Transformers processor
+    model: Any,
+    processor: Any,
     target: Target,
     *,
     commit_message: str | None = None,
@@ -230,7 +230,7 @@ def _send(
     return upload(api, folder, target, choose_files(folder, card), message=message)
 
 
-def _report(model: Any) -> CalibrationReport | None:  # noqa: ANN401 - any Transformers model
+def _report(model: Any) -> CalibrationReport | None:
     """Of this process, or beside the checkpoint that the model was loaded from; None where there is none."""
     if model.hf_quantizer.report is not None:
         return model.hf_quantizer.report
@@ -253,7 +253,7 @@ def _command(folder: Path, target: Target, *, message: str | None, base_model: s
     return shlex.join(words + [word for name, value in values.items() if value is not None for word in (name, value)])
 
 
-def _difference(folder: Path, model: Any, processor: Any) -> str | None:  # noqa: ANN401 - Transformers objects
+def _difference(folder: Path, model: Any, processor: Any) -> str | None:
     """Loads a saved model and compares its logits, bit by bit, with those of the model that was saved.
 
     Returns:
@@ -291,7 +291,7 @@ def _check_loads(folder: Path) -> None:
         raise ValueError(f"{folder}: the model answers with NaN or infinity: quantize it again, in bfloat16 if it was float16.")
 
 
-def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:  # noqa: ANN401 - any Transformers model
+def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """[1, tokens, vocabulary]."""
     fed = {name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in inputs.items()}
     with torch.inference_mode():

@@ -70,7 +70,7 @@ class QVLMHfQuantizer(HfQuantizer):
     requires_calibration = False  # True would refuse full-precision checkpoints
     quantization_config: QVLMConfig
 
-    def __init__(self, quantization_config: QVLMConfig, **kwargs: Any) -> None:  # noqa: ANN401 - Transformers' signature
+    def __init__(self, quantization_config: QVLMConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # the user's own object stays as it is
         self.report: CalibrationReport | None = None
         self.published: Published | None = None
@@ -86,7 +86,7 @@ class QVLMHfQuantizer(HfQuantizer):
         # a rotation needs norms and weights together, so it waits for the whole model
         return not self.pre_quantized and config.dataset is None and config.settings().rotation is None
 
-    def validate_environment(self, *args: object, device_map: Any = None, **kwargs: object) -> None:  # noqa: ANN401 - Transformers' signature
+    def validate_environment(self, *args: object, device_map: Any = None, **kwargs: object) -> None:
         """Reads and checks the calibration samples, before anything of the model is read. May be called twice.
 
         Raises:

@@ -33,7 +33,7 @@ __all__ = ["REPORT_NAME", "check_output", "save_quantized", "written_whole"]
 
 def save_quantized(
     model: PreTrainedModel,
-    processor: Any,  # noqa: ANN401 - any Transformers processor
+    processor: Any,
     output: str | os.PathLike[str],
     *,
     report: CalibrationReport | None,
@@ -180,7 +180,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def _forget_configuration(processor: Any) -> None:  # noqa: ANN401 - any Transformers processor
+def _forget_configuration(processor: Any) -> None:
     """Takes a quantization configuration out of a processor, which could not be written to JSON with it.
 
     `transformers.pipeline` hands `model_kwargs` to the processor too, and the tokenizer keeps what it does not know.

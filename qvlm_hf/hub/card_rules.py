@@ -119,5 +119,5 @@ def _without_links(text: str) -> str:
     return re.sub(r"https?://\S+", "", text)
 
 
-def _listed(value: Any) -> list[Any]:  # noqa: ANN401 - whatever YAML holds
+def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]

@@ -117,13 +117,13 @@ def _python(
     return "\n".join(lines)
 
 
-def _usual(name: str, value: Any) -> Any:  # noqa: ANN401 - any setting
+def _usual(name: str, value: Any) -> Any:
     """True for the usual visual encoder optimisation, whose fields nobody wants to read."""
     usual = settings_dict(CalibrationSettings(optimize_vision=VisionOptimization()))
     return True if name == "optimize_vision" and value == usual[name] else value
 
 
-def _literal(value: Any) -> str:  # noqa: ANN401 - any setting
+def _literal(value: Any) -> str:
     """A value as Python writes it, with double quotes."""
     if isinstance(value, str):
         return json.dumps(value)

@@ -370,7 +370,7 @@ def _used_layers(vision_feature_layer: int | Sequence[int], count: int) -> int:
     return max(index if index >= 0 else count + 1 + index for index in indices)
 
 
-def _rows(config: Any) -> tuple[_Family, _LayerKind, _LayerKind, _LayerKind]:  # noqa: ANN401 - a model's configuration
+def _rows(config: Any) -> tuple[_Family, _LayerKind, _LayerKind, _LayerKind]:
     """The rows of a model: family, projector, encoder layer, decoder layer."""
     family = _row(_FAMILIES, config.model_type, "model_type")
     encoder = _row(_ENCODERS, config.vision_config.model_type, "vision_config.model_type")
@@ -378,7 +378,7 @@ def _rows(config: Any) -> tuple[_Family, _LayerKind, _LayerKind, _LayerKind]:  #
     return family, _PROJECTORS[config.model_type], encoder, decoder
 
 
-def _row(table: dict[str, Any], key: str, what: str) -> Any:  # noqa: ANN401 - each table has rows of its own type
+def _row(table: dict[str, Any], key: str, what: str) -> Any:
     if key not in table:
         raise ValueError(
             f"{what} {key!r} is not supported: this version knows {', '.join(sorted(table))} (docs/adding-a-model.md shows how to add one)."

@@ -148,7 +148,7 @@ class QVLMLinear(nn.Linear):
         )
 
     @property
-    def weight(self) -> Any:  # type: ignore[override]  # noqa: ANN401 - a tensor; any module may read it
+    def weight(self) -> Any:  # type: ignore[override]
         """The packed integers, int32 [out, words], in a form that refuses float arithmetic (packed_weight.py)."""
         weight = self._parameters.get("weight")
         if weight is None:
@@ -158,7 +158,7 @@ class QVLMLinear(nn.Linear):
             return weight
         return guarded(weight)
 
-    def register_parameter(self, name: str, param: Any) -> None:  # noqa: ANN401 - as nn.Module's
+    def register_parameter(self, name: str, param: Any) -> None:
         """As nn.Module's; the weight becomes an ordinary parameter that says why it cannot be trained."""
         super().register_parameter(name, plain(param))
         self._freeze()
@@ -220,7 +220,7 @@ class QVLMLinear(nn.Linear):
         super().train(mode)
         return self
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's own signature
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._narrow_scale()
         super()._save_to_state_dict(*args, **kwargs)
 
@@ -235,12 +235,12 @@ class QVLMLinear(nn.Linear):
         if self.shared is not None:
             self.shared[0].rejoin(self.shared[1], self)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - torch's own signature
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.shared is not None:  # other activation grids may come than those that were found equal
             self.shared[0].dissolve()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QVLMLinear":  # noqa: ANN401 - torch's own signature
+    def _apply(self, fn: Any, recurse: bool = True) -> "QVLMLinear":
         kept = {name: parameter.data for name in _FIXED_DTYPE if (parameter := getattr(self, name)) is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():

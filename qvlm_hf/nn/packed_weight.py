@@ -46,7 +46,7 @@ class PackedWeight(nn.Parameter):
         types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - torch's own signature
+    ) -> Any:
         """Calls `func`, unless it computes."""
         del types
         kwargs = kwargs or {}
@@ -62,7 +62,7 @@ class PackedWeight(nn.Parameter):
                 raise ValueError(_REFUSAL)
             return guarded(result) if func in _SAME_INTEGERS else result
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 - as object's
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)
 
 
@@ -74,7 +74,7 @@ def guarded(weight: Tensor) -> PackedWeight:
     return alias
 
 
-def plain(weight: Any) -> Any:  # noqa: ANN401 - whatever is made a parameter of a module
+def plain(weight: Any) -> Any:
     """The ordinary parameter behind an alias; anything else as it is."""
     if not isinstance(weight, PackedWeight):
         return weight

@@ -52,12 +52,12 @@ def load() -> str | None:
     return None
 
 
-def _linear(*arguments: Any) -> Any:  # noqa: ANN401 - the schema's arguments
+def _linear(*arguments: Any) -> Any:
     load()
     return cpu.linear(*arguments)
 
 
-def _linears(*arguments: Any) -> Any:  # noqa: ANN401 - the schema's arguments
+def _linears(*arguments: Any) -> Any:
     load()
     return cpu.linears(*arguments)
 

@@ -81,7 +81,7 @@ def linear(
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     bias: Tensor | None,
-    *sizes: Any,  # noqa: ANN401 - in_features ... hadamard of the schema
+    *sizes: Any,
 ) -> Tensor:
     """`qvlm_hf::linear` on a CUDA device; arguments and errors as in `ops.schema.linear`."""
     modules: list[Module] = [(weight, weight_scale, weight_zero_point, bias)]
@@ -100,7 +100,7 @@ def linears(
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
     bias: Sequence[Tensor],
-    *sizes: Any,  # noqa: ANN401 - in_features ... hadamard of the schema
+    *sizes: Any,
 ) -> list[Tensor]:
     """`qvlm_hf::linears` on a CUDA device; arguments and errors as in `ops.schema.linears`."""
     modules = reference.per_module(weight, weight_scale, weight_zero_point, bias)

@@ -59,7 +59,7 @@ def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]
     return _first_that_works(lambda path: ctypes.CDLL(str(path)), sources, flags, libraries)
 
 
-def address(function: Any) -> int:  # noqa: ANN401 - of a ctypes library
+def address(function: Any) -> int:
     """Where a function of a library begins."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 

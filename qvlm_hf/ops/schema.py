@@ -149,7 +149,7 @@ def _quick(x: Tensor, *arguments: object) -> list[Tensor] | None:
     return cpu_direct.linears(x, *arguments)
 
 
-def _called(operator: Any, x: Tensor, *arguments: object) -> Any:  # noqa: ANN401 - an operator and what it returns
+def _called(operator: Any, x: Tensor, *arguments: object) -> Any:
     """The operator's result; where no gradient is recorded without the Python that could record one (11 of 33 us of a call on a CPU)."""
     _refuse_tangent(x)
     if torch.is_grad_enabled() or watched():
@@ -178,12 +178,12 @@ def _linears_fake(x: Tensor, weight: Sequence[Tensor], *_: object) -> list[Tenso
 
 
 @torch.library.register_fake("qvlm_hf::linear_input_grad", lib=LIBRARY)
-def _linear_input_grad_fake(*args: Any) -> Tensor:  # noqa: ANN401 - the schema's arguments
+def _linear_input_grad_fake(*args: Any) -> Tensor:
     grad, in_features = args[0], args[5]
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ANN401, ARG001 - torch's own signature
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG001 - torch's own signature
     _, weight, weight_scale, weight_zero_point, input_scale, _, bias = inputs[:7]
     in_features, weight_bits, _, group_length, granularity, hadamard = inputs[7:]
     ctx.save_for_backward(weight, weight_scale, weight_zero_point, input_scale)
@@ -191,7 +191,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: AN
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - torch's own signature
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Straight-through: the input's rounding counts as the identity, so dx = dy W with W dequantized."""
     saved = ctx.saved_tensors
     grad_x = torch.ops.qvlm_hf.linear_input_grad(grad, *saved, *ctx.sizes) if ctx.needs_input_grad[0] else None

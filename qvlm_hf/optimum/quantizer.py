@@ -49,7 +49,7 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
     A model given by name is read anew by every `quantize`, on the way into its packed form; one given as an object is quantized in place.
     """
 
-    def __init__(self, model: str | PreTrainedModel, processor: Any, **options: Any) -> None:  # noqa: ANN401 - Transformers' own types
+    def __init__(self, model: str | PreTrainedModel, processor: Any, **options: Any) -> None:
         """Takes what `from_pretrained` found.
 
         Args:
@@ -65,8 +65,8 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
         model_or_path: str | Path | PreTrainedModel,
         file_name: str | None = None,
         *,
-        processor: Any = None,  # noqa: ANN401 - any Transformers processor
-        **options: Any,  # noqa: ANN401 - Transformers' signature
+        processor: Any = None,
+        **options: Any,
     ) -> QVLMOptimumQuantizer:
         """Reads the processor; weights are read by `quantize`.
 
@@ -146,9 +146,9 @@ def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
     torch_dtype: str | torch.dtype | None = "auto",
     trust_remote_code: bool | None = None,
     model_kwargs: dict[str, Any] | None = None,
-    pipeline_class: Any | None = None,  # noqa: ANN401 - Optimum's signature
+    pipeline_class: Any | None = None,
     accelerator: str | None = None,
-    **kwargs: Any,  # noqa: ANN401 - Optimum's signature
+    **kwargs: Any,
 ) -> Pipeline:
     """A Transformers pipeline on a quantized model; the signature is that of `optimum.pipelines.pipeline`.
 
@@ -225,7 +225,7 @@ class _Dispatcher:
         functools.update_wrapper(self, original)
         self.original, self.signature = original, inspect.signature(original)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - Optimum's signature
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         asked = self.signature.bind_partial(*args, **kwargs).arguments.get("accelerator")
         return (pipeline if asked == QUANT_METHOD else self.original)(*args, **kwargs)
 

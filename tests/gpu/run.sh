@@ -36,7 +36,7 @@ device=$(python3 -c 'import torch; print(torch.cuda.get_device_name(0).lower().r
 check() { # kernels are compiled by the dozen: in several processes where pytest-xdist is there
     local workers=()
     python3 -c 'import xdist' 2>/dev/null && workers=(-n 8)
-    python3 -m pytest --no-cov -q -m gpu "${workers[@]}" tests/gpu
+    python3 -m pytest -q -m gpu "${workers[@]}" tests/gpu
 }
 layer() { # out_features, in_features, minutes
     python3 tests/gpu/bench_kernels.py --out-features "$1" --in-features "$2" --minutes "$3" --output "$out/kernels_${device}_$1.json"

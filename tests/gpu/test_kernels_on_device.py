@@ -1,6 +1,6 @@
 """The compiled GPU kernels against the reference, on the device, and what PyTorch asks of an operator there.
 
-`pytest -m gpu --no-cov tests/gpu`
+`pytest -m gpu tests/gpu`
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """GPU kernels on a CPU, by Triton's interpreter: values against the reference and, for the fused ones, against Transformers' modules.
 
 Not collected by itself: test_triton.py runs it in a process of its own. By hand:
-`TRITON_INTERPRET=1 pytest --no-cov tests/ops/interpreted_kernels.py`.
+`TRITON_INTERPRET=1 pytest tests/ops/interpreted_kernels.py`.
 """
 
 import pytest

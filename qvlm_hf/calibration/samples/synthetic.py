@@ -65,7 +65,7 @@ def synthesize(
     return samples
 
 
-def _answer(model: Any, processor: Any, sample: Sample) -> str:  # noqa: ANN401 - Transformers objects
+def _answer(model: Any, processor: Any, sample: Sample) -> str:
     """The greedy answer, empty where the model ends at once."""
     device, dtype = next(model.parameters()).device, model.dtype
     inputs = collate([sample], processor).inputs
@@ -75,7 +75,7 @@ def _answer(model: Any, processor: Any, sample: Sample) -> str:  # noqa: ANN401 
     return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def _picture_size(processor: Any) -> int:  # noqa: ANN401 - a Transformers processor
+def _picture_size(processor: Any) -> int:
     """The side that the image processor crops or resizes to; 336 where it does not say."""
     image_processor = getattr(processor, "image_processor", None)
     for name in ("crop_size", "size"):

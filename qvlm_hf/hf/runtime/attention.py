@@ -27,7 +27,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **kwargs: Any,  # noqa: ANN401 - what Transformers passes on
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of `query` [B, H, T, D] over `key` and `value` [B, H_kv, S, D]; arguments as of Transformers' attention functions.
 

@@ -39,7 +39,7 @@ _NATS = 1e-3  # rounding in float32 gave 1e-8, a forgotten cache .01 and more
 
 
 @torch.no_grad()
-def check_decoding(model: Any, inputs: Mapping[str, Tensor]) -> DecodeCheck | None:  # noqa: ANN401
+def check_decoding(model: Any, inputs: Mapping[str, Tensor]) -> DecodeCheck | None:
     """Decodes a few tokens greedily with a cache and without one.
 
     Args:
@@ -72,7 +72,7 @@ def decoding_problem(check: DecodeCheck | None) -> str | None:
     )
 
 
-def probe_inputs(processor: Any) -> dict[str, Tensor]:  # noqa: ANN401 - any Transformers processor
+def probe_inputs(processor: Any) -> dict[str, Tensor]:
     """What the model is called with for one question about one picture of noise."""
     pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     content = [
@@ -114,7 +114,7 @@ def _unrounded(model: nn.Module) -> Iterator[None]:
 
 
 def _decode(
-    model: Any,  # noqa: ANN401
+    model: Any,
     inputs: Mapping[str, Tensor],
     *,
     use_cache: bool,
@@ -146,7 +146,7 @@ def _decode(
     return torch.cat(found.logits).float(), found.sequences[0, start:].tolist()
 
 
-def _special_tokens(config: Any) -> list[int]:  # noqa: ANN401 - of any Transformers model
+def _special_tokens(config: Any) -> list[int]:
     """Tokens that stand for something else than text: a picture's placeholder without a picture."""
     named = (value for name, value in vars(config).items() if name.endswith(("_token_id", "_index")))
     return sorted({value for value in named if type(value) is int and value >= 0})

@@ -43,7 +43,7 @@ class FusedLlamaRMSNorm(FusedRMSNorm, LlamaRMSNorm):
 _NORMS: dict[type[nn.Module], type[nn.Module]] = {LlamaRMSNorm: FusedLlamaRMSNorm}
 
 
-def fuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
+def fuse(model: Any) -> None:
     """Prepares a quantized model; leaves one without quantized modules alone.
 
     Norms of exactly the known classes are changed: a subclass may compute something else.
@@ -68,21 +68,21 @@ def fuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
     _step_aside(model, {part: reason for part, reason in reasons.items() if reason})
 
 
-def unfuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
+def unfuse(model: Any) -> None:
     """Gives norms their own class again, and leaves caches alone."""
     _change_classes(model, {fused: own for own, fused in _NORMS.items()})
     leave_caches(model.get_decoder())
     model.stepped_aside = ()
 
 
-def leave_to_transformers(model: Any, reason: str) -> None:  # noqa: ANN401 - a Transformers model
+def leave_to_transformers(model: Any, reason: str) -> None:
     """Lets Transformers compute everything but the quantized linear modules, and says why."""
     unfuse(model)
     _change_attention(model)
     _step_aside(model, dict.fromkeys(("norms", "key-value cache", "attention of one token"), reason))
 
 
-def _step_aside(model: Any, reasons: dict[str, str]) -> None:  # noqa: ANN401
+def _step_aside(model: Any, reasons: dict[str, str]) -> None:
     """Writes down, and warns once, what Transformers computes that this package would."""
     model.stepped_aside = tuple(SteppedAside(part, reason) for part, reason in reasons.items())
     if reasons:
@@ -94,7 +94,7 @@ def _step_aside(model: Any, reasons: dict[str, str]) -> None:  # noqa: ANN401
         )
 
 
-def _change_attention(model: Any) -> None:  # noqa: ANN401
+def _change_attention(model: Any) -> None:
     text = model.config.get_text_config(decoder=True)
     if text._attn_implementation == ATTENTION:
         text._attn_implementation = "sdpa"

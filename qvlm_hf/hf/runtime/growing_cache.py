@@ -42,8 +42,8 @@ class GrowingLayer(DynamicLayer):
         self,
         key_states: Tensor,
         value_states: Tensor,
-        *args: Any,  # noqa: ANN401 - Transformers' signature
-        **kwargs: Any,  # noqa: ANN401
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Appends [B, H, T, D] to the layer; returns all keys and values, [B, H, S, D]."""
         rooms, self._rooms = self._rooms, None

@@ -114,7 +114,7 @@ def _check_hidden_states(
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    output: Any,  # noqa: ANN401 - a tuple, or Transformers' form of one
+    output: Any,
 ) -> None:
     hidden = output[0]
     if hidden.shape[-2] == 1 or module.training or _finite(hidden):
@@ -144,7 +144,7 @@ def _overflow(values: Tensor) -> str:
     return f"a value left the range of {values.dtype}{remedy}"
 
 
-def _finite(values: Any) -> bool:  # noqa: ANN401 - whatever a caller passes
+def _finite(values: Any) -> bool:
     """False if a tensor that may be looked at holds NaN or infinity. On a GPU this waits for it."""
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.is_meta:
         return True
