@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -839,6 +841,75 @@ def test_pictures_of_16_bits_keep_their_content(folder, name):
     expected = [[0, 1, 1, 128], [255, 100, 100, 0]]
     assert found.mode == "RGB"
     assert np.asarray(found).tolist() == [[[v] * 3 for v in row] for row in expected]
+
+
+def png_of_16_bit_colours(values):
+    """A PNG of 16-bit RGB, which PIL can read and not write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = values.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def tiff_of_12_bits(values):
+    """A TIFF that says 12 bits; an even number of values in a row."""
+    height, width = values.shape
+    bits = "".join(f"{value:012b}" for value in values.flat)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 4 + data
+
+
+@pytest.mark.parametrize("top", [1, 255, 1023, 4095])
+@pytest.mark.parametrize("kind", ["gray.png", "gray.tiff", "memory", "colour.png"])
+def test_16_bit_pictures_of_fewer_bits_are_refused(folder, kind, top):
+    values = np.linspace(0, top, 8).astype(np.uint16).reshape(2, 4)
+    value = folder / kind
+    if kind == "colour.png":
+        value.write_bytes(png_of_16_bit_colours(np.stack([values] * 3, axis=2)))
+    elif kind == "memory":
+        value = Image.fromarray(values)
+    else:
+        Image.fromarray(values).save(value)
+    expected = (
+        'dataset[0]: key "image": the picture has 16 bits and no value of 4096 or more: almost black, if 65535 is white; '
+        "if 1023 or 4095 is, scale it to 8 bits, 0 to 255"
+    )
+    assert refusal([{"image": value, "question": "q"}]) == expected
+    part = {"type": "image", "image": value}
+    sample = Sample(messages=({"role": "user", "content": [part]},), origin="mine")
+    with pytest.raises(ValueError, match=r"^mine: .* the picture has 16 bits"):
+        sample.images()
+
+
+def test_dark_pictures_of_16_bits_stay_what_they_are(folder):
+    dark, black = np.array([[0, 257, 4096, 2570]], np.uint16), np.zeros((1, 4), np.uint16)
+    (folder / "colour.png").write_bytes(png_of_16_bit_colours(np.stack([dark] * 3, axis=2)))
+    rows = [{"image": value, "question": "q"} for value in (Image.fromarray(dark), Image.fromarray(black), folder / "colour.png")]
+    found = [np.asarray(picture)[0, :, 0].tolist() for sample in load_samples(rows) for picture in sample.images()]
+    assert found == [[0, 1, 16, 10], [0, 0, 0, 0], [0, 1, 16, 10]]
+
+
+def test_files_that_say_12_bits_are_scaled_from_12_bits(folder):
+    (folder / "a.tiff").write_bytes(tiff_of_12_bits(np.array([[0, 4095, 2048, 16], [0, 161, 1, 4095]])))
+    (sample,) = load_samples([{"image": folder / "a.tiff", "question": "q"}])
+    assert np.asarray(sample.images()[0])[..., 1].tolist() == [[0, 255, 128, 1], [0, 10, 0, 255]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "F"])
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_pictures_without_pixels_are_named(mode, size):
+    picture = Image.new(mode, size)
+    message = f"the picture has no pixels ({size[0]} x {size[1]}); replace it or remove the sample"
+    assert refusal([{"image": RED, "question": "q"}, {"image": picture, "question": "q"}]) == f'dataset[1]: key "image": {message}'
+    sample = Sample(messages=({"role": "user", "content": [{"type": "image", "image": picture}]},), origin="mine")
+    with pytest.raises(ValueError, match=r"^mine: .* has no pixels"):
+        sample.images()
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "32-bit integers")])
