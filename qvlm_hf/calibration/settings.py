@@ -13,13 +13,14 @@ from typing import Any
 
 from qvlm_hf.format.scheme import QuantScheme
 
-__all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate", "VisionOptimization", "to_plain"]
+__all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate", "VisionOptimization", "shown", "to_plain", "whole_number"]
 
 COMPONENTS = ("vision", "projector", "language")
 _MAX_ENTRIES = 100_000  # of a list that a user gives; a model of 70 B parameters has about 600 linear modules
+_MAX_DEPTH = 50  # of lists and mappings in each other
 
 
-def to_plain(name: str, value: object) -> Any:
+def to_plain(name: str, value: object, *, depth: int = 0) -> Any:
     """A value as JSON knows it: None, bool, int, float, str, a tuple of these or a dict by str.
 
     Scalars and arrays of NumPy and PyTorch, enums, paths, fractions and decimals become what they
@@ -28,12 +29,15 @@ def to_plain(name: str, value: object) -> Any:
     Args:
         name: of the field, for messages.
         value: anything.
+        depth: how many lists and mappings it lies in.
 
     Raises:
-        ValueError: it is, or holds, something else.
+        ValueError: it is, or holds, something else, or itself.
     """
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{name} is nested more than {_MAX_DEPTH} deep, or holds itself: give plain values.")
     if isinstance(value, Enum):
-        return to_plain(name, value.value)
+        return to_plain(name, value.value, depth=depth + 1)
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -43,14 +47,15 @@ def to_plain(name: str, value: object) -> Any:
     if isinstance(value, Real | Decimal):
         return _as_float(value)
     if callable(getattr(value, "tolist", None)):  # tensors and arrays, those of one value too
-        return to_plain(name, _as_list(name, value))
+        return to_plain(name, _as_list(name, value), depth=depth + 1)
     if isinstance(value, os.PathLike):
-        return to_plain(name, os.fspath(value))
+        return to_plain(name, os.fspath(value), depth=depth + 1)
     if isinstance(value, Mapping):
-        return {str(to_plain(name, key)): to_plain(name, item) for key, item in value.items()}
+        pairs = value.items()
+        return {str(to_plain(name, key, depth=depth + 1)): to_plain(name, item, depth=depth + 1) for key, item in pairs}
     if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray):
-        return _as_tuple(name, value)
-    raise ValueError(f"{name}={_shown(value)} is {type(value).__name__}, must be what JSON can hold: a number, text, list or mapping.")
+        return _as_tuple(name, value, depth + 1)
+    raise ValueError(f"{name}={shown(value)} is {type(value).__name__}, must be what JSON can hold: a number, text, list or mapping.")
 
 
 def _as_float(value: Any) -> float:
@@ -64,11 +69,11 @@ def _as_list(name: str, value: Any) -> Any:
     try:
         return value.tolist()
     except Exception as error:  # a tensor on "meta", for one
-        raise ValueError(f"{name}={_shown(value)} cannot be read: give numbers.") from error
+        raise ValueError(f"{name}={shown(value)} cannot be read: give numbers.") from error
 
 
-def _as_tuple(name: str, values: Iterable[object]) -> tuple[Any, ...]:
-    plain = tuple(to_plain(name, value) for value in islice(values, _MAX_ENTRIES + 1))
+def _as_tuple(name: str, values: Iterable[object], depth: int) -> tuple[Any, ...]:
+    plain = tuple(to_plain(name, value, depth=depth) for value in islice(values, _MAX_ENTRIES + 1))
     if len(plain) > _MAX_ENTRIES:
         raise ValueError(f"{name} has more than {_MAX_ENTRIES} entries: give fewer.")
     if not isinstance(values, set | frozenset):  # a view of a dict has an order
@@ -76,12 +81,33 @@ def _as_tuple(name: str, values: Iterable[object]) -> tuple[Any, ...]:
     try:
         return tuple(sorted(plain))
     except TypeError as error:
-        raise ValueError(f"{name}={_shown(values)} cannot be sorted: give a list.") from error
+        raise ValueError(f"{name}={shown(values)} cannot be sorted: give a list.") from error
 
 
-def _shown(value: object) -> str:
-    """On one line, cut."""
-    return " ".join(repr(value).split())[:80]
+def shown(value: object) -> str:
+    """A value for a message: on one line, cut; its class if it is nested too deep to be written."""
+    try:
+        return " ".join(repr(value).split())[:80]
+    except RecursionError:
+        return f"a {type(value).__name__} nested too deep"
+
+
+def whole_number(name: str, value: object, least: int, remedy: str = "") -> int:
+    """An integer of Python, NumPy or PyTorch as a plain one.
+
+    Args:
+        name: of the option, for the message.
+        value: what was given for it.
+        least: the smallest that it may be.
+        remedy: what may be given instead, for the message.
+
+    Raises:
+        ValueError: it is no integer (True and 2.0 are none), or too small.
+    """
+    plain = to_plain(name, value)
+    if not isinstance(plain, int) or isinstance(plain, bool) or plain < least:
+        raise ValueError(f"{name} is {shown(value)}; give a whole number of at least {least}{remedy}")
+    return plain
 
 
 @dataclass(frozen=True, kw_only=True)

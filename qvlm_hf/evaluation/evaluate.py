@@ -16,6 +16,7 @@ import torch
 
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, Processor, Sample, collate, fingerprint, longest_sample
+from qvlm_hf.calibration.settings import whole_number
 from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.evaluation.metrics import Interval, PairedCounts, Proportion, mcnemar_p_value, paired_difference
 
@@ -119,7 +120,8 @@ def evaluate(
         ValueError: for no samples, a sample without an answer, a reference that belongs to other samples or kept no logits, logits that
             are not numbers, a sample that the model has no positions for, and as `collate` does.
     """
-    _check_samples(samples, batch_size)
+    _check_samples(samples)
+    batch_size = whole_number("batch_size", batch_size, 1)
     data = fingerprint(samples)
     if isinstance(reference, Evaluation):
         _check_reference(reference, data)
@@ -154,11 +156,9 @@ class _Answer:
     kl: float = 0.0
 
 
-def _check_samples(samples: Sequence[Sample], batch_size: int) -> None:
+def _check_samples(samples: Sequence[Sample]) -> None:
     if not samples:
         raise ValueError("evaluate got no samples; give at least one")
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; give at least 1")
     for sample in samples:
         if sample.answer is None:
             raise ValueError(f"{sample.origin}: has no answer to compare with; add one or leave the sample out")

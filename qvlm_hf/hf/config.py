@@ -10,11 +10,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization, to_plain
+from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization, shown, to_plain
 from qvlm_hf.format.scheme import QuantScheme, parse_scheme
 from qvlm_hf.hf.registry import QUANT_METHOD, config_class
 from qvlm_hf.hub.publish import check_repo_id
@@ -23,6 +25,7 @@ from qvlm_hf.models.graph import canonical_name
 __all__ = ["FORMAT_VERSION", "QVLMConfig"]
 
 FORMAT_VERSION = 1
+_MAX_CALLBACKS = 1000
 _MAX_MODULES = 100_000  # a model of 70 B parameters has about 600 linear modules
 
 # Fields that go to `CalibrationSettings` and to config.json as they are.
@@ -134,7 +137,7 @@ class QVLMConfig(QuantizationConfigMixin):
     ) -> None:
         _check_version(format_version := to_plain("format_version", format_version))
         if to_plain("quant_method", quant_method) != QUANT_METHOD:
-            raise ValueError(f"quant_method={quant_method!r} must be {QUANT_METHOD!r}: this is another method's configuration.")
+            raise ValueError(f"quant_method={shown(quant_method)} must be {QUANT_METHOD!r}: this is another method's configuration.")
         self.quant_method: Any = QUANT_METHOD  # a str, as in every plugin; in-tree methods have an enum
         self.format_version = format_version
         self.scheme = "W{}A{}".format(*parse_scheme(to_plain("scheme", scheme)))
@@ -199,6 +202,8 @@ class QVLMConfig(QuantizationConfigMixin):
         Raises:
             ValueError: a field is unknown or breaks a rule: the file is newer than this version, or damaged.
         """
+        if not isinstance(config_dict, Mapping):
+            raise ValueError(f"quantization_config={shown(config_dict)} must be a mapping of fields, as to_dict() gives it.")
         _check_version(config_dict.get("format_version", FORMAT_VERSION))
         unknown = sorted(set(config_dict) - set(_FIELDS), key=str)
         if unknown:
@@ -216,20 +221,30 @@ class QVLMConfig(QuantizationConfigMixin):
             What of `kwargs` are no fields.
 
         Raises:
-            ValueError: a value breaks a rule.
+            ValueError: a value breaks a rule, or a name is a misspelt field.
         """
         changes = {name: value for name, value in kwargs.items() if name in _FIELDS}
+        for name in kwargs.keys() - changes:
+            _check_attribute(name)
         if changes:
-            unchanged = {name: self.__dict__[name] for name in _FIELDS}
-            self.__dict__.update(QVLMConfig(**(unchanged | changes)).__dict__)
+            self.__dict__.update(self._checked(**changes).__dict__)
         return {name: kwargs[name] for name in kwargs.keys() - changes}
 
+    def _checked(self, **changes: Any) -> "QVLMConfig":
+        """A new configuration of the same fields, except `changes`, checked: a mapping may have been changed in place."""
+        return QVLMConfig(**({name: self.__dict__[name] for name in _FIELDS} | changes))
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """Checks a field that has a value already, as `update` does."""
+        """Checks a field that has a value already, as `update` does; refuses the name of none that is like a field's.
+
+        Other attributes are carried along: Transformers marks configurations of its own methods with some.
+        """
         if name in _FIELDS and name in self.__dict__:
             self.update(**{name: value})
-        else:
-            super().__setattr__(name, value)
+            return
+        if name not in _FIELDS:
+            _check_attribute(name)
+        super().__setattr__(name, value)
 
     @property
     def weight_bits(self) -> int:
@@ -268,8 +283,13 @@ class QVLMConfig(QuantizationConfigMixin):
         self.update(weight_rounding="nearest", equalization=False, token_importance=False, guard=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form that config.json holds: only the fields that belong there."""
-        return {name: _plain(getattr(self, name)) for name in _SERIALIZED}  # a whitelist: no attribute leaks into config.json
+        """The JSON form that config.json holds: only the fields that belong there.
+
+        Raises:
+            ValueError: a mapping was changed in place to what breaks a rule.
+        """
+        checked = self._checked()
+        return {name: _plain(getattr(checked, name)) for name in _SERIALIZED}  # a whitelist: no attribute leaks into config.json
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as `to_dict`: a file must not depend on the defaults of the version that reads it."""
@@ -292,8 +312,8 @@ class QVLMConfig(QuantizationConfigMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QVLMConfig":
         other = object.__new__(type(self))
-        for name, value in self.__dict__.items():
-            setattr(other, name, value if name in _SHARED else copy.deepcopy(value, memo))
+        other.__dict__.update(self._checked().__dict__)  # now, rather than after hours of calibration
+        other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in _FIELDS})
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -320,14 +340,23 @@ def _check_version(version: object) -> None:
         )
 
 
+def _check_attribute(name: str) -> None:
+    """Refuses a misspelt field, and what is derived from one."""
+    if name in ("weight_bits", "activation_bits"):
+        raise ValueError(f"{name} comes from the scheme: give scheme, as in scheme='W4A8'.")
+    if not name.startswith("_") and (close := get_close_matches(name.lower(), _FIELDS, 1, 0.8)):
+        raise ValueError(f"QVLMConfig has no field {name!r}: is it {close[0]!r}?")
+
+
 def _checked_later(fields: dict[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         if name not in _LATER:
+            _check_attribute(name)
             raise ValueError(f"QVLMConfig has no field {name!r}: the fields are {', '.join(sorted(_FIELDS))}.")
         neutral = _LATER[name]
         # the type as well, because 0 == False
         if type(value) is not type(neutral) or value != neutral:
-            raise ValueError(f"{name}={value!r} is not available in this version; leave it at {neutral!r}.")
+            raise ValueError(f"{name}={shown(value)} is not available in this version; leave it at {neutral!r}.")
     return fields
 
 
@@ -346,11 +375,15 @@ def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -
 
 
 def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
-    if isinstance(callbacks, str) or not hasattr(callbacks, "__iter__"):
-        raise ValueError(f"callbacks={callbacks!r} must be a list of objects.")
-    for callback in (kept := tuple(callbacks)):
+    try:
+        kept = tuple(islice(callbacks, _MAX_CALLBACKS + 1))
+    except TypeError:  # a tensor without dimensions has __iter__ as well
+        kept = None
+    if kept is None or isinstance(callbacks, str) or len(kept) > _MAX_CALLBACKS:
+        raise ValueError(f"callbacks={shown(callbacks)} must be a list of objects.")
+    for callback in kept:
         if not (hasattr(callback, "on_step") or hasattr(callback, "on_calibration_end")):
-            raise ValueError(f"callback {callback!r} must have on_step(name, done, total) or on_calibration_end(model, report).")
+            raise ValueError(f"callback {shown(callback)} must have on_step(name, done, total) or on_calibration_end(model, report).")
     return kept
 
 
@@ -362,7 +395,7 @@ def _checked_modules(modules: Mapping[str, Any] | None) -> dict[str, QuantScheme
     checked = {}
     for name, entry in modules.items():
         if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) or canonical_name(name) != name:
-            raise ValueError(f"modules: {name!r} is no canonical module name: the checkpoint is damaged.")
+            raise ValueError(f"modules: {shown(name)} is no canonical module name: the checkpoint is damaged.")
         try:
             checked[name] = entry if isinstance(entry, QuantScheme) else QuantScheme.from_dict(to_plain("entry", entry))
         except ValueError as error:
@@ -374,7 +407,7 @@ def _checked_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
     if provenance is None:
         return {}
     if not isinstance(provenance, Mapping):
-        raise ValueError(f"provenance={provenance!r} must be a mapping.")
+        raise ValueError(f"provenance={shown(provenance)} must be a mapping.")
     plain = to_plain("provenance", provenance)
     try:
         return json.loads(json.dumps(plain, allow_nan=False))

@@ -94,7 +94,7 @@ def test_samples_without_positions_are_left_out_with_counts(folder, tmp_path, ca
     saved = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert saved["provenance"]["samples"] == 11
     noted = [record.getMessage() for record in caplog.records if "samples" in record.name]
-    assert noted[0] == f"{tmp_path}/long.jsonl: ignored the keys question_id: they name no content"
+    assert noted[0] == f"{tmp_path}/long.jsonl: ignored the keys question_id: they are not needed"
     assert noted[1].startswith("1 of 12 samples are longer than the model's 512 positions and are left out (long.jsonl:4: 6")
     assert main(["evaluate", f"{folder}/model", "--dataset", f"{tmp_path}/long.jsonl", "--json", f"{tmp_path}/r.json"]) == 0
     assert json.loads((tmp_path / "r.json").read_text())["accuracy"]["total"] == 11
@@ -178,7 +178,10 @@ def test_a_calibrated_w8a8_can_be_made_for_export(folder):
             "none of the 3 samples has a picture; add pictures to the dataset, or leave the vision side alone (--modules-to-not-convert",
         ),
         (["evaluate", "{f}/w4a4", "--dataset", "{f}/samples.jsonl", "--num-samples", "0"], "--num-samples is 0; give a whole number"),
-        (["evaluate", "{f}/w4a4", "--dataset", "{f}/samples.jsonl", "--batch-size", "0"], "--batch-size is 0; give at least 1"),
+        (
+            ["evaluate", "{f}/w4a4", "--dataset", "{f}/samples.jsonl", "--batch-size", "0"],
+            "--batch-size is 0; give a whole number of at least 1",
+        ),
         (
             ["ask", "{f}/w4a4", "--image", "gone.png", "what ?"],
             "error: --image: no such picture: gone.png; paths are relative to the working directory\n",

@@ -60,6 +60,14 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
         ({"strict": "yes"}, "strict='yes' must be True or False"),
         ({"callbacks": "x"}, "callbacks='x' must be a list of objects"),
         ({"callbacks": [object()]}, "must have on_step"),
+        ({"callbacks": torch.tensor(1.0)}, r"callbacks=tensor\(1\.\) must be a list of objects"),
+        ({"callbacks": torch.ones(2, 2)}, r"callback tensor\(\[1\., 1\.\]\) must have on_step"),
+        ({"callbacks": torch.ones(2, device="meta")}, "callback tensor.* must have on_step"),
+        ({"callbacks": itertools.repeat(torch)}, "callbacks=repeat.* must be a list of objects"),
+        ({"callbacks": 3}, "callbacks=3 must be a list of objects"),
+        ({"provenance": torch.ones(2, 2)}, r"provenance=tensor\(\[\[1\., 1\.\], \[1\., 1\.\]\]\) must be a mapping"),
+        ({"resume_dir": torch.ones(2, 2)}, "resume_dir=tensor.* is not available"),
+        ({"quant_method": np.ones((2, 2))}, "quant_method=array.* must be 'qvlm'"),
         ({"bits": 4}, "QVLMConfig has no field 'bits': the fields are activation_granularity"),
         ({"quant_method": "gptq"}, "quant_method='gptq' must be 'qvlm'"),
         ({"optimize_vision": 0}, "optimize_vision=0 must be True, False or a VisionOptimization"),
@@ -134,6 +142,56 @@ def test_from_dict_hands_back_what_it_does_not_use() -> None:
     assert (config.scheme, config.group_size, unused) == ("W8A8", 64, {"other": 1})
     with pytest.raises(ValueError, match="QVLMConfig has no field 'other'"):  # it would vanish
         QVLMConfig.from_dict({"scheme": "W8A8"}, other=1)
+
+
+@pytest.mark.parametrize("bad", [None, 3, "W4A4", [("scheme", "W4A4")], torch.ones(2, 2)], ids=lambda bad: type(bad).__name__)
+def test_from_dict_takes_a_mapping(bad: Any) -> None:
+    with pytest.raises(ValueError, match=r"\Aquantization_config=.* must be a mapping of fields, as to_dict\(\) gives it\.\Z"):
+        QVLMConfig.from_dict(bad)
+
+
+def nested(depth: int, make: Callable[[Any], Any]) -> Any:
+    value: Any = make(None)
+    for _ in range(depth):
+        value = make(value)
+    return value
+
+
+NESTED: dict[str, Callable[[Any], Any]] = {
+    "list": lambda value: [value, value],
+    "dict": lambda value: {"a": value},
+    "iterator": lambda value: iter([value]),
+    "array": lambda value: np.array([value, None], dtype=object),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize(
+    "field", ["provenance", "modules", "modules_to_not_convert", "activation_granularity", "optimize_vision", "seed", "scheme"]
+)
+def test_values_nested_very_deep_are_refused_in_one_line(field: str, kind: str) -> None:
+    value = nested(5_000 if kind in ("list", "dict") else 300, NESTED[kind])  # Python cannot free deeper others
+    named = {"provenance": {"x": value}, "modules": {"model.up": value}}.get(field, value)
+    with pytest.raises(
+        ValueError, match=r"\A(modules: model.up: entry|" + field + r") is nested more than 50 deep, or holds itself: give plain values\.\Z"
+    ):
+        QVLMConfig(**{field: named})
+
+
+def test_values_that_hold_themselves_are_refused_and_40_levels_are_not() -> None:
+    mapping: dict[str, Any] = {}
+    mapping["self"] = mapping
+    loop: list[Any] = []
+    loop += [loop, loop]
+    for value in (mapping, {"x": loop}):
+        with pytest.raises(ValueError, match=r"^provenance is nested more than 50 deep, or holds itself"):
+            QVLMConfig(provenance=value)
+    with pytest.raises(ValueError, match=r"^callback \[\[.* must have on_step"):
+        QVLMConfig(callbacks=[loop])
+    with pytest.raises(ValueError, match=r"^callback a list nested too deep must have on_step"):
+        QVLMConfig(callbacks=[nested(5_000, lambda value: [value])])
+    deep = QVLMConfig(provenance=nested(40, lambda value: {"a": [1, value]} if value else {}))
+    assert QVLMConfig.from_dict(json.loads(deep.to_json_string())) == copy.deepcopy(deep) == deep
 
 
 class Part(Enum):
@@ -266,8 +324,74 @@ def test_fields_can_be_changed_together_and_one_by_one() -> None:
     assert (config.scheme, config.activation_granularity) == ("W4A16", None)
     config.modules_to_not_convert = iter(["lm_head"])
     assert config.to_dict()["modules_to_not_convert"] == ["lm_head"]
-    config.note = object()  # what is no field is nobody's business
+    config.note = object()  # what is like no field is nobody's business
     assert "note" not in config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("grup_size", "group_size"),
+        ("Seed", "seed"),
+        ("callback", "callbacks"),
+        ("schema", "scheme"),
+        ("module_to_not_convert", "modules_to_not"),
+    ],
+)
+def test_a_misspelt_field_is_refused_wherever_it_is_given(name: str, field: str) -> None:
+    config = QVLMConfig()
+    before = dict(config.__dict__)
+    ways = (lambda: setattr(config, name, 3), lambda: config.update(**{name: 3}), lambda: QVLMConfig(**{name: 3}))
+    for way in (*ways, lambda: QVLMConfig.from_dict({}, **{name: 3})):
+        with pytest.raises(ValueError, match=f"^QVLMConfig has no field '{name}': is it '{field}"):
+            way()
+    assert config.__dict__ == before
+
+
+def test_bits_come_from_the_scheme() -> None:
+    config = QVLMConfig()
+    for name in ("weight_bits", "activation_bits"):
+        for way in (
+            lambda name=name: setattr(config, name, 8),
+            lambda name=name: QVLMConfig(**{name: 8}),
+            lambda name=name: config.update(**{name: 8}),
+        ):
+            with pytest.raises(ValueError, match=f"^{name} comes from the scheme: give scheme, as in scheme='W4A8'"):
+                way()
+
+
+def test_attributes_that_frameworks_set_are_carried_along_and_not_saved() -> None:
+    config = QVLMConfig()
+    before = config.to_json_string()
+    # Transformers' own quantizers set the first four, loading attributes and others' tools the rest.
+    for name in ("dequantize", "tokenizer", "gguf_file", "_marked", "use_cuda_fp16", "skip_modules", "pre_quantized", "bits", "desc_act"):
+        setattr(config, name, [name])
+    assert config.to_json_string() == before
+    for twin in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
+        assert twin.__dict__ == config.__dict__
+        assert twin.gguf_file is not config.gguf_file
+    config.modules_to_not_convert = ["fc1"]  # as Transformers' FP8 quantizer does
+    assert config.to_dict()["modules_to_not_convert"] == ["fc1"]
+
+
+def test_a_mapping_changed_in_place_is_checked_before_it_is_used() -> None:
+    config = QVLMConfig(provenance={"file": "a"}, activation_granularity={"vision": "token"}, modules={"model.up": SCHEME})
+    config.provenance["kinds"] = {"b"}
+    assert config.to_dict()["provenance"] == {"file": "a", "kinds": ["b"]}
+    assert copy.deepcopy(config).provenance == {"file": "a", "kinds": ["b"]}
+    assert json.loads(config.to_json_string())["provenance"] == {"file": "a", "kinds": ["b"]}
+    for mapping, key, bad, message in (
+        (config.provenance, "x", object(), "^provenance=<object .* is object, must be what JSON can hold"),
+        (config.activation_granularity, "language", "token", "^activation_granularity='token' needs a fixed number of positions"),
+        (config.modules, "model..down", SCHEME, "^modules: 'model..down' is no canonical module name"),
+    ):
+        mapping[key] = bad
+        # the copy is what loading and quantize_model begin with: nothing is calibrated first
+        for way in (config.to_dict, config.to_json_string, lambda: copy.deepcopy(config), lambda: quantize_model(tiny_llava(), config)):
+            with pytest.raises(ValueError, match=message):
+                way()
+        del mapping[key]
+    assert config.to_dict()
 
 
 def test_excluded_modules_of_an_iterator_stay_in_full_precision() -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.calibration.samples.rendering import Processor, adds_special_tokens, check_processor, render
 from qvlm_hf.calibration.samples.sample import Sample
+from qvlm_hf.calibration.settings import whole_number
 
 __all__ = ["IGNORE_INDEX", "Batch", "batches", "check_image_tokens", "collate", "longest_sample", "without_too_long"]
 
@@ -43,10 +44,9 @@ def batches(samples: Sequence[Sample], processor: Processor, batch_size: int, *,
     """Yields the samples in order, `batch_size` at a time (the last batch may be smaller).
 
     Raises:
-        ValueError: for a batch size below 1, and as `collate` does.
+        ValueError: for a batch size that is no integer of at least 1, and as `collate` does.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; give at least 1")
+    batch_size = whole_number("batch_size", batch_size, 1)
     for start in range(0, len(samples), batch_size):
         yield collate(samples[start : start + batch_size], processor, max_tokens=max_tokens)
 

@@ -1,22 +1,25 @@
 """Rows -> samples: the layouts that are read, recognised by their keys (`_FORMATS`).
 
 Keys that name no content (question_id, category) are carried by many data sets: they are ignored, with one note for the source. A key
-that looks like a content key which is missing is an error: content would be lost.
+that looks like a content key which is missing or empty is an error: content would be lost. Where the content key is filled, another
+name for the same thing (`image_url` beside `image`, `answers` beside `answer`) is ignored too.
 """
 
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from qvlm_hf.calibration.samples.sample import Message, Sample
-from qvlm_hf.calibration.samples.sources import Row
+from qvlm_hf.calibration.samples.sources import Row, is_empty
+from qvlm_hf.calibration.settings import shown
 
 __all__ = ["convert_rows"]
 
@@ -25,6 +28,21 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SHOWN_KEYS = 8  # of those that a note names
 _INDEX = re.compile(r"\[\d+\]")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
+_PICTURE_FILE = re.compile(r".+\.(png|jpe?g|webp|bmp|gif|tiff?)", re.IGNORECASE)
+_CHATS = ("messages", "conversations")
+# Content key -> words that other data sets call it by, and words that stand beside these (`image_path`, `gt_answer`); a plural is the same.
+_OTHER_NAMES = {
+    "choices": ({"choices", "options"}, {"answer", "text", "list"}),
+    "image": (
+        {"image", "img", "picture", "pic", "photo"},
+        {"path", "file", "filename", "name", "url", "uri", "src", "data", "byte", "base", "list"},
+    ),
+    "answer": (
+        {"answer", "response", "reply", "output", "completion", "label", "choice", "target", "truth", "caption"},
+        {"text", "gt", "ground", "gold", "correct", "expected", "reference", "model", "assistant", "final", "multiple", "list"},
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +80,7 @@ def convert_rows(rows: Sequence[Row], source: str) -> list[Sample]:
     if ignored:
         more = f" and {len(ignored) - _SHOWN_KEYS} more" if len(ignored) > _SHOWN_KEYS else ""
         names = ", ".join(ignored[:_SHOWN_KEYS])
-        logging.getLogger(__name__).warning("%s: ignored the keys %s%s: they name no content", source, names, more)
+        logging.getLogger(__name__).warning("%s: ignored the keys %s%s: they are not needed", source, names, more)
     return samples
 
 
@@ -71,14 +89,15 @@ def _marker(found: _Format | None) -> str:
 
 
 def _recognise(row: Row) -> _Format | None:
-    """Finds the format by its keys; None for a ready-made Sample."""
+    """Finds the format by its keys, filled ones first (tables fill others with null); None for a ready-made Sample."""
     if isinstance(row.value, Sample):
         return None
     if not isinstance(row.value, Mapping):
         raise ValueError(f"{row.origin}: is {type(row.value).__name__}; give an object with keys, such as image, question and answer")
-    for candidate in _FORMATS:
-        if candidate.marker in row.value:
-            return candidate
+    for present in ({key for key, value in row.value.items() if not is_empty(value)}, row.value.keys()):
+        for candidate in _FORMATS:
+            if candidate.marker in present:
+                return candidate
     keys = ", ".join(map(str, row.value)) or "none"
     known = '"messages", or "image" and "conversations", or "image", "question" and "answer"'
     markers = [layout.marker for layout in _FORMATS]
@@ -91,14 +110,43 @@ def _close(key: object, wanted: Iterable[str], likeness: float = 0.8) -> list[st
     return get_close_matches(str(key).strip().lower(), sorted(wanted), cutoff=likeness)
 
 
+def _content_key(key: object, value: object, wanted: Iterable[str]) -> str | None:
+    """Which of the content keys `wanted` this one stands for, by its name or, if it holds a picture, by its value."""
+    if isinstance(value, Real):  # counts, sizes and flags; the number of a choice is an answer
+        wanted = {"answer"}.intersection(wanted)
+    if not str(key).lower().endswith(("id", "ids")):
+        for name, (own, beside) in _OTHER_NAMES.items():
+            if name in wanted and _is_made_of(key, own | beside) and not _is_made_of(key, beside):
+                return name
+        if close := _close(key, wanted):
+            return close[0]
+    return "image" if "image" in wanted and _is_picture(value) else None
+
+
+def _is_made_of(key: object, words: Set[str]) -> bool:
+    """Whether a key has only these words, in the singular or plural; of a key without any: True."""
+    return all({word.lower(), word.lower().rstrip("s")} & words for word in _WORD.findall(str(key)))
+
+
+def _is_picture(value: object) -> bool:
+    """Whether it is a picture, the name of a picture file, or a list of these."""
+    if isinstance(value, (list, tuple)) and value:
+        return all(isinstance(item, (str, Path, Image.Image)) and _is_picture(item) for item in value)
+    return isinstance(value, Image.Image) or (isinstance(value, (str, Path)) and bool(_PICTURE_FILE.fullmatch(str(value))))
+
+
 def _sample(row: Row, layout: _Format) -> Sample:
     known = layout.known | {"kind", "id"}
-    _check_keys({key: value for key, value in row.value.items() if key not in known}, layout.required, layout.optional, row)
+    fields = {key: value for key, value in row.value.items() if key not in known}
+    _check_keys(fields, layout.required, layout.optional, row)
+    _check_single(fields, layout, row)
     record = _present(row.value)
     kind = record.get("kind")
     if kind is not None and not isinstance(kind, str):
         raise row.error("kind", f"is {type(kind).__name__}; give text")
     messages, image_keys = layout.convert(record, row)
+    if layout.marker in _CHATS:
+        _check_shown(fields, layout, messages, image_keys, row)
     if layout.marker == "choices":
         kind = kind or record.get("subject")
     return Sample(messages=tuple(messages), origin=row.origin, kind=kind, image_keys=tuple(image_keys))
@@ -123,27 +171,54 @@ def _check_keys(
         no_place: content keys of other objects: what stands under them, or under a misspelling, would be lost here.
     """
     required, optional = set(required), set(optional)
-    others = [key for key, value in record.items() if key not in required | optional and not _is_empty(value)]
+    empty = {key for key in required | optional if is_empty(record.get(key))}
+    others = [key for key, value in record.items() if key not in required | optional and not is_empty(value)]
     for key in sorted(required - record.keys()):
         hint = " (null for a question without a picture)" if key == "image" else ""
-        like = next((f'; is "{other}" to be it?' for other in others if _close(other, [key], 0.6)), "")
+        near = (other for other in others if _close(other, [key], 0.6) or _content_key(other, record[other], [key]))
+        like = next((f'; is "{other}" to be it?' for other in near), "")
         raise row.error(f"{parent}{key}", f"is missing; add it{hint}{like}")
     for key in others:
-        if close := _close(key, no_place):
-            raise row.error(f"{parent}{key}", f"has no place here; {_PLACES[close[0]]}, or remove it")
-        if close := _close(key, optional - record.keys()):
-            raise row.error(f"{parent}{key}", f'is unknown here, and "{close[0]}" is missing; rename or remove it')
+        if name := _content_key(key, record[key], no_place):
+            raise row.error(f"{parent}{key}", f"has no place here; {_PLACES[name]}, or remove it")
+        if name := _content_key(key, record[key], empty):
+            state = "empty" if name in record else "missing"
+            raise row.error(f"{parent}{key}", f'is unknown here, and "{name}" is {state}; rename or remove it')
         row.ignored.append(f"{parent}{key}")
 
 
-def _is_empty(value: object) -> bool:
-    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+def _check_single(record: Mapping[str, Any], layout: _Format, row: Row) -> None:
+    """Refuses a second chat, and pictures beside the only one that the layout reads."""
+    for key, value in record.items():
+        several = isinstance(value, (list, tuple)) and bool(value)
+        if key != layout.marker and several and _close(key, set(_CHATS) - {layout.marker}):
+            raise row.error(key, f'holds a chat beside "{layout.marker}"; keep one of them')
+        image = record.get("image")
+        if layout.marker in _CHATS or key == "image" or is_empty(image) or is_empty(value) or isinstance(value, Real):
+            continue
+        if _is_made_of(key, _OTHER_NAMES["image"][0]) and _WORD.search(str(key)) and not _is_same(value, image):
+            raise row.error(key, 'holds more pictures than "image", which alone is shown; give a chat, "messages", or remove it')
+
+
+def _is_same(value: object, image: object) -> bool:
+    """Whether a value is a picture, or a list of it alone."""
+    (value, *more) = value if isinstance(value, (list, tuple)) else [value]
+    return not more and type(value) is type(image) and isinstance(value, (str, Path, Image.Image)) and value == image
+
+
+def _check_shown(record: Mapping[str, Any], layout: _Format, messages: Sequence[Message], image_keys: Sequence[str], row: Row) -> None:
+    """Refuses what looks like a picture or an answer beside a chat that has none."""
+    wanted = ({"image"} if not image_keys else set()) | ({"answer"} if messages[-1]["role"] != "assistant" else set())
+    for key in record.keys() - layout.required - layout.optional:
+        if not is_empty(record[key]) and (name := _content_key(key, record[key], wanted)):
+            raise row.error(key, f"holds what no message shows; {_PLACES[name]}, or remove it")
 
 
 # Content keys -> where what they hold belongs.
 _PLACES = {
     "image": 'write a picture as {"type": "image", "path": ...} into the content',
     "path": 'write a picture as {"type": "image", "path": ...}, and one in each',
+    "answer": "write an answer as the last message",
     "text": 'write text as {"type": "text", "text": ...}',
 }
 
@@ -161,6 +236,8 @@ def _text(value: object, key: str, row: Row) -> str:
 def _image(value: object, key: str, row: Row) -> Path | Image.Image:
     if isinstance(value, Image.Image):
         return value
+    if isinstance(value, str) and not value:
+        raise row.error(key, "is empty; give a path, or null for a question without a picture")
     if not isinstance(value, (str, os.PathLike)):
         array = "; of an array of 8-bit values make one with PIL.Image.fromarray" if hasattr(value, "shape") else ""
         raise row.error(key, f"is {type(value).__name__}; give a path or a PIL image{array}")
@@ -194,9 +271,6 @@ def _from_chat(record: Mapping[str, Any], row: Row) -> tuple[list[Message], list
             parts.append(value)
             image_keys += [] if isinstance(value, str) else [part_key]
         messages.append(_turn(message["role"], *parts))
-    for key in record:
-        if not image_keys and _close(key, ["image"]) and not _is_empty(record[key]):
-            raise row.error(key, f"holds what no message shows; {_PLACES['image']}, or remove it")
     return messages, image_keys
 
 
@@ -213,15 +287,16 @@ def _part(part: object, key: str, row: Row) -> tuple[str, str | Path | Image.Ima
         raise row.error(key, f"is {type(part).__name__}; give an object with a type")
     kind, fields = part.get("type"), _present(part)
     if kind not in ("text", "image"):
-        raise row.error(f"{key}.type", f'is {kind!r}; give {{"type": "text", "text": ...}} or {{"type": "image", "path": ...}}')
+        raise row.error(f"{key}.type", f'is {shown(kind)}; give {{"type": "text", "text": ...}} or {{"type": "image", "path": ...}}')
     if kind == "text":
         _check_keys(fields, ("text",), ("type",), row, f"{key}.", no_place=("image", "path"))
         return f"{key}.text", _text(fields["text"], f"{key}.text", row)
     if "url" in fields and not fields.keys() & {"path", "image"}:
         raise row.error(f"{key}.url", 'is a URL; pictures are read from disk only: download it and give its "path"')
-    name = "path" if "path" in fields else "image"
-    other = "image" if name == "path" else "path"
-    _check_keys(fields, (name,), ("type",), row, f"{key}.", no_place=("text", other))
+    name = "image" if is_empty(fields.get("path")) else "path"
+    if name == "path" and not is_empty(fields.get("image")):
+        raise row.error(f"{key}.image", f"has no place here; {_PLACES['path']}, or remove it")
+    _check_keys(fields, (name,), ("type",), row, f"{key}.", no_place=("text",))
     return f"{key}.{name}", _image(fields[name], f"{key}.{name}", row)
 
 
@@ -239,8 +314,8 @@ def _from_llava(record: Mapping[str, Any], row: Row) -> tuple[list[Message], lis
         if not isinstance(turn, Mapping):
             raise row.error(key, f'is {type(turn).__name__}; give an object with "from" and "value"')
         _check_keys(turn, ("from", "value"), (), row, f"{key}.", no_place=("image",))
-        if turn["from"] not in roles:
-            raise row.error(f"{key}.from", f"is {turn['from']!r}; give human, gpt or system")
+        if not isinstance(turn["from"], str) or turn["from"] not in roles:
+            raise row.error(f"{key}.from", f"is {shown(turn['from'])}; give human, gpt or system")
         first, *others = _text(turn["value"], f"{key}.value", row).split("<image>")
         parts: list[str | Path | Image.Image] = [first.strip()]
         for text in others:
@@ -273,9 +348,9 @@ def _from_scienceqa(record: Mapping[str, Any], row: Row) -> tuple[list[Message],
     messages = [_turn("user", *pictures, prompt)]
     if "answer" in record:
         answer = record["answer"]
-        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < min(len(choices), len(_LETTERS)):
-            raise row.error("answer", f"is {answer!r}; give the index of one of the {len(choices)} choices, counted from 0")
-        messages.append(_turn("assistant", _LETTERS[answer]))
+        if isinstance(answer, bool) or not isinstance(answer, Integral) or not 0 <= int(answer) < min(len(choices), len(_LETTERS)):
+            raise row.error("answer", f"is {shown(answer)}; give the index of one of the {len(choices)} choices, counted from 0")
+        messages.append(_turn("assistant", _LETTERS[int(answer)]))
     return messages, ["image"] * len(pictures)
 
 
@@ -290,5 +365,7 @@ _FORMATS = (
         marker="choices", required=frozenset({"question", "choices"}), optional=frozenset({"answer", "hint", "image"}),
         known=_SCIENCEQA_KNOWN, convert=_from_scienceqa,
     ),
-    _Format(marker="question", required=frozenset({"image", "question"}), optional=frozenset({"answer"}), convert=_from_question),
+    _Format(
+        marker="question", required=frozenset({"image", "question"}), optional=frozenset({"answer", "choices"}), convert=_from_question,
+    ),
 )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from qvlm_hf.calibration.samples.formats import convert_rows
 from qvlm_hf.calibration.samples.sample import Sample
 from qvlm_hf.calibration.samples.sources import read_rows, shuffled, source_name
+from qvlm_hf.calibration.settings import whole_number
 
 __all__ = ["dataset_name", "hold_out", "load_samples"]
 
@@ -30,8 +31,9 @@ def load_samples(dataset: object, *, num_samples: int | None = None, seed: int =
     Raises:
         ValueError: one line: what is wrong, where (file, line, key) and how to mend it.
     """
-    if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1):
-        raise ValueError(f"num_samples is {num_samples!r}; give a whole number of at least 1, or None to take all")
+    if num_samples is not None:
+        num_samples = whole_number("num_samples", num_samples, 1, ", or None to take all")
+    seed = whole_number("seed", seed, 0)
     rows = read_rows(dataset, num_samples, seed)
     if not rows:
         raise ValueError(f"{source_name(dataset)} has no samples; at least one is needed")

@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from qvlm_hf.calibration.samples.pictures import check_mode, open_image, verify_image
+from qvlm_hf.calibration.samples.pictures import check_picture, open_image
+from qvlm_hf.calibration.settings import shown
 
 __all__ = ["Message", "Sample"]
 
@@ -58,10 +59,7 @@ class Sample:
             ValueError: for the first that cannot.
         """
         for key, value in self.pictures():
-            if isinstance(value, Image.Image):
-                check_mode(value, key, self.origin)
-            else:
-                verify_image(value, key, self.origin)
+            check_picture(value, key, self.origin)
 
     def pictures(self) -> list[tuple[str, Path | Image.Image]]:
         """Key and file or picture of each, in reading order, not opened."""
@@ -84,7 +82,7 @@ def _check_turns(messages: Sequence[Mapping[str, Any]], origin: str) -> None:
             continue
         if role != expected:
             rule = "the user speaks first (after an optional system message), then assistant and user in turn"
-            raise ValueError(f'{origin}: message {index} has the role {role!r} where "{expected}" belongs; {rule}')
+            raise ValueError(f'{origin}: message {index} has the role {shown(role)} where "{expected}" belongs; {rule}')
         expected = "assistant" if role == "user" else "user"
     for index, message in enumerate(messages):
         content = message.get("content")

@@ -13,7 +13,7 @@ from typing import Any, cast
 from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.calibration.samples.sample import Sample
 
-__all__ = ["Row", "read_rows", "shuffled", "source_name"]
+__all__ = ["Row", "is_empty", "read_rows", "shuffled", "source_name"]
 
 # Packages whose tables hold samples as columns -> how to get rows of them.
 _TABLES = {
@@ -21,6 +21,7 @@ _TABLES = {
     "polars": "dataset.to_dicts()",
     "pyarrow": "dataset.to_pylist()",
 }
+_DEPTH = 5  # of a picture in a row: row, messages, message, content, part
 _SEARCHED = 10_000  # rows that are read for one with a picture
 _CONTENT = {"messages", "conversations", "image", "question", "answer", "choices"}
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>\w+))?")
@@ -128,13 +129,20 @@ def _row(dataset: Sequence[object], index: int, origin: str) -> Row:
         raise ValueError(f"{place}: {type(dataset).__name__} does not give it ({reason}); give a list of samples") from error
 
 
-def _shows_picture(value: object) -> bool:
-    """Whether a row that is not checked yet holds a picture."""
+def is_empty(value: object) -> bool:
+    """Whether a key with this value is as good as absent: null, or text, a list or an object of nothing."""
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+
+
+def _shows_picture(value: object, depth: int = _DEPTH) -> bool:
+    """Whether a row that is not checked yet holds a picture where a format reads one: no deeper than `depth`."""
     if isinstance(value, Sample):
         return bool(value.pictures())
+    if not depth:
+        return False
     if isinstance(value, Mapping):
-        return any((key in ("image", "path") and bool(item)) or _shows_picture(item) for key, item in value.items())
-    return isinstance(value, (list, tuple)) and any(map(_shows_picture, value))
+        return any((key in ("image", "path") and not is_empty(item)) or _shows_picture(item, depth - 1) for key, item in value.items())
+    return isinstance(value, (list, tuple)) and any(_shows_picture(item, depth - 1) for item in value)
 
 
 def _read_path(dataset: "str | os.PathLike[str]", num_samples: int | None, seed: int) -> list[Row]:

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +273,7 @@ def test_choice_is_seeded_nested_and_in_source_order():
     assert origins(3, num_samples=10) == origins(3)
 
 
-@pytest.mark.parametrize("number", [0, -1, 2.0, True])
+@pytest.mark.parametrize("number", [0, -1, 2.0, True, np.float64(2), np.int64(0), "2"])
 def test_choice_refuses(number):
     assert refusal([{"image": RED, "question": "q"}], num_samples=number).startswith(f"num_samples is {number!r}")
 
@@ -472,14 +474,149 @@ def test_keys_that_name_no_content_are_ignored_with_one_note(folder, caplog, mon
     assert [user_parts(sample) for sample in samples] == [[("image", None), ("text", "what colour ?")]] * 3
     names = ", ".join(sorted(["category", "image_id", "meta", "question_id", "score", *inner]))
     name = f"{folder}/data.jsonl" if source == "file" else "dataset"
-    assert notes(caplog) == [f"{name}: ignored the keys {names}: they name no content"]
+    assert notes(caplog) == [f"{name}: ignored the keys {names}: they are not needed"]
 
 
 def test_a_note_names_few_of_many_keys_and_none_where_all_are_known(folder, caplog):
     load_samples(write_lines(folder, {**GOOD, "id": 3, "kind": "k", "note": None, "more": ""}))
     assert notes(caplog) == []
     load_samples(write_lines(folder, {**GOOD, **{f"k{i}": i for i in range(11)}}))
-    assert notes(caplog) == [f"{folder}/data.jsonl: ignored the keys k0, k1, k10, k2, k3, k4, k5, k6 and 3 more: they name no content"]
+    assert notes(caplog) == [f"{folder}/data.jsonl: ignored the keys k0, k1, k10, k2, k3, k4, k5, k6 and 3 more: they are not needed"]
+
+
+NO_ANSWER = {"image": "a.png", "question": "what ?"}
+NO_PICTURE = {"image": None, "question": "what ?", "answer": "red"}
+NO_LLAVA_PICTURE = {"image": None, "conversations": [{"from": "human", "value": "what ?"}, LLAVA[1]]}
+NO_CHAT_ANSWER = {"messages": CHAT[:1]}
+
+
+def renamed(key, name, state="empty"):
+    return f'key "{key}" is unknown here, and "{name}" is {state}; rename or remove it'
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "expected"),
+    [
+        *[
+            (base | {key: value}, key, renamed(key, "image"))
+            for base in (NO_PICTURE, NO_LLAVA_PICTURE, {**NO_PICTURE, "image": ""}, {**NO_LLAVA_PICTURE, "image": []})
+            for key, value in {
+                "images": ["a.png"], "img": "a.png", "image_path": "a.png", "imageUrl": "http://x/a", "image_1": "a", "photos": ["a"],
+                "file_name": "a.JPG", "shown": ["a.png", "b.png"], "imgae": "a", "picture": {"bytes": "x"},
+            }.items()
+        ],
+        *[
+            (base | {key: value}, key, renamed(key, "answer", "empty" if "answer" in base else "missing"))
+            for base in (NO_ANSWER, {**NO_ANSWER, "answer": None}, {**NO_ANSWER, "answer": ""}, {**NO_ANSWER, "choices": []})
+            for key, value in {
+                "response": "red", "choice": "B", "label": 3, "answers": ["red"], "gt_answer": "a", "groundTruth": "a", "anwser": "a",
+            }.items()
+        ],
+        ({**GOOD, "options": ["a", "b"]}, "options", renamed("options", "choices", "missing")),
+        ({**NO_CHAT_ANSWER, "response": "red"}, "response", 'key "response" holds what no message shows; write an answer as the last mes'),
+        ({"image": "a.png", "conversations": LLAVA[:1], "label": 0}, "label", 'key "label" holds what no message shows; write an answer'),
+        ({**chat({"role": "user", "content": "a"}), "image_path": "a.png"}, "image_path", "no message"),
+        ({"messages": CHAT, "conversations": LLAVA}, "conversations", 'key "conversations" holds a chat beside "messages"; keep one of'),
+        ({**GOOD, "conversation": LLAVA}, "conversation", 'key "conversation" holds a chat beside "question"; keep one of them'),
+        ({**GOOD, "image_2": "b.png"}, "image_2", 'key "image_2" holds more pictures than "image", which alone is shown; give a chat'),
+        ({**GOOD, "images": ["a.png", "b.png"]}, "images", 'key "images" holds more pictures than "image"'),
+        ({**GOOD, "image": ""}, "image", 'key "image" is empty; give a path, or null for a question without a picture'),
+        (chat({"role": "user", "content": "", "contents": "a"}), "messages[0].contents", renamed("messages[0].contents", "content")),
+        (chat({"role": "user", "content": "a", "image_url": "x"}), "messages[0].image_url", "has no place here; write a picture as"),
+        ({"photo": "a.png", "question": "what ?"}, "image", 'key "image" is missing; add it'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("source", ["file", "list"])
+def test_content_under_another_name_is_an_error_where_ours_is_missing_or_empty(folder, monkeypatch, record, key, expected, source):
+    monkeypatch.chdir(folder)
+    message = refusal(write_lines(folder, "", record) if source == "file" else [record])
+    assert message.startswith(f'{"data.jsonl:2" if source == "file" else "dataset[0]"}: key "{key}"')
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("record", "ignored"),
+    [
+        ({**GOOD, "image_url": "x.png", "answers": ["red"], "images": ["a.png"]}, "answers, image_url, images"),
+        ({**NO_PICTURE, "image_id": "x", "imageId": 3, "image_width": 640, "images": 0}, "imageId, image_id, image_width, images"),
+        ({**NO_PICTURE, "images": [], "messages": None, "conversations": [], "img": {}}, None),
+        ({**NO_ANSWER, "answer_type": "word", "answer_id": 3, "question_type": "x"}, "answer_id, answer_type, question_type"),
+        ({"messages": CHAT, "answer": "red", "images": ["a.png"], "conversations": None}, "answer, images"),
+        (chat(user({"type": "image", "path": "a.png", "image": "", "image_url": "a.png"})), "messages[].content[].image_url"),
+        (chat(user({"type": "image", "path": "", "image": "a.png"})), None),
+        ({"conversations": LLAVA, "image": "a.png", "messages": []}, None),
+    ],
+)
+def test_content_under_another_name_is_ignored_where_ours_is_filled(folder, caplog, record, ignored):
+    load_samples(path := write_lines(folder, record))
+    assert notes(caplog) == ([f"{path}: ignored the keys {ignored}: they are not needed"] if ignored else [])
+
+
+def test_a_row_in_memory_may_hold_its_picture_under_any_name(caplog):
+    assert 'key "scene" is unknown here, and "image" is empty' in refusal([{**NO_PICTURE, "scene": RED}])
+    load_samples([{"image": RED, "question": "q", "thumbnail": RED.copy(), "images": [RED.copy()]}])
+    assert notes(caplog) == ["dataset: ignored the keys images, thumbnail: they are not needed"]
+
+
+def test_rows_of_a_table_have_the_format_whose_key_is_filled(folder):
+    rows = [{"messages": None, "conversations": LLAVA, "image": "a.png", "question": None}] * 2
+    assert [user_parts(sample)[0] for sample in load_samples(write_lines(folder, *rows))] == [("image", None)] * 2
+
+
+# ---- nested and numeric values -------------------------------------------------------------------------------------------------------
+
+
+def nested(depth):
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_deeply_nested_rows_are_read_or_named(caplog):
+    class Indexable:
+        def __init__(self, *rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            return self.rows[index]
+
+    loop = {}
+    loop["self"] = loop
+    rows = [{"image": None, "question": "q", "meta": value} for value in (nested(10_000), loop, [loop, loop])]
+    assert len(load_samples(Indexable(*rows), num_samples=2)) == 2
+    assert notes(caplog) == ["dataset: ignored the keys meta: they are not needed"]
+    for bad, expected in (
+        ({"conversations": [{"from": nested(10_000), "value": "x"}]}, 'key "conversations[0].from" is a list nested too deep; give human'),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "key \"conversations[0].from\" is ['human']; give human, gpt or system"),
+        (chat({"role": nested(10_000), "content": "x"}), "message 0 has the role a list nested too deep where"),
+        (chat(user({"type": nested(10_000)})), 'key "messages[0].content[0].type" is a list nested too deep; give'),
+        ({"question": "q", "choices": ["a"], "answer": nested(10_000)}, 'key "answer" is a list nested too deep; give the index'),
+    ):
+        assert refusal(Indexable(bad, bad), num_samples=1).split(": ", 1)[1].startswith(expected)
+
+
+INTEGERS = [np.int64(2), np.uint8(2), np.array(2), torch.tensor(2)]
+
+
+@pytest.mark.parametrize("two", INTEGERS, ids=lambda value: type(value).__name__)
+def test_integers_of_any_library_are_integers(processor, two):
+    rows = [{"image": RED, "question": f"q{i}"} for i in range(9)]
+    assert load_samples(rows, num_samples=two, seed=two) == load_samples(rows, num_samples=2, seed=2)
+    assert load_samples(iter(rows), num_samples=two) == load_samples(iter(rows), num_samples=2)
+    assert [len(batch.origins) for batch in batches(load_samples(rows[:3]), processor, two)] == [2, 1]
+    (sample,) = load_samples([{"question": "q", "choices": ["x", "y", "z"], "answer": np.int64(2), "image": None}])
+    assert sample.answer == "C"
+
+
+@pytest.mark.parametrize(
+    "bad", [None, "1", 1.0, np.float64(1), True, np.bool_(True), -1, np.ones(2, int), nested(10_000)], ids=lambda bad: type(bad).__name__
+)
+def test_a_seed_is_a_whole_number(bad):
+    assert refusal([GOOD], seed=bad).startswith("seed is ")
 
 
 # ---- every kind of content in the draw -----------------------------------------------------------------------------------------------
@@ -704,6 +841,75 @@ def test_pictures_of_16_bits_keep_their_content(folder, name):
     expected = [[0, 1, 1, 128], [255, 100, 100, 0]]
     assert found.mode == "RGB"
     assert np.asarray(found).tolist() == [[[v] * 3 for v in row] for row in expected]
+
+
+def png_of_16_bit_colours(values):
+    """A PNG of 16-bit RGB, which PIL can read and not write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = values.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def tiff_of_12_bits(values):
+    """A TIFF that says 12 bits; an even number of values in a row."""
+    height, width = values.shape
+    bits = "".join(f"{value:012b}" for value in values.flat)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + b"\0" * 4 + data
+
+
+@pytest.mark.parametrize("top", [1, 255, 1023, 4095])
+@pytest.mark.parametrize("kind", ["gray.png", "gray.tiff", "memory", "colour.png"])
+def test_16_bit_pictures_of_fewer_bits_are_refused(folder, kind, top):
+    values = np.linspace(0, top, 8).astype(np.uint16).reshape(2, 4)
+    value = folder / kind
+    if kind == "colour.png":
+        value.write_bytes(png_of_16_bit_colours(np.stack([values] * 3, axis=2)))
+    elif kind == "memory":
+        value = Image.fromarray(values)
+    else:
+        Image.fromarray(values).save(value)
+    expected = (
+        'dataset[0]: key "image": the picture has 16 bits and no value of 4096 or more: almost black, if 65535 is white; '
+        "if 1023 or 4095 is, scale it to 8 bits, 0 to 255"
+    )
+    assert refusal([{"image": value, "question": "q"}]) == expected
+    part = {"type": "image", "image": value}
+    sample = Sample(messages=({"role": "user", "content": [part]},), origin="mine")
+    with pytest.raises(ValueError, match=r"^mine: .* the picture has 16 bits"):
+        sample.images()
+
+
+def test_dark_pictures_of_16_bits_stay_what_they_are(folder):
+    dark, black = np.array([[0, 257, 4096, 2570]], np.uint16), np.zeros((1, 4), np.uint16)
+    (folder / "colour.png").write_bytes(png_of_16_bit_colours(np.stack([dark] * 3, axis=2)))
+    rows = [{"image": value, "question": "q"} for value in (Image.fromarray(dark), Image.fromarray(black), folder / "colour.png")]
+    found = [np.asarray(picture)[0, :, 0].tolist() for sample in load_samples(rows) for picture in sample.images()]
+    assert found == [[0, 1, 16, 10], [0, 0, 0, 0], [0, 1, 16, 10]]
+
+
+def test_files_that_say_12_bits_are_scaled_from_12_bits(folder):
+    (folder / "a.tiff").write_bytes(tiff_of_12_bits(np.array([[0, 4095, 2048, 16], [0, 161, 1, 4095]])))
+    (sample,) = load_samples([{"image": folder / "a.tiff", "question": "q"}])
+    assert np.asarray(sample.images()[0])[..., 1].tolist() == [[0, 255, 128, 1], [0, 10, 0, 255]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16", "F"])
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_pictures_without_pixels_are_named(mode, size):
+    picture = Image.new(mode, size)
+    message = f"the picture has no pixels ({size[0]} x {size[1]}); replace it or remove the sample"
+    assert refusal([{"image": RED, "question": "q"}, {"image": picture, "question": "q"}]) == f'dataset[1]: key "image": {message}'
+    sample = Sample(messages=({"role": "user", "content": [{"type": "image", "image": picture}]},), origin="mine")
+    with pytest.raises(ValueError, match=r"^mine: .* has no pixels"):
+        sample.images()
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "32-bit integers")])
@@ -990,7 +1196,7 @@ def test_batches_cover_all_in_order(processor):
     assert sum((batch.origins for batch in made), ()) == tuple(sample.origin for sample in samples)
     assert isinstance(made[0].to("cpu"), Batch)
     assert made[0].to("meta").labels.device.type == "meta"
-    with pytest.raises(ValueError, match="batch_size is 0; give at least 1"):
+    with pytest.raises(ValueError, match="batch_size is 0; give a whole number of at least 1"):
         list(batches(samples, processor, 0))
 
 
