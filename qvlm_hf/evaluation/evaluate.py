@@ -158,7 +158,7 @@ def _check_samples(samples: Sequence[Sample], batch_size: int) -> None:
     if not samples:
         raise ValueError("evaluate got no samples; give at least one")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; give at least 1")
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
     for sample in samples:
         if sample.answer is None:
             raise ValueError(f"{sample.origin}: has no answer to compare with; add one or leave the sample out")

@@ -31,7 +31,7 @@ def load_samples(dataset: object, *, num_samples: int | None = None, seed: int =
         ValueError: one line: what is wrong, where (file, line, key) and how to mend it.
     """
     if num_samples is not None and (isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1):
-        raise ValueError(f"num_samples is {num_samples!r}; give a whole number of at least 1, or None to take all")
+        raise ValueError(f"num_samples={num_samples!r} must be a whole number of at least 1: leave it out to take all.")
     rows = read_rows(dataset, num_samples, seed)
     if not rows:
         raise ValueError(f"{source_name(dataset)} has no samples; at least one is needed")
