@@ -1,20 +1,31 @@
-"""Ctrl-C while the command line starts: importing torch and Transformers takes seconds, and nobody is there yet to catch it."""
+"""Ctrl-C ends the command line with one line and status 130, at any moment of its life.
 
+While modules are imported the process ends at once: nothing has begun, and nobody is there to
+catch it. While a command works KeyboardInterrupt is raised, so that what was begun is cleared away.
+Behind it the process ends at once, without what Python would still take apart.
+"""
+
+import atexit
 import os
 import signal
 import sys
-from types import FrameType
+from contextlib import suppress
+from types import FrameType, TracebackType
 
-__all__ = ["MESSAGE", "STATUS", "let_go", "quit_at_once", "raise_again"]
+__all__ = ["MESSAGE", "STATUS", "end_with", "quit_at_once", "raise_again", "stop"]
 
 STATUS = 130  # of a shell for a program that Ctrl-C ended
 MESSAGE = "qvlm: interrupted"
+
+_ending: int | None = None  # the exit status, when the work is done
 
 
 def quit_at_once() -> None:
     """Lets Ctrl-C end the process with one line, if this process is the command line and nobody else looks after it."""
     if _is_command_line() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _quit)
+        sys.excepthook = _quit_or_show
+        atexit.register(_leave)  # registered first, so it comes last
 
 
 def raise_again() -> None:
@@ -23,16 +34,56 @@ def raise_again() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def let_go() -> None:
-    """The work is done: Ctrl-C may kill what is left of the process, without a traceback from its last imports."""
-    if _is_command_line() and signal.getsignal(signal.SIGINT) in (_quit, signal.default_int_handler):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+def end_with(status: int) -> None:
+    """The work is done and everything is said: Ctrl-C ends the process at once, as `quit_at_once`."""
+    global _ending
+    if _is_ours():
+        signal.signal(signal.SIGINT, _quit)
+        _ending = status
+
+
+def stop() -> int:
+    """Says that Ctrl-C ended the work, which is cleared away; a second one adds no second line.
+
+    Returns:
+        The exit status.
+    """
+    global _ending
+    ours = _is_ours()
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr.write(f"{MESSAGE}\n")
+    sys.stderr.flush()
+    if ours:
+        _ending = STATUS
+        signal.signal(signal.SIGINT, lambda *_: os._exit(STATUS))
+    return STATUS
 
 
 def _quit(_signal: int, _frame: FrameType | None) -> None:
-    # Nothing has begun that would have to be cleared away, and a library may swallow an exception while it is imported.
+    # A library may swallow an exception while it is imported, and one at the end is a traceback.
     os.write(2, f"{MESSAGE}\n".encode())
     os._exit(STATUS)
+
+
+def _quit_or_show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's hook for an exception that nobody caught: one that came between two of ours."""
+    if issubclass(kind, KeyboardInterrupt):
+        _quit(signal.SIGINT, None)
+    sys.__excepthook__(kind, error, trace)
+
+
+def _leave() -> None:
+    """Ends the process before Python takes apart what it holds: that can last a second, in which no handler runs."""
+    if _ending is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        os._exit(_ending)
+
+
+def _is_ours() -> bool:
+    return _is_command_line() and signal.getsignal(signal.SIGINT) in (_quit, signal.default_int_handler)
 
 
 def _is_command_line() -> bool:

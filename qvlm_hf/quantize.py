@@ -151,7 +151,7 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         ValueError: the scheme needs calibration data, or as `calibrate_and_pack`.
     """
     if settings.needs_data:
-        raise ValueError("this scheme has activation ranges to calibrate: pass a dataset, or activation_granularity='dynamic_token'.")
+        raise ValueError("this scheme has activation ranges to calibrate: give dataset=, or activation_granularity='dynamic_token'.")
     segments = _resolve(model, settings)
     with _transformed(model, settings):
         modules = _pack_head(model, settings)
@@ -228,7 +228,7 @@ def _not_optimized(vision: OptimizedVision | None, settings: CalibrationSettings
     if settings.optimize_vision is None or vision is not None:
         return None
     return (
-        "optimize_vision did not run: it needs at least two batches with pictures (lower batch_size, or more samples) and a vision "
+        "optimize_vision did not run: it needs at least two batches with pictures (a smaller batch_size=, or more samples) and a vision "
         "encoder or projector to quantize."
     )
 
@@ -334,7 +334,7 @@ def _unreached(segment: Segment, samples: int) -> str:
         return f"calibration did not reach {segment.layers[0].name}: none of the {samples} samples has text."
     return (
         f"calibration did not reach {segment.layers[0].name}: none of the {samples} samples has a picture; add pictures to the dataset, "
-        "or leave the vision side alone (quantize_vision=False, quantize_projector=False, or both in modules_to_not_convert)."
+        "or leave the vision side alone (modules_to_not_convert=['vision_tower', 'multi_modal_projector'])."
     )
 
 

@@ -106,7 +106,7 @@ def whole_number(name: str, value: object, least: int, remedy: str = "") -> int:
     """
     plain = to_plain(name, value)
     if not isinstance(plain, int) or isinstance(plain, bool) or plain < least:
-        raise ValueError(f"{name} is {shown(value)}; give a whole number of at least {least}{remedy}")
+        raise ValueError(f"{name}={shown(value)} must be a whole number of at least {least}{remedy}.")
     return plain
 
 
@@ -243,7 +243,7 @@ class CalibrationSettings:
         if self.entropy_threshold is not None and not _finite(self.entropy_threshold):
             raise ValueError(f"entropy_threshold={self.entropy_threshold!r} must be a number (in nats) or None for the segment's mean.")
         if self.precision_budget is not None and not (_finite(self.precision_budget) and 2 <= self.precision_budget <= 8):
-            raise ValueError(f"precision_budget={self.precision_budget!r} must be an average of 2 to 8 bits per weight, or None.")
+            raise ValueError(f"precision_budget={self.precision_budget!r} must be an average of 2 to 8 bits per weight: or leave it out.")
         if not self.percentiles or not all(_finite(p) and 0.9 <= p <= 1.0 for p in self.percentiles):
             raise ValueError(f"percentiles={self.percentiles!r} must be numbers from 0.9 to 1.0, as in (1.0, 0.9999).")
         if not all(_finite(m) and 1.0 < m <= 2.0 for m in self.margins):
@@ -323,7 +323,7 @@ class CalibrationSettings:
         if isinstance(asked, Mapping):
             unknown = sorted(set(asked) - set(COMPONENTS))
             if unknown:
-                raise ValueError(f"activation_granularity names the components {unknown}: use {', '.join(COMPONENTS)}.")
+                raise ValueError(f"activation_granularity={dict(asked)} names the components {unknown}: use {', '.join(COMPONENTS)}.")
             chosen = dict(asked)
         else:
             chosen = dict.fromkeys(COMPONENTS, asked)
@@ -335,7 +335,7 @@ class CalibrationSettings:
                     "activation_granularity='token' needs a fixed number of positions: give it per component, {'vision': 'token'}."
                 )
         if self.activation_bits == 16:
-            raise ValueError("activation_granularity has no meaning for 16-bit (floating point) activations: leave it out.")
+            raise ValueError(f"activation_granularity={asked!r} has no meaning for 16-bit (floating point) activations: leave it out.")
 
 
 def _vision_optimization(value: object) -> VisionOptimization | None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from qvlm_hf import interruption
-from qvlm_hf.cli.wording import in_options
+from qvlm_hf.cli.wording import command_arguments, in_options, shown_name
 
 __all__ = ["main"]
 
@@ -41,26 +41,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: wrong usage (2), --help and --version (0).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+    except KeyboardInterrupt:
+        return interruption.stop()
+    except SystemExit as end:  # of argparse, which has said why
+        interruption.end_with(int(end.code or 0))
+        raise
+    interruption.end_with(status)
+    return status
+
+
+def _run(arguments: Sequence[str]) -> int:
+    chosen = next((word for word in arguments if word in _COMMANDS), None)
     debug = "--debug" in arguments
     try:
-        options = _parser(next((word for word in arguments if word in _COMMANDS), None)).parse_args(arguments)
+        options = _parser(chosen).parse_args(arguments)
         debug = options.debug
         interruption.raise_again()
-        return _run(options)
+        status = _run_command(options)
+        sys.stdout.flush()  # here, where an error of it is one line
+        return status
     except BrokenPipeError:
         # the reader of our output has gone; Python would complain again while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print(interruption.MESSAGE, file=sys.stderr)
-        return interruption.STATUS
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except Exception as error:
         if debug:
             raise
-        print(f"qvlm: error: {in_options(str(error))}", file=sys.stderr)
+        text = in_options(_one_line(error), chosen)
+        if not isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
+            text = f"unexpected {type(error).__name__} ({text}): --debug shows where"
+        print(f"qvlm: error: {text}", file=sys.stderr)
         return 1
-    finally:
-        interruption.let_go()
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -80,10 +93,25 @@ def _version() -> str:
     return importlib.import_module("qvlm_hf").__version__
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run_command(options: argparse.Namespace) -> int:
+    _refuse_empty(options)
     command = importlib.import_module(f"qvlm_hf.cli.{options.command}")
     if options.threads is not None:
         if options.threads < 1:
             raise ValueError(f"--threads {options.threads} must be at least 1.")
         importlib.import_module("torch").set_num_threads(options.threads)
     return command.run(options)
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of a message, and what a colon at its end leads to: only libraries of others write more."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {rest[0]}" if rest and first.endswith(":") else first
+
+
+def _refuse_empty(options: argparse.Namespace) -> None:
+    """An empty word names nothing, but as a path it would be the working directory: a script's variable was not set."""
+    for action in command_arguments(options.command).values():
+        given = getattr(options, action.dest)
+        if "" in (given if isinstance(given, list) else [given]):
+            raise ValueError(f"{shown_name(action)} is empty: give it a value ({action.help}).")

@@ -1,12 +1,13 @@
 """`qvlm ask DIR --image F "question"`."""
 
 import argparse
+import re
 from typing import Any
 
 import torch
 
 from qvlm_hf.calibration.samples import Sample, load_samples
-from qvlm_hf.cli.models import load_model, load_processor
+from qvlm_hf.cli.models import load_with_processor
 
 __all__ = ["add_arguments", "answer", "run"]
 
@@ -21,9 +22,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    (sample,) = load_samples([{"image": options.image, "question": options.question}])
-    print(answer(load_model(options.model), load_processor(options.model), sample, max_new_tokens=options.max_new_tokens))
+    sample = _sample(options.image, options.question)
+    model, processor = load_with_processor(options.model)
+    print(answer(model, processor, sample, max_new_tokens=options.max_new_tokens))
     return 0
+
+
+def _sample(image: str, question: str) -> Sample:
+    """The question about the picture.
+
+    Raises:
+        ValueError: one of the two cannot be used; named as on the command line.
+    """
+    try:
+        (sample,) = load_samples([{"image": image, "question": question}])
+    except ValueError as error:
+        text = re.sub(r'^dataset\[0\]: key "image":? ', "--image: ", str(error))
+        text = re.sub(r'^dataset\[0\]: key "question" ', "the question ", text)
+        raise ValueError(text.replace(" or remove the sample", "")) from error
+    return sample
 
 
 def answer(model: Any, processor: Any, sample: Sample, *, max_new_tokens: int = 64) -> str:

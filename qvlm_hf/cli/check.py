@@ -4,7 +4,7 @@ import argparse
 
 import transformers
 
-from qvlm_hf.cli.models import load_model, load_processor, silence
+from qvlm_hf.cli.models import load_with_processor, silence
 from qvlm_hf.export.vllm_rules import DEVICES, VLLM_VERSION, check_for_vllm
 from qvlm_hf.hf.runtime.decoding import check_decoding, decoding_problem, probe_inputs
 from qvlm_hf.nn.replace import quantized_modules
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_decoding(directory: str) -> int:
     """Loads the model, with all checks of loading, and decodes with and without a cache."""
-    model, processor = load_model(directory), load_processor(directory)
+    model, processor = load_with_processor(directory)
     if next(quantized_modules(model), None) is None:
         print("note: nothing in this model is quantized by qvlm_hf")
     try:

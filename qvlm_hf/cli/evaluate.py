@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qvlm_hf.calibration.samples import load_samples, longest_sample, without_too_long
-from qvlm_hf.cli.models import load_model, load_processor, read_config
+from qvlm_hf.cli.models import check_fits, load_model, load_with_processor, read_config
 from qvlm_hf.cli.record import evaluation_entry, shown_command
 from qvlm_hf.cli.result_file import check_result_file, write_result_file
 from qvlm_hf.evaluation import evaluate, format_comparison
@@ -37,8 +37,10 @@ def run(options: argparse.Namespace) -> int:
     if options.against is not None:
         read_config(options.against)  # a wrong name should not wait for the model
     samples = load_samples(options.dataset, num_samples=options.num_samples, seed=options.seed)
-    model, processor = load_model(options.model), load_processor(options.model)
+    model, processor = load_with_processor(options.model)
     samples = without_too_long(samples, processor, longest_sample(model))
+    if options.against is not None:
+        check_fits(options.against, processor)
     reference = None if options.against is None else load_model(options.against)
     with tqdm(total=len(samples), desc="qvlm evaluate", unit="question", disable=None) as bar:
         result = evaluate(

@@ -1,6 +1,7 @@
 """Loading models and making configurations for the commands, without the library's own chatter."""
 
 import argparse
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,28 @@ from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.directory import check_directory
+from qvlm_hf.hf.processor_fit import check_processor_fits
 from qvlm_hf.hub.errors import one_line
+from qvlm_hf.models.graph import shared_inputs
 
-__all__ = ["METHODS", "add_scheme_arguments", "load_model", "load_processor", "make_config", "read_config", "silence"]
+__all__ = [
+    "METHODS",
+    "add_scheme_arguments",
+    "check_fits",
+    "load_model",
+    "load_processor",
+    "load_with_processor",
+    "make_config",
+    "read_config",
+    "silence",
+]
 
 METHODS = ("qvlm", "rtn")
+# What a processor is loaded from: one file of each row, the first in new directories.
+_PROCESSOR_FILES = (("processor_config.json", "preprocessor_config.json"), ("tokenizer.json", "tokenizer.model"))
 
 
 def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,24 +76,70 @@ def silence() -> None:
 def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype | str = "auto", revision: str | None = None) -> Any:
     """A model from a directory or the Hub, quantized on the way if there is a configuration."""
     silence()
+    kind = _read_loadable(name, revision)
+    if config is not None and getattr(kind, "quantization_config", None) is not None:
+        raise ValueError(f"{name}: is quantized already: give the full-precision model.")
+    options = {} if config is None else {"quantization_config": config}
+    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, revision=revision, **options)
+
+
+def load_with_processor(name: str) -> tuple[Any, Any]:
+    """A model and its processor, which is seen to fit before a weight is read.
+
+    Raises:
+        ValueError: it does not, with the file and the key to mend.
+    """
+    silence()
+    _read_loadable(name)
+    processor = load_processor(name)
+    check_fits(name, processor)
+    return load_model(name), processor
+
+
+def check_fits(name: str, processor: Any) -> None:
+    """Checks a processor against the configuration of a model, if it is of a family that is known here.
+
+    Raises:
+        ValueError: as `check_processor_fits`, with the model's name.
+    """
+    config = copy.deepcopy(read_config(name))
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    # without a padding token one question can still be asked
+    if not shared_inputs(model) or getattr(getattr(processor, "tokenizer", None), "pad_token", None) is None:
+        return
+    try:
+        check_processor_fits(model, processor, None)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _read_loadable(name: str, revision: str | None = None) -> Any:
+    """The configuration of a model that the commands can load.
+
+    Raises:
+        ValueError: it is of another kind, or its directory is damaged; as `read_config`.
+    """
     kind = read_config(name, revision)
     if type(kind) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give a LLaVA.")
-    if config is not None and getattr(kind, "quantization_config", None) is not None:
-        raise ValueError(f"{name}: is quantized already: give the full-precision model.")
     if Path(name).is_dir():
         check_directory(Path(name), kind)
-    options = {} if config is None else {"quantization_config": config}
-    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, revision=revision, **options)
+    return kind
 
 
 def read_config(name: str, revision: str | None = None) -> Any:
     """The configuration of a model in a directory or on the Hub.
 
     Raises:
+        ValueError: a directory has none.
         OSError: there is none; as ConnectionError if the Hub cannot be asked.
     """
     _check_reachable(name, revision)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"{name}: holds no config.json: name the directory of a saved model.")
     return AutoConfig.from_pretrained(name, revision=revision)
 
 
@@ -102,7 +164,19 @@ def _check_reachable(name: str, revision: str | None) -> None:
 
 
 def load_processor(name: str, revision: str | None = None) -> Any:
-    """Its processor."""
+    """Its processor.
+
+    Raises:
+        ValueError: a directory holds none that loads; says which file is missing, if one is.
+        OSError: there is none on the Hub; as ConnectionError if the Hub cannot be asked.
+    """
     silence()
     _check_reachable(name, revision)
-    return AutoProcessor.from_pretrained(name, revision=revision)
+    try:
+        return AutoProcessor.from_pretrained(name, revision=revision)
+    except Exception as error:  # a damaged file may raise anything
+        if not Path(name).is_dir():
+            raise
+        missing = next((files[0] for files in _PROCESSOR_FILES if not any((Path(name) / file).is_file() for file in files)), None)
+        reason = f"{missing} is missing" if missing else first_line(error)
+        raise ValueError(f"{name}: holds no processor that loads ({reason}): copy the model's processor files there.") from error

@@ -12,11 +12,11 @@ __all__ = ["add_arguments", "describe", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("directory", metavar="DIR", help="a saved quantized model; its README.md is written anew")
-    parser.add_argument("repository", metavar="REPO", help="where to: owner/name, made where it is missing")
+    parser.add_argument("repo_id", metavar="REPO", help="where to: owner/name, made where it is missing")
     parser.add_argument("--private", action="store_true", help="make a private repository")
     parser.add_argument("--revision", metavar="R", help="branch, made where it is missing, or refs/pr/N (default: main)")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead of writing to main")
-    parser.add_argument("--message", metavar="M", help="of the commit")
+    parser.add_argument("--message", dest="commit_message", metavar="M", help="of the commit")
     parser.add_argument("--base-model", metavar="ID", help="Hub id of the full-precision model (default: what quantizing recorded)")
     parser.add_argument("--license", metavar="L", help="identifier of a licence (default: that of the base model)")
 
@@ -26,11 +26,11 @@ def run(options: argparse.Namespace) -> int:
     silence()
     published = publish_folder(
         options.directory,
-        options.repository,
+        options.repo_id,
         private=options.private or None,
         revision=options.revision,
         create_pr=options.create_pr,
-        commit_message=options.message,
+        commit_message=options.commit_message,
         base_model=options.base_model,
         license=options.license,
     )

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL on the Hub (default: its main branch)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the model (default: auto)")
     parser.add_argument("--modules-to-not-convert", nargs="*", default=None, metavar="NAME", help="modules that stay in full precision")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="publish the saved result, as qvlm publish does")
+    parser.add_argument("--push-to-hub", dest="repo_id", metavar="REPO", help="publish the saved result, as qvlm publish does")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub: make a private repository")
     parser.add_argument("--strict", action="store_true", help="fail where a fallback or a collapsed self-check would only warn")
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     check_output(options.output, overwrite=options.overwrite)
-    if options.private and options.push_to_hub is None:
+    if options.private and options.repo_id is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
     _refuse_unused(options)
     config = make_config(
@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
         rotation=None if options.rotation == "none" else options.rotation,
         modules_to_not_convert=options.modules_to_not_convert,
     )
-    if options.push_to_hub is not None:
-        check_target(HfApi(), options.push_to_hub, private=options.private or None)
+    if options.repo_id is not None:
+        check_target(HfApi(), options.repo_id, private=options.private or None)
     config.processor = processor = load_processor(options.model, options.revision)
     model = load_model(options.model, config, options.dtype, options.revision)
     report = model.hf_quantizer.report
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     for line in story(report):
         print(line)
     print(f"{len(report.modules)} modules quantized to {options.scheme}; saved in {path.name}")
-    if options.push_to_hub is not None:
+    if options.repo_id is not None:
         _push(options)
     return 0
 
@@ -79,9 +79,9 @@ def _refuse_unused(options: argparse.Namespace) -> None:
 def _push(options: argparse.Namespace) -> None:
     """Publishes the saved result; what went wrong comes with the command that repeats it alone."""
     try:
-        published = publish_folder(options.output, options.push_to_hub, private=options.private or None)
+        published = publish_folder(options.output, options.repo_id, private=options.private or None)
     except (ValueError, OSError, RuntimeError) as error:
-        again = ["qvlm", "publish", options.output, options.push_to_hub, *(["--private"] if options.private else [])]
+        again = ["qvlm", "publish", options.output, options.repo_id, *(["--private"] if options.private else [])]
         raise OSError(f"{error} The model is saved; this publishes it: {shlex.join(again)}") from error
     for line in describe(published):
         print(line)

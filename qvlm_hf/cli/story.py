@@ -16,7 +16,7 @@ def story(report: CalibrationReport) -> Iterator[str]:
     yield from block_lines(report)
     yield from lift_lines(report)
     yield from vision_lines(report)
-    yield from (f"warning: {in_options(warning)}" for warning in report.warnings)
+    yield from ("warning: " + in_options(warning, "quantize") for warning in report.warnings)
 
 
 def entropy_chart(report: CalibrationReport) -> Iterator[str]:

@@ -1,61 +1,69 @@
-"""What the library says in Python's words, in those of the command line: its messages name arguments, a terminal has options."""
+"""Messages of the library in the words of the command line.
 
+The library names an argument as `name=value`, as `name=` alone, or as the `name: ` that a message
+begins with. Where the command has an option, or an argument, of that name, it stands instead.
+Behind "quantize with" stand those of `qvlm quantize`, whichever command runs.
+"""
+
+import argparse
+import ast
+import importlib
 import re
+import shlex
+from collections.abc import Mapping
+from functools import cache
 
-__all__ = ["in_options"]
+__all__ = ["command_arguments", "in_options", "shown_name"]
 
-# Arguments of the library that are options of `qvlm quantize`, `publish` or `evaluate`.
-_OPTIONS = (
-    "activation_granularity", "base_model", "batch_size", "create_pr", "dataset", "dtype", "group_size", "license", "max_block_depth",
-    "modules_to_not_convert", "num_samples", "precision_budget", "private", "revision", "rotation", "scheme", "seed", "strict", "symmetric",
-)  # fmt: skip
-_NAME = rf"(?<![\w/.\"'-])({'|'.join(_OPTIONS)})"
-_VALUE = r"('[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,;:()/]*[^\s,;:()./](?![\w/]))"  # no path
-
-# Pattern -> replacement, in this order: whole remedies first, then arguments by their form.
-_RULES: tuple[tuple[str, str], ...] = (
-    (r"pass QVLMConfig\(dataset='samples\.jsonl', processor=\.\.\.\)", "give --dataset F"),
-    (r"pass dataset= and processor= to QVLMConfig", "give --dataset F"),
-    (r"pass a dataset\b", "give --dataset F"),
-    (r"\(quantize_vision=False, quantize_projector=False, or both in modules_to_not_convert\)",
-     "(--modules-to-not-convert vision_tower multi_modal_projector)"),
-    (r"\(guard=False, precision_budget=None, lm_head_bits=None\)", "(--method rtn)"),
-    (r"use more bits or activation_granularity=None, or calibrate", "use more bits, leave out --activation-granularity, or calibrate"),
-    (r"; use AutoProcessor\.from_pretrained\(model\)", "; name a model that was saved with its processor"),
-    (r"set processor\.chat_template, or load the processor of a chat model",
-     "put a chat_template.jinja beside the model, or take a chat model"),
-    (r"set processor\.tokenizer\.pad_token = processor\.tokenizer\.eos_token", 'set "pad_token" in the model\'s tokenizer_config.json'),
-    (r"save it there with processor\.save_pretrained", "quantize the model again, which saves it there, or copy its files"),
-    (r"leave it out \(qvlm_hf\.calibration\.samples\.without_too_long does\), or shorten it", "leave it out, or shorten it"),
-    (r", set HF_TOKEN or pass token=", " or set HF_TOKEN"),
-    (r": take 'other' with license_name and license_link", ": take one that the Hub lists, as in apache-2.0"),
-    (r"\bsave_quantized or qvlm quantize\b|\bqvlm quantize or save_quantized\b", "qvlm quantize"),
-    (r"use batch size 1\b", "use --batch-size 1"),
-    # one sample that the command itself made of its arguments
-    (r'^dataset\[0\]: key "image":? ', "--image: "),
-    (r'^dataset\[0\]: key "question" (.*); (.*) or remove the sample', r"the question \1; \2"),
-    (r"^dataset\[0\]: ", ""),
-    (r"(^--image: .*); paths are relative to the dataset file, of samples in memory to the working directory",
-     r"\1; paths are relative to the working directory"),
-    (r"(^--image: .*); replace it or remove the sample", r"\1; give another"),
-    # arguments
-    (r"\btorch\.(float\d+|bfloat16|u?int\d+)\b", r"\1"),
-    (r"\brotation=None\b", "--rotation none"),
-    (rf"{_NAME}=True\b", r"--\1"),
-    (rf"{_NAME}=(?:False|None)\b", r"no --\1"),
-    (rf"{_NAME}={_VALUE}", r"--\1 \2"),
-    (r"\brepo_id='", "REPO '"),
-    (r"^(dataset|num_samples|strict|modules_to_not_convert|batch_size)(?=:? )", r"--\1"),
-    # our remedies alone: a column of somebody's data may have such a name
-    (rf"\b(lower|raise|shorten|change) ({'|'.join(n for n in _OPTIONS if '_' in n)})\b", r"\1 --\2"),
-    (r"\bor None to take all", "or leave it out to take all"),
-    (r", or None(?= to |[ .;,]|$)", ", or left out"),
-)  # fmt: skip
+_ELSEWHERE = "quantize with "
+# In quotes or brackets, or one word that is no path; nothing before a space or the end of a clause.
+_VALUE = r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,;:()/]*[^\s,;:()./](?![\w/])|(?=[\s.,;:)]|$)"
 
 
-def in_options(message: str) -> str:
-    """The same message for the command line: options instead of Python's arguments, in one line."""
+def in_options(message: str, command: str | None) -> str:
+    """A message of the library, in one line, with the options of a command for Python's arguments."""
     text = " ".join(message.split())
-    for pattern, replacement in _RULES:
-        text = re.sub(pattern, replacement, text)
-    return re.sub(rf"--({'|'.join(_OPTIONS)})\b", lambda option: option[0].replace("_", "-"), text)
+    if command is None:
+        return text
+    own, (first, words, rest) = command_arguments(command), text.partition(_ELSEWHERE)
+    behind = _translate(rest, command_arguments("quantize") | own) if rest else ""
+    return _translate(first, own) + words + behind
+
+
+def shown_name(action: argparse.Action) -> str:
+    """What the command line calls an argument: `--option`, or the name of a place, as in help."""
+    return action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+
+
+@cache
+def command_arguments(command: str) -> dict[str, argparse.Action]:
+    """Name in Python -> argument of a command; empty if the command cannot be imported."""
+    parser = argparse.ArgumentParser(add_help=False)
+    try:
+        importlib.import_module(f"qvlm_hf.cli.{command}").add_arguments(parser)
+    except Exception:  # whoever asks has an error to tell already
+        return {}
+    return {action.dest: action for action in parser._actions}
+
+
+def _translate(text: str, arguments: Mapping[str, argparse.Action]) -> str:
+    if not text or not arguments:
+        return text
+    names = "|".join(arguments)
+    text = re.sub(rf"^({names})(?=: )", lambda found: shown_name(arguments[found[1]]), text)
+    pattern = rf"(?<![\w/.\"'-])({names})=({_VALUE})"
+    return re.sub(pattern, lambda found: _option(arguments[found[1]], found[2]), text)
+
+
+def _option(action: argparse.Action, value: str) -> str:
+    name = shown_name(action)
+    if value == "" or (value == "True" and action.nargs == 0):
+        return name
+    if value in ("None", "False"):
+        return f"{name} none" if "none" in (action.choices or ()) else f"no {name}"
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return f"{name} {value}"
+    words = parsed if isinstance(parsed, list) else [parsed]
+    return " ".join([name, *(shlex.quote(str(word)) for word in words)])

@@ -79,14 +79,20 @@ def stored_as(name: str, scheme: QuantScheme, in_features: int, *, has_input_sca
     eight_bits = scheme.activation_bits == scheme.weight_bits == 8
     if scheme.granularity == "dynamic_token" and not (eight_bits and one_group and scheme.symmetric):
         raise ValueError(
-            f"{name}: no consumer runs W{scheme.weight_bits}A{scheme.activation_bits} with group_size={scheme.group_size} and "
-            f"symmetric={scheme.symmetric}: they take W8A8 with group_size=-1 and symmetric=True, or 16-bit activations."
+            f"{name}: no consumer runs W{scheme.weight_bits}A{scheme.activation_bits} {_grouping(scheme)}: "
+            "quantize with scheme='W8A8', group_size=-1 and symmetric=True, or to 16-bit activations."
         )
     group_size = _WHOLE_ROW if one_group else math.gcd(scheme.group_size, in_features)
     width = next(width for width in _WIDTHS if width >= scheme.weight_bits)
     return Stored(
         weight_bits=width, group_size=group_size, symmetric=scheme.symmetric, quantized_input=scheme.granularity == "dynamic_token"
     )
+
+
+def _grouping(scheme: QuantScheme) -> str:
+    """How the weights of a scheme are rounded, for messages."""
+    groups = "one scale per row" if scheme.group_size == _WHOLE_ROW else f"a scale per {scheme.group_size} inputs"
+    return f"with {groups} and {'no zero points' if scheme.symmetric else 'zero points'}"
 
 
 def with_one_group_size(stored: Mapping[str, Stored], in_features: Mapping[str, int]) -> dict[str, Stored]:
@@ -105,7 +111,7 @@ def with_one_group_size(stored: Mapping[str, Stored], in_features: Mapping[str, 
     if len({kind.weight_bits for kind in kinds}) > 1 or len({kind.symmetric for kind in kinds}) > 1:
         raise ValueError(
             f"weights of {sorted({kind.weight_bits for kind in kinds})} bits with zero points cannot be loaded side by side: "
-            "quantize with symmetric=True, or to one width (guard=False, precision_budget=None, lm_head_bits=None)."
+            "quantize with symmetric=True, or all weights to one width."
         )
     size = math.gcd(*(in_features[name] if kind.group_size == _WHOLE_ROW else kind.group_size for name, kind in stored.items()))
     first = next(iter(kinds))

@@ -277,9 +277,9 @@ class QVLMConfig(QuantizationConfigMixin):
             "optimize_vision": self.optimize_vision is not None,
             "precision_budget": self.precision_budget is not None,
         }
-        for field, asked in needing.items():
+        for name, asked in needing.items():
             if asked:
-                raise ValueError(f"{field} needs calibration data: pass dataset= and processor= to QVLMConfig, or leave it out.")
+                raise ValueError(f"{name}={getattr(self, name)!r} needs calibration data: give dataset= too, or leave it out.")
         self.update(weight_rounding="nearest", equalization=False, token_importance=False, guard=False)
 
     def to_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvlm_hf.hf.checks import tensor_headers
+from qvlm_hf.hf.registry import QUANT_METHOD
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedConfig
@@ -56,10 +57,13 @@ def check_directory(directory: Path, config: PreTrainedConfig) -> None:
         config: its configuration.
 
     Raises:
-        ValueError: they have none, or as `weight_files`.
+        ValueError: they have none, no weights are there, or as `weight_files`.
     """
     check_index(directory)
-    if getattr(config, "quantization_config", None):
+    if saved := getattr(config, "quantization_config", None):
+        ours = isinstance(saved, dict) and saved.get("quant_method") == QUANT_METHOD
+        if ours and not any(directory.glob("*.safetensors")):
+            raise ValueError(f"{directory}: holds no {_SINGLE_NAME}: {_AGAIN}.")
         return  # Transformers and QVLMConfig read it
     for file in filter(lambda file: Path(file).is_file(), weight_files(directory)):
         if packed := next((key for key, *_ in tensor_headers(file) if key.endswith(".weight_scale")), None):

@@ -24,8 +24,9 @@ def check_replaceable(folder: Path, shown: object) -> None:
     entries = sorted(folder.iterdir())
     if left := [entry.name for entry in entries if entry.name.startswith((PARTIAL, OLD))]:
         raise ValueError(
-            f"{shown}: holds {left[0]} of a save that was interrupted or still runs: "
-            "move what you need out of it and delete it, or choose another directory."
+            f"{shown}: holds {' and '.join(left)} of a save that was interrupted or still runs: if none runs, "
+            f"move up what {OLD}... holds for the earlier result, or else, beside such a folder, what {PARTIAL}... "
+            "holds for the new one, over files of the same name, and delete the folders; or choose another directory."
         )
     ours = written_entries(folder)
     if ours is None:

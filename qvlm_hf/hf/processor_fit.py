@@ -7,6 +7,7 @@ shapes alone, so nothing here knows how a family turns pictures into features.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,13 @@ def check_processor_fits(model: PreTrainedModel, processor: Any, samples: Sequen
     Args:
         model: on any device; "meta" is enough.
         processor: any Transformers processor.
-        samples: None stands for one with an empty picture.
+        samples: None stands for one with an empty picture, called "a test picture".
 
     Raises:
         ValueError: the processor fails on the sample, or writes a token that the model does not know, or
             another number of image tokens than the model makes features.
     """
+    processor = copy.deepcopy(processor)  # a tokenizer keeps how it padded, and would be saved so
     sample = _drawn() if samples is None else next((sample for sample in samples if sample.pictures()), samples[0])
     name = type(processor).__name__
     try:
@@ -47,23 +49,27 @@ def check_processor_fits(model: PreTrainedModel, processor: Any, samples: Sequen
     embeddings: Any = model.get_input_embeddings()
     highest, known = int(inputs["input_ids"].max()), embeddings.weight.shape[0]
     if highest >= known:
-        raise ValueError(f"{sample.origin}: {name} writes the token {highest}, but the model knows {known} tokens: {_OWN}.")
+        problem = f"{name} writes the token {highest}, but the model knows {known} tokens"
+        raise ValueError(f"{sample.origin}: {problem}: {_OWN} (tokenizer.json).")
     try:
         features = _count_features(model, inputs)
     except ValueError as error:
-        raise ValueError(f"{sample.origin}: the model refuses the picture that {name} made ({first_line(error)}): {_OWN}.") from error
+        raise ValueError(
+            f"{sample.origin}: the model refuses the picture that {name} made ({first_line(error)}): {_OWN} "
+            "(size and crop_size in processor_config.json or preprocessor_config.json)."
+        ) from error
     tokens = _count_tokens(model, inputs)
     if None not in (tokens, features) and tokens != features:
         found = _find_settings(model, sample, processor) or _OWN
         raise ValueError(f"{sample.origin}: {name} writes {tokens} image tokens, but the model makes {features} features: {found}.")
 
 
-_OWN = "load the model's own processor, AutoProcessor.from_pretrained(model_id)"
+_OWN = "take the processor that was saved with the model"
 
 
 def _drawn() -> Sample:
     content = [{"type": "image", "image": Image.new("RGB", (128, 96))}, {"type": "text", "text": "What is this?"}]
-    return Sample(messages=({"role": "user", "content": content},), origin="an empty picture")
+    return Sample(messages=({"role": "user", "content": content},), origin="a test picture")
 
 
 def _make_inputs(sample: Sample, processor: Any) -> dict[str, torch.Tensor]:
@@ -116,8 +122,8 @@ def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> st
         try:
             inputs = _make_inputs(sample, twin)
             if _count_tokens(model, inputs) == _count_features(model, inputs):
-                shown = " and ".join(f"processor.{name} = {value!r}" for name, value in change.items())
-                return f"set {shown}, or the same in the model's processor_config.json"
+                shown = ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in change.items())
+                return f"set {shown} in the model's processor_config.json, or the same on the processor"
         except Exception:
             continue  # no remedy
     return None

@@ -285,7 +285,7 @@ def _check_loads(folder: Path) -> None:
         inputs = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}: holds no processor that loads ({reason}): save it there with processor.save_pretrained.") from error
+        raise ValueError(f"{folder}: holds no processor that loads ({reason}): save the model's processor there too.") from error
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     if not bool(_logits(model, inputs).isfinite().all()):
         raise ValueError(f"{folder}: the model answers with NaN or infinity: quantize it again, in bfloat16 if it was float16.")

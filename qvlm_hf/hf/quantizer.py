@@ -110,7 +110,7 @@ class QVLMHfQuantizer(HfQuantizer):
         if config.dataset is None:
             if settings.needs_data:
                 raise ValueError(
-                    f"scheme={config.scheme!r} has activation ranges to calibrate: pass QVLMConfig(dataset='samples.jsonl', processor=...) "
+                    f"scheme={config.scheme!r} has activation ranges to calibrate: give samples (dataset='samples.jsonl'), "
                     "or take activation_granularity='dynamic_token' or 16-bit activations, which need no data."
                 )
             config.settle_without_data()
@@ -131,7 +131,8 @@ class QVLMHfQuantizer(HfQuantizer):
             ValueError: not float32, bfloat16 or float16.
         """
         if dtype not in _DTYPES:
-            raise ValueError(f"dtype={dtype} must be one of {', '.join(map(str, _DTYPES))}: pass dtype=torch.bfloat16.")
+            name, *names = (str(one).removeprefix("torch.") for one in (dtype, *_DTYPES))
+            raise ValueError(f"dtype={name} must be one of {', '.join(names)}: take dtype='bfloat16'.")
         return dtype
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -183,15 +184,17 @@ class QVLMHfQuantizer(HfQuantizer):
         settings = self.quantization_config.settings()
         if self.pre_quantized:
             self._build_skeleton(model, checkpoint_files)
-        elif self.rounds_on_load:
+            return
+        self._check_processor(model)
+        if self.rounds_on_load:
             self.report = planned_report(model, settings)
             rounding_skeleton(model, self.report.modules)
         else:
             resolve_segments(model, settings)  # an unknown family or a wrong pattern should not wait for the weights
-            self._check_processor(model)
 
     def _check_processor(self, model: PreTrainedModel) -> None:
-        if self.quantization_config.dataset is not None:
+        """Without data the processor, if there is one, is saved with the result, and must serve it."""
+        if self.quantization_config.processor is not None:
             check_processor_fits(model, self.quantization_config.processor, self._samples)
 
     def _build_skeleton(self, model: PreTrainedModel, files: Sequence[str] | None) -> None:

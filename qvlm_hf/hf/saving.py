@@ -140,6 +140,8 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
         ValueError: it is a file or cannot be written; it holds something and `overwrite` is False; or
             it holds more than an earlier result of ours.
     """
+    if not os.fspath(output):
+        raise ValueError("output is empty, which names no directory: give its name, or '.' for this one.")
     try:
         target = Path(output).resolve()
         if target.exists() and not target.is_dir():

@@ -68,7 +68,7 @@ def check_choices(*, license: str | None, base_model: str | None) -> None:
         ValueError: one is no identifier. Whether "other" has a name and a link shows only in the card.
     """
     if license is not None and license not in LICENSES:
-        raise ValueError(f"license={license!r} is no identifier of the Hub: take 'other' with license_name and license_link.")
+        raise ValueError(f"license={license!r} is no identifier of the Hub: take one that it lists, as in 'apache-2.0'.")
     if base_model is not None:
         _check_base_model({"base_model": base_model})
 
@@ -96,7 +96,7 @@ def _front_matter(text: str) -> dict[str, Any]:
 def _check_license(data: dict[str, Any]) -> None:
     for name in _listed(data.get("license") or []):
         if name not in LICENSES:
-            raise ValueError(f"model card: license={name!r} is no identifier of the Hub: take 'other' with license_name and license_link.")
+            raise ValueError(f"model card: license={name!r} is no identifier of the Hub: take one that it lists, as in 'apache-2.0'.")
         if name == "other" and not (data.get("license_name") and data.get("license_link")):
             raise ValueError("model card: license='other' needs license_name and license_link: name the licence and where it is.")
 

@@ -20,8 +20,12 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 _ANSWERS: dict[int, tuple[type[OSError], str, str]] = {
     400: (OSError, "the Hub refuses the request", "mend what it names"),
-    401: (PermissionError, "the Hub does not accept the token", "run `hf auth login`, set HF_TOKEN or pass token="),
-    403: (PermissionError, "the token may not write there", "take a token with write permission, another repository, or create_pr=True"),
+    401: (PermissionError, "the Hub does not accept the token", "run `hf auth login` or set HF_TOKEN"),
+    403: (
+        PermissionError,
+        "the token may not write there",
+        "take a token with write permission, another repository, or open a pull request",
+    ),
     404: (FileNotFoundError, "no such repository or revision, or a private one that the token may not see", "check both names"),
     409: (OSError, "something else changed the repository at the same time", "repeat the command"),
     412: (OSError, "something else changed the repository at the same time", "repeat the command"),
@@ -61,7 +65,7 @@ def _explanation(repo_id: str, error: BaseException | None) -> Exception | None:
     """What to raise instead of `error`; None: it is no matter of the Hub's."""
     match error:
         case LocalTokenNotFoundError():
-            return PermissionError(f"{repo_id}: there is no Hub token: run `hf auth login`, set HF_TOKEN or pass token=.")
+            return PermissionError(f"{repo_id}: there is no Hub token: run `hf auth login` or set HF_TOKEN.")
         case OfflineModeIsEnabled():
             return ConnectionError(f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish.")
         case HfHubHTTPError():

@@ -87,7 +87,7 @@ def weight_files(folder: Path) -> tuple[str, ...]:
     if single.is_file():
         return (_SINGLE,)
     if not index.is_file():
-        raise ValueError(f"{folder}: holds no {_SINGLE}: name the directory that save_quantized or qvlm quantize wrote.")
+        raise ValueError(f"{folder}: holds no {_SINGLE}: name the directory that qvlm quantize wrote.")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, TypeError, LookupError, AttributeError) as error:

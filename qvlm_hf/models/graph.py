@@ -244,7 +244,7 @@ def resolve(
     segments.append(Segment("language", tuple(layer(f"{family.language_layers}.{i}", decoder) for i in range(count))))
     segments = [segment for segment in segments if any(entry.sites for entry in segment.layers)]
     if not segments:
-        raise ValueError("every module is excluded: shorten modules_to_not_convert.")
+        raise ValueError("modules_to_not_convert: leaves no module to quantize: shorten it.")
     return tuple(segments)
 
 
@@ -331,7 +331,7 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
         kind = f"{name} is a {type(module).__name__}, not nn.Linear"
         if hasattr(module, "dequantize"):
             raise ValueError(f"{kind}, and quantized already: call model.dequantize() first.")
-        raise ValueError(f"{kind}: only plain ones are quantized; modules_to_not_convert leaves it out.")
+        raise ValueError(f"{kind}: only plain ones are quantized; modules_to_not_convert= leaves it out.")
     return module
 
 
@@ -352,7 +352,7 @@ def output_head(model: nn.Module) -> str:
     name = _row(_FAMILIES, config.model_type, "model_type").head
     get_linear(model, name)
     if config.get_text_config().tie_word_embeddings or config.tie_word_embeddings:
-        raise ValueError(f"lm_head_bits: {name} shares its weight with the embeddings and cannot be quantized: leave lm_head_bits at None.")
+        raise ValueError(f"lm_head_bits: {name} shares its weight with the embeddings and cannot be quantized: leave it out.")
     return name
 
 

@@ -169,22 +169,24 @@ def test_a_calibrated_w8a8_can_be_made_for_export(folder):
         (["quantize", "{f}/model", "--dataset", "{f}/none.jsonl", "--output", "{f}/x"], "no such file"),
         (
             ["quantize", "{f}/model", "--output", "{f}/x"],
-            "--scheme 'W4A4' has activation ranges to calibrate: give --dataset F or take --activation-granularity 'dynamic_token'",
+            "--scheme W4A4 has activation ranges to calibrate: give samples (--dataset samples.jsonl), or take "
+            "--activation-granularity dynamic_token or 16-bit activations",
         ),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--num-samples", "0"], "--num-samples 0 must be"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--seed", "-1"], "--seed -1 must be an integer"),
         (
             ["quantize", "{f}/model", "--dataset", "{f}/texts.jsonl", "--output", "{f}/x"],
-            "none of the 3 samples has a picture; add pictures to the dataset, or leave the vision side alone (--modules-to-not-convert",
+            "none of the 3 samples has a picture; add pictures to the dataset, or leave the vision side alone "
+            "(--modules-to-not-convert vision_tower multi_modal_projector).",
         ),
-        (["evaluate", "{f}/w4a4", "--dataset", "{f}/samples.jsonl", "--num-samples", "0"], "--num-samples is 0; give a whole number"),
+        (["evaluate", "{f}/w4a4", "--dataset", "{f}/samples.jsonl", "--num-samples", "0"], "--num-samples 0 must be a whole number"),
         (
             ["evaluate", "{f}/w4a4", "--dataset", "{f}/samples.jsonl", "--batch-size", "0"],
-            "--batch-size is 0; give a whole number of at least 1",
+            "--batch-size 0 must be a whole number of at least 1.",
         ),
         (
             ["ask", "{f}/w4a4", "--image", "gone.png", "what ?"],
-            "error: --image: no such picture: gone.png; paths are relative to the working directory\n",
+            "error: --image: no such picture: gone.png; it was looked for in ",
         ),
         (["ask", "{f}/w4a4", "--image", "{f}/0.png", " "], "error: the question is empty; give text\n"),
         (["quantize", "{f}/model", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x", "--scheme", "W9A4"], "is not W"),
@@ -269,6 +271,116 @@ def test_quantize_into_the_working_directory(folder, tmp_path, monkeypatch):
         assert main(["quantize", f"{folder}/model", "--method", "rtn", "--output", ".", *more]) == 0
         assert (tmp_path.stat().st_ino, Path.cwd()) == (inode, tmp_path)
         assert (tmp_path / "config.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def misfits(folder):
+    """The model, and its quantized form, with a processor as old repositories have it: without patch_size."""
+    for name in ("model", "w4a4"):
+        shutil.copytree(folder / name, folder / f"{name}-old")
+        file = folder / f"{name}-old" / "processor_config.json"
+        file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "patch_size"}))
+    (folder / "w4a4-old" / "model.safetensors").write_bytes(b"broken")  # an error about anything else came first
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "{f}/model-old", "--scheme", "W4A16", "--output", "{f}/x"],
+        ["quantize", "{f}/model-old", "--method", "rtn", "--output", "{f}/x"],
+        ["quantize", "{f}/model-old", "--dataset", "{f}/samples.jsonl", "--output", "{f}/x"],
+        ["check", "{f}/w4a4-old"],
+        ["check", "{f}/model-old"],
+        ["ask", "{f}/w4a4-old", "--image", "{f}/0.png", "what ?"],
+        ["ask", "{f}/model-old", "--image", "{f}/0.png", "what ?"],
+        ["evaluate", "{f}/w4a4-old", "--dataset", "{f}/samples.jsonl"],
+        ["evaluate", "{f}/model-old", "--dataset", "{f}/samples.jsonl"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:3]),
+)
+def test_a_processor_that_does_not_fit_is_one_line_before_any_weight(misfits, capsys, arguments):
+    assert main([word.replace("{f}", str(misfits)) for word in arguments]) == 1
+    said = capsys.readouterr().err.replace(str(misfits), "F")
+    assert re.fullmatch(
+        r"qvlm: error: ((F/(model|w4a4)-old: )?a test picture|samples.jsonl:\d+): LlavaProcessor refuses this batch \(.*\): "
+        r'set "patch_size": 8 in the model\'s processor_config.json, or the same on the processor\.\n',
+        said,
+    )
+
+
+def test_against_another_processor_is_refused_before_its_weights(folder, tmp_path, capsys):
+    shutil.copytree(folder / "model", tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config["vision_config"]["patch_size"] = 16
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"broken")
+    arguments = ["evaluate", f"{folder}/model", "--dataset", f"{folder}/samples.jsonl", "--against", f"{tmp_path}/other"]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "other: a test picture: LlavaProcessor writes 16 image tokens, but the model makes 4 features: set" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", "holds no config.json: name the directory of a saved model."),
+        ("model.safetensors", "holds no model.safetensors: download or quantize the model again."),
+        *(
+            (name, f"holds no processor that loads ({name} is missing): copy the model's processor files there.")
+            for name in ("processor_config.json", "tokenizer.json")
+        ),
+        (
+            "chat_template.jinja",
+            "LlavaProcessor has no chat template; add chat_template.jinja to its files, set its chat_template, or take a chat model",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", [["check"], ["ask", "what ?", "--image", "{f}/0.png"], ["evaluate", "--dataset", "{f}/samples.jsonl"]])
+def test_a_missing_file_is_named_in_one_line(folder, tmp_path, capsys, command, file, message):
+    shutil.copytree(folder / "w4a4", tmp_path / "m")
+    (tmp_path / "m" / file).unlink()
+    name, *rest = (word.replace("{f}", str(folder)) for word in command)
+    assert main([name, f"{tmp_path}/m", *rest]) == 1
+    assert capsys.readouterr().err == f"qvlm: error: {tmp_path}/m: {message}\n"
+
+
+WORDS = {
+    "quantize": ["MODEL", "--output", "O"],
+    "ask": ["MODEL", "what ?", "--image", "I"],
+    "evaluate": ["MODEL", "--dataset", "D", "--against", "A", "--json", "J"],
+    "bench": ["MODEL", "--json", "J"],
+    "publish": ["MODEL", "me/x", "--revision", "R"],
+    "inspect": ["MODEL"],
+    "export": ["MODEL", "--output", "O"],
+    "check": ["MODEL"],
+    "demo": ["--output", "O"],
+}
+
+
+@pytest.mark.parametrize(("command", "place"), [(name, i) for name, words in WORDS.items() for i, w in enumerate(words) if w[0] != "-"])
+def test_an_empty_word_is_one_line(tmp_path, capsys, monkeypatch, command, place):
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS[command][:place], "", *WORDS[command][place + 1 :]]
+    assert main([command, *words]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"qvlm: error: (--[a-z]+|MODEL|DIR|REPO|question) is empty: give it a value \(.*\)\.\n", said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_another_kind_is_one_line_too(folder, capsys, monkeypatch):
+    from qvlm_hf.cli import inspect
+
+    def fails(_options):
+        raise TypeError("of a library:\nwhat it says\nand more")
+
+    monkeypatch.setattr(inspect, "run", fails)
+    assert main(["inspect", "x"]) == 1
+    expected = "qvlm: error: unexpected TypeError (of a library: what it says): --debug shows where\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises(TypeError):
+        main(["inspect", "x", "--debug"])
 
 
 def test_debug_shows_the_traceback(folder):

@@ -15,9 +15,9 @@ from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.hf.processor_fit import check_processor_fits
 
 SET = {
-    "patch_size": f"processor.patch_size = {PATCH_SIZE}",
-    "vision_feature_select_strategy": "processor.vision_feature_select_strategy = 'default'",
-    "num_additional_image_tokens": "processor.num_additional_image_tokens = 1",
+    "patch_size": PATCH_SIZE,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
 }
 NONE = "LlavaProcessor refuses this batch (unsupported operand type(s) for //: 'int' and 'NoneType')"
 COUNTED = f"LlavaProcessor writes {{}} image tokens, but the model makes {IMAGE_TOKENS} features"
@@ -72,34 +72,64 @@ def samples(tmp_path: Path) -> str:
 def test_wrong_settings_are_found_before_a_weight_is_read(no_weights: Path, samples: str, kind: str) -> None:
     settings, problem = WRONG[kind]
     processor = wrong_processor(settings)
-    remedy = " and ".join(text for name, text in SET.items() if name in settings)
-    message = f"samples.jsonl:2: {problem}: set {remedy}, or the same in the model's processor_config.json."
+    remedy = {name: value for name, value in SET.items() if name in settings}
+    said = f"set {json.dumps(remedy)[1:-1]} in the model's processor_config.json, or the same on the processor."
+    message = f"samples.jsonl:2: {problem}: {said}"
     config = QVLMConfig(dataset=samples, processor=processor)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         quantize_model(tiny_llava(), config)
     assert {name: getattr(processor, name) for name in settings} == settings  # it was only tried
-    exec("\n".join(remedy.split(" and ")), {"processor": processor})
+    for name, value in remedy.items():
+        setattr(processor, name, value)
     check_processor_fits(on_meta(), processor, load_samples(samples))
 
 
 def test_drawn_samples_are_checked_too(no_weights: Path) -> None:
     config = QVLMConfig(dataset="synthetic", processor=wrong_processor({"patch_size": None}))
-    with pytest.raises(ValueError, match=r"^an empty picture: LlavaProcessor refuses .*: set processor\.patch_size = 8, or"):
+    with pytest.raises(ValueError, match=r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model'):
         AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scheme": "W4A16"}, {"activation_granularity": "dynamic_token"}, {"scheme": "W4A16", "rotation": "hadamard"}]
+)
+def test_without_data_a_processor_that_is_given_is_checked_too(no_weights: Path, options: dict[str, Any]) -> None:
+    config = QVLMConfig(**options, processor=wrong_processor({"patch_size": None}))
+    message = r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model\'s processor_config.json'
+    with pytest.raises(ValueError, match=message):
+        AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
+    model = tiny_llava()
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, config)
+    assert not getattr(model, "is_quantized", False)
+    config.processor = None
+    assert quantize_model(model, config).modules
+
+
+def test_a_check_leaves_no_trace_in_the_files_of_the_processor(tmp_path: Path) -> None:
+    processor = tiny_processor()
+    processor.save_pretrained(tmp_path / "before")
+    check_processor_fits(on_meta(), processor, None)
+    processor.save_pretrained(tmp_path / "after")
+    for file in (tmp_path / "before").iterdir():
+        assert (tmp_path / "after" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_pictures_of_another_size_and_unknown_tokens(samples: str) -> None:
     processor = tiny_processor()
     processor.image_processor.crop_size = processor.image_processor.size = {"height": 48, "width": 48}
-    message = r"^samples.jsonl:2: the model refuses the picture that LlavaProcessor made \(Input image size .*\): load the model's own"
+    message = (
+        r"^samples.jsonl:2: the model refuses the picture that LlavaProcessor made \(Input image size .*\): take the "
+        r"processor that was saved with the model \(size and crop_size in processor_config.json or preprocessor_config.json\)\.$"
+    )
     with pytest.raises(ValueError, match=message) as caught:
         check_processor_fits(on_meta(), processor, load_samples(samples))
     assert "\n" not in str(caught.value)
     model = on_meta()
     model.resize_token_embeddings(5, mean_resizing=False)
-    with pytest.raises(ValueError, match=r"^samples.jsonl:2: LlavaProcessor writes the token \d+, but the model knows 5 tokens: load"):
+    with pytest.raises(ValueError, match=r"^samples.jsonl:2: LlavaProcessor writes the token \d+, but the model knows 5 tokens: take"):
         check_processor_fits(model, tiny_processor(), load_samples(samples))
 
 

@@ -52,7 +52,7 @@ def collapse_warning(check: SelfCheck | None) -> str | None:
     return (
         f"the quantized model agrees with full precision on only {100 * check.agreement:.0f} % of {check.answer_tokens} answer tokens "
         f"(KL {check.kl:.2g}): "
-        "use more bits or activation_granularity=None, or calibrate with data like yours."
+        "use more bits, calibrate with data like yours, or leave out activation_granularity=."
     )
 
 

@@ -158,7 +158,7 @@ def _call_processor(
     for name, value in output.items():
         if not isinstance(value, torch.Tensor):
             problem = f"{type(processor).__name__} returns {name} as {type(value).__name__}, not as one tensor"
-            raise ValueError(f"{', '.join(origins)}: {problem}; use batch size 1")
+            raise ValueError(f"{', '.join(origins)}: {problem}; use batch_size=1")
         if value.is_floating_point() and not torch.isfinite(value).all():
             if len(texts) > 1:  # which of them it is only they themselves can tell
                 for text, own, origin in zip(texts, pictures, origins, strict=True):

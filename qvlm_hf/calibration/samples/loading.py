@@ -32,7 +32,7 @@ def load_samples(dataset: object, *, num_samples: int | None = None, seed: int =
         ValueError: one line: what is wrong, where (file, line, key) and how to mend it.
     """
     if num_samples is not None:
-        num_samples = whole_number("num_samples", num_samples, 1, ", or None to take all")
+        num_samples = whole_number("num_samples", num_samples, 1, ": leave it out to take all")
     seed = whole_number("seed", seed, 0)
     rows = read_rows(dataset, num_samples, seed)
     if not rows:

@@ -23,9 +23,9 @@ class _UnusableError(ValueError):
 
 def _image_error(path: object, key: str, origin: str, error: BaseException) -> ValueError:
     if isinstance(error, FileNotFoundError):
-        rule = "paths are relative to the dataset file, of samples in memory to the working directory"
-        return ValueError(f'{origin}: key "{key}": no such picture: {path}; {rule}')
-    return ValueError(f'{origin}: key "{key}": unreadable picture {path} ({first_line(error)}); replace it or remove the sample')
+        folder = Path(str(path)).absolute().parent
+        return ValueError(f'{origin}: key "{key}": no such picture: {path}; it was looked for in {folder}')
+    return ValueError(f'{origin}: key "{key}": unreadable picture {path} ({first_line(error)}); give another')
 
 
 def check_picture(value: Path | Image.Image, key: str, origin: str) -> None:

@@ -41,11 +41,13 @@ def check_processor(processor: Processor) -> None:
     """
     name = type(processor).__name__
     if not callable(getattr(processor, "apply_chat_template", None)) or getattr(processor, "tokenizer", None) is None:
-        raise ValueError(f"{name} is no chat processor (no apply_chat_template or tokenizer); use AutoProcessor.from_pretrained(model)")
+        raise ValueError(f"{name} is no chat processor (no apply_chat_template or tokenizer); take the one that was saved with the model")
     if getattr(processor, "chat_template", "") is None:
-        raise ValueError(f"{name} has no chat template; set processor.chat_template, or load the processor of a chat model")
+        remedy = "add chat_template.jinja to its files, set its chat_template, or take a chat model"
+        raise ValueError(f"{name} has no chat template; {remedy}")
     if processor.tokenizer.pad_token is None:
-        raise ValueError(f"the tokenizer of {name} has no pad_token; set processor.tokenizer.pad_token = processor.tokenizer.eos_token")
+        remedy = "set it in tokenizer_config.json or on the tokenizer, for example to the eos_token"
+        raise ValueError(f"the tokenizer of {name} has no pad_token; {remedy}")
 
 
 def render(sample: Sample, processor: Processor) -> tuple[str, list[int]]:

@@ -80,7 +80,7 @@ def probe_inputs(processor: Any) -> dict[str, Tensor]:
         {"type": "text", "text": "What is in this picture?"},
     ]
     messages = ({"role": "user", "content": content},)
-    return collate([Sample(messages=messages, origin="self-check")], processor).inputs
+    return collate([Sample(messages=messages, origin="a test picture")], processor).inputs
 
 
 @contextmanager

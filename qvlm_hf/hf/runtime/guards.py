@@ -140,7 +140,7 @@ def _check_language(hidden: Tensor) -> None:
 
 def _overflow(values: Tensor) -> str:
     narrow = values.dtype == torch.float16
-    remedy = " (load the model with dtype=torch.bfloat16 or torch.float32)" if narrow else ""
+    remedy = " (load the model in bfloat16 or float32)" if narrow else ""
     return f"a value left the range of {values.dtype}{remedy}"
 
 
