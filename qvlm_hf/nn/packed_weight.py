@@ -61,7 +61,8 @@ class PackedWeight(nn.Parameter):
             arguments = tree_leaves((args, kwargs))
             if func in (Tensor.requires_grad_, _ATTRIBUTES.requires_grad.__set__):
                 _refuse_training(*args[1:], **kwargs)
-            elif any(map(_is_stand_in, arguments)):
+                return func(*args, **kwargs)
+            if any(map(_is_stand_in, arguments)):
                 return _form(func, args, kwargs)
             if str(func).startswith("qvlm_hf"):  # an operator that knows what the integers mean
                 return func(*args, **kwargs)
