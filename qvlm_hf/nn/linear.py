@@ -13,7 +13,7 @@ from qvlm_hf.format.activation_grid import QParams
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.format.weight_grid import QuantizedWeight
-from qvlm_hf.nn.packed_weight import freeze, guarded, plain
+from qvlm_hf.nn.packed_weight import freeze, guarded, plain, read_by_adapters, stand_in
 from qvlm_hf.ops import cpu, gpu
 from qvlm_hf.ops.reference import dequantize_weight
 from qvlm_hf.ops.schema import linear
@@ -149,13 +149,18 @@ class QVLMLinear(nn.Linear):
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
-        """The packed integers, int32 [out, words], in a form that refuses float arithmetic (packed_weight.py)."""
+        """The packed integers, int32 [out, words], in a form that refuses float arithmetic (packed_weight.py).
+
+        PEFT's code reads the form of the float weight instead, float32 [out, in], which refuses as well.
+        """
         weight = self._parameters.get("weight")
         if weight is None:
             raise AttributeError("weight")
         # exact type: compilers and exporters put in tensors of their own; a float one waits to be rounded while it is loaded
         if type(weight) is not nn.Parameter or weight.dtype != torch.int32 or torch.compiler.is_compiling():
             return weight
+        if read_by_adapters(1):
+            return stand_in(weight, self.out_features, self.in_features)
         return guarded(weight)
 
     def register_parameter(self, name: str, param: Any) -> None:

@@ -4,10 +4,11 @@ Adapters (PEFT) read `module.weight` and compute with it. On packed integers tha
 about shapes, or gives a broken model without any. So arithmetic raises one line here; reading stays
 free. Kernels, files, offloading and compilers use `module._parameters`, whose weight is ordinary.
 
-Left out: who reads shape or dtype alone (LoHa, LoKr, some initialisations). Loaders need the true
-ones.
+Adapters also make their parameters of the weight's shape and dtype, where loaders need those of the
+integers. PEFT's own code therefore reads a stand-in: a float weight's form without its values.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["PackedWeight", "freeze", "guarded", "plain"]
+__all__ = ["PackedWeight", "freeze", "guarded", "plain", "read_by_adapters", "stand_in"]
 
 _REFUSAL = "a quantized module's packed weight takes no arithmetic: call model.dequantize() first."
 _NO_TRAINING = (
@@ -33,6 +34,12 @@ _SAME_INTEGERS = {
     *(getattr(torch, name) for name in ("t", "transpose", "reshape", "detach", "clone")),
     Tensor.contiguous,
     Tensor.__getitem__,
+}
+_SAME_FORM = {_ATTRIBUTES.data.__get__, _ATTRIBUTES.T.__get__, Tensor.t, Tensor.detach, torch.t}
+_TELLS_FORM = {  # methods; so do all other attributes
+    *(Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.element_size, Tensor.__repr__),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device),
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
 }
 
 
@@ -51,12 +58,16 @@ class PackedWeight(nn.Parameter):
         del types
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if str(func).startswith("qvlm_hf"):  # an operator that knows what the integers mean
-                return func(*args, **kwargs)
-            if func == _ATTRIBUTES.data.__set__ or _computes(func, tree_leaves((args, kwargs))):
-                raise ValueError(_REFUSAL)
+            arguments = tree_leaves((args, kwargs))
             if func in (Tensor.requires_grad_, _ATTRIBUTES.requires_grad.__set__):
                 _refuse_training(*args[1:], **kwargs)
+                return func(*args, **kwargs)
+            if any(map(_is_stand_in, arguments)):
+                return _form(func, args, kwargs)
+            if str(func).startswith("qvlm_hf"):  # an operator that knows what the integers mean
+                return func(*args, **kwargs)
+            if func == _ATTRIBUTES.data.__set__ or _computes(func, arguments):
+                raise ValueError(_REFUSAL)
             result = func(*args, **kwargs)
             if any(map(_is_floating, tree_leaves(result))):
                 raise ValueError(_REFUSAL)
@@ -74,11 +85,36 @@ def guarded(weight: Tensor) -> PackedWeight:
     return alias
 
 
+def read_by_adapters(depth: int) -> bool:
+    """Whether code of PEFT's own reads an attribute, `depth` calls above the one that asks."""
+    name: str = sys._getframe(depth + 1).f_globals.get("__name__", "")
+    return name.partition(".")[0] == "peft"
+
+
+def stand_in(weight: Tensor, out_features: int, in_features: int) -> PackedWeight:
+    """The form of the float weight that `weight` replaces, float32 [out_features, in_features].
+
+    It takes no memory, has the device and the attributes of `weight`, and raises ValueError if it
+    is computed with, read or stored. float32: the adapters' own dtype beside packed weights.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        value = weight.new_full((), torch.nan, dtype=torch.float32)
+        form = Tensor._make_subclass(PackedWeight, value.expand(out_features, in_features), False)
+    form.__dict__ = weight.__dict__
+    return form
+
+
 def plain(weight: Any) -> Any:
-    """The ordinary parameter behind an alias; anything else as it is."""
+    """The ordinary parameter behind an alias; anything else as it is.
+
+    Raises:
+        ValueError: `weight` is a stand-in, behind which nothing lies.
+    """
     if not isinstance(weight, PackedWeight):
         return weight
     with torch._C.DisableTorchFunctionSubclass():
+        if _is_stand_in(weight):
+            raise ValueError(_REFUSAL)
         ordinary = nn.Parameter(weight.as_subclass(Tensor), requires_grad=False)
     vars(ordinary).update(_state(weight))
     return ordinary
@@ -114,6 +150,22 @@ def _state(weight: Tensor | None) -> dict[str, Any]:
 def _refuse_training(requires_grad: bool = True) -> None:
     if requires_grad:
         raise ValueError(_NO_TRAINING)
+
+
+def _form(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What `func` tells of a stand-in's form; anything else is arithmetic on values it has not."""
+    is_attribute = func.__name__ == "__get__"
+    if func in _SAME_FORM or func in _TELLS_FORM or is_attribute:
+        result = func(*args, **kwargs)
+        if func in _SAME_FORM:
+            return Tensor._make_subclass(PackedWeight, result, False)
+        if not isinstance(result, Tensor):
+            return result
+    raise ValueError(_REFUSAL)
+
+
+def _is_stand_in(value: object) -> bool:
+    return isinstance(value, PackedWeight) and value.is_floating_point()
 
 
 def _computes(func: Callable[..., Any], arguments: Sequence[Any]) -> bool:

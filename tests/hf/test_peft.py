@@ -1,9 +1,11 @@
 """PEFT as it comes: adapters on a quantized model train, save, reload and merge after dequantize(); what PEFT cannot do is loud."""
 
 import copy
+import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,20 +17,21 @@ from peft import (
     BOFTConfig,
     C3AConfig,
     FourierFTConfig,
-    HiraConfig,
-    HRAConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     MissConfig,
     OFTConfig,
     PeftModel,
     RandLoraConfig,
-    ShiraConfig,
     VBLoRAConfig,
     VeraConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
 )
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import tiny_messages
 from transformers import AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainingArguments
 
@@ -291,13 +294,6 @@ MERGED = {  # reads the weight only to merge
     "VB-LoRA": VBLoRAConfig(r=4, num_vectors=8, vector_length=8),
     "VeRA": VeraConfig(r=4),
 }
-READ = {  # reads the weight at once, or at the first forward pass
-    "DoRA": LoraConfig(use_dora=True),
-    "HRA": HRAConfig(r=4),
-    "HiRA": HiraConfig(r=4),
-    "MiSS in blocks": MissConfig(r=8, init_weights="bat"),
-    "SHiRA": ShiraConfig(r=4),
-}
 
 
 def with_adapter(model, config):
@@ -344,31 +340,115 @@ def test_merging_into_packed_weights_is_refused_and_changes_nothing(weight_only,
     torch.testing.assert_close(logits(merged, batch), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", READ)
-def test_adapters_of_the_weight_itself_are_refused(weight_only, batch, name):
-    with pytest.raises(ValueError, match=PACKED):
-        logits(with_adapter(load(weight_only), READ[name]), batch)
+# Every kind of adapter that PEFT has, as it is made without thinking. It works, or says our line.
+OPTIONS = {
+    "ADALORA": {"total_step": 10, "init_r": 4, "target_r": 2},
+    "ADAPTION_PROMPT": {"target_modules": None},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 16},
+    "IA3": {"feedforward_modules": []},
+    "LN_TUNING": {"target_modules": ".*input_layernorm"},
+    "OFT": {"oft_block_size": 8},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [1, 2]},
+    "VBLORA": {"r": 4, "num_vectors": 8, "vector_length": 8},
+    "WAVEFT": {"n_frequency": 16},
+}
+MATRIX = {kind.value: {} for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+LORA_OPTIONS = (
+    *({"init_lora_weights": name} for name in ("gaussian", "eva", "olora", "pissa", "corda", "orthogonal")),
+    *({"init_lora_weights": name} for name in ("pissa_niter_4", "mica", "lora_ga")),
+    *({name: True} for name in ("use_dora", "use_qalora", "use_rslora", "lora_bias")),
+)
+MATRIX |= {f"LORA {value}" if value is not True else f"LORA {name}": {name: value} for one in LORA_OPTIONS for name, value in one.items()}
+MATRIX["LORA target_parameters"] = {"target_modules": ["none"], "target_parameters": ["self_attn.q_proj.weight"]}
+MATRIX["MISS bat"] = {"r": 8, "init_weights": "bat"}
+READS_WEIGHTS = {  # to begin with, or in each forward pass
+    *("ADAMSS", "DEFT", "DELORA", "FROD", "HIRA", "HRA", "OSF", "PEANUT", "PSOFT", "SHIRA"),
+    *("SUPERTUNING", "TINYLORA", "LORA corda", "LORA mica", "LORA olora", "LORA pissa"),
+    *("LORA pissa_niter_4", "LORA target_parameters", "LORA use_dora", "MISS bat"),
+}
+
+
+def made(name):
+    """A configuration, on the attention of the language model unless the kind wants something else."""
+    kind, *_ = name.split()
+    config = next(own for key, own in PEFT_TYPE_TO_CONFIG_MAPPING.items() if key.value == kind)
+    usual = {"target_modules": ATTENTION, "num_virtual_tokens": 4, "num_tasks": 2, "task_type": "CAUSAL_LM"}
+    fields = {field.name for field in dataclasses.fields(config)}
+    usual = {name: value for name, value in usual.items() if name in fields}
+    return config(**(usual | OPTIONS.get(kind, {}) | MATRIX[name]))
+
+
+def tried(model, name, batch):
+    """What an adapter gives until an error: its logits, gradients and merged logits; and the error."""
+    results = []
+    try:
+        torch.manual_seed(0)
+        adapter = get_peft_model(model, made(name)).eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        results.append([logits(adapter, batch)])
+        torch.manual_seed(2)
+        adapter.train()
+        adapter(**batch).loss.backward()
+        results.append([parameter.grad for parameter in adapter.parameters() if parameter.grad is not None])
+        if hasattr(adapter.base_model, "merge_and_unload"):
+            results.append([logits(adapter.eval().merge_and_unload(), batch)])
+    except Exception as error:
+        return results, error
+    return results, None
+
+
+@pytest.fixture(scope="module")
+def packed_and_plain(weight_only):
+    """The same numbers twice, in packed weights and in float ones."""
     plain = load(weight_only)
     plain.dequantize()
-    assert logits(with_adapter(plain, READ[name]), batch).isfinite().all()
+    return load(weight_only), plain
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"init_lora_weights": "pissa"}, TypeError, "PiSSA under float32, float16, or bfloat16"),
-        ({"init_lora_weights": "olora"}, TypeError, r"Unsupported data type for the base layer\. Got torch\.int32"),
-        ({"init_lora_weights": "mica"}, TypeError, "MiCA under float32, float16, or bfloat16"),
-        ({"init_lora_weights": "orthogonal"}, RuntimeError, "Only Tensors of floating point"),
-    ],
-)
-def test_what_asks_for_the_dtype_alone_is_refused_by_peft(directory, options, error, message):
-    # PEFT's own words: it reads the dtype, which must stay what it is. docs/lora.md says what they mean and what to do.
-    with pytest.raises(error, match=message):
-        adapted(load(directory), **options)
-    plain = load(directory)
-    plain.dequantize()
-    adapted(plain, **options)
+@pytest.mark.filterwarnings("ignore")  # PEFT's, about what a configuration leaves open
+@pytest.mark.parametrize("name", MATRIX)
+def test_every_kind_of_adapter_works_or_says_what_to_do(packed_and_plain, batch, name):
+    packed, plain = map(copy.deepcopy, packed_and_plain)
+    base = logits(packed, batch)
+    results, error = tried(packed, name, batch)
+    expected, other = tried(plain, name, batch)
+    for found, wanted in zip(results, expected, strict=False):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    if name == "GLORA":  # asks for the class nn.Linear and no other, in a line of its own
+        assert isinstance(error, ValueError)
+        assert "is not a plain torch.nn.Linear" in str(error)
+    elif isinstance(error, ValueError) and re.match(PACKED, str(error)):
+        assert name in READS_WEIGHTS or len(results) >= 2  # merging alone
+    else:  # what PEFT says of the float model, or nothing
+        assert (type(error), str(error)) == (type(other), str(other))
+    if name in READS_WEIGHTS:
+        assert not results
+        assert re.match(PACKED, str(error))
+        for module in packed.modules():  # the adapters that were made before the refusal
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(False)
+        assert torch.equal(logits(packed, batch), base)
+
+
+@pytest.mark.parametrize("config", [LoHaConfig(r=4), LoKrConfig(r=4), LoraConfig(init_lora_weights="orthogonal")])
+def test_what_reads_the_form_alone_is_saved_loaded_and_trained(directory, batch, tmp_path, config):
+    config = copy.deepcopy(config)
+    config.target_modules = ATTENTION
+    torch.manual_seed(0)
+    model = get_peft_model(load(directory, dtype=torch.bfloat16), config)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    losses = train(model, batch, steps=20)
+    assert losses[-1] < 0.8 * losses[0]
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(load(directory, dtype=torch.bfloat16), tmp_path)
+    fed = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
+    assert torch.equal(logits(again, fed), logits(model, fed))
 
 
 def test_a_packed_projector_is_not_trained_and_a_float_one_is(directory, source, batch, tmp_path):

@@ -169,3 +169,54 @@ def test_compiled_code_reads_the_ordinary_one(module):
     x = torch.randn(2, 64)
     with torch.no_grad():
         torch.testing.assert_close(read(x), module(x).double())
+
+
+BY_ADAPTERS = eval("lambda module: module.weight", {"__name__": "peft.tuners.lora.layer"})
+
+
+def test_adapters_read_the_form_of_a_float_weight(module):
+    form = BY_ADAPTERS(module)
+    assert isinstance(form, nn.Parameter)
+    assert (form.shape, form.dtype, form.device.type) == ((64, 64), torch.float32, "cpu")
+    assert (form.numel(), form.size(1), form.dim(), form.is_floating_point()) == (4096, 64, 2, True)
+    assert form.requires_grad is False
+    form.requires_grad = False
+    form.requires_grad_(False)
+    for same in (form.data, form.T, form.t(), form.detach()):
+        assert type(same) is PackedWeight
+        assert (same.shape, same.dtype) == ((64, 64), torch.float32)
+    assert torch.rand(64 * 64).reshape(form.shape).shape == (64, 64)
+    module.to("meta")
+    assert BY_ADAPTERS(module).is_meta
+    others = eval("lambda module: module.weight", {"__name__": "pefter"})
+    assert others(module).dtype == module.weight.dtype == torch.int32
+
+
+FORMS_REFUSALS = {
+    "copied": lambda w: copy.deepcopy(w),
+    "pickled": lambda w: pickle.dumps(w),
+    "cloned": lambda w: w.data.clone(),
+    "read": lambda w: w[0],
+    "values": lambda w: w.numpy(),
+    "list": lambda w: w.tolist(),
+    "into float": lambda w: w.to(torch.float32),
+    "of ours": lambda w: torch.ops.qvlm_hf.linear(w, w, None, None, None, None, None, 64, 4, 8, 32, "none", 0),
+    "absolute": lambda w: w.abs(),
+    "view": lambda w: w.view(-1),
+    "compared": lambda w: torch.equal(w, w),
+    "real part": lambda w: w.real,
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS | FORMS_REFUSALS)
+def test_the_form_has_no_values(module, name):
+    before = module.state_dict()["weight"].clone()
+    with pytest.raises(ValueError, match=REFUSED):
+        (REFUSALS | FORMS_REFUSALS)[name](BY_ADAPTERS(module))
+    with pytest.raises(ValueError, match=REFUSED):
+        module.weight = BY_ADAPTERS(module)
+    assert torch.equal(module.state_dict()["weight"], before)
+    with pytest.raises(ValueError, match=UNTRAINABLE):
+        BY_ADAPTERS(module).requires_grad_()
+    with pytest.raises(ValueError, match=UNTRAINABLE):
+        require_gradient(BY_ADAPTERS(module))

@@ -1,6 +1,5 @@
 """`attn_implementation="qvlm"`: one query token on a CPU goes to `ops/attention.py`, everything else to Transformers' `sdpa`."""
 
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +12,12 @@ from qvlm_hf.ops import decode_attention
 __all__ = ["ATTENTION", "attend"]
 
 ATTENTION = "qvlm"
-# Arguments that change what `sdpa` computes for one query; a new Transformers may name more.
-_KNOWN = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
-_NOT_OURS = {*inspect.signature(sdpa_attention_forward).parameters} - _KNOWN - {"kwargs"}
-_NOT_OURS |= {"cache", "softcap"}  # read from its kwargs, now or in 5.21 to 5.23
+# What Transformers passes on, and `sdpa` does not read for one query. Anything else is left to it:
+# a new Transformers may pass more.
+_UNREAD = {
+    *("cache_position", "is_causal", "num_items_in_batch", "output_attentions"),
+    *("output_hidden_states", "position_ids", "return_dict", "use_cache"),
+}
 
 
 def attend(
@@ -34,7 +35,8 @@ def attend(
     Returns:
         [B, T, H, D], and None for the weights, which are not kept.
     """
-    if query.shape[2] == 1 and query.is_cpu and not dropout and not any(kwargs.get(name) is not None for name in _NOT_OURS):
+    ours = all(value is None or name in _UNREAD for name, value in kwargs.items())
+    if ours and query.shape[2] == 1 and query.is_cpu and not dropout:
         return decode_attention(query, key, value, attention_mask, scaling), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 

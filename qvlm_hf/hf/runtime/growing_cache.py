@@ -99,33 +99,53 @@ def _prepare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 
 @torch.no_grad()
-def unknown_cache() -> str | None:
+def unknown_cache(longest: int = 256) -> str | None:
     """How Transformers' cache differs from the one that `GrowingLayer` knows, or None.
 
-    Both get the same keys and values, in one, two and one positions, and must agree on everything.
+    Both get the same keys and values, up to `longest` positions, in several dtypes. They are
+    reordered and shortened in between, and must agree on everything.
     """
     try:
-        own, grown = DynamicCache(), DynamicCache()
-        for step, tokens in enumerate((1, 2, 1)):
-            keys = torch.full((1, 2, tokens, 3), float(step), device="cpu")
-            _prepare(nn.Identity(), (grown,), {})
-            results = [cache.update(keys, keys + 0.5, 0) for cache in (own, grown)]
-            if not all(map(torch.equal, *results)):
-                return "DynamicCache.update returns something else"
-        layer, other = own.layers[0], grown.layers[0]
-        if type(layer) is not DynamicLayer or type(other) is not GrowingLayer:
-            return f"DynamicCache has layers of class {type(layer).__name__}"
-        state, ours = vars(layer), other.__getstate__()
-        tensors = {name for name, value in state.items() if isinstance(value, Tensor)}
-        if (
-            state.keys() != ours.keys()
-            or tensors != {"keys", "values"}
-            or any(state[name] != ours[name] for name in state.keys() - tensors)
-            or not all(torch.equal(state[name], ours[name]) for name in tensors)
-        ):
-            return f"DynamicLayer holds {', '.join(sorted(state))}"
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            own, grown = DynamicCache(), DynamicCache()
+            for step, tokens in enumerate((1, 2, 1, 0, longest, 1, 0, 1)):
+                keys = torch.arange(4 * tokens, device="cpu").view(2, 1, tokens, 2).to(dtype) + step
+                _prepare(nn.Identity(), (grown,), {})
+                results = [_changed(cache, keys) for cache in (own, grown)]
+                if not all(map(torch.equal, *results)):
+                    return "DynamicCache.update returns something else"
+                if (problem := _unlike(own, grown)) is not None:
+                    return problem
     except Exception as error:  # another version of Transformers: whatever it raises is the reason
         return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _changed(cache: DynamicCache, keys: Tensor) -> tuple[Tensor, ...]:
+    """Appends `keys`, [B, H, T, D]; without any positions takes one away and reorders what is left."""
+    if keys.shape[-2]:
+        return cache.update(keys, -keys, 0)
+    cache.crop(-1)
+    cache.batch_select_indices(torch.tensor([1, 0], device="cpu"))
+    return ()
+
+
+def _unlike(own: DynamicCache, grown: DynamicCache) -> str | None:
+    """What a grown cache holds, or says, that Transformers' own does not."""
+    layer, other = own.layers[0], grown.layers[0]
+    if type(layer) is not DynamicLayer or type(other) not in (DynamicLayer, GrowingLayer):
+        return f"DynamicCache has layers of class {type(layer).__name__}"
+    if own.get_seq_length() != grown.get_seq_length() or layer.get_mask_sizes(1) != other.get_mask_sizes(1):
+        return "DynamicCache counts its positions in another way"
+    state, ours = vars(layer), other.__getstate__()
+    tensors = {name for name, value in state.items() if isinstance(value, Tensor)}
+    if (
+        state.keys() != ours.keys()
+        or tensors != {"keys", "values"}
+        or any(state[name] != ours[name] for name in state.keys() - tensors)
+        or not all(torch.equal(state[name], ours[name]) for name in tensors)
+    ):
+        return f"DynamicLayer holds {', '.join(sorted(state))}"
     return None
 
 

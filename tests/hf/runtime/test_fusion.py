@@ -8,8 +8,9 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+from qvlm_hf.integration import fusion
 from tiny_models import tiny_llava
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
@@ -279,6 +280,178 @@ def test_a_part_that_is_not_as_known_is_left_to_transformers(directory, monkeypa
         leave_to_transformers(model, "for comparison")
     assert torch.equal(text(model), fused)
     assert change is not offset_norm or norms(model) == {LlamaRMSNorm}
+
+
+# Changes that show in some sizes, values or lengths alone. Each computes something else there.
+
+
+def changed_norm(monkeypatch, change):
+    """`change` of the states before the norm."""
+    own = LlamaRMSNorm.forward
+
+    def forward(self, hidden_states):
+        return own(self, change(self, hidden_states))
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+NORMS = {
+    "large sizes": lambda self, x: x * 1.5 if x.shape[-1] > 8 else x,
+    "one dtype": lambda self, x: x * 1.5 if x.dtype == torch.bfloat16 else x,
+    "large values": lambda self, x: x.clamp(-2000, 2000),
+    "tiny values": lambda self, x: x.where(x.abs() > 1e-5, 0),
+    "massive channels": lambda self, x: x.clamp(max=x.abs().mean(-1, keepdim=True) * 10),
+    "massive negative channels": lambda self, x: x.clamp(min=x.abs().mean(-1, keepdim=True) * -10),
+    "single tokens": lambda self, x: x * 1.5 if x.shape[-2:-1] == (1,) else x,
+    "zeros": lambda self, x: x + (x.abs().sum(-1, keepdim=True) == 0) * torch.ones_like(x),
+    "many dimensions": lambda self, x: x * 1.5 if x.dim() > 3 else x,
+    "its epsilon": lambda self, x: x * 1.5 if self.variance_epsilon != 1e-3 else x,
+    "a flag": lambda self, x: x * 1.5 if getattr(self, "_is_hf_initialized", False) else x,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_that_differs_in_some_inputs_is_left_to_transformers(directory, monkeypatch, name):
+    changed_norm(monkeypatch, NORMS[name])
+    with pytest.warns(UserWarning, match="LlamaRMSNorm .forward computes something else.*slower"):
+        model = quantized(directory, torch.bfloat16)
+    assert norms(model) == {LlamaRMSNorm}
+    rows = [row for row in qvlm_hf.precision_table(model) if row.module == "LlamaRMSNorm"]
+    assert [row.kernel for row in rows] == ["transformers (forward computes something else)"]
+
+
+def test_a_norm_with_a_bias_is_left_to_transformers(directory, monkeypatch):
+    initialize = LlamaRMSNorm.__init__
+
+    def __init__(self, *args, **kwargs):
+        initialize(self, *args, **kwargs)
+        self.register_buffer("bias", torch.zeros_like(self.weight), persistent=False)
+
+    monkeypatch.setattr(LlamaRMSNorm, "__init__", __init__)
+    with pytest.warns(UserWarning, match="LlamaRMSNorm .holds bias, weight"):
+        assert norms(quantized(directory)) == {LlamaRMSNorm}
+
+
+def test_one_norm_of_a_model_with_another_setting_is_enough(directory, monkeypatch):
+    model = quantized(directory)
+    unfuse(model)
+    changed_norm(monkeypatch, lambda self, x: x * 1.5 if getattr(self, "scaled", False) else x)
+    fuse(model)
+    assert norms(model) == {FusedLlamaRMSNorm}
+    unfuse(model)
+    model.model.language_model.norm.scaled = True
+    with pytest.warns(UserWarning, match="LlamaRMSNorm .forward computes something else"):
+        fuse(model)
+    assert norms(model) == {LlamaRMSNorm}
+
+
+def attention_weights(module, query, key, mask, scaling):
+    """Scores [B, H, T, S], the keys repeated for the queries' heads."""
+    key = key.repeat_interleave(module.num_key_value_groups, 1)
+    scores = query @ key.transpose(-1, -2) * scaling
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def soft_cap(scores):
+    return 50 * torch.tanh(scores / 50)
+
+
+def window(scores):
+    kept = torch.arange(scores.shape[-1]) >= scores.shape[-1] - 100
+    return scores.masked_fill(~kept, -torch.inf)
+
+
+def sink(scores):
+    return torch.cat([scores, torch.zeros_like(scores[..., :1])], -1)
+
+
+def beyond(scores):
+    return scores * 1.5 if scores.shape[-1] > 60 else scores
+
+
+def one_dtype(scores):
+    return scores * 1.5 if scores.dtype == torch.bfloat16 else scores
+
+
+SCORES = [soft_cap, window, sink, beyond, one_dtype]
+
+
+@pytest.mark.parametrize("change", SCORES)
+def test_attention_that_differs_in_some_inputs_is_left_to_transformers(directory, monkeypatch, change):
+    def attend(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **kwargs):
+        scores = change(attention_weights(module, query, key, attention_mask, scaling))
+        weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
+        value = value.repeat_interleave(module.num_key_value_groups, 1)
+        return (weights @ value).transpose(1, 2).contiguous(), None
+
+    with monkeypatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
+        with pytest.warns(UserWarning, match="attention of one token .sdpa computes something else"):
+            model = quantized(directory, torch.bfloat16)
+        assert model.config.text_config._attn_implementation == "sdpa"
+        change = lambda scores: scores  # noqa: E731 - the same function, and nothing changed
+        assert quantized(directory, torch.bfloat16).stepped_aside == ()
+
+
+def cut(self, keys):
+    return keys[..., -60:, :]
+
+
+def narrow(self, keys):
+    return keys.half().to(keys.dtype)
+
+
+CACHES = [cut, narrow]
+
+
+@pytest.mark.parametrize("change", CACHES)
+def test_a_cache_that_differs_in_some_inputs_is_left_to_transformers(directory, monkeypatch, change):
+    update = DynamicLayer.update
+
+    def changed(self, key_states, value_states, *args, **kwargs):
+        update(self, key_states, value_states, *args, **kwargs)
+        self.keys, self.values = change(self, self.keys), change(self, self.values)
+        return self.keys, self.values
+
+    monkeypatch.setattr(DynamicLayer, "update", changed)
+    with pytest.warns(UserWarning, match="key-value cache .DynamicCache.update returns something"):
+        model = quantized(directory)
+    assert cache_layers(model) == {DynamicLayer}
+
+
+def test_what_is_passed_to_attention_and_not_known_goes_to_sdpa(directory, monkeypatch):
+    calls, own = [], qvlm_hf.hf.runtime.attention.decode_attention
+    monkeypatch.setattr("qvlm_hf.hf.runtime.attention.decode_attention", lambda *args: calls.append(1) or own(*args))
+    model = quantized(directory)
+    expected = text(model)
+    layers = model.config.text_config.num_hidden_layers
+    assert len(calls) == 7 * layers
+    one = torch.tensor([[5]])
+    with torch.no_grad():
+        for options, taken in (({}, True), ({"sinks": None}, True), ({"sinks": 1}, False)):
+            calls.clear()
+            model(input_ids=one, **options)
+            assert len(calls) == taken * layers
+    assert torch.equal(text(model), expected)
+
+
+def test_probing_a_large_model_is_quick():
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=64, num_hidden_layers=32, num_attention_heads=32,
+        vocab_size=64, max_position_embeddings=4096,
+    )  # fmt: skip
+    with torch.device("meta"):
+        decoder = LlamaModel(config)
+    calls = []
+    for name in ("_same_norm", "_same_attention"):
+        own = getattr(fusion, name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fusion, name, lambda *args, own=own: calls.append(own.__name__) or own(*args))
+            assert fusion._unknown_norm(decoder, LlamaRMSNorm, FusedLlamaRMSNorm) is None
+            assert fusion._unknown_attention(decoder) is None
+    assert sorted(calls) == ["_same_attention", "_same_norm"]  # once, of 65 norms and 32 attentions
 
 
 def test_nothing_is_said_where_all_is_known(directory):
