@@ -82,7 +82,7 @@ FOREIGN = {
     "You set ignore_mismatched_sizes to False", "Unknown quantization type, got qvlm", "Can't load image processor",
     "Impossible to guess which processor", "QVLMConfig is not JSON serializable", "Accelerator qvlm not recognized",
     "conflicting subparser",
-    "PiSSA under float32 ...", "Unsupported data type ... torch.int32",
+    "is not a plain torch.nn.Linear",
 }  # fmt: skip
 
 

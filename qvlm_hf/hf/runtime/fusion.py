@@ -70,18 +70,19 @@ def fuse(model: Any) -> None:
     _step_aside(model, {part: reason for part, reason in reasons.items() if reason})
 
 
-def unfuse(model: Any) -> None:
-    """Gives norms their own class again, and leaves caches alone."""
+def unfuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
+    """Gives norms their own class and attention to `sdpa` again, and leaves caches alone."""
     _change_classes(model, {fused: own for own, fused in _NORMS.items()})
     leave_caches(model.get_decoder())
+    _change_attention(model)
     model.stepped_aside = ()
 
 
 def leave_to_transformers(model: Any, reason: str) -> None:
     """Lets Transformers compute everything but the quantized linear modules, and says why."""
     unfuse(model)
-    _change_attention(model)
-    _step_aside(model, dict.fromkeys(("norms", "key-value cache", "attention of one token"), reason))
+    parts = ("norms", "key-value cache", "attention of one token")
+    _step_aside(model, dict.fromkeys(parts, reason))
 
 
 def _step_aside(model: Any, reasons: dict[str, str]) -> None:
@@ -158,10 +159,9 @@ def _settings(module: nn.Module) -> tuple[object, ...]:
     values = {name: value for name, value in vars(module).items() if isinstance(value, plain)}
     for name in ("training", "layer_idx"):
         values.pop(name, None)
-    tensors = {
-        name: value if value is None else (value.shape, value.dtype) for name, value in (module._parameters | module._buffers).items()
-    }
-    return type(module), frozenset(values.items()), frozenset(tensors.items())
+    tensors = (module._parameters | module._buffers).items()
+    forms = {(name, one if one is None else (one.shape, one.dtype)) for name, one in tensors}
+    return type(module), frozenset(values.items()), frozenset(forms)
 
 
 def _unknown_attention(decoder: nn.Module) -> str | None:

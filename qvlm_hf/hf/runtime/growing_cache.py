@@ -116,13 +116,15 @@ def unknown_cache(longest: int = 256) -> str | None:
                     return "DynamicCache.update returns something else"
                 if (problem := _unlike(own, grown)) is not None:
                     return problem
+            if type(grown.layers[0]) is not GrowingLayer:
+                return "DynamicCache has no layers that can grow"
     except Exception as error:  # another version of Transformers: whatever it raises is the reason
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _changed(cache: DynamicCache, keys: Tensor) -> tuple[Tensor, ...]:
-    """Appends `keys`, [B, H, T, D]; without any positions takes one away and reorders what is left."""
+    """Appends `keys`, [B, H, T, D]; without positions takes one away and reorders what is left."""
     if keys.shape[-2]:
         return cache.update(keys, -keys, 0)
     cache.crop(-1)
@@ -132,12 +134,14 @@ def _changed(cache: DynamicCache, keys: Tensor) -> tuple[Tensor, ...]:
 
 def _unlike(own: DynamicCache, grown: DynamicCache) -> str | None:
     """What a grown cache holds, or says, that Transformers' own does not."""
-    layer, other = own.layers[0], grown.layers[0]
-    if type(layer) is not DynamicLayer or type(other) not in (DynamicLayer, GrowingLayer):
-        return f"DynamicCache has layers of class {type(layer).__name__}"
-    if own.get_seq_length() != grown.get_seq_length() or layer.get_mask_sizes(1) != other.get_mask_sizes(1):
-        return "DynamicCache counts its positions in another way"
-    state, ours = vars(layer), other.__getstate__()
+    layers: tuple[Any, Any] = (own.layers[0], grown.layers[0])
+    if type(layers[0]) is not DynamicLayer:
+        return f"DynamicCache has layers of class {type(layers[0]).__name__}"
+    counts = [(layer.get_seq_length(), layer.get_mask_sizes(1)) for layer in layers]
+    if counts[0] != counts[1]:
+        return "DynamicLayer counts its positions in another way"
+    state, ours = vars(layers[0]), dict(vars(layers[1]))
+    ours.pop("_rooms", None)
     tensors = {name for name, value in state.items() if isinstance(value, Tensor)}
     if (
         state.keys() != ours.keys()

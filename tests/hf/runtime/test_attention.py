@@ -80,6 +80,18 @@ def test_the_default_of_quantized_language_models_and_of_nothing_else(tmp_path):
     assert loaded.config.text_config._attn_implementation == "sdpa"
 
 
+def test_a_dequantized_model_attends_as_any_other(tmp_path):
+    tiny_llava().save_pretrained(tmp_path)
+    full = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    usual = full.config.text_config._attn_implementation
+    for asked in (None, "eager"):
+        options = {"quantization_config": QVLMConfig(**ROUNDED), "attn_implementation": asked}
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path, **options)
+        assert model.dequantize().config.text_config._attn_implementation == (asked or usual)
+        attention = model.model.language_model.layers[0].self_attn
+        assert attention.config._attn_implementation == (asked or usual)
+
+
 @pytest.mark.parametrize("asked", ["eager", "sdpa", {"text_config": "eager"}])
 def test_what_the_user_asks_for_stays(tmp_path, asked):
     tiny_llava().save_pretrained(tmp_path)
