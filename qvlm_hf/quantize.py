@@ -113,7 +113,7 @@ def calibrate_and_pack(
             with_head = compare_answers(model, checks, reference, held_out=bool(held_out)) if head else check
             harmful = head_warning(check, with_head)
             if settings.strict and (collapsed or harmful):
-                raise ValueError(f"strict: {collapsed or harmful}")
+                raise ValueError(f"strict=True: {collapsed or harmful}")
         except BaseException:
             replace_modules(model, floating)
             raise
@@ -219,7 +219,7 @@ def _optimize_vision(
     advance = Steps("vision", callbacks, settings.optimize_vision.epochs).advance
     vision = optimize_vision(model, segments, inputs, data, settings, precisions, advance)
     if vision is None and settings.strict:
-        raise ValueError(f"strict: {_not_optimized(vision, settings)}")
+        raise ValueError(f"strict=True: {_not_optimized(vision, settings)}")
     return vision
 
 

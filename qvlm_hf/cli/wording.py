@@ -1,7 +1,7 @@
 """Messages of the library in the words of the command line.
 
-The library names an argument as `name=value`, as `name=` alone, or as the `name: ` that a message
-begins with. Where the command has an option, or an argument, of that name, it stands instead.
+The library names an argument as `name=value`, as `name=` alone, or, if it is of several words, as
+the `several_words: ` that a message begins with. Where the command has an option, or an argument, of that name, it stands instead.
 Behind "quantize with" stand those of `qvlm quantize`, whichever command runs.
 """
 
@@ -49,9 +49,10 @@ def command_arguments(command: str) -> dict[str, argparse.Action]:
 def _translate(text: str, arguments: Mapping[str, argparse.Action]) -> str:
     if not text or not arguments:
         return text
-    names = "|".join(arguments)
-    text = re.sub(rf"^({names})(?=: )", lambda found: shown_name(arguments[found[1]]), text)
-    pattern = rf"(?<![\w/.\"'-])({names})=({_VALUE})"
+    name, colon, rest = text.partition(": ")
+    if name in arguments and "_" in name:  # another may be the name of a file
+        text = f"{shown_name(arguments[name])}{colon}{rest}"
+    pattern = rf"(?<![\w/.\"'-])({'|'.join(arguments)})=({_VALUE})"
     return re.sub(pattern, lambda found: _option(arguments[found[1]], found[2]), text)
 
 

@@ -117,9 +117,9 @@ def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> st
     extra = "num_additional_image_tokens"  # 1 where the encoder has a class token
     for change in (changes, changes | {extra: 1}, changes | {extra: 0}):
         twin = copy.copy(processor)
-        for name, value in change.items():
-            setattr(twin, name, value)
         try:
+            for name, value in change.items():
+                setattr(twin, name, value)
             inputs = _make_inputs(sample, twin)
             if _count_tokens(model, inputs) == _count_features(model, inputs):
                 shown = ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in change.items())

@@ -184,13 +184,13 @@ class QVLMHfQuantizer(HfQuantizer):
         settings = self.quantization_config.settings()
         if self.pre_quantized:
             self._build_skeleton(model, checkpoint_files)
-            return
-        self._check_processor(model)
-        if self.rounds_on_load:
+        elif self.rounds_on_load:
             self.report = planned_report(model, settings)
+            self._check_processor(model)
             rounding_skeleton(model, self.report.modules)
         else:
             resolve_segments(model, settings)  # an unknown family or a wrong pattern should not wait for the weights
+            self._check_processor(model)
 
     def _check_processor(self, model: PreTrainedModel) -> None:
         """Without data the processor, if there is one, is saved with the result, and must serve it."""

@@ -98,7 +98,7 @@ def _earlier(folder: Path) -> dict[str, Any]:
         ) from error
     for name in ("base_model", "repo_id"):
         if not isinstance(data.get(name, ""), str):
-            raise ValueError(f"{CARD_NAME}: {name}={data[name]!r} must be 'owner/name': mend or delete the line.")
+            raise ValueError(f"{CARD_NAME}: its {name} {data[name]!r} must be 'owner/name': mend or delete the line.")
     return data
 
 

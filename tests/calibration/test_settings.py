@@ -66,7 +66,8 @@ def percentile(granularity, value):
         ),
         (
             {"activation_granularity": {"vision": "channel", "text": "channel", "audio": "token"}},
-            "activation_granularity names the components ['audio', 'text']: use vision, projector, language.",
+            "activation_granularity={'vision': 'channel', 'text': 'channel', 'audio': 'token'} names the components "
+            "['audio', 'text']: use vision, projector, language.",
         ),
         (
             {"activation_granularity": "tensor"},
@@ -90,7 +91,7 @@ def percentile(granularity, value):
         *(
             (
                 {"activation_bits": 16, "activation_granularity": value},
-                "activation_granularity has no meaning for 16-bit (floating point) activations: leave it out.",
+                f"activation_granularity={value!r} has no meaning for 16-bit (floating point) activations: leave it out.",
             )
             for value in ("channel", "dynamic_token", {"vision": "token"})
         ),

@@ -105,7 +105,7 @@ def test_what_did_not_run_is_said():
     assert any("optimize_vision did not run" in warning for warning in report.warnings)
     assert report.provenance["optimize_vision"] == "did not run"
     strict = replace(settings, batch_size=8, strict=True)
-    with pytest.raises(ValueError, match=r"^strict: optimize_vision did not run"):
+    with pytest.raises(ValueError, match=r"^strict=True: optimize_vision did not run"):
         calibrate_and_pack(tiny_llava(seed=1).eval(), strict, load_samples(tiny_messages(8, seed=0)), tiny_processor())
 
 

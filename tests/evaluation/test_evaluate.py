@@ -165,7 +165,7 @@ def test_refuses(trained, samples, processor):
         evaluate(trained, [*samples, silent], processor)
     with pytest.raises(ValueError, match="evaluate got no samples"):
         evaluate(trained, [], processor)
-    with pytest.raises(ValueError, match="batch_size is 0"):
+    with pytest.raises(ValueError, match="batch_size=0 must be"):
         evaluate(trained, samples, processor, batch_size=0)
     without = evaluate(trained, samples, processor)
     with pytest.raises(ValueError, match="kept no logits; evaluate it with keep_logits=True"):

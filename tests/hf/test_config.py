@@ -297,7 +297,7 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
         ({"hub_model_id": object(), "push_to_hub": True}, "hub_model_id=<object .* is object, must be what JSON"),
         ({"hub_private": np.int8(1)}, "hub_private=1 must be True, False or None"),
         ({"group_size": -7}, "group_size=-7 must be -1"),
-        ({"activation_granularity": "dynamic_token", "scheme": "W4A16"}, "activation_granularity has no meaning for 16-bit"),
+        ({"activation_granularity": "dynamic_token", "scheme": "W4A16"}, "activation_granularity='dynamic_token' has no meaning"),
     ],
 )
 def test_a_wrong_value_is_refused_wherever_it_is_given(fields: dict[str, Any], message: str) -> None:
@@ -459,7 +459,7 @@ def test_without_data_only_rounding_is_recorded():
     ],
 )
 def test_without_data_nothing_else_can_be_asked_for(fields, name):
-    with pytest.raises(ValueError, match=f"^{re.escape(name)} needs calibration data"):
+    with pytest.raises(ValueError, match=f"^{re.escape(name)}.* needs calibration data"):
         QVLMConfig(scheme="W4A16", **fields).settle_without_data()
 
 

@@ -123,7 +123,7 @@ def test_a_published_directory_keeps_its_name_on_the_hub(folder: Path, hub: HubS
     publish_folder("packed", "me/elsewhere")
     assert 'from_pretrained("me/elsewhere")' in card.read_text()
     card.write_text("---\nrepo_id: 7\n---\n")
-    with pytest.raises(ValueError, match=r"^README.md: repo_id=7 must be 'owner/name': mend or delete the line\.$"):
+    with pytest.raises(ValueError, match=r"^README.md: its repo_id 7 must be 'owner/name': mend or delete the line\.$"):
         record_measurement(folder / "packed")
 
 

@@ -81,7 +81,7 @@ def test_what_overflows_in_float16_is_refused_with_the_remedy(inputs, head):
             one.model.language_model.embed_tokens.weight[inputs["input_ids"][0, -3]] = 6e4
             one.model.language_model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, y: y + 3e4)
     assert logits(plain, inputs)[0, -1].isnan().all()
-    remedy = r" \(load the model with dtype=torch.bfloat16 or torch.float32\)"
+    remedy = r" \(load the model in bfloat16 or float32\)"
     refused("^the language model's hidden states hold NaN or infinity: " + OVERFLOW.format("float16") + remedy, logits, model, inputs)
 
 
