@@ -152,7 +152,7 @@ def _refuse_training(requires_grad: bool = True) -> None:
         raise ValueError(_NO_TRAINING)
 
 
-def _form(func: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401 - as torch's own
+def _form(func: Any, args: Any, kwargs: Any) -> Any:
     """What `func` tells of a stand-in's form; anything else is arithmetic on values it has not."""
     is_attribute = func.__name__ == "__get__"
     if func in _SAME_FORM or func in _TELLS_FORM or is_attribute:

@@ -70,7 +70,7 @@ def fuse(model: Any) -> None:
     _step_aside(model, {part: reason for part, reason in reasons.items() if reason})
 
 
-def unfuse(model: Any) -> None:  # noqa: ANN401 - a Transformers model
+def unfuse(model: Any) -> None:
     """Gives norms their own class and attention to `sdpa` again, and leaves caches alone."""
     _change_classes(model, {fused: own for own, fused in _NORMS.items()})
     leave_caches(model.get_decoder())

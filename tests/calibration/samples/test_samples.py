@@ -1196,7 +1196,7 @@ def test_batches_cover_all_in_order(processor):
     assert sum((batch.origins for batch in made), ()) == tuple(sample.origin for sample in samples)
     assert isinstance(made[0].to("cpu"), Batch)
     assert made[0].to("meta").labels.device.type == "meta"
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number of at least 1"):
         list(batches(samples, processor, 0))
 
 

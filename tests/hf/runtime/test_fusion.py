@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
-from qvlm_hf.integration import fusion
+from qvlm_hf.hf.runtime import fusion
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicLayer
