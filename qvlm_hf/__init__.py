@@ -4,10 +4,11 @@
     from transformers import AutoModelForImageTextToText
 
     config = qvlm_hf.QVLMConfig(scheme="W4A4", dataset="samples.jsonl", processor=processor)
-    model = AutoModelForImageTextToText.from_pretrained("llava-hf/llava-1.5-7b-hf", quantization_config=config)
+    model = AutoModelForImageTextToText.from_pretrained("llava-hf/llava-1.5-7b-hf",
+    quantization_config=config)
 
-Importing the package registers "qvlm" with Transformers, which is its only side effect; a program that loads a quantized checkpoint must
-import it first. Read quantize.py first.
+Importing the package registers "qvlm" with Transformers, which is its only side effect; a program
+that loads a quantized checkpoint must import it first. Read quantize.py first.
 """
 
 from importlib import import_module
@@ -46,7 +47,10 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LAZY = {"publish": "qvlm_hf.hf.publishing", "publish_folder": "qvlm_hf.hf.publishing"}  # Transformers' modeling code
+_LAZY = {
+    "publish": "qvlm_hf.hf.publishing",
+    "publish_folder": "qvlm_hf.hf.publishing",
+}  # Transformers' modeling code
 
 
 def __getattr__(name: str) -> Any:

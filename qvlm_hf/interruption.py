@@ -66,7 +66,9 @@ def _quit(_signal: int, _frame: FrameType | None) -> None:
     os._exit(STATUS)
 
 
-def _quit_or_show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _quit_or_show(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     """Python's hook for an exception that nobody caught: one that came between two of ours."""
     if issubclass(kind, KeyboardInterrupt):
         _quit(signal.SIGINT, None)
@@ -83,13 +85,18 @@ def _leave() -> None:
 
 
 def _is_ours() -> bool:
-    return _is_command_line() and signal.getsignal(signal.SIGINT) in (_quit, signal.default_int_handler)
+    return _is_command_line() and signal.getsignal(signal.SIGINT) in (
+        _quit,
+        signal.default_int_handler,
+    )
 
 
 def _is_command_line() -> bool:
     program, *words = getattr(sys, "argv", None) or [""]
     name = os.path.basename(program).removesuffix(".exe")
-    if name == "-m" or name == "__main__.py":  # the first while the package is imported, the second afterwards
+    if (
+        name == "-m" or name == "__main__.py"
+    ):  # the first while the package is imported, the second afterwards
         return "qvlm_hf" in sys.orig_argv
     return name == "qvlm" or (name == "optimum-cli" and words[:1] == ["qvlm"])
 

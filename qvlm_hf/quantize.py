@@ -1,14 +1,17 @@
 """The whole method, top to bottom: READ THIS FIRST.
 
-    samples -> rotation, equalization -> capture -> sensitivity, token importance, visual encoder optimisation
-            -> (per segment) entropy -> partition -> joint search -> pack -> self-check
+    samples -> rotation, equalization -> capture -> sensitivity, token importance, visual encoder
+            optimisation -> (per segment) entropy -> partition -> joint search -> pack -> self-check
 
-`calibrate_and_pack` is the paper's recipe (Q-VLM, arXiv 2410.08119) as docs/algorithm.md maps it: activation entropy measures how much a
-layer depends on the one before it (eq. 4-6), layers that depend on each other form a block (eq. 7), rounding functions are searched
-jointly inside a block (eq. 3), segment after segment: vision encoder, projector, language model. Each is calibrated on what the
-already quantized modules below it produce. `round_and_pack` is for schemes that need no data.
+`calibrate_and_pack` is the paper's recipe (Q-VLM, arXiv 2410.08119) as docs/algorithm.md maps it:
+activation entropy measures how much a layer depends on the one before it (eq. 4-6), layers that
+depend on each other form a block (eq. 7), rounding functions are searched jointly inside a block
+(eq. 3), segment after segment: vision encoder, projector, language model. Each is calibrated on
+what the already quantized modules below it produce. `round_and_pack` is for schemes that need no
+data.
 
-The model is changed only at the very end, when every module is ready: an error on the way leaves it as it was.
+The model is changed only at the very end, when every module is ready: an error on the way leaves it
+as it was.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,11 +29,36 @@ from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import collapse_warning, compare_answers, head_warning
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.provenance import provenance, versions
-from qvlm_hf.calibration.report import BlockReport, CalibrationReport, Lift, SegmentReport, SiteReport, settings_dict
-from qvlm_hf.calibration.samples import Batch, Processor, Sample, batches, by_picture, longest_sample
+from qvlm_hf.calibration.report import (
+    BlockReport,
+    CalibrationReport,
+    Lift,
+    SegmentReport,
+    SiteReport,
+    settings_dict,
+)
+from qvlm_hf.calibration.samples import (
+    Batch,
+    Processor,
+    Sample,
+    batches,
+    by_picture,
+    longest_sample,
+)
 from qvlm_hf.calibration.search.blocks import partition_layers
-from qvlm_hf.calibration.search.segments import Evidence, SearchedBlock, layer_dependencies, search_segment
-from qvlm_hf.calibration.search.sensitivity import SensitivityProbe, allocate_bits, guard_sites, measure_widths, site_parameters
+from qvlm_hf.calibration.search.segments import (
+    Evidence,
+    SearchedBlock,
+    layer_dependencies,
+    search_segment,
+)
+from qvlm_hf.calibration.search.sensitivity import (
+    SensitivityProbe,
+    allocate_bits,
+    guard_sites,
+    measure_widths,
+    site_parameters,
+)
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision
 from qvlm_hf.calibration.transforms.equalization import equalize
@@ -77,15 +105,17 @@ def calibrate_and_pack(
         settings: bits, candidates, depth, seed.
         samples: calibration chats, answers included.
         processor: of the model.
-        held_out: samples that calibration does not see, for the self-check; without any it uses calibration samples and says so.
+        held_out: samples that calibration does not see, for the self-check; without any it uses
+            calibration samples and says so.
         callbacks: objects with `on_step(name, done, total)`.
 
     Returns:
         What was measured, chosen and kept.
 
     Raises:
-        ValueError: unsupported model, a module that no sample reaches, a sample that it has no positions for, NaN in weights or
-            activations; under `settings.strict` also a model that collapsed. The model is then unchanged.
+        ValueError: unsupported model, a module that no sample reaches, a sample that it has no
+            positions for, NaN in weights or activations; under `settings.strict` also a model that
+            collapsed. The model is then unchanged.
     """
     segments = _resolve(model, settings)
     longest = longest_sample(model)
@@ -98,11 +128,23 @@ def calibrate_and_pack(
         for segment in segments:
             if not full[segment.layers[0].name]:
                 raise ValueError(_unreached(segment, len(samples)))
-        precisions, sensitivities, lifts = _choose_precisions(model, segments, full, data, settings, callbacks)
-        importance = token_importance(model, segments, data, seed=settings.seed) if settings.token_importance else {}
+        precisions, sensitivities, lifts = _choose_precisions(
+            model, segments, full, data, settings, callbacks
+        )
+        importance = (
+            token_importance(model, segments, data, seed=settings.seed)
+            if settings.token_importance
+            else {}
+        )
         vision = _optimize_vision(model, segments, full, data, settings, precisions, callbacks)
-        evidence = Evidence(precisions, importance, vision.ranges, vision.dependencies) if vision else Evidence(precisions, importance)
-        modules, segment_reports, site_reports = _search(model, segments, full, data, settings, evidence, callbacks)
+        evidence = (
+            Evidence(precisions, importance, vision.ranges, vision.dependencies)
+            if vision
+            else Evidence(precisions, importance)
+        )
+        modules, segment_reports, site_reports = _search(
+            model, segments, full, data, settings, evidence, callbacks
+        )
         head = _pack_head(model, settings)
         floating = {name: get_linear(model, name) for name in (*modules, *head)}
         try:
@@ -110,7 +152,11 @@ def calibrate_and_pack(
             check = compare_answers(model, checks, reference, held_out=bool(held_out))
             collapsed = collapse_warning(check)
             replace_modules(model, head)
-            with_head = compare_answers(model, checks, reference, held_out=bool(held_out)) if head else check
+            with_head = (
+                compare_answers(model, checks, reference, held_out=bool(held_out))
+                if head
+                else check
+            )
             harmful = head_warning(check, with_head)
             if settings.strict and (collapsed or harmful):
                 raise ValueError(f"strict=True: {collapsed or harmful}")
@@ -121,7 +167,16 @@ def calibrate_and_pack(
             replace_modules(model, {name: floating[name] for name in head})
         else:
             modules, check = head | modules, with_head
-    warnings = [warning for warning in (collapsed, harmful, _few_samples(samples, settings), _not_optimized(vision, settings)) if warning]
+    warnings = [
+        warning
+        for warning in (
+            collapsed,
+            harmful,
+            _few_samples(samples, settings),
+            _not_optimized(vision, settings),
+        )
+        if warning
+    ]
     return CalibrationReport(
         settings=settings_dict(settings),
         provenance=provenance(samples, data, settings) | _vision_provenance(vision, settings),
@@ -133,7 +188,9 @@ def calibrate_and_pack(
         vision=None if vision is None else vision.report,
         average_weight_bits=_average_bits(modules),
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
-        full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
+        full_precision=tuple(
+            name for name in full_precision_modules(model, segments) if name not in modules
+        ),
         self_check=check,
         warnings=tuple(warnings),
     )
@@ -151,13 +208,18 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         ValueError: the scheme needs calibration data, or as `calibrate_and_pack`.
     """
     if settings.needs_data:
-        raise ValueError("this scheme has activation ranges to calibrate: give dataset=, or activation_granularity='dynamic_token'.")
+        raise ValueError(
+            "this scheme has activation ranges to calibrate: give dataset=, or "
+            "activation_granularity='dynamic_token'."
+        )
     segments = _resolve(model, settings)
     with _transformed(model, settings):
         modules = _pack_head(model, settings)
         for segment in segments:
             for site in (site for layer in segment.layers for site in layer.sites):
-                scheme = settings.scheme(settings.start_granularity(segment.component), site.hadamard)
+                scheme = settings.scheme(
+                    settings.start_granularity(segment.component), site.hadamard
+                )
                 modules |= {name: _round(model, name, scheme) for name in site.modules}
     replace_modules(model, modules)
     return CalibrationReport(
@@ -165,13 +227,18 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         provenance={"versions": versions()},
         modules={name: module.scheme for name, module in modules.items()},
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
-        full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
+        full_precision=tuple(
+            name for name in full_precision_modules(model, segments) if name not in modules
+        ),
     )
 
 
 @contextmanager
 def _transformed(
-    model: nn.Module, settings: CalibrationSettings, segments: Sequence[Segment] = (), data: Sequence[Batch] = ()
+    model: nn.Module,
+    settings: CalibrationSettings,
+    segments: Sequence[Segment] = (),
+    data: Sequence[Batch] = (),
 ) -> Iterator[None]:
     """Folds the rotation and the scales that the settings ask for into the weights; an error inside leaves the model as it was."""
     equalized = settings.equalization and settings.activation_bits < 16 and len(data) > 0
@@ -192,15 +259,29 @@ def _choose_precisions(
     callbacks: Sequence[Any],
 ) -> tuple[dict[str, Precision], dict[str, float], list[Lift]]:
     """Bits of the sites that differ from the scheme (guard, budget), and for the report each site's divergence and the lifts."""
-    guarded = settings.guard and min(settings.weight_bits, settings.activation_bits) <= _GUARDED_BITS
+    guarded = (
+        settings.guard and min(settings.weight_bits, settings.activation_bits) <= _GUARDED_BITS
+    )
     if not guarded and settings.precision_budget is None:
         return {}, {}, []
     parameters = site_parameters(model, segments)
-    probe = SensitivityProbe(model, segments, inputs, data, settings, Steps("sensitivity", callbacks, len(parameters)).advance)
+    probe = SensitivityProbe(
+        model,
+        segments,
+        inputs,
+        data,
+        settings,
+        Steps("sensitivity", callbacks, len(parameters)).advance,
+    )
     sensitivities, lifts = guard_sites(probe, settings) if guarded else ({}, [])
-    precisions = {lift.site: Precision(weight_bits=lift.weight_bits, activation_bits=lift.activation_bits) for lift in lifts}
+    precisions = {
+        lift.site: Precision(weight_bits=lift.weight_bits, activation_bits=lift.activation_bits)
+        for lift in lifts
+    }
     if settings.precision_budget is not None:
-        for name, bits in allocate_bits(measure_widths(probe), parameters, settings.precision_budget).items():
+        for name, bits in allocate_bits(
+            measure_widths(probe), parameters, settings.precision_budget
+        ).items():
             precisions[name] = replace(precisions.get(name, settings.precision), weight_bits=bits)
     return precisions, sensitivities, lifts
 
@@ -228,16 +309,25 @@ def _not_optimized(vision: OptimizedVision | None, settings: CalibrationSettings
     if settings.optimize_vision is None or vision is not None:
         return None
     return (
-        "optimize_vision did not run: it needs at least two batches with pictures (a smaller batch_size=, or more samples) and a vision "
+        "optimize_vision did not run: it needs at least two batches with pictures (a smaller "
+        "batch_size=, or more samples) and a vision "
         "encoder or projector to quantize."
     )
 
 
-def _vision_provenance(vision: OptimizedVision | None, settings: CalibrationSettings) -> dict[str, str]:
+def _vision_provenance(
+    vision: OptimizedVision | None, settings: CalibrationSettings
+) -> dict[str, str]:
     """What came of `optimize_vision`, for config.json, which otherwise holds only that it was asked for."""
     if settings.optimize_vision is None:
         return {}
-    return {"optimize_vision": "did not run" if vision is None else "kept" if vision.report.kept else "not kept: no better"}
+    return {
+        "optimize_vision": "did not run"
+        if vision is None
+        else "kept"
+        if vision.report.kept
+        else "not kept: no better"
+    }
 
 
 def _search(
@@ -260,16 +350,22 @@ def _search(
             dependencies, threshold = evidence.dependencies.get(segment.component) or (
                 layer_dependencies(model, segment, full[first], settings), settings.entropy_threshold,
             )  # fmt: skip
-            blocks, threshold = partition_layers(dependencies, max_block_depth=settings.max_block_depth, threshold=threshold)
+            blocks, threshold = partition_layers(
+                dependencies, max_block_depth=settings.max_block_depth, threshold=threshold
+            )
             inputs = capture_inputs(model, data, [first])[first] if modules else full[first]
             searched = []
-            for found in search_segment(model, segment, blocks, full[first], inputs, settings, evidence):
+            for found in search_segment(
+                model, segment, blocks, full[first], inputs, settings, evidence
+            ):
                 modules |= _pack_block(model, found)
                 searched.append(found)
                 progress.advance(len(found.layers))
             segment_reports.append(_segment_report(segment, dependencies, threshold, searched))
             sites = [site for found in searched for row in found.sites for site in row]
-            site_reports += [SiteReport(modules=site.site.modules, candidate=site.chosen) for site in sites]
+            site_reports += [
+                SiteReport(modules=site.site.modules, candidate=site.chosen) for site in sites
+            ]
             # from here on the segment runs as quantized, so that the next one sees what it will see
             below.enter_context(installed(sites))
             del full[first]
@@ -278,7 +374,9 @@ def _search(
 
 def _average_bits(modules: Mapping[str, QVLMLinear]) -> float:
     sizes = {name: module.in_features * module.out_features for name, module in modules.items()}
-    return sum(size * modules[name].scheme.weight_bits for name, size in sizes.items()) / sum(sizes.values())
+    return sum(size * modules[name].scheme.weight_bits for name, size in sizes.items()) / sum(
+        sizes.values()
+    )
 
 
 def _resolve(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
@@ -291,7 +389,9 @@ def _resolve(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, 
         rotated=settings.rotation is not None,
     )
     for segment in segments:
-        for name in (name for layer in segment.layers for site in layer.sites for name in site.modules):
+        for name in (
+            name for layer in segment.layers for site in layer.sites for name in site.modules
+        ):
             linear = get_linear(model, name)
             if linear.weight.is_meta:
                 raise ValueError(f"{name} {why_empty(linear)}, then quantize it.")
@@ -319,7 +419,9 @@ def _round(model: nn.Module, name: str, scheme: QuantScheme) -> QVLMLinear:
     linear = get_linear(model, name)
     weight = linear.weight.detach().float()
     transformed = weight if scheme.hadamard is None else block_hadamard(weight, scheme.hadamard)
-    return QVLMLinear.from_packed(linear, scheme, packed_tensors(quantize_weight(transformed, scheme), scheme, None))
+    return QVLMLinear.from_packed(
+        linear, scheme, packed_tensors(quantize_weight(transformed, scheme), scheme, None)
+    )
 
 
 def _few_samples(samples: Sequence[Sample], settings: CalibrationSettings) -> str | None:
@@ -333,12 +435,19 @@ def _unreached(segment: Segment, samples: int) -> str:
     if segment.component == "language":
         return f"calibration did not reach {segment.layers[0].name}: none of the {samples} samples has text."
     return (
-        f"calibration did not reach {segment.layers[0].name}: none of the {samples} samples has a picture; add pictures to the dataset, "
-        "or leave the vision side alone (modules_to_not_convert=['vision_tower', 'multi_modal_projector'])."
+        f"calibration did not reach {segment.layers[0].name}: none of the {samples} samples has a "
+        f"picture; add pictures to the dataset, "
+        "or leave the vision side alone (modules_to_not_convert=['vision_tower', "
+        "'multi_modal_projector'])."
     )
 
 
-def _segment_report(segment: Segment, dependencies: Sequence[float], threshold: float, searched: Sequence[SearchedBlock]) -> SegmentReport:
+def _segment_report(
+    segment: Segment,
+    dependencies: Sequence[float],
+    threshold: float,
+    searched: Sequence[SearchedBlock],
+) -> SegmentReport:
     blocks = tuple(
         BlockReport(
             layers=tuple(layer.name for layer in found.layers),

@@ -1,7 +1,8 @@
 """Compiles what `qvlm_hf.ops.gpu` would launch, for devices that are not there; run as a program, prints JSON.
 
-A driver that only names its target takes the place of the CUDA driver, and every launch becomes a compilation (`JITFunction.warmup`):
-signature, alignment and sizes are those of a real call. Registers come from the machine code, instructions from its disassembly.
+A driver that only names its target takes the place of the CUDA driver, and every launch becomes a
+compilation (`JITFunction.warmup`): signature, alignment and sizes are those of a real call.
+Registers come from the machine code, instructions from its disassembly.
 """
 
 import collections
@@ -76,10 +77,21 @@ def compiling(capability):
 
 
 def compiled(
-    capability, weight_bits, activation_bits, granularity, tokens, out_features=4096, in_features=4096, group_length=128, dtype="bfloat16"
+    capability,
+    weight_bits,
+    activation_bits,
+    granularity,
+    tokens,
+    out_features=4096,
+    in_features=4096,
+    group_length=128,
+    dtype="bfloat16",
 ):
     """The kernels of one call, {name: CompiledKernel}."""
-    groups, statics = -(-in_features // group_length), {"channel": in_features, "token": tokens}.get(granularity)
+    groups, statics = (
+        -(-in_features // group_length),
+        {"channel": in_features, "token": tokens}.get(granularity),
+    )
     arguments = (
         torch.empty(tokens, in_features, dtype=getattr(torch, dtype)),
         torch.empty(out_features, -(-in_features * weight_bits // 32), dtype=torch.int32),
@@ -92,17 +104,39 @@ def compiled(
         device = gpu.Device(divmod(capability, 10), PROCESSORS[capability])
         x, weight, weight_scale, weight_zero_point, *ranges = arguments
         sizes = (in_features, weight_bits, activation_bits, group_length, granularity, 0)
-        gpu.run(triton_kernels, device, x, [(weight, weight_scale, weight_zero_point, None)], *ranges, *sizes)
+        gpu.run(
+            triton_kernels,
+            device,
+            x,
+            [(weight, weight_scale, weight_zero_point, None)],
+            *ranges,
+            *sizes,
+        )
     return kernels
 
 
 def fused(capability, source, granularity):
     """A fused quantizer of 608 tokens, {name: CompiledKernel}."""
-    layout, x, per_channel = triton_kernels.Layout.of(4096, 128, 4), torch.empty(608, 4096, dtype=torch.bfloat16), torch.empty(4096)
+    layout, x, per_channel = (
+        triton_kernels.Layout.of(4096, 128, 4),
+        torch.empty(608, 4096, dtype=torch.bfloat16),
+        torch.empty(4096),
+    )
     other = x if source == "swiglu" else x[0]
     statics = (per_channel, per_channel.int()) if granularity == "channel" else (None, None)
     with compiling(capability) as kernels:
-        triton_kernels.arrange(x, layout, 8, granularity, *statics, rows=640, source=source, other=other, norm_bias=other, epsilon=1e-5)
+        triton_kernels.arrange(
+            x,
+            layout,
+            8,
+            granularity,
+            *statics,
+            rows=640,
+            source=source,
+            other=other,
+            norm_bias=other,
+            epsilon=1e-5,
+        )
     return {f"{source} {name}": kernel for name, kernel in kernels.items()}
 
 
@@ -127,4 +161,6 @@ def facts(kernel):
 if __name__ == "__main__":
     cases = json.loads(sys.argv[1])
     calls = [fused(*case) if isinstance(case[1], str) else compiled(*case) for case in cases]
-    print(json.dumps([{name: facts(kernel) for name, kernel in kernels.items()} for kernels in calls]))
+    print(
+        json.dumps([{name: facts(kernel) for name, kernel in kernels.items()} for kernels in calls])
+    )

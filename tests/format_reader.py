@@ -1,7 +1,8 @@
 """Computes a module's output from a saved directory: a second reader of the format, written from docs/format.md alone.
 
-Needs json, struct and numpy: no qvlm_hf, no Transformers, no torch, no safetensors. It is slow and literal on purpose. Whatever it
-finds that the page does not allow (another dtype, a missing or an extra tensor) is a ValueError.
+Needs json, struct and numpy: no qvlm_hf, no Transformers, no torch, no safetensors. It is slow and
+literal on purpose. Whatever it finds that the page does not allow (another dtype, a missing or an
+extra tensor) is a ValueError.
 
     y = module_output("my-model", "model.language_model.layers.0.mlp.down_proj", x)
 """
@@ -16,8 +17,17 @@ import numpy as np
 __all__ = ["module_output", "module_tensors"]
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "U8": "u1"}
-_FIXED = {"weight": "I32", "weight_scale": "BF16", "weight_zero_point": "U8", "input_scale": "F32", "input_zero_point": "I32"}
-_LAYOUT = ("model", "vision_model")  # components in which the key layouts of Transformers versions differ
+_FIXED = {
+    "weight": "I32",
+    "weight_scale": "BF16",
+    "weight_zero_point": "U8",
+    "input_scale": "F32",
+    "input_zero_point": "I32",
+}
+_LAYOUT = (
+    "model",
+    "vision_model",
+)  # components in which the key layouts of Transformers versions differ
 
 
 def module_output(directory: str | Path, module_name: str, x: np.ndarray) -> np.ndarray:
@@ -26,13 +36,16 @@ def module_output(directory: str | Path, module_name: str, x: np.ndarray) -> np.
     Args:
         directory: holds config.json and model*.safetensors.
         module_name: canonical, a key of `quantization_config.modules`.
-        x: [..., in_features] ([..., positions, in_features] for granularity "token"); converted to float32.
+        x: [..., in_features] ([..., positions, in_features] for granularity "token"); converted to
+            float32.
 
     Returns:
         float32 [..., out_features].
     """
     directory = Path(directory)
-    entry = json.loads((directory / "config.json").read_text())["quantization_config"]["modules"][module_name]
+    entry = json.loads((directory / "config.json").read_text())["quantization_config"]["modules"][
+        module_name
+    ]
     tensors = module_tensors(directory, module_name)
     x = np.asarray(x, dtype=np.float32)
     if entry["input_transform"] is not None:
@@ -42,15 +55,24 @@ def module_output(directory: str | Path, module_name: str, x: np.ndarray) -> np.
     bits, in_features = entry["weight_bits"], x.shape[-1]
     scale = tensors["weight_scale"]
     length = in_features if entry["group_size"] == -1 else min(entry["group_size"], in_features)
-    zero_point = np.full(scale.shape, 2 ** (bits - 1)) if entry["symmetric"] else tensors["weight_zero_point"]
+    zero_point = (
+        np.full(scale.shape, 2 ** (bits - 1))
+        if entry["symmetric"]
+        else tensors["weight_zero_point"]
+    )
     integers = _unpack(tensors["weight"], bits, in_features)
     if scale.shape != zero_point.shape or scale.shape[1] != -(-in_features // length):
-        raise ValueError(f"{module_name}: {scale.shape} scales and {zero_point.shape} zero points for groups of {length}.")
+        raise ValueError(
+            f"{module_name}: {scale.shape} scales and {zero_point.shape} zero points for groups of "
+            f"{length}."
+        )
     y = np.zeros((*x.shape[:-1], len(integers)), np.float32)
     for g in range(scale.shape[1]):
         part = slice(g * length, (g + 1) * length)
         shifted = integers[:, part] - zero_point[:, g : g + 1].astype(np.float64)
-        y += scale[:, g] * (a[..., part].astype(np.float64) @ shifted.T).astype(np.float32)  # float64: sums of integers are exact
+        y += scale[:, g] * (a[..., part].astype(np.float64) @ shifted.T).astype(
+            np.float32
+        )  # float64: sums of integers are exact
     return (y * r + tensors.get("bias", np.float32(0))).astype(np.float32)
 
 
@@ -75,7 +97,9 @@ def module_tensors(directory: str | Path, module_name: str) -> dict[str, np.ndar
 
 def _same(prefix: str, module_name: str) -> bool:
     """Whether a key's prefix is the module's canonical name in another layout; the head may lie below the language model."""
-    key, name = ([part for part in text.split(".") if part not in _LAYOUT] for text in (prefix, module_name))
+    key, name = (
+        [part for part in text.split(".") if part not in _LAYOUT] for text in (prefix, module_name)
+    )
     return key == name or (name == ["lm_head"] and key[-1:] == name)
 
 
@@ -85,20 +109,30 @@ def _array(data: bytes, key: str, name: str, info: dict) -> np.ndarray:
         raise ValueError(f"{key} has dtype {dtype}: the format does not know it.")
     values = np.frombuffer(data, _DTYPES[dtype]).reshape(info["shape"])
     if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)  # a bfloat16 is the upper half of a float32
+        return (values.astype(np.uint32) << 16).view(
+            np.float32
+        )  # a bfloat16 is the upper half of a float32
     return values.astype(np.float32) if dtype == "F16" else values
 
 
-def _quantize_input(x: np.ndarray, entry: dict, tensors: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | float]:
+def _quantize_input(
+    x: np.ndarray, entry: dict, tensors: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray | float]:
     """(a, r) of the formula, by granularity."""
     granularity, top = entry["granularity"], 2 ** entry["activation_bits"] - 1
     scale, zero_point = tensors.get("input_scale"), tensors.get("input_zero_point")
-    stored = {"channel": (True, True), "token": (True, True), "dynamic_token": (False, False), "none": (scale is not None, False)}[
-        granularity
-    ]
-    if (scale is not None, zero_point is not None) != stored or ("weight_zero_point" in tensors) == entry["symmetric"]:
+    stored = {
+        "channel": (True, True),
+        "token": (True, True),
+        "dynamic_token": (False, False),
+        "none": (scale is not None, False),
+    }[granularity]
+    if (scale is not None, zero_point is not None) != stored or (
+        "weight_zero_point" in tensors
+    ) == entry["symmetric"]:
         raise ValueError(
-            f"a module of granularity {granularity}, symmetric={entry['symmetric']} must not have the tensors {sorted(tensors)}."
+            f"a module of granularity {granularity}, symmetric={entry['symmetric']} must not have "
+            f"the tensors {sorted(tensors)}."
         )
     if granularity == "none":
         return (x if scale is None else x / scale), 1.0
@@ -122,7 +156,9 @@ def _unpack(words: np.ndarray, bits: int, length: int) -> np.ndarray:
     """float64 [out, in]: bit i of a row's stream is bit i % 32 of word i // 32, value k has bits k * bits and up."""
     if words.shape[1] != -(-length * bits // 32):
         raise ValueError(f"{words.shape[1]} words do not hold {length} values of {bits} bits.")
-    stream = np.unpackbits(np.ascontiguousarray(words).astype("<i4").view(np.uint8), axis=1, bitorder="little")
+    stream = np.unpackbits(
+        np.ascontiguousarray(words).astype("<i4").view(np.uint8), axis=1, bitorder="little"
+    )
     if stream[:, length * bits :].any():
         raise ValueError("the rest of the last word must be zero.")
     return stream[:, : length * bits].reshape(len(words), length, bits) @ (2.0 ** np.arange(bits))

@@ -1,13 +1,16 @@
 """What the Hub of the tests answers: one function per request that huggingface_hub 2.4.0 and Transformers were seen to make.
 
-A route takes a `Call` and returns a `Reply` or raises `HubError`, which carries the headers that the client turns into its exceptions.
-Nothing here knows sockets: hub_server.py finds the user of the token, calls the route and sends what it returned.
+A route takes a `Call` and returns a `Reply` or raises `HubError`, which carries the headers that
+the client turns into its exceptions. Nothing here knows sockets: hub_server.py finds the user of
+the token, calls the route and sends what it returned.
 
-Access follows the Hub: a repository that one may not see is missing (401 to a stranger, 404 to a user); writing needs an owner's token with
-the role "write" and is a 403 otherwise; anyone with such a token may open a pull request and upload to it.
+Access follows the Hub: a repository that one may not see is missing (401 to a stranger, 404 to a
+user); writing needs an owner's token with the role "write" and is a 403 otherwise; anyone with such
+a token may open a pull request and upload to it.
 
-Left out: datasets and Spaces, discussions without changes, multipart uploads, .gitignore, pages of long listings, copies within the Hub,
-resource groups, rate limits. Of `validate-yaml` only the rules of `_card_problems`.
+Left out: datasets and Spaces, discussions without changes, multipart uploads, .gitignore, pages of
+long listings, copies within the Hub, resource groups, rate limits. Of `validate-yaml` only the
+rules of `_card_problems`.
 """
 
 import base64
@@ -32,8 +35,23 @@ if TYPE_CHECKING:
 __all__ = ["ROUTES", "Call", "HubError", "Reply", "User"]
 
 LFS_SIZE = 10 * 2**20  # a larger file is never regular; nor is a binary one
-LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.gguf", "*.npz", "*.npy", "*.parquet", "*.zip", "*.gz", "*.model")
-ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
+LFS_PATTERNS = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.onnx",
+    "*.gguf",
+    "*.npz",
+    "*.npy",
+    "*.parquet",
+    "*.zip",
+    "*.gz",
+    "*.model",
+)
+ATTRIBUTES = "".join(
+    f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS
+).encode()
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,10 @@ class Reply:
 
 
 class HubError(Exception):
-    """An answer that is an error. `code` decides the exception in the client; `body` goes beside the message."""
+    """An answer that is an error.
+
+    `code` decides the exception in the client; `body` goes beside the message.
+    """
 
     def __init__(self, status: int, message: str, code: str | None = None, **body: object):
         super().__init__(message)
@@ -75,7 +96,9 @@ class Call:
     query: dict[str, list[str]]
     blocks: Iterator[bytes]  # the body
     user: User | None = None
-    args: dict[str, str] = field(default_factory=dict)  # the groups of the route's pattern, unquoted
+    args: dict[str, str] = field(
+        default_factory=dict
+    )  # the groups of the route's pattern, unquoted
 
     def read(self) -> bytes:
         return b"".join(self.blocks)
@@ -96,7 +119,10 @@ class Call:
         repo, user = self.hub.repos.get(self.args["repo"]), self.user
         hidden = repo is None or (repo.private and not (user and user.owns(repo)))
         if hidden or (need != "read" and user is None):
-            raise HubError(*(404, "Repository not found") if user else (401, "Invalid username or password."), "RepoNotFound")
+            raise HubError(
+                *(404, "Repository not found") if user else (401, "Invalid username or password."),
+                "RepoNotFound",
+            )
         if need != "read" and user.role != "write":
             raise HubError(403, "Forbidden: you must use a write token to upload to a repository.")
         if need == "write" and not user.owns(repo):
@@ -115,7 +141,10 @@ class Call:
         """Repository and ref of an upload: owners write anywhere, others to a pull request that they opened or are about to open."""
         repo, revision = self.repo("propose"), self.args["rev"]
         ref = repo.ref(revision)
-        mine = any(pull.ref == ref and pull.author == self.user.name for pull in repo.pull_requests.values())
+        mine = any(
+            pull.ref == ref and pull.author == self.user.name
+            for pull in repo.pull_requests.values()
+        )
         if not self.flag("create_pr") and not mine:
             self.repo("write")
         if ref is None or ref.startswith("refs/tags/"):
@@ -151,21 +180,43 @@ def whoami(call: Call) -> Reply:
     user = call.signed_in()
     orgs = [{"type": "org", "name": name, "roleInOrg": "admin"} for name in user.orgs]
     auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": user.role}}
-    return Reply(body={"type": "user", "id": user.name, "name": user.name, "fullname": user.name, "orgs": orgs, "auth": auth})
+    return Reply(
+        body={
+            "type": "user",
+            "id": user.name,
+            "name": user.name,
+            "fullname": user.name,
+            "orgs": orgs,
+            "auth": auth,
+        }
+    )
 
 
 @route("POST", "/api/repos/create")
 def create_repo(call: Call) -> Reply:
     user, wanted = call.signed_in(), call.json()
-    repo = Repo(f"{wanted.get('organization') or user.name}/{wanted['name']}", wanted.get("visibility") == "private", call.hub.store)
+    repo = Repo(
+        f"{wanted.get('organization') or user.name}/{wanted['name']}",
+        wanted.get("visibility") == "private",
+        call.hub.store,
+    )
     if user.role != "write" or not user.owns(repo):
-        raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{repo.namespace}"')
+        raise HubError(
+            403,
+            f'You don\'t have the rights to create a model under the namespace "{repo.namespace}"',
+        )
     if wanted.get("type", "model") != "model":
         raise HubError(400, "This server has models only")
     answer = {"url": f"{call.hub.endpoint}/{repo.id}", "name": repo.id, "id": repo.id}
     if repo.id in call.hub.repos:
         raise HubError(409, "You already created this model repo", **answer)
-    repo.advance("refs/heads/main", {".gitattributes": repo.store.regular(ATTRIBUTES)}, "initial commit", "", user.name)
+    repo.advance(
+        "refs/heads/main",
+        {".gitattributes": repo.store.regular(ATTRIBUTES)},
+        "initial commit",
+        "",
+        user.name,
+    )
     call.hub.repos[repo.id] = repo
     return Reply(body=answer)
 
@@ -196,11 +247,17 @@ def auth_check(call: Call) -> Reply:
 @route("GET", "/api/models")
 def list_models(call: Call) -> Reply:
     """Those that one may see, of an `author`, with all tags of `filter`."""
-    visible = [repo for repo in call.hub.repos.values() if not repo.private or (call.user and call.user.owns(repo))]
+    visible = [
+        repo
+        for repo in call.hub.repos.values()
+        if not repo.private or (call.user and call.user.owns(repo))
+    ]
     found = [_describe(call, repo, repo.history()[0]) for repo in visible]
     tags = set(call.query.get("filter", []))
     authors = call.query.get("author") or [one["author"] for one in found]
-    return Reply(body=[one for one in found if tags <= set(one["tags"]) and one["author"] in authors])
+    return Reply(
+        body=[one for one in found if tags <= set(one["tags"]) and one["author"] in authors]
+    )
 
 
 @route("GET", f"{API}(/revision/{REV})?")
@@ -220,17 +277,26 @@ def _describe(call: Call, repo: Repo, commit: Commit) -> dict:
         "private": repo.private,
         "gated": repo.gated,
         "usedStorage": sum(blob.size for blob in commit.files.values()),
-        "siblings": [_sibling(path, call.hub.shown(path, blob), call.flag("blobs")) for path, blob in commit.files.items()],
+        "siblings": [
+            _sibling(path, call.hub.shown(path, blob), call.flag("blobs"))
+            for path, blob in commit.files.items()
+        ],
         "cardData": card,
         "tags": _tags(card),
     }
-    return described | {name: card[name] for name in ("pipeline_tag", "library_name") if name in card}
+    return described | {
+        name: card[name] for name in ("pipeline_tag", "library_name") if name in card
+    }
 
 
 def _sibling(path: str, blob: Blob, blobs: bool) -> dict:
     if not blobs:
         return {"rfilename": path}
-    lfs = {"lfs": {"sha256": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}} if blob.lfs else {}
+    lfs = (
+        {"lfs": {"sha256": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}}
+        if blob.lfs
+        else {}
+    )
     return {"rfilename": path, "size": blob.size, "blobId": blob.oid} | lfs
 
 
@@ -243,7 +309,11 @@ def _listed(value: object) -> list:
 
 def _tags(card: dict) -> list[str]:
     """The card's own, and those that the Hub derives from it."""
-    tags = [*_listed(card.get("library_name")), *_listed(card.get("tags")), *(f"license:{name}" for name in _listed(card.get("license")))]
+    tags = [
+        *_listed(card.get("library_name")),
+        *_listed(card.get("tags")),
+        *(f"license:{name}" for name in _listed(card.get("license"))),
+    ]
     relation = card.get("base_model_relation")
     for base in _listed(card.get("base_model")):
         tags += [f"base_model:{base}", *([f"base_model:{relation}:{base}"] if relation else [])]
@@ -261,8 +331,12 @@ def validate_yaml(call: Call) -> Reply:
     text = call.json()["content"]
     problems = _card_problems(text)
     if problems:
-        return Reply(400, {"errors": [{"message": message} for message in problems], "warnings": []})
-    warnings = [] if _front_matter(text) else [{"message": "empty or missing yaml metadata in repo card"}]
+        return Reply(
+            400, {"errors": [{"message": message} for message in problems], "warnings": []}
+        )
+    warnings = (
+        [] if _front_matter(text) else [{"message": "empty or missing yaml metadata in repo card"}]
+    )
     return Reply(body={"errors": [], "warnings": warnings})
 
 
@@ -273,12 +347,23 @@ def _card_problems(text: str) -> list[str]:
         return [f"YAML: {error}"]
     if not isinstance(card, dict):
         return ["YAML must be an object"]
-    found = [f'"{key}" must be a string' for key in ("license", "pipeline_tag", "library_name") if not isinstance(card.get(key, ""), str)]
+    found = [
+        f'"{key}" must be a string'
+        for key in ("license", "pipeline_tag", "library_name")
+        if not isinstance(card.get(key, ""), str)
+    ]
     for key in ("tags", "datasets", "metrics"):
-        found += [f'"{key}" must hold strings' for value in _listed(card.get(key)) if not isinstance(value, str)][:1]
+        found += [
+            f'"{key}" must hold strings'
+            for value in _listed(card.get(key))
+            if not isinstance(value, str)
+        ][:1]
     for base in _listed(card.get("base_model")):
         if not (isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
-            found.append(f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.')
+            found.append(
+                f'"base_model" with value "{base}" is not valid. Use a model id from '
+                f"https://hf.co/models."
+            )
     if card.get("base_model_relation") not in (None, "adapter", "finetune", "merge", "quantized"):
         found.append('"base_model_relation" must be one of [adapter, finetune, merge, quantized]')
     return found
@@ -289,14 +374,19 @@ def _card_problems(text: str) -> list[str]:
 
 @route("GET", f"{API}/refs")
 def refs(call: Call) -> Reply:
-    repo, kinds = call.repo(), {"branches": "refs/heads/", "tags": "refs/tags/", "converts": "refs/convert/"}
+    repo, kinds = (
+        call.repo(),
+        {"branches": "refs/heads/", "tags": "refs/tags/", "converts": "refs/convert/"},
+    )
     if call.flag("include_prs"):
         kinds["pullRequests"] = "refs/pr/"
     answer: dict[str, list[dict]] = {kind: [] for kind in kinds}
     for kind, prefix in kinds.items():
         for ref, oid in repo.refs.items():
             if ref.startswith(prefix):
-                answer[kind].append({"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid})
+                answer[kind].append(
+                    {"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid}
+                )
     return Reply(body=answer)
 
 
@@ -339,7 +429,10 @@ def create_tag(call: Call) -> Reply:
 
 @route("DELETE", f"{API}/(?P<kind>branch|tag)/{REV}")
 def delete_ref(call: Call) -> Reply:
-    repo, name = call.repo("write"), f"refs/{'heads' if call.args['kind'] == 'branch' else 'tags'}/{call.args['rev']}"
+    repo, name = (
+        call.repo("write"),
+        f"refs/{'heads' if call.args['kind'] == 'branch' else 'tags'}/{call.args['rev']}",
+    )
     if name == "refs/heads/main":
         raise HubError(403, "The default branch cannot be deleted")
     if name not in repo.refs:
@@ -354,7 +447,13 @@ def open_pull_request(call: Call) -> Reply:
     if not wanted.get("pullRequest"):
         raise HubError(400, "This server has pull requests only")
     pull = repo.open_pull_request(wanted["title"], wanted["description"], call.user.name)
-    return Reply(body={"num": pull.num, "pullRequest": True, "url": f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}"})
+    return Reply(
+        body={
+            "num": pull.num,
+            "pullRequest": True,
+            "url": f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}",
+        }
+    )
 
 
 @route("GET", f"{API}/discussions")
@@ -373,7 +472,9 @@ def pull_request(call: Call) -> Reply:
 def change_status(call: Call) -> Reply:
     _, pull = _pull_request(call, "write")
     pull.status = call.json()["status"]
-    return Reply(body={"newStatus": _event(pull, "status", "status-change", {"status": pull.status})})
+    return Reply(
+        body={"newStatus": _event(pull, "status", "status-change", {"status": pull.status})}
+    )
 
 
 @route("POST", f"{API}/discussions/{NUM}/merge")
@@ -411,12 +512,21 @@ def _pull_entry(repo: Repo, pull: PullRequest) -> dict:
         "filesWithConflicts": repo.conflicts(pull),
         "diff": "",
         "events": [_event(pull, "opened", "comment", comment)]
-        + [_event(pull, one.oid, "commit", {"subject": one.title, "oid": one.oid}) for one in reversed(own)],
+        + [
+            _event(pull, one.oid, "commit", {"subject": one.title, "oid": one.oid})
+            for one in reversed(own)
+        ],
     }
 
 
 def _event(pull: PullRequest, id_: str, kind: str, data: dict) -> dict:
-    return {"id": id_, "type": kind, "createdAt": pull.date, "author": {"name": pull.author}, "data": data}
+    return {
+        "id": id_,
+        "type": kind,
+        "createdAt": pull.date,
+        "author": {"name": pull.author},
+        "data": data,
+    }
 
 
 # Uploads
@@ -428,10 +538,25 @@ def preupload(call: Call) -> Reply:
     files, answers = repo.tree(ref), []
     for file in call.json()["files"]:
         binary = b"\0" in base64.b64decode(file["sample"])
-        lfs = binary or file["size"] > LFS_SIZE or any(fnmatch(file["path"].rpartition("/")[2], pattern) for pattern in LFS_PATTERNS)
-        answer = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+        lfs = (
+            binary
+            or file["size"] > LFS_SIZE
+            or any(fnmatch(file["path"].rpartition("/")[2], pattern) for pattern in LFS_PATTERNS)
+        )
+        answer = {
+            "path": file["path"],
+            "uploadMode": "lfs" if lfs else "regular",
+            "shouldIgnore": False,
+        }
         there = files.get(file["path"])
-        answers.append(answer | ({"oid": call.hub.shown(file["path"], there).etag} if there and there.lfs == lfs else {}))
+        answers.append(
+            answer
+            | (
+                {"oid": call.hub.shown(file["path"], there).etag}
+                if there and there.lfs == lfs
+                else {}
+            )
+        )
     return Reply(body={"files": answers})
 
 
@@ -443,7 +568,10 @@ def lfs_batch(call: Call) -> Reply:
         entry = {"oid": wanted["oid"], "size": wanted["size"]}
         if not call.hub.store.has(wanted["oid"]):
             upload = {"href": call.hub.signed(f"/upload/{repo.id}/{wanted['oid']}")}
-            entry["actions"] = {"upload": upload, "verify": {"href": f"{call.hub.endpoint}/{repo.id}.git/info/lfs/objects/verify"}}
+            entry["actions"] = {
+                "upload": upload,
+                "verify": {"href": f"{call.hub.endpoint}/{repo.id}.git/info/lfs/objects/verify"},
+            }
         objects.append(entry)
     return Reply(body={"transfer": "basic", "objects": objects})
 
@@ -460,7 +588,10 @@ def upload(call: Call) -> Reply:
 def lfs_verify(call: Call) -> Reply:
     call.repo("propose")
     wanted = call.json()
-    if not call.hub.store.has(wanted["oid"]) or call.hub.store.pointed(wanted["oid"]).size != wanted["size"]:
+    if (
+        not call.hub.store.has(wanted["oid"])
+        or call.hub.store.pointed(wanted["oid"]).size != wanted["size"]
+    ):
         raise HubError(404, f"Object {wanted['oid']} was not uploaded")
     return Reply()
 
@@ -472,7 +603,13 @@ def xet_write_token(call: Call) -> Reply:
     else:
         call.target()
     url = f"local://{call.hub.store.xet_directory()}"
-    return Reply(body={"casUrl": url, "exp": int(time.time()) + 24 * 3600, "accessToken": secrets.token_hex()})
+    return Reply(
+        body={
+            "casUrl": url,
+            "exp": int(time.time()) + 24 * 3600,
+            "accessToken": secrets.token_hex(),
+        }
+    )
 
 
 @route("POST", f"{API}/commit/{REV}")
@@ -480,7 +617,9 @@ def commit(call: Call) -> Reply:
     """All operations on a copy of the tree; then one ref moves."""
     repo, ref = call.target()
     header, *operations = [json.loads(line) for line in call.read().splitlines() if line]
-    summary, description, parent = (header["value"].get(key, "") for key in ("summary", "description", "parentCommit"))
+    summary, description, parent = (
+        header["value"].get(key, "") for key in ("summary", "description", "parentCommit")
+    )
     if not repo.refs[ref].startswith(parent):
         raise HubError(412, "A commit has happened since. Please refresh and try again.")
     files = dict(repo.tree(ref))
@@ -489,9 +628,14 @@ def commit(call: Call) -> Reply:
     answer = {"success": True}
     if call.flag("create_pr"):
         pull = repo.open_pull_request(summary, description, call.user.name, status="open")
-        ref, answer["pullRequestUrl"] = pull.ref, f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}"
+        ref, answer["pullRequestUrl"] = (
+            pull.ref,
+            f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}",
+        )
     oid = repo.advance(ref, files, summary, description, call.user.name).oid
-    return Reply(body=answer | {"commitOid": oid, "commitUrl": f"{call.hub.endpoint}/{repo.id}/commit/{oid}"})
+    return Reply(
+        body=answer | {"commitOid": oid, "commitUrl": f"{call.hub.endpoint}/{repo.id}/commit/{oid}"}
+    )
 
 
 def _apply(hub: "HubServer", files: dict[str, Blob], key: str, value: dict) -> None:
@@ -507,7 +651,11 @@ def _apply(hub: "HubServer", files: dict[str, Blob], key: str, value: dict) -> N
             raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
         files[path] = hub.store.pointed(value["oid"])
     elif key in ("deletedFile", "deletedFolder"):
-        gone = [name for name in files if name == path or (key == "deletedFolder" and name.startswith(path.rstrip("/") + "/"))]
+        gone = [
+            name
+            for name in files
+            if name == path or (key == "deletedFolder" and name.startswith(path.rstrip("/") + "/"))
+        ]
         if not gone:
             raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
         for name in gone:
@@ -528,7 +676,9 @@ def tree(call: Call) -> Reply:
         raise _missing(call.args["path"], commit)
     if not call.flag("recursive"):
         paths = [path for path in paths if "/" not in path.removeprefix(below)]
-    return Reply(body=[_entry(call, repo, commit, path, call.flag("expand")) for path in sorted(paths)])
+    return Reply(
+        body=[_entry(call, repo, commit, path, call.flag("expand")) for path in sorted(paths)]
+    )
 
 
 @route("POST", f"{API}/paths-info/{REV}")
@@ -536,11 +686,20 @@ def paths_info(call: Call) -> Reply:
     repo, commit = call.commit()
     form = parse_qs(call.read().decode())
     found = [path for path in form.get("paths", []) if path in [*commit.files, *_folders(commit)]]
-    return Reply(body=[_entry(call, repo, commit, path, form.get("expand", [""])[0].lower() == "true") for path in found])
+    return Reply(
+        body=[
+            _entry(call, repo, commit, path, form.get("expand", [""])[0].lower() == "true")
+            for path in found
+        ]
+    )
 
 
 def _folders(commit: Commit) -> set[str]:
-    return {"/".join(path.split("/")[:depth]) for path in commit.files for depth in range(1, path.count("/") + 1)}
+    return {
+        "/".join(path.split("/")[:depth])
+        for path in commit.files
+        for depth in range(1, path.count("/") + 1)
+    }
 
 
 def _entry(call: Call, repo: Repo, commit: Commit, path: str, expand: bool) -> dict:
@@ -552,7 +711,12 @@ def _entry(call: Call, repo: Repo, commit: Commit, path: str, expand: bool) -> d
         if blob.lfs:
             entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}
     else:
-        entry = {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(json.dumps(inside).encode()).hexdigest()}
+        entry = {
+            "type": "directory",
+            "path": path,
+            "size": 0,
+            "oid": hashlib.sha1(json.dumps(inside).encode()).hexdigest(),
+        }
     if expand:
         last = _last_change(repo.history(commit.oid), [path, *inside])
         entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": last.date}
@@ -568,7 +732,9 @@ def _last_change(history: list[Commit], paths: list[str]) -> Commit:
 
 def _missing(path: str, commit: Commit) -> HubError:
     error = HubError(404, f"{path} does not exist", "EntryNotFound")
-    error.reply.headers["X-Repo-Commit"] = commit.oid  # the client keeps what is missing in its cache, by commit
+    error.reply.headers["X-Repo-Commit"] = (
+        commit.oid
+    )  # the client keeps what is missing in its cache, by commit
     return error
 
 
@@ -577,7 +743,9 @@ def resolve(call: Call) -> Reply:
     repo, commit = call.commit()
     path = call.args["path"]
     if repo.gated and not (call.user and call.user.owns(repo)):
-        raise HubError(403 if call.user else 401, f"Access to model {repo.id} is restricted.", "GatedRepo")
+        raise HubError(
+            403 if call.user else 401, f"Access to model {repo.id} is restricted.", "GatedRepo"
+        )
     if path not in commit.files:
         raise _missing(path, commit)
     blob = commit.files[path]
@@ -586,7 +754,11 @@ def resolve(call: Call) -> Reply:
     if not blob.lfs:
         return Reply(200, repo.store.path(blob.sha256), headers)
     location = call.hub.signed(f"/objects/{blob.sha256}/{quote(path, safe='')}")
-    return Reply(302, b"", headers | {"X-Linked-Etag": etag, "X-Linked-Size": str(blob.size), "Location": location})
+    return Reply(
+        302,
+        b"",
+        headers | {"X-Linked-Etag": etag, "X-Linked-Size": str(blob.size), "Location": location},
+    )
 
 
 @route("HEAD|GET", "/objects/(?P<oid>[0-9a-f]{64})/.+", origin="storage")

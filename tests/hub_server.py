@@ -1,19 +1,25 @@
-"""A Hugging Face Hub for the tests: real HTTP on 127.0.0.1, models only. This file: users, faults, the log, and HTTP.
+"""A Hugging Face Hub for the tests: real HTTP on 127.0.0.1, models only.
+
+This file: users, faults, the log, and HTTP.
 
 In a test `with HubServer(directory) as hub:` (the fixture `hub` of tests/hub/conftest.py); by hand
 
     python tests/hub_server.py --root DIRECTORY
 
-prints what to export, and `hf upload` and `from_pretrained` find it. hub_routes.py has the answers, hub_storage.py what is kept.
+prints what to export, and `hf upload` and `from_pretrained` find it. hub_routes.py has the answers,
+hub_storage.py what is kept.
 
 Files reach it in three ways, as the client chooses; no setting is needed:
   regular  inside the commit (base64): what is small and text.
   lfs      HF_HUB_DISABLE_XET=1: PUT to a second origin, which takes signed addresses alone and refuses every token. Can be cut and counted.
   xet      the client's default: the token names a directory (`local:///...`) and hf_xet writes its chunks there; the commit that names a
-           file by its sha256 makes the server put it together, with hf_xet. Same machine only; no HTTP, so that no fault can be put there.
-Downloads are plain HTTP in all cases: LFS and Xet files by a redirect to the second origin, with ranges.
+           file by its sha256 makes the server put it together, with hf_xet. Same machine only; no
+           HTTP, so that no fault can be put there.
+Downloads are plain HTTP in all cases: LFS and Xet files by a redirect to the second origin, with
+ranges.
 
-Requests that no route knows get a 404 and go to `problems`, as does a route that crashes: the fixture fails on either.
+Requests that no route knows get a 404 and go to `problems`, as does a route that crashes: the
+fixture fails on either.
 Needs the standard library, PyYAML and, for xet, hf_xet: huggingface_hub brings both.
 """
 
@@ -94,7 +100,9 @@ class HubServer:
 
     def __enter__(self) -> "HubServer":
         for server in self._servers:
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+            threading.Thread(
+                target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+            ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,9 +121,15 @@ class HubServer:
         self._users[token] = User(name, role, orgs)
         return token
 
-    def environment(self, home: Path, token: str | None = None, *, xet: bool = False) -> dict[str, str]:
+    def environment(
+        self, home: Path, token: str | None = None, *, xet: bool = False
+    ) -> dict[str, str]:
         """All variables for another process: this one's, less what speaks to huggingface_hub, and ours. `token` "" means none."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
+        }
         return kept | {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(home),
@@ -131,13 +145,16 @@ class HubServer:
     def fail(self, method: str, path: str, status: int = 500, times: int | None = 1) -> None:
         """Answers matching requests with an error and does nothing else.
 
-        Of all faults: `method` and `path` are patterns, `path` is searched in the unquoted path and query of both origins; `times` None
-        means always. Of several that match a request, the oldest counts.
-        """
+        Of all faults: `method` and `path` are patterns, `path` is searched in the unquoted path and
+        query of both origins; `times` None means always. Of several that match a request, the
+        oldest counts."""
         self._faults.append(_Fault(method, path, times, status=status))
 
     def cut(self, path: str, after_bytes: int, times: int | None = 1, method: str = ".*") -> None:
-        """Closes the connection after that much of a body has come in or, in a GET, gone out. Shorter bodies pass and are not counted."""
+        """Closes the connection after that much of a body has come in or, in a GET, gone out.
+
+        Shorter bodies pass and are not counted.
+        """
         self._faults.append(_Fault(method, path, times, after_bytes=after_bytes))
 
     def lose_answer(self, method: str, path: str, times: int | None = 1) -> None:
@@ -159,7 +176,11 @@ class HubServer:
 
     def calls(self, method: str, path: str) -> list[Request]:
         """The part of the log that matches two patterns."""
-        return [request for request in self.requests if re.fullmatch(method, request.method) and re.search(path, request.path)]
+        return [
+            request
+            for request in self.requests
+            if re.fullmatch(method, request.method) and re.search(path, request.path)
+        ]
 
     # What routes and the handler use
 
@@ -176,7 +197,14 @@ class HubServer:
         return hmac.new(self._secret, path.encode(), "sha256").hexdigest()
 
     def fault(self, method: str, path: str) -> _Fault | None:
-        return next((one for one in list(self._faults) if re.fullmatch(one.method, method) and re.search(one.path, path)), None)
+        return next(
+            (
+                one
+                for one in list(self._faults)
+                if re.fullmatch(one.method, method) and re.search(one.path, path)
+            ),
+            None,
+        )
 
     def spend(self, fault: _Fault) -> bool:
         """Whether a fault may happen now; counts it."""
@@ -193,7 +221,9 @@ class HubServer:
             if origin == "hub":
                 call.user = self._user(authorization)
             elif authorization or call.query.get("signature") != [self._signature(call.path)]:
-                raise HubError(400 if authorization else 403, "This origin wants a signed address and no token")
+                raise HubError(
+                    400 if authorization else 403, "This origin wants a signed address and no token"
+                )
             return self._route(origin, call)
         except HubError as error:
             return error.reply
@@ -213,7 +243,9 @@ class HubServer:
         for method, pattern, function in ROUTES[origin]:
             found = pattern.fullmatch(call.path)
             if found and re.fullmatch(method, call.method):
-                call.args = {name: unquote(value or "") for name, value in found.groupdict().items()}
+                call.args = {
+                    name: unquote(value or "") for name, value in found.groupdict().items()
+                }
                 if origin == "storage":  # long bodies, and nothing that others change
                     return function(call)
                 with self._lock:
@@ -285,7 +317,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _take(self, size: int) -> bytes:
         limit = self._fault.after_bytes
-        cut = limit is not None and self._received + size > limit and self.server.hub.spend(self._fault)
+        cut = (
+            limit is not None
+            and self._received + size > limit
+            and self.server.hub.spend(self._fault)
+        )
         block = self.rfile.read(limit - self._received if cut else size)
         self._received += len(block)
         if cut or len(block) < size:  # or the client went away
@@ -296,7 +332,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Sends an answer: the range of a file that was asked for, or all of it."""
         body, status, headers = reply.body, reply.status, dict(reply.headers)
         if not isinstance(body, Path):
-            body = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+            body = (
+                body
+                if isinstance(body, bytes)
+                else b""
+                if body is None
+                else json.dumps(body).encode()
+            )
             headers["Content-Type"] = "application/json; charset=utf-8"
             self._send(status, headers, body)
             return
@@ -313,12 +355,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
         limit = self._fault.after_bytes
-        cut = limit is not None and self.command == "GET" and len(body) > limit and self.server.hub.spend(self._fault)
+        cut = (
+            limit is not None
+            and self.command == "GET"
+            and len(body) > limit
+            and self.server.hub.spend(self._fault)
+        )
         self._sent = 0 if self.command == "HEAD" else limit if cut else len(body)
         if not cut:
             self._log(status)  # before the answer: who has it may read the log
         self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body)), "X-Request-Id": secrets.token_hex(8)}).items():
+        for name, value in (
+            headers | {"Content-Length": str(len(body)), "X-Request-Id": secrets.token_hex(8)}
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: self._sent])
@@ -327,7 +376,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _log(self, status: int | None) -> None:
         authorized = "Authorization" in self.headers
-        line = Request(self.server.origin, self.command, unquote(self.path), authorized, status, self._received, self._sent)
+        line = Request(
+            self.server.origin,
+            self.command,
+            unquote(self.path),
+            authorized,
+            status,
+            self._received,
+            self._sent,
+        )
         self.server.hub.requests.append(line)
 
     def log_message(self, *_: object) -> None:
@@ -346,14 +403,25 @@ def _range(wanted: str | None, size: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A small Hugging Face Hub on 127.0.0.1, for trying uploads by hand.")
-    parser.add_argument("--root", type=Path, required=True, help="directory for the contents; the history is lost when the server ends")
+    parser = argparse.ArgumentParser(
+        description="A small Hugging Face Hub on 127.0.0.1, for trying uploads by hand."
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        required=True,
+        help="directory for the contents; the history is lost when the server ends",
+    )
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--user", default="me", help="who the token belongs to")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what a shell starts in the background ignores it
     with HubServer(arguments.root, user=arguments.user, port=arguments.port) as hub:
-        print(f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={hub.token} NO_PROXY=127.0.0.1", flush=True)
+        print(
+            f"export HF_ENDPOINT={hub.endpoint} HF_TOKEN={hub.token} NO_PROXY=127.0.0.1", flush=True
+        )
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

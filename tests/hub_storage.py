@@ -1,10 +1,11 @@
 """What the Hub of the tests keeps: contents by their hash, commits that never change, refs that move.
 
-A repository is a map from refs to commits, a commit an immutable map from paths to blobs. An upload works on a copy of that map and moves
-one ref when everything is right: one that fails leaves the branch as it was. Contents lie in a directory, complete or absent; the history
-is in memory.
+A repository is a map from refs to commits, a commit an immutable map from paths to blobs. An upload
+works on a copy of that map and moves one ref when everything is right: one that fails leaves the
+branch as it was. Contents lie in a directory, complete or absent; the history is in memory.
 
-Left out: trees and commits in git's format. A blob's `oid` is git's, because clients compute it; a commit's is a hash of the same facts.
+Left out: trees and commits in git's format. A blob's `oid` is git's, because clients compute it; a
+commit's is a hash of the same facts.
 """
 
 import hashlib
@@ -24,7 +25,11 @@ __all__ = ["Blob", "Commit", "PullRequest", "Repo", "Store", "now"]
 
 @dataclass(frozen=True)
 class Blob:
-    """A file. The content lies under its sha256; `oid` is git's name of it (of the pointer where it is an LFS file)."""
+    """A file.
+
+    The content lies under its sha256; `oid` is git's name of it (of the pointer where it is an LFS
+    file).
+    """
 
     size: int
     sha256: str
@@ -105,7 +110,10 @@ class Store:
         return Path(tempfile.mkdtemp(dir=self.xet))
 
     def has(self, sha256: str) -> bool:
-        """Whether the content is here. Looks through the Xet uploads, and keeps what it finds there."""
+        """Whether the content is here.
+
+        Looks through the Xet uploads, and keeps what it finds there.
+        """
         target = self.path(sha256)
         for directory in () if target.exists() else self.xet.iterdir():
             found = _xet_files(directory).get(sha256)
@@ -127,9 +135,9 @@ def now() -> str:
 def _xet_files(directory: Path) -> dict[str, tuple[str, int]]:
     """sha256 -> (Xet hash, bytes) of the files in a directory's shards.
 
-    A shard is records of 48 bytes: a header; then per file its hash, flags and number of segments, the segments, as many checks (bit 31 of
-    the flags) and the sha256 (bit 30). A record of 0xff ends the files. A hash is four little-endian words.
-    """
+    A shard is records of 48 bytes: a header; then per file its hash, flags and number of segments,
+    the segments, as many checks (bit 31 of the flags) and the sha256 (bit 30). A record of 0xff
+    ends the files. A hash is four little-endian words."""
     found = {}
     for shard in directory.glob("xet/xorbs/shards/*.mdb"):
         data = shard.read_bytes()
@@ -178,13 +186,24 @@ class Repo:
 
     def ref(self, revision: str) -> str | None:
         """The full name of a branch, tag or pull request."""
-        return next((name for name in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision) if name in self.refs), None)
+        return next(
+            (
+                name
+                for name in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision)
+                if name in self.refs
+            ),
+            None,
+        )
 
     def commit(self, revision: str = "main") -> Commit | None:
         ref = self.ref(revision)
         if ref is not None:
             return self.commits[self.refs[ref]]
-        found = [oid for oid in self.commits if re.fullmatch("[0-9a-f]{7,40}", revision) and oid.startswith(revision)]
+        found = [
+            oid
+            for oid in self.commits
+            if re.fullmatch("[0-9a-f]{7,40}", revision) and oid.startswith(revision)
+        ]
         return self.commits[found[0]] if len(found) == 1 else None
 
     def history(self, revision: str = "main") -> list[Commit]:
@@ -202,9 +221,14 @@ class Repo:
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         """Path -> content."""
-        return {path: self.store.path(blob.sha256).read_bytes() for path, blob in self.tree(revision).items()}
+        return {
+            path: self.store.path(blob.sha256).read_bytes()
+            for path, blob in self.tree(revision).items()
+        }
 
-    def advance(self, ref: str, files: dict[str, Blob], title: str, description: str, author: str) -> Commit:
+    def advance(
+        self, ref: str, files: dict[str, Blob], title: str, description: str, author: str
+    ) -> Commit:
         """Puts a commit on top of a ref; the last line is the only change that anyone can see."""
         facts = (self.refs.get(ref), dict(sorted(files.items())), title, description, author, now())
         oid = hashlib.sha1(json.dumps(facts, default=vars).encode()).hexdigest()
@@ -212,9 +236,13 @@ class Repo:
         self.refs[ref] = oid
         return self.commits[oid]
 
-    def open_pull_request(self, title: str, description: str, author: str, status: str = "draft") -> PullRequest:
+    def open_pull_request(
+        self, title: str, description: str, author: str, status: str = "draft"
+    ) -> PullRequest:
         number = len(self.pull_requests) + 1
-        pull = PullRequest(number, title, description, author, now(), self.refs["refs/heads/main"], status)
+        pull = PullRequest(
+            number, title, description, author, now(), self.refs["refs/heads/main"], status
+        )
         self.pull_requests[number] = pull
         self.refs[pull.ref] = pull.base
         return pull
@@ -222,14 +250,26 @@ class Repo:
     def changes(self, pull: PullRequest) -> dict[str, Blob | None]:
         """Path -> its new blob, None where the pull request deletes it."""
         before, after = self.tree(pull.base), self.tree(pull.ref)
-        return {path: after.get(path) for path in before | after if before.get(path) != after.get(path)}
+        return {
+            path: after.get(path) for path in before | after if before.get(path) != after.get(path)
+        }
 
     def conflicts(self, pull: PullRequest) -> list[str]:
         """Paths that the pull request and main both changed."""
         before, main = self.tree(pull.base), self.tree()
-        return [] if pull.merged else [path for path in self.changes(pull) if main.get(path) != before.get(path)]
+        return (
+            []
+            if pull.merged
+            else [path for path in self.changes(pull) if main.get(path) != before.get(path)]
+        )
 
     def merge(self, pull: PullRequest, author: str) -> None:
-        files = {path: blob for path, blob in (self.tree() | self.changes(pull)).items() if blob is not None}
-        commit = self.advance("refs/heads/main", files, f"{pull.title} (#{pull.num})", pull.description, author)
+        files = {
+            path: blob
+            for path, blob in (self.tree() | self.changes(pull)).items()
+            if blob is not None
+        }
+        commit = self.advance(
+            "refs/heads/main", files, f"{pull.title} (#{pull.num})", pull.description, author
+        )
         pull.status, pull.merged = "merged", commit.oid

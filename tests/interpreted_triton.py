@@ -1,10 +1,13 @@
 """The Triton kernels under Triton's interpreter, on CPU tensors; and what the interpreter of Triton 3.6 gets wrong, put right.
 
-For a process with TRITON_INTERPRET=1: the interpreter is chosen while functions are defined, those of Triton itself too.
+For a process with TRITON_INTERPRET=1: the interpreter is chosen while functions are defined, those
+of Triton itself too.
 
 - loops over a kernel argument: NumPy >= 2.4 refuses int() of an array of one element;
-- bfloat16: casts cut off instead of rounding to nearest even, and `tl.dot` multiplies the bits as if they were integers;
-- inline assembly: missing. Here the instructions that the kernels use are carried out as they are written.
+- bfloat16: casts cut off instead of rounding to nearest even, and `tl.dot` multiplies the bits as
+  if they were integers;
+- inline assembly: missing. Here the instructions that the kernels use are carried out as they are
+written.
 """
 
 from types import SimpleNamespace
@@ -34,7 +37,9 @@ _builtins = {}
 def _patch_builtin(package, builder, scope):
     """The same as the original, which looks through every name of a package anew at every call of every function."""
     if package not in _builtins:
-        _builtins[package] = [name for name in dir(package) if _tl.core.is_builtin(getattr(package, name))]
+        _builtins[package] = [
+            name for name in dir(package) if _tl.core.is_builtin(getattr(package, name))
+        ]
     for name in _builtins[package]:
         if _tl.core.is_builtin(member := getattr(package, name)):
             interpreter._patch_attr(package, name, member, builder, scope)
@@ -58,7 +63,12 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return _dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
 
-_INSTRUCTIONS = {"and.b32": np.bitwise_and, "or.b32": np.bitwise_or, "xor.b32": np.bitwise_xor, "shr.b32": np.right_shift}
+_INSTRUCTIONS = {
+    "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "xor.b32": np.bitwise_xor,
+    "shr.b32": np.right_shift,
+}
 
 
 def _create_inline_asm(self, code, constraints, values, types, is_pure, pack):
@@ -67,7 +77,10 @@ def _create_inline_asm(self, code, constraints, values, types, is_pure, pack):
     registers = {"$1": np.ascontiguousarray(values[0].data).view(np.uint32)}
     for instruction in filter(None, map(str.strip, code.split(";"))):
         name, target, *sources = instruction.replace(",", " ").split()
-        operands = [registers[source] if source in registers else np.uint32(int(source, 0)) for source in sources]
+        operands = [
+            registers[source] if source in registers else np.uint32(int(source, 0))
+            for source in sources
+        ]
         registers[target] = _INSTRUCTIONS[name](*operands)
     result = interpreter.TensorHandle(registers["$0"].view(np.int8), _tl.int8)
     return SimpleNamespace(get_result=lambda index: result)

@@ -12,15 +12,31 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from qvlm_hf import QVLMConfig, save_quantized
 
-SEARCH = {"num_samples": 4, "batch_size": 4, "percentiles": (1.0, 0.999), "margins": (), "max_block_depth": 2}
+SEARCH = {
+    "num_samples": 4,
+    "batch_size": 4,
+    "percentiles": (1.0, 0.999),
+    "margins": (),
+    "max_block_depth": 2,
+}
 KINDS: dict[str, Callable[[LlavaProcessor], QVLMConfig]] = {
     "rounded": lambda _: QVLMConfig(scheme="W4A16", symmetric=True, lm_head_bits=8),
-    "dynamic": lambda _: QVLMConfig(scheme="W3A8", activation_granularity="dynamic_token", group_size=32),
-    "searched": lambda processor: QVLMConfig(scheme="W4A4", dataset=tiny_messages(4), processor=processor, **SEARCH),
-    "rotated": lambda processor: QVLMConfig(scheme="W4A8", dataset=tiny_messages(4), processor=processor, **SEARCH),
-    "budgeted": lambda processor: QVLMConfig(precision_budget=3.5, dataset=tiny_messages(4), processor=processor, **SEARCH),
+    "dynamic": lambda _: QVLMConfig(
+        scheme="W3A8", activation_granularity="dynamic_token", group_size=32
+    ),
+    "searched": lambda processor: QVLMConfig(
+        scheme="W4A4", dataset=tiny_messages(4), processor=processor, **SEARCH
+    ),
+    "rotated": lambda processor: QVLMConfig(
+        scheme="W4A8", dataset=tiny_messages(4), processor=processor, **SEARCH
+    ),
+    "budgeted": lambda processor: QVLMConfig(
+        precision_budget=3.5, dataset=tiny_messages(4), processor=processor, **SEARCH
+    ),
     "rotated, rounded": lambda _: QVLMConfig(scheme="W4A16", rotation="hadamard"),
-    "paper": lambda processor: QVLMConfig.paper(dataset=tiny_messages(4), processor=processor, num_samples=4, batch_size=4),
+    "paper": lambda processor: QVLMConfig.paper(
+        dataset=tiny_messages(4), processor=processor, num_samples=4, batch_size=4
+    ),
 }
 
 
@@ -49,7 +65,10 @@ def inputs(processor: LlavaProcessor) -> dict[str, torch.Tensor]:
     """Three prompts with pictures."""
     messages = [sample["messages"][:1] for sample in tiny_messages(3, seed=7)]
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in messages]
-    images = [[part["image"] for part in chat[0]["content"] if part["type"] == "image"] for chat in messages]
+    images = [
+        [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
+        for chat in messages
+    ]
     return dict(processor(text=texts, images=images, padding=True, return_tensors="pt"))
 
 
@@ -61,18 +80,25 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def saved(
-    tmp_path_factory: pytest.TempPathFactory, source: Path, processor: LlavaProcessor, inputs: dict[str, torch.Tensor]
+    tmp_path_factory: pytest.TempPathFactory,
+    source: Path,
+    processor: LlavaProcessor,
+    inputs: dict[str, torch.Tensor],
 ) -> dict[tuple[str, str], Saved]:
     """(kind, dtype) -> a model quantized by from_pretrained and saved; "searched" ones in shards."""
     root = tmp_path_factory.mktemp("saved")
     models = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for kind, config in KINDS.items():
-            model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, quantization_config=config(processor))
+            model = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, quantization_config=config(processor)
+            )
             name = str(dtype).removeprefix("torch.")
             path = root / f"{kind}-{name}"
             shard_size = "60KB" if kind == "searched" else "50GB"
-            save_quantized(model, processor, path, report=model.hf_quantizer.report, max_shard_size=shard_size)
+            save_quantized(
+                model, processor, path, report=model.hf_quantizer.report, max_shard_size=shard_size
+            )
             models[kind, name] = Saved(path, *answers(model, inputs))
     return models
 
@@ -85,14 +111,22 @@ def hub_layout(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
         if file.suffix != ".safetensors":
             (path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(source / "model.safetensors")
-    renamed = {key.replace("vision_tower.", "vision_tower.vision_model."): tensor for key, tensor in tensors.items()}
+    renamed = {
+        key.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for key, tensor in tensors.items()
+    }
     save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
-def answers(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def answers(
+    model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and greedily generated tokens."""
-    fed = {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    fed = {
+        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
     with torch.no_grad():
         return model(**fed).logits, model.generate(**fed, max_new_tokens=6, do_sample=False)
 

@@ -32,7 +32,11 @@ MEGABYTE = 1_000_000
 
 def data_path(split: str) -> Path:
     """The training questions lie beside the recipe, and are not in the wheel."""
-    return Path(__file__).parent / "demo_model" / "data" / "train.jsonl" if split == "train" else dataset_path(split)
+    return (
+        Path(__file__).parent / "demo_model" / "data" / "train.jsonl"
+        if split == "train"
+        else dataset_path(split)
+    )
 
 
 def read(split: str) -> list[dict]:
@@ -40,7 +44,12 @@ def read(split: str) -> list[dict]:
 
 
 def picture_paths(split: str) -> list[Path]:
-    return sorted({data_path(split).parent / line["messages"][0]["content"][0]["path"] for line in read(split)})
+    return sorted(
+        {
+            data_path(split).parent / line["messages"][0]["content"][0]["path"]
+            for line in read(split)
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,9 @@ def bank() -> SpriteBank:
     """A bank with random digits, so that no test needs scikit-learn."""
     rng = np.random.default_rng(5)
     return SpriteBank(
-        shapes=rng.random((6, 3, 16, 16), np.float32), digits=rng.random((20, 2, 16, 16), np.float32), digit_labels=np.arange(20) % 10
+        shapes=rng.random((6, 3, 16, 16), np.float32),
+        digits=rng.random((20, 2, 16, 16), np.float32),
+        digit_labels=np.arange(20) % 10,
     )
 
 
@@ -62,7 +73,9 @@ def bank() -> SpriteBank:
 
 def test_sizes() -> None:
     model = sum(path.stat().st_size for path in model_dir().iterdir())
-    data = sum(path.stat().st_size for path in dataset_path("test").parent.rglob("*") if path.is_file())
+    data = sum(
+        path.stat().st_size for path in dataset_path("test").parent.rglob("*") if path.is_file()
+    )
     assert model < 12 * MEGABYTE
     assert data < 3 * MEGABYTE
 
@@ -73,7 +86,9 @@ def test_counts(split: str) -> None:
     assert len(picture_paths(split)) == size.pictures
     assert len(lines) == size.pictures * size.questions
     kinds = [line["kind"] for line in lines]
-    assert {kind: kinds.count(kind) for kind in KINDS} == dict.fromkeys(KINDS, len(lines) // len(KINDS))
+    assert {kind: kinds.count(kind) for kind in KINDS} == dict.fromkeys(
+        KINDS, len(lines) // len(KINDS)
+    )
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -95,8 +110,13 @@ def test_pictures_open(split: str) -> None:
 
 
 def test_no_picture_is_in_two_splits() -> None:
-    hashes = {split: {hashlib.sha256(path.read_bytes()).hexdigest() for path in picture_paths(split)} for split in SPLITS}
-    assert {split: len(found) for split, found in hashes.items()} == {split: size.pictures for split, size in SPLITS.items()}
+    hashes = {
+        split: {hashlib.sha256(path.read_bytes()).hexdigest() for path in picture_paths(split)}
+        for split in SPLITS
+    }
+    assert {split: len(found) for split, found in hashes.items()} == {
+        split: size.pictures for split, size in SPLITS.items()
+    }
     assert len(set.union(*hashes.values())) == sum(size.pictures for size in SPLITS.values())
 
 
@@ -110,7 +130,9 @@ def test_handwritten_digits_are_split() -> None:
 
 
 def test_another_split_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"split='validation'.*calibration, test; pass one of them"):
+    with pytest.raises(
+        ValueError, match=r"split='validation'.*calibration, test; pass one of them"
+    ):
         dataset_path("validation")
 
 
@@ -129,40 +151,64 @@ def test_importing_the_demo_is_light() -> None:
 def test_every_question_renders_and_is_a_prefix(split: str, processor: LlavaProcessor) -> None:
     chats = [line["messages"] for line in read(split)]
     tokenizer = processor.tokenizer
-    prompts = processor.apply_chat_template([chat[:1] for chat in chats], add_generation_prompt=True)
+    prompts = processor.apply_chat_template(
+        [chat[:1] for chat in chats], add_generation_prompt=True
+    )
     prompt_ids = tokenizer(prompts).input_ids
     full_ids = tokenizer(processor.apply_chat_template(chats)).input_ids
     for chat, prompt, full in zip(chats, prompt_ids, full_ids, strict=True):
         assert tokenizer.unk_token_id not in full
         assert full[: len(prompt)] == prompt
         assert full[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(full[len(prompt) :], skip_special_tokens=True) == chat[1]["content"][0]["text"]
+        assert (
+            tokenizer.decode(full[len(prompt) :], skip_special_tokens=True)
+            == chat[1]["content"][0]["text"]
+        )
 
 
 def test_prefix_through_the_whole_processor(processor: LlavaProcessor) -> None:
     chat = read("test")[0]["messages"]
     chat[0]["content"][0] = {"type": "image", "path": str(picture_paths("test")[0])}
-    chat += [{"role": "user", "content": "Is there a star?"}, {"role": "assistant", "content": "no"}]
+    chat += [
+        {"role": "user", "content": "Is there a star?"},
+        {"role": "assistant", "content": "no"},
+    ]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     full = processor.apply_chat_template(chat, **options)
     assert full["pixel_values"].shape == (1, 3, 48, 48)
     assert int((full["input_ids"] == processor.image_token_id).sum()) == 36
     for turns in (1, 3):
-        prompt = processor.apply_chat_template(chat[:turns], add_generation_prompt=True, **options)["input_ids"][0]
+        prompt = processor.apply_chat_template(chat[:turns], add_generation_prompt=True, **options)[
+            "input_ids"
+        ][0]
         assert len(prompt) < full["input_ids"].shape[1]
         assert torch.equal(full["input_ids"][0, : len(prompt)], prompt)
 
 
 def test_template_text(processor: LlavaProcessor) -> None:
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is the red star?"}]}
-    chat = [user, {"role": "assistant", "content": [{"type": "text", "text": "top left"}]}, {"role": "user", "content": "Count the stars."}]
+    user = {
+        "role": "user",
+        "content": [{"type": "image"}, {"type": "text", "text": "Where is the red star?"}],
+    }
+    chat = [
+        user,
+        {"role": "assistant", "content": [{"type": "text", "text": "top left"}]},
+        {"role": "user", "content": "Count the stars."},
+    ]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    assert text == "USER: <image>\nWhere is the red star? ASSISTANT: top left</s>USER: Count the stars. ASSISTANT:"
+    assert (
+        text
+        == "USER: <image>\nWhere is the red star? ASSISTANT: top left</s>USER: Count the stars. "
+        "ASSISTANT:"
+    )
 
 
 def test_shipped_tokenizer_is_the_recipe(processor: LlavaProcessor) -> None:
     assert processor.tokenizer.get_vocab() == build_processor().tokenizer.get_vocab()
-    assert all(processor.tokenizer.unk_token_id not in processor.tokenizer(text).input_ids for text in vocabulary())
+    assert all(
+        processor.tokenizer.unk_token_id not in processor.tokenizer(text).input_ids
+        for text in vocabulary()
+    )
 
 
 # --- scenes and questions
@@ -213,7 +259,11 @@ def test_errors_say_what_to_do(bank: SpriteBank) -> None:
     import random
 
     with pytest.raises(ValueError, match=r"kind='sum'.*pass one of them"):
-        ask("sum", cells_of(sample_scenes(1, bank, np.arange(20), np.random.default_rng(0)), 0), random.Random(0))
+        ask(
+            "sum",
+            cells_of(sample_scenes(1, bank, np.arange(20), np.random.default_rng(0)), 0),
+            random.Random(0),
+        )
     with pytest.raises(ValueError, match=r"digits=\(1, 3\).*raise low or high"):
         SceneOptions(digits=(1, 3))
     with pytest.raises(ValueError, match=r"fill 10 cells.*lower an upper bound"):
@@ -226,11 +276,25 @@ def test_errors_say_what_to_do(bank: SpriteBank) -> None:
 @pytest.fixture
 def tiny() -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(image_size=16, patch_size=8, hidden_size=40, intermediate_size=72, num_hidden_layers=3, num_attention_heads=2)
-    text = LlamaConfig(
-        vocab_size=30, hidden_size=48, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+    vision = CLIPVisionConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=40,
+        intermediate_size=72,
+        num_hidden_layers=3,
+        num_attention_heads=2,
     )
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=4))
+    text = LlamaConfig(
+        vocab_size=30,
+        hidden_size=48,
+        intermediate_size=88,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=4)
+    )
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
@@ -276,7 +340,9 @@ def test_outlier_options_are_checked(tiny: LlavaForConditionalGeneration) -> Non
 
 @pytest.fixture(scope="module")
 def model() -> LlavaForConditionalGeneration:
-    loaded, info = AutoModelForImageTextToText.from_pretrained(model_dir(), dtype=torch.float32, output_loading_info=True)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(
+        model_dir(), dtype=torch.float32, output_loading_info=True
+    )
     assert {name: list(found) for name, found in info.items() if found} == {}
     return loaded.eval()
 
@@ -310,15 +376,27 @@ def test_accuracy(model: LlavaForConditionalGeneration, processor: LlavaProcesso
     assert right / asked >= 0.9
 
 
-def test_evaluate_agrees_with_generate(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+def test_evaluate_agrees_with_generate(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor
+) -> None:
     lines = read("test")[:16]
     chats = [line["messages"][:1] for line in lines]
     for chat in chats:
-        chat[0]["content"][0]["path"] = str(dataset_path("test").parent / chat[0]["content"][0]["path"])
+        chat[0]["content"][0]["path"] = str(
+            dataset_path("test").parent / chat[0]["content"][0]["path"]
+        )
     inputs = processor.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
     )
     output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
     answers = processor.batch_decode(output, skip_special_tokens=True)
-    right = sum(answer == line["messages"][1]["content"][0]["text"] for answer, line in zip(answers, lines, strict=True))
+    right = sum(
+        answer == line["messages"][1]["content"][0]["text"]
+        for answer, line in zip(answers, lines, strict=True)
+    )
     assert evaluate(model, processor, dataset_path("test"), limit=16)["all"] == (right, 16)

@@ -38,14 +38,19 @@ def test_the_wheel_shares_optimums_namespace(tmp_path):
     names = ZipFile(wheel("standard", tmp_path)).namelist()
     assert {name for name in names if name.startswith("optimum/")} == NAMESPACE
     assert not set(names) & (optimums_files() | SOURCES)
-    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"qvlm_hf", "optimum"}
+    assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {
+        "qvlm_hf",
+        "optimum",
+    }
 
 
 def test_the_editable_wheel_points_here(tmp_path):
     contents = ZipFile(wheel("editable", tmp_path))
     (pointer,) = [name for name in contents.namelist() if name.endswith(".pth")]
     assert set(contents.read(pointer).decode().split()) == {str(ROOT)}
-    assert {name for name in contents.namelist() if name.startswith(("optimum", "qvlm_hf/"))} == NAMESPACE
+    assert {
+        name for name in contents.namelist() if name.startswith(("optimum", "qvlm_hf/"))
+    } == NAMESPACE
 
 
 def test_the_sources_build_the_same(tmp_path):
@@ -63,7 +68,9 @@ def test_installs_and_uninstalls_beside_optimum(version, tmp_path):
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
-    site = Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
+    site = Path(
+        sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)})
+    )
     for file in distribution("optimum").files:
         if str(file) in optimums_files():
             (site / file).parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,11 @@ DEMO_COMMAND = "pip install torch==2.13.0 . && qvlm demo"
 
 
 def blocks(page):
-    return [(language, code) for skipped, language, code in BLOCK.findall(page.read_text()) if not skipped]
+    return [
+        (language, code)
+        for skipped, language, code in BLOCK.findall(page.read_text())
+        if not skipped
+    ]
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -30,7 +34,9 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_the_readmes_example_is_one_block_that_compiles():
-    (example,) = [code for language, code in blocks(ROOT / "README.md") if language == "python"]  # .ci/run executes it
+    (example,) = [
+        code for language, code in blocks(ROOT / "README.md") if language == "python"
+    ]  # .ci/run executes it
     compile(example, "README.md", "exec")
     assert len([line for line in example.splitlines() if line and "import" not in line]) <= 6
 
@@ -43,14 +49,18 @@ def run_blocks(page):
         else:
             program, *arguments = shlex.split(code)
             if program == "optimum-cli":
-                subprocess.run([sys.executable, "-m", "optimum.commands.optimum_cli", *arguments], check=True)
+                subprocess.run(
+                    [sys.executable, "-m", "optimum.commands.optimum_cli", *arguments], check=True
+                )
                 continue
             assert program == "qvlm"
             assert main(arguments) == 0
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in ("README.md", *WITH_HUB) and blocks(page)], ids=lambda page: page.name
+    "page",
+    [page for page in PAGES if page.name not in ("README.md", *WITH_HUB) and blocks(page)],
+    ids=lambda page: page.name,
 )
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -58,7 +68,10 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 
 
 def test_few_blocks_are_not_run():
-    assert sum(bool(skipped) for page in PAGES for skipped, _, _ in BLOCK.findall(page.read_text())) <= 3
+    assert (
+        sum(bool(skipped) for page in PAGES for skipped, _, _ in BLOCK.findall(page.read_text()))
+        <= 3
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -70,7 +83,9 @@ def test_links_lead_somewhere(page):
 def test_functions_named_in_the_algorithm_exist():
     import importlib
 
-    for name in re.findall(r"`((?:core|calibration)\.[\w.]+)`", (ROOT / "docs" / "algorithm.md").read_text()):
+    for name in re.findall(
+        r"`((?:core|calibration)\.[\w.]+)`", (ROOT / "docs" / "algorithm.md").read_text()
+    ):
         module, _, attribute = name.partition(".")[2].partition(".")
         found = importlib.import_module(f"qvlm_hf.{name.split('.')[0]}.{module}")
         for part in attribute.split("."):
@@ -91,14 +106,24 @@ def source_texts():
     for path in (ROOT / "qvlm_hf").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                yield "".join(
+                    part.value if isinstance(part, ast.Constant) else "\0" for part in node.values
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value
 
 
 def test_messages_of_the_troubleshooting_page_are_ours():
-    rows = [line.split("|")[1] for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines() if line.startswith("| `")]
-    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row.partition(" from ")[0].partition(" in ")[0])]
+    rows = [
+        line.split("|")[1]
+        for line in (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    messages = [
+        message
+        for row in rows
+        for message in re.findall(r"`([^`]+)`", row.partition(" from ")[0].partition(" in ")[0])
+    ]
     assert len(messages) > 40
     texts = "\n".join(source_texts())
     for message in set(messages) - FOREIGN:

@@ -31,8 +31,18 @@ def quantize(linear, scheme, x, *, scaled_input=False):
     if scheme.hadamard:
         weight, values = block_hadamard(weight, scheme.hadamard), block_hadamard(x, scheme.hadamard)
     axes = {"channel": (0, 1), "token": (0, 2)}.get(scheme.granularity)
-    qparams = None if axes is None else choose_qparams(values.amin(axes), values.amax(axes), scheme.activation_bits)
-    input_scale = qparams.scale if scheme.granularity == "channel" else values.abs().amax((0, 1)).sqrt() if scaled_input else None
+    qparams = (
+        None
+        if axes is None
+        else choose_qparams(values.amin(axes), values.amax(axes), scheme.activation_bits)
+    )
+    input_scale = (
+        qparams.scale
+        if scheme.granularity == "channel"
+        else values.abs().amax((0, 1)).sqrt()
+        if scaled_input
+        else None
+    )
     if input_scale is not None:
         weight = weight * input_scale
     tensors = packed_tensors(quantize_weight(weight, scheme), scheme, qparams)
@@ -42,17 +52,42 @@ def quantize(linear, scheme, x, *, scaled_input=False):
 def save(directory, entries, tensors, *, shards=1):
     """A saved directory: entries {canonical name: scheme}, tensors {key: tensor}, spread over files."""
     modules = {name: scheme.to_dict() for name, scheme in entries.items()}
-    (directory / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "qvlm", "modules": modules}}))
+    (directory / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "qvlm", "modules": modules}})
+    )
     keys = sorted(tensors)
     for shard in range(shards):
-        name = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        save_file({key: tensors[key] for key in keys[shard::shards]}, directory / name, metadata={"format": "pt"})
+        name = (
+            "model.safetensors"
+            if shards == 1
+            else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        )
+        save_file(
+            {key: tensors[key] for key in keys[shard::shards]},
+            directory / name,
+            metadata={"format": "pt"},
+        )
 
 
-def check(directory, scheme, *, in_features=52, bias=True, scaled_input=False, dtype=torch.float32, shards=1):
+def check(
+    directory,
+    scheme,
+    *,
+    in_features=52,
+    bias=True,
+    scaled_input=False,
+    dtype=torch.float32,
+    shards=1,
+):
     linear = nn.Linear(in_features, 9, bias=bias).to(dtype)
-    # Multiples of 1/64: Hadamard sums are exact in any order, so that both programs round the same numbers.
-    x = (torch.randn(3, 5, in_features) * torch.linspace(0.2, 4, in_features) + 0.3).mul(64).round().div(64)
+    # Multiples of 1/64: Hadamard sums are exact in any order, so that both programs round the same
+    # numbers.
+    x = (
+        (torch.randn(3, 5, in_features) * torch.linspace(0.2, 4, in_features) + 0.3)
+        .mul(64)
+        .round()
+        .div(64)
+    )
     tensors = quantize(linear, scheme, x, scaled_input=scaled_input)
     saved = {f"{KEY}.{name}": tensor for name, tensor in tensors.items()}
     if bias:
@@ -78,13 +113,23 @@ def check(directory, scheme, *, in_features=52, bias=True, scaled_input=False, d
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("activation_bits", [3, 4, 6, 8])
 def test_every_width(tmp_path, granularity, weight_bits, activation_bits):
-    check(tmp_path, QuantScheme(weight_bits=weight_bits, activation_bits=activation_bits, group_size=16, granularity=granularity))
+    check(
+        tmp_path,
+        QuantScheme(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            group_size=16,
+            granularity=granularity,
+        ),
+    )
 
 
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("scaled_input", [False, True])
 def test_every_width_with_floating_point_inputs(tmp_path, weight_bits, scaled_input):
-    scheme = QuantScheme(weight_bits=weight_bits, activation_bits=16, group_size=16, granularity="none")
+    scheme = QuantScheme(
+        weight_bits=weight_bits, activation_bits=16, group_size=16, granularity="none"
+    )
     check(tmp_path, scheme, scaled_input=scaled_input)
 
 
@@ -95,7 +140,12 @@ def test_every_width_with_floating_point_inputs(tmp_path, weight_bits, scaled_in
 def test_transforms_symmetry_and_groups(tmp_path, granularity, hadamard, symmetric, group_size):
     bits = 16 if granularity == "none" else 6
     scheme = QuantScheme(
-        weight_bits=5, activation_bits=bits, group_size=group_size, symmetric=symmetric, granularity=granularity, hadamard=hadamard
+        weight_bits=5,
+        activation_bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        granularity=granularity,
+        hadamard=hadamard,
     )
     check(tmp_path, scheme, scaled_input=granularity == "none" and symmetric)
 
@@ -103,19 +153,27 @@ def test_transforms_symmetry_and_groups(tmp_path, granularity, hadamard, symmetr
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_dtypes_of_the_bias_and_several_files(tmp_path, dtype, shards):
-    check(tmp_path, QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token"), dtype=dtype, shards=shards)
+    check(
+        tmp_path,
+        QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token"),
+        dtype=dtype,
+        shards=shards,
+    )
 
 
 def test_no_bias_and_a_large_block(tmp_path):
-    scheme = QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token", hadamard=256)
+    scheme = QuantScheme(
+        weight_bits=4, activation_bits=8, granularity="dynamic_token", hadamard=256
+    )
     check(tmp_path, scheme, in_features=512, bias=False)
 
 
 def test_bytes_written_by_hand(tmp_path):
     """A module whose every byte and every product is on this page: neither program can be wrong in the same way as the test.
 
-    2 x 3 weights of 4 bits, one group: rows [1, 2, 15] and [0, 8, 3], scales 0.5 and 2, zero points 1 and 8, bias 10 and 0.25;
-    the input in 3 bits per channel, scales 1, 0.5, 2, zero points 0, 4, 7.
+    2 x 3 weights of 4 bits, one group: rows [1, 2, 15] and [0, 8, 3], scales 0.5 and 2, zero points
+    1 and 8, bias 10 and 0.25; the input in 3 bits per channel, scales 1, 0.5, 2, zero points 0, 4,
+    7.
     """
     entry = {
         "weight_bits": 4,
@@ -125,7 +183,9 @@ def test_bytes_written_by_hand(tmp_path):
         "granularity": "channel",
         "input_transform": None,
     }
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"modules": {"model.proj": entry}}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"quantization_config": {"modules": {"model.proj": entry}}})
+    )
     parts = {
         "weight": ("I32", [2, 1], struct.pack("<2i", 0xF21, 0x380)),
         "weight_scale": ("BF16", [2, 1], struct.pack("<2H", 0x3F00, 0x4000)),
@@ -136,11 +196,16 @@ def test_bytes_written_by_hand(tmp_path):
     }
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, (dtype, shape, content) in parts.items():
-        header[f"proj.{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        header[f"proj.{name}"] = {
+            "dtype": dtype,
+            "shape": shape,
+            "data_offsets": [len(data), len(data) + len(content)],
+        }
         data += content
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
-    # x = [2.5, 1, -3]: round(2.5) = 2, 1 / 0.5 = 2, round(-1.5) = -2: a = [2, 2, -2]; nothing is clipped
+    # x = [2.5, 1, -3]: round(2.5) = 2, 1 / 0.5 = 2, round(-1.5) = -2: a = [2, 2, -2]; nothing is
+    # clipped
     #   row 0: 10 + 0.5 * (2 * 0 + 2 * 1 - 2 * 14) = -3;          row 1: 0.25 + 2 * (2 * -8 + 2 * 0 - 2 * -5) = -11.75
     # x = [-1, 9, 4]: a_0 >= 0, a_1 <= 7 - 4, a_2 <= 7 - 7: a = [0, 3, 0]
     #   row 0: 10 + 0.5 * 3 * 1 = 11.5;                           row 1: 0.25 + 2 * 3 * 0 = 0.25
@@ -156,7 +221,12 @@ def test_bytes_written_by_hand(tmp_path):
     }
     linear = nn.Linear(3, 2)
     linear.bias.data = torch.tensor([10.0, 0.25])
-    assert QVLMLinear.from_packed(linear, QuantScheme.from_dict(entry), tensors)(torch.tensor(x)).tolist() == expected
+    assert (
+        QVLMLinear.from_packed(linear, QuantScheme.from_dict(entry), tensors)(
+            torch.tensor(x)
+        ).tolist()
+        == expected
+    )
 
 
 def test_finds_every_module_of_a_saved_model(tmp_path):
@@ -165,12 +235,26 @@ def test_finds_every_module_of_a_saved_model(tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     floats = load_file(file)
-    save_file({key: tensor.view(torch.int32) if key.endswith(".weight") else tensor for key, tensor in floats.items()}, file)
-    names = [name for segment in resolve(model) for layer in segment.layers for site in layer.sites for name in site.modules]
+    save_file(
+        {
+            key: tensor.view(torch.int32) if key.endswith(".weight") else tensor
+            for key, tensor in floats.items()
+        },
+        file,
+    )
+    names = [
+        name
+        for segment in resolve(model)
+        for layer in segment.layers
+        for site in layer.sites
+        for name in site.modules
+    ]
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     for name in [*names, "lm_head"]:
         tensors = format_reader.module_tensors(tmp_path, name)
-        np.testing.assert_array_equal(tensors["weight"].view(np.float32), modules[name].weight.detach().numpy())
+        np.testing.assert_array_equal(
+            tensors["weight"].view(np.float32), modules[name].weight.detach().numpy()
+        )
         assert ("bias" in tensors) == (modules[name].bias is not None)
 
 
@@ -179,7 +263,12 @@ def saved(tmp_path):
     """A directory's parts, to be damaged before they are saved."""
     scheme = QuantScheme(weight_bits=3, activation_bits=4, group_size=16)
     linear, x = nn.Linear(40, 4), torch.randn(2, 3, 40)
-    return tmp_path, scheme, {f"{KEY}.{name}": tensor for name, tensor in quantize(linear, scheme, x).items()}, x.numpy()
+    return (
+        tmp_path,
+        scheme,
+        {f"{KEY}.{name}": tensor for name, tensor in quantize(linear, scheme, x).items()},
+        x.numpy(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -187,14 +276,35 @@ def saved(tmp_path):
     [
         (lambda t: t.pop(f"{KEY}.input_zero_point"), "must not have the tensors"),
         (lambda t: t.pop(f"{KEY}.weight_zero_point"), "must not have the tensors"),
-        (lambda t: t.update({f"{KEY}.weight_scale": t[f"{KEY}.weight_scale"].float()}), "weight_scale has dtype F32"),
-        (lambda t: t.update({f"{KEY}.input_scale": t[f"{KEY}.input_scale"].bfloat16()}), "input_scale has dtype BF16"),
+        (
+            lambda t: t.update({f"{KEY}.weight_scale": t[f"{KEY}.weight_scale"].float()}),
+            "weight_scale has dtype F32",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.input_scale": t[f"{KEY}.input_scale"].bfloat16()}),
+            "input_scale has dtype BF16",
+        ),
         (lambda t: t.update({f"{KEY}.qzeros": torch.zeros(1)}), "qzeros has dtype F32"),
-        (lambda t: t[f"{KEY}.weight"].__setitem__((0, 3), -1), "the rest of the last word must be zero"),
-        (lambda t: t.update({f"{KEY}.weight": t[f"{KEY}.weight"][:, :3].clone()}), "3 words do not hold 40 values of 3 bits"),
-        (lambda t: t.update({f"{KEY}.weight_scale": t[f"{KEY}.weight_scale"][:, :2].clone()}), "scales and"),
-        (lambda t: t.clear() or t.update({"other.weight": torch.zeros(1)}), r"must be one module of the files, found \[\]"),
-        (lambda t: t.update({f"model.{NAME}.bias": torch.zeros(4)}), "must be one module of the files, found"),
+        (
+            lambda t: t[f"{KEY}.weight"].__setitem__((0, 3), -1),
+            "the rest of the last word must be zero",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.weight": t[f"{KEY}.weight"][:, :3].clone()}),
+            "3 words do not hold 40 values of 3 bits",
+        ),
+        (
+            lambda t: t.update({f"{KEY}.weight_scale": t[f"{KEY}.weight_scale"][:, :2].clone()}),
+            "scales and",
+        ),
+        (
+            lambda t: t.clear() or t.update({"other.weight": torch.zeros(1)}),
+            r"must be one module of the files, found \[\]",
+        ),
+        (
+            lambda t: t.update({f"model.{NAME}.bias": torch.zeros(4)}),
+            "must be one module of the files, found",
+        ),
     ],
 )
 def test_the_reader_refuses_what_the_format_does_not_allow(saved, damage, message):
@@ -207,15 +317,27 @@ def test_the_reader_refuses_what_the_format_does_not_allow(saved, damage, messag
 
 def test_the_reader_stands_alone():
     code = "import sys; sys.path.insert(0, 'tests'); import format_reader; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=__file__.rpartition("/tests/")[0])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=__file__.rpartition("/tests/")[0],
+    )
     assert not {"torch", "transformers", "qvlm_hf", "safetensors"} & set(done.stdout.split())
 
 
 def test_packed_tensors_are_what_the_format_names():
-    weight = quantize_weight(torch.randn(4, 40), QuantScheme(weight_bits=4, activation_bits=4, group_size=16))
+    weight = quantize_weight(
+        torch.randn(4, 40), QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
+    )
     qparams = QParams(torch.ones(40, dtype=torch.float64), torch.zeros(40, dtype=torch.int64), 4)
-    tensors = packed_tensors(weight, QuantScheme(weight_bits=4, activation_bits=4, group_size=16), qparams)
-    assert {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()} == {
+    tensors = packed_tensors(
+        weight, QuantScheme(weight_bits=4, activation_bits=4, group_size=16), qparams
+    )
+    assert {
+        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()
+    } == {
         "weight": ("int32", (4, 5)),
         "weight_scale": ("bfloat16", (4, 3)),
         "weight_zero_point": ("uint8", (4, 3)),
@@ -228,12 +350,23 @@ def test_packed_tensors_are_what_the_format_names():
     "options",
     [
         {},
-        {"activation_granularity": {"vision": "token", "projector": "channel", "language": "dynamic_token"}},
+        {
+            "activation_granularity": {
+                "vision": "token",
+                "projector": "channel",
+                "language": "dynamic_token",
+            }
+        },
         {"rotation": "hadamard"},
         {"scheme": "W6A8"},  # rotated by default
         {"precision_budget": 3.5},
         {"optimize_vision": True, "batch_size": 3},
-        {"rotation": "hadamard", "precision_budget": 5.0, "weight_rounding": "nearest", "activation_granularity": "dynamic_token"},
+        {
+            "rotation": "hadamard",
+            "precision_budget": 5.0,
+            "weight_rounding": "nearest",
+            "activation_granularity": "dynamic_token",
+        },
     ],
     ids=str,
 )
@@ -241,10 +374,22 @@ def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
     from tiny_models import tiny_llava
 
     model, processor = tiny_llava().eval(), tiny_processor()
-    config = qvlm_hf.QVLMConfig(group_size=48, dataset=tiny_messages(6), processor=processor, num_samples=6, max_block_depth=1, **options)
+    config = qvlm_hf.QVLMConfig(
+        group_size=48,
+        dataset=tiny_messages(6),
+        processor=processor,
+        num_samples=6,
+        max_block_depth=1,
+        **options,
+    )
     report = qvlm_hf.quantize_model(model, config)
-    assert any(scheme.hadamard for scheme in report.modules.values()) == (config.rotation is not None)
-    assert len({scheme.weight_bits for scheme in report.modules.values()}) > 1 or config.precision_budget is None
+    assert any(scheme.hadamard for scheme in report.modules.values()) == (
+        config.rotation is not None
+    )
+    assert (
+        len({scheme.weight_bits for scheme in report.modules.values()}) > 1
+        or config.precision_budget is None
+    )
     qvlm_hf.save_quantized(model, processor, tmp_path / "saved", report=report)
     generator = torch.Generator().manual_seed(0)
     for name in report.modules:
@@ -252,4 +397,9 @@ def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
         positions = module.input_scale.shape[0] if module.scheme.granularity == "token" else 5
         x = torch.randn(positions, module.in_features, generator=generator)
         expected = module(x).detach().numpy()
-        np.testing.assert_allclose(format_reader.module_output(tmp_path / "saved", name, x.numpy()), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(
+            format_reader.module_output(tmp_path / "saved", name, x.numpy()),
+            expected,
+            rtol=1e-4,
+            atol=1e-4,
+        )

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qvlm_hf"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OPTIONAL = {"triton", "sklearn"}  # extras: a module that needs one is read, but imported only where it is installed
+OPTIONAL = {
+    "triton",
+    "sklearn",
+}  # extras: a module that needs one is read, but imported only where it is installed
 PRINTERS = (PACKAGE / "cli",)  # what a user runs and reads
 
 
@@ -56,13 +59,23 @@ def test_public_names_are_listed_exist_and_are_documented(path):
 def test_modules_say_what_they_are(path):
     assert ast.get_docstring(ast.parse(path.read_text())), "no module docstring"
     assert path.stem not in {"utils", "util", "helpers", "helper", "common", "base", "misc"}
-    assert not {part for part in path.relative_to(ROOT).parts[:-1] if part in {"utils", "helpers", "common", "base", "misc"}}
+    assert not {
+        part
+        for part in path.relative_to(ROOT).parts[:-1]
+        if part in {"utils", "helpers", "common", "base", "misc"}
+    }
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if not any(path.is_relative_to(printer) for printer in PRINTERS)], ids=relative)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if not any(path.is_relative_to(printer) for printer in PRINTERS)],
+    ids=relative,
+)
 def test_does_not_print(path):
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    prints = [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+    prints = [
+        node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
     assert not prints, f"print() in lines {prints}"
 
 
@@ -75,12 +88,19 @@ def imported(path):
 
 
 def test_triton_is_imported_in_one_file():
-    assert [relative(path) for path in FILES if "triton" in imported(path)] in ([], ["qvlm_hf/ops/triton_kernels.py"])
+    assert [relative(path) for path in FILES if "triton" in imported(path)] in (
+        [],
+        ["qvlm_hf/ops/triton_kernels.py"],
+    )
 
 
 def test_the_method_never_imports_transformers():
     """In a fresh process, below a bare package: qvlm_hf itself registers the quantizer."""
-    names = [module_name(path) for path in FILES if path.relative_to(ROOT).parts[1] in ("format", "models", "ops", "nn", "calibration")]
+    names = [
+        module_name(path)
+        for path in FILES
+        if path.relative_to(ROOT).parts[1] in ("format", "models", "ops", "nn", "calibration")
+    ]
     names = [name for name in names if not name.endswith("triton_kernels")]
     assert len(names) > 10
     code = f"""

@@ -14,7 +14,9 @@ from qvlm_hf.quantize import calibrate_and_pack, round_and_pack
 
 
 def settings(**options):
-    return CalibrationSettings(**{"group_size": 32, "batch_size": 4, "max_block_depth": 2, **options})
+    return CalibrationSettings(
+        **{"group_size": 32, "batch_size": 4, "max_block_depth": 2, **options}
+    )
 
 
 def samples(count=8, seed=0):
@@ -23,7 +25,14 @@ def samples(count=8, seed=0):
 
 def calibrate(model=None, held_out=(), callbacks=(), data=None, **options):
     model = tiny_llava().eval() if model is None else model
-    report = calibrate_and_pack(model, settings(**options), data or samples(), tiny_processor(), held_out=held_out, callbacks=callbacks)
+    report = calibrate_and_pack(
+        model,
+        settings(**options),
+        data or samples(),
+        tiny_processor(),
+        held_out=held_out,
+        callbacks=callbacks,
+    )
     return model, report
 
 
@@ -67,15 +76,24 @@ def test_two_runs_give_the_same_tensors(calibrated):
 
 
 def test_gptq_lowers_the_block_errors():
-    plain = calibrate(weight_rounding="nearest", activation_granularity="channel", max_block_depth=1)[1]
-    compensated = calibrate(weight_rounding="gptq", activation_granularity="channel", max_block_depth=1)[1]
-    # the errors are measured before a block's own compensation: the last one shows what those below have gained
+    plain = calibrate(
+        weight_rounding="nearest", activation_granularity="channel", max_block_depth=1
+    )[1]
+    compensated = calibrate(
+        weight_rounding="gptq", activation_granularity="channel", max_block_depth=1
+    )[1]
+    # the errors are measured before a block's own compensation: the last one shows what those below
+    # have gained
     assert compensated.segments[-1].blocks[-1].joint < 0.9 * plain.segments[-1].blocks[-1].joint
 
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_llava().eval()
-    before = {name: (id(module), module.weight.data_ptr()) for name, module in model.named_modules() if type(module) is nn.Linear}
+    before = {
+        name: (id(module), module.weight.data_ptr())
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+    }
     calls = []
 
     def fail(search):
@@ -90,14 +108,22 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr(segment, "search_block", fail)
     with pytest.raises(RuntimeError, match="stop"):
         calibrate(model)
-    after = {name: (id(module), module.weight.data_ptr()) for name, module in model.named_modules() if type(module) is nn.Linear}
+    after = {
+        name: (id(module), module.weight.data_ptr())
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+    }
     assert before == after
-    assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+    assert not any(
+        "forward" in vars(module) or module._forward_pre_hooks for module in model.modules()
+    )
 
 
 def test_text_only_data_names_the_module_and_the_remedy():
     data = load_samples([{"image": None, "question": "what colour ?", "answer": "red"}] * 4)
-    with pytest.raises(ValueError, match=r"did not reach model\.vision_tower.*quantize_vision=False"):
+    with pytest.raises(
+        ValueError, match=r"did not reach model\.vision_tower.*quantize_vision=False"
+    ):
         calibrate(data=data)
     for options in (
         {"quantize_vision": False, "quantize_projector": False},
@@ -111,7 +137,9 @@ def test_text_only_data_names_the_module_and_the_remedy():
 def test_broken_weights_and_activations_are_named():
     model = tiny_llava().eval()
     model.model.language_model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"weight of model\.language_model\.layers\.1\.mlp\.up_proj holds NaN"):
+    with pytest.raises(
+        ValueError, match=r"weight of model\.language_model\.layers\.1\.mlp\.up_proj holds NaN"
+    ):
         calibrate(model)
     model = tiny_llava().eval()
     model.model.language_model.embed_tokens.weight.data[:] = torch.inf
@@ -121,14 +149,23 @@ def test_broken_weights_and_activations_are_named():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_models_keep_their_dtype(dtype):
-    model, report = calibrate(tiny_llava(dtype=dtype).eval(), max_block_depth=1, weight_bits=8, activation_bits=8)
+    model, report = calibrate(
+        tiny_llava(dtype=dtype).eval(), max_block_depth=1, weight_bits=8, activation_bits=8
+    )
     assert model.lm_head.weight.dtype == dtype
-    assert all(module.bias is None or module.bias.dtype == dtype for _, module in quantized_modules(model))
+    assert all(
+        module.bias is None or module.bias.dtype == dtype for _, module in quantized_modules(model)
+    )
     assert report.self_check.kl < 0.01
 
 
 def test_collapse_is_a_warning_and_under_strict_an_error_that_leaves_the_model():
-    options = {"weight_bits": 2, "activation_bits": 3, "activation_granularity": "dynamic_token", "max_block_depth": 1}
+    options = {
+        "weight_bits": 2,
+        "activation_bits": 3,
+        "activation_granularity": "dynamic_token",
+        "max_block_depth": 1,
+    }
     _, report = calibrate(weight_rounding="nearest", **options)
     assert len(report.warnings) == 1
     assert "agrees with full precision on only" in report.warnings[0]
@@ -151,7 +188,9 @@ def test_a_head_that_moves_the_answers_stays_in_full_precision():
         model = tiny_llava().eval()
         with torch.no_grad():
             model.lm_head.weight *= 50  # answers that are sure of themselves
-            model.lm_head.weight[:, 0] = 1e4  # shifts all logits alike: no answer changes, but 8 bits cannot hold it beside the others
+            model.lm_head.weight[:, 0] = (
+                1e4  # shifts all logits alike: no answer changes, but 8 bits cannot hold it beside the others
+            )
         return model
 
     quantized, report = calibrate(model(), lm_head_bits=8, max_block_depth=1)
@@ -184,7 +223,9 @@ def test_excluded_modules_stay_and_progress_reaches_the_end():
         def on_step(self, name, done, total):
             steps.append((name, done, total))
 
-    model, report = calibrate(modules_to_not_convert=["mlp.down_proj", "vision_tower"], callbacks=[Recorder()])
+    model, report = calibrate(
+        modules_to_not_convert=["mlp.down_proj", "vision_tower"], callbacks=[Recorder()]
+    )
     assert type(model.model.language_model.layers[0].mlp.down_proj) is nn.Linear
     assert not any("vision_tower" in name for name in report.modules)
     assert list(dict.fromkeys(name for name, _, _ in steps)) == ["sensitivity", "search"]

@@ -1,8 +1,10 @@
 """A LLaVA small enough for unit tests: random weights, a word-level tokenizer, pictures drawn in memory.
 
-Everything is built from code and a seed: nothing is downloaded, and two calls with the same arguments give equal tensors. The sizes are
-chosen to be awkward on purpose: an intermediate size that is no multiple of a power-of-two group, non-zero biases and norm weights that
-differ from one, so that a dropped bias or a forgotten norm changes the output.
+Everything is built from code and a seed: nothing is downloaded, and two calls with the same
+arguments give equal tensors. The sizes are
+chosen to be awkward on purpose: an intermediate size that is no multiple of a power-of-two group,
+non-zero biases and norm weights that differ from one, so that a dropped bias or a forgotten norm
+changes the output.
 """
 
 import random
@@ -46,7 +48,9 @@ __all__ = [
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 8
-IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2  # one placeholder per patch; the class token is dropped ("default" feature selection)
+IMAGE_TOKENS = (
+    IMAGE_SIZE // PATCH_SIZE
+) ** 2  # one placeholder per patch; the class token is dropped ("default" feature selection)
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
@@ -61,11 +65,15 @@ large small object thing background and or not it on shown describe please answe
 """
 VOCABULARY = tuple(dict.fromkeys((*SPECIAL_TOKENS, *ANSWERS, *WORDS.split())))
 
-# The template of llava-hf/llava-1.5-7b-hf: pictures first, no end-of-sequence token after the answer.
+# The template of llava-hf/llava-1.5-7b-hf: pictures first, no end-of-sequence token after the
+# answer.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + "
+    "': ' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ "
+    "'<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ "
+    "content['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
@@ -90,7 +98,8 @@ def tiny_llava(
 
     Args:
         seed: of all weights; the global generator is left as it was.
-        vision_layers: CLIP encoder layers; with `vision_feature_layer=-2` the last one never influences the output.
+        vision_layers: CLIP encoder layers; with `vision_feature_layer=-2` the last one never
+            influences the output.
         vision_hidden_size: CLIP width, a multiple of `attention_heads`.
         vision_intermediate_size: CLIP MLP width.
         text_layers: Llama decoder layers.
@@ -99,7 +108,8 @@ def tiny_llava(
         vocab_size: at least `len(VOCABULARY)`.
         attention_heads: of both parts.
         key_value_heads: of Llama; None means `attention_heads`.
-        vision_feature_layer: index, or list of indices, of the CLIP hidden states that the projector reads.
+        vision_feature_layer: index, or list of indices, of the CLIP hidden states that the
+            projector reads.
         tie_word_embeddings: share the output head with the embedding.
         dtype: of the weights.
     """
@@ -157,10 +167,14 @@ def _randomize(model: torch.nn.Module) -> None:
 
 def tiny_processor() -> LlavaProcessor:
     """Builds the processor that fits `tiny_llava`: `IMAGE_TOKENS` placeholders per picture, a word per token, BOS added."""
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = Whitespace()
     bos = SPECIAL_TOKENS.index("<s>")
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)])
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -170,7 +184,9 @@ def tiny_processor() -> LlavaProcessor:
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
     )
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=fast,
@@ -181,7 +197,9 @@ def tiny_processor() -> LlavaProcessor:
     )
 
 
-def tiny_messages(n: int, seed: int = 0, *, kinds: Sequence[str] = ("colour", "shape")) -> list[dict]:
+def tiny_messages(
+    n: int, seed: int = 0, *, kinds: Sequence[str] = ("colour", "shape")
+) -> list[dict]:
     """Draws n pictures and asks about each: chat samples (format 1 of `load_samples`) with PIL pictures and a "kind".
 
     Args:
@@ -197,13 +215,23 @@ def _message(generator: random.Random, kind: str) -> dict:
     colour, background = generator.sample(COLOURS, 2)
     shape = generator.choice(SHAPES)
     questions = {
-        "colour": (f"what colour is the {shape} ?", "which colour do you see in this picture ? answer with one word .", colour),
+        "colour": (
+            f"what colour is the {shape} ?",
+            "which colour do you see in this picture ? answer with one word .",
+            colour,
+        ),
         "shape": (f"which shape is {colour} ?", "what is the shape in the picture ?", shape),
     }
     *texts, answer = questions[kind]
-    user = [{"type": "image", "image": _picture(generator, colour, background, shape)}, {"type": "text", "text": generator.choice(texts)}]
+    user = [
+        {"type": "image", "image": _picture(generator, colour, background, shape)},
+        {"type": "text", "text": generator.choice(texts)},
+    ]
     return {
-        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}],
+        "messages": [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ],
         "kind": kind,
     }
 
@@ -212,7 +240,11 @@ def _picture(generator: random.Random, colour: str, background: str, shape: str)
     width, height = generator.choice(((32, 32), (48, 32), (32, 40)))
     picture = Image.new("RGB", (width, height), background)
     draw = ImageDraw.Draw(picture)
-    left, top, size = generator.randrange(2, 10), generator.randrange(2, 10), generator.randrange(12, 20)
+    left, top, size = (
+        generator.randrange(2, 10),
+        generator.randrange(2, 10),
+        generator.randrange(12, 20),
+    )
     right, bottom = left + size, top + size
     if shape == "square":
         draw.rectangle((left, top, right, bottom), fill=colour)
@@ -226,7 +258,9 @@ def _picture(generator: random.Random, colour: str, background: str, shape: str)
     return picture
 
 
-def save_tiny(directory: str | Path, dtype: torch.dtype = torch.float32, *, seed: int = 0, **overrides: object) -> Path:
+def save_tiny(
+    directory: str | Path, dtype: torch.dtype = torch.float32, *, seed: int = 0, **overrides: object
+) -> Path:
     """Saves `tiny_llava(seed, **overrides)` and its processor as an ordinary checkpoint and returns the directory."""
     path = Path(directory)
     tiny_llava(seed, dtype=dtype, **overrides).save_pretrained(path)  # type: ignore[arg-type]
@@ -240,13 +274,19 @@ def tiny_trial(granularity, bits=4, dtype=torch.float32):
     linears = [nn.Linear(40, 24).to(dtype), nn.Linear(40, 16, bias=False).to(dtype)]
     x = torch.randn(3, 7, 40, dtype=dtype) * torch.linspace(0.2, 5, 40).to(dtype)
     activation_bits = 16 if granularity == "none" else bits
-    scheme = QuantScheme(weight_bits=4, activation_bits=activation_bits, group_size=16, granularity=granularity)
+    scheme = QuantScheme(
+        weight_bits=4, activation_bits=activation_bits, group_size=16, granularity=granularity
+    )
     grid = None
     if granularity == "channel":
-        grid = choose_qparams(x.flatten(0, 1).float().amin(0), x.flatten(0, 1).float().amax(0), bits)
+        grid = choose_qparams(
+            x.flatten(0, 1).float().amin(0), x.flatten(0, 1).float().amax(0), bits
+        )
     if granularity == "token":
         flat = choose_qparams(x.float().amin((0, 2)), x.float().amax((0, 2)), bits)
         grid = QParams(flat.scale[:, None], flat.zero_point[:, None], bits)
-    site = TrialSite(Site(("a", "b")), linears, [RangeCandidate(granularity=granularity)], [grid], [scheme])
+    site = TrialSite(
+        Site(("a", "b")), linears, [RangeCandidate(granularity=granularity)], [grid], [scheme]
+    )
     site.active = 0
     return site, x

@@ -4,8 +4,9 @@
     python tests/versions.py minors --write       the last release of each minor; docs/compatibility.md
     python tests/versions.py 5.22.0 torch=oldest
 
-A version is one of Transformers, or of the package named before "=". Each gets an environment on top
-of the one that runs this, so only what differs is installed. What follows as options is pytest's.
+A version is one of Transformers, or of the package named before "=". Each gets an environment on
+top of the one that runs this, so only what differs is installed. What follows as options is
+pytest's.
 """
 
 import argparse
@@ -106,10 +107,14 @@ def run(python: str, folder: Path, more: list[str]) -> Result:
         for name in count:
             count[name] += int(suite.get(name, 0))
     script = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
-    shown = subprocess.run([python, "-c", script, *SHOWN], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [python, "-c", script, *SHOWN], capture_output=True, text=True, check=True
+    )
     failed = count["failures"] + count["errors"]
     passed = count["tests"] - failed - count["skipped"]
-    return Result(dict(zip(SHOWN, shown.stdout.split(), strict=True)), passed, failed, count["skipped"])
+    return Result(
+        dict(zip(SHOWN, shown.stdout.split(), strict=True)), passed, failed, count["skipped"]
+    )
 
 
 def page(results: list[Result]) -> str:
@@ -118,28 +123,38 @@ def page(results: list[Result]) -> str:
     ranges = [entry for entry in project["dependencies"] if Requirement(entry).name in SHOWN]
     python = ".".join(map(str, sys.version_info[:2]))
     head = [*SHOWN, "passed", "failed", "skipped"]
-    rows = [[*(result.versions[name] for name in SHOWN), result.passed, result.failed, result.skipped] for result in results]
+    rows = [
+        [*(result.versions[name] for name in SHOWN), result.passed, result.failed, result.skipped]
+        for result in results
+    ]
     table = [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
     lines = [
         "# Versions that were seen to work",
         "",
-        f"Allowed: {', '.join(f'`{entry}`' for entry in ranges)}, Python {project['requires-python']}.",
-        f"Run: on Python {python}, the tests of what touches Transformers. They load, save, calibrate,",
+        f"Allowed: {', '.join(f'`{entry}`' for entry in ranges)}, Python "
+        f"{project['requires-python']}.",
+        f"Run: on Python {python}, the tests of what touches Transformers. They load, save, "
+        f"calibrate,",
         "generate with every kind of cache, train LoRA and compile, on small models on a CPU.",
         "",
         *table,
         "",
-        "CI runs the oldest and the newest Transformers for each change, the nightly every minor one.",
+        "CI runs the oldest and the newest Transformers for each change, the nightly every minor "
+        "one.",
         "This page is written by `tests/versions.sh oldest minors torch=oldest --write`.",
         "",
-        "On another version the package says in a warning and in `precision_table` which of its parts",
-        "it left to Transformers. `qvlm check DIR` decodes with a saved model on the versions at hand.",
+        "On another version the package says in a warning and in `precision_table` which of its "
+        "parts",
+        "it left to Transformers. `qvlm check DIR` decodes with a saved model on the versions at "
+        "hand.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("versions", nargs="+", metavar="[PACKAGE=]VERSION|oldest|newest|minors")
     parser.add_argument("--write", action="store_true", help="docs/compatibility.md")
     parser.add_argument("--others", action="store_true", help="leave out what is installed here")
@@ -151,12 +166,16 @@ def main() -> None:
             continue
         print(f"== {package} {version}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            results.append(run(interpreter(package, version, Path(folder) / "env"), Path(folder), more))
+            results.append(
+                run(interpreter(package, version, Path(folder) / "env"), Path(folder), more)
+            )
     if options.write:
         PAGE.write_text(page(results))
     for result in results:
         versions = ", ".join(f"{name} {value}" for name, value in result.versions.items())
-        print(f"{result.passed} passed, {result.failed} failed, {result.skipped} skipped: {versions}")
+        print(
+            f"{result.passed} passed, {result.failed} failed, {result.skipped} skipped: {versions}"
+        )
     raise SystemExit(any(result.failed for result in results))
 
 

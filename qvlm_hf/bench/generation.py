@@ -1,13 +1,16 @@
 """One greedy answer, with marks where the phases meet.
 
-The loop is written out instead of calling `model.generate`: generate works around the model (stopping rules, logits processors, masks) for
-milliseconds that are the same for every way, and that would be counted to the first token or to all others. Here the model is called
-as generate calls it, with its key-value cache and the logits of the last position alone:
+The loop is written out instead of calling `model.generate`: generate works around the model
+(stopping rules, logits processors, masks) for milliseconds that are the same for every way, and
+that would be counted to the first token or to all others. Here the model is called as generate
+calls it, with its key-value cache and the logits of the last position alone:
 
-    start | vision encoder, projector, embeddings | decoder over the prompt, argmax | one step a token: decoder, argmax | end
+    start | vision encoder, projector, embeddings | decoder over the prompt, argmax | one step a
+    token: decoder, argmax | end
           ^ first token = vision + prefill        ^ prefill                         ^ decode, over the number of steps
 
-The phases come from one pass: a hook marks the moment when the decoder is called. No step waits for another but through its token.
+The phases come from one pass: a hook marks the moment when the decoder is called. No step waits for
+another but through its token.
 """
 
 import inspect
@@ -92,7 +95,10 @@ def generate(
     clock.wait()
     positions = inputs["input_ids"].shape[1] + new_tokens - 1
     if int(cache.get_seq_length()) != positions:
-        raise ValueError(f"the key-value cache holds {int(cache.get_seq_length())} positions instead of {positions}: it was not used.")
+        raise ValueError(
+            f"the key-value cache holds {int(cache.get_seq_length())} positions instead of "
+            f"{positions}: it was not used."
+        )
     return Pass(
         vision=clock.seconds(start, marks[0]),
         prefill=clock.seconds(marks[0], first),

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-__all__ = ["Clock", "Limits", "Reading", "available_bytes", "device_name", "has_bfloat16_units", "measure_limits", "read_bandwidth"]
+__all__ = [
+    "Clock",
+    "Limits",
+    "Reading",
+    "available_bytes",
+    "device_name",
+    "has_bfloat16_units",
+    "measure_limits",
+    "read_bandwidth",
+]
 
 _TRIES = 5
 _ROW = 4096  # inputs of the matrix that is read to find the bandwidth
@@ -27,9 +36,10 @@ class Limits:
     """Measured maxima of one device.
 
     Attributes:
-        bandwidth: bytes per second. CPU: reading with all threads (`read_bandwidth`); CUDA: reading and writing of a copy, together.
-        operations: "bfloat16", "float32", "int8" -> multiplications and additions per second of PyTorch's own product of large matrices;
-            a type that it cannot multiply is absent.
+        bandwidth: bytes per second. CPU: reading with all threads (`read_bandwidth`); CUDA: reading
+            and writing of a copy, together.
+        operations: "bfloat16", "float32", "int8" -> multiplications and additions per second of
+            PyTorch's own product of large matrices; a type that it cannot multiply is absent.
     """
 
     bandwidth: float
@@ -37,7 +47,10 @@ class Limits:
 
     def highest(self, other: "Limits") -> "Limits":
         """The higher of two measurements, one by one: other programs only ever take away."""
-        operations = {name: max(self.operations[name], other.operations.get(name, 0)) for name in self.operations}
+        operations = {
+            name: max(self.operations[name], other.operations.get(name, 0))
+            for name in self.operations
+        }
         return Limits(bandwidth=max(self.bandwidth, other.bandwidth), operations=operations)
 
 
@@ -78,15 +91,27 @@ def measure_limits(device: torch.device, *, size: int | None = None) -> Limits:
     """
     side = size or (8192 if device.type == "cuda" else 2048)
     clock, operations = Clock(device), {}
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32), (_INT8, torch.int8)):
-        a, b = (torch.randint(-100, 100, (side, side), device=device, dtype=torch.int8).to(dtype) for _ in range(2))
+    for name, dtype in (
+        ("bfloat16", torch.bfloat16),
+        ("float32", torch.float32),
+        (_INT8, torch.int8),
+    ):
+        a, b = (
+            torch.randint(-100, 100, (side, side), device=device, dtype=torch.int8).to(dtype)
+            for _ in range(2)
+        )
         product = torch._int_mm if name == _INT8 else functional.linear
         b = b.T if name == _INT8 else b
         try:
-            operations[name] = 2 * side**3 / _best(lambda a=a, b=b, product=product: product(a, b), clock)  # type: ignore[misc]
+            operations[name] = (
+                2 * side**3 / _best(lambda a=a, b=b, product=product: product(a, b), clock)
+            )  # type: ignore[misc]
         except (RuntimeError, NotImplementedError):
             continue
-    return Limits(bandwidth=_copy_bandwidth(device, clock) if device.type == "cuda" else read_bandwidth(), operations=operations)
+    return Limits(
+        bandwidth=_copy_bandwidth(device, clock) if device.type == "cuda" else read_bandwidth(),
+        operations=operations,
+    )
 
 
 class Reading:
@@ -133,7 +158,12 @@ def has_bfloat16_units(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 itself; a CPU without such units converts, and is faster in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    flags = {word for line in _proc("cpuinfo") if line.startswith(("flags", "Features")) for word in line.split()}
+    flags = {
+        word
+        for line in _proc("cpuinfo")
+        if line.startswith(("flags", "Features"))
+        for word in line.split()
+    }
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
@@ -141,7 +171,9 @@ def available_bytes(device: torch.device) -> int | None:
     """Memory that a model may still take; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    sizes = [int(line.split()[1]) * 1024 for line in _proc("meminfo") if line.startswith("MemAvailable")]
+    sizes = [
+        int(line.split()[1]) * 1024 for line in _proc("meminfo") if line.startswith("MemAvailable")
+    ]
     return sizes[0] if sizes else None
 
 

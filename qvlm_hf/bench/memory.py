@@ -24,17 +24,26 @@ def stored_bytes(model: nn.Module) -> int:
 
 def decoder_bytes(model: Any) -> int:
     """Bytes of weights that one decoding step reads: the decoder without its embedding table, and the output head."""
-    decoder, head, table = model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings()
+    decoder, head, table = (
+        model.get_decoder(),
+        model.get_output_embeddings(),
+        model.get_input_embeddings(),
+    )
     embeddings = {id(parameter) for parameter in table.parameters()}
-    kept = [tensor for tensor in (*decoder.parameters(), *decoder.buffers()) if id(tensor) not in embeddings]
+    kept = [
+        tensor
+        for tensor in (*decoder.parameters(), *decoder.buffers())
+        if id(tensor) not in embeddings
+    ]
     return sum(_plain_tensors((*kept, *head.parameters(), *head.buffers())).values())
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Runs something and returns the most memory that it took at a time beyond what was taken before.
 
-    CUDA: of PyTorch's allocator. CPU: resident memory of this process, whose high-water mark Linux can reset. None elsewhere; memory
-    that the C library had kept from before and used again is not seen.
+    CUDA: of PyTorch's allocator. CPU: resident memory of this process, whose high-water mark Linux
+    can reset. None elsewhere; memory that the C library had kept from before and used again is not
+    seen.
     """
     gc.collect()
     if device.type == "cuda":
@@ -47,7 +56,11 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     resident = _status("VmRSS")
     run()
     highest = _status("VmHWM")
-    return max(0, highest - resident) if resettable and resident is not None and highest is not None else None
+    return (
+        max(0, highest - resident)
+        if resettable and resident is not None and highest is not None
+        else None
+    )
 
 
 def _plain_tensors(tensors: Iterable[Tensor]) -> dict[tuple[int, int], int]:
@@ -70,7 +83,11 @@ def _inner(tensor: Any) -> list[Tensor]:
     if hasattr(tensor, "__tensor_flatten__"):
         return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
     state = getattr(tensor, "quant_state", None)
-    beside = [getattr(tensor, "SCB", None), getattr(state, "absmax", None), getattr(state, "code", None)]
+    beside = [
+        getattr(tensor, "SCB", None),
+        getattr(state, "absmax", None),
+        getattr(state, "code", None),
+    ]
     return [part for part in beside if isinstance(part, Tensor)]
 
 
@@ -90,5 +107,9 @@ def _reset_peak() -> bool:
 def _status(field: str) -> int | None:
     if not _STATUS.exists():
         return None
-    sizes = [int(line.split()[1]) * 1024 for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:")]
+    sizes = [
+        int(line.split()[1]) * 1024
+        for line in _STATUS.read_text().splitlines()
+        if line.startswith(f"{field}:")
+    ]
     return sizes[0] if sizes else None

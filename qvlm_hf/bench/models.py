@@ -1,7 +1,8 @@
 """Whole models, many ways: first token, further tokens, memory, and what limits each phase.
 
-Takes ready modules and inputs: it knows of Transformers only how a model is called (`generation.py`). All ways are in memory together and
-take turns; where they do not fit, they run one after the other, and the result says so.
+Takes ready modules and inputs: it knows of Transformers only how a model is called
+(`generation.py`). All ways are in memory together and take turns; where they do not fit, they run
+one after the other, and the result says so.
 
     compute   2 x inputs x outputs of every linear module of the decoder, per token, against PyTorch's matrix product in the same type
     memory    bytes of the decoder's weights and of the key-value cache, per call, against reading memory
@@ -32,7 +33,9 @@ __all__ = ["ModelRow", "Phase", "Way", "fits_together", "measure_models", "phase
 _HALF = 0.5  # of a limit, from which on it is the limit
 _RESERVE = 1.1  # times the stored bytes: activations and caches
 _COMPILED_WARM_UPS = 2  # importing one package can void the code that was compiled for another way
-_COMPILED = 256  # variants that torch.compile may keep of one function: ways share the code of their models
+_COMPILED = (
+    256  # variants that torch.compile may keep of one function: ways share the code of their models
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,8 @@ class ModelRow:
         decode: one further token.
         tokens_per_second: of all prompts, while decoding.
         weight_bytes: stored.
-        peak_bytes: the weights and the most that the first pass takes besides (compiling included); None where that cannot be measured.
+        peak_bytes: the weights and the most that the first pass takes besides (compiling included);
+            None where that cannot be measured.
         kernel: what computes most of the quantized modules, None where there are none.
     """
 
@@ -142,7 +146,8 @@ def measure_models(
     Args:
         ways: the first is the baseline.
         batches: batch sizes.
-        limits: measures those of the device; called before and after everything else, and the higher ones count.
+        limits: measures those of the device; called before and after everything else, and the
+            higher ones count.
         device: where the models are.
         new_tokens: generated per prompt, at least 2.
         rounds: turns that count, at least 2.
@@ -169,19 +174,36 @@ def measure_models(
             for batch in batches:
                 if compiled:
                     torch._dynamo.reset()
-                found = _turns(built, batch, new_tokens, rounds, _COMPILED_WARM_UPS if compiled else 1, device, clock, advance)
+                found = _turns(
+                    built,
+                    batch,
+                    new_tokens,
+                    rounds,
+                    _COMPILED_WARM_UPS if compiled else 1,
+                    device,
+                    clock,
+                    advance,
+                )
                 measured |= {(name, batch): result for name, result in found.items()}
             built.clear()
             baseline = None
             _release(device)
     highest = before.highest(limits())
-    return [_row(way, batch, ways[0], measured, highest, operations) for batch in batches for way in ways], highest
+    return [
+        _row(way, batch, ways[0], measured, highest, operations)
+        for batch in batches
+        for way in ways
+    ], highest
 
 
 def fits_together(ways: Sequence[Way], available: int | None) -> bool:
     """Whether all ways fit into memory at once, with room to build each beside the others."""
     here = [way for way in ways if way.missing is None]
-    return available is None or sum(way.size for way in here) * _RESERVE + max((way.building for way in here), default=0) < available
+    return (
+        available is None
+        or sum(way.size for way in here) * _RESERVE + max((way.building for way in here), default=0)
+        < available
+    )
 
 
 def phase(time: Figure, moved: float, computed: float, limits: Limits, compute: str) -> Phase:
@@ -229,7 +251,9 @@ def _compiled_step(model: Any, options: Mapping[str, bool]) -> Callable[..., Any
 
 
 def _many_variants() -> AbstractContextManager[None]:
-    return torch._dynamo.config.patch(recompile_limit=_COMPILED, accumulated_recompile_limit=_COMPILED)
+    return torch._dynamo.config.patch(
+        recompile_limit=_COMPILED, accumulated_recompile_limit=_COMPILED
+    )
 
 
 def _turns(
@@ -266,19 +290,33 @@ def _turns(
         entry, peak = ready[name], peaks.get(name)
         # counted after the passes: some packages quantize or reorder at the first call
         weights, read = stored_bytes(entry.model), decoder_bytes(entry.model)
-        found[name] = _Measured(result, None if peak is None else weights + peak, weights, read, _kernel(entry.model))
+        found[name] = _Measured(
+            result, None if peak is None else weights + peak, weights, read, _kernel(entry.model)
+        )
     return found
 
 
-def _row(way: Way, batch: int, base: Way, measured: Mapping[tuple[str, int], _Measured], limits: Limits, operations: int) -> ModelRow:
+def _row(
+    way: Way,
+    batch: int,
+    base: Way,
+    measured: Mapping[tuple[str, int], _Measured],
+    limits: Limits,
+    operations: int,
+) -> ModelRow:
     own, baseline = measured[way.name, batch], measured[base.name, batch]
     if isinstance(baseline.passes, str):
-        raise ValueError(f"the baseline {base.name} failed, so there is nothing to compare with: {baseline.passes}")
+        raise ValueError(
+            f"the baseline {base.name} failed, so there is nothing to compare with: "
+            f"{baseline.passes}"
+        )
     if isinstance(own.passes, str):
         return ModelRow(way=way.name, batch=batch, error=own.passes)
 
     def timed(part: str) -> Figure:
-        return figure([getattr(p, part) for p in own.passes], [getattr(p, part) for p in baseline.passes])
+        return figure(
+            [getattr(p, part) for p in own.passes], [getattr(p, part) for p in baseline.passes]
+        )
 
     decode, cached = timed("decode"), median(p.cache_bytes for p in own.passes)
     prompt = batch * way.inputs(batch)["input_ids"].shape[1]
@@ -292,7 +330,11 @@ def _row(way: Way, batch: int, base: Way, measured: Mapping[tuple[str, int], _Me
 
 def _operations(model: Any) -> int:
     """Multiplications and additions of the decoder's linear modules for one token; the head, which sees one of many, is not counted."""
-    return sum(2 * module.in_features * module.out_features for module in model.get_decoder().modules() if isinstance(module, nn.Linear))
+    return sum(
+        2 * module.in_features * module.out_features
+        for module in model.get_decoder().modules()
+        if isinstance(module, nn.Linear)
+    )
 
 
 def _kernel(model: nn.Module) -> str | None:

@@ -1,7 +1,8 @@
 """Models with random weights, and prompts for them: enough to measure speed and memory, which depend on shapes and not on values.
 
-A tensor is made where it will stay, packed ones as packed bytes, so that a model of 13 billion parameters never takes more than its
-quantized size. Values come from one block of a million that is repeated: drawing each of billions would take minutes and change no time.
+A tensor is made where it will stay, packed ones as packed bytes, so that a model of 13 billion
+parameters never takes more than its quantized size. Values come from one block of a million that is
+repeated: drawing each of billions would take minutes and change no time.
 """
 
 import copy
@@ -40,7 +41,8 @@ def random_model(
         config: of the model; not changed.
         dtype: of everything in full precision.
         device: of all tensors.
-        modules: canonical names of quantized modules and their schemes ("token" is not possible); default: none.
+        modules: canonical names of quantized modules and their schemes ("token" is not possible);
+            default: none.
     """
     if modules:
         config = copy.deepcopy(config)
@@ -59,12 +61,21 @@ def skeleton(config: Any, *, dtype: torch.dtype, modules: Mapping[str, QuantSche
     """The model with parameters on the meta device, quantized modules in their place, and real buffers."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    linears = {canonical_name(name): (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        canonical_name(name): (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     replaced: dict[str, nn.Module] = {}
     for canonical, scheme in modules.items():
         name, linear = linears[canonical]
         replaced[name] = QVLMLinear(
-            linear.in_features, linear.out_features, scheme, bias=linear.bias is not None, dtype=dtype, device="meta"
+            linear.in_features,
+            linear.out_features,
+            scheme,
+            bias=linear.bias is not None,
+            dtype=dtype,
+            device="meta",
         )
     replace_modules(model, replaced)
     return model
@@ -74,7 +85,9 @@ def random_tensors(model: nn.Module, device: torch.device) -> Iterator[tuple[str
     """Name and new tensor of every parameter of a `skeleton`, one after the other; shared ones once."""
     generator = torch.Generator(device).manual_seed(0)
     normal = torch.randn(_BLOCK, device=device, generator=generator)
-    words = torch.randint(-(2**31), 2**31, (_BLOCK,), device=device, dtype=torch.int32, generator=generator)
+    words = torch.randint(
+        -(2**31), 2**31, (_BLOCK,), device=device, dtype=torch.int32, generator=generator
+    )
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
@@ -109,22 +122,33 @@ def random_prompt(
         device: of all tensors.
 
     Raises:
-        ValueError: the pictures do not fit into the prompt, or the prompt not into the model's context.
+        ValueError: the pictures do not fit into the prompt, or the prompt not into the model's
+            context.
     """
-    placeholders, longest = images * config.image_seq_length, config.text_config.max_position_embeddings
+    placeholders, longest = (
+        images * config.image_seq_length,
+        config.text_config.max_position_embeddings,
+    )
     if not placeholders < prompt_tokens <= longest:
         raise ValueError(
-            f"--prompt-tokens {prompt_tokens} must be more than the {placeholders} that {images} pictures take, and at most {longest}."
+            f"--prompt-tokens {prompt_tokens} must be more than the {placeholders} that {images} "
+            f"pictures take, and at most {longest}."
         )
     generator = torch.Generator().manual_seed(0)
     special = {config.image_token_id}
-    words = torch.tensor([token for token in range(min(1000, config.text_config.vocab_size)) if token not in special])
-    text = words[torch.randint(len(words), (batch, prompt_tokens - placeholders), generator=generator)]
+    words = torch.tensor(
+        [token for token in range(min(1000, config.text_config.vocab_size)) if token not in special]
+    )
+    text = words[
+        torch.randint(len(words), (batch, prompt_tokens - placeholders), generator=generator)
+    ]
     ids = torch.cat([torch.full((batch, placeholders), config.image_token_id), text], 1)
     inputs = {"input_ids": ids.to(device)}
     if images:
         side = config.vision_config.image_size
-        inputs["pixel_values"] = torch.randn(batch * images, 3, side, side, generator=generator).to(device, dtype)
+        inputs["pixel_values"] = torch.randn(batch * images, 3, side, side, generator=generator).to(
+            device, dtype
+        )
     return inputs
 
 
@@ -134,7 +158,10 @@ def _fill_float(tensor: Tensor, part: str, normal: Tensor) -> None:
     elif part == "bias":
         tensor.zero_()
     else:
-        _repeat(tensor, (normal * tensor[0].numel() ** -0.5 if tensor.dim() > 1 else normal).to(tensor.dtype))
+        _repeat(
+            tensor,
+            (normal * tensor[0].numel() ** -0.5 if tensor.dim() > 1 else normal).to(tensor.dtype),
+        )
 
 
 def _fill_packed(tensor: Tensor, part: str, module: QVLMLinear, words: Tensor) -> None:

@@ -20,7 +20,13 @@ def _llava_15(**text: Any) -> LlavaConfig:
         patch_size=14,
         projection_dim=768,
     )
-    language = LlamaConfig(vocab_size=32064, max_position_embeddings=4096, rms_norm_eps=1e-5, pad_token_id=32001, **text)
+    language = LlamaConfig(
+        vocab_size=32064,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        pad_token_id=32001,
+        **text,
+    )
     return LlavaConfig(
         vision_config=vision, text_config=language, image_token_index=32000, image_seq_length=576, vision_feature_layer=-2,
         vision_feature_select_strategy="default", tie_word_embeddings=False,
@@ -30,10 +36,18 @@ def _llava_15(**text: Any) -> LlavaConfig:
 SHAPES: dict[str, Callable[[], LlavaConfig]] = {
     # the sizes of TinyLlama-1.1B behind LLaVA-1.5's vision encoder
     "demo-1b": lambda: _llava_15(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
     ),
-    "llava-1.5-7b": lambda: _llava_15(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32),
-    "llava-1.5-13b": lambda: _llava_15(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40),
+    "llava-1.5-7b": lambda: _llava_15(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    ),
+    "llava-1.5-13b": lambda: _llava_15(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+    ),
 }
 
 

@@ -1,7 +1,8 @@
 """Layer by layer: what enters a layer, what leaves it, and which tokens count.
 
-`capture_inputs` runs the model up to some layers and records what enters them; from there `run_layer` moves hidden states through
-one layer at a time, so that no more than a layer's work is ever alive. Hooks are context managers and leave nothing behind.
+`capture_inputs` runs the model up to some layers and records what enters them; from there
+`run_layer` moves hidden states through one layer at a time, so that no more than a layer's work is
+ever alive. Hooks are context managers and leave nothing behind.
 
 Legend: B samples (or pictures) of a batch, T tokens, H hidden size.
 """
@@ -29,7 +30,8 @@ class LayerInput:
 
     Attributes:
         hidden: [B, T, H] in the compute dtype.
-        args, kwargs: the layer's other arguments (masks, position embeddings), as the model passed them.
+        args, kwargs: the layer's other arguments (masks, position embeddings), as the model passed
+            them.
         keep: bool [B, T], the tokens that the attention mask keeps; None is all.
         origins: where the samples came from, for messages.
     """
@@ -53,7 +55,9 @@ def compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 @contextmanager
 def working_precision(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The layer's floating parameters in `dtype` inside the context; afterwards the very tensors it had."""
-    kept_tensors = [(p, p.data) for p in layer.parameters() if p.is_floating_point() and p.dtype != dtype]
+    kept_tensors = [
+        (p, p.data) for p in layer.parameters() if p.is_floating_point() and p.dtype != dtype
+    ]
     try:
         for parameter, data in kept_tensors:
             parameter.data = data.to(dtype)
@@ -64,15 +68,21 @@ def working_precision(layer: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def calibrating(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[LayerInput]) -> Iterator[None]:
+def calibrating(
+    model: nn.Module, layers: Sequence[Layer], inputs: Sequence[LayerInput]
+) -> Iterator[None]:
     """`working_precision` for layers of `model`, in the dtype of the hidden states that enter them."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(working_precision(model.get_submodule(layer.name), inputs[0].hidden.dtype))
+            stack.enter_context(
+                working_precision(model.get_submodule(layer.name), inputs[0].hidden.dtype)
+            )
         yield
 
 
-def capture_inputs(model: nn.Module, batches: Sequence[Any], layers: Sequence[str]) -> dict[str, list[LayerInput]]:
+def capture_inputs(
+    model: nn.Module, batches: Sequence[Any], layers: Sequence[str]
+) -> dict[str, list[LayerInput]]:
     """Runs the model on every batch until the last of `layers` is entered and records what enters each of them.
 
     Args:
@@ -81,42 +91,65 @@ def capture_inputs(model: nn.Module, batches: Sequence[Any], layers: Sequence[st
         layers: module names in execution order.
 
     Returns:
-        Layer name -> one LayerInput for every batch that reached it (a batch without a picture does not reach the vision encoder).
+        Layer name -> one LayerInput for every batch that reached it (a batch without a picture does
+        not reach the vision encoder).
 
     Raises:
-        ValueError: hidden states that enter a layer are not finite; the message names the layer and the samples.
+        ValueError: hidden states that enter a layer are not finite; the message names the layer and
+            the samples.
     """
     captured: dict[str, list[LayerInput]] = {name: [] for name in layers}
     for batch in batches:
         mask = batch.inputs.get("attention_mask")
 
-        def record(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any = batch, mask: Tensor | None = mask) -> None:
+        def record(
+            name: str,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            batch: Any = batch,
+            mask: Tensor | None = mask,
+        ) -> None:
             hidden, args, kwargs = _split(args, kwargs)
             if not torch.isfinite(hidden).all():
                 raise ValueError(
-                    f"the input of {name} holds NaN or infinity for the samples {', '.join(batch.origins)}: check weights and data."
+                    f"the input of {name} holds NaN or infinity for the samples "
+                    f"{', '.join(batch.origins)}: check weights and data."
                 )
             dtype = compute_dtype(hidden.device, hidden.dtype)
             keep = mask.bool() if mask is not None and mask.shape == hidden.shape[:2] else None
-            captured[name].append(LayerInput(hidden.detach().to(dtype), _cast(args, dtype), _cast(kwargs, dtype), keep, batch.origins))
+            captured[name].append(
+                LayerInput(
+                    hidden.detach().to(dtype),
+                    _cast(args, dtype),
+                    _cast(kwargs, dtype),
+                    keep,
+                    batch.origins,
+                )
+            )
             if name == layers[-1]:
                 raise _Reached
 
         with _pre_hooks(model, layers, record), torch.no_grad():
             try:
                 device = next(model.parameters()).device
-                model(**{key: value.to(device) for key, value in batch.inputs.items()}, use_cache=False)
+                model(
+                    **{key: value.to(device) for key, value in batch.inputs.items()},
+                    use_cache=False,
+                )
             except _Reached:
                 pass
     return captured
 
 
-def run_layer(layer: nn.Module, inputs: Sequence[LayerInput], hidden: Sequence[Tensor]) -> list[Tensor]:
+def run_layer(
+    layer: nn.Module, inputs: Sequence[LayerInput], hidden: Sequence[Tensor]
+) -> list[Tensor]:
     """Moves hidden states through one layer.
 
     Args:
         layer: in the compute dtype (see `working_precision`).
-        inputs: the batches; their masks and position embeddings are those of every layer of the segment.
+        inputs: the batches; their masks and position embeddings are those of every layer of the
+            segment.
         hidden: per batch [B, T, H].
 
     Returns:
@@ -138,7 +171,10 @@ def kept(hidden: Tensor, keep: Tensor | None) -> Tensor:
 
 def count_tokens(inputs: Sequence[LayerInput]) -> int:
     """Tokens that count, over all batches."""
-    return sum(int(entry.keep.sum()) if entry.keep is not None else entry.hidden.shape[:-1].numel() for entry in inputs)
+    return sum(
+        int(entry.keep.sum()) if entry.keep is not None else entry.hidden.shape[:-1].numel()
+        for entry in inputs
+    )
 
 
 @contextmanager
@@ -182,15 +218,22 @@ def _pre_hooks(model: nn.Module, layers: Sequence[str], record: Any) -> Iterator
     try:
         for name in layers:
             hook = lambda _module, args, kwargs, name=name: record(name, args, kwargs)  # noqa: E731
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(
+                model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+            )
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The hidden states, and the other arguments. Layers take them first, by position or as `hidden_states`."""
+def _split(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states, and the other arguments.
+
+    Layers take them first, by position or as `hidden_states`.
+    """
     if args:
         return args[0], args[1:], dict(kwargs)
     rest = dict(kwargs)

@@ -16,7 +16,9 @@ class ProgressBar:
 
     def on_step(self, name: str, done: int, total: int) -> None:
         """Moves the bar `name` to `done` of `total` and closes it at the end."""
-        bar = self._bars.setdefault(name, tqdm(total=total, desc=f"qvlm {name}", unit="layer", disable=None))
+        bar = self._bars.setdefault(
+            name, tqdm(total=total, desc=f"qvlm {name}", unit="layer", disable=None)
+        )
         bar.update(done - bar.n)
         if done >= total:
             self._bars.pop(name).close()
@@ -26,7 +28,12 @@ class Steps:
     """Tells the callbacks how much of a step is done: layers searched, sites probed."""
 
     def __init__(self, name: str, callbacks: Sequence[Any], total: int) -> None:
-        self._name, self._callbacks, self._total, self._done = name, [c for c in callbacks if hasattr(c, "on_step")], total, 0
+        self._name, self._callbacks, self._total, self._done = (
+            name,
+            [c for c in callbacks if hasattr(c, "on_step")],
+            total,
+            0,
+        )
         self.advance(0)
 
     def advance(self, count: int = 1) -> None:

@@ -13,7 +13,9 @@ from qvlm_hf.calibration.settings import CalibrationSettings
 __all__ = ["provenance", "versions"]
 
 
-def provenance(samples: Sequence[Sample], data: Sequence[Batch], settings: CalibrationSettings) -> dict[str, Any]:
+def provenance(
+    samples: Sequence[Sample], data: Sequence[Batch], settings: CalibrationSettings
+) -> dict[str, Any]:
     """What the calibration saw: counts, a hash of the samples, the seed, the threads (sums depend on their number) and the versions."""
     return {
         "samples": len(samples),
@@ -28,4 +30,7 @@ def provenance(samples: Sequence[Sample], data: Sequence[Batch], settings: Calib
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that shape a result."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("qvlm_hf", "torch", "transformers")}}
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("qvlm_hf", "torch", "transformers")},
+    }

@@ -27,8 +27,8 @@ class BlockReport:
 
     Attributes:
         layers: names of its layers.
-        initial, greedy, joint: squared error of the block output relative to its squared norm: of the L_p start, the layer-by-layer
-            search (eq. 2) and the joint search.
+        initial, greedy, joint: squared error of the block output relative to its squared norm: of
+            the L_p start, the layer-by-layer search (eq. 2) and the joint search.
         evaluations: layer runs over all calibration batches that the search took.
     """
 
@@ -41,7 +41,10 @@ class BlockReport:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentReport:
-    """One segment: the entropies between its layers in nats (eq. 4), the threshold h0 in force and the blocks (eq. 7)."""
+    """One segment: the entropies between its layers in nats (eq.
+
+    4), the threshold h0 in force and the blocks (eq. 7).
+    """
 
     component: str
     layers: tuple[str, ...]
@@ -75,10 +78,11 @@ class VisionReport:
 
     Attributes:
         epochs: that ran.
-        error_before, error_after: L_err on the held-out batches with the ranges at their start, and with the best ones learned.
+        error_before, error_after: L_err on the held-out batches with the ranges at their start, and
+            with the best ones learned.
         kept: whether the learned ranges were used.
-        depth_before, depth_after: mean layers per block of the vision encoder, partitioned by the entropies of its quantized hidden
-            states; None without vision encoder.
+        depth_before, depth_after: mean layers per block of the vision encoder, partitioned by the
+            entropies of its quantized hidden states; None without vision encoder.
     """
 
     epochs: int
@@ -131,7 +135,8 @@ class CalibrationReport:
         modules: canonical module name -> scheme: exactly what is quantized.
         segments: entropies and blocks, in execution order; empty where nothing was searched.
         sites: what was chosen.
-        sensitivities: site, by its first module -> KL of the answers (nats) when it alone is quantized; empty without guard.
+        sensitivities: site, by its first module -> KL of the answers (nats) when it alone is
+            quantized; empty without guard.
         lifts: what the guard lifted, worst first.
         vision: what the visual encoder optimisation did; None where it did not run.
         average_weight_bits: over all quantized weights, scales not counted.
@@ -140,7 +145,8 @@ class CalibrationReport:
         self_check: None where there was no data to check with.
         decode_check: likewise.
         warnings: one line each.
-        evaluation: accuracy on a test set, as `qvlm evaluate --record` measured it later; None until then.
+        evaluation: accuracy on a test set, as `qvlm evaluate --record` measured it later; None
+            until then.
         benchmark: speed and memory, as `qvlm bench --record` measured them later; None until then.
     """
 
@@ -176,22 +182,30 @@ class CalibrationReport:
         """
         try:
             fields = dict(entry)
-            fields["modules"] = {name: QuantScheme.from_dict(scheme) for name, scheme in entry["modules"].items()}
+            fields["modules"] = {
+                name: QuantScheme.from_dict(scheme) for name, scheme in entry["modules"].items()
+            }
             fields["segments"] = tuple(_segment(segment) for segment in entry["segments"])
             fields["sites"] = tuple(
-                SiteReport(modules=tuple(site["modules"]), candidate=RangeCandidate(**site["candidate"])) for site in entry["sites"]
+                SiteReport(
+                    modules=tuple(site["modules"]), candidate=RangeCandidate(**site["candidate"])
+                )
+                for site in entry["sites"]
             )
             fields["lifts"] = tuple(Lift(**lift) for lift in entry["lifts"])
             for name in ("dead", "full_precision", "warnings"):
                 fields[name] = tuple(entry[name])
             fields["vision"] = None if entry["vision"] is None else VisionReport(**entry["vision"])
-            fields["self_check"] = None if entry["self_check"] is None else SelfCheck(**entry["self_check"])
+            fields["self_check"] = (
+                None if entry["self_check"] is None else SelfCheck(**entry["self_check"])
+            )
             decoded = entry.get("decode_check")  # not in reports of older versions
             fields["decode_check"] = None if decoded is None else DecodeCheck(**decoded)
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"the report does not have the fields of this version ({error}): it is damaged or from another version."
+                f"the report does not have the fields of this version ({error}): it is damaged or "
+                f"from another version."
             ) from error
 
 
@@ -201,8 +215,17 @@ def settings_dict(settings: CalibrationSettings) -> dict[str, Any]:
 
 
 def _segment(entry: Mapping[str, Any]) -> SegmentReport:
-    blocks = tuple(BlockReport(**{**block, "layers": tuple(block["layers"])}) for block in entry["blocks"])
-    return SegmentReport(**{**entry, "layers": tuple(entry["layers"]), "entropies": tuple(entry["entropies"]), "blocks": blocks})
+    blocks = tuple(
+        BlockReport(**{**block, "layers": tuple(block["layers"])}) for block in entry["blocks"]
+    )
+    return SegmentReport(
+        **{
+            **entry,
+            "layers": tuple(entry["layers"]),
+            "entropies": tuple(entry["entropies"]),
+            "blocks": blocks,
+        }
+    )
 
 
 def _listed(value: Any) -> Any:

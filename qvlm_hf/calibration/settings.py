@@ -1,4 +1,7 @@
-"""The options of a calibration, validated once, free of Transformers. `QVLMConfig` holds one; tests make their own."""
+"""The options of a calibration, validated once, free of Transformers.
+
+`QVLMConfig` holds one; tests make their own.
+"""
 
 import math
 import os
@@ -13,10 +16,21 @@ from typing import Any
 
 from qvlm_hf.format.scheme import QuantScheme
 
-__all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate", "VisionOptimization", "shown", "to_plain", "whole_number"]
+__all__ = [
+    "COMPONENTS",
+    "CalibrationSettings",
+    "Precision",
+    "RangeCandidate",
+    "VisionOptimization",
+    "shown",
+    "to_plain",
+    "whole_number",
+]
 
 COMPONENTS = ("vision", "projector", "language")
-_MAX_ENTRIES = 100_000  # of a list that a user gives; a model of 70 B parameters has about 600 linear modules
+_MAX_ENTRIES = (
+    100_000  # of a list that a user gives; a model of 70 B parameters has about 600 linear modules
+)
 _MAX_DEPTH = 50  # of lists and mappings in each other
 
 
@@ -35,7 +49,9 @@ def to_plain(name: str, value: object, *, depth: int = 0) -> Any:
         ValueError: it is, or holds, something else, or itself.
     """
     if depth > _MAX_DEPTH:
-        raise ValueError(f"{name} is nested more than {_MAX_DEPTH} deep, or holds itself: give plain values.")
+        raise ValueError(
+            f"{name} is nested more than {_MAX_DEPTH} deep, or holds itself: give plain values."
+        )
     if isinstance(value, Enum):
         return to_plain(name, value.value, depth=depth + 1)
     if value is None or isinstance(value, bool):
@@ -52,10 +68,16 @@ def to_plain(name: str, value: object, *, depth: int = 0) -> Any:
         return to_plain(name, os.fspath(value), depth=depth + 1)
     if isinstance(value, Mapping):
         pairs = value.items()
-        return {str(to_plain(name, key, depth=depth + 1)): to_plain(name, item, depth=depth + 1) for key, item in pairs}
+        return {
+            str(to_plain(name, key, depth=depth + 1)): to_plain(name, item, depth=depth + 1)
+            for key, item in pairs
+        }
     if isinstance(value, Iterable) and not isinstance(value, bytes | bytearray):
         return _as_tuple(name, value, depth + 1)
-    raise ValueError(f"{name}={shown(value)} is {type(value).__name__}, must be what JSON can hold: a number, text, list or mapping.")
+    raise ValueError(
+        f"{name}={shown(value)} is {type(value).__name__}, must be what JSON can hold: a number, "
+        f"text, list or mapping."
+    )
 
 
 def _as_float(value: Any) -> float:
@@ -106,7 +128,9 @@ def whole_number(name: str, value: object, least: int, remedy: str = "") -> int:
     """
     plain = to_plain(name, value)
     if not isinstance(plain, int) or isinstance(plain, bool) or plain < least:
-        raise ValueError(f"{name}={shown(value)} must be a whole number of at least {least}{remedy}.")
+        raise ValueError(
+            f"{name}={shown(value)} must be a whole number of at least {least}{remedy}."
+        )
     return plain
 
 
@@ -116,9 +140,11 @@ class RangeCandidate:
 
     Attributes:
         granularity: "channel", "token", "dynamic_token" or "none".
-        percentile: p; the range is [quantile(1-p), quantile(p)] of the calibration values (1.0: all of them). Static only.
+        percentile: p; the range is [quantile(1-p), quantile(p)] of the calibration values (1.0: all
+            of them). Static only.
         margin: factor on that range, for values that calibration did not reach. Static only.
-        learned: whether the visual encoder optimisation scaled the range further (vision_encoder.py).
+        learned: whether the visual encoder optimisation scaled the range further
+            (vision_encoder.py).
     """
 
     granularity: str
@@ -166,12 +192,19 @@ class VisionOptimization:
             value = to_plain(f"VisionOptimization: {field.name}", getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 1:
-            raise ValueError(f"VisionOptimization: epochs={self.epochs!r} must be an integer of at least 1.")
+            raise ValueError(
+                f"VisionOptimization: epochs={self.epochs!r} must be an integer of at least 1."
+            )
         if not _finite(self.learning_rate) or not 0 < self.learning_rate <= 1:
-            raise ValueError(f"VisionOptimization: learning_rate={self.learning_rate!r} must be a number above 0 and up to 1.")
+            raise ValueError(
+                f"VisionOptimization: learning_rate={self.learning_rate!r} must be a number above "
+                f"0 and up to 1."
+            )
         for name in ("entropy_weight", "error_weight", "output_weight"):
             if not _finite(value := getattr(self, name)) or value < 0:
-                raise ValueError(f"VisionOptimization: {name}={value!r} must be a number of at least 0.")
+                raise ValueError(
+                    f"VisionOptimization: {name}={value!r} must be a number of at least 0."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,45 +247,92 @@ class CalibrationSettings:
             if not isinstance(value := getattr(self, name), tuple):
                 raise ValueError(f"{name}={value!r} must be a list.")
         if not isinstance(self.activation_bits, int):
-            raise ValueError(f"activation_bits={self.activation_bits!r} must be an integer from 3 to 8, or 16 for floating point.")
+            raise ValueError(
+                f"activation_bits={self.activation_bits!r} must be an integer from 3 to 8, or 16 "
+                f"for floating point."
+            )
         object.__setattr__(self, "optimize_vision", _vision_optimization(self.optimize_vision))
         self._check_granularity()
         self._check_numbers()
-        if self.lm_head_bits is not None and (self.lm_head_bits != 8 or type(self.lm_head_bits) is not int):
-            raise ValueError(f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision).")
-        if self.weight_rounding not in ("nearest", "gptq", "learned"):  # the last in saved files alone
-            raise ValueError(f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'.")
+        if self.lm_head_bits is not None and (
+            self.lm_head_bits != 8 or type(self.lm_head_bits) is not int
+        ):
+            raise ValueError(
+                f"lm_head_bits={self.lm_head_bits!r} must be 8 or None (full precision)."
+            )
+        if self.weight_rounding not in (
+            "nearest",
+            "gptq",
+            "learned",
+        ):  # the last in saved files alone
+            raise ValueError(
+                f"weight_rounding={self.weight_rounding!r} must be 'nearest' or 'gptq'."
+            )
         if self.rotation not in ("auto", None, "hadamard"):
             raise ValueError(f"rotation={self.rotation!r} must be 'hadamard', None or 'auto'.")
         if self.rotation == "auto":
             object.__setattr__(self, "rotation", "hadamard" if self._rotation_pays() else None)
-        for name in ("quantize_vision", "quantize_projector", "equalization", "token_importance", "guard", "strict"):
+        for name in (
+            "quantize_vision",
+            "quantize_projector",
+            "equalization",
+            "token_importance",
+            "guard",
+            "strict",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not all(isinstance(pattern, str) and pattern for pattern in self.modules_to_not_convert):
-            raise ValueError(f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of module names.")
+            raise ValueError(
+                f"modules_to_not_convert={self.modules_to_not_convert!r} must be a list of module "
+                f"names."
+            )
 
     def _check_numbers(self) -> None:
         self.scheme(self.start_granularity("language"))  # bits, group size and symmetry
-        for name, low in (("num_samples", 1), ("batch_size", 1), ("seed", 0), ("max_block_depth", 1)):
+        for name, low in (
+            ("num_samples", 1),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("max_block_depth", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {low}.")
         if self.seed >= 2**63:  # what PyTorch's generators take
             raise ValueError(f"seed={self.seed} must be below 2**63.")
         if self.entropy_threshold is not None and not _finite(self.entropy_threshold):
-            raise ValueError(f"entropy_threshold={self.entropy_threshold!r} must be a number (in nats) or None for the segment's mean.")
-        if self.precision_budget is not None and not (_finite(self.precision_budget) and 2 <= self.precision_budget <= 8):
-            raise ValueError(f"precision_budget={self.precision_budget!r} must be an average of 2 to 8 bits per weight: or leave it out.")
-        if not self.percentiles or not all(_finite(p) and 0.9 <= p <= 1.0 for p in self.percentiles):
-            raise ValueError(f"percentiles={self.percentiles!r} must be numbers from 0.9 to 1.0, as in (1.0, 0.9999).")
+            raise ValueError(
+                f"entropy_threshold={self.entropy_threshold!r} must be a number (in nats) or None "
+                f"for the segment's mean."
+            )
+        if self.precision_budget is not None and not (
+            _finite(self.precision_budget) and 2 <= self.precision_budget <= 8
+        ):
+            raise ValueError(
+                f"precision_budget={self.precision_budget!r} must be an average of 2 to 8 bits per "
+                f"weight: or leave it out."
+            )
+        if not self.percentiles or not all(
+            _finite(p) and 0.9 <= p <= 1.0 for p in self.percentiles
+        ):
+            raise ValueError(
+                f"percentiles={self.percentiles!r} must be numbers from 0.9 to 1.0, as in (1.0, "
+                f"0.9999)."
+            )
         if not all(_finite(m) and 1.0 < m <= 2.0 for m in self.margins):
-            raise ValueError(f"margins={self.margins!r} must be factors above 1.0 and up to 2.0, as in (1.1, 1.25); () for none.")
+            raise ValueError(
+                f"margins={self.margins!r} must be factors above 1.0 and up to 2.0, as in (1.1, "
+                f"1.25); () for none."
+            )
 
     @property
     def needs_data(self) -> bool:
         """Whether any activation range is static or open to search; otherwise weights can be rounded one by one."""
-        return any(self.granularities(component) not in (("none",), ("dynamic_token",)) for component in COMPONENTS)
+        return any(
+            self.granularities(component) not in (("none",), ("dynamic_token",))
+            for component in COMPONENTS
+        )
 
     @property
     def entropy_levels(self) -> int:
@@ -267,8 +347,13 @@ class CalibrationSettings:
         fixed = asked.get(component) if isinstance(asked, Mapping) else asked
         if fixed is not None:
             return (fixed,)
-        # Measured on the demo model: static per channel survives outliers at 4 bits, dynamic is better where bits are plenty.
-        return ("channel", "dynamic_token") if self.activation_bits <= 5 else ("dynamic_token", "channel")
+        # Measured on the demo model: static per channel survives outliers at 4 bits, dynamic is
+        # better where bits are plenty.
+        return (
+            ("channel", "dynamic_token")
+            if self.activation_bits <= 5
+            else ("dynamic_token", "channel")
+        )
 
     def start_granularity(self, component: str) -> str:
         """Where the search of a site of `component` starts."""
@@ -281,8 +366,14 @@ class CalibrationSettings:
             if granularity in ("dynamic_token", "none"):
                 candidates.append(RangeCandidate(granularity=granularity))
                 continue
-            candidates += [RangeCandidate(granularity=granularity, margin=m) for m in sorted(self.margins, reverse=True)]
-            candidates += [RangeCandidate(granularity=granularity, percentile=p) for p in sorted(self.percentiles, reverse=True)]
+            candidates += [
+                RangeCandidate(granularity=granularity, margin=m)
+                for m in sorted(self.margins, reverse=True)
+            ]
+            candidates += [
+                RangeCandidate(granularity=granularity, percentile=p)
+                for p in sorted(self.percentiles, reverse=True)
+            ]
         return tuple(candidates)
 
     def _rotation_pays(self) -> bool:
@@ -294,7 +385,9 @@ class CalibrationSettings:
         """What a site gets unless guard or budget say otherwise."""
         return Precision(weight_bits=self.weight_bits, activation_bits=self.activation_bits)
 
-    def scheme(self, granularity: str, hadamard: int | None = None, precision: Precision | None = None) -> QuantScheme:
+    def scheme(
+        self, granularity: str, hadamard: int | None = None, precision: Precision | None = None
+    ) -> QuantScheme:
         """The scheme of a module whose input has `granularity`, transformed in blocks of `hadamard`; `precision` may differ."""
         precision = precision or self.precision
         return QuantScheme(
@@ -323,19 +416,29 @@ class CalibrationSettings:
         if isinstance(asked, Mapping):
             unknown = sorted(set(asked) - set(COMPONENTS))
             if unknown:
-                raise ValueError(f"activation_granularity={dict(asked)} names the components {unknown}: use {', '.join(COMPONENTS)}.")
+                raise ValueError(
+                    f"activation_granularity={dict(asked)} names the components {unknown}: use "
+                    f"{', '.join(COMPONENTS)}."
+                )
             chosen = dict(asked)
         else:
             chosen = dict.fromkeys(COMPONENTS, asked)
         for component, granularity in chosen.items():
             if granularity not in ("channel", "token", "dynamic_token"):
-                raise ValueError(f"activation_granularity={granularity!r} for {component} must be 'channel', 'token' or 'dynamic_token'.")
+                raise ValueError(
+                    f"activation_granularity={granularity!r} for {component} must be 'channel', "
+                    f"'token' or 'dynamic_token'."
+                )
             if granularity == "token" and component == "language":
                 raise ValueError(
-                    "activation_granularity='token' needs a fixed number of positions: give it per component, {'vision': 'token'}."
+                    "activation_granularity='token' needs a fixed number of positions: give it per "
+                    "component, {'vision': 'token'}."
                 )
         if self.activation_bits == 16:
-            raise ValueError(f"activation_granularity={asked!r} has no meaning for 16-bit (floating point) activations: leave it out.")
+            raise ValueError(
+                f"activation_granularity={asked!r} has no meaning for 16-bit (floating point) "
+                f"activations: leave it out."
+            )
 
 
 def _vision_optimization(value: object) -> VisionOptimization | None:
@@ -351,7 +454,9 @@ def _vision_optimization(value: object) -> VisionOptimization | None:
         try:
             return VisionOptimization(**value)
         except TypeError as error:
-            raise ValueError(f"optimize_vision={value!r} does not have the fields of VisionOptimization.") from error
+            raise ValueError(
+                f"optimize_vision={value!r} does not have the fields of VisionOptimization."
+            ) from error
     raise ValueError(f"optimize_vision={value!r} must be True, False or a VisionOptimization.")
 
 

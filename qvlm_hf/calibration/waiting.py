@@ -1,12 +1,12 @@
 """PyTorch's threads give their cores away while they wait for each other and another program wants the cores.
 
 Threads of libgomp, PyTorch's OpenMP runtime on Linux, spin while they wait. That is fastest on an
-idle machine. On a busy one a spinning thread uses up the time that the thread it waits for needs, at
-each small operation: calibration took more than ten times as long.
+idle machine. On a busy one a spinning thread uses up the time that the thread it waits for needs,
+at each small operation: calibration took more than ten times as long.
 
-libgomp reads OMP_WAIT_POLICY once, when it is loaded, which is too early for a library. But it spins
-for microseconds only while the process has more OpenMP threads than cores. So idle ones are added.
-They compute nothing: operations are split as before, and results keep every bit.
+libgomp reads OMP_WAIT_POLICY once, when it is loaded, which is too early for a library. But it
+spins for microseconds only while the process has more OpenMP threads than cores. So idle ones are
+added. They compute nothing: operations are split as before, and results keep every bit.
 
 Left out: other runtimes, and fewer threads, which would change sums and thereby results.
 """
@@ -31,7 +31,10 @@ _BUSY = 0.25  # cores that the process could use and does not get; 0.01 on an id
 
 @contextmanager
 def yield_to_others() -> Iterator[None]:
-    """Inside, threads wait without spinning whenever the machine is busy. Thread counts and results stay as they are."""
+    """Inside, threads wait without spinning whenever the machine is busy.
+
+    Thread counts and results stay as they are.
+    """
     crowd = _crowd()
     if crowd is None or torch.get_num_threads() == 1:
         yield
@@ -75,7 +78,9 @@ def _crowd() -> Callable[[Event], None] | None:
         return None
     if not hasattr(runtime, "GOMP_parallel") or hasattr(runtime, "kmp_set_blocktime"):
         return None
-    count = max(2, (os.cpu_count() or 1) + 2 - torch.get_num_threads())  # one of them is the calling thread
+    count = max(
+        2, (os.cpu_count() or 1) + 2 - torch.get_num_threads()
+    )  # one of them is the calling thread
 
     def crowd(leave: Event) -> None:
         runtime.GOMP_parallel(nothing, None, count, 0)

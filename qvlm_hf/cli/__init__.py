@@ -1,6 +1,7 @@
 """`qvlm`: one file per command; only the chosen one is imported.
 
-Exit status 0, 1 (failed) or 2 (wrong usage); errors are one line, with a traceback only under --debug.
+Exit status 0, 1 (failed) or 2 (wrong usage); errors are one line, with a traceback only under
+--debug.
 """
 
 import argparse
@@ -23,7 +24,8 @@ _COMMANDS = {
     "publish": "put a saved model on the Hugging Face Hub",
     "inspect": "show what a saved model holds, or size a named shape",
     "export": "write a saved model in a format that other programs load",
-    "check": "decode with a saved model to check it here, or see whether vLLM will run an exported one",
+    "check": "decode with a saved model to check it here, or see whether vLLM will run an exported "
+    "one",
     "autoload": "let programs that never import qvlm_hf load quantized models",
 }
 
@@ -77,14 +79,20 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qvlm", description="Q-VLM quantization of vision-language models.")
+    parser = argparse.ArgumentParser(
+        prog="qvlm", description="Q-VLM quantization of vision-language models."
+    )
     parser.add_argument("--version", action="version", version=f"qvlm {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
         if name == chosen:
             importlib.import_module(f"qvlm_hf.cli.{name}").add_arguments(command)
-        command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+        command.add_argument(
+            "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)"
+        )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -105,7 +113,9 @@ def _run_command(options: argparse.Namespace) -> int:
 
 def _one_line(error: BaseException) -> str:
     """The first line of a message, and what a colon at its end leads to: only libraries of others write more."""
-    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     return f"{first} {rest[0]}" if rest and first.endswith(":") else first
 
 

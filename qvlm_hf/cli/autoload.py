@@ -1,6 +1,7 @@
 """`qvlm autoload install|remove|status`: a `.pth` file by which every Python of the environment knows quantized models.
 
-The file holds the text of hf/autoload_hook.py. It is written here and nowhere else: installing the package alone changes nothing.
+The file holds the text of hf/autoload_hook.py. It is written here and nowhere else: installing the
+package alone changes nothing.
 """
 
 import argparse
@@ -32,8 +33,16 @@ AutoQuantizationConfig.from_dict({"quant_method": "qvlm"})
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("action", choices=("install", "remove", "status"), help="status: 0 if it is installed and works, else 1")
-    parser.add_argument("--user", action="store_true", help="install or remove in the user's own directory, not the environment's")
+    parser.add_argument(
+        "action",
+        choices=("install", "remove", "status"),
+        help="status: 0 if it is installed and works, else 1",
+    )
+    parser.add_argument(
+        "--user",
+        action="store_true",
+        help="install or remove in the user's own directory, not the environment's",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,9 +66,10 @@ def run(options: argparse.Namespace) -> int:
 def pth_text() -> str:
     """The file: a remark and the one line that Python executes at its start.
 
-    The line compiles no more than a finder that keeps the hook as a string until it is asked for the one module: parsing the hook at every
-    start took three times as long. In a virtual environment Python executes it twice, so it looks for its own finder first. It is ASCII,
-    because Python reads the file in the encoding of the locale.
+    The line compiles no more than a finder that keeps the hook as a string until it is asked for
+    the one module: parsing the hook at every start took three times as long. In a virtual
+    environment Python executes it twice, so it looks for its own finder first. It is ASCII, because
+    Python reads the file in the encoding of the locale.
     """
     hook = Path(autoload_hook.__file__).read_text(encoding="utf-8")
     find = f"(space := {{}}, exec({hook!a}, space), space['find'](cls))[-1] if name == {autoload_hook.TABLE!r} and not cls.asking else None"
@@ -73,13 +83,18 @@ def _target(user: bool) -> Path:
     if not user:
         return Path(sysconfig.get_path("purelib")) / PTH_NAME
     if not site.ENABLE_USER_SITE:
-        raise ValueError("--user: this Python reads no user directory, as in every virtual environment: leave --user out.")
+        raise ValueError(
+            "--user: this Python reads no user directory, as in every virtual environment: leave "
+            "--user out."
+        )
     return Path(site.getusersitepackages()) / PTH_NAME
 
 
 def _change(target: Path, text: str | None) -> None:
     """Writes or deletes the file, wholly or not at all: Python may start at any moment."""
-    partial = target.with_name(f"{target.name}.{uuid4().hex[:8]}")  # no .pth at the end: Python does not read it
+    partial = target.with_name(
+        f"{target.name}.{uuid4().hex[:8]}"
+    )  # no .pth at the end: Python does not read it
     try:
         if text is None:
             target.unlink(missing_ok=True)
@@ -91,7 +106,10 @@ def _change(target: Path, text: str | None) -> None:
         with suppress(OSError):
             partial.unlink()
         reason = error.strerror or error
-        raise ValueError(f"{target.parent}: may not be written ({reason}): use an environment of your own, or --user.") from error
+        raise ValueError(
+            f"{target.parent}: may not be written ({reason}): use an environment of your own, or "
+            f"--user."
+        ) from error
 
 
 def _status() -> int:
@@ -102,10 +120,18 @@ def _status() -> int:
         print(f"not installed in {' or '.join(str(place.parent) for place in places)}")
         return 1
     for place in installed:
-        old = "" if place.read_bytes() == pth_text().encode() else ", from another version: run qvlm autoload install"
+        old = (
+            ""
+            if place.read_bytes() == pth_text().encode()
+            else ", from another version: run qvlm autoload install"
+        )
         print(f"installed: {place}{old}")
     failure = _failure()
-    print(f"does not work: {failure}" if failure else "works: programs load quantized models without importing qvlm_hf")
+    print(
+        f"does not work: {failure}"
+        if failure
+        else "works: programs load quantized models without importing qvlm_hf"
+    )
     return 1 if failure else 0
 
 

@@ -23,39 +23,104 @@ from qvlm_hf.ops.cpu import kernel_name
 
 __all__ = ["add_arguments", "run"]
 
-# Options of one kind of measurement and what they are if not given; those of the other kind are refused.
+# Options of one kind of measurement and what they are if not given; those of the other kind are
+# refused.
 _KERNELS: dict[str, Any] = {"out_features": 4096, "in_features": 4096, "tokens": [1, 8, 64, 608]}
 _MODELS: dict[str, Any] = {
     "against": None, "scheme": None, "lm_head_bits": None, "batch": [1], "prompt_tokens": None, "images": 1, "new_tokens": 32,
     "device": "cpu", "compile": False, "peers": True, "record": False,
 }  # fmt: skip
 _KERNEL_ROUNDS, _MODEL_ROUNDS = 9, 5
-_RECORDED = ("batch", "prompt_tokens", "images", "new_tokens", "device", "rounds", "compile")  # options that a recorded command repeats
+_RECORDED = (
+    "batch",
+    "prompt_tokens",
+    "images",
+    "new_tokens",
+    "device",
+    "rounds",
+    "compile",
+)  # options that a recorded command repeats
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("directory", nargs="?", metavar="DIR", help="time a saved quantized model, end to end")
-    parser.add_argument("--shape", metavar="NAME", help=f"time a model with random weights instead: {', '.join(SHAPES)}")
+    parser.add_argument(
+        "directory", nargs="?", metavar="DIR", help="time a saved quantized model, end to end"
+    )
+    parser.add_argument(
+        "--shape",
+        metavar="NAME",
+        help=f"time a model with random weights instead: {', '.join(SHAPES)}",
+    )
     parser.add_argument("--kernels", action="store_true", help="time single linear layers instead")
-    parser.add_argument("--rounds", type=int, metavar="R", help="turns of every way (default: 5; --kernels: 9)")
+    parser.add_argument(
+        "--rounds", type=int, metavar="R", help="turns of every way (default: 5; --kernels: 9)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     models = parser.add_argument_group("models (DIR or --shape)")
-    models.add_argument("--against", metavar="MODEL", help="DIR: the full-precision model (default: DIR dequantized)")
-    models.add_argument("--scheme", nargs="+", metavar="S", help="--shape: bits of weights and activations (default: W4A8)")
-    models.add_argument("--lm-head-bits", type=int, choices=(8,), help="--shape: quantize the output head too (default: leave it)")
-    models.add_argument("--batch", type=int, nargs="+", metavar="B", help="prompts at once (default: 1)")
-    models.add_argument("--prompt-tokens", type=int, metavar="N", help="of each prompt (default: those of the pictures and 32 more)")
+    models.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="DIR: the full-precision model (default: DIR dequantized)",
+    )
+    models.add_argument(
+        "--scheme",
+        nargs="+",
+        metavar="S",
+        help="--shape: bits of weights and activations (default: W4A8)",
+    )
+    models.add_argument(
+        "--lm-head-bits",
+        type=int,
+        choices=(8,),
+        help="--shape: quantize the output head too (default: leave it)",
+    )
+    models.add_argument(
+        "--batch", type=int, nargs="+", metavar="B", help="prompts at once (default: 1)"
+    )
+    models.add_argument(
+        "--prompt-tokens",
+        type=int,
+        metavar="N",
+        help="of each prompt (default: those of the pictures and 32 more)",
+    )
     models.add_argument("--images", type=int, metavar="N", help="pictures per prompt (default: 1)")
-    models.add_argument("--new-tokens", type=int, metavar="N", help="generated per prompt (default: 32)")
+    models.add_argument(
+        "--new-tokens", type=int, metavar="N", help="generated per prompt (default: 32)"
+    )
     models.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cpu)")
-    models.add_argument("--compile", action="store_true", default=None, help="decode with torch.compile and a static cache, every way")
-    models.add_argument("--no-peers", dest="peers", action="store_false", default=None, help="leave out bitsandbytes, torchao, gptqmodel")
-    models.add_argument("--record", action="store_true", default=None, help="DIR: keep the result there: in its report and model card")
+    models.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="decode with torch.compile and a static cache, every way",
+    )
+    models.add_argument(
+        "--no-peers",
+        dest="peers",
+        action="store_false",
+        default=None,
+        help="leave out bitsandbytes, torchao, gptqmodel",
+    )
+    models.add_argument(
+        "--record",
+        action="store_true",
+        default=None,
+        help="DIR: keep the result there: in its report and model card",
+    )
     kernels = parser.add_argument_group("single layers (--kernels)")
-    kernels.add_argument("--out-features", type=int, metavar="N", help="outputs of the layer (default: 4096)")
-    kernels.add_argument("--in-features", type=int, metavar="K", help="inputs of the layer, a multiple of 128 (default: 4096)")
-    kernels.add_argument("--tokens", type=int, nargs="+", metavar="M", help="tokens per call (default: 1 8 64 608)")
+    kernels.add_argument(
+        "--out-features", type=int, metavar="N", help="outputs of the layer (default: 4096)"
+    )
+    kernels.add_argument(
+        "--in-features",
+        type=int,
+        metavar="K",
+        help="inputs of the layer, a multiple of 128 (default: 4096)",
+    )
+    kernels.add_argument(
+        "--tokens", type=int, nargs="+", metavar="M", help="tokens per call (default: 1 8 64 608)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -82,8 +147,19 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write_result_file(options.json, result)
     if folder is not None:
-        asked = {name: getattr(options, name) for name in _RECORDED if getattr(options, name) != _MODELS.get(name, _MODEL_ROUNDS)}
-        command = shown_command("bench", folder, against=options.against, **asked, no_peers=not options.peers, record=True)
+        asked = {
+            name: getattr(options, name)
+            for name in _RECORDED
+            if getattr(options, name) != _MODELS.get(name, _MODEL_ROUNDS)
+        }
+        command = shown_command(
+            "bench",
+            folder,
+            against=options.against,
+            **asked,
+            no_peers=not options.peers,
+            record=True,
+        )
         record_measurement(folder, benchmark=benchmark_entry(result, command=command))
         print(f"recorded in {REPORT_NAME} and {CARD_NAME}")
     return 0
@@ -109,12 +185,26 @@ def _wrong_usage(message: str) -> NoReturn:
 
 
 def _bench_kernels(options: argparse.Namespace) -> dict[str, Any]:
-    if min(options.out_features, options.in_features, options.rounds - 1, *options.tokens) < 1 or options.in_features % 128:
-        raise ValueError("sizes must be at least 1, --rounds at least 2, and --in-features a multiple of 128.")
+    if (
+        min(options.out_features, options.in_features, options.rounds - 1, *options.tokens) < 1
+        or options.in_features % 128
+    ):
+        raise ValueError(
+            "sizes must be at least 1, --rounds at least 2, and --in-features a multiple of 128."
+        )
     device = f"{device_name(torch.device('cpu'))}, kernel: {kernel_name(4096, 4, 8, 128)}"
-    print(f"{device}, {torch.get_num_threads()} threads, {options.out_features} x {options.in_features}")
+    print(
+        f"{device}, {torch.get_num_threads()} threads, {options.out_features} x "
+        f"{options.in_features}"
+    )
     with tqdm(total=len(options.tokens), disable=None, leave=False) as bar:
-        rows = measure_kernels(options.out_features, options.in_features, options.tokens, rounds=options.rounds, advance=bar.update)
+        rows = measure_kernels(
+            options.out_features,
+            options.in_features,
+            options.tokens,
+            rounds=options.rounds,
+            advance=bar.update,
+        )
     for line in _table(rows):
         print(line)
     return {
@@ -125,8 +215,13 @@ def _bench_kernels(options: argparse.Namespace) -> dict[str, Any]:
 
 def _table(rows: Sequence[KernelRow]) -> list[str]:
     """One line per row; times are of this run alone, the speedup is what may be compared."""
-    lines = [f"{'tokens':>6}  {'':<30}{'ms':>9}{'spread':>8}{'against bfloat16':>18}{'of read bandwidth':>19}"]
+    lines = [
+        f"{'tokens':>6}  "
+        f"{'':<30}{'ms':>9}{'spread':>8}{'against bfloat16':>18}{'of read bandwidth':>19}"
+    ]
     for row in rows:
         limit = f"{row.bandwidth:.0%}" if row.tokens == 1 else ""
-        lines.append(f"{row.tokens:>6}  {row.way:<30}{row.milliseconds:>9.2f}{row.spread:>8.0%}{row.speedup:>17.2f}x{limit:>19}")
+        lines.append(
+            f"{row.tokens:>6}  {row.way:<30}{row.milliseconds:>9.2f}{row.spread:>8.0%}{row.speedup:>17.2f}x{limit:>19}"
+        )
     return lines

@@ -14,7 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, DynamicCache, StaticCache
 
-from qvlm_hf.bench.machine import Limits, available_bytes, device_name, has_bfloat16_units, measure_limits
+from qvlm_hf.bench.machine import (
+    Limits,
+    available_bytes,
+    device_name,
+    has_bfloat16_units,
+    measure_limits,
+)
 from qvlm_hf.bench.models import ModelRow, Phase, Way, fits_together, measure_models
 from qvlm_hf.bench.peers import PEERS
 from qvlm_hf.bench.random_models import random_model, random_prompt
@@ -52,7 +58,9 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: a value makes no sense, there is no such device, or the baseline failed.
     """
     if min(options.new_tokens, options.rounds, 1 + min(options.batch)) < 2 or options.images < 0:
-        raise ValueError("--new-tokens and --rounds must be at least 2, --batch at least 1, --images at least 0.")
+        raise ValueError(
+            "--new-tokens and --rounds must be at least 2, --batch at least 1, --images at least 0."
+        )
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here: take --device cpu.")
     silence()
@@ -61,18 +69,33 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
     prompt_tokens = options.prompt_tokens
     if prompt_tokens is None:
         prompt_tokens = options.images * subject.config.image_seq_length + _BEHIND_PICTURES
-    inputs = partial(random_prompt, subject.config, prompt_tokens=prompt_tokens, images=options.images, device=device)
+    inputs = partial(
+        random_prompt,
+        subject.config,
+        prompt_tokens=prompt_tokens,
+        images=options.images,
+        device=device,
+    )
     inputs(1, dtype=torch.bfloat16)  # a wrong length should not wait for the models
     ways = _ways(subject, inputs, device, static=options.compile, peers=options.peers)
     together = fits_together(ways, available_bytes(device))
-    print(f"{subject.title}; prompt tokens: {prompt_tokens}, pictures: {options.images}, new tokens: {options.new_tokens}")
-    passes = len(options.batch) * (options.rounds + 1 + options.compile) * sum(way.missing is None for way in ways)
+    print(
+        f"{subject.title}; prompt tokens: {prompt_tokens}, pictures: {options.images}, new tokens: "
+        f"{options.new_tokens}"
+    )
+    passes = (
+        len(options.batch)
+        * (options.rounds + 1 + options.compile)
+        * sum(way.missing is None for way in ways)
+    )
     with tqdm(total=passes, disable=None, leave=False) as bar:
         rows, limits = measure_models(
             ways, options.batch, partial(measure_limits, device), device, new_tokens=options.new_tokens, rounds=options.rounds,
             compiled=options.compile, together=together, advance=bar.update,
         )  # fmt: skip
-    order = f"median of {options.rounds} rounds, " + ("every way in turns" if together else "one way after the other: memory holds one")
+    order = f"median of {options.rounds} rounds, " + (
+        "every way in turns" if together else "one way after the other: memory holds one"
+    )
     print(order + (", torch.compile and a static cache" if options.compile else ""))
     for line in _table(rows):
         print(line)
@@ -94,12 +117,21 @@ def _shape(options: argparse.Namespace, device: torch.device) -> _Subject:
     model = shape_model(name)
     quantized, full = [], 0
     for scheme in options.scheme or ["W4A8"]:
-        modules = planned_modules(model, QVLMConfig(scheme=scheme, lm_head_bits=options.lm_head_bits).settings())
+        modules = planned_modules(
+            model, QVLMConfig(scheme=scheme, lm_head_bits=options.lm_head_bits).settings()
+        )
         sizes = footprint(model, modules, positions=token_positions(config)).total
         full = sizes.full_precision_bytes
         build = partial(random_model, config, dtype=torch.bfloat16, device=device, modules=modules)
         head = f", head W{options.lm_head_bits}" if options.lm_head_bits else ""
-        quantized.append((f"qvlm_hf {scheme.upper()}{head}", parse_scheme(scheme)[1], build, sizes.quantized_bytes))
+        quantized.append(
+            (
+                f"qvlm_hf {scheme.upper()}{head}",
+                parse_scheme(scheme)[1],
+                build,
+                sizes.quantized_bytes,
+            )
+        )
     return _Subject(
         title=f"{name}, random weights", config=config, bfloat16_bytes=full, quantized=tuple(quantized),
         full_precision=lambda dtype: random_model(config, dtype=dtype, device=device),
@@ -127,7 +159,12 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
 
     parameters = sum(row.parameters for row in sizes.rows)
     against = "its own weights, dequantized" if base is None else Path(base).name
-    entry = (f"qvlm_hf {quantization.scheme}", quantization.activation_bits, quantized, sizes.total.quantized_bytes)
+    entry = (
+        f"qvlm_hf {quantization.scheme}",
+        quantization.activation_bits,
+        quantized,
+        sizes.total.quantized_bytes,
+    )
     return _Subject(
         title=f"{Path(directory).resolve().name} against {against}", config=config, bfloat16_bytes=2 * parameters, quantized=(entry,),
         full_precision=full_precision,
@@ -147,16 +184,32 @@ def _check_baseline(base: str) -> None:
         raise
     except OSError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(f"--against {base}: is no model's directory and no Hub id that can be read ({reason}): check the name.") from error
+        raise ValueError(
+            f"--against {base}: is no model's directory and no Hub id that can be read ({reason}): "
+            f"check the name."
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"--against {base}: is quantized itself: give the full-precision model.")
 
 
-def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device: torch.device, *, static: bool, peers: bool) -> list[Way]:
+def _ways(
+    subject: _Subject,
+    inputs: Callable[..., Mapping[str, Tensor]],
+    device: torch.device,
+    *,
+    static: bool,
+    peers: bool,
+) -> list[Way]:
     """The baseline first."""
     size = subject.bfloat16_bytes
 
-    def way(name: str, build: Callable[[], Any], compute: str, share: float, dtype: torch.dtype = torch.bfloat16) -> Way:
+    def way(
+        name: str,
+        build: Callable[[], Any],
+        compute: str,
+        share: float,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Way:
         return Way(
             name=name, build=build, inputs=partial(inputs, dtype=dtype), new_cache=_caches(subject.config, static=static), compute=compute,
             size=int(size * share),
@@ -164,8 +217,18 @@ def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device
 
     ways = [way("bfloat16", partial(subject.full_precision, torch.bfloat16), "bfloat16", 1)]
     if not has_bfloat16_units(device):
-        ways.append(way("float32", partial(subject.full_precision, torch.float32), "float32", 2, torch.float32))
-    floating = "bfloat16" if device.type == "cuda" else "float32"  # of products with floating-point inputs
+        ways.append(
+            way(
+                "float32",
+                partial(subject.full_precision, torch.float32),
+                "float32",
+                2,
+                torch.float32,
+            )
+        )
+    floating = (
+        "bfloat16" if device.type == "cuda" else "float32"
+    )  # of products with floating-point inputs
     for name, bits, build, packed in subject.quantized:
         quantized = way(name, build, "int8" if bits <= 8 else floating, packed / size)
         ways.append(replace(quantized, compile_options=ROUND_AS_EAGER))
@@ -176,7 +239,13 @@ def _ways(subject: _Subject, inputs: Callable[..., Mapping[str, Tensor]], device
             quantize(model)
             return model
 
-        ways.append(replace(way(peer.name, build_peer, peer.compute, peer.share), building=size, missing=peer.missing))
+        ways.append(
+            replace(
+                way(peer.name, build_peer, peer.compute, peer.share),
+                building=size,
+                missing=peer.missing,
+            )
+        )
     return ways
 
 
@@ -220,8 +289,10 @@ def _table(rows: Sequence[ModelRow]) -> list[str]:
     lines = []
     for batch in dict.fromkeys(row.batch for row in rows):
         lines += [
-            f"{f'batch {batch}':<27}{'first token':^22}  {'prefill of it':^31}  {'a token':^38}{'tokens':>8}{'weights':>10}{'peak':>9}",
-            f"{'':<27}{'ms':>9}{'spread':>7}{'x':>6}  {'ms':>9}{'x':>6}  {'limit':<14}  {'ms':>9}{'spread':>7}{'x':>6}  {'limit':<14}"
+            f"{f'batch {batch}':<27}{'first token':^22}  {'prefill of it':^31}  "
+            f"{'a token':^38}{'tokens':>8}{'weights':>10}{'peak':>9}",
+            f"{'':<27}{'ms':>9}{'spread':>7}{'x':>6}  {'ms':>9}{'x':>6}  {'limit':<14}  "
+            f"{'ms':>9}{'spread':>7}{'x':>6}  {'limit':<14}"
             f"{'per s':>8}{'MiB':>10}{'MiB':>9}",
         ]
         lines += [_line(row) for row in rows if row.batch == batch]
@@ -229,15 +300,22 @@ def _table(rows: Sequence[ModelRow]) -> list[str]:
 
 
 def _line(row: ModelRow) -> str:
-    if row.first_token is None or row.prefill is None or row.decode is None or row.weight_bytes is None:
+    if (
+        row.first_token is None
+        or row.prefill is None
+        or row.decode is None
+        or row.weight_bytes is None
+    ):
         return f"{row.way:<27}{row.error}"
     first, prefill, decode = row.first_token, row.prefill.time, row.decode.time
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
     return (
         f"{row.way:<27}{first.seconds * 1e3:>9.1f}{first.spread:>7.0%}{first.speedup:>6.2f}  "
         f"{prefill.seconds * 1e3:>9.1f}{prefill.speedup:>6.2f}  {_limit(row.prefill):<14}  "
-        f"{decode.seconds * 1e3:>9.2f}{decode.spread:>7.0%}{decode.speedup:>6.2f}  {_limit(row.decode):<14}"
-        f"{row.tokens_per_second:>8.1f}{row.weight_bytes / 2**20:>10.1f}{peak:>9}  {row.kernel or ''}".rstrip()
+        f"{decode.seconds * 1e3:>9.2f}{decode.spread:>7.0%}{decode.speedup:>6.2f}  "
+        f"{_limit(row.decode):<14}"
+        f"{row.tokens_per_second:>8.1f}{row.weight_bytes / 2**20:>10.1f}{peak:>9}  "
+        f"{row.kernel or ''}".rstrip()
     )
 
 

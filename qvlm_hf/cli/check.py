@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"what qvlm export wrote, against the rules of vLLM {VLLM_VERSION}, instead",
     )
-    parser.add_argument("--device", choices=DEVICES, help=f"that vLLM runs on (default: {DEVICES[0]})")
+    parser.add_argument(
+        "--device", choices=DEVICES, help=f"that vLLM runs on (default: {DEVICES[0]})"
+    )
     parser.add_argument(
         "--tensor-parallel",
         type=int,
@@ -35,7 +37,9 @@ def run(options: argparse.Namespace) -> int:
     if options.vllm:
         return _check_vllm(options)
     if options.device is not None or options.tensor_parallel is not None:
-        raise ValueError("--device and --tensor-parallel are of vLLM: give --vllm, or leave them out.")
+        raise ValueError(
+            "--device and --tensor-parallel are of vLLM: give --vllm, or leave them out."
+        )
     return _check_decoding(options.directory)
 
 
@@ -61,7 +65,10 @@ def _check_decoding(directory: str) -> int:
     if check is None:
         print(f"loads with {versions}; decoding was not checked, parts of the model are offloaded")
     else:
-        print(f"loads with {versions}; {check.tokens} tokens decoded with a key-value cache as without one (KL {max(check.kl, 0):.1g})")
+        print(
+            f"loads with {versions}; {check.tokens} tokens decoded with a key-value cache as "
+            f"without one (KL {max(check.kl, 0):.1g})"
+        )
     return 0
 
 

@@ -26,9 +26,23 @@ _BATCH = 16  # questions per forward pass
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     add_scheme_arguments(parser)
-    parser.add_argument("--compare", action="store_true", help="also measure plain rounding (--method rtn) on the same questions")
-    parser.add_argument("--output", default="qvlm-demo", metavar="DIR", help="where to save the result (default: qvlm-demo)")
-    parser.add_argument("--questions", default="1000", metavar="N", help="test questions to ask, or all (default: 1000)")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also measure plain rounding (--method rtn) on the same questions",
+    )
+    parser.add_argument(
+        "--output",
+        default="qvlm-demo",
+        metavar="DIR",
+        help="where to save the result (default: qvlm-demo)",
+    )
+    parser.add_argument(
+        "--questions",
+        default="1000",
+        metavar="N",
+        help="test questions to ask, or all (default: 1000)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,8 +56,14 @@ def run(options: argparse.Namespace) -> int:
     test = load_samples(dataset_path("test"), num_samples=count, seed=0)
     _title("The model")
     parameters = sum(parameter.numel() for parameter in full.parameters())
-    print(f"{type(full).__name__}, {parameters:,} parameters, trained for this purpose on drawn pictures with handwritten digits;")
-    print("its norms and MLPs carry the outlier channels that large language models have (see its README.md).")
+    print(
+        f"{type(full).__name__}, {parameters:,} parameters, trained for this purpose on drawn "
+        f"pictures with handwritten digits;"
+    )
+    print(
+        "its norms and MLPs carry the outlier channels that large language models have (see its "
+        "README.md)."
+    )
     print(f"{len(test)} test questions, for example: {_question(test[0])!r} -> {test[0].answer!r}")
 
     _title(f"Quantizing to {options.scheme} ({options.method})")
@@ -51,7 +71,9 @@ def run(options: argparse.Namespace) -> int:
     report = quantized.hf_quantizer.report
     for line in story(report):
         print(line)
-    path = save_quantized(quantized, processor, options.output, report=report, overwrite=options.overwrite)
+    path = save_quantized(
+        quantized, processor, options.output, report=report, overwrite=options.overwrite
+    )
 
     _title("Bytes of the saved tensors, against float32")
     print(saved_footprint(str(path))[1])
@@ -59,14 +81,31 @@ def run(options: argparse.Namespace) -> int:
     _title("Answers")
     reloaded = load_model(str(path))
     base = evaluate(full, test, processor, batch_size=_BATCH, keep_logits=True)
-    rows = [(f"{options.scheme} {options.method}", evaluate(reloaded, test, processor, batch_size=_BATCH, reference=base))]
+    rows = [
+        (
+            f"{options.scheme} {options.method}",
+            evaluate(reloaded, test, processor, batch_size=_BATCH, reference=base),
+        )
+    ]
     if options.compare and options.method != "rtn":
         plain = argparse.Namespace(**{**vars(options), "method": "rtn"})
-        rows.append((f"{options.scheme} rtn", evaluate(_quantize(plain, processor), test, processor, batch_size=_BATCH, reference=base)))
+        rows.append(
+            (
+                f"{options.scheme} rtn",
+                evaluate(
+                    _quantize(plain, processor), test, processor, batch_size=_BATCH, reference=base
+                ),
+            )
+        )
     for line in _table(base, rows):
         print(line)
     entry = evaluation_entry(
-        rows[0][1], dataset=str(dataset_path("test")), seed=0, batch_size=_BATCH, reference=str(model_dir()), command=_command(options)
+        rows[0][1],
+        dataset=str(dataset_path("test")),
+        seed=0,
+        batch_size=_BATCH,
+        reference=str(model_dir()),
+        command=_command(options),
     )
     record_measurement(path, evaluation=entry)
     print(f"\n{_question(test[0])}")
@@ -77,12 +116,16 @@ def run(options: argparse.Namespace) -> int:
     print(f"files    {_shown(path)}")
     print(f"card     {_shown(path / CARD_NAME)}")
     print(f"command  {_command(options)}")
-    print(f"python   import qvlm_hf; AutoModelForImageTextToText.from_pretrained({options.output!r})")
+    print(
+        f"python   import qvlm_hf; AutoModelForImageTextToText.from_pretrained({options.output!r})"
+    )
     return 0
 
 
 def _quantize(options: argparse.Namespace, processor: Any) -> Any:
-    config = make_config(options, search={"dataset": str(dataset_path("calibration")), "processor": processor})
+    config = make_config(
+        options, search={"dataset": str(dataset_path("calibration")), "processor": processor}
+    )
     return load_model(str(model_dir()), config, torch.float32)
 
 
@@ -100,7 +143,9 @@ def _table(base: Evaluation, rows: list[tuple[str, Evaluation]]) -> list[str]:
         if found is not None:
             same = found.counts
             paired = f"{same.both_right:>12}{same.only_first:>11}{same.only_second:>11}"
-            lines.append(f"{name:<16}{_accuracy(result)}{paired}{found.p_value:>11.3g}{found.kl:>9.4f}")
+            lines.append(
+                f"{name:<16}{_accuracy(result)}{paired}{found.p_value:>11.3g}{found.kl:>9.4f}"
+            )
     return lines
 
 
@@ -111,7 +156,12 @@ def _accuracy(result: Evaluation) -> str:
 
 
 def _question(sample: Sample) -> str:
-    parts = [part for message in sample.messages if message["role"] == "user" for part in message["content"]]
+    parts = [
+        part
+        for message in sample.messages
+        if message["role"] == "user"
+        for part in message["content"]
+    ]
     return " ".join(part["text"] for part in parts if part["type"] == "text")
 
 

@@ -19,14 +19,37 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("model", metavar="DIR", help="directory or Hub id of a model, quantized or not")
-    parser.add_argument("--dataset", required=True, metavar="F", help="questions with answers: .jsonl, .json, ScienceQA folder or Hub id")
-    parser.add_argument("--against", metavar="MODEL", help="full-precision model to compare with, on the same questions")
-    parser.add_argument("--num-samples", type=int, metavar="N", help="questions to ask (default: all)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions per forward pass (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of questions (default: 0)")
+    parser.add_argument(
+        "model", metavar="DIR", help="directory or Hub id of a model, quantized or not"
+    )
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        metavar="F",
+        help="questions with answers: .jsonl, .json, ScienceQA folder or Hub id",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="full-precision model to compare with, on the same questions",
+    )
+    parser.add_argument(
+        "--num-samples", type=int, metavar="N", help="questions to ask (default: all)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="questions per forward pass (default: 16)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the choice of questions (default: 0)"
+    )
     parser.add_argument("--json", metavar="F", help="write the result there as JSON")
-    parser.add_argument("--record", action="store_true", help="keep the result in DIR: in its report and model card")
+    parser.add_argument(
+        "--record", action="store_true", help="keep the result in DIR: in its report and model card"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,7 +67,12 @@ def run(options: argparse.Namespace) -> int:
     reference = None if options.against is None else load_model(options.against)
     with tqdm(total=len(samples), desc="qvlm evaluate", unit="question", disable=None) as bar:
         result = evaluate(
-            model, samples, processor, batch_size=options.batch_size, reference=reference, progress=lambda done, _: bar.update(done - bar.n)
+            model,
+            samples,
+            processor,
+            batch_size=options.batch_size,
+            reference=reference,
+            progress=lambda done, _: bar.update(done - bar.n),
         )
     for line in format_comparison(result, name=Path(options.model).name):
         print(line)
@@ -56,7 +84,12 @@ def run(options: argparse.Namespace) -> int:
             batch_size=options.batch_size, seed=options.seed, record=True,
         )  # fmt: skip
         entry = evaluation_entry(
-            result, dataset=options.dataset, seed=options.seed, batch_size=options.batch_size, reference=options.against, command=command
+            result,
+            dataset=options.dataset,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            reference=options.against,
+            command=command,
         )
         record_measurement(folder, evaluation=entry)
         print(f"recorded in {REPORT_NAME} and {CARD_NAME}")

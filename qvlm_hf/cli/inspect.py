@@ -21,16 +21,29 @@ __all__ = ["add_arguments", "run", "saved_footprint"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("directory", nargs="?", metavar="DIR", help="a saved quantized model")
-    parser.add_argument("--shape", metavar="NAME", help=f"size a model by name instead: {', '.join(SHAPES)}")
-    parser.add_argument("--scheme", help="for --shape: bits of weights and activations (default: W4A4)")
-    parser.add_argument("--group-size", type=int, metavar="N", help="for --shape: inputs per weight scale (default: 128)")
+    parser.add_argument(
+        "--shape", metavar="NAME", help=f"size a model by name instead: {', '.join(SHAPES)}"
+    )
+    parser.add_argument(
+        "--scheme", help="for --shape: bits of weights and activations (default: W4A4)"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="for --shape: inputs per weight scale (default: 128)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     if (options.directory is None) == (options.shape is None):
         raise ValueError("name either a directory or a --shape: see qvlm inspect --help.")
-    asked = {name: value for name in ("scheme", "group_size") if (value := getattr(options, name)) is not None}
+    asked = {
+        name: value
+        for name in ("scheme", "group_size")
+        if (value := getattr(options, name)) is not None
+    }
     if asked and options.directory is not None:
         given = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise ValueError(f"{given}: is for --shape, {options.directory} has its own: leave it out.")
@@ -38,14 +51,23 @@ def run(options: argparse.Namespace) -> int:
     if options.shape is not None:
         config = QVLMConfig(**{"scheme": "W4A4", **asked})
         model = shape_model(options.shape)
-        sizes = footprint(model, planned_modules(model, config.settings()), positions=token_positions(model.config))
+        sizes = footprint(
+            model,
+            planned_modules(model, config.settings()),
+            positions=token_positions(model.config),
+        )
         print(f"{options.shape}, {config.scheme}, group size {config.group_size}, against bfloat16")
         print(sizes)
         return 0
     config, sizes = saved_footprint(options.directory)
-    print(f"{config.scheme}, {len(config.modules)} modules quantized, sizes against full precision in the same dtype")
+    print(
+        f"{config.scheme}, {len(config.modules)} modules quantized, sizes against full precision "
+        f"in the same dtype"
+    )
     print(sizes)
-    kinds = Counter((f"W{s.weight_bits}A{s.activation_bits}", s.granularity) for s in config.modules.values())
+    kinds = Counter(
+        (f"W{s.weight_bits}A{s.activation_bits}", s.granularity) for s in config.modules.values()
+    )
     for (bits, granularity), count in sorted(kinds.items()):
         print(f"{count:5} modules {bits}, activations {granularity}")
     report = Path(options.directory) / REPORT_NAME
@@ -66,10 +88,15 @@ def saved_footprint(directory: str) -> tuple[QVLMConfig, Footprint]:
     config = AutoConfig.from_pretrained(directory)
     saved = getattr(config, "quantization_config", None)
     if not isinstance(saved, dict) or saved.get("quant_method") != "qvlm":
-        raise ValueError(f"{directory}: is not quantized by qvlm_hf: name the directory that qvlm quantize wrote.")
+        raise ValueError(
+            f"{directory}: is not quantized by qvlm_hf: name the directory that qvlm quantize "
+            f"wrote."
+        )
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     quantization = QVLMConfig.from_dict(saved)
     dtype = config.dtype or torch.float32
-    return quantization, footprint(model, quantization.modules, positions=token_positions(config), dtype=dtype)
+    return quantization, footprint(
+        model, quantization.modules, positions=token_positions(config), dtype=dtype
+    )

@@ -10,7 +10,12 @@ import torch
 import transformers
 from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.hf.config import QVLMConfig
@@ -33,35 +38,66 @@ __all__ = [
 
 METHODS = ("qvlm", "rtn")
 # What a processor is loaded from: one file of each row, the first in new directories.
-_PROCESSOR_FILES = (("processor_config.json", "preprocessor_config.json"), ("tokenizer.json", "tokenizer.model"))
+_PROCESSOR_FILES = (
+    ("processor_config.json", "preprocessor_config.json"),
+    ("tokenizer.json", "tokenizer.model"),
+)
 
 
 def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say how to quantize."""
-    parser.add_argument("--scheme", default="W4A4", help="bits of weights and activations, W{2-8}A{3-8,16} (default: W4A4)")
-    parser.add_argument("--method", choices=METHODS, default="qvlm", help="qvlm: the search; rtn: plain rounding, no data (default: qvlm)")
-    parser.add_argument("--group-size", type=int, default=128, metavar="N", help="inputs per weight scale, -1: whole row (default: 128)")
+    parser.add_argument(
+        "--scheme",
+        default="W4A4",
+        help="bits of weights and activations, W{2-8}A{3-8,16} (default: W4A4)",
+    )
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="qvlm",
+        help="qvlm: the search; rtn: plain rounding, no data (default: qvlm)",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=128,
+        metavar="N",
+        help="inputs per weight scale, -1: whole row (default: 128)",
+    )
     parser.add_argument("--symmetric", action="store_true", help="weights without zero points")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in the output directory")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier result in the output directory"
+    )
 
 
-def make_config(options: argparse.Namespace, *, search: Mapping[str, Any] | None = None, **fields: Any) -> QVLMConfig:
+def make_config(
+    options: argparse.Namespace, *, search: Mapping[str, Any] | None = None, **fields: Any
+) -> QVLMConfig:
     """The configuration that the options ask for.
 
     Args:
         options: of `add_scheme_arguments`.
-        search: dataset, processor and the other fields that only the search uses; plain rounding does without them.
+        search: dataset, processor and the other fields that only the search uses; plain rounding
+            does without them.
         **fields: those that plain rounding uses too.
 
     Raises:
         ValueError: a field breaks a rule, or asks plain rounding for static ranges.
     """
-    fields |= {"scheme": options.scheme, "group_size": options.group_size, "symmetric": options.symmetric, "seed": options.seed}
+    fields |= {
+        "scheme": options.scheme,
+        "group_size": options.group_size,
+        "symmetric": options.symmetric,
+        "seed": options.seed,
+    }
     if options.method == "qvlm":
         return QVLMConfig(**fields, **(search or {}))
     if fields.get("activation_granularity") == "channel":
-        raise ValueError("--activation-granularity channel has ranges to calibrate: leave it out with --method rtn.")
+        raise ValueError(
+            "--activation-granularity channel has ranges to calibrate: leave it out with --method "
+            "rtn."
+        )
     if QVLMConfig(**fields).activation_bits != 16:
         fields["activation_granularity"] = "dynamic_token"
     return QVLMConfig(**fields, weight_rounding="nearest")
@@ -73,14 +109,21 @@ def silence() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def load_model(name: str, config: QVLMConfig | None = None, dtype: torch.dtype | str = "auto", revision: str | None = None) -> Any:
+def load_model(
+    name: str,
+    config: QVLMConfig | None = None,
+    dtype: torch.dtype | str = "auto",
+    revision: str | None = None,
+) -> Any:
     """A model from a directory or the Hub, quantized on the way if there is a configuration."""
     silence()
     kind = _read_loadable(name, revision)
     if config is not None and getattr(kind, "quantization_config", None) is not None:
         raise ValueError(f"{name}: is quantized already: give the full-precision model.")
     options = {} if config is None else {"quantization_config": config}
-    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, revision=revision, **options)
+    return AutoModelForImageTextToText.from_pretrained(
+        name, dtype=dtype, revision=revision, **options
+    )
 
 
 def load_with_processor(name: str) -> tuple[Any, Any]:
@@ -108,7 +151,10 @@ def check_fits(name: str, processor: Any) -> None:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     # without a padding token one question can still be asked
-    if not shared_inputs(model) or getattr(getattr(processor, "tokenizer", None), "pad_token", None) is None:
+    if (
+        not shared_inputs(model)
+        or getattr(getattr(processor, "tokenizer", None), "pad_token", None) is None
+    ):
         return
     try:
         check_processor_fits(model, processor, None)
@@ -124,7 +170,9 @@ def _read_loadable(name: str, revision: str | None = None) -> Any:
     """
     kind = read_config(name, revision)
     if type(kind) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise ValueError(f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give a LLaVA.")
+        raise ValueError(
+            f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give a LLaVA."
+        )
     if Path(name).is_dir():
         check_directory(Path(name), kind)
     return kind
@@ -159,7 +207,8 @@ def _check_reachable(name: str, revision: str | None) -> None:
         return
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
-            f"{name}: is no directory here, and the Hub cannot be reached ({one_line(error)}): check the name and the network."
+            f"{name}: is no directory here, and the Hub cannot be reached ({one_line(error)}): "
+            f"check the name and the network."
         ) from error
 
 
@@ -177,6 +226,16 @@ def load_processor(name: str, revision: str | None = None) -> Any:
     except Exception as error:  # a damaged file may raise anything
         if not Path(name).is_dir():
             raise
-        missing = next((files[0] for files in _PROCESSOR_FILES if not any((Path(name) / file).is_file() for file in files)), None)
+        missing = next(
+            (
+                files[0]
+                for files in _PROCESSOR_FILES
+                if not any((Path(name) / file).is_file() for file in files)
+            ),
+            None,
+        )
         reason = f"{missing} is missing" if missing else first_line(error)
-        raise ValueError(f"{name}: holds no processor that loads ({reason}): copy the model's processor files there.") from error
+        raise ValueError(
+            f"{name}: holds no processor that loads ({reason}): copy the model's processor files "
+            f"there."
+        ) from error

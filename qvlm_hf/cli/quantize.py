@@ -20,24 +20,74 @@ _SEARCH = ("dataset", "num_samples", "batch_size", "max_block_depth", "precision
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("model", metavar="MODEL", help="directory or Hub id of the full-precision model")
-    parser.add_argument("--dataset", metavar="F", help="calibration samples: .jsonl, .json, ScienceQA folder or Hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", help="directory or Hub id of the full-precision model"
+    )
+    parser.add_argument(
+        "--dataset",
+        metavar="F",
+        help="calibration samples: .jsonl, .json, ScienceQA folder or Hub id",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="where to save the result")
     add_scheme_arguments(parser)
-    parser.add_argument("--num-samples", type=int, metavar="N", help="samples to calibrate on (default: 64)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="samples per forward pass (default: 8)")
-    parser.add_argument("--max-block-depth", type=int, metavar="N", help="layers searched together (default: 3)")
-    parser.add_argument("--rotation", default="auto", choices=("auto", "hadamard", "none"), help="fold a Hadamard rotation (default: auto)")
     parser.add_argument(
-        "--activation-granularity", choices=("channel", "dynamic_token"), help="of every input (default: the search chooses)"
+        "--num-samples", type=int, metavar="N", help="samples to calibrate on (default: 64)"
     )
-    parser.add_argument("--precision-budget", type=float, metavar="BITS", help="average bits of a weight; widths are chosen per site")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL on the Hub (default: its main branch)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the model (default: auto)")
-    parser.add_argument("--modules-to-not-convert", nargs="*", default=None, metavar="NAME", help="modules that stay in full precision")
-    parser.add_argument("--push-to-hub", dest="repo_id", metavar="REPO", help="publish the saved result, as qvlm publish does")
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make a private repository")
-    parser.add_argument("--strict", action="store_true", help="fail where a fallback or a collapsed self-check would only warn")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="samples per forward pass (default: 8)"
+    )
+    parser.add_argument(
+        "--max-block-depth", type=int, metavar="N", help="layers searched together (default: 3)"
+    )
+    parser.add_argument(
+        "--rotation",
+        default="auto",
+        choices=("auto", "hadamard", "none"),
+        help="fold a Hadamard rotation (default: auto)",
+    )
+    parser.add_argument(
+        "--activation-granularity",
+        choices=("channel", "dynamic_token"),
+        help="of every input (default: the search chooses)",
+    )
+    parser.add_argument(
+        "--precision-budget",
+        type=float,
+        metavar="BITS",
+        help="average bits of a weight; widths are chosen per site",
+    )
+    parser.add_argument(
+        "--revision",
+        metavar="R",
+        help="branch, tag or commit of MODEL on the Hub (default: its main branch)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the model (default: auto)",
+    )
+    parser.add_argument(
+        "--modules-to-not-convert",
+        nargs="*",
+        default=None,
+        metavar="NAME",
+        help="modules that stay in full precision",
+    )
+    parser.add_argument(
+        "--push-to-hub",
+        dest="repo_id",
+        metavar="REPO",
+        help="publish the saved result, as qvlm publish does",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push-to-hub: make a private repository"
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail where a fallback or a collapsed self-check would only warn",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,7 +108,9 @@ def run(options: argparse.Namespace) -> int:
     config.processor = processor = load_processor(options.model, options.revision)
     model = load_model(options.model, config, options.dtype, options.revision)
     report = model.hf_quantizer.report
-    path = save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
+    path = save_quantized(
+        model, processor, options.output, report=report, overwrite=options.overwrite
+    )
     for line in story(report):
         print(line)
     print(f"{len(report.modules)} modules quantized to {options.scheme}; saved in {path.name}")
@@ -69,11 +121,21 @@ def run(options: argparse.Namespace) -> int:
 
 def _refuse_unused(options: argparse.Namespace) -> None:
     """An option that would change nothing is an error: whoever gives it expects something of it."""
-    given = [f"--{name.replace('_', '-')}" for name in _SEARCH if getattr(options, name) not in (None, False)]
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in _SEARCH
+        if getattr(options, name) not in (None, False)
+    ]
     if given and options.method == "rtn":
-        raise ValueError(f"{', '.join(given)}: plain rounding uses no data: leave it out, or leave out --method rtn.")
+        raise ValueError(
+            f"{', '.join(given)}: plain rounding uses no data: leave it out, or leave out --method "
+            f"rtn."
+        )
     if given and options.dataset is None:
-        raise ValueError(f"{', '.join(given)}: is of the search, which needs samples: give --dataset F too, or leave it out.")
+        raise ValueError(
+            f"{', '.join(given)}: is of the search, which needs samples: give --dataset F too, or "
+            f"leave it out."
+        )
 
 
 def _push(options: argparse.Namespace) -> None:
@@ -81,7 +143,15 @@ def _push(options: argparse.Namespace) -> None:
     try:
         published = publish_folder(options.output, options.repo_id, private=options.private or None)
     except (ValueError, OSError, RuntimeError) as error:
-        again = ["qvlm", "publish", options.output, options.repo_id, *(["--private"] if options.private else [])]
-        raise OSError(f"{error} The model is saved; this publishes it: {shlex.join(again)}") from error
+        again = [
+            "qvlm",
+            "publish",
+            options.output,
+            options.repo_id,
+            *(["--private"] if options.private else []),
+        ]
+        raise OSError(
+            f"{error} The model is saved; this publishes it: {shlex.join(again)}"
+        ) from error
     for line in describe(published):
         print(line)

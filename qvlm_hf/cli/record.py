@@ -16,7 +16,13 @@ __all__ = ["benchmark_entry", "evaluation_entry", "model_label", "shown_command"
 
 
 def evaluation_entry(
-    result: Evaluation, *, dataset: str, seed: int, batch_size: int, reference: str | None, command: str
+    result: Evaluation,
+    *,
+    dataset: str,
+    seed: int,
+    batch_size: int,
+    reference: str | None,
+    command: str,
 ) -> dict[str, Any]:
     """The section "evaluation" of qvlm_report.json.
 
@@ -44,7 +50,10 @@ def benchmark_entry(result: Mapping[str, Any], *, command: str) -> dict[str, Any
         result: of `bench_models`.
         command: that repeats it.
     """
-    rows = [row | {"error": None if row["error"] is None else row["error"].partition(":")[0]} for row in result["rows"]]
+    rows = [
+        row | {"error": None if row["error"] is None else row["error"].partition(":")[0]}
+        for row in result["rows"]
+    ]
     return {**result, "rows": rows, "command": command}
 
 
@@ -53,7 +62,14 @@ def model_label(model: str | Path) -> str:
     return Path(model).resolve().name if Path(model).exists() else str(model)
 
 
-def shown_command(command: str, directory: str | Path, *, dataset: str | None = None, against: str | None = None, **options: Any) -> str:
+def shown_command(
+    command: str,
+    directory: str | Path,
+    *,
+    dataset: str | None = None,
+    against: str | None = None,
+    **options: Any,
+) -> str:
     """A command line that means the same elsewhere.
 
     Args:

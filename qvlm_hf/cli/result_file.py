@@ -16,7 +16,9 @@ _KEYS = ({"accuracy", "questions"}, {"threads", "versions", "rows"})
 
 
 def check_result_file(name: str) -> None:
-    """Checks that `--json name` can be written. What is there stays as it is: opening it would empty a file and end a pipe.
+    """Checks that `--json name` can be written.
+
+    What is there stays as it is: opening it would empty a file and end a pipe.
 
     Raises:
         ValueError: it is a directory, holds something else than an earlier result or may not be
@@ -29,7 +31,9 @@ def check_result_file(name: str) -> None:
         if path.exists() and not os.access(path, os.W_OK):
             raise ValueError(f"--json {name}: may not be written: name another file.")
         if path.is_file() and not _is_result(path):
-            raise ValueError(f"--json {name}: holds no earlier result, so it is not replaced: name another file.")
+            raise ValueError(
+                f"--json {name}: holds no earlier result, so it is not replaced: name another file."
+            )
         if not path.exists():
             path.touch(exist_ok=False)
             path.unlink()
@@ -38,9 +42,13 @@ def check_result_file(name: str) -> None:
             partial.touch(exist_ok=False)
             partial.unlink()
     except FileNotFoundError:
-        raise ValueError(f"--json {name}: the directory does not exist: create it or name another.") from None
+        raise ValueError(
+            f"--json {name}: the directory does not exist: create it or name another."
+        ) from None
     except OSError as error:
-        raise ValueError(f"--json {name}: cannot be written ({error.strerror}): name another file.") from error
+        raise ValueError(
+            f"--json {name}: cannot be written ({error.strerror}): name another file."
+        ) from error
 
 
 def write_result_file(name: str, result: dict[str, Any]) -> None:

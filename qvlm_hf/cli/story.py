@@ -20,7 +20,10 @@ def story(report: CalibrationReport) -> Iterator[str]:
 
 
 def entropy_chart(report: CalibrationReport) -> Iterator[str]:
-    """One bar per pair of consecutive layers: D(k, k+1) in nats (eq. 4); a rule marks where a block ends."""
+    """One bar per pair of consecutive layers: D(k, k+1) in nats (eq.
+
+    4); a rule marks where a block ends.
+    """
     longest = max((d for segment in report.segments for d in segment.entropies), default=0.0)
     for segment in report.segments:
         if not segment.entropies:
@@ -38,8 +41,15 @@ def block_lines(report: CalibrationReport) -> Iterator[str]:
         yield f"{'blocks':<24}{'start':>12}{'greedy':>12}{'joint':>12}{'joint/greedy':>14}"
     for segment in report.segments:
         for block in segment.blocks:
-            first, last = segment.layers.index(block.layers[0]), segment.layers.index(block.layers[-1])
-            name = f"{segment.component} {first}" if first == last else f"{segment.component} {first}-{last}"
+            first, last = (
+                segment.layers.index(block.layers[0]),
+                segment.layers.index(block.layers[-1]),
+            )
+            name = (
+                f"{segment.component} {first}"
+                if first == last
+                else f"{segment.component} {first}-{last}"
+            )
             ratio = block.joint / block.greedy if block.greedy else 1.0
             yield f"  {name:<22}{block.initial:>12.6f}{block.greedy:>12.6f}{block.joint:>12.6f}{ratio:>14.3f}"
 
@@ -58,7 +68,8 @@ def vision_lines(report: CalibrationReport) -> Iterator[str]:
     if (vision := report.vision) is None:
         return
     yield (
-        f"visual encoder optimisation, {vision.epochs} epochs: error on held-out samples {vision.error_before:.4f} -> "
+        f"visual encoder optimisation, {vision.epochs} epochs: error on held-out samples "
+        f"{vision.error_before:.4f} -> "
         f"{vision.error_after:.4f}, {'kept' if vision.kept else 'not kept'}"
     )
     if vision.depth_before is not None and vision.depth_after is not None:

@@ -1,8 +1,9 @@
 """Messages of the library in the words of the command line.
 
 The library names an argument as `name=value`, as `name=` alone, or, if it is of several words, as
-the `several_words: ` that a message begins with. Where the command has an option, or an argument, of that name, it stands instead.
-Behind "quantize with" stand those of `qvlm quantize`, whichever command runs.
+the `several_words: ` that a message begins with. Where the command has an option, or an argument,
+of that name, it stands instead. Behind "quantize with" stand those of `qvlm quantize`, whichever
+command runs.
 """
 
 import argparse

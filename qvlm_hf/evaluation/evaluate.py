@@ -1,9 +1,11 @@
 """Asks a model the questions of a data set and counts the right answers; compares it with another model question by question.
 
-One teacher-forced forward pass answers a whole batch: the model reads question and expected answer, and its prediction at every answer
-position is compared with what stands there. Greedy decoding would produce exactly this answer, end of sequence included, if and only if
-all of these predictions agree: up to the first that does not, decoding and the forward pass have read the same tokens. So this is the
-exact-match accuracy of greedy decoding at a small part of its cost. (A numerical tie between two tokens is the one exception.)
+One teacher-forced forward pass answers a whole batch: the model reads question and expected answer,
+and its prediction at every answer position is compared with what stands there. Greedy decoding
+would produce exactly this answer, end of sequence included, if and only if all of these predictions
+agree: up to the first that does not, decoding and the forward pass have read the same tokens. So
+this is the exact-match accuracy of greedy decoding at a small part of its cost. (A numerical tie
+between two tokens is the one exception.)
 
 Left out: free-form answers. A model that says "a cat" where "cat" is expected is wrong here.
 """
@@ -15,10 +17,24 @@ from typing import Any
 import torch
 
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
-from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, Processor, Sample, collate, fingerprint, longest_sample
+from qvlm_hf.calibration.samples import (
+    IGNORE_INDEX,
+    Batch,
+    Processor,
+    Sample,
+    collate,
+    fingerprint,
+    longest_sample,
+)
 from qvlm_hf.calibration.settings import whole_number
 from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.evaluation.metrics import Interval, PairedCounts, Proportion, mcnemar_p_value, paired_difference
+from qvlm_hf.evaluation.metrics import (
+    Interval,
+    PairedCounts,
+    Proportion,
+    mcnemar_p_value,
+    paired_difference,
+)
 
 __all__ = ["Comparison", "Evaluation", "evaluate", "format_comparison"]
 
@@ -55,7 +71,8 @@ class Evaluation:
         kinds: kind of each question, None where the data set names none.
         origins: where each question was read.
         data_fingerprint: `fingerprint` of the samples.
-        answer_logits: per question [answer tokens, vocabulary] on the CPU, in the model's dtype; only with `keep_logits`.
+        answer_logits: per question [answer tokens, vocabulary] on the CPU, in the model's dtype;
+            only with `keep_logits`.
         comparison: with the reference, if one was given.
     """
 
@@ -78,7 +95,10 @@ class Evaluation:
         for kind, right in zip(self.kinds, self.correct, strict=True):
             if kind is not None:
                 groups.setdefault(kind, []).append(right)
-        return {kind: Proportion(successes=sum(group), total=len(group)) for kind, group in sorted(groups.items())}
+        return {
+            kind: Proportion(successes=sum(group), total=len(group))
+            for kind, group in sorted(groups.items())
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the logits, for JSON."""
@@ -108,17 +128,22 @@ def evaluate(
     """Measures exact-match accuracy, and compares with a reference if there is one.
 
     Args:
-        model: called with the processor's tensors, returns `.logits`; runs where its parameters are.
+        model: called with the processor's tensors, returns `.logits`; runs where its parameters
+            are.
         samples: with answers; of a chat with several turns the last answer counts.
         processor: of both models.
-        batch_size: questions per forward pass; they are sorted by length, and reported in input order.
-        reference: the full-precision model, run on the same batches, or its `Evaluation` on the same samples with `keep_logits=True`.
-        keep_logits: keep the logits at answer positions, so that other models can be compared without running this one again.
+        batch_size: questions per forward pass; they are sorted by length, and reported in input
+            order.
+        reference: the full-precision model, run on the same batches, or its `Evaluation` on the
+            same samples with `keep_logits=True`.
+        keep_logits: keep the logits at answer positions, so that other models can be compared
+            without running this one again.
         progress: called with (questions done, questions in all) after every batch.
 
     Raises:
-        ValueError: for no samples, a sample without an answer, a reference that belongs to other samples or kept no logits, logits that
-            are not numbers, a sample that the model has no positions for, and as `collate` does.
+        ValueError: for no samples, a sample without an answer, a reference that belongs to other
+            samples or kept no logits, logits that are not numbers, a sample that the model has no
+            positions for, and as `collate` does.
     """
     _check_samples(samples)
     batch_size = whole_number("batch_size", batch_size, 1)
@@ -131,7 +156,9 @@ def evaluate(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = collate([samples[index] for index in indices], processor, max_tokens=longest)
-        answers |= zip(indices, _batch_answers(model, batch, reference, indices, keep_logits), strict=True)
+        answers |= zip(
+            indices, _batch_answers(model, batch, reference, indices, keep_logits), strict=True
+        )
         if progress is not None:
             progress(len(answers), len(samples))
     in_order = [answers[index] for index in range(len(samples))]
@@ -140,7 +167,9 @@ def evaluate(
         kinds=tuple(sample.kind for sample in samples),
         origins=tuple(sample.origin for sample in samples),
         data_fingerprint=data,
-        answer_logits=tuple(answer.logits for answer in in_order if answer.logits is not None) if keep_logits else None,
+        answer_logits=tuple(answer.logits for answer in in_order if answer.logits is not None)
+        if keep_logits
+        else None,
     )
     return evaluation if reference is None else replace(evaluation, comparison=_compare(in_order))
 
@@ -161,25 +190,38 @@ def _check_samples(samples: Sequence[Sample]) -> None:
         raise ValueError("evaluate got no samples; give at least one")
     for sample in samples:
         if sample.answer is None:
-            raise ValueError(f"{sample.origin}: has no answer to compare with; add one or leave the sample out")
+            raise ValueError(
+                f"{sample.origin}: has no answer to compare with; add one or leave the sample out"
+            )
 
 
 def _check_reference(reference: Evaluation, data: str) -> None:
     if reference.data_fingerprint != data:
-        raise ValueError("the reference was evaluated on other samples; evaluate both models on the same samples in the same order")
+        raise ValueError(
+            "the reference was evaluated on other samples; evaluate both models on the same "
+            "samples in the same order"
+        )
     if reference.answer_logits is None:
-        raise ValueError("the reference kept no logits; evaluate it with keep_logits=True, or pass the reference model itself")
+        raise ValueError(
+            "the reference kept no logits; evaluate it with keep_logits=True, or pass the "
+            "reference model itself"
+        )
 
 
 def _length(sample: Sample) -> int:
     """A stand-in for the number of tokens, good enough to put samples of like length side by side."""
     parts = [part for message in sample.messages for part in message["content"]]
-    # A picture is hundreds of tokens: count it as more than any question has characters in common use.
+    # A picture is hundreds of tokens: count it as more than any question has characters in common
+    # use.
     return sum(len(part["text"]) if part["type"] == "text" else 2000 for part in parts)
 
 
 def _batch_answers(
-    model: torch.nn.Module, batch: Batch, reference: torch.nn.Module | Evaluation | None, indices: Sequence[int], keep_logits: bool
+    model: torch.nn.Module,
+    batch: Batch,
+    reference: torch.nn.Module | Evaluation | None,
+    indices: Sequence[int],
+    keep_logits: bool,
 ) -> Iterator[_Answer]:
     logits = answer_logits(model, batch)
     expected: Sequence[torch.Tensor] | None = None
@@ -190,10 +232,16 @@ def _batch_answers(
         expected = answer_logits(reference, batch)
     for row, own in enumerate(logits):
         labels = batch.labels[row][batch.labels[row] != IGNORE_INDEX]
-        answer = _Answer(correct=_is_right(own, labels), tokens=len(labels), logits=own.cpu() if keep_logits else None)
+        answer = _Answer(
+            correct=_is_right(own, labels),
+            tokens=len(labels),
+            logits=own.cpu() if keep_logits else None,
+        )
         if expected is not None:
             other = expected[row].to(own.device)
-            answer = replace(answer, reference_correct=_is_right(other, labels), kl=answer_kl(other, own))
+            answer = replace(
+                answer, reference_correct=_is_right(other, labels), kl=answer_kl(other, own)
+            )
         yield answer
 
 
@@ -202,11 +250,15 @@ def _is_right(logits: torch.Tensor, labels: torch.Tensor) -> bool:
 
 
 def _compare(answers: Sequence[_Answer]) -> Comparison:
-    counts = PairedCounts.of([answer.reference_correct for answer in answers], [answer.correct for answer in answers])
+    counts = PairedCounts.of(
+        [answer.reference_correct for answer in answers], [answer.correct for answer in answers]
+    )
     difference, interval = paired_difference(counts)
     tokens = sum(answer.tokens for answer in answers)
     return Comparison(
-        reference_accuracy=Proportion(successes=counts.both_right + counts.only_first, total=counts.total),
+        reference_accuracy=Proportion(
+            successes=counts.both_right + counts.only_first, total=counts.total
+        ),
         counts=counts,
         p_value=mcnemar_p_value(counts),
         difference=difference,
@@ -216,10 +268,12 @@ def _compare(answers: Sequence[_Answer]) -> Comparison:
     )
 
 
-# ---- output --------------------------------------------------------------------------------------------------------------------------
+# ---- output --------------------------------------------------------------------------------------
 
 
-def format_comparison(evaluation: Evaluation, *, name: str = "quantized", reference_name: str = "full precision") -> list[str]:
+def format_comparison(
+    evaluation: Evaluation, *, name: str = "quantized", reference_name: str = "full precision"
+) -> list[str]:
     """Writes an evaluation as lines of text for a terminal: accuracy, kinds and, if there is a reference, the comparison."""
     lines = [f"{name}: accuracy {_percent(evaluation.accuracy)}"]
     lines += [f"  {kind}: {_percent(share)}" for kind, share in evaluation.by_kind.items()]
@@ -230,10 +284,13 @@ def format_comparison(evaluation: Evaluation, *, name: str = "quantized", refere
     return [
         f"{reference_name}: accuracy {_percent(found.reference_accuracy)}",
         *lines,
-        f"difference {100 * found.difference:+.1f} points [{100 * ends.low:+.1f}, {100 * ends.high:+.1f}], McNemar p = {found.p_value:.3g}",
-        f"both right {counts.both_right}, only {reference_name} {counts.only_first}, only {name} {counts.only_second}, "
+        f"difference {100 * found.difference:+.1f} points [{100 * ends.low:+.1f}, "
+        f"{100 * ends.high:+.1f}], McNemar p = {found.p_value:.3g}",
+        f"both right {counts.both_right}, only {reference_name} {counts.only_first}, only {name} "
+        f"{counts.only_second}, "
         f"both wrong {counts.both_wrong}",
-        f"KL({reference_name} || {name}) {found.kl:.4g} nats per answer token ({found.answer_tokens} tokens)",
+        f"KL({reference_name} || {name}) {found.kl:.4g} nats per answer token "
+        f"({found.answer_tokens} tokens)",
     ]
 
 
@@ -243,7 +300,12 @@ def _percent(share: Proportion) -> str:
 
 
 def _proportion_dict(share: Proportion) -> dict[str, Any]:
-    return {"value": share.value, "interval": [share.interval.low, share.interval.high], "correct": share.successes, "total": share.total}
+    return {
+        "value": share.value,
+        "interval": [share.interval.low, share.interval.high],
+        "correct": share.successes,
+        "total": share.total,
+    }
 
 
 def _comparison_dict(found: Comparison) -> dict[str, Any]:

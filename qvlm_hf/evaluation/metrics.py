@@ -1,18 +1,26 @@
 """Accuracy with intervals, paired comparison of two models on the same questions, divergence of their answers.
 
-Two models that answer the same questions are compared question by question: most of the difference between two test sets cancels, and a
-quantized model that is right 942 times of 1000 where the original is right 945 times is told apart from chance by the questions on which
-they disagree, not by the two accuracies.
+Two models that answer the same questions are compared question by question: most of the difference
+between two test sets cancels, and a quantized model that is right 942 times of 1000 where the
+original is right 945 times is told apart from chance by the questions on which they disagree, not
+by the two accuracies.
 
-Sources: E. B. Wilson, JASA 22 (1927) 209; R. G. Newcombe, Statistics in Medicine 17 (1998) 2635 (method 10); Q. McNemar, Psychometrika 12
-(1947) 153, in its exact (binomial) form.
+Sources: E. B. Wilson, JASA 22 (1927) 209; R. G. Newcombe, Statistics in Medicine 17 (1998) 2635
+(method 10); Q. McNemar, Psychometrika 12 (1947) 153, in its exact (binomial) form.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-__all__ = ["Interval", "PairedCounts", "Proportion", "mcnemar_p_value", "paired_difference", "wilson_interval"]
+__all__ = [
+    "Interval",
+    "PairedCounts",
+    "Proportion",
+    "mcnemar_p_value",
+    "paired_difference",
+    "wilson_interval",
+]
 
 _Z95 = 1.959963984540054  # 0.975 quantile of the standard normal distribution
 
@@ -38,7 +46,10 @@ class Proportion:
 
     def __post_init__(self) -> None:
         if self.total < 1 or not 0 <= self.successes <= self.total:
-            raise ValueError(f"{self.successes} of {self.total} is no proportion; it takes 0 <= successes <= total and total >= 1")
+            raise ValueError(
+                f"{self.successes} of {self.total} is no proportion; it takes 0 <= successes <= "
+                f"total and total >= 1"
+            )
 
     @property
     def value(self) -> float:
@@ -68,7 +79,10 @@ class PairedCounts:
             ValueError: if the lists differ in length.
         """
         if len(first) != len(second):
-            raise ValueError(f"{len(first)} and {len(second)} answers cannot be paired; evaluate both models on the same samples")
+            raise ValueError(
+                f"{len(first)} and {len(second)} answers cannot be paired; evaluate both models on "
+                f"the same samples"
+            )
         pairs = list(zip(first, second, strict=True))
         return cls(
             both_right=sum(a and b for a, b in pairs),
@@ -93,7 +107,8 @@ def wilson_interval(successes: int, total: int) -> Interval:
     center = share + square / (2 * total)
     spread = _Z95 * sqrt(share * (1 - share) / total + square / (4 * total**2))
     scale = 1 + square / total
-    # The ends are exact in theory where nothing or everything succeeded; rounding would leave 1e-17.
+    # The ends are exact in theory where nothing or everything succeeded; rounding would leave
+    # 1e-17.
     low = 0.0 if successes == 0 else (center - spread) / scale
     high = 1.0 if successes == total else (center + spread) / scale
     return Interval(low=low, high=high)
@@ -102,9 +117,13 @@ def wilson_interval(successes: int, total: int) -> Interval:
 def mcnemar_p_value(counts: PairedCounts) -> float:
     """Exact two-sided McNemar test: how likely is a split of the disagreements at least this uneven if both models are equally good.
 
-    Binomial(only_first + only_second, 1/2); 1.0 if they never disagree. Exact integers, so any number of questions is fine.
+    Binomial(only_first + only_second, 1/2); 1.0 if they never disagree. Exact integers, so any
+    number of questions is fine.
     """
-    disagreements, fewer = counts.only_first + counts.only_second, min(counts.only_first, counts.only_second)
+    disagreements, fewer = (
+        counts.only_first + counts.only_second,
+        min(counts.only_first, counts.only_second),
+    )
     tail = ways = 1
     for k in range(fewer):
         ways = ways * (disagreements - k) // (k + 1)  # binomial coefficient (disagreements, k + 1)
@@ -115,8 +134,8 @@ def mcnemar_p_value(counts: PairedCounts) -> float:
 def paired_difference(counts: PairedCounts) -> tuple[float, Interval]:
     """Accuracy of the second model minus that of the first, with Newcombe's 95 % interval for paired proportions (his method 10).
 
-    The interval joins the two Wilson intervals and takes the correlation of the answers into account; unlike Wald's it does not shrink to
-    a point when the models never disagree.
+    The interval joins the two Wilson intervals and takes the correlation of the answers into
+    account; unlike Wald's it does not shrink to a point when the models never disagree.
 
     Raises:
         ValueError: if there are no questions.
@@ -127,9 +146,14 @@ def paired_difference(counts: PairedCounts) -> tuple[float, Interval]:
     difference, phi = (counts.only_second - counts.only_first) / total, _correlation(counts)
     down_first, up_first = first.value - first.interval.low, first.interval.high - first.value
     down_second, up_second = second.value - second.interval.low, second.interval.high - second.value
-    # The radicand is a square plus (1 - phi) times a product of lengths; max() drops a rounding error below zero.
-    low = difference - sqrt(max(0.0, down_second**2 - 2 * phi * down_second * up_first + up_first**2))
-    high = difference + sqrt(max(0.0, up_second**2 - 2 * phi * up_second * down_first + down_first**2))
+    # The radicand is a square plus (1 - phi) times a product of lengths; max() drops a rounding
+    # error below zero.
+    low = difference - sqrt(
+        max(0.0, down_second**2 - 2 * phi * down_second * up_first + up_first**2)
+    )
+    high = difference + sqrt(
+        max(0.0, up_second**2 - 2 * phi * up_second * down_first + down_first**2)
+    )
     return difference, Interval(low=max(-1.0, low), high=min(1.0, high))
 
 

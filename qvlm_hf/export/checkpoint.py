@@ -1,8 +1,9 @@
 """A saved quantized model in another format, for programs that do not know this package.
 
-The files are read tensor by tensor and written anew; the model itself is never built and nothing is computed with it. Module by module,
-compressed_tensors.py says what becomes of the tensors, or why nothing can. Names are those of the LLaVA checkpoints on the Hub
-(`language_model.model...`, `vision_tower.vision_model...`): Transformers reads several layouts, vLLM this one alone.
+The files are read tensor by tensor and written anew; the model itself is never built and nothing is
+computed with it. Module by module, compressed_tensors.py says what becomes of the tensors, or why
+nothing can. Names are those of the LLaVA checkpoints on the Hub (`language_model.model...`,
+`vision_tower.vision_model...`): Transformers reads several layouts, vLLM this one alone.
 """
 
 from __future__ import annotations
@@ -22,8 +23,21 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from qvlm_hf.export.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
-from qvlm_hf.hf.checks import TensorHeader, check_complete, check_files, check_modules, check_values, read_headers
+from qvlm_hf.export.compressed_tensors import (
+    Stored,
+    convert,
+    quantization_config,
+    stored_as,
+    with_one_group_size,
+)
+from qvlm_hf.hf.checks import (
+    TensorHeader,
+    check_complete,
+    check_files,
+    check_modules,
+    check_values,
+    read_headers,
+)
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.directory import weight_files
 from qvlm_hf.hf.registry import QUANT_METHOD
@@ -86,8 +100,8 @@ def export(
         max_shard_size: of one safetensors file.
 
     Raises:
-        ValueError: before anything is written: `directory` holds no quantized model or a damaged one, no consumer of the format runs its
-            scheme, or `output` may not be written.
+        ValueError: before anything is written: `directory` holds no quantized model or a damaged
+            one, no consumer of the format runs its scheme, or `output` may not be written.
         OSError: writing failed; `output` is as it was.
     """
     if format not in EXPORT_FORMATS:
@@ -96,14 +110,18 @@ def export(
     source = Path(directory).resolve()
     plan = _plan(source)
     if target.is_relative_to(source):
-        raise ValueError(f"{output}: is, or lies in, the model that is read: choose another directory.")
+        raise ValueError(
+            f"{output}: is, or lies in, the model that is read: choose another directory."
+        )
     modules = {canonical_name(name): kind for name, kind in plan.stored.items()}
     full_precision = [canonical_name(name) for name in plan.full_precision]
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(modules, full_precision)
     with written_whole(target) as partial:
         save_torch_state_dict(dict(_tensors(plan)), partial, max_shard_size=max_shard_size)
-        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (partial / "config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         for pattern in FILES:  # of the processor; notes and keys that lie there stay behind
             for file in sorted(source.glob(pattern)):
                 name = file.relative_to(source)
@@ -128,7 +146,10 @@ def hub_name(name: str, *, nested_vision: bool) -> str:
     if name.startswith("lm_head."):
         return f"language_model.{name}"
     part, _, rest = canonical_name(name).removeprefix("model.").partition(".")
-    inside = {"language_model": "model.", "vision_tower": "vision_model." if nested_vision else ""}.get(part, "")
+    inside = {
+        "language_model": "model.",
+        "vision_tower": "vision_model." if nested_vision else "",
+    }.get(part, "")
     return f"{part}.{inside}{rest}" if rest else part
 
 
@@ -138,7 +159,9 @@ def _plan(source: Path) -> _Plan:
     config = AutoConfig.from_pretrained(source)
     saved = getattr(config, "quantization_config", None)
     if not isinstance(saved, Mapping) or saved.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"{source}: is not quantized by qvlm_hf: name the directory that qvlm quantize wrote.")
+        raise ValueError(
+            f"{source}: is not quantized by qvlm_hf: name the directory that qvlm quantize wrote."
+        )
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -147,7 +170,9 @@ def _plan(source: Path) -> _Plan:
     headers = read_headers(model, files)
     layouts = check_modules(model, QVLMConfig.from_dict(saved).modules, headers)
     check_complete(model, headers)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     in_features = {name: linears[name].in_features for name in layouts}
     stored = {
         name: stored_as(
@@ -173,7 +198,10 @@ def _plan(source: Path) -> _Plan:
 def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the export under its name there."""
     with ExitStack() as stack:
-        opened = {os.path.basename(file): stack.enter_context(safe_open(file, framework="pt")) for file in plan.files}
+        opened = {
+            os.path.basename(file): stack.enter_context(safe_open(file, framework="pt"))
+            for file in plan.files
+        }
 
         def read(name: str) -> Tensor:
             header = plan.headers[name]
@@ -188,9 +216,18 @@ def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
             elif part == "weight":
                 parts = {other.rpartition(".")[2]: read(other) for other in _parts(plan, module)}
                 check_values(module, parts, plan.schemes[module])
-                converted = convert(parts, plan.schemes[module], plan.stored[module], plan.in_features[module], plan.dtype)
+                converted = convert(
+                    parts,
+                    plan.schemes[module],
+                    plan.stored[module],
+                    plan.in_features[module],
+                    plan.dtype,
+                )
                 for converted_part, tensor in converted.items():
-                    yield hub_name(f"{module}.{converted_part}", nested_vision=plan.nested_vision), tensor
+                    yield (
+                        hub_name(f"{module}.{converted_part}", nested_vision=plan.nested_vision),
+                        tensor,
+                    )
 
 
 def _parts(plan: _Plan, module: str) -> list[str]:

@@ -1,7 +1,8 @@
 """The affine grid: ranges to `QParams`, values to integers and back.
 
-q = clamp(round(x / scale) + zero_point, 0, 2^bits - 1), x_hat = scale * (q - zero_point); rounding half to even, division
-(not multiplication by a reciprocal), float32 throughout. Every range is widened to include 0, so the zero point is a level.
+q = clamp(round(x / scale) + zero_point, 0, 2^bits - 1), x_hat = scale * (q - zero_point); rounding
+half to even, division (not multiplication by a reciprocal), float32 throughout. Every range is
+widened to include 0, so the zero point is a level.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["QParams", "choose_qparams", "dequantize", "dynamic_token_qparams", "fake_quantize", "grid_bounds", "quantize", "shift_quantize"]
+__all__ = [
+    "QParams",
+    "choose_qparams",
+    "dequantize",
+    "dynamic_token_qparams",
+    "fake_quantize",
+    "grid_bounds",
+    "quantize",
+    "shift_quantize",
+]
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,9 @@ def choose_qparams(low: Tensor, high: Tensor, bits: int) -> QParams:
     """
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-        raise ValueError("a range holds NaN or infinity: the values it was taken from are not finite.")
+        raise ValueError(
+            "a range holds NaN or infinity: the values it was taken from are not finite."
+        )
     return _grid(low, high, bits)
 
 
@@ -71,7 +83,11 @@ def shift_quantize(x: Tensor, qparams: QParams) -> Tensor:
     """q - zero_point as float32, same shape as `x`: the integers that the integer product multiplies."""
     zero_point = qparams.zero_point.to(torch.float32)
     # clamp(r + z, 0, top) - z == clamp(r, -z, top - z): the same integers, one pass fewer
-    return torch.div(x.float(), qparams.scale).round_().clamp_(-zero_point, 2**qparams.bits - 1 - zero_point)
+    return (
+        torch.div(x.float(), qparams.scale)
+        .round_()
+        .clamp_(-zero_point, 2**qparams.bits - 1 - zero_point)
+    )
 
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:

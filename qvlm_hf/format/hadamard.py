@@ -1,7 +1,8 @@
 """The normalised Hadamard transform in consecutive blocks of the last dimension.
 
-Sylvester's construction, H_2b = [[H_b, H_b], [H_b, -H_b]], divided by sqrt(b): symmetric and its own inverse, so the same
-function transforms inputs, folds into weights and undoes both. Computed as log2(b) butterfly passes, never as a matrix.
+Sylvester's construction, H_2b = [[H_b, H_b], [H_b, -H_b]], divided by sqrt(b): symmetric and its
+own inverse, so the same function transforms inputs, folds into weights and undoes both. Computed as
+log2(b) butterfly passes, never as a matrix.
 """
 
 import math
@@ -27,7 +28,9 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
         ValueError: `block` is no power of two or does not divide K.
     """
     if block < 1 or block & (block - 1) or x.shape[-1] % block:
-        raise ValueError(f"a Hadamard block of {block} must be a power of two that divides {x.shape[-1]}.")
+        raise ValueError(
+            f"a Hadamard block of {block} must be a power of two that divides {x.shape[-1]}."
+        )
     y = x
     width = 1
     while width < block:

@@ -35,11 +35,15 @@ def pack(values: Tensor, bits: int) -> Tensor:
     if values.dim() != 2:
         raise ValueError(f"values of shape {tuple(values.shape)} must be [rows, in_features].")
     if values.numel() and (int(values.min()) < 0 or int(values.max()) >= 2**bits):
-        raise ValueError(f"values from {int(values.min())} to {int(values.max())} do not fit into {bits} bits.")
+        raise ValueError(
+            f"values from {int(values.min())} to {int(values.max())} do not fit into {bits} bits."
+        )
     rows, length = values.shape
     word, offset = _places(length, bits, values.device)
     words = -(-length * bits // _WORD)
-    stream = values.new_zeros((rows, words + 1), dtype=torch.int64)  # one spare word takes the spill of the last value
+    stream = values.new_zeros(
+        (rows, words + 1), dtype=torch.int64
+    )  # one spare word takes the spill of the last value
     shifted = values.to(torch.int64) << offset
     # No two values share a bit, so adding is or-ing.
     stream.index_add_(1, word, shifted & 0xFFFFFFFF)
@@ -64,12 +68,18 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     words = -(-length * bits // _WORD)
     if packed.dim() != 2 or packed.shape[1] != words:
         raise ValueError(
-            f"a packed weight of shape {tuple(packed.shape)} does not hold {length} values of {bits} bits ({words} words a row)."
+            f"a packed weight of shape {tuple(packed.shape)} does not hold {length} values of "
+            f"{bits} bits ({words} words a row)."
         )
     mask = 2**bits - 1
     if _WORD % bits == 0:
         shifts = torch.arange(0, _WORD, bits, device=packed.device, dtype=torch.int32)
-        return ((packed.unsqueeze(-1) >> shifts) & mask).to(torch.uint8).flatten(1)[:, :length].contiguous()
+        return (
+            ((packed.unsqueeze(-1) >> shifts) & mask)
+            .to(torch.uint8)
+            .flatten(1)[:, :length]
+            .contiguous()
+        )
     word, offset = _places(length, bits, packed.device)
     stream = torch.nn.functional.pad(packed.to(torch.int64) & 0xFFFFFFFF, (0, 1))
     low, high = stream[:, word], stream[:, word + 1]

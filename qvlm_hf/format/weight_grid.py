@@ -1,8 +1,9 @@
 """Weights to integers: per-group ranges chosen by lowest L_p error, rounding to nearest, and back.
 
-Legend: O out_features, I in_features, L group length, G = ceil(I / L) groups; the last group may be short. Scales are rounded
-to bfloat16 BEFORE the integers are chosen, because that is what is stored. The caller folds a static per-channel input scale into
-the columns first (W' = W diag(s), docs/format.md), so that rounding sees the error that counts.
+Legend: O out_features, I in_features, L group length, G = ceil(I / L) groups; the last group may be
+short. Scales are rounded to bfloat16 BEFORE the integers are chosen, because that is what is
+stored. The caller folds a static per-channel input scale into the columns first (W' = W diag(s),
+docs/format.md), so that rounding sees the error that counts.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,14 @@ from torch import Tensor
 
 from qvlm_hf.format.scheme import QuantScheme
 
-__all__ = ["QuantizedWeight", "chosen_clip", "group_expand", "grouped_weight", "not_finite", "quantize_weight"]
+__all__ = [
+    "QuantizedWeight",
+    "chosen_clip",
+    "group_expand",
+    "grouped_weight",
+    "not_finite",
+    "quantize_weight",
+]
 
 # Factors on a group's min-max range that are tried.
 _SHRINK = tuple(1.0 - 0.04 * step for step in range(11))
@@ -38,7 +46,9 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """float32 [O, I]: scale * (value - zero_point)."""
         length = self.values.shape[1]
-        shifted = self.values.to(torch.float32) - group_expand(self.zero_point, self.group_length, length).to(torch.float32)
+        shifted = self.values.to(torch.float32) - group_expand(
+            self.zero_point, self.group_length, length
+        ).to(torch.float32)
         return shifted * group_expand(self.scale, self.group_length, length).to(torch.float32)
 
 
@@ -53,13 +63,17 @@ def not_finite(dtype: torch.dtype) -> str:
     return f"holds NaN or infinity: repair the checkpoint{wider} before quantizing it."
 
 
-def quantize_weight(weight: Tensor, scheme: QuantScheme, clip: Tensor | None = None) -> QuantizedWeight:
+def quantize_weight(
+    weight: Tensor, scheme: QuantScheme, clip: Tensor | None = None
+) -> QuantizedWeight:
     """Rounds a weight to nearest on per-group grids whose ranges have the lowest L_2.4 error.
 
     Args:
-        weight: [O, I], already multiplied by the input scale where the input is quantized per channel.
+        weight: [O, I], already multiplied by the input scale where the input is quantized per
+            channel.
         scheme: gives weight_bits, group_size and symmetric.
-        clip: [O, G], factors on the groups' ranges that are used instead of those of the lowest error.
+        clip: [O, G], factors on the groups' ranges that are used instead of those of the lowest
+            error.
 
     Returns:
         The integers and their parameters.
@@ -76,16 +90,31 @@ def quantize_weight(weight: Tensor, scheme: QuantScheme, clip: Tensor | None = N
     for shrink in _SHRINK if clip is None else (clip,):
         scale, zero = _range_to_grid(low * shrink, high * shrink, scheme)
         error = (
-            (_round(grouped, scale, zero, scheme.weight_bits).sub_(zero.unsqueeze(-1)).mul_(scale.float().unsqueeze(-1)) - grouped)
+            (
+                _round(grouped, scale, zero, scheme.weight_bits)
+                .sub_(zero.unsqueeze(-1))
+                .mul_(scale.float().unsqueeze(-1))
+                - grouped
+            )
             .abs_()
             .pow_(_NORM)
             .sum(-1)
         )
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    values = _round(grouped, best_scale, best_zero, scheme.weight_bits).flatten(1)[:, : weight.shape[1]]
-    return QuantizedWeight(values.to(torch.uint8).contiguous(), best_scale, best_zero.to(torch.uint8), scheme.group_length(weight.shape[1]))
+        best_scale, best_zero = (
+            torch.where(better, scale, best_scale),
+            torch.where(better, zero, best_zero),
+        )
+    values = _round(grouped, best_scale, best_zero, scheme.weight_bits).flatten(1)[
+        :, : weight.shape[1]
+    ]
+    return QuantizedWeight(
+        values.to(torch.uint8).contiguous(),
+        best_scale,
+        best_zero.to(torch.uint8),
+        scheme.group_length(weight.shape[1]),
+    )
 
 
 def chosen_clip(weight: Tensor, quantized: QuantizedWeight, scheme: QuantScheme) -> Tensor:
@@ -99,7 +128,9 @@ def chosen_clip(weight: Tensor, quantized: QuantizedWeight, scheme: QuantScheme)
 def grouped_weight(weight: Tensor, scheme: QuantScheme) -> Tensor:
     """[O, I] -> [O, G, L], the last group filled with zeros: 0 is in every range and always exact, so they change nothing."""
     length, groups = scheme.group_length(weight.shape[1]), scheme.groups(weight.shape[1])
-    return torch.nn.functional.pad(weight, (0, groups * length - weight.shape[1])).unflatten(1, (groups, length))
+    return torch.nn.functional.pad(weight, (0, groups * length - weight.shape[1])).unflatten(
+        1, (groups, length)
+    )
 
 
 def _range_to_grid(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
@@ -107,14 +138,26 @@ def _range_to_grid(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tens
     top = 2**scheme.weight_bits - 1
     half = 2 ** (scheme.weight_bits - 1)
     # levels -half ... half-1 when symmetric: the positive side has one level less
-    scale = torch.maximum(-low / half, high / (half - 1)) if scheme.symmetric else (high - low) / top
+    scale = (
+        torch.maximum(-low / half, high / (half - 1)) if scheme.symmetric else (high - low) / top
+    )
     scale = scale.to(torch.bfloat16)
-    # below the smallest normal float a scale would be 0 or lose its precision; such a group is all but zero
+    # below the smallest normal float a scale would be 0 or lose its precision; such a group is all
+    # but zero
     scale = torch.where(scale >= torch.finfo(torch.bfloat16).tiny, scale, torch.ones_like(scale))
-    zero = torch.full_like(low, half) if scheme.symmetric else torch.round(-low / scale.float()).clamp_(0, top)
+    zero = (
+        torch.full_like(low, half)
+        if scheme.symmetric
+        else torch.round(-low / scale.float()).clamp_(0, top)
+    )
     return scale, zero
 
 
 def _round(grouped: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Nearest integers 0 ... 2^bits - 1 as float32 [O, G, L]."""
-    return torch.div(grouped, scale.float().unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, 2**bits - 1)
+    return (
+        torch.div(grouped, scale.float().unsqueeze(-1))
+        .round_()
+        .add_(zero.unsqueeze(-1))
+        .clamp_(0, 2**bits - 1)
+    )

@@ -1,9 +1,11 @@
 """Tells Transformers of "qvlm" in programs that never import qvlm_hf.
 
-`qvlm autoload install` copies the text of this file into a `.pth` file, where it runs when a program imports Transformers' table of
-quantization methods: so it stands alone and has no types. The table gets an entry for "qvlm" that imports qvlm_hf once a checkpoint asks
-for it; every other program that uses Transformers is spared the import, and whatever could go wrong in it. Nothing raised here reaches the
-program: a table that cannot be taught is one line of warning, and without qvlm_hf nothing happens at all.
+`qvlm autoload install` copies the text of this file into a `.pth` file, where it runs when a
+program imports Transformers' table of quantization methods: so it stands alone and has no types.
+The table gets an entry for "qvlm" that imports qvlm_hf once a checkpoint asks for it; every other
+program that uses Transformers is spared the import, and whatever could go wrong in it. Nothing
+raised here reaches the program: a table that cannot be taught is one line of warning, and without
+qvlm_hf nothing happens at all.
 """
 
 __all__ = ["TABLE", "find", "teach"]
@@ -56,4 +58,8 @@ def teach(module):
     except Exception as error:
         from warnings import warn
 
-        warn(f"qvlm autoload does not fit this Transformers ({error!r}): import qvlm_hf, or run: qvlm autoload remove", stacklevel=2)
+        warn(
+            f"qvlm autoload does not fit this Transformers ({error!r}): import qvlm_hf, or run: "
+            f"qvlm autoload remove",
+            stacklevel=2,
+        )

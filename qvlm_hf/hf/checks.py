@@ -1,7 +1,8 @@
 """What a quantized checkpoint must satisfy: before a weight is read (files and headers) and after (values).
 
-Transformers alone loads a packed tensor of the wrong dtype, a missing scale or a NaN in silence, and opens a file outside the directory if
-the shard index says so. Every finding here is a one-line ValueError: what, which file or tensor, how to mend it.
+Transformers alone loads a packed tensor of the wrong dtype, a missing scale or a NaN in silence,
+and opens a file outside the directory if the shard index says so. Every finding here is a one-line
+ValueError: what, which file or tensor, how to mend it.
 """
 
 from __future__ import annotations
@@ -76,18 +77,26 @@ def check_files(files: Sequence[str] | None, root: str) -> None:
         root: the directory (or Hub id) that was asked for.
 
     Raises:
-        ValueError: no file, another format than safetensors, or a shard outside the checkpoint's own directory.
+        ValueError: no file, another format than safetensors, or a shard outside the checkpoint's
+            own directory.
     """
     if not files:
-        raise ValueError("a quantized model is loaded from safetensors files: pass a directory or a Hub id, not a state_dict.")
+        raise ValueError(
+            "a quantized model is loaded from safetensors files: pass a directory or a Hub id, not "
+            "a state_dict."
+        )
     for file in files:
         if not file.endswith(".safetensors"):
-            raise ValueError(f"{file}: quantized weights must be safetensors, and no pickle is ever opened: {_AGAIN} as .safetensors.")
+            raise ValueError(
+                f"{file}: quantized weights must be safetensors, and no pickle is ever opened: "
+                f"{_AGAIN} as .safetensors."
+            )
     folders = {os.path.dirname(os.path.abspath(file)) for file in files}
     inside = os.path.abspath(root) if os.path.isdir(root) else next(iter(folders))
     if len(folders) > 1 or os.path.commonpath([inside, *folders]) != inside:
         raise ValueError(
-            f"{root}: the shard index names files in other directories ({sorted(folders)[0]}): do not trust this checkpoint, {_AGAIN}."
+            f"{root}: the shard index names files in other directories ({sorted(folders)[0]}): do "
+            f"not trust this checkpoint, {_AGAIN}."
         )
 
 
@@ -120,7 +129,10 @@ def read_headers(model: PreTrainedModel, files: Sequence[str]) -> dict[str, Tens
         for key, dtype, shape in tensor_headers(file):
             header = TensorHeader(file=os.path.basename(file), key=key, dtype=dtype, shape=shape)
             if (name := in_model(key)) in headers:
-                raise ValueError(f"{header.where}: the tensor is also in {headers[name].where}: the directory mixes two models, {_AGAIN}.")
+                raise ValueError(
+                    f"{header.where}: the tensor is also in {headers[name].where}: the directory "
+                    f"mixes two models, {_AGAIN}."
+                )
             headers[name] = header
     return headers
 
@@ -139,15 +151,29 @@ def check_modules(
         Module name in `model` -> what its skeleton needs.
 
     Raises:
-        ValueError: a module is in one of the three and not in another, or a tensor is missing, one too many, or has another dtype or shape
-            than the format says.
+        ValueError: a module is in one of the three and not in another, or a tensor is missing, one
+            too many, or has another dtype or shape than the format says.
     """
     if not modules:
-        raise ValueError("config.json: quantization_config lists no modules: the checkpoint is damaged, " + _AGAIN + ".")
-    linears = {canonical_name(name): name for name, module in model.named_modules() if type(module) is nn.Linear}
-    tied = {canonical_name(key.removesuffix(".weight")) for pair in model.all_tied_weights_keys.items() for key in pair}
+        raise ValueError(
+            "config.json: quantization_config lists no modules: the checkpoint is damaged, "
+            + _AGAIN
+            + "."
+        )
+    linears = {
+        canonical_name(name): name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+    }
+    tied = {
+        canonical_name(key.removesuffix(".weight"))
+        for pair in model.all_tied_weights_keys.items()
+        for key in pair
+    }
     prefix = f"{model.base_model_prefix}."
-    bare = not hasattr(model, model.base_model_prefix)  # LlavaModel itself: no "model." in front, no head
+    bare = not hasattr(
+        model, model.base_model_prefix
+    )  # LlavaModel itself: no "model." in front, no head
     packed = {key.removesuffix(".weight_scale") for key in headers if key.endswith(".weight_scale")}
     layouts = {}
     for name, scheme in modules.items():
@@ -156,7 +182,8 @@ def check_modules(
         local = linears.get(name.removeprefix(prefix) if bare else name)
         if local is None or name in tied:
             raise ValueError(
-                f"config.json: quantization_config lists {name!r}, which the model does not have as a linear module of its own: {_AGAIN}."
+                f"config.json: quantization_config lists {name!r}, which the model does not have "
+                f"as a linear module of its own: {_AGAIN}."
             )
         linear: Any = model.get_submodule(local)
         layouts[local] = _check_module(local, linear, scheme, headers)
@@ -166,7 +193,8 @@ def check_modules(
     if packed:
         name = min(packed)
         raise ValueError(
-            f"{headers[name + '.weight_scale'].where}: belongs to a quantized module that config.json does not list: {_AGAIN}."
+            f"{headers[name + '.weight_scale'].where}: belongs to a quantized module that "
+            f"config.json does not list: {_AGAIN}."
         )
     return layouts
 
@@ -186,22 +214,28 @@ def check_complete(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) 
         and not any(pattern.search(key) for pattern in ignored)
     ]
     if missing:
-        raise ValueError(f"{model.config.name_or_path}: {len(missing)} tensors are missing, among them {missing[0]}: {_AGAIN}.")
+        raise ValueError(
+            f"{model.config.name_or_path}: {len(missing)} tensors are missing, among them "
+            f"{missing[0]}: {_AGAIN}."
+        )
 
 
 def check_loaded(model: nn.Module) -> None:
     """Checks the values of every quantized module and every other parameter; offloaded ones are fetched one by one.
 
     Raises:
-        ValueError: a tensor of a quantized module did not come from the files, a scale is not finite and positive, a zero point is outside
-            its grid, or a parameter holds NaN or infinity, which integer kernels would turn into numbers.
+        ValueError: a tensor of a quantized module did not come from the files, a scale is not
+            finite and positive, a zero point is outside its grid, or a parameter holds NaN or
+            infinity, which integer kernels would turn into numbers.
     """
     for name, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         if isinstance(module, QVLMLinear):
             for part, parameter in parameters.items():
                 # a missing tensor is memory that nobody wrote; Transformers only reports it
-                if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
+                if parameter.device.type != "meta" and not getattr(
+                    parameter, "_is_hf_initialized", False
+                ):
                     raise ValueError(f"{name}.{part}: is not in the checkpoint: {_AGAIN}.")
         if parameters:
             with align_module_device(module):
@@ -218,7 +252,8 @@ def check_values(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme |
         scheme: of a quantized module; None for any other.
 
     Raises:
-        ValueError: a scale is not finite and positive, a zero point is outside its grid, or any other tensor holds NaN or infinity.
+        ValueError: a scale is not finite and positive, a zero point is outside its grid, or any
+            other tensor holds NaN or infinity.
     """
     for part, tensor in tensors.items():
         if scheme is not None and part == "weight":
@@ -226,18 +261,30 @@ def check_values(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme |
         low, high = _bounds(tensor)
         if scheme is not None and part in ("weight_scale", "input_scale"):
             if not 0 < low <= high < float("inf"):
-                raise ValueError(f"{name}.{part}: holds a value that is not finite and above 0: {_AGAIN}.")
+                raise ValueError(
+                    f"{name}.{part}: holds a value that is not finite and above 0: {_AGAIN}."
+                )
         elif scheme is not None and part in ("weight_zero_point", "input_zero_point"):
-            top = 2 ** (scheme.weight_bits if part == "weight_zero_point" else scheme.activation_bits) - 1
+            top = (
+                2 ** (scheme.weight_bits if part == "weight_zero_point" else scheme.activation_bits)
+                - 1
+            )
             if not 0 <= low <= high <= top:
                 raise ValueError(f"{name}.{part}: holds a value outside 0 ... {top}: {_AGAIN}.")
         elif not float("-inf") < low <= high < float("inf"):
-            wider = "load it in a wider dtype than float16, or " if tensor.dtype == torch.float16 else ""
+            wider = (
+                "load it in a wider dtype than float16, or "
+                if tensor.dtype == torch.float16
+                else ""
+            )
             raise ValueError(f"{name}.{part}: holds NaN or infinity: {wider}{_AGAIN}.")
 
 
 def _bounds(values: Tensor) -> tuple[float, float]:
-    """Smallest and largest value, NaN if one is; 1 where there are none. One pass: masks took a third of loading a 7B model."""
+    """Smallest and largest value, NaN if one is; 1 where there are none.
+
+    One pass: masks took a third of loading a 7B model.
+    """
     if not values.numel() or values.is_meta:
         return 1.0, 1.0
     low, high = torch.aminmax(values.detach())
@@ -254,24 +301,35 @@ def tensor_headers(file: str) -> list[tuple[str, str, tuple[int, ...]]]:
         raise ValueError(f"{file}: is no readable safetensors file ({error}): {_AGAIN}.") from error
 
 
-def _check_module(name: str, linear: nn.Linear, scheme: QuantScheme, headers: Mapping[str, TensorHeader]) -> PackedLayout:
+def _check_module(
+    name: str, linear: nn.Linear, scheme: QuantScheme, headers: Mapping[str, TensorHeader]
+) -> PackedLayout:
     found = {part: headers[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in headers}
     positions = _positions(found.get("input_scale")) if scheme.granularity == "token" else None
-    has_input_scale = scheme.granularity in ("channel", "token") or (scheme.granularity == "none" and "input_scale" in found)
+    has_input_scale = scheme.granularity in ("channel", "token") or (
+        scheme.granularity == "none" and "input_scale" in found
+    )
     wanted = _wanted(linear, scheme, positions, has_input_scale)
     for part in _PARTS:
         if part in wanted and part not in found:
             raise ValueError(f"{name}.{part}: is missing from the checkpoint: {_AGAIN}.")
         if part in found and part not in wanted:
-            raise ValueError(f"{found[part].where}: has no place in a module with its scheme ({scheme.granularity}): {_AGAIN}.")
+            raise ValueError(
+                f"{found[part].where}: has no place in a module with its scheme "
+                f"({scheme.granularity}): {_AGAIN}."
+            )
     for part, (dtypes, shape) in wanted.items():
         header = found[part]
         if header.dtype not in dtypes or header.shape != shape:
             raise ValueError(
-                f"{header.where}: is {header.dtype} {list(header.shape)}, must be {' or '.join(dtypes)} {list(shape)}: {_AGAIN}."
+                f"{header.where}: is {header.dtype} {list(header.shape)}, must be "
+                f"{' or '.join(dtypes)} {list(shape)}: {_AGAIN}."
             )
     if scheme.hadamard and linear.in_features % scheme.hadamard:
-        raise ValueError(f"{name}: a Hadamard block of {scheme.hadamard} does not divide its {linear.in_features} inputs: {_AGAIN}.")
+        raise ValueError(
+            f"{name}: a Hadamard block of {scheme.hadamard} does not divide its "
+            f"{linear.in_features} inputs: {_AGAIN}."
+        )
     return PackedLayout(scheme=scheme, positions=positions, has_input_scale=has_input_scale)
 
 
@@ -302,5 +360,7 @@ def _positions(header: TensorHeader | None) -> int:
     if header is None or len(header.shape) != 1:
         return 1
     if not 1 <= header.shape[0] <= _MAX_POSITIONS:
-        raise ValueError(f"{header.where}: {header.shape[0]} positions must be 1 to {_MAX_POSITIONS}: {_AGAIN}.")
+        raise ValueError(
+            f"{header.where}: {header.shape[0]} positions must be 1 to {_MAX_POSITIONS}: {_AGAIN}."
+        )
     return header.shape[0]

@@ -1,8 +1,9 @@
 """`QVLMConfig`: what the user asks for, and what `quantization_config` in config.json says.
 
-Three kinds of fields: settings that shape the result (written to config.json), results of quantizing (`modules` and `provenance`, written
-too), and objects of this process (`dataset`, `processor`, `callbacks` and where to publish; never written). AutoModel copies the
-configuration deeply at every call, so objects of this process are shared by reference.
+Three kinds of fields: settings that shape the result (written to config.json), results of
+quantizing (`modules` and `provenance`, written too), and objects of this process (`dataset`,
+`processor`, `callbacks` and where to publish; never written). AutoModel copies the configuration
+deeply at every call, so objects of this process are shared by reference.
 """
 
 import copy
@@ -50,51 +51,65 @@ class QVLMConfig(QuantizationConfigMixin):
         scheme: any W{2-8}A{3-8,16}: bits of weights and of the inputs of linear modules.
         group_size: inputs that share a weight scale; -1 is the whole row.
         symmetric: weights without zero points. Activations always have them.
-        activation_granularity: "channel", "token" (static, per position), "dynamic_token", or a mapping from "vision", "projector" and
-            "language" to one of them. None starts at "channel" for up to 5 bits and at "dynamic_token" above; calibration may choose
-            the other one per site.
+        activation_granularity: "channel", "token" (static, per position), "dynamic_token", or a
+            mapping from "vision", "projector" and "language" to one of them. None starts at
+            "channel" for up to 5 bits and at "dynamic_token" above; calibration may choose the
+            other one per site.
         quantize_vision: quantize the vision encoder.
         quantize_projector: quantize the projector.
         lm_head_bits: 8 quantizes the output head, None leaves it in full precision.
-        modules_to_not_convert: module paths, suffixes or component names that stay in full precision, besides the output head and
-            tied modules.
-        dataset: calibration samples: a path, a Hub id, a list, a Dataset or another iterable; "synthetic" draws pictures and lets the
-            model answer. Never saved.
+        modules_to_not_convert: module paths, suffixes or component names that stay in full
+            precision, besides the output head and tied modules.
+        dataset: calibration samples: a path, a Hub id, a list, a Dataset or another iterable;
+            "synthetic" draws pictures and lets the model answer. Never saved.
         processor: of the model; turns samples into inputs. Never saved.
         num_samples: samples taken from `dataset`.
         batch_size: samples per forward pass.
         seed: of the choice of samples.
         max_block_depth: layers that are searched together, at most (eq. 7).
-        entropy_threshold: nats from which a layer depends on its neighbours (eq. 7); None is the mean of the segment.
+        entropy_threshold: nats from which a layer depends on its neighbours (eq. 7); None is the
+            mean of the segment.
         percentiles: range candidates: shares of the calibration values that a range covers.
         margins: range candidates: factors on the range of all values.
         weight_rounding: "gptq" (second-order compensation of the rounding error) or "nearest".
-        rotation: "hadamard" folds a Hadamard rotation into the weights, with online transforms where that cannot be; None does not; "auto"
-            does for calibrated inputs of 7 or 8 bits, where it measured best.
-        equalization: move scales of input channels into the weights that read them, exactly; calibrated inputs only.
-        token_importance: weigh every token's error by the gradient of the answers there (a few backward passes through the model).
-        guard: lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth of them at most; needs data.
-        precision_budget: average bits of a weight: calibration gives every site its own width, from 2 to 8. None: those of the scheme.
+        rotation: "hadamard" folds a Hadamard rotation into the weights, with online transforms
+            where that cannot be; None does not; "auto" does for calibrated inputs of 7 or 8 bits,
+            where it measured best.
+        equalization: move scales of input channels into the weights that read them, exactly;
+            calibrated inputs only.
+        token_importance: weigh every token's error by the gradient of the answers there (a few
+            backward passes through the model).
+        guard: lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth
+            of them at most; needs data.
+        precision_budget: average bits of a weight: calibration gives every site its own width, from
+            2 to 8. None: those of the scheme.
         strict: raise instead of warning where something falls back. Never saved.
-        callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. An error in the first leaves the model
-            unquantized; one in the second comes after the work: `quantize_model` leaves the model quantized, `from_pretrained` returns
-            none, and nothing is published. Never saved.
-        optimize_vision: learn the ranges of vision encoder and projector by gradient descent (eq. 8-10); True, False or a
-            `VisionOptimization`. Kept only if it lowers the error on held-out calibration samples.
-        push_to_hub: publish the result when quantizing ends, as `publish` does; `model.hf_quantizer.published` says where. Needs
-            `hub_model_id` and `processor`. A failure is a warning that names the saved directory. Never saved.
+        callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`.
+            An error in the first leaves the model unquantized; one in the second comes after the
+            work: `quantize_model` leaves the model quantized, `from_pretrained` returns none, and
+            nothing is published. Never saved.
+        optimize_vision: learn the ranges of vision encoder and projector by gradient descent (eq.
+            8-10); True, False or a `VisionOptimization`. Kept only if it lowers the error on
+            held-out calibration samples.
+        push_to_hub: publish the result when quantizing ends, as `publish` does;
+            `model.hf_quantizer.published` says where. Needs `hub_model_id` and `processor`. A
+            failure is a warning that names the saved directory. Never saved.
         hub_model_id: "owner/name" to publish to. Never saved.
-        hub_private: of that repository; None takes the owner's default, or leaves it as it is. Never saved.
+        hub_private: of that repository; None takes the owner's default, or leaves it as it is.
+            Never saved.
         resume_dir: not available in this version; takes None alone.
-        modules: canonical module name -> `QuantScheme` of every quantized module; filled by quantizing.
-        provenance: what the quantization was made from (dataset, hash, counts, versions); filled by quantizing.
+        modules: canonical module name -> `QuantScheme` of every quantized module; filled by
+            quantizing.
+        provenance: what the quantization was made from (dataset, hash, counts, versions); filled by
+            quantizing.
         format_version: of the files (docs/format.md).
 
-    Every field of config.json is a plain value, whatever was given (NumPy, PyTorch, sets, iterators).
+    Every field of config.json is a plain value, whatever was given (NumPy, PyTorch, sets,
+    iterators).
 
     Raises:
-        ValueError: an unknown field, or a value that breaks a rule, with the remedy: at construction, in `from_dict` and `update`, and
-            when a field is assigned.
+        ValueError: an unknown field, or a value that breaks a rule, with the remedy: at
+            construction, in `from_dict` and `update`, and when a field is assigned.
     """
 
     def __init__(
@@ -123,7 +138,10 @@ class QVLMConfig(QuantizationConfigMixin):
         token_importance: bool = CalibrationSettings.token_importance,
         guard: bool = CalibrationSettings.guard,
         precision_budget: float | None = CalibrationSettings.precision_budget,
-        optimize_vision: bool | VisionOptimization | Mapping[str, Any] | None = CalibrationSettings.optimize_vision,
+        optimize_vision: bool
+        | VisionOptimization
+        | Mapping[str, Any]
+        | None = CalibrationSettings.optimize_vision,
         strict: bool = False,
         callbacks: Iterable[Any] = (),
         push_to_hub: bool = False,
@@ -137,27 +155,59 @@ class QVLMConfig(QuantizationConfigMixin):
     ) -> None:
         _check_version(format_version := to_plain("format_version", format_version))
         if to_plain("quant_method", quant_method) != QUANT_METHOD:
-            raise ValueError(f"quant_method={shown(quant_method)} must be {QUANT_METHOD!r}: this is another method's configuration.")
-        self.quant_method: Any = QUANT_METHOD  # a str, as in every plugin; in-tree methods have an enum
+            raise ValueError(
+                f"quant_method={shown(quant_method)} must be {QUANT_METHOD!r}: this is another "
+                f"method's configuration."
+            )
+        self.quant_method: Any = (
+            QUANT_METHOD  # a str, as in every plugin; in-tree methods have an enum
+        )
         self.format_version = format_version
         self.scheme = "W{}A{}".format(*parse_scheme(to_plain("scheme", scheme)))
-        self.group_size, self.symmetric, self.activation_granularity = group_size, symmetric, activation_granularity
-        self.quantize_vision, self.quantize_projector, self.lm_head_bits = quantize_vision, quantize_projector, lm_head_bits
+        self.group_size, self.symmetric, self.activation_granularity = (
+            group_size,
+            symmetric,
+            activation_granularity,
+        )
+        self.quantize_vision, self.quantize_projector, self.lm_head_bits = (
+            quantize_vision,
+            quantize_projector,
+            lm_head_bits,
+        )
         self.modules_to_not_convert = modules_to_not_convert
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.max_block_depth, self.entropy_threshold = max_block_depth, entropy_threshold
         self.percentiles, self.margins, self.strict = percentiles, margins, strict
-        self.weight_rounding, self.rotation, self.equalization = weight_rounding, rotation, equalization
+        self.weight_rounding, self.rotation, self.equalization = (
+            weight_rounding,
+            rotation,
+            equalization,
+        )
         self.token_importance = token_importance
-        self.guard, self.precision_budget, self.optimize_vision = guard, precision_budget, optimize_vision
-        self.dataset, self.processor, self.callbacks = dataset, processor, _checked_callbacks(callbacks)
-        self.push_to_hub, self.hub_model_id, self.hub_private = _checked_publishing(push_to_hub, hub_model_id, hub_private)
+        self.guard, self.precision_budget, self.optimize_vision = (
+            guard,
+            precision_budget,
+            optimize_vision,
+        )
+        self.dataset, self.processor, self.callbacks = (
+            dataset,
+            processor,
+            _checked_callbacks(callbacks),
+        )
+        self.push_to_hub, self.hub_model_id, self.hub_private = _checked_publishing(
+            push_to_hub, hub_model_id, hub_private
+        )
         self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
         for name, value in (_LATER | _checked_later(later)).items():
             setattr(self, name, value)
         if self.weight_rounding == "learned" and not self.modules:
-            raise ValueError("weight_rounding='learned' was removed, it gained nothing: take 'gptq'. Saved models still load.")
-        settings = self.settings()  # raises where a value breaks a rule; what they mean is what is kept
+            raise ValueError(
+                "weight_rounding='learned' was removed, it gained nothing: take 'gptq'. Saved "
+                "models still load."
+            )
+        settings = (
+            self.settings()
+        )  # raises where a value breaks a rule; what they mean is what is kept
         self.__dict__.update({name: getattr(settings, name) for name in (*_SETTINGS, "strict")})
         if modules_to_not_convert is None:
             self.__dict__["modules_to_not_convert"] = None
@@ -178,7 +228,11 @@ class QVLMConfig(QuantizationConfigMixin):
         fields: dict[str, Any] = {
             "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
             "margins": (),
-            "activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"},
+            "activation_granularity": {
+                "vision": "token",
+                "projector": "channel",
+                "language": "channel",
+            },
             "weight_rounding": "nearest",
             "rotation": None,
             "equalization": False,
@@ -191,7 +245,9 @@ class QVLMConfig(QuantizationConfigMixin):
         return cls(scheme=scheme, **(fields | overrides))
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
         """Reads a configuration as `to_dict` wrote it.
 
         Args:
@@ -200,19 +256,32 @@ class QVLMConfig(QuantizationConfigMixin):
             **kwargs: fields that replace those of `config_dict`.
 
         Raises:
-            ValueError: a field is unknown or breaks a rule: the file is newer than this version, or damaged.
+            ValueError: a field is unknown or breaks a rule: the file is newer than this version, or
+                damaged.
         """
         if not isinstance(config_dict, Mapping):
-            raise ValueError(f"quantization_config={shown(config_dict)} must be a mapping of fields, as to_dict() gives it.")
+            raise ValueError(
+                f"quantization_config={shown(config_dict)} must be a mapping of fields, as "
+                f"to_dict() gives it."
+            )
         _check_version(config_dict.get("format_version", FORMAT_VERSION))
         unknown = sorted(set(config_dict) - set(_FIELDS), key=str)
         if unknown:
             raise ValueError(
-                f"quantization_config has the unknown fields {unknown}: the file is damaged or from a newer qvlm_hf (then upgrade)."
+                f"quantization_config has the unknown fields {unknown}: the file is damaged or "
+                f"from a newer qvlm_hf (then upgrade)."
             )
-        changes = {name: value for name, value in kwargs.items() if name in _FIELDS or not return_unused_kwargs}
+        changes = {
+            name: value
+            for name, value in kwargs.items()
+            if name in _FIELDS or not return_unused_kwargs
+        }
         config = cls(**(dict(config_dict) | changes))
-        return (config, {name: kwargs[name] for name in kwargs.keys() - changes}) if return_unused_kwargs else config
+        return (
+            (config, {name: kwargs[name] for name in kwargs.keys() - changes})
+            if return_unused_kwargs
+            else config
+        )
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Changes fields, all or none, checked together as at construction.
@@ -237,7 +306,8 @@ class QVLMConfig(QuantizationConfigMixin):
     def __setattr__(self, name: str, value: Any) -> None:
         """Checks a field that has a value already, as `update` does; refuses the name of none that is like a field's.
 
-        Other attributes are carried along: Transformers marks configurations of its own methods with some.
+        Other attributes are carried along: Transformers marks configurations of its own methods
+        with some.
         """
         if name in _FIELDS and name in self.__dict__:
             self.update(**{name: value})
@@ -265,7 +335,12 @@ class QVLMConfig(QuantizationConfigMixin):
         fields = {name: getattr(self, name) for name in _SETTINGS}
         if fields["modules_to_not_convert"] is None:
             fields["modules_to_not_convert"] = ()
-        return CalibrationSettings(weight_bits=self.weight_bits, activation_bits=self.activation_bits, strict=self.strict, **fields)
+        return CalibrationSettings(
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            strict=self.strict,
+            **fields,
+        )
 
     def settle_without_data(self) -> None:
         """Sets what only calibration does to what happens without data: rounding to nearest, nothing besides.
@@ -279,8 +354,13 @@ class QVLMConfig(QuantizationConfigMixin):
         }
         for name, asked in needing.items():
             if asked:
-                raise ValueError(f"{name}={getattr(self, name)!r} needs calibration data: give dataset= too, or leave it out.")
-        self.update(weight_rounding="nearest", equalization=False, token_importance=False, guard=False)
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs calibration data: give dataset= too, or "
+                    f"leave it out."
+                )
+        self.update(
+            weight_rounding="nearest", equalization=False, token_importance=False, guard=False
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that config.json holds: only the fields that belong there.
@@ -289,7 +369,9 @@ class QVLMConfig(QuantizationConfigMixin):
             ValueError: a mapping was changed in place to what breaks a rule.
         """
         checked = self._checked()
-        return {name: _plain(getattr(checked, name)) for name in _SERIALIZED}  # a whitelist: no attribute leaks into config.json
+        return {
+            name: _plain(getattr(checked, name)) for name in _SERIALIZED
+        }  # a whitelist: no attribute leaks into config.json
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The same as `to_dict`: a file must not depend on the defaults of the version that reads it."""
@@ -312,8 +394,16 @@ class QVLMConfig(QuantizationConfigMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QVLMConfig":
         other = object.__new__(type(self))
-        other.__dict__.update(self._checked().__dict__)  # now, rather than after hours of calibration
-        other.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name not in _FIELDS})
+        other.__dict__.update(
+            self._checked().__dict__
+        )  # now, rather than after hours of calibration
+        other.__dict__.update(
+            {
+                name: copy.deepcopy(value, memo)
+                for name, value in self.__dict__.items()
+                if name not in _FIELDS
+            }
+        )
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -333,10 +423,13 @@ def _plain(value: Any) -> Any:
 
 def _check_version(version: object) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"format_version={version!r} must be an integer of at least 1: the file is damaged.")
+        raise ValueError(
+            f"format_version={version!r} must be an integer of at least 1: the file is damaged."
+        )
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"format_version={version} is newer than {FORMAT_VERSION}, which this version reads: upgrade qvlm_hf (pip install -U qvlm_hf)."
+            f"format_version={version} is newer than {FORMAT_VERSION}, which this version reads: "
+            f"upgrade qvlm_hf (pip install -U qvlm_hf)."
         )
 
 
@@ -352,16 +445,25 @@ def _checked_later(fields: dict[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         if name not in _LATER:
             _check_attribute(name)
-            raise ValueError(f"QVLMConfig has no field {name!r}: the fields are {', '.join(sorted(_FIELDS))}.")
+            raise ValueError(
+                f"QVLMConfig has no field {name!r}: the fields are {', '.join(sorted(_FIELDS))}."
+            )
         neutral = _LATER[name]
         # the type as well, because 0 == False
         if type(value) is not type(neutral) or value != neutral:
-            raise ValueError(f"{name}={shown(value)} is not available in this version; leave it at {neutral!r}.")
+            raise ValueError(
+                f"{name}={shown(value)} is not available in this version; leave it at {neutral!r}."
+            )
     return fields
 
 
-def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -> tuple[bool, str | None, bool | None]:
-    push_to_hub, hub_private = to_plain("push_to_hub", push_to_hub), to_plain("hub_private", hub_private)
+def _checked_publishing(
+    push_to_hub: Any, hub_model_id: Any, hub_private: Any
+) -> tuple[bool, str | None, bool | None]:
+    push_to_hub, hub_private = (
+        to_plain("push_to_hub", push_to_hub),
+        to_plain("hub_private", hub_private),
+    )
     hub_model_id = to_plain("hub_model_id", hub_model_id)
     if not isinstance(push_to_hub, bool):
         raise ValueError(f"push_to_hub={push_to_hub!r} must be True or False.")
@@ -383,7 +485,10 @@ def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
         raise ValueError(f"callbacks={shown(callbacks)} must be a list of objects.")
     for callback in kept:
         if not (hasattr(callback, "on_step") or hasattr(callback, "on_calibration_end")):
-            raise ValueError(f"callback {shown(callback)} must have on_step(name, done, total) or on_calibration_end(model, report).")
+            raise ValueError(
+                f"callback {shown(callback)} must have on_step(name, done, total) or "
+                f"on_calibration_end(model, report)."
+            )
     return kept
 
 
@@ -391,13 +496,26 @@ def _checked_modules(modules: Mapping[str, Any] | None) -> dict[str, QuantScheme
     if modules is None:
         return {}
     if not isinstance(modules, Mapping) or len(modules) > _MAX_MODULES:
-        raise ValueError(f"modules must be a mapping of at most {_MAX_MODULES} module names: the checkpoint is damaged.")
+        raise ValueError(
+            f"modules must be a mapping of at most {_MAX_MODULES} module names: the checkpoint is "
+            f"damaged."
+        )
     checked = {}
     for name, entry in modules.items():
-        if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) or canonical_name(name) != name:
-            raise ValueError(f"modules: {shown(name)} is no canonical module name: the checkpoint is damaged.")
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII)
+            or canonical_name(name) != name
+        ):
+            raise ValueError(
+                f"modules: {shown(name)} is no canonical module name: the checkpoint is damaged."
+            )
         try:
-            checked[name] = entry if isinstance(entry, QuantScheme) else QuantScheme.from_dict(to_plain("entry", entry))
+            checked[name] = (
+                entry
+                if isinstance(entry, QuantScheme)
+                else QuantScheme.from_dict(to_plain("entry", entry))
+            )
         except ValueError as error:
             raise ValueError(f"modules: {name}: {error}") from error
     return checked

@@ -1,7 +1,7 @@
 """A saved directory, looked at before Transformers opens it: a damaged one gets a KeyError there, or a page of tensor names.
 
-Left out: Hub ids, whose files are not here yet, and a `from_pretrained` where config.json lost its `quantization_config`, because then
-nothing tells Transformers to ask this package.
+Left out: Hub ids, whose files are not here yet, and a `from_pretrained` where config.json lost its
+`quantization_config`, because then nothing tells Transformers to ask this package.
 """
 
 from __future__ import annotations
@@ -66,8 +66,13 @@ def check_directory(directory: Path, config: PreTrainedConfig) -> None:
             raise ValueError(f"{directory}: holds no {_SINGLE_NAME}: {_AGAIN}.")
         return  # Transformers and QVLMConfig read it
     for file in filter(lambda file: Path(file).is_file(), weight_files(directory)):
-        if packed := next((key for key, *_ in tensor_headers(file) if key.endswith(".weight_scale")), None):
-            raise ValueError(f"{directory}: its config.json has no quantization_config, but {packed} is of a quantized model: {_AGAIN}.")
+        if packed := next(
+            (key for key, *_ in tensor_headers(file) if key.endswith(".weight_scale")), None
+        ):
+            raise ValueError(
+                f"{directory}: its config.json has no quantization_config, but {packed} is of a "
+                f"quantized model: {_AGAIN}."
+            )
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -81,8 +86,14 @@ def _read_index(index: Path) -> dict[str, str]:
     except ValueError as error:
         raise ValueError(f"{index}: is no JSON: {_AGAIN}.") from error
     places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise ValueError(f"{index}: is no shard index, it has no weight_map from tensors to files: {_AGAIN}.")
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(name, str) for name in places.values())
+    ):
+        raise ValueError(
+            f"{index}: is no shard index, it has no weight_map from tensors to files: {_AGAIN}."
+        )
     if not isinstance(content.get("metadata"), dict):
         raise ValueError(f"{index}: is no shard index, it has no metadata: {_AGAIN}.")
     return places

@@ -24,19 +24,24 @@ def check_replaceable(folder: Path, shown: object) -> None:
     entries = sorted(folder.iterdir())
     if left := [entry.name for entry in entries if entry.name.startswith((PARTIAL, OLD))]:
         raise ValueError(
-            f"{shown}: holds {' and '.join(left)} of a save that was interrupted or still runs: if none runs, "
-            f"move up what {OLD}... holds for the earlier result, or else, beside such a folder, what {PARTIAL}... "
-            "holds for the new one, over files of the same name, and delete the folders; or choose another directory."
+            f"{shown}: holds {' and '.join(left)} of a save that was interrupted or still runs: if "
+            f"none runs, "
+            f"move up what {OLD}... holds for the earlier result, or else, beside such a folder, "
+            f"what {PARTIAL}... "
+            "holds for the new one, over files of the same name, and delete the folders; or choose "
+            "another directory."
         )
     ours = written_entries(folder)
     if ours is None:
         raise ValueError(
-            f"{shown}: holds no earlier result of qvlm_hf that lists its files, so nothing there is "
+            f"{shown}: holds no earlier result of qvlm_hf that lists its files, so nothing there "
+            f"is "
             "replaced: delete it yourself, or choose another directory."
         )
     if foreign := [entry.name for entry in entries if entry not in ours]:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise ValueError(
-            f"{shown}: holds {foreign[0]}{more}, which no earlier result of qvlm_hf wrote like that: "
+            f"{shown}: holds {foreign[0]}{more}, which no earlier result of qvlm_hf wrote like "
+            f"that: "
             "move that away, or choose another directory."
         )

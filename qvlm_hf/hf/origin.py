@@ -1,7 +1,8 @@
 """Where the full-precision weights of a model came from: a Hub id with its commit, or a directory's own name; never a path.
 
-A name that looks like a Hub id may be a directory that is gone by now, so it counts as one only with evidence: weights read from a snapshot
-of the Hub cache, or at least a configuration in that cache.
+A name that looks like a Hub id may be a directory that is gone by now, so it counts as one only
+with evidence: weights read from a snapshot of the Hub cache, or at least a configuration in that
+cache.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def origin(model: PreTrainedModel, files: Sequence[str] = ()) -> dict[str, str]:
         files: its weights, as Transformers resolved them; empty for a model that was in memory.
 
     Returns:
-        `base_model` and, where the files tell it, `base_model_revision`; or `base_directory`; or nothing.
+        `base_model` and, where the files tell it, `base_model_revision`; or `base_directory`; or
+        nothing.
     """
     name = str(model.config.name_or_path or "")
     if not name:

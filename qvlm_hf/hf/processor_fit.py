@@ -1,7 +1,7 @@
 """Whether a processor fits a model, seen on one sample before a weight is read.
 
-The model is asked what it makes of the picture. On the device "meta" that costs no memory and computes
-shapes alone, so nothing here knows how a family turns pictures into features.
+The model is asked what it makes of the picture. On the device "meta" that costs no memory and
+computes shapes alone, so nothing here knows how a family turns pictures into features.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ if TYPE_CHECKING:  # transformers' modeling code takes a second to import
 __all__ = ["check_processor_fits"]
 
 
-def check_processor_fits(model: PreTrainedModel, processor: Any, samples: Sequence[Sample] | None) -> None:
+def check_processor_fits(
+    model: PreTrainedModel, processor: Any, samples: Sequence[Sample] | None
+) -> None:
     """Puts one sample, with a picture if there is one, through the processor and compares with the model.
 
-    A model that cannot be asked, for example because it knows no `get_image_features`, is let through.
+    A model that cannot be asked, for example because it knows no `get_image_features`, is let
+    through.
 
     Args:
         model: on any device; "meta" is enough.
@@ -34,11 +37,15 @@ def check_processor_fits(model: PreTrainedModel, processor: Any, samples: Sequen
         samples: None stands for one with an empty picture, called "a test picture".
 
     Raises:
-        ValueError: the processor fails on the sample, or writes a token that the model does not know, or
-            another number of image tokens than the model makes features.
+        ValueError: the processor fails on the sample, or writes a token that the model does not
+            know, or another number of image tokens than the model makes features.
     """
     processor = copy.deepcopy(processor)  # a tokenizer keeps how it padded, and would be saved so
-    sample = _drawn() if samples is None else next((sample for sample in samples if sample.pictures()), samples[0])
+    sample = (
+        _drawn()
+        if samples is None
+        else next((sample for sample in samples if sample.pictures()), samples[0])
+    )
     name = type(processor).__name__
     try:
         inputs = _make_inputs(sample, processor)
@@ -55,20 +62,27 @@ def check_processor_fits(model: PreTrainedModel, processor: Any, samples: Sequen
         features = _count_features(model, inputs)
     except ValueError as error:
         raise ValueError(
-            f"{sample.origin}: the model refuses the picture that {name} made ({first_line(error)}): {_OWN} "
+            f"{sample.origin}: the model refuses the picture that {name} made "
+            f"({first_line(error)}): {_OWN} "
             "(size and crop_size in processor_config.json or preprocessor_config.json)."
         ) from error
     tokens = _count_tokens(model, inputs)
     if None not in (tokens, features) and tokens != features:
         found = _find_settings(model, sample, processor) or _OWN
-        raise ValueError(f"{sample.origin}: {name} writes {tokens} image tokens, but the model makes {features} features: {found}.")
+        raise ValueError(
+            f"{sample.origin}: {name} writes {tokens} image tokens, but the model makes {features} "
+            f"features: {found}."
+        )
 
 
 _OWN = "take the processor that was saved with the model"
 
 
 def _drawn() -> Sample:
-    content = [{"type": "image", "image": Image.new("RGB", (128, 96))}, {"type": "text", "text": "What is this?"}]
+    content = [
+        {"type": "image", "image": Image.new("RGB", (128, 96))},
+        {"type": "text", "text": "What is this?"},
+    ]
     return Sample(messages=({"role": "user", "content": content},), origin="a test picture")
 
 
@@ -90,7 +104,11 @@ def _count_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
     """
     if "pixel_values" not in inputs:
         return None
-    rest = {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", "pixel_values")}
+    rest = {
+        key: value
+        for key, value in inputs.items()
+        if key not in ("input_ids", "attention_mask", "pixel_values")
+    }
     try:
         ask: Any = model.get_image_features
         with torch.no_grad(), torch.device(model.device):
@@ -108,7 +126,9 @@ def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> st
     """Settings with which the processor fits, as they were tried; None if there are none."""
     asked = {
         "patch_size": getattr(getattr(model.config, "vision_config", None), "patch_size", None),
-        "vision_feature_select_strategy": getattr(model.config, "vision_feature_select_strategy", None),
+        "vision_feature_select_strategy": getattr(
+            model.config, "vision_feature_select_strategy", None
+        ),
     }
     changes = {
         name: value for name, value in asked.items()
@@ -122,7 +142,9 @@ def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> st
                 setattr(twin, name, value)
             inputs = _make_inputs(sample, twin)
             if _count_tokens(model, inputs) == _count_features(model, inputs):
-                shown = ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in change.items())
+                shown = ", ".join(
+                    f"{json.dumps(name)}: {json.dumps(value)}" for name, value in change.items()
+                )
                 return f"set {shown} in the model's processor_config.json, or the same on the processor"
         except Exception:
             continue  # no remedy

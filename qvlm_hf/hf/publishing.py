@@ -1,9 +1,11 @@
 """`publish`: from a quantized model in memory, or a saved directory, to a repository on the Hub that loads.
 
-    may we? -> save -> load it again, logits equal -> card -> search for secrets -> one upload -> read back what the Hub holds
-    (hub/publish.py asks, uploads and reads back; hub/payload.py chooses the files; hub/model_card.py writes the card)
+    may we? -> save -> load it again, logits equal -> card -> search for secrets -> one upload ->
+    read back what the Hub holds (hub/publish.py asks, uploads and reads back; hub/payload.py
+    chooses the files; hub/model_card.py writes the card)
 
-Whatever fails after saving, the saved directory stays and the error says how to go on. Left out: datasets, Spaces, anything but models.
+Whatever fails after saving, the saved directory stays and the error says how to go on. Left out:
+datasets, Spaces, anything but models.
 """
 
 import shlex
@@ -77,14 +79,23 @@ def publish(
     """
     if not getattr(model, "is_quantized", False) or processor is None:
         raise ValueError(
-            "publish needs a quantized model and its processor: quantize it first, and load AutoProcessor.from_pretrained(model_id)."
+            "publish needs a quantized model and its processor: quantize it first, and load "
+            "AutoProcessor.from_pretrained(model_id)."
         )
     probe_inputs(processor)  # one that makes none should not wait for the saving
     api = _api(api, token)
     check_message(api, commit_message or "")
     check_choices(license=license, base_model=base_model)
     target = check_target(api, repo_id, private=private, revision=revision, create_pr=create_pr)
-    return _publish(api, model, processor, target, commit_message=commit_message, base_model=base_model, license=license)
+    return _publish(
+        api,
+        model,
+        processor,
+        target,
+        commit_message=commit_message,
+        base_model=base_model,
+        license=license,
+    )
 
 
 def publish_folder(
@@ -130,7 +141,9 @@ def publish_folder(
     choose_files(folder, ())
     read_report(folder)
     _check_loads(folder)
-    return _send(api, folder, target, commit_message=commit_message, base_model=base_model, license=license)
+    return _send(
+        api, folder, target, commit_message=commit_message, base_model=base_model, license=license
+    )
 
 
 def check_push(config: QVLMConfig) -> Target:
@@ -142,7 +155,8 @@ def check_push(config: QVLMConfig) -> Target:
     """
     if config.processor is None:
         raise ValueError(
-            "push_to_hub=True publishes the processor too: pass QVLMConfig(..., processor=AutoProcessor.from_pretrained(model_id))."
+            "push_to_hub=True publishes the processor too: pass QVLMConfig(..., "
+            "processor=AutoProcessor.from_pretrained(model_id))."
         )
     probe_inputs(config.processor)
     _scratch().rmdir()
@@ -154,7 +168,9 @@ def push_result(model: Any, processor: Any, target: Target) -> Published | None:
     try:
         return _publish(HfApi(), model, processor, target)
     except Exception as error:
-        notes = getattr(error, "__notes__", ["The model is in memory: save it with qvlm_hf.save_quantized."])
+        notes = getattr(
+            error, "__notes__", ["The model is in memory: save it with qvlm_hf.save_quantized."]
+        )
         warnings.warn(f"push_to_hub: {error} {' '.join(notes)}", stacklevel=2)
         return None
 
@@ -176,11 +192,23 @@ def _publish(
         save_quantized(model, processor, folder, report=_report(model))
         if difference := _difference(folder, model, processor):
             shutil.rmtree(folder)
-            raise RuntimeError(f"{target.repo_id}: {difference}; nothing was sent: undo what was changed since it was quantized.")
-        published = _send(api, folder, target, commit_message=commit_message, base_model=base_model, license=license)
+            raise RuntimeError(
+                f"{target.repo_id}: {difference}; nothing was sent: undo what was changed since it "
+                f"was quantized."
+            )
+        published = _send(
+            api,
+            folder,
+            target,
+            commit_message=commit_message,
+            base_model=base_model,
+            license=license,
+        )
     except BaseException as error:  # an interruption too
         if folder.is_dir():
-            command = _command(folder, target, message=commit_message, base_model=base_model, license=license)
+            command = _command(
+                folder, target, message=commit_message, base_model=base_model, license=license
+            )
             error.add_note(f"The model is saved; this publishes it: {command}")
         else:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -196,10 +224,13 @@ def _scratch() -> Path:
         OSError: it cannot be made.
     """
     try:
-        return Path(tempfile.mkdtemp(prefix="publish-", dir=cached_assets_path("qvlm_hf", "publish")))
+        return Path(
+            tempfile.mkdtemp(prefix="publish-", dir=cached_assets_path("qvlm_hf", "publish"))
+        )
     except (OSError, ValueError) as error:
         raise OSError(
-            f"publish saves below HF_HOME/assets, where nothing can be written ({error}): set HF_HOME to a directory that can be."
+            f"publish saves below HF_HOME/assets, where nothing can be written ({error}): set "
+            f"HF_HOME to a directory that can be."
         ) from error
 
 
@@ -211,22 +242,43 @@ def _api(api: HfApi | None, token: str | None) -> HfApi:
     """
     if api is None:
         if token is not None and not token.strip():
-            raise ValueError("token= is empty: leave it out to use the one of `hf auth login` or HF_TOKEN.")
+            raise ValueError(
+                "token= is empty: leave it out to use the one of `hf auth login` or HF_TOKEN."
+            )
         return HfApi(token=None if token is None else token.strip())
     if token is not None:
         raise ValueError("publish takes token= or api=, not both: an HfApi has its own token.")
     if isinstance(api.token, str) and api.token != api.token.strip():
-        raise ValueError("the token of api= has spaces or line breaks around it: make the HfApi with token.strip().")
+        raise ValueError(
+            "the token of api= has spaces or line breaks around it: make the HfApi with "
+            "token.strip()."
+        )
     return api
 
 
 def _send(
-    api: HfApi, folder: Path, target: Target, *, commit_message: str | None, base_model: str | None, license: str | None
+    api: HfApi,
+    folder: Path,
+    target: Target,
+    *,
+    commit_message: str | None,
+    base_model: str | None,
+    license: str | None,
 ) -> Published:
     """Card, choice of files, upload."""
     base = base_model or read_report(folder).provenance.get("base_model")
-    card = write_card(folder, repo_id=target.repo_id, base_model=base, license=license, author=target.user, base_card=fetch_card(api, base))
-    message = commit_message or f"Upload a model that qvlm_hf quantized to {read_quantization(folder)['scheme']}"
+    card = write_card(
+        folder,
+        repo_id=target.repo_id,
+        base_model=base,
+        license=license,
+        author=target.user,
+        base_card=fetch_card(api, base),
+    )
+    message = (
+        commit_message
+        or f"Upload a model that qvlm_hf quantized to {read_quantization(folder)['scheme']}"
+    )
     return upload(api, folder, target, choose_files(folder, card), message=message)
 
 
@@ -242,15 +294,40 @@ def _report(model: Any) -> CalibrationReport | None:
         return None
     report, config = read_report_file(Path(file)), model.hf_quantizer.quantization_config
     # a branch's model finds the report of main
-    return report if (report.modules, report.provenance) == (config.modules, config.provenance) else None
+    return (
+        report
+        if (report.modules, report.provenance) == (config.modules, config.provenance)
+        else None
+    )
 
 
-def _command(folder: Path, target: Target, *, message: str | None, base_model: str | None, license: str | None) -> str:
+def _command(
+    folder: Path,
+    target: Target,
+    *,
+    message: str | None,
+    base_model: str | None,
+    license: str | None,
+) -> str:
     """What publishes a saved directory as it was asked for."""
-    values = {"--revision": target.revision, "--message": message, "--base-model": base_model, "--license": license}
+    values = {
+        "--revision": target.revision,
+        "--message": message,
+        "--base-model": base_model,
+        "--license": license,
+    }
     flags = {"--private": target.private, "--create-pr": target.create_pr}
-    words = ["qvlm", "publish", str(folder), target.repo_id, *(name for name, asked in flags.items() if asked)]
-    return shlex.join(words + [word for name, value in values.items() if value is not None for word in (name, value)])
+    words = [
+        "qvlm",
+        "publish",
+        str(folder),
+        target.repo_id,
+        *(name for name, asked in flags.items() if asked),
+    ]
+    return shlex.join(
+        words
+        + [word for name, value in values.items() if value is not None for word in (name, value)]
+    )
 
 
 def _difference(folder: Path, model: Any, processor: Any) -> str | None:
@@ -259,15 +336,24 @@ def _difference(folder: Path, model: Any, processor: Any) -> str | None:
     Returns:
         What differs, or None.
     """
-    inputs, again = probe_inputs(processor), probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
-    if inputs.keys() != again.keys() or any(not torch.equal(inputs[name], again[name]) for name in inputs):
+    inputs, again = (
+        probe_inputs(processor),
+        probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True)),
+    )
+    if inputs.keys() != again.keys() or any(
+        not torch.equal(inputs[name], again[name]) for name in inputs
+    ):
         return "the saved processor does not turn a picture and a question into the same inputs as the one in memory"
-    attention = {part: getattr(model.config, part)._attn_implementation for part in model.config.sub_configs}
+    attention = {
+        part: getattr(model.config, part)._attn_implementation for part in model.config.sub_configs
+    }
     reloaded = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=model.dtype, device_map=getattr(model, "hf_device_map", None) or model.device, attn_implementation=attention,
         local_files_only=True,
     )  # fmt: skip
-    for (_, mine), (_, other) in zip(quantized_modules(model), quantized_modules(reloaded), strict=True):
+    for (_, mine), (_, other) in zip(
+        quantized_modules(model), quantized_modules(reloaded), strict=True
+    ):
         other.reference = mine.reference  # the same kernels: `set_backend` is not saved
     expected, found = _logits(model, inputs), _logits(reloaded, inputs)
     if torch.equal(expected, found):
@@ -279,20 +365,30 @@ def _check_loads(folder: Path) -> None:
     """Loads a saved model with every check of a checkpoint and asks it once.
 
     Raises:
-        ValueError: its processor is missing or cannot be read, its answer holds NaN or infinity, or as loading does.
+        ValueError: its processor is missing or cannot be read, its answer holds NaN or infinity, or
+            as loading does.
     """
     try:
         inputs = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}: holds no processor that loads ({reason}): save the model's processor there too.") from error
+        raise ValueError(
+            f"{folder}: holds no processor that loads ({reason}): save the model's processor there "
+            f"too."
+        ) from error
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     if not bool(_logits(model, inputs).isfinite().all()):
-        raise ValueError(f"{folder}: the model answers with NaN or infinity: quantize it again, in bfloat16 if it was float16.")
+        raise ValueError(
+            f"{folder}: the model answers with NaN or infinity: quantize it again, in bfloat16 if "
+            f"it was float16."
+        )
 
 
 def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """[1, tokens, vocabulary]."""
-    fed = {name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in inputs.items()}
+    fed = {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
     with torch.inference_mode():
         return model(**fed).logits

@@ -1,7 +1,8 @@
 """Rounding while loading: each weight is quantized as it comes from the file, so the float model is never in memory as a whole.
 
-For schemes that need no data. The skeleton holds quantized modules whose `weight` still has the float shape; Transformers hands every such
-weight to `RoundOnLoad` and puts what comes back into the module. The result is that of `round_and_pack` on the loaded model.
+For schemes that need no data. The skeleton holds quantized modules whose `weight` still has the
+float shape; Transformers hands every such weight to `RoundOnLoad` and puts what comes back into the
+module. The result is that of `round_and_pack` on the loaded model.
 """
 
 from __future__ import annotations
@@ -25,21 +26,33 @@ from qvlm_hf.nn.replace import replace_modules
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["RoundOnLoad", "planned_modules", "planned_report", "resolve_segments", "rounding_skeleton"]
+__all__ = [
+    "RoundOnLoad",
+    "planned_modules",
+    "planned_report",
+    "resolve_segments",
+    "rounding_skeleton",
+]
 
 
 class RoundOnLoad(ConversionOps):
     """One float weight in, the tensors of the quantized module out.
 
     Args:
-        errors: gets a line for every weight that cannot be quantized; raising here would end in a page of Transformers' own report.
+        errors: gets a line for every weight that cannot be quantized; raising here would end in a
+            page of Transformers' own report.
     """
 
     def __init__(self, errors: list[str]) -> None:
         self.errors = errors
 
     def convert(  # type: ignore[override]  # the base class takes what it does not name as keywords too
-        self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **_: object
+        self,
+        input_dict: dict[str, Any],
+        *,
+        full_layer_name: str,
+        model: PreTrainedModel,
+        **_: object,
     ) -> dict[str, Tensor]:
         """`input_dict` holds the weight, [out, in], alone or in a list, under any name."""
         (weight,) = input_dict.values()
@@ -51,7 +64,10 @@ class RoundOnLoad(ConversionOps):
         except ValueError as error:
             self.errors.append(f"{name}: {error}")
             quantized = quantize_weight(torch.zeros_like(weight), scheme)
-        return {f"{name}.{part}": tensor for part, tensor in packed_tensors(quantized, scheme, None).items()}
+        return {
+            f"{name}.{part}": tensor
+            for part, tensor in packed_tensors(quantized, scheme, None).items()
+        }
 
 
 def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
@@ -80,20 +96,30 @@ def planned_modules(model: nn.Module, settings: CalibrationSettings) -> dict[str
     modules = {} if head is None else {output_head(model): head}
     for segment in resolve_segments(model, settings):
         scheme = settings.scheme(settings.start_granularity(segment.component))
-        modules |= {name: scheme for layer in segment.layers for site in layer.sites for name in site.modules}
+        modules |= {
+            name: scheme
+            for layer in segment.layers
+            for site in layer.sites
+            for name in site.modules
+        }
     return modules
 
 
 def planned_report(model: nn.Module, settings: CalibrationSettings) -> CalibrationReport:
     """The report that `round_and_pack` gives, made before the weights are there."""
     segments, modules = resolve_segments(model, settings), planned_modules(model, settings)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in ("qvlm_hf", "torch", "transformers")}}
+    versions = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("qvlm_hf", "torch", "transformers")},
+    }
     return CalibrationReport(
         settings=settings_dict(settings),
         provenance={"versions": versions},
         modules=modules,
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
-        full_precision=tuple(name for name in full_precision_modules(model, segments) if name not in modules),
+        full_precision=tuple(
+            name for name in full_precision_modules(model, segments) if name not in modules
+        ),
     )
 
 
@@ -103,7 +129,12 @@ def rounding_skeleton(model: nn.Module, modules: dict[str, QuantScheme]) -> None
     for name, scheme in modules.items():
         linear: Any = model.get_submodule(name)
         module = QVLMLinear(
-            linear.in_features, linear.out_features, scheme, bias=linear.bias is not None, dtype=linear.weight.dtype, device="meta"
+            linear.in_features,
+            linear.out_features,
+            scheme,
+            bias=linear.bias is not None,
+            dtype=linear.weight.dtype,
+            device="meta",
         )
         weight = nn.Parameter(torch.empty_like(linear.weight), requires_grad=False)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as every tensor of a quantized module

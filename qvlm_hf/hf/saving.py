@@ -1,6 +1,7 @@
 """Saving a quantized model so that a full disk, an error or Ctrl-C leaves nothing half-written and nothing old destroyed.
 
-Only what an earlier result listed as its own is ever replaced (hub/file_list.py), and a directory that exists stays itself.
+Only what an earlier result listed as its own is ever replaced (hub/file_list.py), and a directory
+that exists stays itself.
 """
 
 from __future__ import annotations
@@ -58,10 +59,14 @@ def save_quantized(
         OSError: writing failed, for example on a full disk; `output` is as it was.
     """
     if not getattr(model, "is_quantized", False):
-        raise ValueError("save_quantized needs a quantized model: quantize it first, or call model.save_pretrained.")
+        raise ValueError(
+            "save_quantized needs a quantized model: quantize it first, or call "
+            "model.save_pretrained."
+        )
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ValueError(
-            "save_quantized saves no PEFT adapter: save it with its own save_pretrained, and unload() it before the model is saved."
+            "save_quantized saves no PEFT adapter: save it with its own save_pretrained, and "
+            "unload() it before the model is saved."
         )
     target = check_output(output, overwrite=overwrite)
     with written_whole(target) as partial:
@@ -73,7 +78,9 @@ def save_quantized(
             _forget_configuration(processor)
             processor.save_pretrained(partial)
         if report is not None:
-            (partial / REPORT_NAME).write_text(json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            (partial / REPORT_NAME).write_text(
+                json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
         write_card(partial, name=target.name)
     return target
 
@@ -89,7 +96,8 @@ def written_whole(target: Path) -> Iterator[Path]:
     loads and is neither. Both are then whole, in `.qvlm-old-...` and in `.qvlm-partial-...` with
     what was moved up. What was there is deleted when everything new is on the disk.
 
-    Files get the permissions of any new file, so that whoever may read the directory can load the model.
+    Files get the permissions of any new file, so that whoever may read the directory can load the
+    model.
 
     Args:
         target: from `check_output`.
@@ -120,8 +128,13 @@ def written_whole(target: Path) -> Iterator[Path]:
         # safetensors reports a full disk as an error of its own
         reason = " ".join(str(error).split())
         if complete:
-            raise OSError(f"{target}: is as it was, the last step failed ({reason}); the new result is whole in {partial}.") from error
-        raise OSError(f"{target}: could not be saved ({reason}); nothing was changed there.") from error
+            raise OSError(
+                f"{target}: is as it was, the last step failed ({reason}); the new result is whole "
+                f"in {partial}."
+            ) from error
+        raise OSError(
+            f"{target}: could not be saved ({reason}); nothing was changed there."
+        ) from error
     finally:
         if not complete:
             shutil.rmtree(partial, ignore_errors=True)
@@ -137,24 +150,31 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
         Its real path.
 
     Raises:
-        ValueError: it is a file or cannot be written; it holds something and `overwrite` is False; or
-            it holds more than an earlier result of ours.
+        ValueError: it is a file or cannot be written; it holds something and `overwrite` is False;
+            or it holds more than an earlier result of ours.
     """
     if not os.fspath(output):
-        raise ValueError("output is empty, which names no directory: give its name, or '.' for this one.")
+        raise ValueError(
+            "output is empty, which names no directory: give its name, or '.' for this one."
+        )
     try:
         target = Path(output).resolve()
         if target.exists() and not target.is_dir():
             raise ValueError(f"{output}: is a file, must be a directory: choose another name.")
         if target.is_dir() and any(target.iterdir()):
             if not overwrite:
-                raise ValueError(f"{output}: exists and is not empty: choose another directory, or overwrite it (--overwrite).")
+                raise ValueError(
+                    f"{output}: exists and is not empty: choose another directory, or overwrite it "
+                    f"(--overwrite)."
+                )
             check_replaceable(target, output)
         _try_writing(target)
     except OSError as error:
         long = error.errno == errno.ENAMETOOLONG
         remedy = "a shorter name" if long else "a directory that you may write to"
-        raise ValueError(f"{output}: cannot be written ({error.strerror}): choose {remedy}.") from error
+        raise ValueError(
+            f"{output}: cannot be written ({error.strerror}): choose {remedy}."
+        ) from error
     return target
 
 
@@ -165,7 +185,10 @@ def _try_writing(target: Path) -> None:
         OSError: it cannot be made.
     """
     made = [folder for folder in (target, *target.parents) if not folder.exists()]
-    folders = [parent / f"{PARTIAL}{uuid4().hex[:8]}" for parent in {target, target.parent if made else target}]
+    folders = [
+        parent / f"{PARTIAL}{uuid4().hex[:8]}"
+        for parent in {target, target.parent if made else target}
+    ]
     try:
         for folder in folders:
             folder.mkdir(parents=True)
@@ -185,9 +208,12 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 def _forget_configuration(processor: Any) -> None:
     """Takes a quantization configuration out of a processor, which could not be written to JSON with it.
 
-    `transformers.pipeline` hands `model_kwargs` to the processor too, and the tokenizer keeps what it does not know.
+    `transformers.pipeline` hands `model_kwargs` to the processor too, and the tokenizer keeps what
+    it does not know.
     """
-    getattr(getattr(processor, "tokenizer", None), "init_kwargs", {}).pop("quantization_config", None)
+    getattr(getattr(processor, "tokenizer", None), "init_kwargs", {}).pop(
+        "quantization_config", None
+    )
 
 
 def _correct_index(folder: Path, parameters: int) -> None:
@@ -213,12 +239,16 @@ def _sort_metadata(file: Path) -> None:
 
 def _follow_umask(folder: Path) -> None:
     """Gives every file the permissions that a new one gets here: safetensors writes through temporary files, which nobody else may read."""
-    new = folder / f".new-{uuid4().hex[:8]}"  # os.umask could only be asked by changing it, for every thread
+    new = (
+        folder / f".new-{uuid4().hex[:8]}"
+    )  # os.umask could only be asked by changing it, for every thread
     new.touch()
     mode = new.stat().st_mode
     new.unlink()
     for file in folder.rglob("*"):
-        if file.is_file() and file.stat().st_mode != mode:  # some file systems have one mode for all, and no chmod
+        if (
+            file.is_file() and file.stat().st_mode != mode
+        ):  # some file systems have one mode for all, and no chmod
             file.chmod(mode)
 
 

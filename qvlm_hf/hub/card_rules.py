@@ -1,8 +1,9 @@
 """What a model card must satisfy before it is uploaded, checked without a network.
 
-The Hub checks the front matter at every commit that holds a README.md and refuses the commit; these rules find the same mistakes, and some
-that it accepts (a base model that is no id, an unfilled template, a token or a path of this machine in the text), before the upload starts.
-Left out: whether the base model and the licence's link exist.
+The Hub checks the front matter at every commit that holds a README.md and refuses the commit; these
+rules find the same mistakes, and some that it accepts (a base model that is no id, an unfilled
+template, a token or a path of this machine in the text), before the upload starts. Left out:
+whether the base model and the licence's link exist.
 """
 
 import re
@@ -17,7 +18,8 @@ __all__ = ["BASE_MODEL_RELATIONS", "LICENSES", "check_card", "check_choices"]
 
 BASE_MODEL_RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
-# The identifiers that the Hub accepts (huggingface/hub-docs, repositories-licenses.md); anything else is "other" with a name and a link.
+# The identifiers that the Hub accepts (huggingface/hub-docs, repositories-licenses.md); anything
+# else is "other" with a name and a link.
 LICENSES = frozenset(
     """
     afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
@@ -33,8 +35,11 @@ LICENSES = frozenset(
 
 _LISTS = ("datasets", "language", "metrics", "tags")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-# "/name/name" or "C:\name" where no word, link or relative path goes before; "/v1" and "a/b" are none
-_PATH = re.compile(r"(?<![\w/.:~)\]\-])/(?:[\w.\-]+/)+[\w.\-]+|\b[A-Za-z]:\\[\w.\-]+|(?<!\w)~/[\w.\-]+|file://")
+# "/name/name" or "C:\name" where no word, link or relative path goes before; "/v1" and "a/b" are
+# none
+_PATH = re.compile(
+    r"(?<![\w/.:~)\]\-])/(?:[\w.\-]+/)+[\w.\-]+|\b[A-Za-z]:\\[\w.\-]+|(?<!\w)~/[\w.\-]+|file://"
+)
 
 
 def check_card(text: str) -> None:
@@ -51,24 +56,40 @@ def check_card(text: str) -> None:
     _check_base_model(data)
     for name in _LISTS:
         value = data.get(name)
-        if value is not None and not (isinstance(value, str | list) and all(isinstance(item, str) and item for item in _listed(value))):
-            raise ValueError(f"model card: {name}={value!r} must be a list of strings: write [a, b].")
+        if value is not None and not (
+            isinstance(value, str | list)
+            and all(isinstance(item, str) and item for item in _listed(value))
+        ):
+            raise ValueError(
+                f"model card: {name}={value!r} must be a list of strings: write [a, b]."
+            )
     if "[More Information Needed]" in text:
-        raise ValueError("model card: holds '[More Information Needed]': fill it in or leave the section out.")
+        raise ValueError(
+            "model card: holds '[More Information Needed]': fill it in or leave the section out."
+        )
     if _TOKEN.search(text):  # never quoted: messages end in logs
-        raise ValueError("model card: holds something like a Hub token (hf_...): remove it, and revoke it if it is one.")
+        raise ValueError(
+            "model card: holds something like a Hub token (hf_...): remove it, and revoke it if it "
+            "is one."
+        )
     if found := _PATH.search(_without_links(text)):
-        raise ValueError(f"model card: holds the absolute path {found[0]!r}: name the file or repository alone.")
+        raise ValueError(
+            f"model card: holds the absolute path {found[0]!r}: name the file or repository alone."
+        )
 
 
 def check_choices(*, license: str | None, base_model: str | None) -> None:
     """Checks what a caller chose for a card that is not written yet.
 
     Raises:
-        ValueError: one is no identifier. Whether "other" has a name and a link shows only in the card.
+        ValueError: one is no identifier. Whether "other" has a name and a link shows only in the
+            card.
     """
     if license is not None and license not in LICENSES:
-        raise ValueError(f"license={license!r} is no identifier of the Hub: take one that it lists, as in 'apache-2.0'.")
+        raise ValueError(
+            f"license={license!r} is no identifier of the Hub: take one that it lists, as in "
+            f"'apache-2.0'."
+        )
     if base_model is not None:
         _check_base_model({"base_model": base_model})
 
@@ -87,18 +108,30 @@ def _front_matter(text: str) -> dict[str, Any]:
         data = card.data.to_dict()
         again = ModelCard(str(card)).data.to_dict()
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"model card: the front matter is no valid metadata ({' '.join(str(error).split())}): mend its YAML.") from error
+        raise ValueError(
+            f"model card: the front matter is no valid metadata ({' '.join(str(error).split())}): "
+            f"mend its YAML."
+        ) from error
     if again != data or set(written) != set(data):
-        raise ValueError("model card: the front matter changes when it is written and read again: use plain strings, numbers and lists.")
+        raise ValueError(
+            "model card: the front matter changes when it is written and read again: use plain "
+            "strings, numbers and lists."
+        )
     return written  # the card's own data has made lists of what was none
 
 
 def _check_license(data: dict[str, Any]) -> None:
     for name in _listed(data.get("license") or []):
         if name not in LICENSES:
-            raise ValueError(f"model card: license={name!r} is no identifier of the Hub: take one that it lists, as in 'apache-2.0'.")
+            raise ValueError(
+                f"model card: license={name!r} is no identifier of the Hub: take one that it "
+                f"lists, as in 'apache-2.0'."
+            )
         if name == "other" and not (data.get("license_name") and data.get("license_link")):
-            raise ValueError("model card: license='other' needs license_name and license_link: name the licence and where it is.")
+            raise ValueError(
+                "model card: license='other' needs license_name and license_link: name the licence "
+                "and where it is."
+            )
 
 
 def _check_base_model(data: dict[str, Any]) -> None:
@@ -107,11 +140,20 @@ def _check_base_model(data: dict[str, Any]) -> None:
         try:
             validate_repo_id(base)
         except HFValidationError as error:
-            raise ValueError(f"model card: base_model={base!r} is no Hub id: write 'owner/name', or leave it out.") from error
+            raise ValueError(
+                f"model card: base_model={base!r} is no Hub id: write 'owner/name', or leave it "
+                f"out."
+            ) from error
     if relation is not None and relation not in BASE_MODEL_RELATIONS:
-        raise ValueError(f"model card: base_model_relation={relation!r} must be one of {', '.join(BASE_MODEL_RELATIONS)}.")
+        raise ValueError(
+            f"model card: base_model_relation={relation!r} must be one of "
+            f"{', '.join(BASE_MODEL_RELATIONS)}."
+        )
     if relation is not None and not bases:
-        raise ValueError(f"model card: base_model_relation={relation!r} needs a base_model: name it, or leave both out.")
+        raise ValueError(
+            f"model card: base_model_relation={relation!r} needs a base_model: name it, or leave "
+            f"both out."
+        )
 
 
 def _without_links(text: str) -> str:

@@ -35,10 +35,17 @@ _PARTS = {
     "head": "output head",
     "other": "other",
 }
-_RANGES = {"channel": "static, per channel", "token": "static, per position", "dynamic_token": "at run time, per token", "none": "none"}
+_RANGES = {
+    "channel": "static, per channel",
+    "token": "static, per position",
+    "dynamic_token": "at run time, per token",
+    "none": "none",
+}
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> str:
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
+) -> str:
     """A padded Markdown table.
 
     Args:
@@ -46,7 +53,9 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: 
         rows: one cell per column; "|" and line breaks in them are made harmless.
         right: indices of columns that are aligned to the right.
     """
-    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    cells = [
+        [" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (header, *rows)
+    ]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -56,7 +65,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: 
         )
         return f"| {' | '.join(padded)} |"
 
-    rule = ("-" * (width - 1) + ":" if column in right else "-" * width for column, width in enumerate(widths))
+    rule = (
+        "-" * (width - 1) + ":" if column in right else "-" * width
+        for column, width in enumerate(widths)
+    )
     return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *map(line, cells[1:])])
 
 
@@ -85,40 +97,90 @@ def precision_table(contents: Contents) -> str:
         counts: Counter[tuple[int, int, str]] = Counter()
         for module in own:
             if module.scheme is not None:
-                key = (module.scheme.weight_bits, module.scheme.activation_bits, module.scheme.granularity)
+                key = (
+                    module.scheme.weight_bits,
+                    module.scheme.activation_bits,
+                    module.scheme.granularity,
+                )
                 weights[key] += module.weights
                 counts[key] += 1
         for (weight_bits, activation_bits, granularity), count in sorted(counts.items()):
             share = weights[weight_bits, activation_bits, granularity] / total
             bits = _activations(activation_bits, contents.dtype)
             rows.append(
-                (_PARTS[part.name], counted(count, "linear module"), f"{weight_bits} bit", bits, _RANGES[granularity], percent(share))
+                (
+                    _PARTS[part.name],
+                    counted(count, "linear module"),
+                    f"{weight_bits} bit",
+                    bits,
+                    _RANGES[granularity],
+                    percent(share),
+                )
             )
         if rest := part.parameters - weights.total():
             left = sum(module.scheme is None for module in own)
-            what = "everything else" if counts and not left else counted(left, "linear module") if left else "everything"
-            rows.append((_PARTS[part.name], what, contents.dtype, contents.dtype, "none", percent(rest / total)))
-    return markdown_table(("Part", "What", "Weights", "Activations", "Activation ranges", "Share of parameters"), rows, right=(5,))
+            what = (
+                "everything else"
+                if counts and not left
+                else counted(left, "linear module")
+                if left
+                else "everything"
+            )
+            rows.append(
+                (
+                    _PARTS[part.name],
+                    what,
+                    contents.dtype,
+                    contents.dtype,
+                    "none",
+                    percent(rest / total),
+                )
+            )
+    return markdown_table(
+        ("Part", "What", "Weights", "Activations", "Activation ranges", "Share of parameters"),
+        rows,
+        right=(5,),
+    )
 
 
 def module_table(contents: Contents) -> str:
     """Every quantized module."""
-    rows = [(f"`{m.name}`", *_scheme_cells(m.scheme, contents.dtype)) for m in contents.modules if m.scheme is not None]
-    return markdown_table(("Module", "Weights", "Activations", "Activation ranges", "Input transform"), rows)
+    rows = [
+        (f"`{m.name}`", *_scheme_cells(m.scheme, contents.dtype))
+        for m in contents.modules
+        if m.scheme is not None
+    ]
+    return markdown_table(
+        ("Module", "Weights", "Activations", "Activation ranges", "Input transform"), rows
+    )
 
 
 def full_precision_names(contents: Contents) -> list[str]:
     """Linear modules in full precision, layers of one kind together: "model.layers.*.fc1 (24)"."""
     names = Counter(
-        ".".join("*" if part.isdigit() else part for part in module.name.split(".")) for module in contents.modules if module.scheme is None
+        ".".join("*" if part.isdigit() else part for part in module.name.split("."))
+        for module in contents.modules
+        if module.scheme is None
     )
     return [f"`{name}`" + (f" ({count})" if "*" in name else "") for name, count in names.items()]
 
 
 def lift_table(lifts: Sequence[Lift]) -> str:
     """What the guard raised."""
-    rows = [(f"`{lift.site}`", f"W{lift.weight_bits}A{lift.activation_bits}", f"{lift.before:.4f}", f"{lift.after:.4f}") for lift in lifts]
-    return markdown_table(("First module of the site", "Raised to", "Answers moved by (nats)", "After"), rows, right=(2, 3))
+    rows = [
+        (
+            f"`{lift.site}`",
+            f"W{lift.weight_bits}A{lift.activation_bits}",
+            f"{lift.before:.4f}",
+            f"{lift.after:.4f}",
+        )
+        for lift in lifts
+    ]
+    return markdown_table(
+        ("First module of the site", "Raised to", "Answers moved by (nats)", "After"),
+        rows,
+        right=(2, 3),
+    )
 
 
 def block_table(segments: Sequence[SegmentReport]) -> str:
@@ -126,12 +188,26 @@ def block_table(segments: Sequence[SegmentReport]) -> str:
     rows = []
     for segment in segments:
         for number, block in enumerate(segment.blocks):
-            first, last = segment.layers.index(block.layers[0]), segment.layers.index(block.layers[-1])
+            first, last = (
+                segment.layers.index(block.layers[0]),
+                segment.layers.index(block.layers[-1]),
+            )
             layers = str(first) if first == last else f"{first}-{last}"
             rows.append(
-                (_PARTS[segment.component], str(number), layers, f"{block.initial:.6f}", f"{block.greedy:.6f}", f"{block.joint:.6f}")
+                (
+                    _PARTS[segment.component],
+                    str(number),
+                    layers,
+                    f"{block.initial:.6f}",
+                    f"{block.greedy:.6f}",
+                    f"{block.joint:.6f}",
+                )
             )
-    return markdown_table(("Part", "Block", "Layers", "Error at the start", "Layer by layer", "Jointly"), rows, right=(1, 3, 4, 5))
+    return markdown_table(
+        ("Part", "Block", "Layers", "Error at the start", "Layer by layer", "Jointly"),
+        rows,
+        right=(1, 3, 4, 5),
+    )
 
 
 def provenance_table(report: CalibrationReport) -> str:
@@ -169,10 +245,18 @@ def shown_versions(versions: Mapping[str, str]) -> str:
 def size_table(contents: Contents) -> str:
     """Bytes of every part in bfloat16 and as stored."""
     parameters = sum(part.parameters for part in contents.components)
-    rows = [(_PARTS[part.name], part.parameters, part.bfloat16_bytes, part.stored_bytes) for part in contents.components]
+    rows = [
+        (_PARTS[part.name], part.parameters, part.bfloat16_bytes, part.stored_bytes)
+        for part in contents.components
+    ]
     rows.append(("**total**", parameters, contents.bfloat16_bytes, contents.stored_bytes))
-    cells = [(name, f"{count:,}", shown_bytes(full), shown_bytes(packed), f"{full / packed:.2f}") for name, count, full, packed in rows]
-    return markdown_table(("Part", "Parameters", "bfloat16", "This model", "Times smaller"), cells, right=(1, 2, 3, 4))
+    cells = [
+        (name, f"{count:,}", shown_bytes(full), shown_bytes(packed), f"{full / packed:.2f}")
+        for name, count, full, packed in rows
+    ]
+    return markdown_table(
+        ("Part", "Parameters", "bfloat16", "This model", "Times smaller"), cells, right=(1, 2, 3, 4)
+    )
 
 
 def accuracy_table(evaluation: Mapping[str, Any], reference: str) -> str:
@@ -180,24 +264,44 @@ def accuracy_table(evaluation: Mapping[str, Any], reference: str) -> str:
     found = evaluation["comparison"]
     rows = [] if found is None else [(reference, *_share_cells(found["reference_accuracy"]))]
     rows.append(("**this model**", *_share_cells(evaluation["accuracy"])))
-    return markdown_table(("Model", "Accuracy", "95 % interval", "Right answers"), rows, right=(1, 2, 3))
+    return markdown_table(
+        ("Model", "Accuracy", "95 % interval", "Right answers"), rows, right=(1, 2, 3)
+    )
 
 
 def kind_table(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """This model on each kind of question."""
     rows = [(kind, *_share_cells(share)) for kind, share in kinds.items()]
-    return markdown_table(("Kind of question", "Accuracy", "95 % interval", "Right answers"), rows, right=(1, 2, 3))
+    return markdown_table(
+        ("Kind of question", "Accuracy", "95 % interval", "Right answers"), rows, right=(1, 2, 3)
+    )
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """What `qvlm bench` measured; ways that failed are left out."""
-    header = ("Way", "Batch", "Speedup of the first token", "Speedup of further tokens", "Tokens per second", "Weights", "Peak memory")
-    return markdown_table(header, [_speed_cells(row) for row in rows if row["error"] is None], right=(1, 2, 3, 4, 5, 6))
+    header = (
+        "Way",
+        "Batch",
+        "Speedup of the first token",
+        "Speedup of further tokens",
+        "Tokens per second",
+        "Weights",
+        "Peak memory",
+    )
+    return markdown_table(
+        header,
+        [_speed_cells(row) for row in rows if row["error"] is None],
+        right=(1, 2, 3, 4, 5, 6),
+    )
 
 
 def _speed_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     way = row["way"] if row["kernel"] is None else f"{row['way']} ({row['kernel']})"
-    times = (_ratio(row["first_token"]), _ratio(row["decode"]["time"]), f"{row['tokens_per_second']:.1f}")
+    times = (
+        _ratio(row["first_token"]),
+        _ratio(row["decode"]["time"]),
+        f"{row['tokens_per_second']:.1f}",
+    )
     peak = "not measured" if row["peak_bytes"] is None else shown_bytes(row["peak_bytes"])
     return (way, str(row["batch"]), *times, shown_bytes(row["weight_bytes"]), peak)
 
@@ -208,12 +312,21 @@ def _ratio(figure: Mapping[str, float]) -> str:
 
 def _share_cells(share: Mapping[str, Any]) -> tuple[str, str, str]:
     low, high = share["interval"]
-    return percent(share["value"]), f"{100 * low:.1f} to {percent(high)}", f"{share['correct']} of {share['total']}"
+    return (
+        percent(share["value"]),
+        f"{100 * low:.1f} to {percent(high)}",
+        f"{share['correct']} of {share['total']}",
+    )
 
 
 def _scheme_cells(scheme: QuantScheme, dtype: str) -> tuple[str, str, str, str]:
     transform = "none" if scheme.hadamard is None else f"Hadamard, blocks of {scheme.hadamard}"
-    return f"{scheme.weight_bits} bit", _activations(scheme.activation_bits, dtype), _RANGES[scheme.granularity], transform
+    return (
+        f"{scheme.weight_bits} bit",
+        _activations(scheme.activation_bits, dtype),
+        _RANGES[scheme.granularity],
+        transform,
+    )
 
 
 def _activations(bits: int, dtype: str) -> str:

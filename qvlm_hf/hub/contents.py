@@ -1,7 +1,8 @@
 """What a saved directory holds, for its model card: configuration, report, linear modules and bytes, without reading a weight.
 
-config.json says which modules are quantized and how; the model is built from it on the meta device for the sizes in full precision; the
-headers of the safetensors files give the bytes as they lie on disk. A directory without report is described by its configuration.
+config.json says which modules are quantized and how; the model is built from it on the meta device
+for the sizes in full precision; the headers of the safetensors files give the bytes as they lie on
+disk. A directory without report is described by its configuration.
 """
 
 import json
@@ -20,7 +21,16 @@ from qvlm_hf.hub.payload import read_header, weight_files
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.footprint import component_of, footprint
 
-__all__ = ["REPORT_NAME", "Component", "Contents", "LinearModule", "read_contents", "read_quantization", "read_report", "read_report_file"]
+__all__ = [
+    "REPORT_NAME",
+    "Component",
+    "Contents",
+    "LinearModule",
+    "read_contents",
+    "read_quantization",
+    "read_report",
+    "read_report_file",
+]
 
 REPORT_NAME = "qvlm_report.json"
 _NO_SETTINGS = ("quant_method", "format_version", "scheme", "provenance", "modules")
@@ -85,7 +95,10 @@ def read_contents(folder: Path) -> Contents:
     Raises:
         ValueError: it holds no model quantized by qvlm_hf, or its weights are missing.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText  # not at the top: Transformers' modeling code takes a second
+    from transformers import (
+        AutoConfig,
+        AutoModelForImageTextToText,
+    )  # not at the top: Transformers' modeling code takes a second
 
     quantization = read_quantization(folder)
     report = read_report(folder)
@@ -104,7 +117,10 @@ def read_contents(folder: Path) -> Contents:
         modules=_linear_modules(model, report.modules),
         components=tuple(
             Component(
-                name=row.component, parameters=row.parameters, bfloat16_bytes=row.full_precision_bytes, stored_bytes=stored[row.component]
+                name=row.component,
+                parameters=row.parameters,
+                bfloat16_bytes=row.full_precision_bytes,
+                stored_bytes=stored[row.component],
             )
             for row in rows
         ),
@@ -124,7 +140,9 @@ def read_report(folder: Path) -> CalibrationReport:
     return CalibrationReport(
         settings={name: value for name, value in quantization.items() if name not in _NO_SETTINGS},
         provenance=quantization["provenance"],
-        modules={name: QuantScheme.from_dict(entry) for name, entry in quantization["modules"].items()},
+        modules={
+            name: QuantScheme.from_dict(entry) for name, entry in quantization["modules"].items()
+        },
     )
 
 
@@ -137,9 +155,17 @@ def read_report_file(file: Path) -> CalibrationReport:
     try:
         return CalibrationReport.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{REPORT_NAME}: is no JSON ({error}): delete it, or quantize the model again.") from error
-    except (ValueError, AttributeError) as error:  # of UTF-8, of fields, of a list where a mapping should be
-        raise ValueError(f"{REPORT_NAME}: cannot be used ({str(error).rstrip('.')}): delete it, or quantize the model again.") from error
+        raise ValueError(
+            f"{REPORT_NAME}: is no JSON ({error}): delete it, or quantize the model again."
+        ) from error
+    except (
+        ValueError,
+        AttributeError,
+    ) as error:  # of UTF-8, of fields, of a list where a mapping should be
+        raise ValueError(
+            f"{REPORT_NAME}: cannot be used ({str(error).rstrip('.')}): delete it, or quantize the "
+            f"model again."
+        ) from error
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
@@ -151,17 +177,34 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder.resolve().name}: has no readable config.json: name a directory that qvlm quantize wrote.") from error
+        raise ValueError(
+            f"{folder.resolve().name}: has no readable config.json: name a directory that qvlm "
+            f"quantize wrote."
+        ) from error
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qvlm":
-        raise ValueError(f"{folder.resolve().name}: is not quantized by qvlm_hf: name a directory that qvlm quantize wrote.")
+        raise ValueError(
+            f"{folder.resolve().name}: is not quantized by qvlm_hf: name a directory that qvlm "
+            f"quantize wrote."
+        )
     return quantization
 
 
-def _linear_modules(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> tuple[LinearModule, ...]:
-    linears = ((canonical_name(name), module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+def _linear_modules(
+    model: nn.Module, schemes: Mapping[str, QuantScheme]
+) -> tuple[LinearModule, ...]:
+    linears = (
+        (canonical_name(name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    )
     return tuple(
-        LinearModule(name=name, component=component_of(name), weights=module.weight.numel(), scheme=schemes.get(name))
+        LinearModule(
+            name=name,
+            component=component_of(name),
+            weights=module.weight.numel(),
+            scheme=schemes.get(name),
+        )
         for name, module in linears
     )
 

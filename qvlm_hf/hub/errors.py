@@ -5,14 +5,20 @@
     429, 5xx, no answer  ConnectionError
     anything else        OSError
 
-Answers of the server are quoted, because they know more than the status; whatever looks like a token is blotted out of them.
+Answers of the server are quoted, because they know more than the status; whatever looks like a
+token is blotted out of them.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 __all__ = ["TOKEN", "explained", "one_line"]
 
@@ -20,13 +26,21 @@ TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 _ANSWERS: dict[int, tuple[type[OSError], str, str]] = {
     400: (OSError, "the Hub refuses the request", "mend what it names"),
-    401: (PermissionError, "the Hub does not accept the token", "run `hf auth login` or set HF_TOKEN"),
+    401: (
+        PermissionError,
+        "the Hub does not accept the token",
+        "run `hf auth login` or set HF_TOKEN",
+    ),
     403: (
         PermissionError,
         "the token may not write there",
         "take a token with write permission, another repository, or open a pull request",
     ),
-    404: (FileNotFoundError, "no such repository or revision, or a private one that the token may not see", "check both names"),
+    404: (
+        FileNotFoundError,
+        "no such repository or revision, or a private one that the token may not see",
+        "check both names",
+    ),
     409: (OSError, "something else changed the repository at the same time", "repeat the command"),
     412: (OSError, "something else changed the repository at the same time", "repeat the command"),
     413: (OSError, "a file is too large for the Hub", "save with smaller shards (max_shard_size)"),
@@ -65,15 +79,25 @@ def _explanation(repo_id: str, error: BaseException | None) -> Exception | None:
     """What to raise instead of `error`; None: it is no matter of the Hub's."""
     match error:
         case LocalTokenNotFoundError():
-            return PermissionError(f"{repo_id}: there is no Hub token: run `hf auth login` or set HF_TOKEN.")
+            return PermissionError(
+                f"{repo_id}: there is no Hub token: run `hf auth login` or set HF_TOKEN."
+            )
         case OfflineModeIsEnabled():
-            return ConnectionError(f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish.")
+            return ConnectionError(
+                f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish."
+            )
         case HfHubHTTPError():
             return _refusal(repo_id, error)
         case PermissionError() if error.errno is None:  # hf_xet's; a file's has a number
-            return PermissionError(f"{repo_id}: the Hub does not accept the token ({one_line(error)}): {_ANSWERS[401][2]}.")
+            return PermissionError(
+                f"{repo_id}: the Hub does not accept the token ({one_line(error)}): "
+                f"{_ANSWERS[401][2]}."
+            )
         case HTTPError() | ConnectionError() | TimeoutError():
-            return ConnectionError(f"{repo_id}: the Hub cannot be reached ({one_line(error)}): check the network and {_REPEAT}.")
+            return ConnectionError(
+                f"{repo_id}: the Hub cannot be reached ({one_line(error)}): check the network and "
+                f"{_REPEAT}."
+            )
         case RuntimeError():  # of one file; the reason is its cause
             return _explanation(repo_id, error.__cause__)
         case ValueError():

@@ -1,7 +1,7 @@
 """qvlm_files.json: what we wrote into a saved directory, file by file.
 
-Only a file that is on the list, and is as we wrote it, may be replaced by a later result. Names alone
-would not do: people put a README.md or a vocab.json of their own beside a model.
+Only a file that is on the list, and is as we wrote it, may be replaced by a later result. Names
+alone would not do: people put a README.md or a vocab.json of their own beside a model.
 """
 
 import hashlib
@@ -18,7 +18,9 @@ _END = 2**20  # bytes of weights that are read
 
 def list_files(folder: Path) -> None:
     """Writes the list of all files of a directory; it belongs to the directory alone and is not published."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILE_LIST)
+    files = (
+        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILE_LIST
+    )
     _write(folder, {path.relative_to(folder).as_posix(): _digest(path) for path in files})
 
 

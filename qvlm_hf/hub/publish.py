@@ -3,8 +3,9 @@
     check_target -> Target      token, name and permission, before hours of work; nothing is created yet
     upload -> Published         repository and branch, ONE upload_folder that deletes stale weights with the same commit, then `verify`
 
-An upload that was cut short changes nothing that a reader sees, because the commit comes last; repeating it sends what is missing, because
-content is addressed by its hash. Knows folders and an `HfApi` that is passed in; models and Transformers are hf/publishing.py's.
+An upload that was cut short changes nothing that a reader sees, because the commit comes last;
+repeating it sends what is missing, because content is addressed by its hash. Knows folders and an
+`HfApi` that is passed in; models and Transformers are hf/publishing.py's.
 """
 
 import glob
@@ -29,9 +30,20 @@ from yaml import YAMLError
 from qvlm_hf.hub.errors import explained, one_line
 from qvlm_hf.hub.payload import STALE, Payload, check_secrets, check_text, read_header
 
-__all__ = ["Published", "Target", "check_message", "check_repo_id", "check_revision", "check_target", "fetch_card", "upload", "verify"]
+__all__ = [
+    "Published",
+    "Target",
+    "check_message",
+    "check_repo_id",
+    "check_revision",
+    "check_target",
+    "fetch_card",
+    "upload",
+    "verify",
+]
 
-# What git refuses (git-check-ref-format), and what git or the Hub would take for a commit or for a reference that is no branch.
+# What git refuses (git-check-ref-format), and what git or the Hub would take for a commit or for a
+# reference that is no branch.
 _NO_BRANCH = re.compile(
     r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[-/]|(?:^|/)\.|\.lock(?:/|$)|[./]$|^$|^(?:@|HEAD|refs(?:/.*)?|[0-9a-fA-F]{40})$"
 )
@@ -91,7 +103,10 @@ def check_repo_id(repo_id: object, *, field: str = "repo_id") -> None:
             raise HFValidationError("it is no text")
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{field}={repo_id!r} must be 'owner/name' of letters, digits, '-', '_' and '.' ({one_line(error)}).") from error
+        raise ValueError(
+            f"{field}={repo_id!r} must be 'owner/name' of letters, digits, '-', '_' and '.' "
+            f"({one_line(error)})."
+        ) from error
 
 
 def check_revision(revision: str | None) -> None:
@@ -100,9 +115,14 @@ def check_revision(revision: str | None) -> None:
     Raises:
         ValueError: it is neither.
     """
-    if revision is not None and not _PULL_REQUEST.fullmatch(revision) and _NO_BRANCH.search(revision):
+    if (
+        revision is not None
+        and not _PULL_REQUEST.fullmatch(revision)
+        and _NO_BRANCH.search(revision)
+    ):
         raise ValueError(
-            f"revision={revision!r} is no branch name: take letters, digits, '-', '_', '.' and '/', as in 'dev', or 'refs/pr/N'."
+            f"revision={revision!r} is no branch name: take letters, digits, '-', '_', '.' and "
+            f"'/', as in 'dev', or 'refs/pr/N'."
         )
 
 
@@ -115,7 +135,14 @@ def check_message(api: HfApi, message: str) -> None:
     check_text("commit_message", message, _token(api))
 
 
-def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revision: str | None = None, create_pr: bool = False) -> Target:
+def check_target(
+    api: HfApi,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Target:
     """Asks the Hub whether the token may publish there. Creates nothing.
 
     What it cannot foresee: whether a fine-grained token may create repositories.
@@ -128,20 +155,28 @@ def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revis
         create_pr: open a pull request.
 
     Raises:
-        ValueError: the arguments break a rule, or the repository is public and should be private or the reverse.
+        ValueError: the arguments break a rule, or the repository is public and should be private or
+            the reverse.
         OSError: as `explained`.
     """
     check_repo_id(repo_id)
     check_revision(revision)
     if create_pr and revision is not None:
-        raise ValueError(f"create_pr=True opens a pull request against main: leave out revision={revision!r}.")
+        raise ValueError(
+            f"create_pr=True opens a pull request against main: leave out revision={revision!r}."
+        )
     with explained(repo_id):
         account = api.whoami()
     user, role = account["name"], account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
-        raise PermissionError(f"{repo_id}: the token may only read: make one with write permission at huggingface.co/settings/tokens.")
+        raise PermissionError(
+            f"{repo_id}: the token may only read: make one with write permission at "
+            f"huggingface.co/settings/tokens."
+        )
     full = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-    target = Target(repo_id=full, user=user, private=private, revision=revision, create_pr=create_pr)
+    target = Target(
+        repo_id=full, user=user, private=private, revision=revision, create_pr=create_pr
+    )
     there = _find(api, full)
     if there is None:
         _check_new(target, [user, *(org["name"] for org in account.get("orgs", []))])
@@ -149,7 +184,8 @@ def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revis
     if private is not None and there.private != private:
         state = "private" if there.private else "public"
         raise ValueError(
-            f"{full}: is {state} on the Hub already, and private={private} was asked for: change it in its settings, or leave it out."
+            f"{full}: is {state} on the Hub already, and private={private} was asked for: change "
+            f"it in its settings, or leave it out."
         )
     if not create_pr and not (revision or "").startswith("refs/pr/"):
         with explained(full):
@@ -157,7 +193,9 @@ def check_target(api: HfApi, repo_id: str, *, private: bool | None = None, revis
     return target
 
 
-def upload(api: HfApi, folder: Path, target: Target, payload: Payload, *, message: str) -> Published:
+def upload(
+    api: HfApi, folder: Path, target: Target, payload: Payload, *, message: str
+) -> Published:
     """Sends the files in one upload and checks what arrived.
 
     Args:
@@ -199,16 +237,25 @@ def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision
 
     def differs(what: str) -> OSError:
         return OSError(
-            f"{repo_id}: the Hub does not hold what was sent ({what}): repeat the command; if it stays, delete that file there first."
+            f"{repo_id}: the Hub does not hold what was sent ({what}): repeat the command; if it "
+            f"stays, delete that file there first."
         )
 
-    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision) if isinstance(entry, RepoFile)}
+    there = {
+        entry.path: entry
+        for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)
+        if isinstance(entry, RepoFile)
+    }
     for name in payload.files:
         if name not in there or there[name].size != (folder / name).stat().st_size:
             raise differs(name)
         if not _same_hash(there[name], folder / name):
             raise differs(f"the hash of {name}")
-    if stale := sorted(name for name in there if name.endswith((".safetensors", ".bin")) and name not in payload.weights):
+    if stale := sorted(
+        name
+        for name in there
+        if name.endswith((".safetensors", ".bin")) and name not in payload.weights
+    ):
         raise differs(f"{stale[0]} is left over")
     try:
         headers = api.get_safetensors_metadata(repo_id, revision=revision).files_metadata
@@ -218,7 +265,10 @@ def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision
         expected = json.loads(read_header(folder / name))
         expected.pop("__metadata__", None)
         tensors = headers[name].tensors if name in headers else {}
-        found = {key: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)} for key, t in tensors.items()}
+        found = {
+            key: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)}
+            for key, t in tensors.items()
+        }
         if found != expected:
             raise differs(f"the header of {name}")
 
@@ -226,12 +276,15 @@ def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision
 def fetch_card(api: HfApi, model_id: str | None) -> ModelCardData | None:
     """Front matter of a model's card on the Hub; None where there is no such model or card, or nobody answers.
 
-    A missing card should not stop a publication: licence and language are then left to whoever publishes.
+    A missing card should not stop a publication: licence and language are then left to whoever
+    publishes.
     """
     if model_id is None:
         return None
     try:
-        data = ModelCard(Path(api.hf_hub_download(model_id, "README.md")).read_text(encoding="utf-8")).data
+        data = ModelCard(
+            Path(api.hf_hub_download(model_id, "README.md")).read_text(encoding="utf-8")
+        ).data
     except (HTTPError, OSError, YAMLError, ValueError):  # HTTPError alone is the network's
         return None
     return data if isinstance(data, ModelCardData) else None
@@ -249,10 +302,14 @@ def _find(api: HfApi, repo_id: str) -> ModelInfo | None:
 def _check_new(target: Target, owners: list[Any]) -> None:
     """A repository that is to be made must be for the user or one of the user's organizations."""
     if target.create_pr:
-        raise FileNotFoundError(f"{target.repo_id}: there is no such repository to open a pull request in: check its name.")
+        raise FileNotFoundError(
+            f"{target.repo_id}: there is no such repository to open a pull request in: check its "
+            f"name."
+        )
     if (owner := target.repo_id.split("/")[0]) not in owners:
         raise PermissionError(
-            f"{target.repo_id}: the token's user may not make repositories for {owner!r}: name one of {', '.join(owners)}."
+            f"{target.repo_id}: the token's user may not make repositories for {owner!r}: name one "
+            f"of {', '.join(owners)}."
         )
 
 

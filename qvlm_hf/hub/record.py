@@ -24,14 +24,24 @@ def check_recordable(directory: str) -> Path:
     """
     folder = Path(directory)
     if not folder.is_dir():
-        raise ValueError(f"--record: {directory} is no local directory: download the model first, or leave --record out.")
+        raise ValueError(
+            f"--record: {directory} is no local directory: download the model first, or leave "
+            f"--record out."
+        )
     read_report(folder)
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--record: {directory} may not be written: copy it, or leave --record out.")
+        raise ValueError(
+            f"--record: {directory} may not be written: copy it, or leave --record out."
+        )
     return folder
 
 
-def record_measurement(folder: Path, *, evaluation: dict[str, Any] | None = None, benchmark: dict[str, Any] | None = None) -> None:
+def record_measurement(
+    folder: Path,
+    *,
+    evaluation: dict[str, Any] | None = None,
+    benchmark: dict[str, Any] | None = None,
+) -> None:
     """Puts measurements into the report, in place of earlier ones of their kind, and writes the card anew.
 
     Args:
@@ -43,7 +53,9 @@ def record_measurement(folder: Path, *, evaluation: dict[str, Any] | None = None
         ValueError: as `read_report` and `write_card`.
     """
     report = read_report(folder)
-    report = replace(report, evaluation=evaluation or report.evaluation, benchmark=benchmark or report.benchmark)
+    report = replace(
+        report, evaluation=evaluation or report.evaluation, benchmark=benchmark or report.benchmark
+    )
     text = json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n"
     partial = folder / f".{REPORT_NAME}.partial"
     partial.write_text(text, encoding="utf-8")

@@ -1,7 +1,8 @@
 """The one command that repeats a quantization: `qvlm quantize ...` where its options say everything, else a few lines of Python.
 
-Only what shaped the result and differs from the defaults is named. Base model and data set appear by name, because paths of one machine
-mean nothing on another; the card gives revision and hash beside them.
+Only what shaped the result and differs from the defaults is named. Base model and data set appear
+by name, because paths of one machine mean nothing on another; the card gives revision and hash
+beside them.
 """
 
 import json
@@ -21,13 +22,26 @@ _OPTIONS = (
 )  # fmt: skip
 _BITS = ("weight_bits", "activation_bits")  # the scheme has them
 _NO_EFFECT = ("strict",)
-_OF_CALIBRATION = ("num_samples", "batch_size", "max_block_depth", "entropy_threshold", "percentiles", "margins")
+_OF_CALIBRATION = (
+    "num_samples",
+    "batch_size",
+    "max_block_depth",
+    "entropy_threshold",
+    "percentiles",
+    "margins",
+)
 _IN_MEMORY = " in memory"
 _WIDTH = 100  # characters of a line of shell
 
 
 def quantize_command(
-    report: CalibrationReport, *, scheme: str, base: str, revision: str | None, dtype: str, output: str
+    report: CalibrationReport,
+    *,
+    scheme: str,
+    base: str,
+    revision: str | None,
+    dtype: str,
+    output: str,
 ) -> tuple[str, str]:
     """Writes the command.
 
@@ -46,10 +60,18 @@ def quantize_command(
     asked = _asked(report.settings, scheme, calibrated=dataset is not None)
     threads = None if dataset is None else report.provenance.get("threads")
     plain = dataset is None and parse_scheme(scheme)[1] < 16
-    source: dict[str, Any] = {"base": base, "revision": revision, "dtype": dtype, "output": output, "threads": threads}
+    source: dict[str, Any] = {
+        "base": base,
+        "revision": revision,
+        "dtype": dtype,
+        "output": output,
+        "threads": threads,
+    }
     if set(asked) <= set(_OPTIONS) and not (dataset or "").endswith(_IN_MEMORY):
         return "bash", _shell(scheme, asked, dataset, plain=plain, **source)
-    fields = {"scheme": scheme} | ({"activation_granularity": "dynamic_token"} if plain else {}) | asked
+    fields = (
+        {"scheme": scheme} | ({"activation_granularity": "dynamic_token"} if plain else {}) | asked
+    )
     return "python", _python(fields, dataset, **source)
 
 
@@ -64,10 +86,20 @@ def _asked(settings: Mapping[str, Any], scheme: str, *, calibrated: bool) -> dic
             **bits, activation_granularity=None if bits["activation_bits"] == 16 else "dynamic_token", weight_rounding="nearest",
             equalization=False, token_importance=False, guard=False,
         )  # fmt: skip
-        skipped = (*_BITS, *_NO_EFFECT, *_OF_CALIBRATION, *(() if settings.get("rotation") else ("seed",)))
+        skipped = (
+            *_BITS,
+            *_NO_EFFECT,
+            *_OF_CALIBRATION,
+            *(() if settings.get("rotation") else ("seed",)),
+        )
     usual = settings_dict(default)
-    found = {name: [] if name == "modules_to_not_convert" and value is None else value for name, value in settings.items()}
-    return {name: value for name, value in found.items() if name not in skipped and value != usual[name]}
+    found = {
+        name: [] if name == "modules_to_not_convert" and value is None else value
+        for name, value in settings.items()
+    }
+    return {
+        name: value for name, value in found.items() if name not in skipped and value != usual[name]
+    }
 
 
 def _shell(
@@ -82,7 +114,12 @@ def _shell(
     lines = [f"qvlm quantize {shlex.quote(base)}"]
     for name, value in options.items():
         if value is not None:
-            words = shlex.join([f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])])
+            words = shlex.join(
+                [
+                    f"--{name.replace('_', '-')}",
+                    *map(str, value if isinstance(value, list) else [value]),
+                ]
+            )
             if len(lines[-1]) + len(words) < _WIDTH:
                 lines[-1] += f" {words}"
             else:
@@ -91,7 +128,14 @@ def _shell(
 
 
 def _python(
-    fields: Mapping[str, Any], dataset: str | None, *, base: str, revision: str | None, dtype: str, output: str, threads: int | None
+    fields: Mapping[str, Any],
+    dataset: str | None,
+    *,
+    base: str,
+    revision: str | None,
+    dtype: str,
+    output: str,
+    threads: int | None,
 ) -> str:
     source = _literal(base) + ("" if revision is None else f", revision={_literal(revision)}")
     arguments = [f"{name}={_literal(_usual(name, value))}" for name, value in fields.items()]
@@ -112,7 +156,8 @@ def _python(
         "model = AutoModelForImageTextToText.from_pretrained(",
         f"    {source}, dtype={_literal(dtype)}, quantization_config=config",
         ")",
-        f"qvlm_hf.save_quantized(model, processor, {_literal(output)}, report=model.hf_quantizer.report)",
+        f"qvlm_hf.save_quantized(model, processor, {_literal(output)}, "
+        f"report=model.hf_quantizer.report)",
     ]
     return "\n".join(lines)
 
@@ -130,5 +175,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
+        return (
+            f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
+        )
     return repr(value)

@@ -1,7 +1,8 @@
 """Bytes of a model on disk and in memory, before and after quantizing, from shapes alone.
 
-Counts exactly the tensors of the format, "Tensors of one quantized linear module"; a test compares the sum with saved safetensors, to the
-byte. The model may lie on the meta device, so a laptop can size a 13-billion-parameter one.
+Counts exactly the tensors of the format, "Tensors of one quantized linear module"; a test compares
+the sum with saved safetensors, to the byte. The model may lie on the meta device, so a laptop can
+size a 13-billion-parameter one.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,15 @@ from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.replace import quantized_modules
 
-__all__ = ["COMPONENTS", "Footprint", "FootprintRow", "component_of", "count_parameters", "footprint", "linear_bytes"]
+__all__ = [
+    "COMPONENTS",
+    "Footprint",
+    "FootprintRow",
+    "component_of",
+    "count_parameters",
+    "footprint",
+    "linear_bytes",
+]
 
 COMPONENTS = ("vision", "projector", "language", "embeddings", "head", "other")
 # First match wins; path components of canonical names.
@@ -59,15 +68,26 @@ class Footprint:
         )
 
     def __str__(self) -> str:
-        lines = [f"{'component':<11}{'parameters':>15}{'full precision':>17}{'quantized':>12}{'ratio':>7}"]
+        lines = [
+            f"{'component':<11}{'parameters':>15}{'full precision':>17}{'quantized':>12}{'ratio':>7}"
+        ]
         for row in (*self.rows, self.total):
-            full, packed = (f"{size / 2**20:.1f} MiB" for size in (row.full_precision_bytes, row.quantized_bytes))
-            lines.append(f"{row.component:<11}{row.parameters:>15,}{full:>17}{packed:>12}{row.ratio:>7.2f}")
+            full, packed = (
+                f"{size / 2**20:.1f} MiB"
+                for size in (row.full_precision_bytes, row.quantized_bytes)
+            )
+            lines.append(
+                f"{row.component:<11}{row.parameters:>15,}{full:>17}{packed:>12}{row.ratio:>7.2f}"
+            )
         return "\n".join(lines)
 
 
 def footprint(
-    model: nn.Module, modules: Mapping[str, QuantScheme], *, positions: Mapping[str, int] | None = None, dtype: torch.dtype = torch.bfloat16
+    model: nn.Module,
+    modules: Mapping[str, QuantScheme],
+    *,
+    positions: Mapping[str, int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Footprint:
     """Sizes a model before and after quantizing.
 
@@ -81,11 +101,19 @@ def footprint(
         The rows; tensors that several modules share count once.
 
     Raises:
-        ValueError: `modules` names something that is no linear module of the model, or `positions` lacks a component.
+        ValueError: `modules` names something that is no linear module of the model, or `positions`
+            lacks a component.
     """
-    linears = {canonical_name(name): module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        canonical_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     if unknown := sorted(set(modules) - set(linears)):
-        raise ValueError(f"modules: {unknown[0]!r} is no linear module of the model: use names as in named_modules().")
+        raise ValueError(
+            f"modules: {unknown[0]!r} is no linear module of the model: use names as in "
+            f"named_modules()."
+        )
     parameters, full, packed = (dict.fromkeys(COMPONENTS, 0) for _ in range(3))
     for name, tensor in _stored(model):
         component = component_of(name)
@@ -97,18 +125,28 @@ def footprint(
             continue
         linear = linears[module]
         packed[component] += linear_bytes(
-            linear.in_features, linear.out_features, modules[module], _positions(module, modules[module], positions)
+            linear.in_features,
+            linear.out_features,
+            modules[module],
+            _positions(module, modules[module], positions),
         )
     return Footprint(
         rows=tuple(
-            FootprintRow(component=c, parameters=parameters[c], full_precision_bytes=full[c], quantized_bytes=packed[c])
+            FootprintRow(
+                component=c,
+                parameters=parameters[c],
+                full_precision_bytes=full[c],
+                quantized_bytes=packed[c],
+            )
             for c in COMPONENTS
             if parameters[c]
         )
     )
 
 
-def linear_bytes(in_features: int, out_features: int, scheme: QuantScheme, positions: int | None = None) -> int:
+def linear_bytes(
+    in_features: int, out_features: int, scheme: QuantScheme, positions: int | None = None
+) -> int:
     """Bytes of one quantized module without its bias.
 
     Args:
@@ -152,12 +190,17 @@ def _stored(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> int:
-    return tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.element_size())
+    return tensor.numel() * (
+        dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
+    )
 
 
 def _positions(module: str, scheme: QuantScheme, positions: Mapping[str, int] | None) -> int | None:
     if scheme.granularity != "token":
         return None
     if (count := (positions or {}).get(component_of(module))) is None:
-        raise ValueError(f"{module}: granularity 'token' needs the number of positions: pass positions={{{component_of(module)!r}: 577}}.")
+        raise ValueError(
+            f"{module}: granularity 'token' needs the number of positions: pass "
+            f"positions={{{component_of(module)!r}: 577}}."
+        )
     return count

@@ -30,7 +30,8 @@ class SteppedAside:
 class FusedRMSNorm(nn.Module):
     """To be put before a class with `weight` [K] and `variance_epsilon` that is LlamaRMSNorm's equal.
 
-    `reference` (False): whether plain PyTorch computes it; `set_backend` sets it, files do not hold it.
+    `reference` (False): whether plain PyTorch computes it; `set_backend` sets it, files do not hold
+    it.
     """
 
     reference = False

@@ -1,7 +1,8 @@
 """`QVLMLinear`: packed parameters under the names of docs/format.md, and a forward pass that is one operator.
 
-It is an nn.Linear so that LoRA, offloading and tensor-parallel code treat it as one, and it keeps its integers in `weight` with
-a shape that no float weight can have, so that a program without this package fails to load it instead of running garbage.
+It is an nn.Linear so that LoRA, offloading and tensor-parallel code treat it as one, and it keeps
+its integers in `weight` with a shape that no float weight can have, so that a program without this
+package fails to load it instead of running garbage.
 """
 
 from typing import Any, Protocol
@@ -20,10 +21,15 @@ from qvlm_hf.ops.schema import linear
 
 __all__ = ["Group", "QVLMLinear", "packed_tensors"]
 
-_FIXED_DTYPE = ("weight_scale", "input_scale")  # float parameters that `.to(dtype)` must leave alone: they are part of the format
+_FIXED_DTYPE = (
+    "weight_scale",
+    "input_scale",
+)  # float parameters that `.to(dtype)` must leave alone: they are part of the format
 
 
-def packed_tensors(quantized: QuantizedWeight, scheme: QuantScheme, input_qparams: QParams | None) -> dict[str, Tensor]:
+def packed_tensors(
+    quantized: QuantizedWeight, scheme: QuantScheme, input_qparams: QParams | None
+) -> dict[str, Tensor]:
     """The tensors of one module as they lie on disk, without `bias` (docs/format.md, "Files in a saved directory").
 
     Args:
@@ -31,11 +37,15 @@ def packed_tensors(quantized: QuantizedWeight, scheme: QuantScheme, input_qparam
         scheme: of the module.
         input_qparams: [in] for "channel", [positions] for "token", None otherwise.
     """
-    tensors = {"weight": pack(quantized.values, scheme.weight_bits), "weight_scale": quantized.scale}
+    tensors = {
+        "weight": pack(quantized.values, scheme.weight_bits),
+        "weight_scale": quantized.scale,
+    }
     if not scheme.symmetric:
         tensors["weight_zero_point"] = quantized.zero_point
     if input_qparams is not None:
-        # copies: the modules of a site share their QParams, and safetensors refuses to save shared memory
+        # copies: the modules of a site share their QParams, and safetensors refuses to save shared
+        # memory
         tensors["input_scale"] = input_qparams.scale.to(torch.float32, copy=True)
         tensors["input_zero_point"] = input_qparams.zero_point.to(torch.int32, copy=True)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -57,11 +67,13 @@ class Group(Protocol):
 class QVLMLinear(nn.Linear):
     """A quantized linear module, [..., in_features] -> [..., out_features].
 
-    Parameters (never trainable but `bias`): `weight` int32 [out, words], `weight_scale` bfloat16 [out, groups], `weight_zero_point` uint8
-    [out, groups] or None, `input_scale` float32 and `input_zero_point` int32 [in] or [positions] or None, `bias` [out] or None.
+    Parameters (never trainable but `bias`): `weight` int32 [out, words], `weight_scale` bfloat16
+    [out, groups], `weight_zero_point` uint8 [out, groups] or None, `input_scale` float32 and
+    `input_zero_point` int32 [in] or [positions] or None, `bias` [out] or None.
 
-    `reference` (False): whether the reference computes the module and no kernel; `set_backend` sets it, files do not hold it.
-    `shared` (None): the modules that it is computed together with, and its place among them.
+    `reference` (False): whether the reference computes the module and no kernel; `set_backend` sets
+    it, files do not hold it. `shared` (None): the modules that it is computed together with, and
+    its place among them.
     """
 
     reference = False
@@ -88,7 +100,8 @@ class QVLMLinear(nn.Linear):
             bias: whether there is one.
             dtype: of `bias`.
             positions: calibrated positions; required by "token", else unused.
-            has_input_scale: for granularity "none" only: whether the input is divided by a stored scale. Default: no.
+            has_input_scale: for granularity "none" only: whether the input is divided by a stored
+                scale. Default: no.
             device: of the parameters.
 
         Raises:
@@ -96,25 +109,43 @@ class QVLMLinear(nn.Linear):
         """
         nn.Module.__init__(self)  # nn.Linear's would allocate a float weight
         if scheme.granularity == "token" and positions is None:
-            raise ValueError("granularity 'token' needs the number of positions it was calibrated for.")
+            raise ValueError(
+                "granularity 'token' needs the number of positions it was calibrated for."
+            )
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         groups = scheme.groups(in_features)
-        lengths = {"channel": in_features, "token": positions, "none": in_features if has_input_scale else None}
+        lengths = {
+            "channel": in_features,
+            "token": positions,
+            "none": in_features if has_input_scale else None,
+        }
         statics = lengths.get(scheme.granularity)
 
         def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+            return nn.Parameter(
+                torch.empty(*shape, dtype=dtype, device=device), requires_grad=False
+            )
 
-        self.register_parameter("weight", empty(out_features, scheme.words(in_features), dtype=torch.int32))
+        self.register_parameter(
+            "weight", empty(out_features, scheme.words(in_features), dtype=torch.int32)
+        )
         self.weight_scale = empty(out_features, groups, dtype=torch.bfloat16)
-        self.weight_zero_point = None if scheme.symmetric else empty(out_features, groups, dtype=torch.uint8)
+        self.weight_zero_point = (
+            None if scheme.symmetric else empty(out_features, groups, dtype=torch.uint8)
+        )
         self.input_scale = None if statics is None else empty(statics, dtype=torch.float32)
-        self.input_zero_point = None if statics is None or scheme.granularity == "none" else empty(statics, dtype=torch.int32)
+        self.input_zero_point = (
+            None
+            if statics is None or scheme.granularity == "none"
+            else empty(statics, dtype=torch.int32)
+        )
         self.register_parameter("bias", empty(out_features, dtype=dtype) if bias else None)
         self._mark_initialized()
 
     @classmethod
-    def from_packed(cls, linear: nn.Linear, scheme: QuantScheme, tensors: dict[str, Tensor]) -> "QVLMLinear":
+    def from_packed(
+        cls, linear: nn.Linear, scheme: QuantScheme, tensors: dict[str, Tensor]
+    ) -> "QVLMLinear":
         """The quantized form of `linear`: its bias is kept, everything else comes from `tensors` (see `packed_tensors`)."""
         input_scale = tensors.get("input_scale")
         module = cls(
@@ -124,14 +155,19 @@ class QVLMLinear(nn.Linear):
         for name, tensor in tensors.items():
             setattr(module, name, nn.Parameter(tensor, requires_grad=False))
         if linear.bias is not None:
-            module.register_parameter("bias", nn.Parameter(linear.bias.detach(), requires_grad=False))
+            module.register_parameter(
+                "bias", nn.Parameter(linear.bias.detach(), requires_grad=False)
+            )
         module._mark_initialized()
         module.train(linear.training)
         return module
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] in the dtype of `x`; errors as in `ops.schema.linear`."""
-        if self.shared is not None and (y := self.shared[0].output(self.shared[1], self, x)) is not None:
+        if (
+            self.shared is not None
+            and (y := self.shared[0].output(self.shared[1], self, x)) is not None
+        ):
             return y
         tensors = self.tensors
         return linear(
@@ -151,13 +187,18 @@ class QVLMLinear(nn.Linear):
     def weight(self) -> Any:  # type: ignore[override]
         """The packed integers, int32 [out, words], in a form that refuses float arithmetic (packed_weight.py).
 
-        PEFT's code reads the form of the float weight instead, float32 [out, in], which refuses as well.
+        PEFT's code reads the form of the float weight instead, float32 [out, in], which refuses as
+        well.
         """
         weight = self._parameters.get("weight")
         if weight is None:
             raise AttributeError("weight")
         # exact type: compilers and exporters put in tensors of their own; a float one waits to be rounded while it is loaded
-        if type(weight) is not nn.Parameter or weight.dtype != torch.int32 or torch.compiler.is_compiling():
+        if (
+            type(weight) is not nn.Parameter
+            or weight.dtype != torch.int32
+            or torch.compiler.is_compiling()
+        ):
             return weight
         if read_by_adapters(1):
             return stand_in(weight, self.out_features, self.in_features)
@@ -175,7 +216,10 @@ class QVLMLinear(nn.Linear):
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """The parameters by name; those that the scheme does not have are not there. Attributes of a module cost ten times a dict's."""
+        """The parameters by name; those that the scheme does not have are not there.
+
+        Attributes of a module cost ten times a dict's.
+        """
         return self._parameters
 
     @property
@@ -184,10 +228,19 @@ class QVLMLinear(nn.Linear):
         if self.reference:
             return "reference"
         scheme, device = self.scheme, self.tensors["weight"].device
-        sizes = (self.in_features, scheme.weight_bits, scheme.activation_bits, scheme.group_length(self.in_features))
+        sizes = (
+            self.in_features,
+            scheme.weight_bits,
+            scheme.activation_bits,
+            scheme.group_length(self.in_features),
+        )
         if device.type == "cuda":
             return gpu.kernel_name(device, *sizes[1:])
-        return cpu.kernel_name(*sizes) if device.type == "cpu" else f"reference (no kernels for {device.type})"
+        return (
+            cpu.kernel_name(*sizes)
+            if device.type == "cpu"
+            else f"reference (no kernels for {device.type})"
+        )
 
     def dequantize(self) -> Tensor:
         """The float weight that this module multiplies by, float32 [out_features, in_features] (without the input's rounding)."""
@@ -199,7 +252,9 @@ class QVLMLinear(nn.Linear):
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary nn.Linear with the dequantized weight, in `dtype`."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
+        )
         plain.weight = nn.Parameter(self.dequantize().to(dtype), requires_grad=False)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
@@ -209,8 +264,10 @@ class QVLMLinear(nn.Linear):
         """Sizes and scheme, for print(model)."""
         s = self.scheme
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"W{s.weight_bits}A{s.activation_bits}, group_size={s.group_size}, granularity={s.granularity}"
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, "
+            f"W{s.weight_bits}A{s.activation_bits}, group_size={s.group_size}, "
+            f"granularity={s.granularity}"
         )
 
     def _mark_initialized(self) -> None:
@@ -230,7 +287,8 @@ class QVLMLinear(nn.Linear):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _narrow_scale(self) -> None:
-        # PEFT's prepare_model_for_kbit_training makes float32 of every bfloat16 parameter: no kernel takes that, and no file may hold it
+        # PEFT's prepare_model_for_kbit_training makes float32 of every bfloat16 parameter: no
+        # kernel takes that, and no file may hold it
         if self.weight_scale.dtype != torch.bfloat16:
             self.weight_scale.data = self.weight_scale.data.to(torch.bfloat16)
 
@@ -241,12 +299,18 @@ class QVLMLinear(nn.Linear):
             self.shared[0].rejoin(self.shared[1], self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.shared is not None:  # other activation grids may come than those that were found equal
+        if (
+            self.shared is not None
+        ):  # other activation grids may come than those that were found equal
             self.shared[0].dissolve()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QVLMLinear":
-        kept = {name: parameter.data for name in _FIXED_DTYPE if (parameter := getattr(self, name)) is not None}
+        kept = {
+            name: parameter.data
+            for name in _FIXED_DTYPE
+            if (parameter := getattr(self, name)) is not None
+        }
         super()._apply(fn, recurse)
         for name, before in kept.items():
             parameter = getattr(self, name)

@@ -21,7 +21,8 @@ __all__ = ["PackedWeight", "freeze", "guarded", "plain", "read_by_adapters", "st
 
 _REFUSAL = "a quantized module's packed weight takes no arithmetic: call model.dequantize() first."
 _NO_TRAINING = (
-    "a quantized module's packed weight cannot be trained: train an adapter, or quantize without the"
+    "a quantized module's packed weight cannot be trained: train an adapter, or quantize without "
+    "the"
     " module (quantize_projector=False, modules_to_not_convert), or call model.dequantize() first."
 )
 _ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "multiply", "divide", "matmul", "mm", "norm"}

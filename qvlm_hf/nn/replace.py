@@ -1,4 +1,7 @@
-"""Swapping modules: float to quantized and back. Names come from the family table; this file only moves modules."""
+"""Swapping modules: float to quantized and back.
+
+Names come from the family table; this file only moves modules.
+"""
 
 from collections.abc import Iterator, Mapping
 

@@ -21,10 +21,11 @@ class PrecisionRow:
     Attributes:
         module: its name in the model.
         weight_bits: bits of a weight; those of its dtype in full precision.
-        activation_bits: bits of an input value; 16 where a quantized module leaves the input alone, those of the dtype in full precision.
+        activation_bits: bits of an input value; 16 where a quantized module leaves the input alone,
+            those of the dtype in full precision.
         granularity: of the quantized input, "none" for a floating point one.
-        kernel: what computes it: a kernel's name, "reference" (with the reason, unless it was asked for), or "torch" and the dtype in full
-            precision.
+        kernel: what computes it: a kernel's name, "reference" (with the reason, unless it was asked
+            for), or "torch" and the dtype in full precision.
     """
 
     module: str
@@ -60,9 +61,15 @@ def precision_table(model: nn.Module) -> list[PrecisionRow]:
 
 def format_precision_table(rows: Iterable[PrecisionRow]) -> str:
     """The rows as text: a line of headings, then a line per row, in columns."""
-    table = [tuple(field.name for field in fields(PrecisionRow)), *(tuple(map(str, astuple(row))) for row in rows)]
+    table = [
+        tuple(field.name for field in fields(PrecisionRow)),
+        *(tuple(map(str, astuple(row))) for row in rows),
+    ]
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    )
 
 
 def set_backend(model: nn.Module, name: str) -> None:
@@ -70,13 +77,16 @@ def set_backend(model: nn.Module, name: str) -> None:
 
     Args:
         model: holds quantized modules.
-        name: "auto" (the fastest that fits) or "reference" (plain PyTorch, what every kernel is tested against).
+        name: "auto" (the fastest that fits) or "reference" (plain PyTorch, what every kernel is
+            tested against).
 
     Raises:
         ValueError: there is no such backend, or nothing in `model` is quantized.
     """
     if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} does not exist: this version has {', '.join(BACKENDS)}.")
+        raise ValueError(
+            f"backend {name!r} does not exist: this version has {', '.join(BACKENDS)}."
+        )
     if next(quantized_modules(model), None) is None:
         raise ValueError("set_backend needs a quantized model: nothing in this one is quantized.")
     for module in model.modules():
@@ -87,10 +97,20 @@ def set_backend(model: nn.Module, name: str) -> None:
 def _row(name: str, module: nn.Linear) -> PrecisionRow:
     if isinstance(module, QVLMLinear):
         scheme = module.scheme
-        weight_bits, activation_bits, granularity = scheme.weight_bits, scheme.activation_bits, scheme.granularity
+        weight_bits, activation_bits, granularity = (
+            scheme.weight_bits,
+            scheme.activation_bits,
+            scheme.granularity,
+        )
         return PrecisionRow(
-            module=name, weight_bits=weight_bits, activation_bits=activation_bits, granularity=granularity, kernel=module.kernel
+            module=name,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            granularity=granularity,
+            kernel=module.kernel,
         )
     bits = 8 * module.weight.dtype.itemsize
     kernel = f"torch {str(module.weight.dtype).removeprefix('torch.')}"
-    return PrecisionRow(module=name, weight_bits=bits, activation_bits=bits, granularity="none", kernel=kernel)
+    return PrecisionRow(
+        module=name, weight_bits=bits, activation_bits=bits, granularity="none", kernel=kernel
+    )

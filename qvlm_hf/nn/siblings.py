@@ -1,15 +1,17 @@
 """Modules that read one input tensor (q/k/v, gate/up), computed by one operator although each is called by itself.
 
-The module that is called first computes all of them; the others hand out their result when they are called with the very same tensor. No
-module, parameter or saved name changes, and adapters work as they always do; with a hook on one of them each computes by itself. Where
-the modules do not follow one another (an adapter feeds one of them another tensor, only one is used) results wait in vain; after a
-few such calls the group dissolves.
+The module that is called first computes all of them; the others hand out their result when they are
+called with the very same tensor. No module, parameter or saved name changes, and adapters work as
+they always do; with a hook on one of them each computes by itself. Where the modules do not follow
+one another (an adapter feeds one of them another tensor, only one is used) results wait in vain;
+after a few such calls the group dissolves.
 
-A group knows its modules by weak references: a module that is kept, copied or saved alone takes no other along. Copies that are made
-together find one another again.
+A group knows its modules by weak references: a module that is kept, copied or saved alone takes no
+other along. Copies that are made together find one another again.
 
-Left out: gradients, `torch.inference_mode` (nothing tells there that x was written to between two modules; under `torch.no_grad`, where
-Transformers generates, it is told), `torch.jit.trace` and `torch.func`. Every module computes by itself then.
+Left out: gradients, `torch.inference_mode` (nothing tells there that x was written to between two
+modules; under `torch.no_grad`, where Transformers generates, it is told), `torch.jit.trace` and
+`torch.func`. Every module computes by itself then.
 """
 
 import weakref
@@ -56,16 +58,25 @@ class Siblings:
         if _alone(x) or _records_gradient((module,), x) or not self._ready(place, module, x):
             return None
         version, waiting = _version(x), self._waiting  # one read: another thread may replace it
-        if waiting is not None and waiting[0] is x and waiting[1] == version and place in waiting[2]:
+        if (
+            waiting is not None
+            and waiting[0] is x
+            and waiting[1] == version
+            and place in waiting[2]
+        ):
             result = waiting[2].pop(place)
             if not waiting[2]:
                 self._waiting, self._in_vain = None, 0
             return result
         modules = self.modules
-        if len(modules) < len(self._members):  # one was replaced, or this is a copy that was made alone
+        if len(modules) < len(
+            self._members
+        ):  # one was replaced, or this is a copy that was made alone
             self.dissolve()
             return None
-        if _records_gradient(modules, x) or not all(self._ready(other, one, x) for other, one in enumerate(modules)):
+        if _records_gradient(modules, x) or not all(
+            self._ready(other, one, x) for other, one in enumerate(modules)
+        ):
             return None
         if waiting is not None:
             self._in_vain += 1
@@ -94,7 +105,9 @@ class Siblings:
             self.dissolve()
 
     def __getstate__(self) -> int:
-        return len(self._members)  # neither the modules nor somebody's activations are part of a copy or a file
+        return len(
+            self._members
+        )  # neither the modules nor somebody's activations are part of a copy or a file
 
     def __setstate__(self, size: int) -> None:
         self._clear(size)
@@ -109,8 +122,8 @@ class Siblings:
     def _ready(self, place: int, module: QVLMLinear, x: Tensor) -> bool:
         """Whether a module can take part now.
 
-        Not where offloading or the user took it elsewhere, gave it other grids or the reference, or hung a hook on it, which may write to
-        x between two modules.
+        Not where offloading or the user took it elsewhere, gave it other grids or the reference, or
+        hung a hook on it, which may write to x between two modules.
         """
         return (
             module.tensors["weight"].device == x.device
@@ -138,7 +151,11 @@ def _compute(modules: Sequence[QVLMLinear], x: Tensor) -> list[Tensor]:
         x,
         [tensors["weight"] for tensors in held],
         [tensors["weight_scale"] for tensors in held],
-        [tensors["weight_zero_point"] for tensors in held if tensors.get("weight_zero_point") is not None],
+        [
+            tensors["weight_zero_point"]
+            for tensors in held
+            if tensors.get("weight_zero_point") is not None
+        ],
         held[0].get("input_scale"),
         held[0].get("input_zero_point"),
         [tensors["bias"] for tensors in held if tensors["bias"] is not None],
@@ -157,12 +174,17 @@ def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:
     """Lets the quantized modules of each site be computed together where schemes and activation grids agree.
 
     Args:
-        model: its modules may be quantized or not; tensors on the meta device (offloaded) are left alone.
+        model: its modules may be quantized or not; tensors on the meta device (offloaded) are left
+            alone.
         sites: names of modules that read the same tensor.
     """
     for names in sites:
         modules = [model.get_submodule(name) for name in names]
-        if len(modules) > 1 and all(isinstance(module, QVLMLinear) for module in modules) and _agree(modules):  # type: ignore[arg-type]
+        if (
+            len(modules) > 1
+            and all(isinstance(module, QVLMLinear) for module in modules)
+            and _agree(modules)
+        ):  # type: ignore[arg-type]
             Siblings(modules)  # type: ignore[arg-type]
 
 
@@ -180,7 +202,9 @@ def _agree(modules: Sequence[QVLMLinear]) -> bool:
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
+    return a is b or (
+        a is not None and b is not None and a.device == b.device and torch.equal(a, b)
+    )
 
 
 def _alone(x: Tensor) -> bool:

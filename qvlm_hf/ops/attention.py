@@ -1,8 +1,9 @@
 """`qvlm_hf::decode_attention`: attention of one query token per sequence over cached keys and values, as decoding asks of every layer.
 
-On CPUs a C++ file computes it for float32 and bfloat16, compiled where it runs and checked before it is used, like the kernels of linear
-layers, and called like them by `cpu_direct`. What it does not take, and everything where there is no compiler, is `composed`: the fastest
-way that PyTorch's operators have.
+On CPUs a C++ file computes it for float32 and bfloat16, compiled where it runs and checked before
+it is used, like the kernels of linear layers, and called like them by `cpu_direct`. What it does
+not take, and everything where there is no compiler, is `composed`: the fastest way that PyTorch's
+operators have.
 
 Left out: float16, head sizes below 32 and above 256, gradients and dropout in C++.
 
@@ -25,10 +26,20 @@ from qvlm_hf.ops.schema import LIBRARY
 __all__ = ["composed", "decode_attention", "load"]
 
 _SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor"
-LIBRARY.define("decode_attention" + _SCHEMA)  # for inference: what torch.compile puts into its graph
+LIBRARY.define(
+    "decode_attention" + _SCHEMA
+)  # for inference: what torch.compile puts into its graph
 
 _SOURCES = (Path(__file__).with_suffix(".cpp"), Path(__file__).with_name("attention_call.h"))
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-std=c++20",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
 _DTYPES = (torch.float32, torch.bfloat16)
 _SIZES = range(32, 257)  # of heads
 _CHECKED = (  # H, H_kv, S, D: groups of every tile, short and several chunks, heads that are no multiple of a vector
@@ -36,42 +47,63 @@ _CHECKED = (  # H, H_kv, S, D: groups of every tile, short and several chunks, h
 )  # fmt: skip
 
 
-def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """softmax(scale * query key^T + mask) value, of one query token.
 
     Args:
         query: [B, H, 1, D], floating point.
         key: [B, H_kv, S, D].
         value: [B, H_kv, S, D].
-        mask: [B or 1, H or 1, 1, S], True where a key counts, or what is added to its score; None if all count.
+        mask: [B or 1, H or 1, 1, S], True where a key counts, or what is added to its score; None
+            if all count.
         scale: of the scores; None is D^-0.5.
 
     Returns:
-        [B, 1, H, D] in the dtype of `query`, zero where no key counts: the layout that the output projection reads.
+        [B, 1, H, D] in the dtype of `query`, zero where no key counts: the layout that the output
+        projection reads.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if torch.compiler.is_compiling():
-        # PyTorch's operators are compiled together with what surrounds them: only what the kernel takes goes past that
+        # PyTorch's operators are compiled together with what surrounds them: only what the kernel
+        # takes goes past that
         taken = fusible(query) and query.dtype in _DTYPES and query.shape[-1] in _SIZES
-        return (torch.ops.qvlm_hf.decode_attention.default if taken else composed)(query, key, value, mask, scale)
+        return (torch.ops.qvlm_hf.decode_attention.default if taken else composed)(
+            query, key, value, mask, scale
+        )
     # `is True`: torch.fx traces with stand-ins that are neither
-    if query.is_cpu is True and (found := cpu_direct.decode_attention(query, key, value, mask, scale)) is not None:
+    if (
+        query.is_cpu is True
+        and (found := cpu_direct.decode_attention(query, key, value, mask, scale)) is not None
+    ):
         return found
     return (_computed if fusible(query) else composed)(query, key, value, mask, scale)
 
 
-def composed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def composed(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
     """`decode_attention` of PyTorch's operators; arguments as there.
 
-    Fewer key heads than query heads: the queries of a group become rows of one product, so that a key head is read once. As many, 16-bit:
-    two batched products and a softmax in float32, as Transformers' `eager` attention has them; PyTorch's kernel took 3 to 4 times as long.
+    Fewer key heads than query heads: the queries of a group become rows of one product, so that a
+    key head is read once. As many, 16-bit: two batched products and a softmax in float32, as
+    Transformers' `eager` attention has them; PyTorch's kernel took 3 to 4 times as long.
     """
     batch, heads, _, size = query.shape
     key_heads = key.shape[1]
     if key_heads == heads and query.dtype in (torch.bfloat16, torch.float16):
         scores = torch.matmul(query, key.transpose(-1, -2)) * scale
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+            scores = (
+                scores.masked_fill(~mask, float("-inf"))
+                if mask.dtype == torch.bool
+                else scores + mask
+            )
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
         return torch.matmul(weights, value).transpose(1, 2).contiguous()
     rows = query.reshape(batch, key_heads, -1, size)
@@ -98,7 +130,11 @@ def load() -> str | None:
         if wrong is None:
             cpu_direct.use("decode_attention", native.address(library.qvlm_attend))
     if wrong is not None:
-        log.warning("attention of one token is computed by PyTorch, 1.1 to 1.8 times slower (docs/benchmarks.md): %s", wrong)
+        log.warning(
+            "attention of one token is computed by PyTorch, 1.1 to 1.8 times slower "
+            "(docs/benchmarks.md): %s",
+            wrong,
+        )
     return wrong
 
 
@@ -107,17 +143,34 @@ def _self_check() -> str | None:
     """The first small case that does not come out as PyTorch has it in float64, in words, or None."""
     generator = torch.Generator().manual_seed(0)
     for heads, key_heads, keys, size, dtype in _CHECKED:
-        shapes = ((2, heads, 1, size), (2, key_heads, keys, size), (2, key_heads, keys, size), (2, 1, 1, keys))
-        query, key, value, noise = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        shapes = (
+            (2, heads, 1, size),
+            (2, key_heads, keys, size),
+            (2, key_heads, keys, size),
+            (2, 1, 1, keys),
+        )
+        query, key, value, noise = (
+            torch.randn(shape, generator=generator).to(dtype) for shape in shapes
+        )
         for mask in (None, noise > -1, noise):
             taken = cpu_direct.trial_attention(query, key, value, mask, 0.3)
-            exact = composed(query.double(), key.double(), value.double(), noise.double() if mask is noise else mask, 0.3)
-            if taken is None or not torch.allclose(taken.double(), exact, rtol=0.01, atol=0.01 if dtype == torch.bfloat16 else 1e-5):
+            exact = composed(
+                query.double(),
+                key.double(),
+                value.double(),
+                noise.double() if mask is noise else mask,
+                0.3,
+            )
+            if taken is None or not torch.allclose(
+                taken.double(), exact, rtol=0.01, atol=0.01 if dtype == torch.bfloat16 else 1e-5
+            ):
                 return f"the compiled kernel is wrong for {heads} heads, {key_heads} key heads of {size}, {keys} keys, {dtype}"
     return None
 
 
-def _computed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _computed(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
     """By the kernel if it takes the call."""
     if load() is None:
         with torch.no_grad():  # the operator stands below what records gradients
@@ -128,13 +181,19 @@ def _computed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 
 def _no_gradient(*_: object, **__: object) -> None:
-    raise ValueError("qvlm_hf::decode_attention has no gradient: call it under torch.no_grad(), or qvlm_hf.ops.decode_attention.")
+    raise ValueError(
+        "qvlm_hf::decode_attention has no gradient: call it under torch.no_grad(), or "
+        "qvlm_hf.ops.decode_attention."
+    )
 
 
 LIBRARY.impl("decode_attention", composed, "CompositeExplicitAutograd")
 LIBRARY.impl("decode_attention", _computed, "CPU")
-# Only reached where a gradient is wanted: the call itself raises, so that no result is silently detached.
-torch.library.register_autograd("qvlm_hf::decode_attention", _no_gradient, setup_context=_no_gradient, lib=LIBRARY)
+# Only reached where a gradient is wanted: the call itself raises, so that no result is silently
+# detached.
+torch.library.register_autograd(
+    "qvlm_hf::decode_attention", _no_gradient, setup_context=_no_gradient, lib=LIBRARY
+)
 
 
 @torch.library.register_fake("qvlm_hf::decode_attention", lib=LIBRARY)

@@ -1,8 +1,9 @@
 """CPU kernels of `qvlm_hf::linear`, `linears` and `rms_norm`: C++, compiled where it runs, checked before it is used.
 
-The source is part of the package and is compiled at first use with the host's C++ compiler for the host's own instruction set; the
-library is kept in the user's cache under a hash of source, flags, compiler and processor. It computes with PyTorch's own OpenMP threads.
-Where there is no compiler, or the result is not what the reference says, the reference computes, and `kernel_name` tells so.
+The source is part of the package and is compiled at first use with the host's C++ compiler for the
+host's own instruction set; the library is kept in the user's cache under a hash of source, flags,
+compiler and processor. It computes with PyTorch's own OpenMP threads. Where there is no compiler,
+or the result is not what the reference says, the reference computes, and `kernel_name` tells so.
 
 Left out: repacking. The kernels read the bytes as they lie on disk, so a model is in memory once.
 """
@@ -28,10 +29,21 @@ from qvlm_hf.ops.schema import Module, check_sizes, well_formed
 __all__ = ["entries", "kernel_name", "linear", "linears"]
 
 _SOURCES = tuple(
-    Path(__file__).with_name(f"cpu_{name}") for name in ("kernels.cpp", "integer.h", "float.h", "weight.h", "fused.h", "number.h", "call.h")
+    Path(__file__).with_name(f"cpu_{name}")
+    for name in ("kernels.cpp", "integer.h", "float.h", "weight.h", "fused.h", "number.h", "call.h")
 )
-# -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels flip
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+# -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels
+# flip
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-std=c++17",
+    "-fopenmp",
+    "-shared",
+    "-fPIC",
+)
 _INT32 = 2**30  # the kernels add two partial sums of a group
 # Every width, granularity and way of 8-bit inputs, with one token, some and many.
 _CHECKED = (
@@ -68,7 +80,9 @@ def entries() -> dict[str, int] | None:
         return None
     names = ("linears", "square", "rms_norm")
     most_floats = _DENSE_TOKENS if library.qvlm_variant() == _PORTABLE else 2**62
-    return {"most_floats": most_floats} | {name: native.address(getattr(library, f"qvlm_{name}")) for name in names}
+    return {"most_floats": most_floats} | {
+        name: native.address(getattr(library, f"qvlm_{name}")) for name in names
+    }
 
 
 def linear(
@@ -91,7 +105,9 @@ def linear(
     modules = ((weight, weight_scale, weight_zero_point, bias),)
     library = _library(x, modules, input_scale, input_zero_point, *sizes)
     if library is None:
-        return reference.linear(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
+        return reference.linear(
+            x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes
+        )
     return _outputs(library, x, modules, input_scale, input_zero_point, *sizes[1:])[0]
 
 
@@ -115,7 +131,9 @@ def linears(
     modules = reference.per_module(weight, weight_scale, weight_zero_point, bias)
     library = _library(x, modules, input_scale, input_zero_point, *sizes)
     if library is None:
-        return reference.linears(x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes)
+        return reference.linears(
+            x, weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes
+        )
     return _outputs(library, x, modules, input_scale, input_zero_point, *sizes[1:])
 
 
@@ -133,9 +151,22 @@ def _library(
 ) -> ctypes.CDLL | None:
     """The kernels if they take such a call; the reference takes all others, and has the words for what is wrong with their tensors."""
     check_sizes(in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
-    if not well_formed(x, modules, input_scale, input_zero_point, in_features, weight_bits, group_length, granularity):
+    if not well_formed(
+        x,
+        modules,
+        input_scale,
+        input_zero_point,
+        in_features,
+        weight_bits,
+        group_length,
+        granularity,
+    ):
         return None
-    return _kernels().library if _misfit(in_features, weight_bits, activation_bits, group_length) is None else None
+    return (
+        _kernels().library
+        if _misfit(in_features, weight_bits, activation_bits, group_length) is None
+        else None
+    )
 
 
 def _outputs(
@@ -155,14 +186,18 @@ def _outputs(
     tokens = x.shape[:-1].numel()
     if granularity == "none" and tokens > _DENSE_TOKENS and library.qvlm_variant() == _PORTABLE:
         scaled = values.float() if input_scale is None else values.float() / input_scale
-        return [_dense(scaled, *module, weight_bits, group_length).to(x.dtype) for module in modules]
+        return [
+            _dense(scaled, *module, weight_bits, group_length).to(x.dtype) for module in modules
+        ]
     if values.dtype not in _DTYPES:
         values = values.float()
     values = values.contiguous()
     outputs = [values.new_empty((*x.shape[:-1], module[0].shape[0])) for module in modules]
     if x.numel() and outputs:
         sizes = (weight_bits, activation_bits, group_length)
-        _compute(library, values, modules, outputs, input_scale, input_zero_point, *sizes, granularity)
+        _compute(
+            library, values, modules, outputs, input_scale, input_zero_point, *sizes, granularity
+        )
     return outputs if values.dtype == x.dtype else [y.to(x.dtype) for y in outputs]
 
 
@@ -178,7 +213,10 @@ def _compute(
     group_length: int,
     granularity: str,
 ) -> None:
-    """Fills the outputs. One argument of plain words: ctypes takes a microsecond for each handful of arguments."""
+    """Fills the outputs.
+
+    One argument of plain words: ctypes takes a microsecond for each handful of arguments.
+    """
     in_features = x.shape[-1]
     kept: list[Tensor] = []  # copies, alive until the kernels are done
 
@@ -200,15 +238,30 @@ def _compute(
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
             kept.append(bias)
-        words += (pointer(bias), y.data_ptr(), pointer(weight), pointer(weight_scale), pointer(weight_zero_point), y.shape[-1])
+        words += (
+            pointer(bias),
+            y.data_ptr(),
+            pointer(weight),
+            pointer(weight_scale),
+            pointer(weight_zero_point),
+            y.shape[-1],
+        )
     library.qvlm_linears(_words(len(words)).pack(*words))
 
 
 def _dense(
-    x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, weight_bits: int, group_length: int
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    weight_bits: int,
+    group_length: int,
 ) -> Tensor:
     """float32 [..., N] of floating-point inputs, float32 [..., K] with their scale divided out, by a dequantized copy of the weight."""
-    dense = reference.dequantize_weight(weight, scale, zero_point, None, x.shape[-1], weight_bits, group_length, "none", 0)
+    dense = reference.dequantize_weight(
+        weight, scale, zero_point, None, x.shape[-1], weight_bits, group_length, "none", 0
+    )
     with reference.exact_products(x):
         return functional.linear(x, dense, None if bias is None else bias.float())
 
@@ -219,11 +272,16 @@ def _words(count: int) -> struct.Struct:
 
 
 @functools.cache
-def _misfit(in_features: int, weight_bits: int, activation_bits: int, group_length: int) -> str | None:
+def _misfit(
+    in_features: int, weight_bits: int, activation_bits: int, group_length: int
+) -> str | None:
     """Why the kernels do not take such a module, or None."""
     if group_length < in_features and group_length * weight_bits % 8:
         return f"reference (groups of {group_length} x {weight_bits} bits do not start at a byte)"
-    if activation_bits <= 8 and group_length * (2**weight_bits - 1) * (2**activation_bits - 1) >= _INT32:
+    if (
+        activation_bits <= 8
+        and group_length * (2**weight_bits - 1) * (2**activation_bits - 1) >= _INT32
+    ):
         return f"reference (a sum over {group_length} inputs can leave int32)"
     return None
 
@@ -238,9 +296,16 @@ def _kernels() -> _Kernels:
         if not wrong:
             return _Kernels(library, name)
         reason = f"the compiled kernel is wrong for {wrong}"
-    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: shlex, of CXX
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        subprocess.TimeoutExpired,
+    ) as error:  # ValueError: shlex, of CXX
         reason = str(error)
-    logging.getLogger(__name__).warning("quantized layers run in plain PyTorch, correct but %s: %s", _SLOWER, reason)
+    logging.getLogger(__name__).warning(
+        "quantized layers run in plain PyTorch, correct but %s: %s", _SLOWER, reason
+    )
     return _Kernels(None, f"reference ({reason})")
 
 
@@ -250,7 +315,16 @@ def _load() -> ctypes.CDLL:
     library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], ctypes.c_int
     library.qvlm_linears.argtypes = [ctypes.c_char_p]
     library.qvlm_square.argtypes = [pointer, pointer, size, size]
-    library.qvlm_rms_norm.argtypes = [pointer, pointer, pointer, ctypes.c_float, pointer, size, size, size]
+    library.qvlm_rms_norm.argtypes = [
+        pointer,
+        pointer,
+        pointer,
+        ctypes.c_float,
+        pointer,
+        size,
+        size,
+        size,
+    ]
     for function in (library.qvlm_linears, library.qvlm_square, library.qvlm_rms_norm):
         function.restype = None
     return library
@@ -263,13 +337,34 @@ def _self_check(library: ctypes.CDLL) -> str | None:
         modules: list[Module] = [_random_module(weight_bits, rows, generator) for rows in (70, 5)]
         length = {"channel": 136, "token": tokens}.get(granularity)
         statics = (
-            None if length is None else torch.rand(length, generator=generator, dtype=torch.float32).add(0.1),
-            None if length is None else torch.randint(0, 2**activation_bits, (length,), generator=generator, dtype=torch.int32),
+            None
+            if length is None
+            else torch.rand(length, generator=generator, dtype=torch.float32).add(0.1),
+            None
+            if length is None
+            else torch.randint(
+                0, 2**activation_bits, (length,), generator=generator, dtype=torch.int32
+            ),
         )
         x = torch.randn(tokens, 136, generator=generator, dtype=torch.float32)
-        outputs = _outputs(library, x, modules, *statics, weight_bits, activation_bits, 128, granularity, 0)
+        outputs = _outputs(
+            library, x, modules, *statics, weight_bits, activation_bits, 128, granularity, 0
+        )
         for (weight, scale, zero, bias), y in zip(modules, outputs, strict=True):
-            expected = reference.linear(x, weight, scale, zero, *statics, bias, 136, weight_bits, activation_bits, 128, granularity, 0)
+            expected = reference.linear(
+                x,
+                weight,
+                scale,
+                zero,
+                *statics,
+                bias,
+                136,
+                weight_bits,
+                activation_bits,
+                128,
+                granularity,
+                0,
+            )
             if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())):
                 return f"W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
     return _check_norm(library, generator)
@@ -281,7 +376,9 @@ def _check_norm(library: ctypes.CDLL, generator: torch.Generator) -> str | None:
         y, squares = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
         library.qvlm_square(x.data_ptr(), squares.data_ptr(), x.numel(), number)
         sums = squares.sum(-1)
-        library.qvlm_rms_norm(x.data_ptr(), weight.data_ptr(), sums.data_ptr(), 1e-5, y.data_ptr(), 30, 34, number)
+        library.qvlm_rms_norm(
+            x.data_ptr(), weight.data_ptr(), sums.data_ptr(), 1e-5, y.data_ptr(), 30, 34, number
+        )
         if not torch.equal(y, reference.rms_norm(x, weight, 1e-5)):
             return f"RMSNorm in {dtype}"
     return None
@@ -292,4 +389,9 @@ def _random_module(weight_bits: int, rows: int, generator: torch.Generator) -> M
     integers = torch.randint(0, 2**weight_bits, (rows, 136), generator=generator, dtype=torch.uint8)
     scale = torch.rand(rows, 2, generator=generator).add(0.5).bfloat16()
     zero_point = torch.randint(0, 2**weight_bits, (rows, 2), generator=generator, dtype=torch.uint8)
-    return pack(integers, weight_bits), scale, zero_point, torch.randn(rows, generator=generator, dtype=torch.float32)
+    return (
+        pack(integers, weight_bits),
+        scale,
+        zero_point,
+        torch.randn(rows, generator=generator, dtype=torch.float32),
+    )

@@ -1,8 +1,9 @@
 """`qvlm_hf::linear` and `linears` on CPUs: registered here, computed by cpu.py, and from the second call on mostly by `cpu_direct.linears`.
 
-What decoding calls again and again need not pass PyTorch's dispatcher: cpu_direct.cpp holds functions of Python that check their tensors
-and call the kernels. They are compiled and kept like these. Where they cannot be (no headers of Python), calls take longer, and norms
-and attention are PyTorch's.
+What decoding calls again and again need not pass PyTorch's dispatcher: cpu_direct.cpp holds
+functions of Python that check their tensors and call the kernels. They are compiled and kept like
+these. Where they cannot be (no headers of Python), calls take longer, and norms and attention are
+PyTorch's.
 """
 
 import functools
@@ -21,10 +22,22 @@ from qvlm_hf.ops.schema import LIBRARY
 
 __all__ = ["load"]
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_direct.cpp", "cpu_call.h", "attention_call.h"))
+_SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("cpu_direct.cpp", "cpu_call.h", "attention_call.h")
+)
 _TORCH = Path(torch.__file__).parent
-_INCLUDES = (_TORCH / "include", _TORCH / "include" / "torch" / "csrc" / "api" / "include", Path(sysconfig.get_paths()["include"]))
-_FLAGS = ("-O2", "-std=c++20", "-shared", "-fPIC", *(word for path in _INCLUDES for word in ("-isystem", str(path))))
+_INCLUDES = (
+    _TORCH / "include",
+    _TORCH / "include" / "torch" / "csrc" / "api" / "include",
+    Path(sysconfig.get_paths()["include"]),
+)
+_FLAGS = (
+    "-O2",
+    "-std=c++20",
+    "-shared",
+    "-fPIC",
+    *(word for path in _INCLUDES for word in ("-isystem", str(path))),
+)
 _LINKED = ("-L", str(_TORCH / "lib"), "-ltorch_cpu", "-ltorch_python", "-lc10")
 _FUNCTIONS = ("use", "linears", "rms_norm", "decode_attention", "trial_attention")
 
@@ -41,7 +54,11 @@ def load() -> str | None:
     try:
         library = native.load_module("cpu_direct", _SOURCES, _FLAGS, _LINKED)
     except (OSError, ImportError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
-        remedy = " (install the headers of Python: python3-dev or the like)" if "Python.h" in str(error) else ""
+        remedy = (
+            " (install the headers of Python: python3-dev or the like)"
+            if "Python.h" in str(error)
+            else ""
+        )
         text = "quantized layers take longer per call than they need, by 0.1 ms (docs/kernels.md): %s%s"
         logging.getLogger(__name__).warning(text, error, remedy)
         return str(error)

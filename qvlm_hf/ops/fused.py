@@ -4,7 +4,8 @@ A decoding step on a CPU spends as long on a small operator as on a small matrix
 inference alone. torch.compile gets the same operator in its graph, so that it rounds where eager
 PyTorch does. PyTorch's operators compute what no kernel takes.
 
-Left out: GPUs. Triton's launches in eager mode cost what several of PyTorch's do, so that needs measuring first.
+Left out: GPUs. Triton's launches in eager mode cost what several of PyTorch's do, so that needs
+measuring first.
 """
 
 import torch
@@ -63,8 +64,12 @@ def _rms_norm_fake(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def _no_gradient(*_: object, **__: object) -> None:
-    raise ValueError("qvlm_hf::rms_norm has no gradient: call qvlm_hf.ops.rms_norm, or use torch.no_grad().")
+    raise ValueError(
+        "qvlm_hf::rms_norm has no gradient: call qvlm_hf.ops.rms_norm, or use torch.no_grad()."
+    )
 
 
 # Only reached where a gradient is wanted: the call raises, so that no result is silently detached.
-torch.library.register_autograd("qvlm_hf::rms_norm", _no_gradient, setup_context=_no_gradient, lib=LIBRARY)
+torch.library.register_autograd(
+    "qvlm_hf::rms_norm", _no_gradient, setup_context=_no_gradient, lib=LIBRARY
+)

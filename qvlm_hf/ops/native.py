@@ -1,13 +1,15 @@
 """C++ that is compiled where it runs: once per source, flags, compiler, processor and PyTorch, kept in the user's cache.
 
-Where the cache cannot be used, a private folder of the user under the temporary directories keeps the library. That happens when the
-cache is read-only, full, mounted noexec or open to others. A library is only loaded from where nobody else could have put it.
+Where the cache cannot be used, a private folder of the user under the temporary directories keeps
+the library. That happens when the cache is read-only, full, mounted noexec or open to others. A
+library is only loaded from where nobody else could have put it.
 
-A library is written whole or not at all and ends with the digest of all before it, because one that lost its end loads, and kills the
-process at the first call into it.
+A library is written whole or not at all and ends with the digest of all before it, because one that
+lost its end loads, and kills the process at the first call into it.
 
-Processes that start together compile once: the first holds a lock, the others wait for it and find the library. The lock only saves work:
-where it cannot be had, or not in time, a process compiles for itself and replaces an equal file.
+Processes that start together compile once: the first holds a lock, the others wait for it and find
+the library. The lock only saves work: where it cannot be had, or not in time, a process compiles
+for itself and replaces an equal file.
 """
 
 import ctypes
@@ -42,7 +44,9 @@ _ROOM = 64 * 2**20  # bytes: the compiler's temporary files and the library
 T = TypeVar("T")
 
 
-def load(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> ctypes.CDLL:
+def load(
+    sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()
+) -> ctypes.CDLL:
     """Compiles a library if no cache has it, and loads it.
 
     Args:
@@ -64,7 +68,9 @@ def address(function: Any) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def load_module(name: str, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> ModuleType:
+def load_module(
+    name: str, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()
+) -> ModuleType:
     """The same for an extension module of Python.
 
     Args:
@@ -101,14 +107,24 @@ def compiled(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[
     return _first_that_works(lambda path: path, sources, flags, libraries)
 
 
-def _first_that_works(use: Callable[[Path], T], sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str]) -> T:
+def _first_that_works(
+    use: Callable[[Path], T],
+    sources: Sequence[Path],
+    flags: Sequence[str],
+    libraries: Sequence[str],
+) -> T:
     """What `use` returns for the library in the first folder where it can be kept and loaded."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"no kernels for {platform.system()} on {platform.machine()}")
     command = compiler()
     version = _output(*command, "--version")
     words = (*command, *flags, torch.__version__)
-    identity = [*(path.read_bytes() for path in sources), " ".join(words).encode(), version, _processor()]
+    identity = [
+        *(path.read_bytes() for path in sources),
+        " ".join(words).encode(),
+        version,
+        _processor(),
+    ]
     name = f"{sources[0].stem}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
     refused: list[str] = []
     for folder in _folders():
@@ -123,12 +139,24 @@ def _first_that_works(use: Callable[[Path], T], sources: Sequence[Path], flags: 
                     raise
                 _keep(target, [*command, *flags], sources[0], libraries, refused)
                 return use(target)
-        except (OSError, ImportError) as error:  # read-only, full, noexec, open to others: the next folder
+        except (
+            OSError,
+            ImportError,
+        ) as error:  # read-only, full, noexec, open to others: the next folder
             refused.append(str(error) if str(folder) in str(error) else f"{folder}: {error}")
-    raise OSError("; ".join(refused) + " (name a directory of yours in XDG_CACHE_HOME that can be written and executed from)")
+    raise OSError(
+        "; ".join(refused)
+        + " (name a directory of yours in XDG_CACHE_HOME that can be written and executed from)"
+    )
 
 
-def _keep(target: Path, command: Sequence[str], source: Path, libraries: Sequence[str], refused: Sequence[str]) -> bool:
+def _keep(
+    target: Path,
+    command: Sequence[str],
+    source: Path,
+    libraries: Sequence[str],
+    refused: Sequence[str],
+) -> bool:
     """Compiles the library if it is not there; returns whether it did."""
     if not _intact(target):
         with _alone(target):
@@ -138,13 +166,28 @@ def _keep(target: Path, command: Sequence[str], source: Path, libraries: Sequenc
     return False
 
 
-def _compile(command: Sequence[str], source: Path, libraries: Sequence[str], target: Path, refused: Sequence[str]) -> None:
+def _compile(
+    command: Sequence[str],
+    source: Path,
+    libraries: Sequence[str],
+    target: Path,
+    refused: Sequence[str],
+) -> None:
     if shutil.disk_usage(target.parent).free < _ROOM:
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, compiling takes {_ROOM >> 20} MiB", str(target.parent))
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}, compiling takes {_ROOM >> 20} MiB",
+            str(target.parent),
+        )
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         why = f", because of {'; '.join(refused)}" if refused else ""
         log = logging.getLogger(__name__)
-        log.warning("compiling %s for this machine, once: up to a minute (kept in %s%s)", source.stem, target.parent, why)
+        log.warning(
+            "compiling %s for this machine, once: up to a minute (kept in %s%s)",
+            source.stem,
+            target.parent,
+            why,
+        )
         made = Path(folder) / target.name
         # gcc and cc, which PEFT's BOFT leaves in CXX, compile C++ and link without its library
         is_cxx = re.search(r"\+\+(-[\d.]+)?$", command[0])
@@ -154,7 +197,9 @@ def _compile(command: Sequence[str], source: Path, libraries: Sequence[str], tar
         if not made.exists():
             raise RuntimeError(f"{command[0]} reported success and wrote nothing")
         code = made.read_bytes()
-        made.write_bytes(code + hashlib.sha256(code).digest())  # the loader reads what the headers name, not what follows
+        made.write_bytes(
+            code + hashlib.sha256(code).digest()
+        )  # the loader reads what the headers name, not what follows
         made.chmod(0o755)  # whatever the umask is: what others can write is not loaded
         os.replace(made, target)
 
@@ -162,7 +207,9 @@ def _compile(command: Sequence[str], source: Path, libraries: Sequence[str], tar
 def _alone(target: Path) -> AbstractContextManager[object]:
     """Keeps other processes from compiling the same library; after `_SECONDS`, or where there are no locks, it goes on without."""
     try:
-        lock = target.with_suffix(".lock").open("w")  # closing it lets go, as the end of a process does
+        lock = target.with_suffix(".lock").open(
+            "w"
+        )  # closing it lets go, as the end of a process does
     except OSError:  # where nothing can be written, the compiler says so
         return nullcontext()
     end = time.monotonic() + _SECONDS
@@ -194,13 +241,19 @@ def compiler() -> list[str]:
     for name in asked[:1] or ("c++", "g++", "clang++"):
         if found := shutil.which(name):
             return [found, *asked[1:]]
-    raise RuntimeError(f"CXX={asked[0]} is not there" if asked else "no C++ compiler found: install g++ or set CXX")
+    raise RuntimeError(
+        f"CXX={asked[0]} is not there" if asked else "no C++ compiler found: install g++ or set CXX"
+    )
 
 
 def openmp() -> list[str]:
     """The OpenMP runtime that PyTorch has loaded: a second one would be a second pool of threads."""
     maps = Path("/proc/self/maps").read_text().splitlines()
-    return [path for path in dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps) if "libgomp" in path or "libiomp" in path][:1]
+    return [
+        path
+        for path in dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps)
+        if "libgomp" in path or "libiomp" in path
+    ][:1]
 
 
 def _intact(path: Path) -> bool:
@@ -219,10 +272,15 @@ def _intact(path: Path) -> bool:
 def _output(*command: str, temporary: str | None = None) -> bytes:
     """What a command prints; its temporary files go into `temporary`, because the usual folder may be read-only or full."""
     environment = None if temporary is None else {**os.environ, "TMPDIR": temporary}
-    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, check=False, env=environment)
+    done = subprocess.run(
+        command, capture_output=True, timeout=_SECONDS, check=False, env=environment
+    )
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise RuntimeError(f"{Path(command[0]).name} failed: {next((line for line in lines if 'error' in line), lines[-1])}")
+        raise RuntimeError(
+            f"{Path(command[0]).name} failed: "
+            f"{next((line for line in lines if 'error' in line), lines[-1])}"
+        )
     return done.stdout
 
 
@@ -243,7 +301,8 @@ def _private(folder: Path) -> Path:
     """The folder without symbolic links, made if need be, when nobody else can change what lies in it.
 
     Raises:
-        OSError: it cannot be made, nothing is loaded from it, or others can write to it or to a directory on the way.
+        OSError: it cannot be made, nothing is loaded from it, or others can write to it or to a
+            directory on the way.
     """
     _make(folder)
     if folder.is_symlink() and folder.lstat().st_uid not in (os.getuid(), 0):
@@ -267,15 +326,20 @@ def _make(folder: Path) -> None:
 def _stranger(path: Path) -> str | None:
     """Why another user can change what lies at `path`, or None.
 
-    Others may write to a directory with the sticky bit, such as /tmp: what is ours in it stays ours. The owner of / is trusted, because
-    it can change everything (root, or whoever root is called in a user namespace).
+    Others may write to a directory with the sticky bit, such as /tmp: what is ours in it stays
+    ours. The owner of / is trusted, because it can change everything (root, or whoever root is
+    called in a user namespace).
     """
     found = path.lstat()
     if found.st_uid not in (os.getuid(), 0, Path("/").stat().st_uid):
         return f"it belongs to another user (uid {found.st_uid})"
     sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
     group = found.st_mode & stat.S_IWGRP and not _alone_in(found.st_gid)
-    return "others can write to it (chmod go-w mends that)" if (found.st_mode & stat.S_IWOTH or group) and not sticky else None
+    return (
+        "others can write to it (chmod go-w mends that)"
+        if (found.st_mode & stat.S_IWOTH or group) and not sticky
+        else None
+    )
 
 
 def _alone_in(group: int) -> bool:
@@ -293,4 +357,6 @@ def _alone_in(group: int) -> bool:
 def _processor() -> bytes:
     """What -march=native depends on."""
     lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    return b"|".join(dict.fromkeys(line for line in lines if line.startswith((b"model name", b"flags"))))
+    return b"|".join(
+        dict.fromkeys(line for line in lines if line.startswith((b"model name", b"flags")))
+    )

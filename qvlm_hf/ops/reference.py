@@ -1,10 +1,13 @@
-"""Plain PyTorch: the arithmetic of docs/format.md written out once, on every device. The oracle that each kernel is tested against.
+"""Plain PyTorch: the arithmetic of docs/format.md written out once, on every device.
 
-It multiplies true integers. They travel in float32 as long as every partial sum stays below 2^24, where float32 holds
-each integer exactly, and in float64 (exact up to 2^53) beyond; so the accumulators equal int32 ones bit for bit.
-Not built for speed: it unpacks the weight at every call.
+The oracle that each kernel is tested against.
 
-Legend: M tokens, K in_features, N out_features, G groups of `group_length` inputs, the last one may be short.
+It multiplies true integers. They travel in float32 as long as every partial sum stays below 2^24,
+where float32 holds each integer exactly, and in float64 (exact up to 2^53) beyond; so the
+accumulators equal int32 ones bit for bit. Not built for speed: it unpacks the weight at every call.
+
+Legend: M tokens, K in_features, N out_features, G groups of `group_length` inputs, the last one may
+be short.
 """
 
 from collections.abc import Sequence
@@ -18,7 +21,15 @@ from qvlm_hf.format.packing import unpack
 from qvlm_hf.format.weight_grid import QuantizedWeight
 from qvlm_hf.ops.schema import LIBRARY, check_sizes
 
-__all__ = ["dequantize_weight", "exact_products", "linear", "linear_input_grad", "linears", "per_module", "rms_norm"]
+__all__ = [
+    "dequantize_weight",
+    "exact_products",
+    "linear",
+    "linear_input_grad",
+    "linears",
+    "per_module",
+    "rms_norm",
+]
 
 _EXACT_FLOAT32 = 2**24
 
@@ -41,13 +52,19 @@ def linear(
     """The reference of `qvlm_hf::linear`; arguments and errors as in `ops.schema.linear`."""
     check_sizes(in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
     if not x.dim() or x.shape[-1] != in_features:
-        raise ValueError(f"an input of shape {tuple(x.shape)} does not end in in_features={in_features}.")
+        raise ValueError(
+            f"an input of shape {tuple(x.shape)} does not end in in_features={in_features}."
+        )
     shape = (weight.shape[0], -(-in_features // group_length))
     for name, tensor in (("weight_scale", weight_scale), ("weight_zero_point", weight_zero_point)):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, not [out_features, groups] = {shape}.")
+            raise ValueError(
+                f"{name} has the shape {tuple(tensor.shape)}, not [out_features, groups] = {shape}."
+            )
     values = block_hadamard(x.float(), hadamard) if hadamard else x.float()
-    a, row_scale = _quantize_input(values, input_scale, input_zero_point, activation_bits, granularity)
+    a, row_scale = _quantize_input(
+        values, input_scale, input_zero_point, activation_bits, granularity
+    )
     weight_zero_point = _zero_point(weight_scale, weight_zero_point, weight_bits)
     integers = unpack(weight, weight_bits, in_features)
     # A floating point input has no exact sums to keep.
@@ -85,11 +102,17 @@ def linears(
     """The reference of `qvlm_hf::linears`, one module after the other; arguments and errors as in `ops.schema.linears`."""
     modules = per_module(weight, weight_scale, weight_zero_point, bias)
     sizes = (in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
-    return [linear(x, one, scale, zero, input_scale, input_zero_point, offset, *sizes) for one, scale, zero, offset in modules]
+    return [
+        linear(x, one, scale, zero, input_scale, input_zero_point, offset, *sizes)
+        for one, scale, zero, offset in modules
+    ]
 
 
 def per_module(
-    weight: Sequence[Tensor], weight_scale: Sequence[Tensor], weight_zero_point: Sequence[Tensor], bias: Sequence[Tensor]
+    weight: Sequence[Tensor],
+    weight_scale: Sequence[Tensor],
+    weight_zero_point: Sequence[Tensor],
+    bias: Sequence[Tensor],
 ) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
     """The tensors of each module from lists of them, an empty list being None for every module.
 
@@ -97,13 +120,20 @@ def per_module(
         ValueError: the lists have different lengths.
     """
     count = len(weight)
-    if len(weight_scale) != count or len(weight_zero_point) not in (0, count) or len(bias) not in (0, count):
+    if (
+        len(weight_scale) != count
+        or len(weight_zero_point) not in (0, count)
+        or len(bias) not in (0, count)
+    ):
         raise ValueError(
-            f"{count} weights, {len(weight_scale)} weight_scales, {len(weight_zero_point)} weight_zero_points and {len(bias)} biases:"
+            f"{count} weights, {len(weight_scale)} weight_scales, {len(weight_zero_point)} "
+            f"weight_zero_points and {len(bias)} biases:"
             " each list must have one tensor per module (the last two may be empty)."
         )
     nothing = (None,) * count
-    return list(zip(weight, weight_scale, weight_zero_point or nothing, bias or nothing, strict=True))
+    return list(
+        zip(weight, weight_scale, weight_zero_point or nothing, bias or nothing, strict=True)
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -115,7 +145,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         epsilon: added to the mean square.
     """
     values = x.float()
-    return weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+    return weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)).to(
+        x.dtype
+    )
 
 
 def linear_input_grad(
@@ -132,7 +164,15 @@ def linear_input_grad(
 ) -> Tensor:
     """grad [..., N] times the dequantized weight, [..., K] in grad's dtype: the straight-through gradient of the input."""
     dequantized = dequantize_weight(
-        weight, weight_scale, weight_zero_point, input_scale, in_features, weight_bits, group_length, granularity, hadamard
+        weight,
+        weight_scale,
+        weight_zero_point,
+        input_scale,
+        in_features,
+        weight_bits,
+        group_length,
+        granularity,
+        hadamard,
     )
     with exact_products(grad):
         return (grad.float() @ dequantized).to(grad.dtype)
@@ -156,14 +196,20 @@ def dequantize_weight(
 ) -> Tensor:
     """float32 [N, K]: weight_scale (w - zero_point), a folded input scale divided out, the input transform undone."""
     zero_point = _zero_point(weight_scale, weight_zero_point, weight_bits)
-    dequantized = QuantizedWeight(unpack(weight, weight_bits, in_features), weight_scale, zero_point, group_length).dequantize()
+    dequantized = QuantizedWeight(
+        unpack(weight, weight_bits, in_features), weight_scale, zero_point, group_length
+    ).dequantize()
     if input_scale is not None and granularity in ("channel", "none"):
         dequantized = dequantized / input_scale
     return block_hadamard(dequantized, hadamard) if hadamard else dequantized
 
 
 def _quantize_input(
-    x: Tensor, input_scale: Tensor | None, input_zero_point: Tensor | None, bits: int, granularity: str
+    x: Tensor,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bits: int,
+    granularity: str,
 ) -> tuple[Tensor, Tensor | None]:
     """a (integers as float32, or `x` itself) of x's shape, and r, broadcastable against [..., N], or None for 1."""
     if granularity == "none":
@@ -172,20 +218,28 @@ def _quantize_input(
         qparams = dynamic_token_qparams(x, bits)
         return shift_quantize(x, qparams), qparams.scale
     if input_scale is None or input_zero_point is None:
-        raise ValueError(f"granularity {granularity!r} needs input_scale and input_zero_point: the module was not calibrated.")
+        raise ValueError(
+            f"granularity {granularity!r} needs input_scale and input_zero_point: the module was "
+            f"not calibrated."
+        )
     if granularity == "channel":
         return shift_quantize(x, QParams(input_scale, input_zero_point, bits)), None
     if x.dim() < 2 or x.shape[-2] != input_scale.shape[0]:
         raise ValueError(
-            f"an input of shape {tuple(x.shape)} does not have the {input_scale.shape[0]} positions that 'token' was calibrated for."
+            f"an input of shape {tuple(x.shape)} does not have the {input_scale.shape[0]} "
+            f"positions that 'token' was calibrated for."
         )
-    return shift_quantize(x, QParams(input_scale[:, None], input_zero_point[:, None], bits)), input_scale[:, None]
+    return shift_quantize(
+        x, QParams(input_scale[:, None], input_zero_point[:, None], bits)
+    ), input_scale[:, None]
 
 
 def _zero_point(weight_scale: Tensor, weight_zero_point: Tensor | None, bits: int) -> Tensor:
     if weight_zero_point is not None:
         return weight_zero_point
-    return torch.full(weight_scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=weight_scale.device)
+    return torch.full(
+        weight_scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=weight_scale.device
+    )
 
 
 LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")

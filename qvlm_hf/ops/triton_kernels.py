@@ -1,24 +1,31 @@
-"""GPU kernels of `qvlm_hf::linear` in Triton, straight from the packed bytes on disk. The only file that imports triton.
+"""GPU kernels of `qvlm_hf::linear` in Triton, straight from the packed bytes on disk.
+
+The only file that imports triton.
 
     y[m, n] = bias[n] + r[m] * sum_g ws[n, g] * sum_{k in g} a[m, k] (w[n, k] - zp[n, g])
 
-Two steps. `arrange` quantizes the inputs (a norm or SwiGLU can be part of it) into int8 and writes them in the order in which the
-weights come out of their bytes; `multiply` unpacks weights in registers, multiplies on the integer matrix units with int32 sums, takes the
-zero points off as integers and scales each group in float32. Floating-point inputs go the same way with float sums.
+Two steps. `arrange` quantizes the inputs (a norm or SwiGLU can be part of it) into int8 and writes
+them in the order in which the weights come out of their bytes; `multiply` unpacks weights in
+registers, multiplies on the integer matrix units with int32 sums, takes the zero points off as
+integers and scales each group in float32. Floating-point inputs go the same way with float sums.
 
-Order. The inputs of a group are padded with zeros to blocks of `block`; a block is cut into `slices`: slice s holds the inputs s,
-s + slices, s + 2 slices ... of the block, so that a shift and a mask of whole bytes (2, 4, 8 bits) give a slice of weights and nothing is
-shuffled. Other widths cut four values at a time out of two words and have four slices.
+Order. The inputs of a group are padded with zeros to blocks of `block`; a block is cut into
+`slices`: slice s holds the inputs s, s + slices, s + 2 slices ... of the block, so that a shift and
+a mask of whole bytes (2, 4, 8 bits) give a slice of weights and nothing is shuffled. Other widths
+cut four values at a time out of two words and have four slices.
 
-Integers. a = q - z fits into int8 up to 7 bits. At 8 bits q - 128 is multiplied; the missing 128 - z comes from one or two more
-rows of inputs ("more") against the same weights: ones, times 128 - z of the token, or 128 - z per input in two halves.
-Weights of 8 bits are multiplied as w - 128, and their zero points are 128 smaller.
+Integers. a = q - z fits into int8 up to 7 bits. At 8 bits q - 128 is multiplied; the missing 128 -
+z comes from one or two more rows of inputs ("more") against the same weights: ones, times 128 - z
+of the token, or 128 - z per input in two halves. Weights of 8 bits are multiplied as w - 128, and
+their zero points are 128 smaller.
 
-Legend: M tokens, N out_features, K in_features, G groups of L inputs (the last may be short), B blocks of a group, KP = G * B * block.
+Legend: M tokens, N out_features, K in_features, G groups of L inputs (the last may be short), B
+blocks of a group, KP = G * B * block.
 """
 
-# Kernels in Triton's own style: untyped, constants in capitals, branches that only the compiler sees.
-# ruff: noqa: ANN001, ANN202, C901, N803, N806, RET505, SIM102, SIM108
+# Kernels in Triton's own style: untyped, constants in capitals, branches that only the compiler
+# sees.
+# ruff: noqa: ANN001, ANN202, C901, N803, N806, RET505, SIM102
 # mypy: disable-error-code="no-untyped-def, attr-defined"
 
 from dataclasses import dataclass
@@ -53,7 +60,12 @@ class Layout:
     def of(in_features: int, group_length: int, weight_bits: int) -> "Layout":
         """The layout of a module: blocks of 128 inputs, smaller ones for small groups (a slice has at least 32)."""
         least = 32 * _slices(weight_bits, _bytewise(group_length, in_features, weight_bits))
-        return Layout(in_features, group_length, weight_bits, min(128, max(least, triton.next_power_of_2(group_length))))
+        return Layout(
+            in_features,
+            group_length,
+            weight_bits,
+            min(128, max(least, triton.next_power_of_2(group_length))),
+        )
 
     @property
     def groups(self) -> int:
@@ -78,7 +90,11 @@ class Layout:
     @property
     def runs(self) -> bool:
         """Whether slices are cut out of whole runs of 32 values: a group begins at a word and a row has at least one run."""
-        return not self.bytewise and (self.groups == 1 or self.group_length % 32 == 0) and self.in_features % 32 == 0
+        return (
+            not self.bytewise
+            and (self.groups == 1 or self.group_length % 32 == 0)
+            and self.in_features % 32 == 0
+        )
 
     @property
     def slices(self) -> int:
@@ -113,7 +129,8 @@ class Arranged:
     """Inputs as `multiply` reads them; rows and columns beyond M hold anything.
 
     Attributes:
-        values: [terms, rows >= M, KP], int8 or floating point (two terms add up to a value that 16 bits cannot hold).
+        values: [terms, rows >= M, KP], int8 or floating point (two terms add up to a value that 16
+            bits cannot hold).
         sums: int32 [G * B, rows], over each block of an int8 row; None for floats.
         more: int8 [rows, KP], correction rows, or None.
         more_sums: int32 [G * B], their sums, or None.
@@ -153,18 +170,20 @@ def arrange(
         x: [M, K], contiguous.
         layout: of the module.
         bits: of an input, 3 to 8; not read for granularity "none".
-        granularity: as in the scheme; for "token" the position of token m is m modulo the number of positions.
+        granularity: as in the scheme; for "token" the position of token m is m modulo the number of
+            positions.
         input_scale: float32, as in `ops.schema.linear`.
         input_zero_point: int32, as in `ops.schema.linear`.
         rows: rows to allocate, at least M.
-        source: what is computed first, rounded to x's dtype where Transformers rounds: "plain" nothing; "rms_norm" LlamaRMSNorm;
-            "layer_norm" nn.LayerNorm; "swiglu" silu(x) * other.
+        source: what is computed first, rounded to x's dtype where Transformers rounds: "plain"
+            nothing; "rms_norm" LlamaRMSNorm; "layer_norm" nn.LayerNorm; "swiglu" silu(x) * other.
         other: [K] weight of the norm, or [M, K] the second factor of "swiglu"; of x's dtype.
         norm_bias: [K], of "layer_norm".
         epsilon: of the norm.
 
     Returns:
-        The inputs; for granularity "none" floating point: x's dtype, or two bfloat16 terms where a 16-bit x is divided by `input_scale`.
+        The inputs; for granularity "none" floating point: x's dtype, or two bfloat16 terms where a
+        16-bit x is divided by `input_scale`.
     """
     tokens, floating = x.shape[0], granularity == "none"
     terms = 2 if floating and input_scale is not None and x.dtype != torch.float32 else 1
@@ -181,12 +200,15 @@ def arrange(
         more=empty(extra, layout.padded, dtype=torch.int8) if extra else None,
         more_sums=empty(number) if extra else None,
         shift=empty(rows) if extra == 1 else None,
-        row_scale=empty(rows, dtype=torch.float32) if granularity in ("token", "dynamic_token") else None,
+        row_scale=empty(rows, dtype=torch.float32)
+        if granularity in ("token", "dynamic_token")
+        else None,
         tokens=tokens,
         bound=layout.group_length * (2**bits - 1) * (2**layout.weight_bits - 1),
     )
     at_once = max(1, 1024 // layout.block)
-    # A token is a program's work, or, where there are few, that of up to eight, each of which takes the token's statistics by itself.
+    # A token is a program's work, or, where there are few, that of up to eight, each of which takes
+    # the token's statistics by itself.
     parts = max(1, min(8 if tokens <= 64 else 1, number // at_once))
     _arrange[(tokens, parts)](
         x, other, norm_bias, input_scale, input_zero_point, arranged.values, arranged.sums, arranged.more, arranged.more_sums,
@@ -228,7 +250,11 @@ def multiply(
     """
     tokens, out_features = inputs.tokens, weight.shape[0]
     y = torch.empty((tokens, out_features), dtype=dtype, device=weight.device)
-    partial = torch.empty((splits, tokens, out_features), dtype=torch.float32, device=weight.device) if splits > 1 else y
+    partial = (
+        torch.empty((splits, tokens, out_features), dtype=torch.float32, device=weight.device)
+        if splits > 1
+        else y
+    )
     bytes_ = layout.bytewise
     _multiply[(triton.cdiv(out_features, tile.out_features), triton.cdiv(tokens, tile.tokens), splits)](
         inputs.values, inputs.sums, inputs.more, inputs.more_sums, inputs.shift, inputs.row_scale,
@@ -244,7 +270,15 @@ def multiply(
     if splits > 1:
         columns = 256
         _add_parts[(triton.cdiv(out_features, columns), tokens)](
-            partial, inputs.row_scale, bias, y, tokens, out_features, SPLITS=splits, COLUMNS=columns, num_warps=4
+            partial,
+            inputs.row_scale,
+            bias,
+            y,
+            tokens,
+            out_features,
+            SPLITS=splits,
+            COLUMNS=columns,
+            num_warps=4,
         )
     return y
 
@@ -264,13 +298,25 @@ def _source(x_ptr, other_ptr, norm_bias_ptr, row, k, exists, mean, factor, SOURC
     x = tl.load(x_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
     if SOURCE == "rms_norm":
         x = (x * factor).to(dtype).to(tl.float32)
-        x = (tl.load(other_ptr + k, mask=exists, other=0.0).to(tl.float32) * x).to(dtype).to(tl.float32)
+        x = (
+            (tl.load(other_ptr + k, mask=exists, other=0.0).to(tl.float32) * x)
+            .to(dtype)
+            .to(tl.float32)
+        )
     elif SOURCE == "layer_norm":
         x = (x - mean) * factor * tl.load(other_ptr + k, mask=exists, other=0.0).to(tl.float32)
-        x = (x + tl.load(norm_bias_ptr + k, mask=exists, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        x = (
+            (x + tl.load(norm_bias_ptr + k, mask=exists, other=0.0).to(tl.float32))
+            .to(dtype)
+            .to(tl.float32)
+        )
     elif SOURCE == "swiglu":
         x = tl.math.div_rn(x, 1.0 + tl.exp(-x)).to(dtype).to(tl.float32)
-        x = (x * tl.load(other_ptr + row + k, mask=exists, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        x = (
+            (x * tl.load(other_ptr + row + k, mask=exists, other=0.0).to(tl.float32))
+            .to(dtype)
+            .to(tl.float32)
+        )
     return x
 
 
@@ -356,7 +402,9 @@ def _arrange(
             tl.store(shift_ptr + m, 128 - zero_point.to(tl.int32))
 
     place = tl.arange(0, BLOCK)[None, :]
-    inner = place % (BLOCK // SLICES) * SLICES + place // (BLOCK // SLICES)  # which input of its block lies there
+    inner = place % (BLOCK // SLICES) * SLICES + place // (
+        BLOCK // SLICES
+    )  # which input of its block lies there
     for first in range(tl.program_id(1) * AT_ONCE, number, tl.num_programs(1) * AT_ONCE):
         block = first + tl.arange(0, AT_ONCE)
         group = block // BLOCKS
@@ -373,7 +421,9 @@ def _arrange(
             tl.store(values_ptr + target, value, mask=written)
             if TERMS == 2:
                 rest = (x - value.to(tl.float32)).to(values_ptr.dtype.element_ty)
-                tl.store(values_ptr + rows.to(tl.int64) * number * BLOCK + target, rest, mask=written)
+                tl.store(
+                    values_ptr + rows.to(tl.int64) * number * BLOCK + target, rest, mask=written
+                )
         else:
             if GRANULARITY == "channel":
                 step = tl.load(input_scale_ptr + k, mask=exists, other=1.0)
@@ -397,7 +447,11 @@ def _arrange(
                     if EXTRA == 2:
                         half = missing >> 1  # 128 itself does not fit into int8
                         tl.store(more_ptr + target, half.to(tl.int8), mask=written)
-                        tl.store(more_ptr + number * BLOCK + target, (missing - half).to(tl.int8), mask=written)
+                        tl.store(
+                            more_ptr + number * BLOCK + target,
+                            (missing - half).to(tl.int8),
+                            mask=written,
+                        )
                         tl.store(more_sums_ptr + block, tl.sum(missing, 1), mask=block < number)
                     else:
                         tl.store(more_ptr + target, ones.to(tl.int8), mask=written)
@@ -406,7 +460,10 @@ def _arrange(
 
 @triton.jit
 def _cut(packed, BITS: tl.constexpr, s: tl.constexpr):
-    """Value s of each byte, as int8. In assembly, or the compiler takes every register apart into bytes and puts it together again."""
+    """Value s of each byte, as int8.
+
+    In assembly, or the compiler takes every register apart into bytes and puts it together again.
+    """
     if BITS == 4 and s == 0:
         return _four_bytes(packed, "and.b32 $0, $1, 0x0f0f0f0f;")
     elif BITS == 4:
@@ -434,7 +491,9 @@ def _four_values(weight_ptr, run, BITS: tl.constexpr, i: tl.constexpr):
     SHIFT: tl.constexpr = 4 * BITS * i % 32
     values = tl.load(weight_ptr + run + WORD).to(tl.uint32, bitcast=True) >> SHIFT
     if SHIFT + 4 * BITS > 32:
-        values = values | (tl.load(weight_ptr + run + WORD + 1).to(tl.uint32, bitcast=True) << (32 - SHIFT))
+        values = values | (
+            tl.load(weight_ptr + run + WORD + 1).to(tl.uint32, bitcast=True) << (32 - SHIFT)
+        )
     return values
 
 
@@ -472,7 +531,9 @@ def _products(
     if BYTEWISE:
         place = start + j
         if not WHOLE:
-            place = tl.minimum(place, row_size - 1)  # beyond the row inputs are 0, whatever weight they meet
+            place = tl.minimum(
+                place, row_size - 1
+            )  # beyond the row inputs are 0, whatever weight they meet
         packed = tl.load(weight_ptr + n_offset[:, None] + place[None, :])
     elif RUNS:
         run = n_offset[:, None] + start // 32 + tl.arange(0, BLOCK // 32)[None, :] * BITS
@@ -491,8 +552,12 @@ def _products(
     else:
         bit = start + j * (SLICES * BITS)
         word = bit // 32
-        low = tl.load(weight_ptr + n_offset[:, None] + tl.minimum(word, row_size - 1)[None, :]).to(tl.uint32, bitcast=True)
-        high = tl.load(weight_ptr + n_offset[:, None] + tl.minimum(word + 1, row_size - 1)[None, :]).to(tl.uint32, bitcast=True)
+        low = tl.load(weight_ptr + n_offset[:, None] + tl.minimum(word, row_size - 1)[None, :]).to(
+            tl.uint32, bitcast=True
+        )
+        high = tl.load(
+            weight_ptr + n_offset[:, None] + tl.minimum(word + 1, row_size - 1)[None, :]
+        ).to(tl.uint32, bitcast=True)
         offset = (bit % 32).to(tl.uint32)[None, :]
         packed = (low >> offset) | ((high << 1) << (31 - offset))
     e = tl.arange(0, 16)
@@ -508,14 +573,24 @@ def _products(
         k = block * BLOCK + s * WIDTH + j
         inputs = tl.load(values_ptr + m_offset[None, :] + k[:, None])
         if FLOATING:
-            w_float = (w.to(tl.int32) - zero_point[:, None]).to(tl.float32).to(values_ptr.dtype.element_ty)
+            w_float = (
+                (w.to(tl.int32) - zero_point[:, None])
+                .to(tl.float32)
+                .to(values_ptr.dtype.element_ty)
+            )
             sums = tl.dot(w_float, inputs, sums, input_precision="ieee")
             if TERMS == 2:
-                sums = tl.dot(w_float, tl.load(values_ptr + term_stride + m_offset[None, :] + k[:, None]), sums)
+                sums = tl.dot(
+                    w_float,
+                    tl.load(values_ptr + term_stride + m_offset[None, :] + k[:, None]),
+                    sums,
+                )
         else:
             sums = tl.dot(w, inputs, sums, out_dtype=tl.int32)
             if EXTRA > 0:
-                more = tl.load(more_ptr + e[None, :] * padded + k[:, None], mask=(e < EXTRA)[None, :], other=0)
+                more = tl.load(
+                    more_ptr + e[None, :] * padded + k[:, None], mask=(e < EXTRA)[None, :], other=0
+                )
                 more_sums = tl.dot(w, more, more_sums, out_dtype=tl.int32)
     return sums, more_sums
 
@@ -581,8 +656,9 @@ def _multiply(
         first_g = tl.program_id(2) * per_split
         last_g = tl.minimum(first_g + per_split, G)
 
-    # Sums below 2^22 start at the bits of 1.5 * 2^23: read as a float and less that much, they are floats without a conversion, of which
-    # Ampere and Ada do as few as a quarter or an eighth of what they add.
+    # Sums below 2^22 start at the bits of 1.5 * 2^23: read as a float and less that much, they are
+    # floats without a conversion, of which Ampere and Ada do as few as a quarter or an eighth of
+    # what they add.
     START: tl.constexpr = 0x4B400000 if SMALL else 0
     total = tl.zeros((TN, TM), tl.float32)
     for g in range(first_g, last_g):
@@ -645,11 +721,17 @@ def _multiply(
             total *= tl.load(row_scale_ptr + m)[None, :]
         if bias_ptr is not None:
             total += tl.load(bias_ptr + n_read).to(tl.float32)[:, None]
-    tl.store(y_ptr + m.to(tl.int64)[None, :] * N + n[:, None], total.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        y_ptr + m.to(tl.int64)[None, :] * N + n[:, None],
+        total.to(y_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit(do_not_specialize=["M"])
-def _add_parts(partial_ptr, row_scale_ptr, bias_ptr, y_ptr, M, N, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
+def _add_parts(
+    partial_ptr, row_scale_ptr, bias_ptr, y_ptr, M, N, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Program (n, m): COLUMNS outputs of a token, its parts added in order."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     m = tl.program_id(1)

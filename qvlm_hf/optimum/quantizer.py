@@ -4,8 +4,8 @@
     pipeline("image-text-to-text", model=directory)                      beside optimum.onnxruntime.pipeline and optimum.intel.pipeline
     enable()                                                      optimum.pipelines.pipeline(..., accelerator="qvlm") means the same
 
-Optimum's dispatcher knows "ort" and "ov" and has no registry, so `enable` replaces it by one that asks here first. That happens on request
-alone, never at import, and `disable` takes it back.
+Optimum's dispatcher knows "ort" and "ov" and has no registry, so `enable` replaces it by one that
+asks here first. That happens on request alone, never at import, and `disable` takes it back.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ _TASK = "image-text-to-text"
 class QVLMOptimumQuantizer(OptimumQuantizer):
     """Quantizes a model into a directory.
 
-    A model given by name is read anew by every `quantize`, on the way into its packed form; one given as an object is quantized in place.
+    A model given by name is read anew by every `quantize`, on the way into its packed form; one
+    given as an object is quantized in place.
     """
 
     def __init__(self, model: str | PreTrainedModel, processor: Any, **options: Any) -> None:
@@ -54,7 +55,8 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
 
         Args:
             model: directory, Hub id, or a model in full precision.
-            processor: of the model; saved with it, and used for calibration unless the configuration has one.
+            processor: of the model; saved with it, and used for calibration unless the
+                configuration has one.
             **options: of `AutoModelForImageTextToText.from_pretrained`, for a model given by name.
         """
         self.model, self.processor, self.options = model, processor, options
@@ -72,9 +74,11 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
 
         Args:
             model_or_path: directory, Hub id, or a model in full precision.
-            file_name: of Optimum's interface; must be None, because a checkpoint's files have fixed names.
+            file_name: of Optimum's interface; must be None, because a checkpoint's files have fixed
+                names.
             processor: of the model; None reads the one beside it.
-            **options: of `AutoModelForImageTextToText.from_pretrained` (dtype, revision, token, device_map and so on).
+            **options: of `AutoModelForImageTextToText.from_pretrained` (dtype, revision, token,
+            device_map and so on).
 
         Raises:
             ValueError: `file_name` is given, or `options` with a model object.
@@ -83,10 +87,20 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
         _refuse("file_name", file_name)
         if isinstance(model_or_path, PreTrainedModel):
             if options:
-                raise ValueError(f"the options {sorted(options)} are for loading a model: leave them out with a model object.")
-            return cls(model_or_path, processor or AutoProcessor.from_pretrained(model_or_path.name_or_path))
+                raise ValueError(
+                    f"the options {sorted(options)} are for loading a model: leave them out with a "
+                    f"model object."
+                )
+            return cls(
+                model_or_path,
+                processor or AutoProcessor.from_pretrained(model_or_path.name_or_path),
+            )
         name = str(model_or_path)
-        hub = {key: options[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in options}
+        hub = {
+            key: options[key]
+            for key in ("revision", "token", "cache_dir", "trust_remote_code")
+            if key in options
+        }
         return cls(name, processor or AutoProcessor.from_pretrained(name, **hub), **options)
 
     def quantize(
@@ -102,7 +116,8 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
 
         Args:
             save_dir: the directory to make.
-            file_prefix: of Optimum's interface; must be None, because a checkpoint's files have fixed names.
+            file_prefix: of Optimum's interface; must be None, because a checkpoint's files have
+                fixed names.
             config: how to quantize; None is `QVLMConfig()`, which needs a dataset.
             overwrite: replace an earlier result.
             max_shard_size: of one safetensors file.
@@ -111,22 +126,36 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
             The directory.
 
         Raises:
-            ValueError: `save_dir` may not be written, the model is quantized already, or as `from_pretrained` with a `QVLMConfig`.
+            ValueError: `save_dir` may not be written, the model is quantized already, or as
+                `from_pretrained` with a `QVLMConfig`.
             OSError: writing failed; `save_dir` is as it was.
         """
         _refuse("file_prefix", file_prefix)
         if config is not None and not isinstance(config, QVLMConfig):
-            raise ValueError(f"config={config!r} must be a QVLMConfig: write QVLMConfig(scheme=...).")
+            raise ValueError(
+                f"config={config!r} must be a QVLMConfig: write QVLMConfig(scheme=...)."
+            )
         check_output(save_dir, overwrite=overwrite)
         config = copy.copy(config or QVLMConfig())
         config.processor = config.processor or self.processor
         if isinstance(self.model, str):
-            model: Any = AutoModelForImageTextToText.from_pretrained(self.model, quantization_config=config, **self.options)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                self.model, quantization_config=config, **self.options
+            )
             if (report := model.hf_quantizer.report) is None:
-                raise ValueError(f"{self.model}: is quantized already: give the full-precision model.")
+                raise ValueError(
+                    f"{self.model}: is quantized already: give the full-precision model."
+                )
         else:
             model, report = self.model, quantize_model(self.model, config)
-        return save_quantized(model, self.processor, save_dir, report=report, overwrite=overwrite, max_shard_size=max_shard_size)
+        return save_quantized(
+            model,
+            self.processor,
+            save_dir,
+            report=report,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+        )
 
 
 def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
@@ -152,12 +181,13 @@ def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
 ) -> Pipeline:
     """A Transformers pipeline on a quantized model; the signature is that of `optimum.pipelines.pipeline`.
 
-    Unlike `transformers.pipeline`, it reads the model once: an error is the model's own, and is not answered by a second try in float32.
-    Arguments that are not listed mean what they mean there.
+    Unlike `transformers.pipeline`, it reads the model once: an error is the model's own, and is not
+    answered by a second try in float32. Arguments that are not listed mean what they mean there.
 
     Args:
         task: None is "image-text-to-text".
-        model: directory or Hub id of a quantized model, of a full-precision one with `quantization_config` in `model_kwargs`, or an object.
+        model: directory or Hub id of a quantized model, of a full-precision one with
+            `quantization_config` in `model_kwargs`, or an object.
         processor: None reads the one beside the model.
         framework: "pt" or None.
         torch_dtype: of what is not quantized.
@@ -165,17 +195,25 @@ def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
         accelerator: "qvlm" or None.
 
     Raises:
-        ValueError: no model, or one that is not quantized; another framework or accelerator; or as `from_pretrained`.
+        ValueError: no model, or one that is not quantized; another framework or accelerator; or as
+            `from_pretrained`.
         OSError: there is no such model, or no processor beside it.
     """
     if accelerator not in (None, QUANT_METHOD):
-        raise ValueError(f"accelerator={accelerator!r} must be {QUANT_METHOD!r} here: optimum.pipelines.pipeline has the others.")
+        raise ValueError(
+            f"accelerator={accelerator!r} must be {QUANT_METHOD!r} here: "
+            f"optimum.pipelines.pipeline has the others."
+        )
     if framework not in (None, "pt"):
         raise ValueError(f"framework={framework!r} must be 'pt': quantized models run in PyTorch.")
     if task not in (None, _TASK):
-        raise ValueError(f"task={task!r} must be {_TASK!r}: these models answer questions about pictures.")
+        raise ValueError(
+            f"task={task!r} must be {_TASK!r}: these models answer questions about pictures."
+        )
     if model is None:
-        raise ValueError("model=None: there is no default model; give a directory, a Hub id or a model.")
+        raise ValueError(
+            "model=None: there is no default model; give a directory, a Hub id or a model."
+        )
     hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     if isinstance(model, str | Path):
         options = {"config": config, "device_map": device_map, "dtype": torch_dtype, **hub}
@@ -183,7 +221,8 @@ def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
         model = AutoModelForImageTextToText.from_pretrained(model, **given | (model_kwargs or {}))
     if getattr(model, "quantization_method", None) != QUANT_METHOD:
         raise ValueError(
-            f"{model.name_or_path}: is not quantized with {QUANT_METHOD}: give such a checkpoint, or "
+            f"{model.name_or_path}: is not quantized with {QUANT_METHOD}: give such a checkpoint, "
+            f"or "
             "model_kwargs={'quantization_config': QVLMConfig(...)}."
         )
     make: Any = transformers.pipeline  # declared for each task by name; ours is any string

@@ -1,9 +1,11 @@
 """What each part of the method is worth on the demo model: accuracy and answer KL over calibration seeds.
 
-Every line adds one part to the line above it (`LINES`), those below "+ equalization" to that one; `greedy` and `paper` stand beside them.
-Seconds are processor time, which other programs on the machine do not change.
+Every line adds one part to the line above it (`LINES`), those below "+ equalization" to that one;
+`greedy` and `paper` stand beside them. Seconds are processor time, which other programs on the
+machine do not change.
 
-python tests/bench/ablation.py --seeds 5 --questions 1000 --json tests/bench/results/ablation_w4a4.json
+python tests/bench/ablation.py --seeds 5 --questions 1000 --json
+tests/bench/results/ablation_w4a4.json
 """
 
 import argparse
@@ -59,23 +61,50 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     processor = AutoProcessor.from_pretrained(options.model)
     test = load_samples(f"{options.data}/test.jsonl", num_samples=options.questions)
-    base = evaluate(AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32), test, processor, keep_logits=True)
+    base = evaluate(
+        AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32),
+        test,
+        processor,
+        keep_logits=True,
+    )
     print(f"full precision {base.accuracy.value:.4f}", flush=True)
     rows = []
     for name in options.variants:
         for seed in range(options.seeds if name != "rtn" else 1):
-            fields = {"dataset": f"{options.data}/calibration.jsonl", "processor": processor, **VARIANTS[name]}
+            fields = {
+                "dataset": f"{options.data}/calibration.jsonl",
+                "processor": processor,
+                **VARIANTS[name],
+            }
             start = time.process_time()
             config = qvlm_hf.QVLMConfig(scheme=options.scheme, seed=seed, **fields)
-            model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32, quantization_config=config)
+            model = AutoModelForImageTextToText.from_pretrained(
+                options.model, dtype=torch.float32, quantization_config=config
+            )
             seconds = time.process_time() - start
             found = evaluate(model, test, processor, reference=base)
-            rows.append({"variant": name, "seed": seed, "accuracy": found.accuracy.value, "kl": found.comparison.kl, "seconds": seconds})
+            rows.append(
+                {
+                    "variant": name,
+                    "seed": seed,
+                    "accuracy": found.accuracy.value,
+                    "kl": found.comparison.kl,
+                    "seconds": seconds,
+                }
+            )
             print(rows[-1], flush=True)
         own = [row for row in rows if row["variant"] == name]
-        print(f"{name:<14} accuracy {mean(r['accuracy'] for r in own):.4f}  KL {mean(r['kl'] for r in own):.5f}", flush=True)
+        print(
+            f"{name:<14} accuracy {mean(r['accuracy'] for r in own):.4f}  KL "
+            f"{mean(r['kl'] for r in own):.5f}",
+            flush=True,
+        )
     if options.json:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+        versions = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+        }
         result = {
             "scheme": options.scheme,
             "questions": options.questions,

@@ -39,32 +39,63 @@ def measure(directory: str, questions: int) -> list[dict]:
     processor = AutoProcessor.from_pretrained(directory)
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.bfloat16)
     samples = load_samples(dataset_path("test"), num_samples=questions, seed=1)
-    batches = [collate(samples[start : start + BATCH], processor) for start in range(0, questions, BATCH)]
+    batches = [
+        collate(samples[start : start + BATCH], processor) for start in range(0, questions, BATCH)
+    ]
     eager = [row for batch in batches for row in answer_logits(model, batch)]
     rows = []
     for way, options in WAYS.items():
         torch._dynamo.reset()
-        compiled = [row for batch in batches for row in answer_logits(Compiled(model, options), batch)]
+        compiled = [
+            row for batch in batches for row in answer_logits(Compiled(model, options), batch)
+        ]
         kl = [answer_kl(a, b) for a, b in zip(eager, compiled, strict=True)]
         equal = sum(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
-        other = sum(not torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in zip(eager, compiled, strict=True))
+        other = sum(
+            not torch.equal(a.argmax(-1), b.argmax(-1))
+            for a, b in zip(eager, compiled, strict=True)
+        )
         scheme = model.config.quantization_config.scheme
-        rows.append({"scheme": scheme, "way": way, "kl": mean(kl), "highest": max(kl), "equal": equal, "other_answers": other})
+        rows.append(
+            {
+                "scheme": scheme,
+                "way": way,
+                "kl": mean(kl),
+                "highest": max(kl),
+                "equal": equal,
+                "other_answers": other,
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", metavar="DIR", help="saved quantized models of the demo's family")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "directories", nargs="+", metavar="DIR", help="saved quantized models of the demo's family"
+    )
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [row for directory in options.directories for row in measure(directory, options.questions)]
+    rows = [
+        row for directory in options.directories for row in measure(directory, options.questions)
+    ]
     if options.json:
         versions = {name: version(name) for name in ("qvlm_hf", "torch", "transformers")}
         options.json.write_text(
-            json.dumps({"dtype": "bfloat16", "questions": options.questions, "versions": versions, "rows": rows}, indent=1) + "\n"
+            json.dumps(
+                {
+                    "dtype": "bfloat16",
+                    "questions": options.questions,
+                    "versions": versions,
+                    "rows": rows,
+                },
+                indent=1,
+            )
+            + "\n"
         )
 
 

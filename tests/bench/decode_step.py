@@ -7,7 +7,8 @@
 
 Before each step the cache holds `--positions` tokens and as many more as there were turns.
 
-python tests/bench/decode_step.py --threads 2 --positions 640 2048 --json tests/bench/results/decode_step_cpu.json
+python tests/bench/decode_step.py --threads 2 --positions 640 2048 --json
+tests/bench/results/decode_step_cpu.json
 """
 
 import argparse
@@ -60,7 +61,13 @@ def filled(model: Any, positions: int) -> DynamicCache:
     text = model.config.text_config
     cache, head = DynamicCache(), text.hidden_size // text.num_attention_heads
     for layer in range(text.num_hidden_layers):
-        cache.update(*(torch.randn(1, text.num_key_value_heads, positions, head, dtype=torch.bfloat16) for _ in range(2)), layer)
+        cache.update(
+            *(
+                torch.randn(1, text.num_key_value_heads, positions, head, dtype=torch.bfloat16)
+                for _ in range(2)
+            ),
+            layer,
+        )
     return cache
 
 
@@ -80,12 +87,18 @@ def measure(ways: dict[str, Any], positions: int, rounds: int) -> dict[str, dict
     found = {}
     for way, values in times.items():
         low, middle, high = quantiles(values, n=4)
-        found[way] = {"milliseconds": 1e3 * middle, "spread": (high - low) / middle, "speedup": median(times["bfloat16"]) / median(values)}
+        found[way] = {
+            "milliseconds": 1e3 * middle,
+            "spread": (high - low) / middle,
+            "speedup": median(times["bfloat16"]) / median(values),
+        }
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--positions", type=int, nargs="+", default=[640])
@@ -96,9 +109,17 @@ def main() -> None:
     for positions in options.positions:
         rows.append({"positions": positions, "ways": measure(ways, positions, options.rounds)})
         for way, row in rows[-1]["ways"].items():
-            print(f"{positions:>6} {way:<10}{row['milliseconds']:>8.1f} ms, spread {row['spread']:.0%}, {row['speedup']:.2f} x")
+            print(
+                f"{positions:>6} {way:<10}{row['milliseconds']:>8.1f} ms, spread "
+                f"{row['spread']:.0%}, {row['speedup']:.2f} x"
+            )
     if options.json:
-        result = {"device": device_name(torch.device("cpu")), "threads": options.threads, "torch": torch.__version__, "rows": rows}
+        result = {
+            "device": device_name(torch.device("cpu")),
+            "threads": options.threads,
+            "torch": torch.__version__,
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,10 +1,13 @@
 """What loading a saved model costs: highest resident memory over the size of the files, and time over reading the files twice.
 
-Writes a checkpoint with random packed weights in a named shape, tensor by tensor into shards of a gigabyte, then loads it in a process of
-its own. The files are in the page cache in both cases; PyTorch and Transformers are imported before anything is timed. On a CPU the
-weights stay mapped from the files, so that memory is counted twice: when the model is loaded, and when every page of it was read.
+Writes a checkpoint with random packed weights in a named shape, tensor by tensor into shards of a
+gigabyte, then loads it in a process of its own. The files are in the page cache in both cases;
+PyTorch and Transformers are imported before anything is timed. On a CPU the weights stay mapped
+from the files, so that memory is counted twice: when the model is loaded, and when every page of it
+was read.
 
-python tests/bench/load_memory.py --shape llava-1.5-7b --scheme W4A4 --json tests/bench/results/load_memory_7b_w4a4.json
+python tests/bench/load_memory.py --shape llava-1.5-7b --scheme W4A4 --json
+tests/bench/results/load_memory_7b_w4a4.json
 """
 
 import argparse
@@ -62,7 +65,9 @@ def write(folder: Path, shape: str, scheme: str) -> int:
         if size > _SHARD:
             flush()
     flush()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": places})
+    )
     config.save_pretrained(folder)
     return total
 
@@ -90,7 +95,10 @@ def load(folder: Path) -> dict:
     stop.set()
     watcher.join()
     loaded, highest = _status("VmRSS"), _status("VmHWM")
-    for tensor in (*model.parameters(), *model.buffers()):  # mapped pages count only when they are read: read them all
+    for tensor in (
+        *model.parameters(),
+        *model.buffers(),
+    ):  # mapped pages count only when they are read: read them all
         tensor.reshape(-1)[:: max(1, _PAGE // tensor.element_size())].sum()
     return {
         "seconds": seconds, "processor_seconds": processor, "reading_twice_seconds": reading, "rss_before": before,
@@ -119,7 +127,9 @@ def main() -> None:
     parser.add_argument("--shape", default="llava-1.5-7b")
     parser.add_argument("--scheme", default="W4A4")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--loads", type=int, default=3, help="processes, one after the other; the fastest counts")
+    parser.add_argument(
+        "--loads", type=int, default=3, help="processes, one after the other; the fastest counts"
+    )
     parser.add_argument("--folder", help="where to write; default: a temporary directory")
     parser.add_argument("--json")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -18,7 +18,11 @@ WAYS = {"kernels": cpu.linear, "plain PyTorch": reference.linear}
 
 def main() -> None:
     """Prints milliseconds of both ways and their ratio, for layers of two sizes, one token and 64."""
-    print(cpu.kernel_name(4096, 4, 8, 128), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}")
+    print(
+        cpu.kernel_name(4096, 4, 8, 128),
+        f"{torch.get_num_threads()} threads",
+        f"torch {torch.__version__}",
+    )
     for size, tokens, rounds in ((1024, 1, 40), (4096, 1, 15), (4096, 64, 7)):
         rest = arguments(4, 8, "dynamic_token", size, size, 128, tokens, False, torch.float32)
         x = torch.randn(tokens, size)
@@ -29,7 +33,10 @@ def main() -> None:
                 way(x, *rest)
                 seconds[name].append(time.perf_counter() - start)
         fast, slow = (statistics.median(seconds[name]) for name in WAYS)
-        print(f"{size} x {size}, {tokens} tokens: {fast * 1e3:.2f} and {slow * 1e3:.2f} ms, {slow / fast:.0f} times")
+        print(
+            f"{size} x {size}, {tokens} tokens: {fast * 1e3:.2f} and {slow * 1e3:.2f} ms, "
+            f"{slow / fast:.0f} times"
+        )
 
 
 if __name__ == "__main__":

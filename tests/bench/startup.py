@@ -1,8 +1,8 @@
 """What `qvlm autoload install` adds to a start of Python: `python -c pass` in two virtual environments, with it and without, in turns.
 
-A virtual environment reads the file twice, as Python's site module goes through its site-packages twice; that is in the figures. Wall time
-and processor time (user and system) of the whole process, in milliseconds. The interval is a bootstrap of the median of the paired
-differences, 95 %.
+A virtual environment reads the file twice, as Python's site module goes through its site-packages
+twice; that is in the figures. Wall time and processor time (user and system) of the whole process,
+in milliseconds. The interval is a bootstrap of the median of the paired differences, 95 %.
 
 python tests/bench/startup.py --rounds 400 --json tests/bench/results/startup.json
 """
@@ -37,12 +37,16 @@ def start(python: Path) -> tuple[float, float]:
 def interval(differences: list[float], draws: int = 2000) -> tuple[float, float]:
     """Where the median of the differences lies with 95 %."""
     generator = random.Random(0)
-    medians = sorted(median(generator.choices(differences, k=len(differences))) for _ in range(draws))
+    medians = sorted(
+        median(generator.choices(differences, k=len(differences))) for _ in range(draws)
+    )
     return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=400)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -55,7 +59,11 @@ def main() -> None:
         for _ in range(options.rounds + 5):  # the first ones warm the page cache
             for name in random.sample(list(times), 2):
                 times[name].append(start(Path(folder) / name / "bin" / "python"))
-    result = {"device": device_name(torch.device("cpu")), "python": sys.version.split()[0], "rounds": options.rounds}
+    result = {
+        "device": device_name(torch.device("cpu")),
+        "python": sys.version.split()[0],
+        "rounds": options.rounds,
+    }
     for index, kind in enumerate(("wall", "processor")):
         bare, with_it = ([pair[index] for pair in times[name][5:]] for name in ("bare", "autoload"))
         differences = [after - before for before, after in zip(bare, with_it, strict=True)]

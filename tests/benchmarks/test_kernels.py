@@ -12,10 +12,17 @@ from qvlm_hf.cli import main
 
 def test_every_way_gets_a_row_and_ratios_belong_together():
     steps = []
-    rows = measure_kernels(64, 128, [1, 20], rounds=3, cache_bytes=2**16, advance=lambda: steps.append(1))
+    rows = measure_kernels(
+        64, 128, [1, 20], rounds=3, cache_bytes=2**16, advance=lambda: steps.append(1)
+    )
     assert len(steps) == 2
     few, many = ([row for row in rows if row.tokens == count] for count in (1, 20))
-    assert {row.way for row in few} >= {"torch bfloat16", "torch float32", "qvlm_hf W4A4, channel", "qvlm_hf W4A16, none"}
+    assert {row.way for row in few} >= {
+        "torch bfloat16",
+        "torch float32",
+        "qvlm_hf W4A4, channel",
+        "qvlm_hf W4A16, none",
+    }
     assert {row.way for row in many} - {row.way for row in few} == {"torch int8 (_int_mm), W8A8"}
     for group in (few, many):
         base = next(row for row in group if row.way == "torch bfloat16")
@@ -33,7 +40,17 @@ def test_reading_takes_time():
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
-    arguments = ["--out-features", "64", "--in-features", "128", "--tokens", "1", "17", "--rounds", "2"]
+    arguments = [
+        "--out-features",
+        "64",
+        "--in-features",
+        "128",
+        "--tokens",
+        "1",
+        "17",
+        "--rounds",
+        "2",
+    ]
     assert main(["bench", "--kernels", *arguments, "--json", str(tmp_path / "rows.json")]) == 0
     printed = capsys.readouterr().out
     assert "against bfloat16" in printed
@@ -45,7 +62,10 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
 
 def test_tokens_named_twice_are_refused(capsys):
     assert main(["bench", "--kernels", "--tokens", "1", "1"]) == 1
-    assert capsys.readouterr().err == "qvlm: error: --tokens 1 1 names a value twice: name each once.\n"
+    assert (
+        capsys.readouterr().err
+        == "qvlm: error: --tokens 1 1 names a value twice: name each once.\n"
+    )
 
 
 @pytest.mark.parametrize("wrong", [("--rounds", "1"), ("--tokens", "0"), ("--in-features", "100")])

@@ -44,7 +44,9 @@ class Ticks:
 
 def prompt(model, batch, images=1, extra=8):
     tokens = images * IMAGE_TOKENS + extra
-    return random_prompt(model.config, batch, prompt_tokens=tokens, images=images, dtype=model.dtype, device=CPU)
+    return random_prompt(
+        model.config, batch, prompt_tokens=tokens, images=images, dtype=model.dtype, device=CPU
+    )
 
 
 def way(name, model, calls=None, **fields):
@@ -53,11 +55,15 @@ def way(name, model, calls=None, **fields):
             calls.append(name)
         return model
 
-    defaults = {"build": build, "inputs": lambda batch: prompt(model, batch), "new_cache": lambda batch, length: DynamicCache()}
+    defaults = {
+        "build": build,
+        "inputs": lambda batch: prompt(model, batch),
+        "new_cache": lambda batch, length: DynamicCache(),
+    }
     return Way(name=name, **(defaults | fields))
 
 
-# ---- one answer -----------------------------------------------------------------------------------------------------------------------
+# ---- one answer ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -68,11 +74,15 @@ def test_the_answer_is_that_of_generate(static):
     cache = StaticCache(config=model.config, max_cache_len=length + 6) if static else DynamicCache()
     found = generate(model, inputs, 6, cache, Clock(CPU))
     model.generation_config.eos_token_id = None
-    expected = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)[:, length:]
+    expected = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)[
+        :, length:
+    ]
     assert torch.equal(found.tokens, expected)
     assert min(found.vision, found.prefill, found.decode) > 0
     text = model.config.text_config
-    held = length + 6 if static else length + 2.5  # positions, the mean of the first and the last step
+    held = (
+        length + 6 if static else length + 2.5
+    )  # positions, the mean of the first and the last step
     assert found.cache_bytes == 2 * text.num_hidden_layers * 2 * text.hidden_size * held * 4
 
 
@@ -87,15 +97,24 @@ def test_the_marks_lie_between_the_phases():
 def test_a_cache_that_is_not_used_is_an_error():
     model = tiny_llava()
     with pytest.raises(ValueError, match="holds 24 positions instead of 25"):
-        generate(model, prompt(model, 1), 2, DynamicCache(), Clock(CPU), step=lambda **inputs: model(input_ids=inputs["input_ids"]))
+        generate(
+            model,
+            prompt(model, 1),
+            2,
+            DynamicCache(),
+            Clock(CPU),
+            step=lambda **inputs: model(input_ids=inputs["input_ids"]),
+        )
 
 
-# ---- turns and ratios -----------------------------------------------------------------------------------------------------------------
+# ---- turns and ratios ----------------------------------------------------------------------------
 
 
 def test_every_way_gets_its_turn_and_the_first_round_warms_up():
     order = []
-    results = take_turns(["a", "b"], 2, lambda name, turn: order.append((name, turn)) or f"{name}{turn}", warm_ups=2)
+    results = take_turns(
+        ["a", "b"], 2, lambda name, turn: order.append((name, turn)) or f"{name}{turn}", warm_ups=2
+    )
     assert order == [(name, turn) for turn in (-1, 0, 1, 2) for name in "ab"]
     assert results == {"a": ["a1", "a2"], "b": ["b1", "b2"]}
 
@@ -127,10 +146,12 @@ def test_a_phase_says_what_limits_it():
     assert phase(second, 80, 900, LIMITS, "bfloat16").regime == "compute"
     assert phase(second, 30, 400, LIMITS, "bfloat16").regime == "overhead"
     assert phase(second, 30, 400, LIMITS, "bfloat16").of_limit == pytest.approx(0.4)
-    assert phase(second, 60, 400, LIMITS, "int8").regime == "memory"  # products of a type that PyTorch could not time
+    assert (
+        phase(second, 60, 400, LIMITS, "int8").regime == "memory"
+    )  # products of a type that PyTorch could not time
 
 
-# ---- the measurement ------------------------------------------------------------------------------------------------------------------
+# ---- the measurement -----------------------------------------------------------------------------
 
 
 def test_models_get_rows_ratios_and_errors():
@@ -144,8 +165,19 @@ def test_models_get_rows_ratios_and_errors():
         way("broken", model, build=broken),
     ]  # fmt: skip
     passes = []
-    rows, _ = measure_models(ways, [1, 3], lambda: LIMITS, CPU, new_tokens=3, rounds=2, clock=Ticks(), advance=lambda: passes.append(1))
-    assert [(row.way, row.batch) for row in rows] == [(w.name, batch) for batch in (1, 3) for w in ways]
+    rows, _ = measure_models(
+        ways,
+        [1, 3],
+        lambda: LIMITS,
+        CPU,
+        new_tokens=3,
+        rounds=2,
+        clock=Ticks(),
+        advance=lambda: passes.append(1),
+    )
+    assert [(row.way, row.batch) for row in rows] == [
+        (w.name, batch) for batch in (1, 3) for w in ways
+    ]
     assert built == ["base", "half"]
     assert len(passes) == 2 * 2 * 3
     base, half, absent, failed = rows[4:]
@@ -156,10 +188,18 @@ def test_models_get_rows_ratios_and_errors():
     assert base.tokens_per_second == 3 / 0.5
     # 24 prompt tokens and the mean of one and two steps more, of 3 prompts
     cached = 2 * 2 * 64 * 4 * 3 * (24 + 26) / 2
-    assert base.decode.of_limit == pytest.approx((decoder_bytes(model) + cached) / 0.5 / LIMITS.bandwidth)
+    assert base.decode.of_limit == pytest.approx(
+        (decoder_bytes(model) + cached) / 0.5 / LIMITS.bandwidth
+    )
     assert base.decode.regime == "memory"
-    linears = sum(2 * m.weight.numel() for m in model.get_decoder().modules() if isinstance(m, torch.nn.Linear))
-    assert base.prefill.of_limit == pytest.approx(max(linears * 24 * 3 / 1000, decoder_bytes(model) / 100))
+    linears = sum(
+        2 * m.weight.numel()
+        for m in model.get_decoder().modules()
+        if isinstance(m, torch.nn.Linear)
+    )
+    assert base.prefill.of_limit == pytest.approx(
+        max(linears * 24 * 3 / 1000, decoder_bytes(model) / 100)
+    )
 
 
 def test_one_after_the_other_where_memory_is_short():
@@ -169,7 +209,15 @@ def test_one_after_the_other_where_memory_is_short():
     assert fits_together(run, None)
     assert not fits_together(run, 250)  # both, a reserve, and room to build
     rows, _ = measure_models(
-        run, [1], lambda: LIMITS, CPU, new_tokens=2, rounds=2, clock=Ticks(), together=False, advance=lambda: calls.append("pass")
+        run,
+        [1],
+        lambda: LIMITS,
+        CPU,
+        new_tokens=2,
+        rounds=2,
+        clock=Ticks(),
+        together=False,
+        advance=lambda: calls.append("pass"),
     )
     assert calls == ["base", "pass", "pass", "pass", "other", "pass", "pass", "pass"]
     assert rows[1].decode.time.speedup == 1
@@ -179,18 +227,31 @@ def test_without_a_baseline_there_is_nothing_to_compare():
     model = tiny_llava()
     with pytest.raises(ValueError, match="the baseline base failed"):
         measure_models(
-            [way("base", model, missing="not here"), way("b", model)], [1], lambda: LIMITS, CPU, new_tokens=2, rounds=2, clock=Ticks()
+            [way("base", model, missing="not here"), way("b", model)],
+            [1],
+            lambda: LIMITS,
+            CPU,
+            new_tokens=2,
+            rounds=2,
+            clock=Ticks(),
         )
 
 
-# ---- memory and limits ----------------------------------------------------------------------------------------------------------------
+# ---- memory and limits ---------------------------------------------------------------------------
 
 
 def test_bytes_are_those_of_the_tensors():
     model = tiny_llava()
     table, tied = model.get_input_embeddings().weight, tiny_llava(tie_word_embeddings=True)
     assert stored_bytes(model) - stored_bytes(tied) == table.nbytes
-    expected = sum(p.nbytes for p in (*model.get_decoder().parameters(), *model.get_decoder().buffers(), model.lm_head.weight))
+    expected = sum(
+        p.nbytes
+        for p in (
+            *model.get_decoder().parameters(),
+            *model.get_decoder().buffers(),
+            model.lm_head.weight,
+        )
+    )
     assert decoder_bytes(model) == expected - table.nbytes
     assert decoder_bytes(tied) == decoder_bytes(model)  # the head reads the table
 
@@ -211,8 +272,13 @@ def test_the_peak_is_what_was_taken_for_a_while():
 
 
 def test_the_higher_limits_count():
-    model, seen = tiny_llava(), iter([LIMITS, Limits(bandwidth=50.0, operations={"bfloat16": 2000.0})])
-    _, limits = measure_models([way("base", model)], [1], lambda: next(seen), CPU, new_tokens=2, rounds=2, clock=Ticks())
+    model, seen = (
+        tiny_llava(),
+        iter([LIMITS, Limits(bandwidth=50.0, operations={"bfloat16": 2000.0})]),
+    )
+    _, limits = measure_models(
+        [way("base", model)], [1], lambda: next(seen), CPU, new_tokens=2, rounds=2, clock=Ticks()
+    )
     assert limits == Limits(bandwidth=100.0, operations={"bfloat16": 2000.0})
     assert next(seen, None) is None
 
@@ -223,7 +289,7 @@ def test_limits_are_measured():
     assert min(limits.bandwidth, *limits.operations.values()) > 1e6
 
 
-# ---- random models --------------------------------------------------------------------------------------------------------------------
+# ---- random models -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["W4A4", "W3A8", "W4A16"])
@@ -247,14 +313,18 @@ def test_random_models_have_the_shapes_of_real_ones_and_finite_answers(scheme):
 def test_a_random_model_in_full_precision_equals_nothing_but_its_shape():
     model = tiny_llava()
     made = random_model(model.config, dtype=torch.float32, device=CPU)
-    assert {name: p.shape for name, p in made.named_parameters()} == {name: p.shape for name, p in model.named_parameters()}
+    assert {name: p.shape for name, p in made.named_parameters()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
     assert all(torch.equal(a, b) for a, b in zip(made.buffers(), model.buffers(), strict=True))
 
 
 @pytest.mark.parametrize(("images", "tokens"), [(0, 5), (2, 40)])
 def test_prompts_hold_their_pictures(images, tokens):
     config = tiny_llava().config
-    inputs = random_prompt(config, 3, prompt_tokens=tokens, images=images, dtype=torch.bfloat16, device=CPU)
+    inputs = random_prompt(
+        config, 3, prompt_tokens=tokens, images=images, dtype=torch.bfloat16, device=CPU
+    )
     assert inputs["input_ids"].shape == (3, tokens)
     assert int((inputs["input_ids"] == config.image_token_id).sum()) == 3 * images * IMAGE_TOKENS
     assert ("pixel_values" in inputs) == bool(images)
@@ -262,20 +332,29 @@ def test_prompts_hold_their_pictures(images, tokens):
 
 def test_a_prompt_without_room_for_its_pictures_is_refused():
     with pytest.raises(ValueError, match="must be more than the 32 that 2 pictures take"):
-        random_prompt(tiny_llava().config, 1, prompt_tokens=20, images=2, dtype=torch.float32, device=CPU)
+        random_prompt(
+            tiny_llava().config, 1, prompt_tokens=20, images=2, dtype=torch.float32, device=CPU
+        )
 
 
-# ---- peers ----------------------------------------------------------------------------------------------------------------------------
+# ---- peers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
 def test_peers_shrink_all_but_the_head_and_still_answer(peer):
     pytest.importorskip(peer.package)
-    sizes = {"vision_hidden_size": 128, "vision_intermediate_size": 256, "text_hidden_size": 128, "text_intermediate_size": 256}
+    sizes = {
+        "vision_hidden_size": 128,
+        "vision_intermediate_size": 256,
+        "text_hidden_size": 128,
+        "text_intermediate_size": 256,
+    }
     model, full = (tiny_llava(dtype=torch.bfloat16, **sizes) for _ in range(2))
     peer.quantize(model)
     ways = [way("full", full), way(peer.name, model)]
-    (base, row), _ = measure_models(ways, [1], lambda: LIMITS, CPU, new_tokens=3, rounds=2, clock=Ticks())
+    (base, row), _ = measure_models(
+        ways, [1], lambda: LIMITS, CPU, new_tokens=3, rounds=2, clock=Ticks()
+    )
     assert row.error is None
     assert row.weight_bytes < (0.5 + peer.share) * base.weight_bytes
     assert torch.equal(model.lm_head.weight, full.lm_head.weight)
@@ -303,7 +382,7 @@ def test_a_torchao_model_that_stays_as_it_was_is_an_error():
         peer.quantize(tiny_llava(dtype=torch.bfloat16))
 
 
-# ---- caches -----------------------------------------------------------------------------------------------------------------------------
+# ---- caches --------------------------------------------------------------------------------------
 
 
 def test_static_caches_are_used_again_and_empty():
@@ -322,7 +401,10 @@ def test_every_way_is_compiled_with_its_own_options(monkeypatch):
     taken, model = [], tiny_llava()
     monkeypatch.setattr(torch, "compile", lambda call, options: taken.append(options) or call)
     static = _caches(model.config, static=True)
-    ways = [way("base", model, new_cache=static), way("ours", model, new_cache=static, compile_options={"emulate_precision_casts": True})]
+    ways = [
+        way("base", model, new_cache=static),
+        way("ours", model, new_cache=static, compile_options={"emulate_precision_casts": True}),
+    ]
     rows, _ = measure_models(ways, [1], lambda: LIMITS, CPU, new_tokens=2, rounds=2, compiled=True)
     assert taken == [{}, {"emulate_precision_casts": True}]
     assert [row.error for row in rows] == [None, None]
@@ -343,36 +425,75 @@ def test_compiled_decoding_answers_the_same():
     static = _caches(model.config, static=True)
     eager = generate(model, prompt(model, 2), 4, static(2, 40), Clock(CPU))
     run = way("base", model, new_cache=static)
-    ((row,), _) = measure_models([run], [2], lambda: LIMITS, CPU, new_tokens=4, rounds=2, compiled=True)
+    ((row,), _) = measure_models(
+        [run], [2], lambda: LIMITS, CPU, new_tokens=4, rounds=2, compiled=True
+    )
     assert row.decode.time.seconds > 0
     step = torch.compile(model.forward)
-    assert torch.equal(generate(model, prompt(model, 2), 4, static(2, 40), Clock(CPU), step).tokens, eager.tokens)
+    assert torch.equal(
+        generate(model, prompt(model, 2), 4, static(2, 40), Clock(CPU), step).tokens, eager.tokens
+    )
 
 
-# ---- the command ----------------------------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     save_tiny(folder / "model")
-    assert main(["quantize", f"{folder}/model", "--method", "rtn", "--scheme", "W4A8", "--output", f"{folder}/w4a8"]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                f"{folder}/model",
+                "--method",
+                "rtn",
+                "--scheme",
+                "W4A8",
+                "--output",
+                f"{folder}/w4a8",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
 def test_the_command_times_a_saved_model(saved, capsys):
-    arguments = ["--against", f"{saved}/model", "--batch", "1", "2", "--new-tokens", "3", "--rounds", "2", "--no-peers"]
+    arguments = [
+        "--against",
+        f"{saved}/model",
+        "--batch",
+        "1",
+        "2",
+        "--new-tokens",
+        "3",
+        "--rounds",
+        "2",
+        "--no-peers",
+    ]
     assert main(["bench", f"{saved}/w4a8", *arguments, "--json", f"{saved}/rows.json"]) == 0
     printed = capsys.readouterr().out
     assert "w4a8 against model; prompt tokens: 48, pictures: 1, new tokens: 3" in printed
     assert "every way in turns" in printed
     result = json.loads((saved / "rows.json").read_text())
-    ways = ["bfloat16", "qvlm_hf W4A8"] if result["bfloat16_units"] else ["bfloat16", "float32", "qvlm_hf W4A8"]
-    assert [(row["way"], row["batch"]) for row in result["rows"]] == [(name, batch) for batch in (1, 2) for name in ways]
-    assert all(row["error"] is None and row["decode"]["time"]["seconds"] > 0 for row in result["rows"])
+    ways = (
+        ["bfloat16", "qvlm_hf W4A8"]
+        if result["bfloat16_units"]
+        else ["bfloat16", "float32", "qvlm_hf W4A8"]
+    )
+    assert [(row["way"], row["batch"]) for row in result["rows"]] == [
+        (name, batch) for batch in (1, 2) for name in ways
+    ]
+    assert all(
+        row["error"] is None and row["decode"]["time"]["seconds"] > 0 for row in result["rows"]
+    )
     assert result["rows"][0]["weight_bytes"] > result["rows"][len(ways) - 1]["weight_bytes"]
     assert result["settings"]["prompt_tokens"] == 48
-    assert [row["kernel"] is None for row in result["rows"][: len(ways)]] == [True] * (len(ways) - 1) + [False]
+    assert [row["kernel"] is None for row in result["rows"][: len(ways)]] == [True] * (
+        len(ways) - 1
+    ) + [False]
     assert str(saved) not in json.dumps(result)
 
 
@@ -380,7 +501,11 @@ def test_a_quantized_model_is_no_baseline(saved, capsys):
     arguments = ["--against", f"{saved}/w4a8", "--no-peers", "--rounds", "2", "--new-tokens", "2"]
     assert main(["bench", f"{saved}/w4a8", *arguments]) == 1
     captured = capsys.readouterr()
-    assert captured.err == f"qvlm: error: --against {saved}/w4a8: is quantized itself: give the full-precision model.\n"
+    assert (
+        captured.err
+        == f"qvlm: error: --against {saved}/w4a8: is quantized itself: give the full-precision "
+        f"model.\n"
+    )
     assert captured.out == ""  # before anything is measured
 
 
@@ -421,15 +546,29 @@ def test_wrong_usage_is_one_line_and_status_2(arguments, message, capsys):
         (["--shape", "demo-1b", "--scheme", "W9A9"], "is not W"),
         (["--shape", "demo-1b", "--rounds", "1"], "must be at least 2"),
         (["--shape", "demo-1b", "--prompt-tokens", "100"], "must be more than the 576"),
-        (["--shape", "demo-1b", "--prompt-tokens", "0"], "--prompt-tokens 0 must be more than the 576"),
-        (["--shape", "demo-1b", "--prompt-tokens", "0", "--images", "0"], "--prompt-tokens 0 must be more than the 0"),
-        (["--shape", "demo-1b", "--batch", "1", "2", "1"], "--batch 1 2 1 names a value twice: name each once."),
-        (["--shape", "demo-1b", "--scheme", "W4A8", "w4a8"], "--scheme W4A8 w4a8 names a value twice"),
+        (
+            ["--shape", "demo-1b", "--prompt-tokens", "0"],
+            "--prompt-tokens 0 must be more than the 576",
+        ),
+        (
+            ["--shape", "demo-1b", "--prompt-tokens", "0", "--images", "0"],
+            "--prompt-tokens 0 must be more than the 0",
+        ),
+        (
+            ["--shape", "demo-1b", "--batch", "1", "2", "1"],
+            "--batch 1 2 1 names a value twice: name each once.",
+        ),
+        (
+            ["--shape", "demo-1b", "--scheme", "W4A8", "w4a8"],
+            "--scheme W4A8 w4a8 names a value twice",
+        ),
         (["{f}/model"], "is not quantized"),
         (["{f}"], "no config.json"),
         (["{f}/w4a8", "--json", "{f}/nowhere/x.json"], "does not exist"),
     ],
 )
-def test_values_that_make_no_sense_are_refused_before_anything_is_built(saved, arguments, message, capsys):
+def test_values_that_make_no_sense_are_refused_before_anything_is_built(
+    saved, arguments, message, capsys
+):
     assert main(["bench", *(word.replace("{f}", str(saved)) for word in arguments)]) == 1
     assert message in capsys.readouterr().err

@@ -24,29 +24,59 @@ def percentile(granularity, value):
     [
         ({"weight_bits": 1}, "weight_bits=1 must be an integer from 2 to 8."),
         ({"weight_bits": "4"}, "weight_bits='4' must be an integer from 2 to 8."),
-        ({"activation_bits": 2}, "activation_bits=2 must be an integer from 3 to 8, or 16 for floating point."),
-        ({"activation_bits": 9}, "activation_bits=9 must be an integer from 3 to 8, or 16 for floating point."),
+        (
+            {"activation_bits": 2},
+            "activation_bits=2 must be an integer from 3 to 8, or 16 for floating point.",
+        ),
+        (
+            {"activation_bits": 9},
+            "activation_bits=9 must be an integer from 3 to 8, or 16 for floating point.",
+        ),
         *(
-            ({"activation_bits": value}, f"activation_bits={value!r} must be an integer from 3 to 8, or 16 for floating point.")
+            (
+                {"activation_bits": value},
+                f"activation_bits={value!r} must be an integer from 3 to 8, or 16 for floating "
+                f"point.",
+            )
             for value in ("4", None)
         ),
-        ({"group_size": 0}, "group_size=0 must be -1 (whole row) or an integer of at least 8; 128 is usual."),
+        (
+            {"group_size": 0},
+            "group_size=0 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
+        ),
         ({"symmetric": "yes"}, "symmetric='yes' must be True or False."),
         *(
             ({name: value}, f"{name}={value!r} must be an integer of at least {low}.")
-            for name, low in (("num_samples", 1), ("batch_size", 1), ("seed", 0), ("max_block_depth", 1))
+            for name, low in (
+                ("num_samples", 1),
+                ("batch_size", 1),
+                ("seed", 0),
+                ("max_block_depth", 1),
+            )
             for value in (low - 1, 2.0, True, "3", None)
         ),
         *(
-            ({"entropy_threshold": value}, f"entropy_threshold={value!r} must be a number (in nats) or None for the segment's mean.")
+            (
+                {"entropy_threshold": value},
+                f"entropy_threshold={value!r} must be a number (in nats) or None for the segment's "
+                f"mean.",
+            )
             for value in ("1", float("nan"), float("inf"), True)
         ),
         *(
-            ({"percentiles": value}, f"percentiles={tuple(value)!r} must be numbers from 0.9 to 1.0, as in (1.0, 0.9999).")
+            (
+                {"percentiles": value},
+                f"percentiles={tuple(value)!r} must be numbers from 0.9 to 1.0, as in (1.0, "
+                f"0.9999).",
+            )
             for value in ((), (1.0, 0.89), (1.01,), ("1.0",), (True,), (float("nan"),), [0.5])
         ),
         *(
-            ({"margins": value}, f"margins={tuple(value)!r} must be factors above 1.0 and up to 2.0, as in (1.1, 1.25); () for none.")
+            (
+                {"margins": value},
+                f"margins={tuple(value)!r} must be factors above 1.0 and up to 2.0, as in (1.1, "
+                f"1.25); () for none.",
+            )
             for value in ((1.0,), (1.1, 2.1), (0.5,), ("1.1",), (float("inf"),), [True])
         ),
         *(
@@ -54,28 +84,37 @@ def percentile(granularity, value):
             for name in ("percentiles", "margins", "modules_to_not_convert")
             for value in ("lm_head", 1.0, None)
         ),
-        *(({"lm_head_bits": value}, f"lm_head_bits={value!r} must be 8 or None (full precision).") for value in (4, 16, 8.0, "8", True)),
+        *(
+            ({"lm_head_bits": value}, f"lm_head_bits={value!r} must be 8 or None (full precision).")
+            for value in (4, 16, 8.0, "8", True)
+        ),
         *(
             ({name: value}, f"{name}={value!r} must be True or False.")
             for name in ("quantize_vision", "quantize_projector", "strict")
             for value in (1, None, "no")
         ),
         *(
-            ({"modules_to_not_convert": value}, f"modules_to_not_convert={tuple(value)!r} must be a list of module names.")
+            (
+                {"modules_to_not_convert": value},
+                f"modules_to_not_convert={tuple(value)!r} must be a list of module names.",
+            )
             for value in (["lm_head", ""], [1], [None])
         ),
         (
             {"activation_granularity": {"vision": "channel", "text": "channel", "audio": "token"}},
-            "activation_granularity={'vision': 'channel', 'text': 'channel', 'audio': 'token'} names the components "
+            "activation_granularity={'vision': 'channel', 'text': 'channel', 'audio': 'token'} "
+            "names the components "
             "['audio', 'text']: use vision, projector, language.",
         ),
         (
             {"activation_granularity": "tensor"},
-            "activation_granularity='tensor' for vision must be 'channel', 'token' or 'dynamic_token'.",
+            "activation_granularity='tensor' for vision must be 'channel', 'token' or "
+            "'dynamic_token'.",
         ),
         (
             {"activation_granularity": {"projector": "none"}},
-            "activation_granularity='none' for projector must be 'channel', 'token' or 'dynamic_token'.",
+            "activation_granularity='none' for projector must be 'channel', 'token' or "
+            "'dynamic_token'.",
         ),
         (
             {"activation_granularity": 4},
@@ -84,14 +123,16 @@ def percentile(granularity, value):
         *(
             (
                 {"activation_granularity": value},
-                "activation_granularity='token' needs a fixed number of positions: give it per component, {'vision': 'token'}.",
+                "activation_granularity='token' needs a fixed number of positions: give it per "
+                "component, {'vision': 'token'}.",
             )
             for value in ("token", {"language": "token"})
         ),
         *(
             (
                 {"activation_bits": 16, "activation_granularity": value},
-                f"activation_granularity={value!r} has no meaning for 16-bit (floating point) activations: leave it out.",
+                f"activation_granularity={value!r} has no meaning for 16-bit (floating point) "
+                f"activations: leave it out.",
             )
             for value in ("channel", "dynamic_token", {"vision": "token"})
         ),
@@ -147,7 +188,9 @@ def test_defaults_are_the_table_of_the_contract():
         "strict": False,
     }
     defaults = dataclasses.asdict(CalibrationSettings())
-    assert {name: defaults[name] for name in table} == table  # other fields start at what was measured best
+    assert {
+        name: defaults[name] for name in table
+    } == table  # other fields start at what was measured best
 
 
 @pytest.mark.parametrize("value", ["best", None, 4])
@@ -158,7 +201,11 @@ def test_unknown_weight_rounding_raises(value):
 
 def test_is_frozen_keyword_only_and_keeps_tuples():
     settings = CalibrationSettings(percentiles=[1.0], margins=[1.5], modules_to_not_convert=["a"])
-    assert (settings.percentiles, settings.margins, settings.modules_to_not_convert) == ((1.0,), (1.5,), ("a",))
+    assert (settings.percentiles, settings.margins, settings.modules_to_not_convert) == (
+        (1.0,),
+        (1.5,),
+        ("a",),
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         settings.seed = 1
     with pytest.raises(TypeError):
@@ -187,8 +234,12 @@ def test_default_granularities_follow_the_bits(component, activation_bits, expec
 def test_an_asked_granularity_is_the_only_one():
     for granularity in ("channel", "dynamic_token"):
         settings = CalibrationSettings(activation_granularity=granularity)
-        assert [settings.granularities(component) for component in COMPONENTS] == [(granularity,)] * 3
-    mapped = CalibrationSettings(activation_granularity={"vision": "token", "language": "dynamic_token"})
+        assert [settings.granularities(component) for component in COMPONENTS] == [
+            (granularity,)
+        ] * 3
+    mapped = CalibrationSettings(
+        activation_granularity={"vision": "token", "language": "dynamic_token"}
+    )
     assert mapped.granularities("vision") == ("token",)
     assert mapped.granularities("projector") == ("channel", "dynamic_token")
     assert mapped.granularities("language") == ("dynamic_token",)
@@ -203,9 +254,21 @@ def test_an_asked_granularity_is_the_only_one():
         ({"activation_granularity": "channel"}, True),
         ({"activation_granularity": "dynamic_token"}, False),
         ({"activation_bits": 8, "activation_granularity": "dynamic_token"}, False),
-        ({"activation_granularity": {"vision": "dynamic_token", "language": "dynamic_token"}}, True),
+        (
+            {"activation_granularity": {"vision": "dynamic_token", "language": "dynamic_token"}},
+            True,
+        ),
         ({"activation_granularity": dict.fromkeys(COMPONENTS, "dynamic_token")}, False),
-        ({"activation_granularity": {"vision": "token", "projector": "dynamic_token", "language": "dynamic_token"}}, True),
+        (
+            {
+                "activation_granularity": {
+                    "vision": "token",
+                    "projector": "dynamic_token",
+                    "language": "dynamic_token",
+                }
+            },
+            True,
+        ),
     ],
 )
 def test_needs_data(change, expected):
@@ -214,14 +277,28 @@ def test_needs_data(change, expected):
 
 def test_candidates_start_first_and_wide_first():
     settings = CalibrationSettings(percentiles=(0.999, 1.0), margins=(1.1, 1.25))
-    static = (margin("channel", 1.25), margin("channel", 1.1), percentile("channel", 1.0), percentile("channel", 0.999))
+    static = (
+        margin("channel", 1.25),
+        margin("channel", 1.1),
+        percentile("channel", 1.0),
+        percentile("channel", 0.999),
+    )
     assert settings.candidates("language") == (*static, dynamic())
-    assert dataclasses.replace(settings, activation_bits=8).candidates("language") == (dynamic(), *static)
-    assert dataclasses.replace(settings, activation_bits=16).candidates("language") == (RangeCandidate(granularity="none"),)
+    assert dataclasses.replace(settings, activation_bits=8).candidates("language") == (
+        dynamic(),
+        *static,
+    )
+    assert dataclasses.replace(settings, activation_bits=16).candidates("language") == (
+        RangeCandidate(granularity="none"),
+    )
 
 
 def test_candidates_of_an_asked_granularity():
-    settings = CalibrationSettings(percentiles=(1.0,), margins=(), activation_granularity={"vision": "token", "language": "dynamic_token"})
+    settings = CalibrationSettings(
+        percentiles=(1.0,),
+        margins=(),
+        activation_granularity={"vision": "token", "language": "dynamic_token"},
+    )
     assert settings.candidates("vision") == (percentile("token", 1.0),)
     assert settings.candidates("projector") == (percentile("channel", 1.0), dynamic())
     assert settings.candidates("language") == (dynamic(),)
@@ -235,18 +312,25 @@ def test_candidates_are_distinct_and_belong_to_the_settings():
         assert candidates[0].granularity == settings.start_granularity("vision")
 
 
-@pytest.mark.parametrize(("granularity", "static"), [("channel", True), ("token", True), ("dynamic_token", False), ("none", False)])
+@pytest.mark.parametrize(
+    ("granularity", "static"),
+    [("channel", True), ("token", True), ("dynamic_token", False), ("none", False)],
+)
 def test_static_candidates(granularity, static):
     assert RangeCandidate(granularity=granularity).static is static
 
 
 def test_scheme_carries_bits_groups_and_transform():
     settings = CalibrationSettings(weight_bits=3, activation_bits=6, group_size=64, symmetric=True)
-    expected = QuantScheme(weight_bits=3, activation_bits=6, group_size=64, symmetric=True, granularity="channel")
+    expected = QuantScheme(
+        weight_bits=3, activation_bits=6, group_size=64, symmetric=True, granularity="channel"
+    )
     assert settings.scheme("channel") == expected
     assert settings.scheme("channel", 8) == dataclasses.replace(expected, hadamard=8)
     lifted = Precision(weight_bits=8, activation_bits=7)
-    assert settings.scheme("channel", None, lifted) == dataclasses.replace(expected, weight_bits=8, activation_bits=7)
+    assert settings.scheme("channel", None, lifted) == dataclasses.replace(
+        expected, weight_bits=8, activation_bits=7
+    )
     assert settings.precision == Precision(weight_bits=3, activation_bits=6)
 
 
@@ -259,7 +343,10 @@ def test_scheme_carries_bits_groups_and_transform():
         ({"activation_bits": 7}, "hadamard"),
         ({"activation_bits": 8}, "hadamard"),
         ({"activation_bits": 16}, None),
-        ({"activation_bits": 8, "activation_granularity": "dynamic_token"}, None),  # rounded while loading: never whole in memory
+        (
+            {"activation_bits": 8, "activation_granularity": "dynamic_token"},
+            None,
+        ),  # rounded while loading: never whole in memory
         ({"activation_bits": 8, "rotation": None}, None),
         ({"activation_bits": 4, "rotation": "hadamard"}, "hadamard"),
     ],
@@ -273,7 +360,9 @@ def test_what_auto_rotation_means(fields, rotation):
 def test_head_scheme():
     assert CalibrationSettings().head_scheme() is None
     settings = CalibrationSettings(lm_head_bits=8, group_size=64, symmetric=True)
-    expected = QuantScheme(weight_bits=8, activation_bits=8, group_size=64, symmetric=True, granularity="dynamic_token")
+    expected = QuantScheme(
+        weight_bits=8, activation_bits=8, group_size=64, symmetric=True, granularity="dynamic_token"
+    )
     assert settings.head_scheme() == expected
     floating = dataclasses.replace(expected, activation_bits=16, granularity="none")
     assert dataclasses.replace(settings, activation_bits=16).head_scheme() == floating

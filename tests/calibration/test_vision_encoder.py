@@ -22,7 +22,11 @@ from qvlm_hf.quantize import calibrate_and_pack
 
 def setup(count=8, batch_size=4, **options):
     model = tiny_llava(seed=1).eval()
-    fields = {"group_size": 32, "activation_granularity": "channel", "optimize_vision": VisionOptimization(epochs=3, learning_rate=0.02)}
+    fields = {
+        "group_size": 32,
+        "activation_granularity": "channel",
+        "optimize_vision": VisionOptimization(epochs=3, learning_rate=0.02),
+    }
     settings = CalibrationSettings(**{**fields, **options})
     segments = resolve(model)
     data = list(batches(load_samples(tiny_messages(count, seed=0)), tiny_processor(), batch_size))
@@ -72,9 +76,16 @@ def test_lowers_the_held_out_error_and_leaves_the_model_alone():
     assert report.error_after < report.error_before
     assert 1 <= report.epochs <= 3
     assert set(result.ranges) == {
-        site.name for segment in rest[0][:2] for layer in segment.layers if not layer.dead for site in layer.sites
+        site.name
+        for segment in rest[0][:2]
+        for layer in segment.layers
+        if not layer.dead
+        for site in layer.sites
     }
-    assert any((learned.weights[0] != 1).any() and (learned.activations[0] != 1).any() for learned in result.ranges.values())
+    assert any(
+        (learned.weights[0] != 1).any() and (learned.activations[0] != 1).any()
+        for learned in result.ranges.values()
+    )
     assert len(result.dependencies["vision"][0]) == 1
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
@@ -100,18 +111,30 @@ def test_nothing_held_out_or_nothing_to_learn_means_nothing_is_done():
 
 def test_what_did_not_run_is_said():
     model, settings = tiny_llava(seed=1).eval(), setup()[-1]
-    report = calibrate_and_pack(model, replace(settings, batch_size=8), load_samples(tiny_messages(8, seed=0)), tiny_processor())
+    report = calibrate_and_pack(
+        model,
+        replace(settings, batch_size=8),
+        load_samples(tiny_messages(8, seed=0)),
+        tiny_processor(),
+    )
     assert report.vision is None
     assert any("optimize_vision did not run" in warning for warning in report.warnings)
     assert report.provenance["optimize_vision"] == "did not run"
     strict = replace(settings, batch_size=8, strict=True)
     with pytest.raises(ValueError, match=r"^strict=True: optimize_vision did not run"):
-        calibrate_and_pack(tiny_llava(seed=1).eval(), strict, load_samples(tiny_messages(8, seed=0)), tiny_processor())
+        calibrate_and_pack(
+            tiny_llava(seed=1).eval(),
+            strict,
+            load_samples(tiny_messages(8, seed=0)),
+            tiny_processor(),
+        )
 
 
 def test_batches_without_pictures_do_not_stand_in_the_way():
     model, segments, _, data, settings = setup()
-    text = [{"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}]}] * 4
+    text = [
+        {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}]}
+    ] * 4
     data = [*data, *batches(load_samples(text), tiny_processor(), 4)]
     inputs = capture_inputs(model, data, [segment.layers[0].name for segment in segments])
     assert run(model, segments, inputs, data, settings).report.epochs > 0
@@ -141,13 +164,21 @@ def test_every_term_reaches_the_ranges():
         "vision": VisionOptimization(entropy_weight=0, error_weight=1, output_weight=0),
     }.items():
         loss = vision_encoder._Loss(model, segments, data, settings, options)
-        sites = [s for segment in segments for s in vision_encoder._sites(model, segment, inputs, settings, {}).values()]
+        sites = [
+            s
+            for segment in segments
+            for s in vision_encoder._sites(model, segment, inputs, settings, {}).values()
+        ]
         parameters = sites[0].parameters()
         with frozen(model), installed(sites), torch.enable_grad():
             gradients[name] = torch.autograd.grad(loss(data[0]), parameters)[0]
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     keys = list(gradients)
-    assert all(not torch.allclose(gradients[a], gradients[b]) for i, a in enumerate(keys) for b in keys[i + 1 :])
+    assert all(
+        not torch.allclose(gradients[a], gradients[b])
+        for i, a in enumerate(keys)
+        for b in keys[i + 1 :]
+    )
 
 
 def test_learned_ranges_are_a_candidate_and_the_start():
@@ -161,8 +192,14 @@ def test_learned_ranges_are_a_candidate_and_the_start():
     assert site.chosen.learned
     assert site.scheme == site.schemes[0]
     after = grid_bounds(site.qparams[1])
-    assert all((new - old * 0.5).abs().max() <= site.qparams[1].scale.max() for new, old in zip(after, before, strict=True))
-    assert all((a.scale.float() < b.scale.float()).all() for a, b in zip(site.quantized_weights(), plain, strict=True))
+    assert all(
+        (new - old * 0.5).abs().max() <= site.qparams[1].scale.max()
+        for new, old in zip(after, before, strict=True)
+    )
+    assert all(
+        (a.scale.float() < b.scale.float()).all()
+        for a, b in zip(site.quantized_weights(), plain, strict=True)
+    )
 
 
 def test_the_whole_calibration_uses_and_reports_it():
@@ -173,7 +210,9 @@ def test_the_whole_calibration_uses_and_reports_it():
     chosen = {site.modules[0]: site.candidate.learned for site in report.sites}
     assert any(chosen.values())
     assert not any(learned for name, learned in chosen.items() if "language" in name)
-    assert all(torch.isfinite(module.weight_scale.float()).all() for _, module in quantized_modules(model))
+    assert all(
+        torch.isfinite(module.weight_scale.float()).all() for _, module in quantized_modules(model)
+    )
     assert report.settings["optimize_vision"]["epochs"] == 3
     assert report.provenance["optimize_vision"] == "kept"
     assert type(report).from_dict(report.to_dict()) == report
@@ -182,5 +221,7 @@ def test_the_whole_calibration_uses_and_reports_it():
 def test_lifted_sites_learn_at_their_own_bits():
     model, segments, *rest = setup()
     name = segments[0].layers[0].sites[0].name
-    result = run(model, segments, *rest, precisions={name: Precision(weight_bits=8, activation_bits=8)})
+    result = run(
+        model, segments, *rest, precisions={name: Precision(weight_bits=8, activation_bits=8)}
+    )
     assert name in result.ranges

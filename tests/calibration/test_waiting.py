@@ -1,4 +1,7 @@
-"""When idle threads come and go, and that nothing else changes. How much faster a busy machine is with them is no test."""
+"""When idle threads come and go, and that nothing else changes.
+
+How much faster a busy machine is with them is no test.
+"""
 
 import os
 import subprocess
@@ -90,7 +93,8 @@ def test_more_openmp_threads_than_cores_then_none_and_the_same_bits(monkeypatch)
     before, (alone, threads) = tasks(), (work(), torch.get_num_threads())
     before = max(before, tasks())
     with yield_to_others():
-        # the watcher, the master of the idle ones, and so many that all together are one more than the cores
+        # the watcher, the master of the idle ones, and so many that all together are one more than
+        # the cores
         until(lambda: tasks() >= before + 2 + os.cpu_count() + 1 - threads)
         crowded = work()
         assert torch.get_num_threads() == threads
@@ -117,10 +121,15 @@ def test_an_error_ends_the_watch():
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("qvlm yield")]
 
 
-@pytest.mark.skipif(waiting._waited() == 0, reason="a kernel that does not say how long threads wait")
+@pytest.mark.skipif(
+    waiting._waited() == 0, reason="a kernel that does not say how long threads wait"
+)
 def test_waiting_for_a_core_is_seen():
     """Four times as many busy programs as cores: each thread here waits longer than it runs."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4 * os.cpu_count())]
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(4 * os.cpu_count())
+    ]
     try:
         waited, since = waiting._waited(), time.monotonic()
         while time.monotonic() - since < 1:

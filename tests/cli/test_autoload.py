@@ -21,7 +21,11 @@ from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.hf import autoload_hook
 
 HERE = Path(__file__).parent
-BEFORE = {"PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONUSERBASE"}  # would let the tests' own environment in
+BEFORE = {
+    "PYTHONPATH",
+    "PYTHONNOUSERSITE",
+    "PYTHONUSERBASE",
+}  # would let the tests' own environment in
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in BEFORE}
 REACHABLE = [str(Path(qvlm_hf.__file__).parents[1]), *site.getsitepackages()]
 
@@ -45,7 +49,13 @@ class Environment:
         self.pth = self.packages / autoload.PTH_NAME
 
     def run(self, *arguments):
-        return subprocess.run([self.python, *map(str, arguments)], env=ENVIRONMENT, cwd=self.packages, capture_output=True, text=True)
+        return subprocess.run(
+            [self.python, *map(str, arguments)],
+            env=ENVIRONMENT,
+            cwd=self.packages,
+            capture_output=True,
+            text=True,
+        )
 
     def commands(self, *commands):
         done = self.run("-c", COMMANDS, *commands)
@@ -88,23 +98,31 @@ def test_programs_load_quantized_models_without_importing_qvlm_hf(tmp_path, inst
     installed.pth.unlink()
     done = installed.run(*program)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("RuntimeError")  # weights do not fit: no wrong answers
+    assert done.stderr.splitlines()[-1].startswith(
+        "RuntimeError"
+    )  # weights do not fit: no wrong answers
 
 
 def test_install_status_and_remove(environment):
     environment.pth.write_text("# the hook of an older version, without effect\nimport sys\n")
-    out, err = environment.commands("status", "install", "remove", "remove", "status", "install --user")
+    out, err = environment.commands(
+        "status", "install", "remove", "remove", "status", "install --user"
+    )
     refused = out.pop(1)
     assert refused.startswith("does not work: ValueError: Unknown quantization type, got qvlm")
     assert out == [
         f"installed: {environment.pth}, from another version: run qvlm autoload install", "status 1",
-        f"installed: {environment.pth}", "works: programs load quantized models without importing qvlm_hf", "status 0",
+        f"installed: {environment.pth}", "works: programs load quantized models without importing "
+                                         "qvlm_hf", "status 0",
         f"removed {environment.pth}", "status 0",
         f"not installed in {environment.packages}", "status 0",
         f"not installed in {environment.packages}", "status 1",
         "status 1",
     ]  # fmt: skip
-    assert err == ["qvlm: error: --user: this Python reads no user directory, as in every virtual environment: leave --user out."]
+    assert err == [
+        "qvlm: error: --user: this Python reads no user directory, as in every virtual "
+        "environment: leave --user out."
+    ]
     assert not [name for name in os.listdir(environment.packages) if "autoload" in name]
 
 
@@ -125,14 +143,23 @@ sys.exit(main(["autoload", "install"]))
     environment.packages.chmod(0o755)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "may not be written (Permission denied): use an environment of your own, or --user." in done.stderr
+    assert (
+        "may not be written (Permission denied): use an environment of your own, or --user."
+        in done.stderr
+    )
     assert not environment.pth.exists()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (site.check_enableusersite() or sys.prefix != sys.base_prefix), reason="user directories are switched off")
+@pytest.mark.skipif(
+    not (site.check_enableusersite() or sys.prefix != sys.base_prefix),
+    reason="user directories are switched off",
+)
 def test_the_users_directory(tmp_path):
-    variables = ENVIRONMENT | {"PYTHONUSERBASE": str(tmp_path), "PYTHONPATH": os.pathsep.join(REACHABLE)}
+    variables = ENVIRONMENT | {
+        "PYTHONUSERBASE": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join(REACHABLE),
+    }
     command = [sys._base_executable, "-c", COMMANDS, "install --user", "remove --user"]
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -143,7 +170,7 @@ def test_the_users_directory(tmp_path):
     assert (status, last) == ("status 0", "status 0")
 
 
-# ---- what the hook does to other programs: nothing ------------------------------------------------------------
+# ---- what the hook does to other programs: nothing -----------------------------------------------
 
 
 def modules_at_start(environment, *options):

@@ -38,7 +38,14 @@ sys.meta_path.insert(0, Interrupt)
 
 # The script that pip writes for an entry point.
 SCRIPT = "import sys\nfrom qvlm_hf.cli import main\nsys.exit(main())\n"
-MODULES = ("torch", "transformers", "qvlm_hf.hf.config", "qvlm_hf.cli.wording", "qvlm_hf.cli.inspect", "qvlm_hf.hub.contents")
+MODULES = (
+    "torch",
+    "transformers",
+    "qvlm_hf.hf.config",
+    "qvlm_hf.cli.wording",
+    "qvlm_hf.cli.inspect",
+    "qvlm_hf.hub.contents",
+)
 
 
 def run(tmp_path, program, module):
@@ -101,11 +108,16 @@ def test_a_second_one_adds_no_line(tmp_path):
     (tmp_path / "qvlm").write_text(TWICE)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     words = [sys.executable, str(tmp_path / "qvlm"), "inspect", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "qvlm: interrupted\n")
 
 
-@pytest.mark.parametrize(("target", "status", "said"), [("/dev/full", 1, "No space left on device"), ("closed pipe", 1, "")])
+@pytest.mark.parametrize(
+    ("target", "status", "said"),
+    [("/dev/full", 1, "No space left on device"), ("closed pipe", 1, "")],
+)
 def test_output_that_cannot_be_written_is_no_traceback(tmp_path, target, status, said):
     (tmp_path / "qvlm").write_text(SCRIPT)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -115,7 +127,13 @@ def test_output_that_cannot_be_written_is_no_traceback(tmp_path, target, status,
     else:
         reader, output = os.pipe()
         os.close(reader)
-    done = subprocess.run(words, stdout=output, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        words,
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     os.close(output)
     assert done.returncode == status
     assert said in done.stderr
@@ -124,7 +142,9 @@ def test_output_that_cannot_be_written_is_no_traceback(tmp_path, target, status,
 
 def test_without_an_interruption_the_command_says_what_is_wrong(tmp_path):
     done = run(tmp_path, "qvlm", "none")
-    expected = f"qvlm: error: {tmp_path}: holds no config.json: name the directory of a saved model.\n"
+    expected = (
+        f"qvlm: error: {tmp_path}: holds no config.json: name the directory of a saved model.\n"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
 
 
@@ -148,6 +168,9 @@ def test_programs_that_import_the_package_keep_their_own_handling(tmp_path):
     code = "import signal, qvlm_hf; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     (tmp_path / "program.py").write_text(code)
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [sys.executable, str(tmp_path / "program.py")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stdout == "True\n"

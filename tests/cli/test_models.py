@@ -19,7 +19,12 @@ def no_network(monkeypatch, tmp_path):
 
     endpoint = "http://127.0.0.1:9"
     template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    settings = {"HF_HUB_OFFLINE": False, "ENDPOINT": endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path)}
+    settings = {
+        "HF_HUB_OFFLINE": False,
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(tmp_path),
+    }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(_http, "time", Clock)
@@ -41,10 +46,14 @@ def no_network(monkeypatch, tmp_path):
 )
 def test_a_hub_out_of_reach_is_asked_once(no_network, capsys, arguments):
     Image.new("RGB", (8, 8)).save(no_network / "0.png")
-    (no_network / "samples.jsonl").write_text('{"image": "0.png", "question": "what ?", "answer": "red"}')
+    (no_network / "samples.jsonl").write_text(
+        '{"image": "0.png", "question": "what ?", "answer": "red"}'
+    )
     assert main([word.replace("{f}", str(no_network)) for word in arguments]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("qvlm: error: me/missing: is no directory here, and the Hub cannot be reached (")
+    assert said.startswith(
+        "qvlm: error: me/missing: is no directory here, and the Hub cannot be reached ("
+    )
     assert said.endswith("): check the name and the network.\n")
     assert said.count("\n") == 1
 

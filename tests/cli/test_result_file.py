@@ -12,7 +12,12 @@ from qvlm_hf.cli.result_file import check_result_file, write_result_file
 
 
 @pytest.mark.parametrize(
-    "command", [["bench", "--kernels"], ["bench", "--shape", "demo-1b"], ["evaluate", "none", "--dataset", "none.jsonl"]]
+    "command",
+    [
+        ["bench", "--kernels"],
+        ["bench", "--shape", "demo-1b"],
+        ["evaluate", "none", "--dataset", "none.jsonl"],
+    ],
 )
 @pytest.mark.parametrize(
     ("name", "message"),
@@ -30,7 +35,11 @@ def test_refused_before_measuring(command, name, message, tmp_path, capsys):
     assert (captured.out, captured.err) == ("", f"qvlm: error: --json {tmp_path}{name}{message}\n")
 
 
-RESULTS = ('{"accuracy": 1, "questions": []}', '{"threads": 2, "versions": {}, "rows": [], "device": "cpu"}', "")
+RESULTS = (
+    '{"accuracy": 1, "questions": []}',
+    '{"threads": 2, "versions": {}, "rows": [], "device": "cpu"}',
+    "",
+)
 
 
 @pytest.mark.parametrize("text", RESULTS)
@@ -43,8 +52,12 @@ def test_what_is_there_is_kept_and_nothing_is_left(tmp_path, text):
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
 
 
-@pytest.mark.parametrize("text", ["kept", "[1]", '{"image": "a.png", "question": "?"}', '{"accuracy": 1}', "\u00ff"])
-@pytest.mark.parametrize("command", [["bench", "--kernels"], ["evaluate", "none", "--dataset", "none.jsonl"]])
+@pytest.mark.parametrize(
+    "text", ["kept", "[1]", '{"image": "a.png", "question": "?"}', '{"accuracy": 1}', "\u00ff"]
+)
+@pytest.mark.parametrize(
+    "command", [["bench", "--kernels"], ["evaluate", "none", "--dataset", "none.jsonl"]]
+)
 def test_what_is_no_result_is_never_replaced(tmp_path, capsys, text, command):
     (tmp_path / "samples.jsonl").write_text(text, encoding="latin-1")
     (tmp_path / "link.json").symlink_to(tmp_path / "samples.jsonl")

@@ -14,7 +14,9 @@ from qvlm_hf.cli.wording import command_arguments, in_options
 
 PACKAGE = Path(qvlm_hf.__file__).parent
 # Python's own words; `True` and `False` follow a name, so they go with it.
-PYTHON = re.compile(r"QVLMConfig\(|\b[a-z_]+=|\b[a-z_]+\(\)|_pretrained|\btorch\.|\bdataset\[|\bNone\b")
+PYTHON = re.compile(
+    r"QVLMConfig\(|\b[a-z_]+=|\b[a-z_]+\(\)|_pretrained|\btorch\.|\bdataset\[|\bNone\b"
+)
 HOLE = "\0"  # where a value is put in
 
 
@@ -22,20 +24,60 @@ HOLE = "\0"  # where a value is put in
     ("command", "message", "expected"),
     [
         ("quantize", "num_samples=0 must be at least 1.", "--num-samples 0 must be at least 1."),
-        ("quantize", "precision_budget=1.5 must be 2 to 8.", "--precision-budget 1.5 must be 2 to 8."),
-        ("quantize", "modules_to_not_convert: 'nose' matches no module", "--modules-to-not-convert: 'nose' matches no module"),
-        ("quantize", "give samples (dataset='my samples.jsonl')", "give samples (--dataset 'my samples.jsonl')"),
-        ("quantize", "leave it (modules_to_not_convert=['a', 'b c']).", "leave it (--modules-to-not-convert a 'b c')."),
-        ("quantize", "group_size=128 and symmetric=False: take group_size=-1", "--group-size 128 and no --symmetric: take --group-size -1"),
+        (
+            "quantize",
+            "precision_budget=1.5 must be 2 to 8.",
+            "--precision-budget 1.5 must be 2 to 8.",
+        ),
+        (
+            "quantize",
+            "modules_to_not_convert: 'nose' matches no module",
+            "--modules-to-not-convert: 'nose' matches no module",
+        ),
+        (
+            "quantize",
+            "give samples (dataset='my samples.jsonl')",
+            "give samples (--dataset 'my samples.jsonl')",
+        ),
+        (
+            "quantize",
+            "leave it (modules_to_not_convert=['a', 'b c']).",
+            "leave it (--modules-to-not-convert a 'b c').",
+        ),
+        (
+            "quantize",
+            "group_size=128 and symmetric=False: take group_size=-1",
+            "--group-size 128 and no --symmetric: take --group-size -1",
+        ),
         ("quantize", "use rotation=None.", "use --rotation none."),
-        ("quantize", "strict=True: use more bits, or leave out dataset=.", "--strict: use more bits, or leave out --dataset."),
-        ("quantize", "a smaller batch_size=, or more samples", "a smaller --batch-size, or more samples"),
+        (
+            "quantize",
+            "strict=True: use more bits, or leave out dataset=.",
+            "--strict: use more bits, or leave out --dataset.",
+        ),
+        (
+            "quantize",
+            "a smaller batch_size=, or more samples",
+            "a smaller --batch-size, or more samples",
+        ),
         ("quantize", "seed=-1 must be below 2**63.", "--seed -1 must be below 2**63."),
-        ("quantize", "repo_id='a b' must be 'owner/name'", "--push-to-hub 'a b' must be 'owner/name'"),
+        (
+            "quantize",
+            "repo_id='a b' must be 'owner/name'",
+            "--push-to-hub 'a b' must be 'owner/name'",
+        ),
         ("publish", "repo_id='a b' must be 'owner/name'", "REPO 'a b' must be 'owner/name'"),
-        ("publish", "create_pr=True opens one: leave out revision='dev'.", "--create-pr opens one: leave out --revision dev."),
+        (
+            "publish",
+            "create_pr=True opens one: leave out revision='dev'.",
+            "--create-pr opens one: leave out --revision dev.",
+        ),
         ("publish", "commit_message: holds a Hub token", "--message: holds a Hub token"),
-        ("export", "quantize with symmetric=True and rotation=None.", "quantize with --symmetric and --rotation none."),
+        (
+            "export",
+            "quantize with symmetric=True and rotation=None.",
+            "quantize with --symmetric and --rotation none.",
+        ),
         ("check", "two\n lines", "two lines"),
         (None, "seed=3", "seed=3"),
     ],
@@ -47,14 +89,20 @@ def test_arguments_become_options(command, message, expected):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("quantize", "/data/batch_size/x.jsonl: no such file or folder (looked in /seed=3/group_size)"),
+        (
+            "quantize",
+            "/data/batch_size/x.jsonl: no such file or folder (looked in /seed=3/group_size)",
+        ),
         ("quantize", 'x.jsonl:3: key "num_samples" is unknown here, and "answer" is missing'),
         ("quantize", "columns num_samples and batch_size are odd"),
         ("quantize", "seed=3/data.jsonl: no such file"),
         ("quantize", "dataset: holds no samples"),  # a folder of that name
         ("quantize", "model: is quantized already"),
         ("quantize", "the dataset: has no samples"),
-        ("check", "group_size=-7 must be -1 (whole row) or an integer of at least 8"),  # of config.json; no option of this command
+        (
+            "check",
+            "group_size=-7 must be -1 (whole row) or an integer of at least 8",
+        ),  # of config.json; no option of this command
     ],
 )
 def test_what_is_no_argument_of_the_command_stays(command, message):
@@ -69,8 +117,14 @@ def texts(tree):
             skipped.add(id(node.value))
         elif isinstance(node, ast.JoinedStr):
             skipped |= {id(part) for part in ast.walk(node)}
-            yield "".join(part.value if isinstance(part, ast.Constant) else HOLE for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+            yield "".join(
+                part.value if isinstance(part, ast.Constant) else HOLE for part in node.values
+            )
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in skipped
+        ):
             yield node.value
 
 
@@ -87,13 +141,21 @@ def library_messages():
     """
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).parts[0]
-        if room in ("cli", "demo", "nn", "ops") or path.name in ("reproduce.py", "card_text.py", "guards.py", "optimum.py"):
+        if room in ("cli", "demo", "nn", "ops") or path.name in (
+            "reproduce.py",
+            "card_text.py",
+            "guards.py",
+            "optimum.py",
+        ):
             continue
         for function in functions(ast.parse(path.read_text())):
             found = list(texts(function))
             for text in filter(lambda text: " " in text, found):
                 names = OPTIONS.intersection(found) if f"{HOLE}=" in text else [""]
-                yield from ((path.name, text.replace(f"{HOLE}=", f"{name}=").replace(HOLE, "7")) for name in names)
+                yield from (
+                    (path.name, text.replace(f"{HOLE}=", f"{name}=").replace(HOLE, "7"))
+                    for name in names
+                )
 
 
 def named(text):
@@ -123,7 +185,9 @@ def test_no_message_about_an_option_speaks_python(command):
         if not about or not about <= arguments.keys():  # of another command, or of Python alone
             continue
         said = in_options(text, command)
-        if any(arguments[name].choices for name in about):  # the parser refuses other values before the library can
+        if any(
+            arguments[name].choices for name in about
+        ):  # the parser refuses other values before the library can
             said = said.replace("None", "")
         if PYTHON.search(said):
             spoken.append(f"{file}: {said}")

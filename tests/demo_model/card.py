@@ -118,7 +118,10 @@ def write_card(
         rescale_error: largest change of a logit by the planted outliers.
         minutes: duration of the training.
     """
-    rows = "\n".join(f"| {kind} | {right} | {asked} | {right / asked:.1%} |" for kind, (right, asked) in accuracy.items())
+    rows = "\n".join(
+        f"| {kind} | {right} | {asked} | {right / asked:.1%} |"
+        for kind, (right, asked) in accuracy.items()
+    )
     fraction = settings["outlier_fraction"]
     text = _CARD.format(
         **settings,

@@ -2,8 +2,9 @@
 
 One line is one single-turn question:
 
-    {"messages": [{"role": "user", "content": [{"type": "image", "path": "images/test/0001.png"}, {"type": "text", "text": "..."}]},
-                  {"role": "assistant", "content": [{"type": "text", "text": "red"}]}], "kind": "color"}
+    {"messages": [{"role": "user", "content": [{"type": "image", "path": "images/test/0001.png"},
+                  {"type": "text", "text": "..."}]}, {"role": "assistant", "content": [{"type":
+                  "text", "text": "red"}]}], "kind": "color"}
 
     split        pictures  questions  handwritten digits
     train        128       512        training instances (the first pictures of the training stream)
@@ -47,7 +48,9 @@ SPLITS = {
 }
 
 
-def scene_stream(split: str, bank: SpriteBank, seed: int) -> Iterator[tuple[SceneBatch, np.ndarray]]:
+def scene_stream(
+    split: str, bank: SpriteBank, seed: int
+) -> Iterator[tuple[SceneBatch, np.ndarray]]:
     """Yield scenes and their pictures (uint8 [1024, 48, 48, 3]) without end; the same split and seed give the same stream."""
     rng = np.random.default_rng([seed, _STREAM[split]])
     instances = digit_instances(held_out=split != "train")
@@ -56,13 +59,17 @@ def scene_stream(split: str, bank: SpriteBank, seed: int) -> Iterator[tuple[Scen
         yield scenes, draw_scenes(scenes, bank, rng)
 
 
-def _questions(kinds: list[str], scenes: SceneBatch, index: int, rng: random.Random) -> list[Question] | None:
+def _questions(
+    kinds: list[str], scenes: SceneBatch, index: int, rng: random.Random
+) -> list[Question] | None:
     """Put one question of each kind listed, all different; None where the scene cannot carry them."""
     cells = cells_of(scenes, index)
     chosen: list[Question] = []
     for kind in kinds:
         drawn = (ask(kind, cells, rng) for _ in range(_TRIES))
-        question = next((q for q in drawn if q is not None and q.text not in {c.text for c in chosen}), None)
+        question = next(
+            (q for q in drawn if q is not None and q.text not in {c.text for c in chosen}), None
+        )
         if question is None:
             return None
         chosen.append(question)
@@ -71,7 +78,10 @@ def _questions(kinds: list[str], scenes: SceneBatch, index: int, rng: random.Ran
 
 def _line(path: str, question: Question) -> str:
     """Render one question as a JSON line."""
-    user = {"role": "user", "content": [{"type": "image", "path": path}, {"type": "text", "text": question.text}]}
+    user = {
+        "role": "user",
+        "content": [{"type": "image", "path": path}, {"type": "text", "text": question.text}],
+    }
     answer = {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
     return json.dumps({"messages": [user, answer], "kind": question.kind}) + "\n"
 
@@ -90,7 +100,9 @@ def write_split(split: str, directory: Path, bank: SpriteBank, seed: int) -> Pat
                 path = directory / f"{split}.jsonl"
                 path.write_text("".join(lines), encoding="utf-8")
                 return path
-            kinds = [KINDS[(written * size.questions + i) % len(KINDS)] for i in range(size.questions)]
+            kinds = [
+                KINDS[(written * size.questions + i) % len(KINDS)] for i in range(size.questions)
+            ]
             questions = _questions(kinds, scenes, index, rng)
             if questions is None:
                 continue

@@ -25,11 +25,16 @@ class PatchHeads(nn.Module):
     def __init__(self, width: int) -> None:
         """Make one head for each label; `width` is the projector's output width."""
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in PATCH_LABELS.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(width, classes) for name, classes in PATCH_LABELS.items()}
+        )
 
     def forward(self, features: torch.Tensor, labels: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the mean cross-entropy over patches and labels."""
-        losses = [cross_entropy(head(features).flatten(0, 1), labels[name].flatten()) for name, head in self.heads.items()]
+        losses = [
+            cross_entropy(head(features).flatten(0, 1), labels[name].flatten())
+            for name, head in self.heads.items()
+        ]
         return torch.stack(losses).mean()
 
 
@@ -54,7 +59,13 @@ def _outputs(**modules: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
             handle.remove()
 
 
-def _look_loss(language: LlamaModel, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, looks: Looks) -> torch.Tensor:
+def _look_loss(
+    language: LlamaModel,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: torch.Tensor,
+    looks: Looks,
+) -> torch.Tensor:
     """Return the mean of -log(share of attention on the tokens wanted, among those to choose from); 0 where nobody looks.
 
     Args:
@@ -68,7 +79,9 @@ def _look_loss(language: LlamaModel, query: torch.Tensor, key: torch.Tensor, pos
     query, key = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key))
     query, key = apply_rotary_pos_emb(query, key, *language.rotary_emb(query, positions))
     sequence, token, head = looks.source.unbind(1)
-    scores = (key[sequence, head] @ query[sequence, head, token][:, :, None]).squeeze(-1) * query.shape[-1] ** -0.5
+    scores = (key[sequence, head] @ query[sequence, head, token][:, :, None]).squeeze(
+        -1
+    ) * query.shape[-1] ** -0.5
     share = scores.masked_fill(~looks.among, -math.inf).log_softmax(-1)
     return -share.masked_fill(~looks.wanted, -math.inf).logsumexp(-1).sum() / max(1, len(token))
 
@@ -85,10 +98,20 @@ def answer_loss(
     queries = {f"query{layer}": attention.q_proj for layer, attention in attentions.items()}
     keys = {f"key{layer}": attention.k_proj for layer, attention in attentions.items()}
     with _outputs(**queries, **keys) as found:
-        hidden = language(inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False).last_hidden_state
+        hidden = language(
+            inputs_embeds=embeds,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+        ).last_hidden_state
     pointers = [
-        _look_loss(language, found[f"query{layer}"], found[f"key{layer}"], batch.positions, looks) for layer, looks in batch.looks.items()
+        _look_loss(language, found[f"query{layer}"], found[f"key{layer}"], batch.positions, looks)
+        for layer, looks in batch.looks.items()
     ]
     asked = batch.labels[:, 1:] != IGNORE
     logits, target = model.lm_head(hidden[:, :-1][asked]), batch.labels[:, 1:][asked]
-    return cross_entropy(logits, target), (logits.argmax(-1) == target).float().mean(), torch.stack(pointers)
+    return (
+        cross_entropy(logits, target),
+        (logits.argmax(-1) == target).float().mean(),
+        torch.stack(pointers),
+    )

@@ -21,7 +21,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
     """Build the untrained model: 5 CLIP layers (the last one is not used, as in LLaVA-1.5), projector, 6 Llama layers."""
     # 344 and 520 are multiples of neither 32 nor 128: short last groups are part of the demo
     vision = CLIPVisionConfig(
-        image_size=SIDE, patch_size=PATCH, hidden_size=128, intermediate_size=344, num_hidden_layers=5, num_attention_heads=4
+        image_size=SIDE,
+        patch_size=PATCH,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=5,
+        num_attention_heads=4,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -48,7 +53,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    # words at the scale of 1, or they drown in what the first layer adds to them, a mean over 36 patches
+    # words at the scale of 1, or they drown in what the first layer adds to them, a mean over 36
+    # patches
     nn.init.normal_(model.model.language_model.embed_tokens.weight)
     model.generation_config = GenerationConfig(
         do_sample=False,

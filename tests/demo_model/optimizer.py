@@ -17,11 +17,15 @@ def make_optimizer(parts: dict[nn.Module, float], options: TrainOptions) -> torc
         for decay, is_matrix in ((options.weight_decay, True), (0.0, False)):
             chosen = [p for p in part.parameters() if (p.ndim > 1) == is_matrix]
             if chosen:
-                groups.append({"params": chosen, "weight_decay": decay, "lr": options.learning_rate * share})
+                groups.append(
+                    {"params": chosen, "weight_decay": decay, "lr": options.learning_rate * share}
+                )
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def make_schedule(
+    optimizer: torch.optim.Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over 4 % of the steps, then a cosine to 2 % of the peak."""
     warm = max(1, round(0.04 * steps))
 
@@ -32,7 +36,11 @@ def make_schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.l
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def take_step(loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+def take_step(
+    loss: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
     """Do one optimizer step with the mean gradient of all workers, its norm clipped to 1."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -1,7 +1,8 @@
 """Questions about pictures, packed into sequences: several share one, so that the picture is encoded once.
 
-Either every question sees only the picture (a block-diagonal mask, positions counted as if it were alone), which is exactly the single-turn
-form, or the questions are the turns of one conversation. Labels are on the answers and their `</s>` only.
+Either every question sees only the picture (a block-diagonal mask, positions counted as if it were
+alone), which is exactly the single-turn form, or the questions are the turns of one conversation.
+Labels are on the answers and their `</s>` only.
 
 Legend: B sequences, L tokens.
 """
@@ -24,8 +25,9 @@ from demo_model.scenes import PLACES, SIDE, SceneBatch
 __all__ = ["IGNORE", "Batch", "Looks", "Packer"]
 
 IGNORE = -100
-# layers from 0. In layer 2 the last token of a prompt has gathered the words: heads 0 and 1 look at the cells that show the answer;
-# in layer 4 it knows what they hold: head 0 looks for it among the options
+# layers from 0. In layer 2 the last token of a prompt has gathered the words: heads 0 and 1 look at
+# the cells that show the answer; in layer 4 it knows what they hold: head 0 looks for it among the
+# options
 _CELL_LAYER, _OPTION_LAYER = 2, 4
 
 
@@ -87,7 +89,8 @@ class Packer:
     """Draws questions about pictures and packs them into sequences.
 
     Args:
-        processor: the demo processor; texts are tokenized with its tokenizer and laid out as its chat template does.
+        processor: the demo processor; texts are tokenized with its tokenizer and laid out as its
+            chat template does.
         seed: of the questions.
     """
 
@@ -104,7 +107,9 @@ class Packer:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _turns(self, scenes: SceneBatch, index: int, count: int, weights: dict[str, float]) -> list[Turn]:
+    def _turns(
+        self, scenes: SceneBatch, index: int, count: int, weights: dict[str, float]
+    ) -> list[Turn]:
         """Draw `count` turns about one picture."""
         cells = cells_of(scenes, index)
         turns: list[Turn] = []
@@ -113,8 +118,18 @@ class Packer:
             question = ask(kind, cells, self.random)
             if question is not None:
                 places = [PLACES.index(place) for place in question.places]
-                asked, answer = self._ids(question.text) + self.assistant, self._ids(question.answer + "</s>")
-                turns.append(Turn(asked, answer, places, self._option(asked, answer[0]) if kind == "choice" else None))
+                asked, answer = (
+                    self._ids(question.text) + self.assistant,
+                    self._ids(question.answer + "</s>"),
+                )
+                turns.append(
+                    Turn(
+                        asked,
+                        answer,
+                        places,
+                        self._option(asked, answer[0]) if kind == "choice" else None,
+                    )
+                )
         return turns
 
     def _option(self, question: list[int], letter: int) -> int:
@@ -122,7 +137,14 @@ class Packer:
         start = question.index(letter)
         return next(i for i in range(start, len(question)) if question[i] in self.after_option) - 1
 
-    def pack(self, scenes: SceneBatch, chosen: np.ndarray, count: int, parallel: bool, weights: dict[str, float]) -> Batch:
+    def pack(
+        self,
+        scenes: SceneBatch,
+        chosen: np.ndarray,
+        count: int,
+        parallel: bool,
+        weights: dict[str, float],
+    ) -> Batch:
         """Pack `count` questions about each chosen picture.
 
         Args:
@@ -130,20 +152,33 @@ class Packer:
             chosen: int64 [B], indices into it.
             count: questions a picture.
             weights: how often each kind of question is drawn, relative to the others.
-            parallel: True: every question sees the picture alone; False: the questions are turns of one conversation.
+            parallel: True: every question sees the picture alone; False: the questions are turns of
+                one conversation.
         """
-        rows = [self._row(self._turns(scenes, int(index), count, weights), parallel) for index in chosen]
+        rows = [
+            self._row(self._turns(scenes, int(index), count, weights), parallel) for index in chosen
+        ]
         length = math.ceil(max(len(row[0]) for row in rows) / 8) * 8
         fill = (self.tokenizer.pad_token_id, IGNORE, 0, -1)
         ids, labels, positions, segments = (
-            torch.tensor([row[i] + [fill[i]] * (length - len(row[i])) for row in rows]) for i in range(len(fill))
+            torch.tensor([row[i] + [fill[i]] * (length - len(row[i])) for row in rows])
+            for i in range(len(fill))
         )
         query, key = segments[:, :, None], segments[:, None, :]
-        visible = ((key == 0) | (key == query)) & torch.ones(length, length, dtype=torch.bool).tril()
-        looks = {layer: _join_looks([row[4] for row in rows], layer, length) for layer in (_CELL_LAYER, _OPTION_LAYER)}
-        return Batch(ids=ids, labels=labels, positions=positions, mask=visible[:, None], looks=looks)
+        visible = ((key == 0) | (key == query)) & torch.ones(
+            length, length, dtype=torch.bool
+        ).tril()
+        looks = {
+            layer: _join_looks([row[4] for row in rows], layer, length)
+            for layer in (_CELL_LAYER, _OPTION_LAYER)
+        }
+        return Batch(
+            ids=ids, labels=labels, positions=positions, mask=visible[:, None], looks=looks
+        )
 
-    def _row(self, turns: Sequence[Turn], parallel: bool) -> tuple[list[int], list[int], list[int], list[int], list[Look]]:
+    def _row(
+        self, turns: Sequence[Turn], parallel: bool
+    ) -> tuple[list[int], list[int], list[int], list[int], list[Look]]:
         """Lay out one sequence: ids, labels, positions, segments (0 is visible to all that follow it), and where to look."""
         ids, labels = list(self.prefix), [IGNORE] * len(self.prefix)
         positions, segments = list(range(len(ids))), [0] * len(ids)
@@ -169,10 +204,14 @@ class Packer:
 
 def _join_looks(rows: Sequence[Sequence[Look]], layer: int, length: int) -> Looks:
     """Join the looks of one layer over the sequences of a batch."""
-    chosen = [(number, look) for number, row in enumerate(rows) for look in row if look.layer == layer]
+    chosen = [
+        (number, look) for number, row in enumerate(rows) for look in row if look.layer == layer
+    ]
     among, wanted = torch.zeros(2, len(chosen), length, dtype=torch.bool)
     for index, (_, look) in enumerate(chosen):
         among[index, look.first : look.end] = True
         wanted[index, look.wanted] = True
-    source = torch.tensor([(number, look.token, look.head) for number, look in chosen], dtype=torch.int64).view(-1, 3)
+    source = torch.tensor(
+        [(number, look.token, look.head) for number, look in chosen], dtype=torch.int64
+    ).view(-1, 3)
     return Looks(source=source, among=among, wanted=wanted)

@@ -14,7 +14,15 @@ from demo_model.processor import PATCH
 from demo_model.recipe import TrainOptions
 from demo_model.scenes import COLORS, EMPTY, PLACES, SHAPES, SIDE, SceneBatch, load_sprite_bank
 
-__all__ = ["PATCH_LABELS", "Pool", "cell_of_patch", "draw_pool", "patch_labels", "shuffled_batches", "to_pixels"]
+__all__ = [
+    "PATCH_LABELS",
+    "Pool",
+    "cell_of_patch",
+    "draw_pool",
+    "patch_labels",
+    "shuffled_batches",
+    "to_pixels",
+]
 
 PATCH_LABELS = {"kind": len(SHAPES) + 2, "color": len(COLORS) + 1, "digit": 11, "cell": len(PLACES)}
 
@@ -31,10 +39,15 @@ def draw_pool(options: TrainOptions) -> Pool:
     """Draw the pool of training pictures: the beginning of the "train" stream."""
     bank = load_sprite_bank(options.seed)
     scenes, pictures = [], []
-    for batch, drawn in islice(scene_stream("train", bank, options.seed), math.ceil(options.pictures / 1024)):
+    for batch, drawn in islice(
+        scene_stream("train", bank, options.seed), math.ceil(options.pictures / 1024)
+    ):
         scenes.append(batch)
         pictures.append(drawn)
-    joined = {name: np.concatenate([getattr(batch, name) for batch in scenes]) for name in ("kind", "color", "digit", "instance")}
+    joined = {
+        name: np.concatenate([getattr(batch, name) for batch in scenes])
+        for name in ("kind", "color", "digit", "instance")
+    }
     return Pool(pictures=np.concatenate(pictures), scenes=SceneBatch(**joined))
 
 
@@ -53,13 +66,21 @@ def patch_labels(scenes: SceneBatch, chosen: np.ndarray) -> dict[str, torch.Tens
         "digit": scenes.digit[chosen] + 1,
         "cell": np.broadcast_to(np.arange(len(PLACES)), kind.shape),
     }
-    return {name: torch.from_numpy(np.ascontiguousarray(value[:, cell_of_patch()])) for name, value in labels.items()}
+    return {
+        name: torch.from_numpy(np.ascontiguousarray(value[:, cell_of_patch()]))
+        for name, value in labels.items()
+    }
 
 
 def to_pixels(pictures: np.ndarray, processor: LlavaProcessor) -> torch.Tensor:
     """Normalise pictures as the processor does; uint8 [B, 48, 48, 3] -> float32 [B, 3, 48, 48]."""
-    mean, std = (np.asarray(v, np.float32) for v in (processor.image_processor.image_mean, processor.image_processor.image_std))
-    return torch.from_numpy(((pictures.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2).copy())
+    mean, std = (
+        np.asarray(v, np.float32)
+        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    return torch.from_numpy(
+        ((pictures.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2).copy()
+    )
 
 
 def shuffled_batches(size: int, batch: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

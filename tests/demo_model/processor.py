@@ -1,13 +1,14 @@
 """Tokenizer, image processor and chat template of the demo model: small, but ordinary Transformers files.
 
-The tokenizer knows whole words (`questions.vocabulary`), splits at spaces and punctuation, and begins every text with `<s>`. The chat
-template is LLaVA-1.5's:
+The tokenizer knows whole words (`questions.vocabulary`), splits at spaces and punctuation, and
+begins every text with `<s>`. The chat template is LLaVA-1.5's:
 
     USER: <image>
-    What color is the object in the top left cell? ASSISTANT: red</s>USER: Is there a red star? ASSISTANT: no</s>
+    What color is the object in the top left cell? ASSISTANT: red</s>USER: Is there a red star?
+    ASSISTANT: no</s>
 
-A prompt rendered with `add_generation_prompt=True` ends in `ASSISTANT:`; its token ids are a strict prefix of those of the whole
-conversation.
+A prompt rendered with `add_generation_prompt=True` ends in `ASSISTANT:`; its token ids are a strict
+prefix of those of the whole conversation.
 """
 
 import re
@@ -51,11 +52,21 @@ CHAT_TEMPLATE = """\
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the word-level tokenizer; ids are given in order of first appearance in `vocabulary`."""
-    words = [word for text in (*vocabulary(), "USER : ASSISTANT :") for word in re.findall(r"\w+|[^\w\s]", text)]
+    words = [
+        word
+        for text in (*vocabulary(), "USER : ASSISTANT :")
+        for word in re.findall(r"\w+|[^\w\s]", text)
+    ]
     tokens = list(dict.fromkeys([*_SPECIAL, *words]))
-    tokenizer = Tokenizer(WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokens.index("<s>"))])
+    tokenizer = Tokenizer(
+        WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokens.index("<s>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -71,7 +82,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> LlavaProcessor:
     """Build the processor: 48x48 pictures, 36 image tokens each, no torchvision needed."""
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+    )
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=build_tokenizer(),

@@ -9,9 +9,10 @@
     compare  "Which digit is larger, the top left one or the ... one?"         8
     choice   "Which color is at the top left? Options: (A) red (B) blue ..."   B             (as in ScienceQA)
 
-Each kind has a row of templates in `TEMPLATES`. Every question has exactly one right answer: places that are asked about hold what the
-question says, and things that are looked for are in exactly one cell. Chance and the most frequent answer earn little: yes and no, and the
-letters, are drawn evenly.
+Each kind has a row of templates in `TEMPLATES`. Every question has exactly one right answer: places
+that are asked about hold what the
+question says, and things that are looked for are in exactly one cell. Chance and the most frequent
+answer earn little: yes and no, and the letters, are drawn evenly.
 """
 
 import random
@@ -34,16 +35,31 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Which color is at the {place}?",
         "Name the color of the {place} object.",
     ),
-    "shape": ("What shape is in the {place} cell?", "Which shape is at the {place}?", "Name the shape at the {place}."),
-    "digit": ("What digit is in the {place} cell?", "Which digit is at the {place}?", "Read the digit in the {place} cell."),
-    "count": ("How many {things} are there?", "Count the {things}.", "How many {things} are in the picture?"),
+    "shape": (
+        "What shape is in the {place} cell?",
+        "Which shape is at the {place}?",
+        "Name the shape at the {place}.",
+    ),
+    "digit": (
+        "What digit is in the {place} cell?",
+        "Which digit is at the {place}?",
+        "Read the digit in the {place} cell.",
+    ),
+    "count": (
+        "How many {things} are there?",
+        "Count the {things}.",
+        "How many {things} are in the picture?",
+    ),
     "where": ("Where is the {thing}?", "In which cell is the {thing}?", "Find the {thing}."),
     "exists": ("Is there {a_thing}?", "Does the picture show {a_thing}?", "Can you see {a_thing}?"),
     "compare": (
         "Which digit is {larger}, the {place} one or the {other} one?",
         "Which is the {larger} digit, the one at the {place} or the one at the {other}?",
     ),
-    "choice": ("{question} Options: {options}", "{question} Options: {options} Answer with the letter."),
+    "choice": (
+        "{question} Options: {options}",
+        "{question} Options: {options} Answer with the letter.",
+    ),
 }
 
 
@@ -76,7 +92,12 @@ def cells_of(scenes: SceneBatch, index: int) -> list[Cell]:
     """Return the filled cells of one scene, in reading order."""
     kind, color, digit = scenes.kind[index], scenes.color[index], scenes.digit[index]
     return [
-        Cell(PLACES[i], COLOR_NAMES[color[i]], "digit" if kind[i] == DIGIT else SHAPES[kind[i]], int(digit[i]))
+        Cell(
+            PLACES[i],
+            COLOR_NAMES[color[i]],
+            "digit" if kind[i] == DIGIT else SHAPES[kind[i]],
+            int(digit[i]),
+        )
         for i in range(len(PLACES))
         if kind[i] != EMPTY
     ]
@@ -102,17 +123,25 @@ def _at_place(kind: str, cells: list[Cell], rng: random.Random) -> _Asked:
     else:
         cell, answers = rng.choice([c for c in cells if c.noun == "digit"]), DIGIT_NAMES
         answer = str(cell.digit)
-    return _Asked(rng.choice(TEMPLATES[kind]).format(place=cell.place), answer, (cell.place,), answers)
+    return _Asked(
+        rng.choice(TEMPLATES[kind]).format(place=cell.place), answer, (cell.place,), answers
+    )
 
 
 def _count(cells: list[Cell], rng: random.Random) -> _Asked:
     """Count what has a colour, or what has a shape (digits included); three times in four something that is there."""
     if rng.random() < 0.5:
         name = rng.choice(cells).color if rng.random() < 0.75 else rng.choice(COLOR_NAMES)
-        return _Asked(rng.choice(TEMPLATES["count"]).format(things=f"{name} objects"), str(sum(c.color == name for c in cells)))
+        return _Asked(
+            rng.choice(TEMPLATES["count"]).format(things=f"{name} objects"),
+            str(sum(c.color == name for c in cells)),
+        )
     noun = rng.choice(cells).noun if rng.random() < 0.75 else rng.choice((*SHAPES, "digit"))
     things = {"cross": "crosses"}.get(noun, f"{noun}s")
-    return _Asked(rng.choice(TEMPLATES["count"]).format(things=things), str(sum(c.noun == noun for c in cells)))
+    return _Asked(
+        rng.choice(TEMPLATES["count"]).format(things=things),
+        str(sum(c.noun == noun for c in cells)),
+    )
 
 
 def _where(cells: list[Cell], rng: random.Random) -> _Asked | None:
@@ -122,7 +151,9 @@ def _where(cells: list[Cell], rng: random.Random) -> _Asked | None:
     if not single:
         return None
     cell = rng.choice(single)
-    return _Asked(rng.choice(TEMPLATES["where"]).format(thing=cell.thing), cell.place, (cell.place,), PLACES)
+    return _Asked(
+        rng.choice(TEMPLATES["where"]).format(thing=cell.thing), cell.place, (cell.place,), PLACES
+    )
 
 
 def _exists(cells: list[Cell], rng: random.Random) -> _Asked:
@@ -135,10 +166,17 @@ def _exists(cells: list[Cell], rng: random.Random) -> _Asked:
     else:
         answer = "no"
         mixed = sorted({f"{a.color} {b.noun}" for a in cells for b in cells} - names)
-        absent = [f"{color} {noun}" for color in COLOR_NAMES for noun in (*SHAPES, "digit") if f"{color} {noun}" not in names]
+        absent = [
+            f"{color} {noun}"
+            for color in COLOR_NAMES
+            for noun in (*SHAPES, "digit")
+            if f"{color} {noun}" not in names
+        ]
         thing = rng.choice(mixed if mixed and rng.random() < 0.5 else absent)
     article = "an" if thing.startswith("orange") else "a"
-    return _Asked(rng.choice(TEMPLATES["exists"]).format(a_thing=f"{article} {thing}"), answer, places)
+    return _Asked(
+        rng.choice(TEMPLATES["exists"]).format(a_thing=f"{article} {thing}"), answer, places
+    )
 
 
 def _compare(cells: list[Cell], rng: random.Random) -> _Asked | None:
@@ -149,7 +187,9 @@ def _compare(cells: list[Cell], rng: random.Random) -> _Asked | None:
         return None
     first, second = rng.choice(pairs)
     larger, choose = rng.choice((("larger", max), ("smaller", min)))
-    text = rng.choice(TEMPLATES["compare"]).format(larger=larger, place=first.place, other=second.place)
+    text = rng.choice(TEMPLATES["compare"]).format(
+        larger=larger, place=first.place, other=second.place
+    )
     return _Asked(text, str(choose(first.digit, second.digit)), (first.place, second.place))
 
 
@@ -157,11 +197,19 @@ def _choice(cells: list[Cell], rng: random.Random) -> _Asked:
     """Put a colour, shape, digit or place question with three options; the letter of the right one is the answer."""
     kind = rng.choice(("color", "shape", "digit", "where"))
     asked = _where(cells, rng) if kind == "where" else None
-    text, answer, places, answers = asked or _at_place("color" if kind == "where" else kind, cells, rng)
+    text, answer, places, answers = asked or _at_place(
+        "color" if kind == "where" else kind, cells, rng
+    )
     options = [answer, *rng.sample([a for a in answers if a != answer], len(LETTERS) - 1)]
     rng.shuffle(options)
-    listed = " ".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=True))
-    return _Asked(rng.choice(TEMPLATES["choice"]).format(question=text, options=listed), LETTERS[options.index(answer)], places)
+    listed = " ".join(
+        f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=True)
+    )
+    return _Asked(
+        rng.choice(TEMPLATES["choice"]).format(question=text, options=listed),
+        LETTERS[options.index(answer)],
+        places,
+    )
 
 
 def ask(kind: str, cells: list[Cell], rng: random.Random) -> Question | None:
@@ -173,7 +221,8 @@ def ask(kind: str, cells: list[Cell], rng: random.Random) -> Question | None:
         rng: chooses object, template and wording.
 
     Returns:
-        The question, or None where the scene allows none of this kind (nothing single to find; no two digits that differ).
+        The question, or None where the scene allows none of this kind (nothing single to find; no
+        two digits that differ).
 
     Raises:
         ValueError: for an unknown kind.
@@ -183,7 +232,9 @@ def ask(kind: str, cells: list[Cell], rng: random.Random) -> Question | None:
     elif kind in _ASK:
         asked = _ASK[kind](cells, rng)
     else:
-        raise ValueError(f"kind={kind!r}: questions are of the kinds {', '.join(KINDS)}; pass one of them.")
+        raise ValueError(
+            f"kind={kind!r}: questions are of the kinds {', '.join(KINDS)}; pass one of them."
+        )
     return None if asked is None else Question(kind, asked.text, asked.answer, asked.places)
 
 
@@ -198,8 +249,25 @@ _ASK: dict[str, Callable[[list[Cell], random.Random], _Asked | None]] = {
 
 def vocabulary() -> list[str]:
     """Return every text that a question or an answer is made of, for the tokenizer: templates and names, in a fixed order."""
-    fields = dict.fromkeys(("place", "other", "things", "thing", "a_thing", "larger", "question", "options"), "")
+    fields = dict.fromkeys(
+        ("place", "other", "things", "thing", "a_thing", "larger", "question", "options"), ""
+    )
     templates = [template.format(**fields) for kind in KINDS for template in TEMPLATES[kind]]
-    nouns = (*SHAPES, *(f"{s}s" for s in SHAPES if s != "cross"), "crosses", "digit", "digits", "object", "objects")
-    answers = ("yes", "no", *DIGIT_NAMES, *COLOR_NAMES, *PLACES, *(f"({letter})" for letter in LETTERS))
+    nouns = (
+        *SHAPES,
+        *(f"{s}s" for s in SHAPES if s != "cross"),
+        "crosses",
+        "digit",
+        "digits",
+        "object",
+        "objects",
+    )
+    answers = (
+        "yes",
+        "no",
+        *DIGIT_NAMES,
+        *COLOR_NAMES,
+        *PLACES,
+        *(f"({letter})" for letter in LETTERS),
+    )
     return [*templates, *nouns, *answers, "a an larger smaller"]

@@ -16,7 +16,8 @@ KIND_WEIGHTS: dict[str, float] = {
     "compare": 1.5,
     "choice": 2.5,
 }
-# the first steps ask only what is where: looking a place up is learnt in a few hundred steps, and the other kinds build on it
+# the first steps ask only what is where: looking a place up is learnt in a few hundred steps, and
+# the other kinds build on it
 EASY_KINDS: dict[str, float] = {"color": 1, "shape": 1, "digit": 1}
 
 

@@ -1,16 +1,17 @@
 """Pictures of nine cells that hold coloured shapes and handwritten digits, drawn many at a time.
 
-A scene is nine cells of 16x16 pixels on a textured background. A cell is empty, or holds one of six shapes, or a handwritten digit
-(scikit-learn's `load_digits`, UCI "Optical Recognition of Handwritten Digits", CC BY 4.0) in coloured ink. Shapes and digits are kept
-as coverage masks in a `SpriteBank`; a batch of pictures is then a few array operations:
+A scene is nine cells of 16x16 pixels on a textured background. A cell is empty, or holds one of six
+shapes, or a handwritten digit (scikit-learn's `load_digits`, UCI "Optical Recognition of
+Handwritten Digits", CC BY 4.0) in coloured ink. Shapes and digits are kept as coverage masks in a
+`SpriteBank`; a batch of pictures is then a few array operations:
 
     picture = background * (1 - mask) + colour * mask, clipped, rounded to uint8
 
-The same seed gives the same pictures. The handwritten digits are split once into training and held-out instances (`digit_instances`),
-so that no test picture shows a digit that was trained on.
+The same seed gives the same pictures. The handwritten digits are split once into training and
+held-out instances (`digit_instances`), so that no test picture shows a digit that was trained on.
 
-Legend: N pictures, 9 cells in reading order, V variants of a mask; masks are float32 in [0, 1], pictures uint8 [N, 48, 48, 3].
-"""
+Legend: N pictures, 9 cells in reading order, V variants of a mask; masks are float32 in [0, 1],
+pictures uint8 [N, 48, 48, 3]."""
 
 import math
 from dataclasses import dataclass
@@ -37,7 +38,11 @@ __all__ = [
 
 CELL = 16
 SIDE = 3 * CELL
-PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right"))
+PLACES = tuple(
+    f"{row} {column}"
+    for row in ("top", "middle", "bottom")
+    for column in ("left", "center", "right")
+)
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 COLORS = {
     "red": (225, 45, 45),
@@ -61,7 +66,8 @@ class SceneOptions:
 
     Attributes:
         shapes: smallest and largest number of shapes in a picture.
-        digits: smallest and largest number of digits in a picture; at least 2, or questions that compare two have no object.
+        digits: smallest and largest number of digits in a picture; at least 2, or questions that
+            compare two have no object.
         noise: amplitude of the grain, in grey levels of 255.
         color_jitter: largest change of an object's red, green and blue, in levels of 255.
     """
@@ -75,10 +81,15 @@ class SceneOptions:
         """Check the counts against the nine cells."""
         for name, (low, high) in (("shapes", self.shapes), ("digits", self.digits)):
             if not 2 <= low <= high:
-                raise ValueError(f"{name}={(low, high)}: needs 2 <= low <= high; raise low or high.")
+                raise ValueError(
+                    f"{name}={(low, high)}: needs 2 <= low <= high; raise low or high."
+                )
         if self.shapes[1] + self.digits[1] > 8:
             total = self.shapes[1] + self.digits[1]
-            raise ValueError(f"shapes and digits fill {total} cells: at most 8 of 9 may be filled; lower an upper bound.")
+            raise ValueError(
+                f"shapes and digits fill {total} cells: at most 8 of 9 may be filled; lower an "
+                f"upper bound."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +140,11 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
     "triangle": [(0.0, -0.95), (0.95, 0.8), (-0.95, 0.8)],
     "star": _polygon(5, 0.42, -math.pi / 2),
-    "cross": [(x * s, y * s) for s in (1, -1) for x, y in ((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3))],
+    "cross": [
+        (x * s, y * s)
+        for s in (1, -1)
+        for x, y in ((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3))
+    ],
     "diamond": [(0.0, -1.05), (0.75, 0.0), (0.0, 1.05), (-0.75, 0.0)],
 }
 
@@ -140,7 +155,10 @@ def _shape_mask(shape: str, radius: float, angle: float, shift: tuple[float, flo
     cos, sin = math.cos(angle), math.sin(angle)
     center_x, center_y = CELL / 2 + shift[0], CELL / 2 + shift[1]
     corners = [
-        ((center_x + radius * (x * cos - y * sin)) * _SUPERSAMPLING, (center_y + radius * (x * sin + y * cos)) * _SUPERSAMPLING)
+        (
+            (center_x + radius * (x * cos - y * sin)) * _SUPERSAMPLING,
+            (center_y + radius * (x * sin + y * cos)) * _SUPERSAMPLING,
+        )
         for x, y in _OUTLINES[shape]
     ]
     ImageDraw.Draw(canvas).polygon(corners, fill=255)
@@ -149,7 +167,9 @@ def _shape_mask(shape: str, radius: float, angle: float, shift: tuple[float, flo
 
 def _digit_mask(glyph: np.ndarray, size: int, angle: float, shift: tuple[int, int]) -> np.ndarray:
     """Enlarge one 8x8 handwritten digit (values 0..16) to `size` pixels, turned by `angle` degrees; float32 [16, 16]."""
-    image = Image.fromarray(np.clip(glyph * 16, 0, 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+    image = Image.fromarray(np.clip(glyph * 16, 0, 255).astype(np.uint8)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
     cell = Image.new("L", (CELL, CELL))
     margin = (CELL - size) // 2
     cell.paste(image, (margin + shift[0], margin + shift[1]))
@@ -194,7 +214,12 @@ def load_sprite_bank(seed: int, shape_variants: int = 256, digit_variants: int =
         [
             np.stack(
                 [
-                    _shape_mask(shape, rng.uniform(4.8, 6.8), rng.uniform(-0.2, 0.2), (rng.uniform(-1, 1), rng.uniform(-1, 1)))
+                    _shape_mask(
+                        shape,
+                        rng.uniform(4.8, 6.8),
+                        rng.uniform(-0.2, 0.2),
+                        (rng.uniform(-1, 1), rng.uniform(-1, 1)),
+                    )
                     for _ in range(shape_variants)
                 ]
             )
@@ -207,7 +232,10 @@ def load_sprite_bank(seed: int, shape_variants: int = 256, digit_variants: int =
             np.stack(
                 [
                     _digit_mask(
-                        glyph, int(rng.integers(14, 17)), rng.uniform(-10, 10), (int(rng.integers(-1, 2)), int(rng.integers(-1, 2)))
+                        glyph,
+                        int(rng.integers(14, 17)),
+                        rng.uniform(-10, 10),
+                        (int(rng.integers(-1, 2)), int(rng.integers(-1, 2))),
                     )
                     for _ in range(digit_variants)
                 ]
@@ -219,15 +247,23 @@ def load_sprite_bank(seed: int, shape_variants: int = 256, digit_variants: int =
 
 
 def sample_scenes(
-    count: int, bank: SpriteBank, instances: np.ndarray, rng: np.random.Generator, options: SceneOptions | None = None
+    count: int,
+    bank: SpriteBank,
+    instances: np.ndarray,
+    rng: np.random.Generator,
+    options: SceneOptions | None = None,
 ) -> SceneBatch:
     """Choose what `count` pictures show: cells, kinds, colours and handwritten instances, independently and uniformly."""
     options = options or SceneOptions()
     shapes = rng.integers(options.shapes[0], options.shapes[1] + 1, (count, 1))
     digits = rng.integers(options.digits[0], options.digits[1] + 1, (count, 1))
-    rank = rng.random((count, 9)).argsort(axis=1)  # a random order of the cells: the first hold shapes, the next digits
+    rank = rng.random((count, 9)).argsort(
+        axis=1
+    )  # a random order of the cells: the first hold shapes, the next digits
     is_shape, is_digit = rank < shapes, (rank >= shapes) & (rank < shapes + digits)
-    kind = np.where(is_shape, rng.integers(0, len(SHAPES), (count, 9)), np.where(is_digit, DIGIT, EMPTY))
+    kind = np.where(
+        is_shape, rng.integers(0, len(SHAPES), (count, 9)), np.where(is_digit, DIGIT, EMPTY)
+    )
     color = np.where(kind == EMPTY, -1, rng.integers(0, len(COLORS), (count, 9)))
     instance = np.where(is_digit, instances[rng.integers(0, len(instances), (count, 9))], -1)
     digit = np.where(is_digit, bank.digit_labels[instance], -1)
@@ -246,11 +282,16 @@ def _backgrounds(count: int, rng: np.random.Generator, noise: int) -> np.ndarray
     return base + (texture + grain)[..., None].astype(np.float32)
 
 
-def draw_scenes(scenes: SceneBatch, bank: SpriteBank, rng: np.random.Generator, options: SceneOptions | None = None) -> np.ndarray:
+def draw_scenes(
+    scenes: SceneBatch,
+    bank: SpriteBank,
+    rng: np.random.Generator,
+    options: SceneOptions | None = None,
+) -> np.ndarray:
     """Draw a batch of scenes; uint8 [N, 48, 48, 3].
 
-    Variants, colour jitter and backgrounds are drawn from `rng`: the same scenes and generator state give the same pictures.
-    """
+    Variants, colour jitter and backgrounds are drawn from `rng`: the same scenes and generator
+    state give the same pictures."""
     options = options or SceneOptions()
     count = len(scenes)
     shape_variant = rng.integers(0, bank.shapes.shape[1], (count, 9))
@@ -260,10 +301,16 @@ def draw_scenes(scenes: SceneBatch, bank: SpriteBank, rng: np.random.Generator, 
     is_shape = (scenes.kind != EMPTY) & ~is_digit
     mask[is_shape] = bank.shapes[scenes.kind[is_shape], shape_variant[is_shape]]
     mask[is_digit] = bank.digits[scenes.instance[is_digit], digit_variant[is_digit]]
-    palette = np.array([*COLORS.values(), (0, 0, 0)], np.float32)  # the last row, index -1, belongs to empty cells
-    ink = palette[scenes.color] + rng.integers(-options.color_jitter, options.color_jitter + 1, (count, 9, 3))
+    palette = np.array(
+        [*COLORS.values(), (0, 0, 0)], np.float32
+    )  # the last row, index -1, belongs to empty cells
+    ink = palette[scenes.color] + rng.integers(
+        -options.color_jitter, options.color_jitter + 1, (count, 9, 3)
+    )
     # [N, 9, 16, 16] -> [N, 48, 48]: cell rows and pixel rows, cell columns and pixel columns
-    mask = mask.reshape(count, 3, 3, CELL, CELL).transpose(0, 1, 3, 2, 4).reshape(count, SIDE, SIDE, 1)
+    mask = (
+        mask.reshape(count, 3, 3, CELL, CELL).transpose(0, 1, 3, 2, 4).reshape(count, SIDE, SIDE, 1)
+    )
     ink = ink.reshape(count, 3, 3, 3).repeat(CELL, axis=1).repeat(CELL, axis=2).astype(np.float32)
     picture = _backgrounds(count, rng, options.noise) * (1 - mask) + ink * mask
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)

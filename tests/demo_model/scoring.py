@@ -15,12 +15,16 @@ __all__ = ["evaluate"]
 
 @torch.no_grad()
 def evaluate(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, dataset: Path, limit: int | None = None, batch_size: int = 60
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    dataset: Path,
+    limit: int | None = None,
+    batch_size: int = 60,
 ) -> dict[str, tuple[int, int]]:
     """Count the questions of a split that greedy decoding would answer exactly.
 
-    One teacher-forced forward is enough: greedy decoding produces the answer if and only if the most likely token is the right one at every
-    position of the answer, `</s>` included.
+    One teacher-forced forward is enough: greedy decoding produces the answer if and only if the
+    most likely token is the right one at every position of the answer, `</s>` included.
 
     Args:
         model: in any floating dtype; left in evaluation mode.
@@ -45,12 +49,24 @@ def evaluate(
     return {key: (counts[key][0], counts[key][1]) for key in (*KINDS, "all") if key in counts}
 
 
-def _answered(model: LlavaForConditionalGeneration, processor: LlavaProcessor, chats: list[list[dict]], folder: Path) -> list[bool]:
+def _answered(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    chats: list[list[dict]],
+    folder: Path,
+) -> list[bool]:
     """Tell for each chat whether its answer is what greedy decoding would produce."""
     pictures = [Image.open(folder / chat[0]["content"][0]["path"]) for chat in chats]
     texts = [processor.apply_chat_template(chat) for chat in chats]
-    inputs = processor(images=pictures, text=texts, padding=True, padding_side="right", return_tensors="pt")
-    answers = [processor.tokenizer(chat[1]["content"][0]["text"] + "</s>", add_special_tokens=False).input_ids for chat in chats]
+    inputs = processor(
+        images=pictures, text=texts, padding=True, padding_side="right", return_tensors="pt"
+    )
+    answers = [
+        processor.tokenizer(
+            chat[1]["content"][0]["text"] + "</s>", add_special_tokens=False
+        ).input_ids
+        for chat in chats
+    ]
     logits = model(**inputs.to(model.dtype)).logits
     right = []
     for row, answer in enumerate(answers):

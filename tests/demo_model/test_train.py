@@ -11,15 +11,27 @@ from demo_model.pool import draw_pool
 from demo_model.processor import build_processor
 from demo_model.recipe import TrainOptions
 
-OPTIONS = TrainOptions(pictures=1024, vision_steps=3, vision_batch=4, steps=4, easy_steps=2, batch=2, questions=4, workers=1)
-# Of the recipe as it was when it made the shipped model: another order of random draws, another loss or another schedule moves them.
+OPTIONS = TrainOptions(
+    pictures=1024,
+    vision_steps=3,
+    vision_batch=4,
+    steps=4,
+    easy_steps=2,
+    batch=2,
+    questions=4,
+    workers=1,
+)
+# Of the recipe as it was when it made the shipped model: another order of random draws, another
+# loss or another schedule moves them.
 RECORDED = [2.22081, 1.79353, 1.85339, 6.95203, 4.53783, 5.99063, 3.78501]
 
 
 @pytest.fixture
 def alone(tmp_path):
     """A group of one worker."""
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting_point", rank=0, world_size=1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting_point", rank=0, world_size=1
+    )
     yield
     distributed.destroy_process_group()
 

@@ -49,7 +49,9 @@ def greedy_is_right(model, sample, processor):
     labels = collate([sample], processor).labels[0]
     answer = labels[labels != -100]
     inputs = collate([dataclasses.replace(sample, messages=sample.messages[:-1])], processor).inputs
-    made = model.generate(**inputs, do_sample=False, max_new_tokens=len(answer))[0, inputs["input_ids"].shape[1] :]
+    made = model.generate(**inputs, do_sample=False, max_new_tokens=len(answer))[
+        0, inputs["input_ids"].shape[1] :
+    ]
     return made.tolist() == answer.tolist()
 
 
@@ -112,10 +114,15 @@ def test_kl_is_the_mean_over_tokens(trained, samples, processor):
         for sample in samples:
             batch = collate([sample], processor)
             positions = (batch.labels[0] != -100).nonzero().flatten() - 1
-            first, second = (model(**batch.inputs).logits[0, positions].log_softmax(-1) for model in (reference, trained))
+            first, second = (
+                model(**batch.inputs).logits[0, positions].log_softmax(-1)
+                for model in (reference, trained)
+            )
             total += (first.exp() * (first - second)).sum().item()
             tokens += len(positions)
-    assert evaluate(trained, samples, processor, reference=reference).comparison.kl == pytest.approx(total / tokens, rel=1e-4)
+    assert evaluate(
+        trained, samples, processor, reference=reference
+    ).comparison.kl == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_model_against_itself(trained, samples, processor):
@@ -146,7 +153,9 @@ def test_training_mode_is_restored_module_by_module(samples, processor):
     model.model.vision_tower.eval()
     before = [module.training for module in model.modules()]
     seen = []
-    handle = model.lm_head.register_forward_hook(lambda module, *_: seen.append((module.training, torch.is_inference_mode_enabled())))
+    handle = model.lm_head.register_forward_hook(
+        lambda module, *_: seen.append((module.training, torch.is_inference_mode_enabled()))
+    )
     evaluate(model, samples[:2], processor)
     handle.remove()
     assert [module.training for module in model.modules()] == before
@@ -155,13 +164,22 @@ def test_training_mode_is_restored_module_by_module(samples, processor):
 
 def test_progress(trained, samples, processor):
     steps = []
-    evaluate(trained, samples, processor, batch_size=4, progress=lambda done, total: steps.append((done, total)))
+    evaluate(
+        trained,
+        samples,
+        processor,
+        batch_size=4,
+        progress=lambda done, total: steps.append((done, total)),
+    )
     assert steps == [(4, 10), (8, 10), (10, 10)]
 
 
 def test_refuses(trained, samples, processor):
     (silent,) = load_samples([{"image": PICTURE, "question": "what ?"}])
-    with pytest.raises(ValueError, match=r"^dataset\[0\]: has no answer to compare with; add one or leave the sample out$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^dataset\[0\]: has no answer to compare with; add one or leave the sample out$",
+    ):
         evaluate(trained, [*samples, silent], processor)
     with pytest.raises(ValueError, match="evaluate got no samples"):
         evaluate(trained, [], processor)
@@ -176,13 +194,21 @@ def test_refuses(trained, samples, processor):
 
 def test_questions_without_positions_are_refused_and_can_be_left_out(samples, processor):
     model = tiny_llava()
-    lengths = [int(collate([sample], processor).inputs["attention_mask"].sum()) for sample in samples]
+    lengths = [
+        int(collate([sample], processor).inputs["attention_mask"].sum()) for sample in samples
+    ]
     model.config.text_config.max_position_embeddings = limit = max(lengths) - 1
     assert longest_sample(model) == limit
-    with pytest.raises(ValueError, match=rf"^dataset\[\d\]: {limit + 1} tokens are more than the model's {limit} positions; leave it out"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^dataset\[\d\]: {limit + 1} tokens are more than the model's {limit} positions; "
+        rf"leave it out",
+    ):
         evaluate(model, samples, processor)
     fitting = without_too_long(samples, processor, limit)
-    assert [sample.origin for sample in fitting] == [s.origin for s, length in zip(samples, lengths, strict=True) if length <= limit]
+    assert [sample.origin for sample in fitting] == [
+        s.origin for s, length in zip(samples, lengths, strict=True) if length <= limit
+    ]
     assert len(evaluate(model, fitting, processor).correct) == len(fitting)
 
 
@@ -195,19 +221,30 @@ def test_broken_model_is_named(samples, processor):
 
 
 def test_to_dict_is_json_without_logits(trained, samples, processor):
-    evaluation = evaluate(trained, samples, processor, reference=tiny_llava(seed=3), keep_logits=True)
+    evaluation = evaluate(
+        trained, samples, processor, reference=tiny_llava(seed=3), keep_logits=True
+    )
     data = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
     assert set(data) == {"accuracy", "by_kind", "comparison", "data_fingerprint", "questions"}
     assert data["accuracy"]["correct"] == evaluation.accuracy.successes
     assert data["comparison"]["only_model"] == evaluation.comparison.counts.only_second
-    assert data["questions"][1] == {"origin": "dataset[1]", "kind": "shape", "correct": evaluation.correct[1]}
+    assert data["questions"][1] == {
+        "origin": "dataset[1]",
+        "kind": "shape",
+        "correct": evaluation.correct[1],
+    }
     assert Evaluation.to_dict(evaluate(trained, samples[:1], processor))["comparison"] is None
 
 
 def test_format_comparison(trained, samples, processor):
     evaluation = evaluate(trained, samples[:1], processor)
-    right = dataclasses.replace(evaluation, correct=(True,) * 942 + (False,) * 58, kinds=("easy",) * 900 + (None,) * 100)
-    assert format_comparison(right) == ["quantized: accuracy 94.2 % [92.6, 95.5] (942/1000)", "  easy: 100.0 % [99.6, 100.0] (900/900)"]
+    right = dataclasses.replace(
+        evaluation, correct=(True,) * 942 + (False,) * 58, kinds=("easy",) * 900 + (None,) * 100
+    )
+    assert format_comparison(right) == [
+        "quantized: accuracy 94.2 % [92.6, 95.5] (942/1000)",
+        "  easy: 100.0 % [99.6, 100.0] (900/900)",
+    ]
     compared = evaluate(trained, samples, processor, reference=trained)
     right_count = compared.accuracy.successes
     lines = format_comparison(compared, name="W4A4", reference_name="bf16")

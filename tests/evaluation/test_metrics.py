@@ -10,21 +10,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvlm_hf.calibration.measure.answers import answer_kl
-from qvlm_hf.evaluation.metrics import PairedCounts, Proportion, mcnemar_p_value, paired_difference, wilson_interval
+from qvlm_hf.evaluation.metrics import (
+    PairedCounts,
+    Proportion,
+    mcnemar_p_value,
+    paired_difference,
+    wilson_interval,
+)
 
 
 def counts(both_right, only_first, only_second, both_wrong):
-    return PairedCounts(both_right=both_right, only_first=only_first, only_second=only_second, both_wrong=both_wrong)
+    return PairedCounts(
+        both_right=both_right, only_first=only_first, only_second=only_second, both_wrong=both_wrong
+    )
 
 
-PROPORTIONS = st.integers(1, 3000).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total)))
+PROPORTIONS = st.integers(1, 3000).flatmap(
+    lambda total: st.tuples(st.integers(0, total), st.just(total))
+)
 COUNTS = st.builds(counts, *[st.integers(0, 300)] * 4).filter(lambda c: c.total > 0)
 
 
 # R. G. Newcombe, Statistics in Medicine 17 (1998) 857, table I, method 3.
 @pytest.mark.parametrize(
     ("successes", "total", "low", "high"),
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
 )
 def test_wilson_published_values(successes, total, low, high):
     interval = wilson_interval(successes, total)
@@ -38,27 +53,36 @@ def test_wilson_ends_solve_the_score_equation(pair):
     assert 0 <= interval.low <= share <= interval.high <= 1
     for end in (interval.low, interval.high):
         # |share - end| = z * standard error at the end: what makes it a score interval.
-        assert abs(share - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / total), abs=1e-9)
+        assert abs(share - end) == pytest.approx(
+            1.959963984540054 * math.sqrt(end * (1 - end) / total), abs=1e-9
+        )
     mirrored = wilson_interval(total - successes, total)
     assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx((interval.low, interval.high))
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 0), (-1, 3), (4, 3)])
 def test_no_proportion(successes, total):
-    with pytest.raises(ValueError, match=rf"{successes} of {total} is no proportion; it takes 0 <= successes"):
+    with pytest.raises(
+        ValueError, match=rf"{successes} of {total} is no proportion; it takes 0 <= successes"
+    ):
         Proportion(successes=successes, total=total)
 
 
 def test_paired_counts():
     first, second = [True, True, True, False, False], [True, False, False, True, False]
     assert PairedCounts.of(first, second) == counts(1, 2, 1, 1)
-    with pytest.raises(ValueError, match="5 and 4 answers cannot be paired; evaluate both models on the same samples"):
+    with pytest.raises(
+        ValueError,
+        match="5 and 4 answers cannot be paired; evaluate both models on the same samples",
+    ):
         PairedCounts.of(first, second[:4])
 
 
-# Two-sided binomial probabilities, by hand: 2 * (1 + 10) / 2**10, 2 / 2**6; equal splits are no evidence at all.
+# Two-sided binomial probabilities, by hand: 2 * (1 + 10) / 2**10, 2 / 2**6; equal splits are no
+# evidence at all.
 @pytest.mark.parametrize(
-    ("b", "c", "expected"), [(1, 9, 22 / 1024), (9, 1, 22 / 1024), (6, 0, 2 / 64), (5, 5, 1.0), (0, 0, 1.0), (1, 0, 1.0)]
+    ("b", "c", "expected"),
+    [(1, 9, 22 / 1024), (9, 1, 22 / 1024), (6, 0, 2 / 64), (5, 5, 1.0), (0, 0, 1.0), (1, 0, 1.0)],
 )
 def test_mcnemar_by_hand(b, c, expected):
     assert mcnemar_p_value(counts(100, b, c, 7)) == pytest.approx(expected, rel=1e-12)
@@ -67,7 +91,10 @@ def test_mcnemar_by_hand(b, c, expected):
 @given(st.integers(0, 8), st.integers(0, 8))
 def test_mcnemar_by_enumeration(b, c):
     """Counts the sign patterns of the disagreements that are split at least as unevenly."""
-    extreme = sum(abs(2 * sum(signs) - (b + c)) >= abs(b - c) for signs in itertools.product((0, 1), repeat=b + c))
+    extreme = sum(
+        abs(2 * sum(signs) - (b + c)) >= abs(b - c)
+        for signs in itertools.product((0, 1), repeat=b + c)
+    )
     assert mcnemar_p_value(counts(0, b, c, 0)) == pytest.approx(extreme / 2 ** (b + c))
 
 
@@ -80,12 +107,20 @@ def test_paired_difference_by_hand():
     table = counts(941, 4, 1, 54)
     difference, interval = paired_difference(table)
     assert difference == pytest.approx(-0.003)
-    (l1, u1), (l2, u2) = ((i.low, i.high) for i in (wilson_interval(945, 1000), wilson_interval(942, 1000)))
+    (l1, u1), (l2, u2) = (
+        (i.low, i.high) for i in (wilson_interval(945, 1000), wilson_interval(942, 1000))
+    )
     phi = (941 * 54 - 4 * 1 - 500) / math.sqrt(945 * 55 * 942 * 58)
-    low = -0.003 - math.sqrt((0.942 - l2) ** 2 - 2 * phi * (0.942 - l2) * (u1 - 0.945) + (u1 - 0.945) ** 2)
-    high = -0.003 + math.sqrt((u2 - 0.942) ** 2 - 2 * phi * (u2 - 0.942) * (0.945 - l1) + (0.945 - l1) ** 2)
+    low = -0.003 - math.sqrt(
+        (0.942 - l2) ** 2 - 2 * phi * (0.942 - l2) * (u1 - 0.945) + (u1 - 0.945) ** 2
+    )
+    high = -0.003 + math.sqrt(
+        (u2 - 0.942) ** 2 - 2 * phi * (u2 - 0.942) * (0.945 - l1) + (0.945 - l1) ** 2
+    )
     assert (interval.low, interval.high) == pytest.approx((low, high))
-    assert -0.01 < interval.low < interval.high < 0.005  # pairing helps: unpaired, it would be 4 points wide
+    assert (
+        -0.01 < interval.low < interval.high < 0.005
+    )  # pairing helps: unpaired, it would be 4 points wide
 
 
 @given(COUNTS)
@@ -101,7 +136,10 @@ def test_paired_difference_properties(table):
 
 def test_paired_difference_covers_the_truth():
     """Of 400 simulated comparisons about 95 % contain the true difference of -0.04."""
-    generator, outcomes = random.Random(0), [(True, True), (True, False), (False, True), (False, False)]
+    generator, outcomes = (
+        random.Random(0),
+        [(True, True), (True, False), (False, True), (False, False)],
+    )
     inside = 0
     for _ in range(400):
         drawn = generator.choices(outcomes, weights=(0.80, 0.07, 0.03, 0.10), k=200)
@@ -111,22 +149,36 @@ def test_paired_difference_covers_the_truth():
 
 
 def test_answer_kl_by_hand():
-    reference, model = torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]), torch.tensor([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]])
+    reference, model = (
+        torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]),
+        torch.tensor([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]),
+    )
     expected = (0.5 * math.log(2) + 0.25 * math.log(0.5)) / 2
-    # Logits are defined up to a constant per token; the direction matters: the other way round gives the same here, so use a third.
+    # Logits are defined up to a constant per token; the direction matters: the other way round
+    # gives the same here, so use a third.
     assert answer_kl(reference.log() + 3, model.log() - 7) == pytest.approx(expected, rel=1e-6)
     skewed = torch.tensor([[0.9, 0.05, 0.05]])
     forward = 0.5 * math.log(0.5 / 0.9) + 2 * 0.25 * math.log(0.25 / 0.05)
     assert answer_kl(reference[:1].log(), skewed.log()) == pytest.approx(forward, rel=1e-6)
 
 
-@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(2, 40), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 5),
+    st.integers(2, 40),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_answer_kl_properties(seed, tokens, vocabulary, dtype):
     generator = torch.Generator().manual_seed(seed)
     first, second = (5 * torch.randn(2, tokens, vocabulary, generator=generator)).to(dtype)
     assert answer_kl(first, first) == 0.0
     assert answer_kl(first, second) > 0
-    expected = torch.nn.functional.kl_div(second.float().log_softmax(-1), first.float().log_softmax(-1), reduction="sum", log_target=True)
+    expected = torch.nn.functional.kl_div(
+        second.float().log_softmax(-1),
+        first.float().log_softmax(-1),
+        reduction="sum",
+        log_target=True,
+    )
     assert answer_kl(first, second) == pytest.approx(expected.item() / tokens, rel=1e-3, abs=1e-5)
 
 
@@ -139,5 +191,7 @@ def test_answer_kl_ruled_out_tokens():
 
 @pytest.mark.parametrize(("first", "second"), [((2, 3), (2, 4)), ((0, 3), (0, 3)), ((3,), (3,))])
 def test_answer_kl_refuses(first, second):
-    with pytest.raises(ValueError, match=r"logits have the shapes .* both must be \[tokens, vocabulary\]"):
+    with pytest.raises(
+        ValueError, match=r"logits have the shapes .* both must be \[tokens, vocabulary\]"
+    ):
         answer_kl(torch.zeros(first), torch.zeros(second))

@@ -3,14 +3,28 @@
 import pytest
 import torch
 
-from qvlm_hf.export.compressed_tensors import Stored, convert, quantization_config, stored_as, with_one_group_size
+from qvlm_hf.export.compressed_tensors import (
+    Stored,
+    convert,
+    quantization_config,
+    stored_as,
+    with_one_group_size,
+)
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.nn.linear import packed_tensors
 
 
 def scheme(**fields):
-    return QuantScheme(**{"weight_bits": 4, "activation_bits": 16, "granularity": "none", "symmetric": True, **fields})
+    return QuantScheme(
+        **{
+            "weight_bits": 4,
+            "activation_bits": 16,
+            "granularity": "none",
+            "symmetric": True,
+            **fields,
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,8 +51,16 @@ def test_stored_as(fields, in_features, bits, group_size):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_static_ranges_are_refused(granularity, bits):
     where = "input channel" if granularity == "channel" else "position"
-    with pytest.raises(ValueError, match=f"^m: its static activation ranges have a zero point per {where}, which no consumer reads: quant"):
-        stored_as("m", scheme(weight_bits=bits, activation_bits=bits, granularity=granularity, group_size=-1), 64)
+    with pytest.raises(
+        ValueError,
+        match=f"^m: its static activation ranges have a zero point per {where}, which no consumer "
+        f"reads: quant",
+    ):
+        stored_as(
+            "m",
+            scheme(weight_bits=bits, activation_bits=bits, granularity=granularity, group_size=-1),
+            64,
+        )
 
 
 def test_stored_input_scales_are_refused():
@@ -48,8 +70,21 @@ def test_stored_input_scales_are_refused():
 
 @pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 8), (6, 6), (8, 4), (8, 7)])
 def test_other_quantized_inputs_are_refused(weight_bits, activation_bits):
-    with pytest.raises(ValueError, match=f"no consumer runs W{weight_bits}A{activation_bits} with group_size=-1 and symmetric=True"):
-        stored_as("m", scheme(weight_bits=weight_bits, activation_bits=activation_bits, granularity="dynamic_token", group_size=-1), 64)
+    with pytest.raises(
+        ValueError,
+        match=f"no consumer runs W{weight_bits}A{activation_bits} with group_size=-1 and "
+        f"symmetric=True",
+    ):
+        stored_as(
+            "m",
+            scheme(
+                weight_bits=weight_bits,
+                activation_bits=activation_bits,
+                granularity="dynamic_token",
+                group_size=-1,
+            ),
+            64,
+        )
 
 
 @pytest.mark.parametrize("weight_bits", range(2, 9))
@@ -62,7 +97,9 @@ def test_no_weight_changes(weight_bits, symmetric, group_size, in_features):
     kind = scheme(weight_bits=weight_bits, symmetric=symmetric, group_size=group_size)
     quantized = quantize_weight(torch.randn(24, in_features), kind)
     stored = stored_as("m", kind, in_features)
-    tensors = convert(packed_tensors(quantized, kind, None), kind, stored, in_features, torch.float32)
+    tensors = convert(
+        packed_tensors(quantized, kind, None), kind, stored, in_features, torch.float32
+    )
     group = quantization_config({"m": stored}, [])["config_groups"]["group_0"]
     compressor = BaseCompressor.get_value_from_registry(group["format"])
     weight = compressor.decompress(tensors, QuantizationScheme.model_validate(group))["weight"]
@@ -80,7 +117,10 @@ def test_zero_points_bring_one_group_size():
 def test_symmetric_modules_keep_their_own_groups():
     rows = Stored(weight_bits=4, group_size=-1, symmetric=True, quantized_input=False)
     groups = Stored(weight_bits=8, group_size=64, symmetric=True, quantized_input=False)
-    assert with_one_group_size({"a": rows, "b": groups}, {"a": 96, "b": 128}) == {"a": rows, "b": groups}
+    assert with_one_group_size({"a": rows, "b": groups}, {"a": 96, "b": 128}) == {
+        "a": rows,
+        "b": groups,
+    }
 
 
 def test_patterns_fit_both_programs():
@@ -96,9 +136,18 @@ def test_patterns_fit_both_programs():
     config = quantization_config(modules, ["lm_head"])
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
     (pattern,) = config["config_groups"]["group_1"]["targets"]
-    for name in ("model.vision_tower.encoder.layers.1.mlp.fc1", "vision_tower.vision_model.encoder.layers.1.mlp.fc1"):
+    for name in (
+        "model.vision_tower.encoder.layers.1.mlp.fc1",
+        "vision_tower.vision_model.encoder.layers.1.mlp.fc1",
+    ):
         assert re.match(pattern.removeprefix("re:"), name)
-    for name in ("model.vision_tower.encoder.layers.11.mlp.fc1", "model.vision_tower.encoder.layers.1.mlp.fc12"):
+    for name in (
+        "model.vision_tower.encoder.layers.11.mlp.fc1",
+        "model.vision_tower.encoder.layers.1.mlp.fc12",
+    ):
         assert not re.match(pattern.removeprefix("re:"), name)
     (ignored,) = config["ignore"]
-    assert all(re.match(ignored.removeprefix("re:"), name) for name in ("lm_head", "language_model.lm_head"))
+    assert all(
+        re.match(ignored.removeprefix("re:"), name)
+        for name in ("lm_head", "language_model.lm_head")
+    )

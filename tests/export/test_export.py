@@ -19,15 +19,29 @@ from qvlm_hf import QVLMConfig, save_quantized
 from qvlm_hf.export.checkpoint import Exported, export, hub_name
 
 LAYER = "model.language_model.layers.1.mlp.down_proj"
-ROW_W8A8 = {"scheme": "W8A8", "symmetric": True, "group_size": -1, "activation_granularity": "dynamic_token"}
+ROW_W8A8 = {
+    "scheme": "W8A8",
+    "symmetric": True,
+    "group_size": -1,
+    "activation_granularity": "dynamic_token",
+}
 SCHEMES = {
     "4 bits": {"scheme": "W4A16", "symmetric": True, "group_size": 32},
     "4 bits with zero points": {"scheme": "W4A16", "group_size": 32},
     "3 bits in 4": {"scheme": "W3A16", "symmetric": True, "group_size": 32},
     "5 bits in 8, with zero points": {"scheme": "W5A16", "group_size": 32},
     "2 bits by row, with zero points": {"scheme": "W2A16", "group_size": -1},
-    "4 bits, head in 8": {"scheme": "W4A16", "symmetric": True, "group_size": 32, "lm_head_bits": 8},
-    "8 bits, projector in full": {"scheme": "W8A16", "symmetric": True, "quantize_projector": False},
+    "4 bits, head in 8": {
+        "scheme": "W4A16",
+        "symmetric": True,
+        "group_size": 32,
+        "lm_head_bits": 8,
+    },
+    "8 bits, projector in full": {
+        "scheme": "W8A16",
+        "symmetric": True,
+        "quantize_projector": False,
+    },
     "W8A8": ROW_W8A8,
     "W8A8 with its head": {**ROW_W8A8, "lm_head_bits": 8},
 }
@@ -45,9 +59,14 @@ class Case:
 
 
 def make(source, folder, processor, inputs, config, dtype=torch.float32):
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, quantization_config=config)
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=dtype, quantization_config=config
+    )
     save_quantized(model, processor, folder / "qvlm", report=model.hf_quantizer.report)
-    fed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    fed = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
     with torch.no_grad():
         logits = model(**fed).logits
     exported = export(folder / "qvlm", folder / "exported", max_shard_size="60KB")
@@ -58,13 +77,32 @@ def make(source, folder, processor, inputs, config, dtype=torch.float32):
 def cases(tmp_path_factory, source, hub_layout, processor, inputs):
     """Name -> case; the ones that end in a dtype are of that dtype."""
     root = tmp_path_factory.mktemp("export")
-    made = {name: make(source, root / name, processor, inputs, QVLMConfig(**fields)) for name, fields in SCHEMES.items()}
-    made["from the Hub's layout"] = make(hub_layout, root / "hub", processor, inputs, QVLMConfig(**SCHEMES["4 bits"]))
-    search = {"num_samples": 4, "batch_size": 4, "dataset": tiny_messages(4), "processor": processor}
-    budget = QVLMConfig(scheme="W4A16", symmetric=True, group_size=32, precision_budget=4.5, **search)
+    made = {
+        name: make(source, root / name, processor, inputs, QVLMConfig(**fields))
+        for name, fields in SCHEMES.items()
+    }
+    made["from the Hub's layout"] = make(
+        hub_layout, root / "hub", processor, inputs, QVLMConfig(**SCHEMES["4 bits"])
+    )
+    search = {
+        "num_samples": 4,
+        "batch_size": 4,
+        "dataset": tiny_messages(4),
+        "processor": processor,
+    }
+    budget = QVLMConfig(
+        scheme="W4A16", symmetric=True, group_size=32, precision_budget=4.5, **search
+    )
     made["budget"] = make(source, root / "budget", processor, inputs, budget)
     for name, dtype in DTYPES.items():
-        made[name] = make(source, root / name, processor, inputs, QVLMConfig(**SCHEMES["4 bits with zero points"]), dtype)
+        made[name] = make(
+            source,
+            root / name,
+            processor,
+            inputs,
+            QVLMConfig(**SCHEMES["4 bits with zero points"]),
+            dtype,
+        )
     return made
 
 
@@ -75,7 +113,11 @@ def loaded(cases, inputs, tmp_path_factory):
     torch.save(inputs, folder / "inputs.pt")
     script = Path(__file__).parent / "fresh_exported.py"
     paths = [str(case.exported.path) for case in cases.values()]
-    done = subprocess.run([sys.executable, script, folder / "inputs.pt", folder / "out.pt", *paths], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, folder / "inputs.pt", folder / "out.pt", *paths],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return dict(zip(cases, torch.load(folder / "out.pt").values(), strict=True))
 
@@ -120,14 +162,18 @@ def test_what_is_packed_is_what_compressed_tensors_packs(cases):
     shape = exported[f"{name}_shape"].tolist()
     scale = exported[f"{name}_scale"]
     values = unpack_from_int32(exported[f"{name}_packed"], 8, shape).float()
-    zero_point = unpack_from_int32(exported[f"{name}_zero_point"], 8, scale.shape, packed_dim=0).float()
+    zero_point = unpack_from_int32(
+        exported[f"{name}_zero_point"], 8, scale.shape, packed_dim=0
+    ).float()
     length = shape[1] // scale.shape[1]
     weight = (values - zero_point.repeat_interleave(length, 1)) * scale.repeat_interleave(length, 1)
     assert torch.equal(weight, cases["5 bits in 8, with zero points"].weight)
 
 
 def test_names_are_those_of_llava_on_the_hub(cases):
-    prefixes = {name.rpartition(".layers.")[0] for name in tensors(cases["4 bits"]) if ".layers." in name}
+    prefixes = {
+        name.rpartition(".layers.")[0] for name in tensors(cases["4 bits"]) if ".layers." in name
+    }
     assert prefixes == {"language_model.model", "vision_tower.vision_model.encoder"}
     assert tensors(cases["4 bits"]).keys() == tensors(cases["from the Hub's layout"]).keys()
 
@@ -137,10 +183,22 @@ def test_names_are_those_of_llava_on_the_hub(cases):
     [
         ("lm_head.weight", True, "language_model.lm_head.weight"),
         ("model.language_model.norm.weight", True, "language_model.model.norm.weight"),
-        ("model.vision_tower.encoder.layers.0.mlp.fc1.bias", True, "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"),
-        ("model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias", True, "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias"),
+        (
+            "model.vision_tower.encoder.layers.0.mlp.fc1.bias",
+            True,
+            "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
+        ),
+        (
+            "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
+            True,
+            "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
+        ),
         ("model.vision_tower.patch_conv.weight", False, "vision_tower.patch_conv.weight"),
-        ("model.multi_modal_projector.linear_1.weight", True, "multi_modal_projector.linear_1.weight"),
+        (
+            "model.multi_modal_projector.linear_1.weight",
+            True,
+            "multi_modal_projector.linear_1.weight",
+        ),
         ("model.image_newline", True, "image_newline"),
     ],
 )
@@ -151,7 +209,12 @@ def test_hub_name(name, nested, expected):
 def test_what_belongs_to_our_format_stays_behind(cases):
     names = {file.name for file in cases["4 bits"].exported.path.iterdir()}
     assert "qvlm_report.json" not in names
-    assert {"config.json", "tokenizer.json", "processor_config.json", "model.safetensors.index.json"} <= names
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "processor_config.json",
+        "model.safetensors.index.json",
+    } <= names
 
 
 def test_equal_models_are_equal_files(cases, tmp_path):
@@ -165,7 +228,10 @@ def test_equal_models_are_equal_files(cases, tmp_path):
     [
         ({"scheme": "W4A16", "rotation": "hadamard"}, "quantize with rotation=None"),
         ({"scheme": "W3A8", "activation_granularity": "dynamic_token"}, "no consumer runs W3A8"),
-        ({**ROW_W8A8, "symmetric": False}, "symmetric=False: they take W8A8 with group_size=-1 and symmetric=True"),
+        (
+            {**ROW_W8A8, "symmetric": False},
+            "symmetric=False: they take W8A8 with group_size=-1 and symmetric=True",
+        ),
         ({**ROW_W8A8, "group_size": 32}, "no consumer runs W8A8 with a scale per 32 inputs"),
         (
             {"scheme": "W4A16", "group_size": 32, "lm_head_bits": 8},
@@ -173,8 +239,12 @@ def test_equal_models_are_equal_files(cases, tmp_path):
         ),
     ],
 )
-def test_a_scheme_that_nobody_runs_is_refused_and_nothing_written(source, processor, tmp_path, fields, message):
-    model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=QVLMConfig(**fields))
+def test_a_scheme_that_nobody_runs_is_refused_and_nothing_written(
+    source, processor, tmp_path, fields, message
+):
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, quantization_config=QVLMConfig(**fields)
+    )
     save_quantized(model, processor, tmp_path / "qvlm", report=None)
     with pytest.raises(ValueError, match=message) as caught:
         export(tmp_path / "qvlm", tmp_path / "exported")
@@ -233,7 +303,10 @@ def test_values_that_loading_refuses_are_not_exported(cases, tmp_path, part, val
 def test_overwrite_replaces_an_earlier_export(cases, tmp_path):
     export(cases["4 bits"].path, tmp_path / "x")
     export(cases["W8A8"].path, tmp_path / "x", overwrite=True)
-    assert json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
+    assert (
+        json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]["format"]
+        == "int-quantized"
+    )
 
 
 def test_exports_of_other_programs_are_never_deleted(cases, tmp_path):
@@ -243,7 +316,9 @@ def test_exports_of_other_programs_are_never_deleted(cases, tmp_path):
         export(cases["W8A8"].path, tmp_path / "x", overwrite=True)
     (tmp_path / "list").rename(tmp_path / "x" / "qvlm_files.json")
     (tmp_path / "x" / "notes.txt").write_text("kept")
-    with pytest.raises(ValueError, match=r"holds notes\.txt, which no earlier result of qvlm_hf wrote"):
+    with pytest.raises(
+        ValueError, match=r"holds notes\.txt, which no earlier result of qvlm_hf wrote"
+    ):
         export(cases["W8A8"].path, tmp_path / "x", overwrite=True)
     assert (tmp_path / "x" / "notes.txt").read_text() == "kept"
 
@@ -253,7 +328,10 @@ def test_a_sharded_checkpoint_is_read(processor, tmp_path, cases):
     save_quantized(model, processor, tmp_path / "shards", report=None, max_shard_size="60KB")
     again = export(tmp_path / "shards", tmp_path / "exported")
     expected = tensors(cases["4 bits"])
-    assert all(torch.equal(tensor, expected.pop(name)) for name, tensor in load_file(again.path / "model.safetensors").items())
+    assert all(
+        torch.equal(tensor, expected.pop(name))
+        for name, tensor in load_file(again.path / "model.safetensors").items()
+    )
     assert not expected
 
 

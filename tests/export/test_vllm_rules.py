@@ -14,12 +14,23 @@ from qvlm_hf import QVLMConfig, save_quantized
 from qvlm_hf.export.checkpoint import export
 from qvlm_hf.export.vllm_rules import RULES, check_for_vllm
 
-WIDE = {"vision_hidden_size": 128, "vision_intermediate_size": 256, "text_hidden_size": 128, "text_intermediate_size": 384}
+WIDE = {
+    "vision_hidden_size": 128,
+    "vision_intermediate_size": 256,
+    "text_hidden_size": 128,
+    "text_intermediate_size": 384,
+}
 KINDS = {
     "W4A16": {"scheme": "W4A16", "symmetric": True, "group_size": 64},
     "zero points": {"scheme": "W4A16", "group_size": 32},
     "W8A16": {"scheme": "W8A16", "symmetric": True, "group_size": 64, "lm_head_bits": 8},
-    "W8A8": {"scheme": "W8A8", "symmetric": True, "group_size": -1, "activation_granularity": "dynamic_token", "lm_head_bits": 8},
+    "W8A8": {
+        "scheme": "W8A8",
+        "symmetric": True,
+        "group_size": -1,
+        "activation_granularity": "dynamic_token",
+        "lm_head_bits": 8,
+    },
     "tiny": {"scheme": "W2A16", "group_size": 8},
 }
 UP = "language_model.model.layers.0.mlp.up_proj"
@@ -29,10 +40,15 @@ UP = "language_model.model.layers.0.mlp.up_proj"
 def exports(tmp_path_factory):
     """Kind -> exported directory; "tiny" has awkward sizes, the others those of real models in small."""
     root = tmp_path_factory.mktemp("rules")
-    wide, tiny = save_tiny(root / "wide", torch.bfloat16, **WIDE), save_tiny(root / "small", torch.bfloat16)
+    wide, tiny = (
+        save_tiny(root / "wide", torch.bfloat16, **WIDE),
+        save_tiny(root / "small", torch.bfloat16),
+    )
     paths = {}
     for kind, fields in KINDS.items():
-        model = AutoModelForImageTextToText.from_pretrained(tiny if kind == "tiny" else wide, quantization_config=QVLMConfig(**fields))
+        model = AutoModelForImageTextToText.from_pretrained(
+            tiny if kind == "tiny" else wide, quantization_config=QVLMConfig(**fields)
+        )
         save_quantized(model, None, root / f"qvlm {kind}", report=None)
         paths[kind] = export(root / f"qvlm {kind}", root / kind).path
     return paths
@@ -45,7 +61,10 @@ def change(exports, tmp_path):
     def changed(kind, configure=lambda config: None, retensor=lambda tensors: None):
         path = tmp_path / "changed"
         shutil.copytree(exports[kind], path)
-        config, tensors = json.loads((path / "config.json").read_text()), load_file(path / "model.safetensors")
+        config, tensors = (
+            json.loads((path / "config.json").read_text()),
+            load_file(path / "model.safetensors"),
+        )
         configure(config)
         retensor(tensors)
         (path / "config.json").write_text(json.dumps(config))
@@ -56,7 +75,9 @@ def change(exports, tmp_path):
 
 
 def fatal(path, **options):
-    return {(finding.rule, finding.text) for finding in check_for_vllm(path, **options) if finding.fatal}
+    return {
+        (finding.rule, finding.text) for finding in check_for_vllm(path, **options) if finding.fatal
+    }
 
 
 @pytest.mark.parametrize("kind", ["W4A16", "zero points", "W8A16", "W8A8"])
@@ -68,14 +89,22 @@ def test_exports_are_right_on_one_gpu_and_on_two(exports, kind):
 def test_on_a_cpu_only_4_bits_have_a_weight_only_kernel(exports):
     assert check_for_vllm(exports["W4A16"], device="cpu") == []
     assert check_for_vllm(exports["W8A8"], device="cpu") == []
-    assert any("no CPU kernel has 8-bit weights" in text for _, text in fatal(exports["W8A16"], device="cpu"))
+    assert any(
+        "no CPU kernel has 8-bit weights" in text
+        for _, text in fatal(exports["W8A16"], device="cpu")
+    )
 
 
 def test_awkward_sizes_are_noted_or_refused(exports):
     notes = {finding.text for finding in check_for_vllm(exports["tiny"]) if not finding.fatal}
-    assert any("Humming runs it; Marlin has no 2-bit asymmetric weights in groups of 8" in note for note in notes)
+    assert any(
+        "Humming runs it; Marlin has no 2-bit asymmetric weights in groups of 8" in note
+        for note in notes
+    )
     broken = fatal(exports["tiny"])
-    assert {rule for rule, _ in broken} == {"groups"}  # zero points of gate and up meet in the middle of a word: 104 * 2 bits
+    assert {rule for rule, _ in broken} == {
+        "groups"
+    }  # zero points of gate and up meet in the middle of a word: 104 * 2 bits
     assert all("gate_proj" in text and "do not fill whole words" in text for _, text in broken)
 
 
@@ -83,22 +112,36 @@ def test_padding_is_noted(change):
     def narrow(config):
         config["text_config"]["intermediate_size"] = 352
 
-    padded = {finding.text for finding in check_for_vllm(change("zero points", narrow)) if "pads" in finding.text}
-    assert padded == {"language_model.model.layers.0.mlp.down_proj and 1 more: Marlin pads 352 inputs and 128 outputs at every step"}
+    padded = {
+        finding.text
+        for finding in check_for_vllm(change("zero points", narrow))
+        if "pads" in finding.text
+    }
+    assert padded == {
+        "language_model.model.layers.0.mlp.down_proj and 1 more: Marlin pads 352 inputs and 128 "
+        "outputs at every step"
+    }
 
 
 def test_float32_is_noted_on_a_cpu(change):
     def widen(config):
         config["dtype"] = "float32"
 
-    assert any("serve with --dtype bfloat16" in finding.text for finding in check_for_vllm(change("W4A16", widen), device="cpu"))
+    assert any(
+        "serve with --dtype bfloat16" in finding.text
+        for finding in check_for_vllm(change("W4A16", widen), device="cpu")
+    )
 
 
 def test_parallel(exports):
-    assert ("parallel", "language model and 1 more: 4 attention heads are not divided by 3 devices") in fatal(
-        exports["W4A16"], tensor_parallel=3
+    assert (
+        "parallel",
+        "language model and 1 more: 4 attention heads are not divided by 3 devices",
+    ) in fatal(exports["W4A16"], tensor_parallel=3)
+    assert any(
+        rule == "groups" and "not whole groups of 64" in text
+        for rule, text in fatal(exports["W4A16"], tensor_parallel=4)
     )
-    assert any(rule == "groups" and "not whole groups of 64" in text for rule, text in fatal(exports["W4A16"], tensor_parallel=4))
 
 
 def test_names(change):
@@ -114,9 +157,11 @@ def test_names(change):
 def test_names_that_vllm_renames_are_right(change):
     def rename(tensors):
         for name in list(tensors):
-            tensors[name.replace("language_model.lm_head", "lm_head").replace("language_model.model", "model.language_model")] = (
-                tensors.pop(name)
-            )
+            tensors[
+                name.replace("language_model.lm_head", "lm_head").replace(
+                    "language_model.model", "model.language_model"
+                )
+            ] = tensors.pop(name)
 
     assert check_for_vllm(change("W4A16", retensor=rename)) == []
 
@@ -154,14 +199,27 @@ def test_fused_parts_are_quantized_alike(change):
     found = fatal(change("W4A16", split))
     gate = UP.replace("up_proj", "gate_proj")
     assert ("fused", f"{gate}: gate_proj, up_proj are in different config groups") in found
-    assert ("tensors", f"{UP}.weight_scale: is BF16 [384, 2], must be F32 or F16 or BF16 [384, 4]") in found
+    assert (
+        "tensors",
+        f"{UP}.weight_scale: is BF16 [384, 2], must be F32 or F16 or BF16 [384, 4]",
+    ) in found
 
 
 @pytest.mark.parametrize(
     ("kind", "part", "fields", "reason"),
     [
-        ("W8A8", "weights", {"symmetric": False}, "int-quantized W8A8, weights per channel, inputs per token, is run by no scheme"),
-        ("W8A8", "weights", {"strategy": "group", "group_size": 64}, "weights per group, inputs per token, is run by no scheme"),
+        (
+            "W8A8",
+            "weights",
+            {"symmetric": False},
+            "int-quantized W8A8, weights per channel, inputs per token, is run by no scheme",
+        ),
+        (
+            "W8A8",
+            "weights",
+            {"strategy": "group", "group_size": 64},
+            "weights per group, inputs per token, is run by no scheme",
+        ),
         ("W8A8", "input_activations", {"num_bits": 4}, "int-quantized W8A4"),
         ("W4A16", "weights", {"type": "float"}, "weights must be static integers"),
         ("W4A16", "weights", {"num_bits": 1}, "pack-quantized weights of 1 bits"),
@@ -178,7 +236,10 @@ def test_groups(change):
     def coarse(config):
         config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] = 96
 
-    assert any(rule == "groups" and "not whole groups of 96" in text for rule, text in fatal(change("W4A16", coarse)))
+    assert any(
+        rule == "groups" and "not whole groups of 96" in text
+        for rule, text in fatal(change("W4A16", coarse))
+    )
 
 
 def test_a_group_without_a_format_has_the_models(change):
@@ -188,7 +249,10 @@ def test_a_group_without_a_format_has_the_models(change):
     assert check_for_vllm(change("W4A16", implied)) == []
 
 
-@pytest.mark.parametrize("groups", [None, {}, {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}, {"group_0": {}}])
+@pytest.mark.parametrize(
+    "groups",
+    [None, {}, {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}, {"group_0": {}}],
+)
 def test_an_incomplete_config_is_refused(change, groups):
     def cut(config):
         config["quantization_config"]["config_groups"] = groups
@@ -208,7 +272,10 @@ def test_model(change):
 
 
 def test_refusals(exports, tmp_path):
-    with pytest.raises(ValueError, match="quant_method is 'qvlm', which vLLM does not run as it is: qvlm export writes"):
+    with pytest.raises(
+        ValueError,
+        match="quant_method is 'qvlm', which vLLM does not run as it is: qvlm export writes",
+    ):
         check_for_vllm(exports["W4A16"].parent / "qvlm W4A16")
     with pytest.raises(ValueError, match="quant_method is None"):
         check_for_vllm(exports["W4A16"].parent / "wide")

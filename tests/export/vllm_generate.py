@@ -1,7 +1,9 @@
-"""Run by the Python of an environment that has vLLM and not qvlm_hf. Usage: vllm_generate.py MODEL DTYPE REQUESTS.json ANSWERS.json
+"""Run by the Python of an environment that has vLLM and not qvlm_hf.
 
-A request is {"prompt": text, "image": path}; an answer is {"tokens": [...], "logprobs": {token: log-probability as the first one}}.
-"""
+Usage: vllm_generate.py MODEL DTYPE REQUESTS.json ANSWERS.json
+
+A request is {"prompt": text, "image": path}; an answer is {"tokens": [...], "logprobs": {token:
+log-probability as the first one}}."""
 
 import json
 import os
@@ -17,15 +19,27 @@ def main():
 
     model, dtype, requests, answers = sys.argv[1:]
     prompts = [
-        {"prompt": request["prompt"], "multi_modal_data": {"image": Image.open(request["image"]).convert("RGB")}}
+        {
+            "prompt": request["prompt"],
+            "multi_modal_data": {"image": Image.open(request["image"]).convert("RGB")},
+        }
         for request in json.loads(Path(requests).read_text())
     ]
-    llm = LLM(model, dtype=dtype, max_model_len=256, max_num_seqs=4, enforce_eager=True, limit_mm_per_prompt={"image": 1})
+    llm = LLM(
+        model,
+        dtype=dtype,
+        max_model_len=256,
+        max_num_seqs=4,
+        enforce_eager=True,
+        limit_mm_per_prompt={"image": 1},
+    )
     results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=4, logprobs=5))
     written = [
         {
             "tokens": list(result.outputs[0].token_ids),
-            "logprobs": {token: entry.logprob for token, entry in result.outputs[0].logprobs[0].items()},
+            "logprobs": {
+                token: entry.logprob for token, entry in result.outputs[0].logprobs[0].items()
+            },
         }
         for result in results
     ]

@@ -29,7 +29,9 @@ def test_error_is_half_a_step_inside_the_range(bits, a, b, places):
     low, high = min(a, b), max(a, b)
     qparams = choose_qparams(one(low), one(high), bits)
     low, high = min(low, 0.0), max(high, 0.0)
-    x = torch.tensor([low, high, *(low + (high - low) * place for place in places)], dtype=torch.float32)
+    x = torch.tensor(
+        [low, high, *(low + (high - low) * place for place in places)], dtype=torch.float32
+    )
     scale = qparams.scale.item()
     # the scale itself is a rounded float32: a value may lie 2^bits * eps outside the outermost cell
     error = (fake_quantize(x, qparams) - x).abs().max().item()
@@ -66,14 +68,19 @@ def test_integers_are_the_formula(bits, a, b, values):
     x = torch.tensor(values, dtype=torch.float32)
     with np.errstate(over="ignore"):
         ratios = [float(np.float32(value) / scale) for value in values]
-    clipped = [max(min(ratio, 1e9), -1e9) for ratio in ratios]  # infinity where the scale is tiny: round() refuses it
+    clipped = [
+        max(min(ratio, 1e9), -1e9) for ratio in ratios
+    ]  # infinity where the scale is tiny: round() refuses it
     expected = [min(max(round(ratio) + zero_point, 0), 2**bits - 1) for ratio in clipped]
     q = quantize(x, qparams)
     assert q.dtype == torch.uint8
     assert q.tolist() == expected
     assert shift_quantize(x, qparams).tolist() == [e - zero_point for e in expected]
     assert torch.equal(dequantize(q, qparams), fake_quantize(x, qparams))
-    np.testing.assert_array_equal(dequantize(q, qparams).numpy(), np.array([np.float32(e - zero_point) * scale for e in expected]))
+    np.testing.assert_array_equal(
+        dequantize(q, qparams).numpy(),
+        np.array([np.float32(e - zero_point) * scale for e in expected]),
+    )
 
 
 def test_shift_quantize_is_quantize_minus_zero_point():
@@ -92,7 +99,9 @@ def test_rounding_is_half_to_even():
     x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5])
     assert shift_quantize(x, qparams).tolist() == [-2, -2, 0, 0, 2, 2, 4]
     # zero point 1.5 -> 2, 2.5 -> 2: ranges [-1.5, 13.5] and [-2.5, 12.5] have step 1
-    assert choose_qparams(torch.tensor([-1.5, -2.5]), torch.tensor([13.5, 12.5]), 4).zero_point.tolist() == [2, 2]
+    assert choose_qparams(
+        torch.tensor([-1.5, -2.5]), torch.tensor([13.5, 12.5]), 4
+    ).zero_point.tolist() == [2, 2]
 
 
 def test_divides_rather_than_multiplies_by_a_reciprocal():
@@ -113,7 +122,9 @@ def test_rounds_before_adding_the_zero_point():
 
 
 def test_empty_range_and_ranges_on_one_side():
-    qparams = choose_qparams(torch.tensor([0.0, 2.0, -6.0, 0.0]), torch.tensor([0.0, 3.0, -3.0, 1e-45]), 2)
+    qparams = choose_qparams(
+        torch.tensor([0.0, 2.0, -6.0, 0.0]), torch.tensor([0.0, 3.0, -3.0, 1e-45]), 2
+    )
     assert qparams.scale.tolist() == [1.0, 1.0, 2.0, 1.0]
     assert qparams.zero_point.tolist() == [0, 0, 3, 0]
 
@@ -126,7 +137,10 @@ def test_zero_point_stays_on_the_grid_of_a_subnormal_step():
 
 
 def test_half_precision_bounds_are_computed_in_float32():
-    low, high = torch.tensor([-1.0, -0.3], dtype=torch.bfloat16), torch.tensor([2.0, 0.7], dtype=torch.bfloat16)
+    low, high = (
+        torch.tensor([-1.0, -0.3], dtype=torch.bfloat16),
+        torch.tensor([2.0, 0.7], dtype=torch.bfloat16),
+    )
     qparams = choose_qparams(low, high, 8)
     assert torch.equal(qparams.scale, (high.float() - low.float()) / 255)
 
@@ -138,27 +152,43 @@ def test_not_finite_bounds_raise(bad, where):
     bounds[where][1] = bad
     if (where, bad) in ((0, math.inf), (1, -math.inf)):
         bounds[1 - where][1] = bad  # low = inf alone would be clamped to 0: the pair is the error
-    with pytest.raises(ValueError, match=r"^a range holds NaN or infinity: the values it was taken from are not finite\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^a range holds NaN or infinity: the values it was taken from are not finite\.$",
+    ):
         choose_qparams(*bounds, 4)
 
 
 @pytest.mark.parametrize("bits", range(3, 9))
 def test_dynamic_token_by_hand(bits):
     top = 2**bits - 1
-    rows = torch.tensor([[1.0, 2.0, 4.0], [-1.0, -2.0, -4.0], [0.0, 0.0, 0.0], [-3.0, 0.0, 5.0], [2.0, 2.0, 2.0]])
+    rows = torch.tensor(
+        [[1.0, 2.0, 4.0], [-1.0, -2.0, -4.0], [0.0, 0.0, 0.0], [-3.0, 0.0, 5.0], [2.0, 2.0, 2.0]]
+    )
     qparams = dynamic_token_qparams(rows, bits)
     assert qparams.scale.shape == qparams.zero_point.shape == (5, 1)
     step = np.float32(8) / np.float32(top)
     four, two = np.float32(4) / np.float32(top), np.float32(2) / np.float32(top)
     assert qparams.scale.flatten().tolist() == [four, four, 1.0, step, two]
-    assert qparams.zero_point.flatten().tolist() == [0, top, 0, round(float(np.float32(3) / step)), 0]
+    assert qparams.zero_point.flatten().tolist() == [
+        0,
+        top,
+        0,
+        round(float(np.float32(3) / step)),
+        0,
+    ]
     assert quantize(rows, qparams)[0].max() == top
     assert quantize(rows, qparams)[1].tolist()[2] == 0
     assert quantize(rows, qparams)[2].tolist() == [0, 0, 0]
     torch.testing.assert_close(fake_quantize(rows, qparams)[4], rows[4])
 
 
-@given(st.integers(3, 8), st.lists(st.lists(st.floats(-100, 100, width=32), min_size=6, max_size=6), min_size=1, max_size=5))
+@given(
+    st.integers(3, 8),
+    st.lists(
+        st.lists(st.floats(-100, 100, width=32), min_size=6, max_size=6), min_size=1, max_size=5
+    ),
+)
 def test_dynamic_token_is_choose_qparams_per_row(bits, rows):
     x = torch.tensor(rows, dtype=torch.float32)
     dynamic, static = dynamic_token_qparams(x, bits), choose_qparams(x.amin(-1), x.amax(-1), bits)

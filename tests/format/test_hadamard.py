@@ -22,17 +22,23 @@ def matrix(block):
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_equals_the_explicit_matrix(block, blocks):
     x = torch.randn(2, 3, block * blocks, dtype=torch.float64)
-    expected = np.einsum("abgk,jk->abgj", x.numpy().reshape(2, 3, blocks, block), matrix(block) / np.sqrt(block)).reshape(x.shape)
+    expected = np.einsum(
+        "abgk,jk->abgj", x.numpy().reshape(2, 3, blocks, block), matrix(block) / np.sqrt(block)
+    ).reshape(x.shape)
     y = block_hadamard(x, block)
     assert y.dtype == torch.float64
     np.testing.assert_allclose(y.numpy(), expected, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(block_hadamard(x.float(), block).numpy(), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        block_hadamard(x.float(), block).numpy(), expected, rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("block", [2, 8, 64, 4096])
 def test_matrix_is_symmetric_and_its_own_inverse(block):
     x = torch.randn(3, 2 * block, dtype=torch.float64)
-    torch.testing.assert_close(block_hadamard(block_hadamard(x, block), block), x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        block_hadamard(block_hadamard(x, block), block), x, rtol=0, atol=1e-12
+    )
     torch.testing.assert_close(block_hadamard(x, block).norm(dim=-1), x.norm(dim=-1))
     if block <= 64:
         h = block_hadamard(torch.eye(block, dtype=torch.float64), block)
@@ -40,7 +46,18 @@ def test_matrix_is_symmetric_and_its_own_inverse(block):
 
 
 @pytest.mark.parametrize(
-    ("in_features", "block"), [(344, 8), (11008, 256), (4304, 16), (4096, 4096), (8192, 4096), (1024, 1024), (13824, 512), (7, 1), (2, 2)]
+    ("in_features", "block"),
+    [
+        (344, 8),
+        (11008, 256),
+        (4304, 16),
+        (4096, 4096),
+        (8192, 4096),
+        (1024, 1024),
+        (13824, 512),
+        (7, 1),
+        (2, 2),
+    ],
 )
 def test_largest_block(in_features, block):
     assert largest_block(in_features) == block

@@ -45,7 +45,9 @@ def test_pack_is_the_bit_stream_of_the_contract(case):
 @given(rows_of_values())
 def test_unpack_reads_the_bit_stream_of_the_contract(case):
     bits, length, rows = case
-    words = torch.tensor([words_of(row, bits) for row in rows], dtype=torch.int32).reshape(len(rows), (length * bits + 31) // 32)
+    words = torch.tensor([words_of(row, bits) for row in rows], dtype=torch.int32).reshape(
+        len(rows), (length * bits + 31) // 32
+    )
     values = unpack(words, bits, length)
     assert values.dtype == torch.uint8
     assert values.shape == (len(rows), length)
@@ -83,21 +85,28 @@ def test_golden_words():
     assert six.tolist() == [[0b01 << 30, 0b1011 | 0b111111 << 4]]
 
 
-@pytest.mark.parametrize(("values", "bits"), [([[16]], 4), ([[-1]], 4), ([[0, 256]], 8), ([[2]], 1), ([[0, 3, 8]], 3)])
+@pytest.mark.parametrize(
+    ("values", "bits"), [([[16]], 4), ([[-1]], 4), ([[0, 256]], 8), ([[2]], 1), ([[0, 3, 8]], 3)]
+)
 def test_pack_refuses_values_that_do_not_fit(values, bits):
     low, high = min(values[0]), max(values[0])
-    with pytest.raises(ValueError, match=f"^values from {low} to {high} do not fit into {bits} bits\\.$"):
+    with pytest.raises(
+        ValueError, match=f"^values from {low} to {high} do not fit into {bits} bits\\.$"
+    ):
         pack(torch.tensor(values), bits)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 2, 2), ()])
 def test_pack_wants_a_matrix(shape):
-    with pytest.raises(ValueError, match=re.escape(f"values of shape {shape} must be [rows, in_features].")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"values of shape {shape} must be [rows, in_features].")
+    ):
         pack(torch.zeros(shape, dtype=torch.int32), 4)
 
 
 @pytest.mark.parametrize(
-    ("shape", "bits", "length", "words"), [((2, 3), 4, 16, 2), ((2, 1), 4, 9, 2), ((2, 2), 3, 22, 3), ((4,), 8, 16, 4)]
+    ("shape", "bits", "length", "words"),
+    [((2, 3), 4, 16, 2), ((2, 1), 4, 9, 2), ((2, 2), 3, 22, 3), ((4,), 8, 16, 4)],
 )
 def test_unpack_refuses_another_number_of_words(shape, bits, length, words):
     message = f"a packed weight of shape {shape} does not hold {length} values of {bits} bits ({words} words a row)."

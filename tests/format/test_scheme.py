@@ -17,7 +17,9 @@ def schemes(draw):
         activation_bits=activation_bits,
         group_size=draw(st.one_of(st.just(-1), st.integers(8, 2**20))),
         symmetric=draw(st.booleans()),
-        granularity="none" if activation_bits == 16 else draw(st.sampled_from(["channel", "token", "dynamic_token"])),
+        granularity="none"
+        if activation_bits == 16
+        else draw(st.sampled_from(["channel", "token", "dynamic_token"])),
         hadamard=draw(st.one_of(st.none(), st.integers(1, 12).map(lambda power: 2**power))),
     )
 
@@ -31,7 +33,25 @@ def test_parse_reads_every_scheme(weight_bits, activation_bits):
 
 @pytest.mark.parametrize(
     "name",
-    ["", "W4", "A4", "W4A", "W1A4", "W9A4", "W4A2", "W4A9", "W4A15", "W4A17", "W16A16", " W4A4", "W4A4 ", "W4A4g128", "W-4A4", 44, None],
+    [
+        "",
+        "W4",
+        "A4",
+        "W4A",
+        "W1A4",
+        "W9A4",
+        "W4A2",
+        "W4A9",
+        "W4A15",
+        "W4A17",
+        "W16A16",
+        " W4A4",
+        "W4A4 ",
+        "W4A4g128",
+        "W-4A4",
+        44,
+        None,
+    ],
 )
 def test_parse_names_value_rule_and_remedy(name):
     message = f"scheme={name!r} is not W{{2-8}}A{{3-8 or 16}}: write for example 'W4A4', 'W4A8' or 'W4A16'."
@@ -49,24 +69,53 @@ GOOD = {"weight_bits": 4, "activation_bits": 4}
         ({"weight_bits": 9}, "weight_bits=9 must be an integer from 2 to 8."),
         ({"weight_bits": 4.0}, "weight_bits=4.0 must be an integer from 2 to 8."),
         ({"weight_bits": "4"}, "weight_bits='4' must be an integer from 2 to 8."),
-        ({"activation_bits": 2}, "activation_bits=2 must be an integer from 3 to 8, or 16 for floating point."),
-        ({"activation_bits": 12}, "activation_bits=12 must be an integer from 3 to 8, or 16 for floating point."),
-        ({"activation_bits": True}, "activation_bits=True must be an integer from 3 to 8, or 16 for floating point."),
-        ({"group_size": 0}, "group_size=0 must be -1 (whole row) or an integer of at least 8; 128 is usual."),
-        ({"group_size": -2}, "group_size=-2 must be -1 (whole row) or an integer of at least 8; 128 is usual."),
-        ({"group_size": 7}, "group_size=7 must be -1 (whole row) or an integer of at least 8; 128 is usual."),
-        ({"group_size": 2**20 + 1}, "group_size=1048577 must be -1 (whole row) or an integer of at least 8; 128 is usual."),
-        ({"group_size": 128.0}, "group_size=128.0 must be -1 (whole row) or an integer of at least 8; 128 is usual."),
+        (
+            {"activation_bits": 2},
+            "activation_bits=2 must be an integer from 3 to 8, or 16 for floating point.",
+        ),
+        (
+            {"activation_bits": 12},
+            "activation_bits=12 must be an integer from 3 to 8, or 16 for floating point.",
+        ),
+        (
+            {"activation_bits": True},
+            "activation_bits=True must be an integer from 3 to 8, or 16 for floating point.",
+        ),
+        (
+            {"group_size": 0},
+            "group_size=0 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
+        ),
+        (
+            {"group_size": -2},
+            "group_size=-2 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
+        ),
+        (
+            {"group_size": 7},
+            "group_size=7 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
+        ),
+        (
+            {"group_size": 2**20 + 1},
+            "group_size=1048577 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
+        ),
+        (
+            {"group_size": 128.0},
+            "group_size=128.0 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
+        ),
         ({"symmetric": 1}, "symmetric=1 must be True or False."),
         ({"symmetric": None}, "symmetric=None must be True or False."),
-        ({"granularity": "tensor"}, "granularity='tensor' must be one of channel, token, dynamic_token, none."),
+        (
+            {"granularity": "tensor"},
+            "granularity='tensor' must be one of channel, token, dynamic_token, none.",
+        ),
         (
             {"granularity": "none"},
-            "granularity='none' does not go with activation_bits=4: 'none' belongs to 16 bits and to 16 bits alone.",
+            "granularity='none' does not go with activation_bits=4: 'none' belongs to 16 bits and "
+            "to 16 bits alone.",
         ),
         (
             {"activation_bits": 16, "granularity": "channel"},
-            "granularity='channel' does not go with activation_bits=16: 'none' belongs to 16 bits and to 16 bits alone.",
+            "granularity='channel' does not go with activation_bits=16: 'none' belongs to 16 bits "
+            "and to 16 bits alone.",
         ),
         ({"hadamard": 0}, "hadamard=0 must be None or a power of two from 2 to 4096."),
         ({"hadamard": 1}, "hadamard=1 must be None or a power of two from 2 to 4096."),
@@ -92,12 +141,24 @@ def test_is_frozen_and_keyword_only():
 
 def test_defaults_are_the_contract():
     assert QuantScheme(**GOOD) == QuantScheme(
-        weight_bits=4, activation_bits=4, group_size=128, symmetric=False, granularity="channel", hadamard=None
+        weight_bits=4,
+        activation_bits=4,
+        group_size=128,
+        symmetric=False,
+        granularity="channel",
+        hadamard=None,
     )
 
 
 def test_dict_is_the_entry_of_config_json():
-    scheme = QuantScheme(weight_bits=3, activation_bits=8, group_size=64, symmetric=True, granularity="dynamic_token", hadamard=256)
+    scheme = QuantScheme(
+        weight_bits=3,
+        activation_bits=8,
+        group_size=64,
+        symmetric=True,
+        granularity="dynamic_token",
+        hadamard=256,
+    )
     assert scheme.to_dict() == {
         "weight_bits": 3,
         "activation_bits": 8,
@@ -118,8 +179,14 @@ def test_dict_round_trip_through_json(scheme):
     ("change", "message"),
     [
         ({"extra": 1}, "must have exactly the keys"),
-        ({"input_transform": "hadamard"}, "input_transform='hadamard' must be null or {'hadamard': b}."),
-        ({"input_transform": {"hadamard": 8, "x": 1}}, "input_transform={'hadamard': 8, 'x': 1} must be null or {'hadamard': b}."),
+        (
+            {"input_transform": "hadamard"},
+            "input_transform='hadamard' must be null or {'hadamard': b}.",
+        ),
+        (
+            {"input_transform": {"hadamard": 8, "x": 1}},
+            "input_transform={'hadamard': 8, 'x': 1} must be null or {'hadamard': b}.",
+        ),
         ({"input_transform": {}}, "input_transform={} must be null or {'hadamard': b}."),
         ({"input_transform": {"hadamard": 3}}, "hadamard=3 must be None or a power of two"),
         ({"weight_bits": 44}, "weight_bits=44 must be an integer"),
@@ -130,11 +197,16 @@ def test_from_dict_refuses_what_it_does_not_know(change, message):
         QuantScheme.from_dict(QuantScheme(**GOOD).to_dict() | change)
 
 
-@pytest.mark.parametrize("missing", ["weight_bits", "activation_bits", "group_size", "symmetric", "granularity", "input_transform"])
+@pytest.mark.parametrize(
+    "missing",
+    ["weight_bits", "activation_bits", "group_size", "symmetric", "granularity", "input_transform"],
+)
 def test_from_dict_wants_every_key(missing):
     entry = QuantScheme(**GOOD).to_dict()
     del entry[missing]
-    with pytest.raises(ValueError, match=r"exactly the keys .*: the checkpoint is damaged or newer\."):
+    with pytest.raises(
+        ValueError, match=r"exactly the keys .*: the checkpoint is damaged or newer\."
+    ):
         QuantScheme.from_dict(entry)
 
 
@@ -152,7 +224,14 @@ def test_from_dict_leaves_its_argument_alone():
 
 @pytest.mark.parametrize(
     ("group_size", "in_features", "groups", "length"),
-    [(128, 4096, 32, 128), (128, 344, 3, 128), (128, 100, 1, 100), (-1, 11008, 1, 11008), (64, 64, 1, 64), (64, 65, 2, 64)],
+    [
+        (128, 4096, 32, 128),
+        (128, 344, 3, 128),
+        (128, 100, 1, 100),
+        (-1, 11008, 1, 11008),
+        (64, 64, 1, 64),
+        (64, 65, 2, 64),
+    ],
 )
 def test_groups(group_size, in_features, groups, length):
     scheme = QuantScheme(**GOOD, group_size=group_size)

@@ -9,7 +9,9 @@ from qvlm_hf.format.weight_grid import group_expand, quantize_weight
 
 
 def scheme(bits=4, group_size=16, symmetric=False):
-    return QuantScheme(weight_bits=bits, activation_bits=4, group_size=group_size, symmetric=symmetric)
+    return QuantScheme(
+        weight_bits=bits, activation_bits=4, group_size=group_size, symmetric=symmetric
+    )
 
 
 def bfloat16(value):
@@ -23,16 +25,26 @@ def min_max(row, bits, symmetric):
     """Round-to-nearest over the whole range of one group, with a bfloat16 scale: dequantized values."""
     low, high = min(row.min(), np.float32(0)), max(row.max(), np.float32(0))
     top, half = 2**bits - 1, 2 ** (bits - 1)
-    scale = max(-low / np.float32(half), high / np.float32(half - 1)) if symmetric else (high - low) / np.float32(top)
+    scale = (
+        max(-low / np.float32(half), high / np.float32(half - 1))
+        if symmetric
+        else (high - low) / np.float32(top)
+    )
     scale = bfloat16(scale)
     if scale < 2.0**-126:
         scale = np.float32(1)
     zero = half if symmetric else min(max(np.rint(-low / scale), 0), top)
-    return np.float32(scale) * (np.clip(np.rint(row / scale) + zero, 0, top) - zero).astype(np.float32)
+    return np.float32(scale) * (np.clip(np.rint(row / scale) + zero, 0, top) - zero).astype(
+        np.float32
+    )
 
 
 def groups_of(weight, length):
-    return [(row, g, slice(g * length, (g + 1) * length)) for row in range(weight.shape[0]) for g in range(-(-weight.shape[1] // length))]
+    return [
+        (row, g, slice(g * length, (g + 1) * length))
+        for row in range(weight.shape[0])
+        for g in range(-(-weight.shape[1] // length))
+    ]
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -45,7 +57,9 @@ def test_no_group_is_worse_than_its_full_range(bits, symmetric, group_size):
     better = 0
     for row, _, part in groups_of(w, quantized.group_length):
         error = (np.abs(got[row, part] - w[row, part]).astype(np.float64) ** 2.4).sum()
-        full = (np.abs(min_max(w[row, part], bits, symmetric) - w[row, part]).astype(np.float64) ** 2.4).sum()
+        full = (
+            np.abs(min_max(w[row, part], bits, symmetric) - w[row, part]).astype(np.float64) ** 2.4
+        ).sum()
         assert error <= full * (1 + 1e-5)
         better += error < full * (1 - 1e-5)
     if bits <= 4:
@@ -62,10 +76,14 @@ def test_groups_on_one_side_of_zero(bits, symmetric, sign):
     got, w = quantized.dequantize().numpy(), weight.numpy()
     for row in range(40):
         error = (np.abs(got[row] - w[row]).astype(np.float64) ** 2.4).sum()
-        assert error <= (np.abs(min_max(w[row], bits, symmetric) - w[row]).astype(np.float64) ** 2.4).sum() * (1 + 1e-5)
+        assert error <= (
+            np.abs(min_max(w[row], bits, symmetric) - w[row]).astype(np.float64) ** 2.4
+        ).sum() * (1 + 1e-5)
     if not symmetric:
         outermost = 0 if sign > 0 else 2**bits - 1
-        assert ((quantized.zero_point.int() - outermost).abs() <= 1).all()  # one off where the scale was rounded up
+        assert (
+            (quantized.zero_point.int() - outermost).abs() <= 1
+        ).all()  # one off where the scale was rounded up
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -95,7 +113,14 @@ def test_integers_are_the_nearest_on_the_stored_grid(bits, symmetric):
 
 def test_asymmetric_grid_follows_a_lopsided_weight():
     weight = torch.rand(4, 32) * 2 - 0.1  # -0.1 ... 1.9
-    error = {s: (quantize_weight(weight, scheme(4, 32, s)).dequantize() - weight).square().mean().sqrt().item() for s in (False, True)}
+    error = {
+        s: (quantize_weight(weight, scheme(4, 32, s)).dequantize() - weight)
+        .square()
+        .mean()
+        .sqrt()
+        .item()
+        for s in (False, True)
+    }
     assert error[False] < 1.1 * 2 / 15 / 12**0.5  # uniform rounding error of a step of 2/15
     assert error[True] > error[False] * 1.5  # half its levels lie below zero
 
@@ -107,11 +132,15 @@ def test_symmetric_uses_the_odd_level():
     assert quantized.scale.item() == 1.0
     assert quantized.values.tolist() == [[0, 15, 11, 7, 8, 9, 10, 12]]
     assert torch.equal(quantized.dequantize(), weight)
-    assert not torch.equal(quantize_weight(-weight, scheme(4, 8, True)).dequantize(), -weight)  # +8 is no level
+    assert not torch.equal(
+        quantize_weight(-weight, scheme(4, 8, True)).dequantize(), -weight
+    )  # +8 is no level
 
 
 def test_exact_grid_is_found_exactly():
-    weight = torch.tensor([[-3.0, 12.0, 0.0, 5.0, 1.0, -2.0, 7.0, 11.0], [0.5, 1.0, 7.5, 3.0, 2.5, 0.0, 4.0, 6.5]])
+    weight = torch.tensor(
+        [[-3.0, 12.0, 0.0, 5.0, 1.0, -2.0, 7.0, 11.0], [0.5, 1.0, 7.5, 3.0, 2.5, 0.0, 4.0, 6.5]]
+    )
     quantized = quantize_weight(weight, scheme(4, 8))
     assert quantized.scale.flatten().tolist() == [1.0, 0.5]
     assert quantized.zero_point.flatten().tolist() == [3, 0]
@@ -165,7 +194,9 @@ def test_tiny_weights_keep_their_relative_error(size, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("size", [1e-38, 1e-40, 1e-44])  # steps of 6e-40 and less: float32 and bfloat16 hold them with few bits, if at all
+@pytest.mark.parametrize(
+    "size", [1e-38, 1e-40, 1e-44]
+)  # steps of 6e-40 and less: float32 and bfloat16 hold them with few bits, if at all
 def test_weights_below_the_smallest_scale_become_zero(size, symmetric):
     quantized = quantize_weight(torch.full((2, 16), size), scheme(4, 16, symmetric))
     assert torch.isfinite(quantized.dequantize()).all()
@@ -187,10 +218,16 @@ def test_half_precision_is_computed_in_float32(dtype):
 def test_not_finite_weights_raise(bad):
     weight = torch.randn(4, 32)
     weight[2, 5] = bad
-    with pytest.raises(ValueError, match=r"^the weight holds NaN or infinity: repair the checkpoint before quantizing it\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^the weight holds NaN or infinity: repair the checkpoint before quantizing it\.$",
+    ):
         quantize_weight(weight, scheme())
 
 
 def test_group_expand():
     per_group = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    assert group_expand(per_group, 3, 8).tolist() == [[1, 1, 1, 2, 2, 2, 3, 3], [4, 4, 4, 5, 5, 5, 6, 6]]
+    assert group_expand(per_group, 3, 8).tolist() == [
+        [1, 1, 1, 2, 2, 2, 3, 3],
+        [4, 4, 4, 5, 5, 5, 6, 6],
+    ]

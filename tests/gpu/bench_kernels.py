@@ -1,11 +1,14 @@
 """One linear layer on a GPU, many ways: this package's kernels beside cuBLAS and other packages', in turns in one run.
 
-    python tests/gpu/bench_kernels.py --out-features 4096 --in-features 4096 --tokens 1 16 64 608 --minutes 5
+    python tests/gpu/bench_kernels.py --out-features 4096 --in-features 4096 --tokens 1 16 64 608
+    --minutes 5
 
-Every way goes from a bfloat16 input to a bfloat16 output, quantizing the input included. Weights are taken in turns from copies that
-together exceed the L2 cache. A figure is the median over rounds of one CUDA graph of several calls ("graph"), or of the calls
-themselves where a way cannot be captured ("eager"); events of the device take the time. `bandwidth` is bytes of weights per second over
-what a copy of a gigabyte moves. Only ratios of one run mean anything. Ways that are not installed or fail are named with the reason.
+Every way goes from a bfloat16 input to a bfloat16 output, quantizing the input included. Weights
+are taken in turns from copies that together exceed the L2 cache. A figure is the median over rounds
+of one CUDA graph of several calls ("graph"), or of the calls themselves where a way cannot be
+captured ("eager"); events of the device take the time. `bandwidth` is bytes of weights per second
+over what a copy of a gigabyte moves. Only ratios of one run mean anything. Ways that are not
+installed or fail are named with the reason.
 """
 
 import argparse
@@ -28,7 +31,13 @@ from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 
 BASELINE = "cuBLAS bfloat16"
-SCHEMES = (("W4A4", "channel"), ("W4A8", "dynamic_token"), ("W6A6", "channel"), ("W8A8", "dynamic_token"), ("W4A16", "none"))
+SCHEMES = (
+    ("W4A4", "channel"),
+    ("W4A8", "dynamic_token"),
+    ("W6A6", "channel"),
+    ("W8A8", "dynamic_token"),
+    ("W4A16", "none"),
+)
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 MOST_COPIES = 64
 CALLS = 20  # of one graph
@@ -51,15 +60,29 @@ def copies_of(size: float) -> int:
 
 def ours(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
     weight_bits, activation_bits = (int(part) for part in bits[1:].split("A"))
-    scheme = QuantScheme(weight_bits=weight_bits, activation_bits=activation_bits, group_size=group_size, granularity=granularity)
+    scheme = QuantScheme(
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        group_size=group_size,
+        granularity=granularity,
+    )
     statics = None
     if granularity == "channel":
         scale = torch.full((weight.shape[1],), 8 / 2**activation_bits)
-        statics = QParams(scale, torch.full(scale.shape, 2 ** (activation_bits - 1), dtype=torch.int32), activation_bits)
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=torch.bfloat16)
+        statics = QParams(
+            scale,
+            torch.full(scale.shape, 2 ** (activation_bits - 1), dtype=torch.int32),
+            activation_bits,
+        )
+    linear = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=torch.bfloat16
+    )
     tensors = packed_tensors(quantize_weight(weight, scheme), scheme, statics)
     size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-    modules = [QVLMLinear.from_packed(linear, scheme, {k: t.cuda() for k, t in tensors.items()}) for _ in range(copies_of(size))]
+    modules = [
+        QVLMLinear.from_packed(linear, scheme, {k: t.cuda() for k, t in tensors.items()})
+        for _ in range(copies_of(size))
+    ]
     if not modules[0].kernel.startswith("triton"):
         raise RuntimeError(modules[0].kernel)
     return Way(lambda x, i: modules[i](x), len(modules), size)
@@ -72,7 +95,10 @@ def cublas(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
 
 def int_mm(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
     """torch._int_mm with a dynamic range per token, the quantizer compiled; it takes more than 16 tokens."""
-    copies = [torch.randint(-127, 128, weight.shape, dtype=torch.int8, device="cuda") for _ in range(copies_of(weight.numel()))]
+    copies = [
+        torch.randint(-127, 128, weight.shape, dtype=torch.int8, device="cuda")
+        for _ in range(copies_of(weight.numel()))
+    ]
 
     @torch.compile
     def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,17 +114,31 @@ def int_mm(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
 
 def tinygemm(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
     count = copies_of(weight.numel() / 2)
-    pairs = torch.randint(0, 256, (weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8, device="cuda")
+    pairs = torch.randint(
+        0, 256, (weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8, device="cuda"
+    )
     packed = [torch.ops.aten._convert_weight_to_int4pack(pairs, 8) for _ in range(count)]
-    scales = torch.ones(weight.shape[1] // group_size, weight.shape[0], 2, dtype=torch.bfloat16, device="cuda")
-    return Way(lambda x, i: torch.ops.aten._weight_int4pack_mm(x, packed[i], group_size, scales), count, weight.numel() // 2)
+    scales = torch.ones(
+        weight.shape[1] // group_size, weight.shape[0], 2, dtype=torch.bfloat16, device="cuda"
+    )
+    return Way(
+        lambda x, i: torch.ops.aten._weight_int4pack_mm(x, packed[i], group_size, scales),
+        count,
+        weight.numel() // 2,
+    )
 
 
 def bitsandbytes_nf4(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
     import bitsandbytes as bnb
 
     def make() -> nn.Module:
-        layer = bnb.nn.Linear4bit(weight.shape[1], weight.shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        layer = bnb.nn.Linear4bit(
+            weight.shape[1],
+            weight.shape[0],
+            bias=False,
+            compute_dtype=torch.bfloat16,
+            quant_type="nf4",
+        )
         layer.weight = bnb.nn.Params4bit(weight.bfloat16(), requires_grad=False, quant_type="nf4")
         return layer.cuda()
 
@@ -138,11 +178,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def ways_of(weight: Tensor, group_size: int, deadline: float) -> tuple[dict[str, Way], dict[str, str]]:
+def ways_of(
+    weight: Tensor, group_size: int, deadline: float
+) -> tuple[dict[str, Way], dict[str, str]]:
     """What runs here, and why the rest does not; this package first, because peers may compile for minutes."""
     peers = {
         BASELINE: (cublas, "", ""),
-        **{f"qvlm_hf {bits}, {granularity}": (ours, bits, granularity) for bits, granularity in SCHEMES},
+        **{
+            f"qvlm_hf {bits}, {granularity}": (ours, bits, granularity)
+            for bits, granularity in SCHEMES
+        },
         "torch._int_mm W8A8 (torch)": (int_mm, "", ""),
         "tinygemm W4A16 (torch)": (tinygemm, "", ""),
         "bitsandbytes nf4": (bitsandbytes_nf4, "", ""),
@@ -155,7 +200,12 @@ def ways_of(weight: Tensor, group_size: int, deadline: float) -> tuple[dict[str,
             continue
         try:
             ways[name] = make(weight, bits, granularity, group_size)
-            ways[name].run(torch.randn(max(1, ways[name].least), weight.shape[1], device="cuda", dtype=torch.bfloat16), 0)
+            ways[name].run(
+                torch.randn(
+                    max(1, ways[name].least), weight.shape[1], device="cuda", dtype=torch.bfloat16
+                ),
+                0,
+            )
             torch.cuda.synchronize()
         except Exception as error:  # a peer that is absent or too old must not end the run
             ways.pop(name, None)
@@ -195,7 +245,9 @@ def copy_bandwidth() -> float:
     """Bytes per second that a copy of a gigabyte reads and writes: the best of ten."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return max(2 * 2**30 / (milliseconds(lambda: target.copy_(source)) * CALLS / 1e3) for _ in range(10))
+    return max(
+        2 * 2**30 / (milliseconds(lambda: target.copy_(source)) * CALLS / 1e3) for _ in range(10)
+    )
 
 
 @torch.no_grad()
@@ -219,7 +271,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
             if way.least <= tokens:
                 try:
                     runs[name] = captured(way, x)
-                except Exception as error:  # a peer that does not take this number must not end the run
+                except (
+                    Exception
+                ) as error:  # a peer that does not take this number must not end the run
                     missing[f"{name}, {tokens} tokens"] = first_line(error)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(arguments.rounds + 1):
@@ -239,21 +293,31 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
                 }
             )  # fmt: skip
             print(
-                f"{tokens:5d}  {name:34s} {runs[name][1]}  {middle * 1e3:9.1f} us  x{base / middle:5.2f}  {rows[-1]['bandwidth']:5.1%}",
+                f"{tokens:5d}  {name:34s} {runs[name][1]}  {middle * 1e3:9.1f} us  "
+                f"x{base / middle:5.2f}  {rows[-1]['bandwidth']:5.1%}",
                 flush=True,
             )
         yield result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out-features", type=int, default=4096)
     parser.add_argument("--in-features", type=int, default=4096)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 608])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--minutes", type=float, default=5, help="after which nothing further is prepared or measured")
-    parser.add_argument("--output", type=Path, help="default: tests/bench/results/kernels_gpu_<out-features>.json")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=5,
+        help="after which nothing further is prepared or measured",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default: tests/bench/results/kernels_gpu_<out-features>.json"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device: PyTorch finds none")

@@ -1,9 +1,11 @@
 """How long calibrating a model of a named shape takes and how much device memory: random weights, drawn pictures.
 
-Time and memory depend on shapes, not on values; the accuracy of such a model means nothing. Target: a 7B shape with 64 samples in 10
-minutes and 24 GB of device memory on one H100 (docs/benchmarks.md).
+Time and memory depend on shapes, not on values; the accuracy of such a model means nothing. Target:
+a 7B shape with 64 samples in 10 minutes and 24 GB of device memory on one H100
+(docs/benchmarks.md).
 
-python tests/gpu/calibrate_shape.py --shape llava-1.5-7b --scheme W4A4 --json tests/bench/results/calibration_h100_7b.json
+python tests/gpu/calibrate_shape.py --shape llava-1.5-7b --scheme W4A4 --json
+tests/bench/results/calibration_h100_7b.json
 """
 
 import argparse
@@ -30,7 +32,9 @@ def shape_processor(config) -> LlavaProcessor:
     """The tests' word tokenizer with pictures of the shape's size."""
     side, words = config.vision_config.image_size, tiny_processor()
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
         tokenizer=words.tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",
@@ -40,11 +44,17 @@ def shape_processor(config) -> LlavaProcessor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="llava-1.5-7b")
     parser.add_argument("--scheme", default="W4A4")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--layers", type=int, help="of the language model and the vision encoder, at least 2, for a trial (default: all)")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="of the language model and the vision encoder, at least 2, for a trial (default: all)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -52,7 +62,9 @@ def main() -> None:
         parser.error(f"--json {options.json}: the directory does not exist")
     config = shape_config(options.shape)
     if options.layers:
-        config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = options.layers
+        config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = (
+            options.layers
+        )
     processor = shape_processor(config)
     config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     device = torch.device(options.device)
@@ -65,7 +77,10 @@ def main() -> None:
     report = qvlm_hf.quantize_model(
         model,
         qvlm_hf.QVLMConfig(
-            scheme=options.scheme, dataset=tiny_messages(options.samples + 16), processor=processor, num_samples=options.samples
+            scheme=options.scheme,
+            dataset=tiny_messages(options.samples + 16),
+            processor=processor,
+            num_samples=options.samples,
         ),
     )
     if on_gpu:

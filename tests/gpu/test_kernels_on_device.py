@@ -17,7 +17,9 @@ from qvlm_hf.ops import gpu, linear, reference
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: PyTorch finds none"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device: PyTorch finds none"
+    ),
 ]
 TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
@@ -47,15 +49,35 @@ def module(
         weight_bits=weight_bits, activation_bits=16 if granularity == "none" else activation_bits, group_size=group_size,
         symmetric=symmetric, granularity=granularity, hadamard=hadamard,
     )  # fmt: skip
-    made = QVLMLinear(in_features, out_features, scheme, bias=True, dtype=dtype, positions=positions, device="cuda")
+    made = QVLMLinear(
+        in_features,
+        out_features,
+        scheme,
+        bias=True,
+        dtype=dtype,
+        positions=positions,
+        device="cuda",
+    )
     groups = scheme.groups(in_features)
-    made.tensors["weight"].data = pack(torch.randint(0, 2**weight_bits, (out_features, in_features)), weight_bits).cuda()
-    made.weight_scale.data = ((torch.rand(out_features, groups) + 0.5) / 2 ** (weight_bits + activation_bits)).bfloat16().cuda()
+    made.tensors["weight"].data = pack(
+        torch.randint(0, 2**weight_bits, (out_features, in_features)), weight_bits
+    ).cuda()
+    made.weight_scale.data = (
+        ((torch.rand(out_features, groups) + 0.5) / 2 ** (weight_bits + activation_bits))
+        .bfloat16()
+        .cuda()
+    )
     if not symmetric:
-        made.weight_zero_point.data = torch.randint(0, 2**weight_bits, (out_features, groups), dtype=torch.uint8).cuda()
+        made.weight_zero_point.data = torch.randint(
+            0, 2**weight_bits, (out_features, groups), dtype=torch.uint8
+        ).cuda()
     if made.input_zero_point is not None:
-        made.input_scale.data = (torch.rand(made.input_scale.shape) * 8 / 2**activation_bits + 0.01).cuda()
-        made.input_zero_point.data = torch.randint(0, 2**activation_bits, made.input_scale.shape, dtype=torch.int32).cuda()
+        made.input_scale.data = (
+            torch.rand(made.input_scale.shape) * 8 / 2**activation_bits + 0.01
+        ).cuda()
+        made.input_zero_point.data = torch.randint(
+            0, 2**activation_bits, made.input_scale.shape, dtype=torch.int32
+        ).cuda()
     made.bias.data = torch.randn(out_features, dtype=dtype, device="cuda")
     return made
 
@@ -66,7 +88,9 @@ def compare(made, x):
     expected = made(x)
     made.reference = False
     assert (y.shape, y.dtype) == (expected.shape, x.dtype)
-    assert (y.float() - expected.float()).abs().max() <= TIGHT[x.dtype] * expected.float().abs().max()
+    assert (y.float() - expected.float()).abs().max() <= TIGHT[
+        x.dtype
+    ] * expected.float().abs().max()
 
 
 def test_the_kernels_run_here_and_are_named(kernels):
@@ -77,24 +101,47 @@ def test_the_kernels_run_here_and_are_named(kernels):
 @pytest.mark.parametrize("activation_bits", [3, 4, 6, 8, 16])
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 def test_equals_the_reference(kernels, weight_bits, activation_bits):
-    sizes = ((200, 64, 35), (143, 13, 16), (1024, -1, 130), (1040, 256, 257), (96, 32, 64), (512, 128, 128))
-    for turn, granularity in enumerate(("none",) if activation_bits == 16 else ("channel", "token", "dynamic_token")):
+    sizes = (
+        (200, 64, 35),
+        (143, 13, 16),
+        (1024, -1, 130),
+        (1040, 256, 257),
+        (96, 32, 64),
+        (512, 128, 128),
+    )
+    for turn, granularity in enumerate(
+        ("none",) if activation_bits == 16 else ("channel", "token", "dynamic_token")
+    ):
         for step, tokens in enumerate((1, 7, 16, 17, 40, 129)):
             in_features, group_size, out_features = sizes[(weight_bits + turn + step) % len(sizes)]
             dtype = list(TIGHT)[(turn + step) % 3]
-            made = module(weight_bits, activation_bits, granularity, out_features, in_features, group_size, tokens, bool(step % 2), dtype)
+            made = module(
+                weight_bits,
+                activation_bits,
+                granularity,
+                out_features,
+                in_features,
+                group_size,
+                tokens,
+                bool(step % 2),
+                dtype,
+            )
             compare(made, torch.randn(2, tokens, in_features, device="cuda").to(dtype) * 2)
 
 
 @pytest.mark.parametrize("dtype", list(TIGHT))
 def test_scaled_floating_inputs(kernels, dtype):
     made = module(4, 16, "none", 257, 1024, 128, dtype=dtype)
-    made.input_scale = torch.nn.Parameter(torch.rand(1024, device="cuda") + 0.1, requires_grad=False)
+    made.input_scale = torch.nn.Parameter(
+        torch.rand(1024, device="cuda") + 0.1, requires_grad=False
+    )
     for tokens in (1, 70):
         compare(made, torch.randn(tokens, 1024, device="cuda").to(dtype))
 
 
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(2, 8), (3, 8), (4, 4), (4, 8), (6, 6), (8, 8)])
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits"), [(2, 8), (3, 8), (4, 4), (4, 8), (6, 6), (8, 8)]
+)
 @pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
 @pytest.mark.parametrize("group_length", [128, 4096])
 def test_sums_are_exact(kernels, weight_bits, activation_bits, granularity, group_length):
@@ -103,7 +150,11 @@ def test_sums_are_exact(kernels, weight_bits, activation_bits, granularity, grou
     statics = granularity == "channel"
     for tokens in (1, 16, 100, 608):
         x = torch.randint(0, top + 1, (tokens, 4096), device="cuda").float()
-        x[:, 0], x[:, 1], x[:, 300:] = 0, top, 0  # a range of `top` steps of one; the sum stays exact in float32
+        x[:, 0], x[:, 1], x[:, 300:] = (
+            0,
+            top,
+            0,
+        )  # a range of `top` steps of one; the sum stays exact in float32
         integers = torch.randint(0, 2**weight_bits, (1024, 4096))
         groups = 4096 // group_length
         rest = (
@@ -120,8 +171,15 @@ def order(layout):
     """Where input k of a row lies in its arranged row."""
     k = torch.arange(layout.in_features)
     within = k % layout.group_length
-    block, inner = k // layout.group_length * layout.blocks + within // layout.block, within % layout.block
-    return block * layout.block + inner % layout.slices * (layout.block // layout.slices) + inner // layout.slices
+    block, inner = (
+        k // layout.group_length * layout.blocks + within // layout.block,
+        within % layout.block,
+    )
+    return (
+        block * layout.block
+        + inner % layout.slices * (layout.block // layout.slices)
+        + inner // layout.slices
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -135,7 +193,15 @@ def test_inputs_are_rounded_as_the_reference_rounds(kernels, granularity, bits):
     statics = granularity == "channel"
     qparams = QParams(scale, zero, bits) if statics else dynamic_token_qparams(x, bits)
     layout = kernels.Layout.of(4096, 128, 4)
-    arranged = kernels.arrange(x, layout, bits, granularity, scale if statics else None, zero if statics else None, rows=256)
+    arranged = kernels.arrange(
+        x,
+        layout,
+        bits,
+        granularity,
+        scale if statics else None,
+        zero if statics else None,
+        rows=256,
+    )
     a = shift_quantize(x, qparams).int()
     stored = a if bits < 8 else a + qparams.zero_point - 128
     assert torch.equal(arranged.values[0][:, order(layout)].int(), stored)
@@ -148,7 +214,10 @@ def test_fused_quantizers_round_where_the_model_rounds(kernels, dtype):
     """At most one value in a thousand beside the model's, and by one unit: sums and exp() have no fixed last place on a device."""
     layout = kernels.Layout.of(4096, 128, 8)
     x, up = (torch.randn(64, 4096, device="cuda").to(dtype) for _ in range(2))
-    rms, layer = LlamaRMSNorm(4096, eps=1e-5).to("cuda", dtype), torch.nn.LayerNorm(4096, eps=1e-5, device="cuda", dtype=dtype)
+    rms, layer = (
+        LlamaRMSNorm(4096, eps=1e-5).to("cuda", dtype),
+        torch.nn.LayerNorm(4096, eps=1e-5, device="cuda", dtype=dtype),
+    )
     for parameter in (rms.weight, layer.weight, layer.bias):
         parameter.normal_()
     act = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4)).act_fn
@@ -158,7 +227,9 @@ def test_fused_quantizers_round_where_the_model_rounds(kernels, dtype):
         ("swiglu", act(x) * up, {"other": up}),
     )
     for source, expected, fused in cases:
-        values = kernels.arrange(x, layout, 16, "none", rows=64, source=source, **fused).values[0][:, order(layout)]
+        values = kernels.arrange(x, layout, 16, "none", rows=64, source=source, **fused).values[0][
+            :, order(layout)
+        ]
         if dtype == torch.float32:
             torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
         else:
@@ -174,7 +245,9 @@ def test_fused_quantizers_round_where_the_model_rounds(kernels, dtype):
 @pytest.mark.parametrize("tokens", [1, 608])
 def test_modules_of_one_input_are_computed_together(kernels, tokens):
     parent = torch.nn.Module()
-    parent.q, parent.k = (module(4, 8, "dynamic_token", out_features, 512, 128) for out_features in (512, 64))
+    parent.q, parent.k = (
+        module(4, 8, "dynamic_token", out_features, 512, 128) for out_features in (512, 64)
+    )
     x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda")
     alone = [parent.q(x), parent.k(x)]
     share_inputs(parent, [("q", "k")])
@@ -202,16 +275,26 @@ def test_what_pytorch_asks_of_an_operator(kernels, granularity):
 
 def test_shapes_strides_and_empty_batches(kernels):
     made = module(4, 8, "dynamic_token", 30, 64, 64, dtype=torch.float32)
-    for x in (torch.randn(64), torch.randn(0, 64), torch.randn(64, 5).T, torch.randn(3, 2, 128)[..., ::2]):
+    for x in (
+        torch.randn(64),
+        torch.randn(0, 64),
+        torch.randn(64, 5).T,
+        torch.randn(3, 2, 128)[..., ::2],
+    ):
         y = made(x.cuda())
         assert y.shape == (*x.shape[:-1], 30)
         if y.numel():
             compare(made, x.cuda())
-    compare(module(4, 4, "channel", 30, 64, 64, dtype=torch.float32, hadamard=32), torch.randn(3, 64, device="cuda"))
+    compare(
+        module(4, 4, "channel", 30, 64, 64, dtype=torch.float32, hadamard=32),
+        torch.randn(3, 64, device="cuda"),
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 608])
-@pytest.mark.parametrize(("activation_bits", "granularity"), [(4, "channel"), (8, "dynamic_token"), (16, "none")])
+@pytest.mark.parametrize(
+    ("activation_bits", "granularity"), [(4, "channel"), (8, "dynamic_token"), (16, "none")]
+)
 def test_a_cuda_graph_holds_it(kernels, tokens, activation_bits, granularity):
     """Captured once, replayed on other inputs."""
     made = module(4, activation_bits, granularity, 512, 1024, 128)

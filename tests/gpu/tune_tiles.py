@@ -2,10 +2,10 @@
 
     python tests/gpu/tune_tiles.py --minutes 8
 
-For each number of tokens of a tile: sizes, numbers of warps and of stages, in a random order, as many as its share of the minutes allows,
-over W4A4, W4A8 and W8A8 layers with 4096 inputs; the score is the geometric mean of the times over those of the table. Weights rotate past
-the L2 cache, one CUDA graph per time.
-"""
+For each number of tokens of a tile: sizes, numbers of warps and of stages, in a random order, as
+many as its share of the minutes allows, over W4A4, W4A8 and W8A8 layers with 4096 inputs; the score
+is the geometric mean of the times over those of the table. Weights rotate past the L2 cache, one
+CUDA graph per time."""
 
 import argparse
 import itertools
@@ -29,8 +29,12 @@ TOKENS = {16: 1, 32: 32, 64: 64, 128: 608}  # tokens of a tile -> tokens that it
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8, help="after which no further tile is tried")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="after which no further tile is tried"
+    )
     minutes = parser.parse_args().minutes
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device: PyTorch finds none")
@@ -52,21 +56,34 @@ def main() -> None:
         random.Random(0).shuffle(sizes)
         for tried, (out_features, warps, stages) in enumerate(sizes):
             if time.monotonic() > share:
-                print(f"{tile_tokens:4d} out of time: {len(sizes) - tried} of {len(sizes)} were not tried", flush=True)
+                print(
+                    f"{tile_tokens:4d} out of time: {len(sizes) - tried} of {len(sizes)} were not "
+                    f"tried",
+                    flush=True,
+                )
                 break
             try:
                 times = taken({capability: {tile_tokens: (out_features, warps, stages)}})
             except Exception as error:  # too much shared memory, mostly
                 print(f"{tile_tokens:4d} {(out_features, warps, stages)}  {type(error).__name__}")
                 continue
-            score = math.exp(sum(math.log(b / t) for b, t in zip(base, times, strict=True)) / len(times))
+            score = math.exp(
+                sum(math.log(b / t) for b, t in zip(base, times, strict=True)) / len(times)
+            )
             print(
-                f"{tile_tokens:4d} {(out_features, warps, stages)!s:14s} x{score:.3f}  {' '.join(f'{t * 1e3:.1f}' for t in times)} us",
+                f"{tile_tokens:4d} {(out_features, warps, stages)!s:14s} x{score:.3f}  "
+                f"{' '.join(f'{t * 1e3:.1f}' for t in times)} us",
                 flush=True,
             )
             best = max(best, (score, (out_features, warps, stages)), key=lambda pair: pair[0])
-        row[tile_tokens] = best[1] or gpu.TILES[max(c for c in gpu.TILES if c <= capability)].get(tile_tokens)
-        print(f"{tile_tokens:4d} best: {best[1] or 'as it is'}, {best[0]:.3f} times as fast as the table", flush=True)
+        row[tile_tokens] = best[1] or gpu.TILES[max(c for c in gpu.TILES if c <= capability)].get(
+            tile_tokens
+        )
+        print(
+            f"{tile_tokens:4d} best: {best[1] or 'as it is'}, {best[0]:.3f} times as fast as the "
+            f"table",
+            flush=True,
+        )
     print(f"    {capability}: { ({size: tile for size, tile in row.items() if tile}) },")
 
 

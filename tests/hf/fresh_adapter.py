@@ -16,7 +16,9 @@ inputs, quantized, adapter = torch.load(sys.argv[1]), *sys.argv[3:]
 loaded = AutoModelForImageTextToText.from_pretrained(quantized)
 loaded.load_adapter(adapter)
 models = {
-    "PeftModel": PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(quantized), adapter),
+    "PeftModel": PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(quantized), adapter
+    ),
     "load_adapter": loaded,
     "from_pretrained": AutoModelForImageTextToText.from_pretrained(adapter),
 }

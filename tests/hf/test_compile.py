@@ -31,8 +31,14 @@ def _fresh_compiler():
 
 
 def quantized(directory, scheme, **options):
-    config = QVLMConfig(scheme=scheme, activation_granularity=None if scheme.endswith("16") else "dynamic_token", lm_head_bits=8)
-    return AutoModelForImageTextToText.from_pretrained(directory, quantization_config=config, **options)
+    config = QVLMConfig(
+        scheme=scheme,
+        activation_granularity=None if scheme.endswith("16") else "dynamic_token",
+        lm_head_bits=8,
+    )
+    return AutoModelForImageTextToText.from_pretrained(
+        directory, quantization_config=config, **options
+    )
 
 
 def text(model, **options):
@@ -47,7 +53,10 @@ def test_one_graph_and_the_same_logits(directory, scheme, dtype):
         assert torch._dynamo.explain(model)(input_ids=IDS, use_cache=False).graph_break_count == 0
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(input_ids=IDS, use_cache=False).logits, model(input_ids=IDS, use_cache=False).logits)
+        assert torch.equal(
+            compiled(input_ids=IDS, use_cache=False).logits,
+            model(input_ids=IDS, use_cache=False).logits,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,16 +68,25 @@ def test_a_static_cache_gives_the_same_text_eager_and_compiled(directory, dtype)
     assert torch.equal(text(model, cache_implementation="static"), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_with_an_adapter_too(directory, dtype):
     base = text(quantized(directory, "W4A8", dtype=dtype))
-    model = get_peft_model(quantized(directory, "W4A8", dtype=dtype), LoraConfig(r=4, target_modules="all-linear")).eval()
+    model = get_peft_model(
+        quantized(directory, "W4A8", dtype=dtype), LoraConfig(r=4, target_modules="all-linear")
+    ).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     with torch.no_grad():
         expected = model(input_ids=IDS, use_cache=False).logits
-        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=IDS, use_cache=False).logits, expected)
+        assert torch.equal(
+            torch.compile(model, fullgraph=True, backend="aot_eager")(
+                input_ids=IDS, use_cache=False
+            ).logits,
+            expected,
+        )
     torch._dynamo.reset()
     expected = text(model)
     assert not torch.equal(expected, base)
@@ -95,7 +113,9 @@ def options_of(calls, model, **options):
 def test_generate_compiles_with_the_rounding_of_eager(directory, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda call, **options: calls.append(options) or call)
-    monkeypatch.setattr(LlavaForConditionalGeneration, "_valid_auto_compile_criteria", lambda *_: True)
+    monkeypatch.setattr(
+        LlavaForConditionalGeneration, "_valid_auto_compile_criteria", lambda *_: True
+    )
     model = quantized(directory, "W4A16")
     ours = {"fullgraph": False, "dynamic": None, "backend": "inductor", "mode": None}
     ours["options"] = {"triton.cudagraphs": True, "emulate_precision_casts": True}
@@ -119,7 +139,13 @@ def test_generate_compiles_with_the_rounding_of_eager(directory, tmp_path, monke
 
 @pytest.mark.parametrize("missing", ["backend", "hook"])
 def test_other_backends_and_other_transformers_compile_as_they_did(missing):
-    model = SimpleNamespace(**({} if missing == "hook" else {"_default_compile_config": lambda: CompileConfig(backend="tpu")}))
+    model = SimpleNamespace(
+        **(
+            {}
+            if missing == "hook"
+            else {"_default_compile_config": lambda: CompileConfig(backend="tpu")}
+        )
+    )
     before = dict(vars(model))
     round_as_eager(model)
     assert vars(model) == before
@@ -133,6 +159,8 @@ def test_in_bfloat16_levels_flip_unless_the_compiler_rounds_where_eager_does(dir
         eager = torch.log_softmax(model(input_ids=IDS, use_cache=False).logits.double(), -1)
         for name, config in (("ours", None), ("plain", CompileConfig())):
             torch._dynamo.reset()
-            compiled = torch.log_softmax(model.get_compiled_call(config)(input_ids=IDS, use_cache=False).logits.double(), -1)
+            compiled = torch.log_softmax(
+                model.get_compiled_call(config)(input_ids=IDS, use_cache=False).logits.double(), -1
+            )
             kl[name] = (eager.exp() * (eager - compiled)).sum(-1).max()
     assert kl["ours"] < 1e-4 < kl["plain"]

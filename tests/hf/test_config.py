@@ -29,8 +29,18 @@ SCHEME = QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_toke
 
 def test_defaults_are_the_contract() -> None:
     config = QVLMConfig()
-    assert (config.weight_bits, config.activation_bits, config.group_size, config.symmetric) == (4, 4, 128, False)
-    assert (config.num_samples, config.batch_size, config.seed, config.max_block_depth) == (64, 8, 0, 3)
+    assert (config.weight_bits, config.activation_bits, config.group_size, config.symmetric) == (
+        4,
+        4,
+        128,
+        False,
+    )
+    assert (config.num_samples, config.batch_size, config.seed, config.max_block_depth) == (
+        64,
+        8,
+        0,
+        3,
+    )
     assert (config.percentiles, config.margins) == ((1.0, 0.9999, 0.9995, 0.999), (1.1, 1.25))
     assert config.settings().needs_data
 
@@ -39,7 +49,11 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
     config = QVLMConfig.paper(scheme="W6A6", seed=3)
     assert config.percentiles == (1.0, 0.995, 0.99, 0.985, 0.98)
     assert config.margins == ()
-    assert config.activation_granularity == {"vision": "token", "projector": "channel", "language": "channel"}
+    assert config.activation_granularity == {
+        "vision": "token",
+        "projector": "channel",
+        "language": "channel",
+    }
     assert (config.scheme, config.seed) == ("W6A6", 3)
     assert QVLMConfig.paper(margins=(1.5,)).margins == (1.5,)
 
@@ -65,14 +79,20 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
         ({"callbacks": torch.ones(2, device="meta")}, "callback tensor.* must have on_step"),
         ({"callbacks": itertools.repeat(torch)}, "callbacks=repeat.* must be a list of objects"),
         ({"callbacks": 3}, "callbacks=3 must be a list of objects"),
-        ({"provenance": torch.ones(2, 2)}, r"provenance=tensor\(\[\[1\., 1\.\], \[1\., 1\.\]\]\) must be a mapping"),
+        (
+            {"provenance": torch.ones(2, 2)},
+            r"provenance=tensor\(\[\[1\., 1\.\], \[1\., 1\.\]\]\) must be a mapping",
+        ),
         ({"resume_dir": torch.ones(2, 2)}, "resume_dir=tensor.* is not available"),
         ({"quant_method": np.ones((2, 2))}, "quant_method=array.* must be 'qvlm'"),
         ({"bits": 4}, "QVLMConfig has no field 'bits': the fields are activation_granularity"),
         ({"quant_method": "gptq"}, "quant_method='gptq' must be 'qvlm'"),
         ({"optimize_vision": 0}, "optimize_vision=0 must be True, False or a VisionOptimization"),
         ({"optimize_vision": {"epoch": 3}}, "does not have the fields of VisionOptimization"),
-        ({"optimize_vision": {"epochs": 0}}, "VisionOptimization: epochs=0 must be an integer of at least 1"),
+        (
+            {"optimize_vision": {"epochs": 0}},
+            "VisionOptimization: epochs=0 must be an integer of at least 1",
+        ),
         ({"weight_rounding": "best"}, "weight_rounding='best' must be 'nearest' or 'gptq'"),
         ({"rotation": "givens"}, "rotation='givens' must be 'hadamard', None or 'auto'"),
         ({"precision_budget": 1.5}, "precision_budget=1.5 must be an average of 2 to 8 bits"),
@@ -83,15 +103,33 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
         ({"hub_model_id": "a/b/c"}, "hub_model_id='a/b/c' must be 'owner/name' of letters, digits"),
         ({"hub_private": 1}, "hub_private=1 must be True, False or None"),
         ({"provenance": [1]}, "provenance=.* must be a mapping"),
-        ({"provenance": {"x": object()}}, "provenance=<object .*> is object, must be what JSON can hold: a number, text, list or"),
-        ({"provenance": {"x": [float("nan")]}}, "provenance must hold what JSON can: Out of range float"),
+        (
+            {"provenance": {"x": object()}},
+            "provenance=<object .*> is object, must be what JSON can hold: a number, text, list or",
+        ),
+        (
+            {"provenance": {"x": [float("nan")]}},
+            "provenance must hold what JSON can: Out of range float",
+        ),
         ({"modules": ["a"]}, "modules must be a mapping"),
         ({"modules": {"model..up": SCHEME}}, "'model..up' is no canonical module name"),
         ({"modules": {"a.(b+)+$": SCHEME}}, "is no canonical module name"),
-        ({"modules": {"model.vision_tower.vision_model.fc": SCHEME}}, "is no canonical module name"),
-        ({"modules": {"model.up": {"weight_bits": 4}}}, "modules: model.up: a module entry must have exactly the keys"),
-        ({"modules": {"model.up": SCHEME.to_dict() | {"weight_bits": 10**9}}}, "modules: model.up: weight_bits=1000000000 must be"),
-        ({"format_version": 2}, "format_version=2 is newer than 1, which this version reads: upgrade qvlm_hf"),
+        (
+            {"modules": {"model.vision_tower.vision_model.fc": SCHEME}},
+            "is no canonical module name",
+        ),
+        (
+            {"modules": {"model.up": {"weight_bits": 4}}},
+            "modules: model.up: a module entry must have exactly the keys",
+        ),
+        (
+            {"modules": {"model.up": SCHEME.to_dict() | {"weight_bits": 10**9}}},
+            "modules: model.up: weight_bits=1000000000 must be",
+        ),
+        (
+            {"format_version": 2},
+            "format_version=2 is newer than 1, which this version reads: upgrade qvlm_hf",
+        ),
         ({"format_version": "1"}, "format_version='1' must be an integer"),
     ],
 )
@@ -103,9 +141,13 @@ def test_a_wrong_value_is_a_one_line_error(fields: dict[str, Any], message: str)
 
 def test_a_file_with_unknown_fields_is_newer_or_damaged() -> None:
     entry = QVLMConfig().to_dict() | {"speed": 11}
-    with pytest.raises(ValueError, match=r"unknown fields \['speed'\]: the file is damaged or from a newer qvlm_hf"):
+    with pytest.raises(
+        ValueError, match=r"unknown fields \['speed'\]: the file is damaged or from a newer qvlm_hf"
+    ):
         AutoQuantizationConfig.from_dict(entry)
-    with pytest.raises(ValueError, match="format_version=9 is newer"):  # the version explains the field
+    with pytest.raises(
+        ValueError, match="format_version=9 is newer"
+    ):  # the version explains the field
         QVLMConfig.from_dict(entry | {"format_version": 9})
 
 
@@ -127,9 +169,16 @@ def test_json_round_trip_holds_settings_and_results_only() -> None:
     assert again.modules == {"model.up": SCHEME}
     assert json.dumps(again.to_dict()) == text
     assert dict(config) == config.to_diff_dict() == config.to_dict()
-    assert not {"dataset", "processor", "callbacks", "strict", "resume_dir", "push_to_hub", "hub_model_id", "hub_private"} & set(
-        config.to_dict()
-    )
+    assert not {
+        "dataset",
+        "processor",
+        "callbacks",
+        "strict",
+        "resume_dir",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private",
+    } & set(config.to_dict())
     assert '"scheme": "W4A4"' in repr(config)
     assert config != QVLMConfig()
     assert config != "W4A4"
@@ -138,15 +187,24 @@ def test_json_round_trip_holds_settings_and_results_only() -> None:
 
 
 def test_from_dict_hands_back_what_it_does_not_use() -> None:
-    config, unused = QVLMConfig.from_dict({"scheme": "W8A8"}, return_unused_kwargs=True, other=1, group_size=64)
+    config, unused = QVLMConfig.from_dict(
+        {"scheme": "W8A8"}, return_unused_kwargs=True, other=1, group_size=64
+    )
     assert (config.scheme, config.group_size, unused) == ("W8A8", 64, {"other": 1})
     with pytest.raises(ValueError, match="QVLMConfig has no field 'other'"):  # it would vanish
         QVLMConfig.from_dict({"scheme": "W8A8"}, other=1)
 
 
-@pytest.mark.parametrize("bad", [None, 3, "W4A4", [("scheme", "W4A4")], torch.ones(2, 2)], ids=lambda bad: type(bad).__name__)
+@pytest.mark.parametrize(
+    "bad",
+    [None, 3, "W4A4", [("scheme", "W4A4")], torch.ones(2, 2)],
+    ids=lambda bad: type(bad).__name__,
+)
 def test_from_dict_takes_a_mapping(bad: Any) -> None:
-    with pytest.raises(ValueError, match=r"\Aquantization_config=.* must be a mapping of fields, as to_dict\(\) gives it\.\Z"):
+    with pytest.raises(
+        ValueError,
+        match=r"\Aquantization_config=.* must be a mapping of fields, as to_dict\(\) gives it\.\Z",
+    ):
         QVLMConfig.from_dict(bad)
 
 
@@ -167,13 +225,27 @@ NESTED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("kind", NESTED)
 @pytest.mark.parametrize(
-    "field", ["provenance", "modules", "modules_to_not_convert", "activation_granularity", "optimize_vision", "seed", "scheme"]
+    "field",
+    [
+        "provenance",
+        "modules",
+        "modules_to_not_convert",
+        "activation_granularity",
+        "optimize_vision",
+        "seed",
+        "scheme",
+    ],
 )
 def test_values_nested_very_deep_are_refused_in_one_line(field: str, kind: str) -> None:
-    value = nested(5_000 if kind in ("list", "dict") else 300, NESTED[kind])  # Python cannot free deeper others
+    value = nested(
+        5_000 if kind in ("list", "dict") else 300, NESTED[kind]
+    )  # Python cannot free deeper others
     named = {"provenance": {"x": value}, "modules": {"model.up": value}}.get(field, value)
     with pytest.raises(
-        ValueError, match=r"\A(modules: model.up: entry|" + field + r") is nested more than 50 deep, or holds itself: give plain values\.\Z"
+        ValueError,
+        match=r"\A(modules: model.up: entry|"
+        + field
+        + r") is nested more than 50 deep, or holds itself: give plain values\.\Z",
     ):
         QVLMConfig(**{field: named})
 
@@ -184,7 +256,9 @@ def test_values_that_hold_themselves_are_refused_and_40_levels_are_not() -> None
     loop: list[Any] = []
     loop += [loop, loop]
     for value in (mapping, {"x": loop}):
-        with pytest.raises(ValueError, match=r"^provenance is nested more than 50 deep, or holds itself"):
+        with pytest.raises(
+            ValueError, match=r"^provenance is nested more than 50 deep, or holds itself"
+        ):
             QVLMConfig(provenance=value)
     with pytest.raises(ValueError, match=r"^callback \[\[.* must have on_step"):
         QVLMConfig(callbacks=[loop])
@@ -277,13 +351,34 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"modules_to_not_convert": b"lm_head"}, "modules_to_not_convert=b'lm_head' is bytes, must be what JSON can hold"),
-        ({"modules_to_not_convert": [object()]}, "modules_to_not_convert=<object .* is object, must be what JSON"),
-        ({"modules_to_not_convert": {"lm_head": 1}}, "modules_to_not_convert={'lm_head': 1} must be a list"),
-        ({"modules_to_not_convert": {"a", 1}}, "modules_to_not_convert={.*} cannot be sorted: give a list"),
-        ({"modules_to_not_convert": itertools.repeat("a")}, "modules_to_not_convert has more than 100000 entries"),
-        ({"percentiles": torch.ones(2, device="meta")}, "percentiles=tensor.* cannot be read: give numbers"),
-        ({"percentiles": np.array([1.0 + 1j])}, "percentiles=.* is complex, must be what JSON can hold"),
+        (
+            {"modules_to_not_convert": b"lm_head"},
+            "modules_to_not_convert=b'lm_head' is bytes, must be what JSON can hold",
+        ),
+        (
+            {"modules_to_not_convert": [object()]},
+            "modules_to_not_convert=<object .* is object, must be what JSON",
+        ),
+        (
+            {"modules_to_not_convert": {"lm_head": 1}},
+            "modules_to_not_convert={'lm_head': 1} must be a list",
+        ),
+        (
+            {"modules_to_not_convert": {"a", 1}},
+            "modules_to_not_convert={.*} cannot be sorted: give a list",
+        ),
+        (
+            {"modules_to_not_convert": itertools.repeat("a")},
+            "modules_to_not_convert has more than 100000 entries",
+        ),
+        (
+            {"percentiles": torch.ones(2, device="meta")},
+            "percentiles=tensor.* cannot be read: give numbers",
+        ),
+        (
+            {"percentiles": np.array([1.0 + 1j])},
+            "percentiles=.* is complex, must be what JSON can hold",
+        ),
         ({"percentiles": np.ones((1, 2))}, r"percentiles=\(\(1.0, 1.0\),\) must be numbers"),
         ({"entropy_threshold": Fraction(10**400)}, "entropy_threshold=inf must be a number"),
         ({"entropy_threshold": 10**400}, "entropy_threshold=10* must be a number"),
@@ -293,14 +388,25 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
         ({"group_size": object}, "group_size=<class 'object'> is type, must be what JSON"),
         ({"strict": np.int64(1)}, "strict=1 must be True or False"),
         ({"scheme": ["W4A4"]}, r"scheme=\('W4A4',\) is not W"),
-        ({"optimize_vision": {"epochs": object()}}, "optimize_vision=<object .* is object, must be what JSON"),
-        ({"hub_model_id": object(), "push_to_hub": True}, "hub_model_id=<object .* is object, must be what JSON"),
+        (
+            {"optimize_vision": {"epochs": object()}},
+            "optimize_vision=<object .* is object, must be what JSON",
+        ),
+        (
+            {"hub_model_id": object(), "push_to_hub": True},
+            "hub_model_id=<object .* is object, must be what JSON",
+        ),
         ({"hub_private": np.int8(1)}, "hub_private=1 must be True, False or None"),
         ({"group_size": -7}, "group_size=-7 must be -1"),
-        ({"activation_granularity": "dynamic_token", "scheme": "W4A16"}, "activation_granularity='dynamic_token' has no meaning"),
+        (
+            {"activation_granularity": "dynamic_token", "scheme": "W4A16"},
+            "activation_granularity='dynamic_token' has no meaning",
+        ),
     ],
 )
-def test_a_wrong_value_is_refused_wherever_it_is_given(fields: dict[str, Any], message: str) -> None:
+def test_a_wrong_value_is_refused_wherever_it_is_given(
+    fields: dict[str, Any], message: str
+) -> None:
     config = QVLMConfig(seed=5)
     before = copy.deepcopy(config.__dict__)
 
@@ -308,7 +414,11 @@ def test_a_wrong_value_is_refused_wherever_it_is_given(fields: dict[str, Any], m
         for name, value in fields.items():
             setattr(config, name, value)
 
-    ways = (lambda: QVLMConfig(**fields), lambda: QVLMConfig.from_dict(config.to_dict(), **fields), lambda: config.update(**fields))
+    ways = (
+        lambda: QVLMConfig(**fields),
+        lambda: QVLMConfig.from_dict(config.to_dict(), **fields),
+        lambda: config.update(**fields),
+    )
     for way in (*ways, assign) if len(fields) == 1 else ways:
         with pytest.raises(ValueError, match=message) as caught:
             way()
@@ -320,7 +430,9 @@ def test_fields_can_be_changed_together_and_one_by_one() -> None:
     config = QVLMConfig(activation_granularity="channel")
     with pytest.raises(ValueError, match="has no meaning for 16-bit"):
         config.scheme = "W4A16"
-    assert config.update(scheme="W4A16", activation_granularity=None, colour="red") == {"colour": "red"}
+    assert config.update(scheme="W4A16", activation_granularity=None, colour="red") == {
+        "colour": "red"
+    }
     assert (config.scheme, config.activation_granularity) == ("W4A16", None)
     config.modules_to_not_convert = iter(["lm_head"])
     assert config.to_dict()["modules_to_not_convert"] == ["lm_head"]
@@ -341,7 +453,11 @@ def test_fields_can_be_changed_together_and_one_by_one() -> None:
 def test_a_misspelt_field_is_refused_wherever_it_is_given(name: str, field: str) -> None:
     config = QVLMConfig()
     before = dict(config.__dict__)
-    ways = (lambda: setattr(config, name, 3), lambda: config.update(**{name: 3}), lambda: QVLMConfig(**{name: 3}))
+    ways = (
+        lambda: setattr(config, name, 3),
+        lambda: config.update(**{name: 3}),
+        lambda: QVLMConfig(**{name: 3}),
+    )
     for way in (*ways, lambda: QVLMConfig.from_dict({}, **{name: 3})):
         with pytest.raises(ValueError, match=f"^QVLMConfig has no field '{name}': is it '{field}"):
             way()
@@ -356,15 +472,28 @@ def test_bits_come_from_the_scheme() -> None:
             lambda name=name: QVLMConfig(**{name: 8}),
             lambda name=name: config.update(**{name: 8}),
         ):
-            with pytest.raises(ValueError, match=f"^{name} comes from the scheme: give scheme, as in scheme='W4A8'"):
+            with pytest.raises(
+                ValueError, match=f"^{name} comes from the scheme: give scheme, as in scheme='W4A8'"
+            ):
                 way()
 
 
 def test_attributes_that_frameworks_set_are_carried_along_and_not_saved() -> None:
     config = QVLMConfig()
     before = config.to_json_string()
-    # Transformers' own quantizers set the first four, loading attributes and others' tools the rest.
-    for name in ("dequantize", "tokenizer", "gguf_file", "_marked", "use_cuda_fp16", "skip_modules", "pre_quantized", "bits", "desc_act"):
+    # Transformers' own quantizers set the first four, loading attributes and others' tools the
+    # rest.
+    for name in (
+        "dequantize",
+        "tokenizer",
+        "gguf_file",
+        "_marked",
+        "use_cuda_fp16",
+        "skip_modules",
+        "pre_quantized",
+        "bits",
+        "desc_act",
+    ):
         setattr(config, name, [name])
     assert config.to_json_string() == before
     for twin in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
@@ -375,19 +504,43 @@ def test_attributes_that_frameworks_set_are_carried_along_and_not_saved() -> Non
 
 
 def test_a_mapping_changed_in_place_is_checked_before_it_is_used() -> None:
-    config = QVLMConfig(provenance={"file": "a"}, activation_granularity={"vision": "token"}, modules={"model.up": SCHEME})
+    config = QVLMConfig(
+        provenance={"file": "a"},
+        activation_granularity={"vision": "token"},
+        modules={"model.up": SCHEME},
+    )
     config.provenance["kinds"] = {"b"}
     assert config.to_dict()["provenance"] == {"file": "a", "kinds": ["b"]}
     assert copy.deepcopy(config).provenance == {"file": "a", "kinds": ["b"]}
     assert json.loads(config.to_json_string())["provenance"] == {"file": "a", "kinds": ["b"]}
     for mapping, key, bad, message in (
-        (config.provenance, "x", object(), "^provenance=<object .* is object, must be what JSON can hold"),
-        (config.activation_granularity, "language", "token", "^activation_granularity='token' needs a fixed number of positions"),
-        (config.modules, "model..down", SCHEME, "^modules: 'model..down' is no canonical module name"),
+        (
+            config.provenance,
+            "x",
+            object(),
+            "^provenance=<object .* is object, must be what JSON can hold",
+        ),
+        (
+            config.activation_granularity,
+            "language",
+            "token",
+            "^activation_granularity='token' needs a fixed number of positions",
+        ),
+        (
+            config.modules,
+            "model..down",
+            SCHEME,
+            "^modules: 'model..down' is no canonical module name",
+        ),
     ):
         mapping[key] = bad
         # the copy is what loading and quantize_model begin with: nothing is calibrated first
-        for way in (config.to_dict, config.to_json_string, lambda: copy.deepcopy(config), lambda: quantize_model(tiny_llava(), config)):
+        for way in (
+            config.to_dict,
+            config.to_json_string,
+            lambda: copy.deepcopy(config),
+            lambda: quantize_model(tiny_llava(), config),
+        ):
             with pytest.raises(ValueError, match=message):
                 way()
         del mapping[key]
@@ -408,7 +561,12 @@ def test_copies_share_what_belongs_to_the_process_and_pickles_drop_it() -> None:
     class Callback:
         on_step = staticmethod(lambda name, done, total: None)
 
-    config = QVLMConfig(dataset=(n for n in range(3)), processor=collate, callbacks=[Callback()], provenance={"a": [1]})
+    config = QVLMConfig(
+        dataset=(n for n in range(3)),
+        processor=collate,
+        callbacks=[Callback()],
+        provenance={"a": [1]},
+    )
     for twin in (copy.deepcopy(config), copy.copy(config)):
         assert twin.dataset is config.dataset
         assert twin.processor is collate
@@ -423,15 +581,21 @@ def test_copies_share_what_belongs_to_the_process_and_pickles_drop_it() -> None:
 def test_a_checkpoint_keeps_its_own_configuration(saved: dict) -> None:
     path: Path = saved["rounded", "float32"].path
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        model = AutoModelForImageTextToText.from_pretrained(path, quantization_config=QVLMConfig(scheme="W8A8", dataset=[1]))
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, quantization_config=QVLMConfig(scheme="W8A8", dataset=[1])
+        )
     assert model.config.quantization_config.scheme == "W4A16"
     assert model.hf_quantizer.quantization_config.dataset is None
-    with pytest.raises(ValueError, match="quantized with QVLMConfig but you are passing a GPTQConfig"):
+    with pytest.raises(
+        ValueError, match="quantized with QVLMConfig but you are passing a GPTQConfig"
+    ):
         AutoModelForImageTextToText.from_pretrained(path, quantization_config=GPTQConfig(bits=4))
 
 
 def test_learned_rounding_is_in_saved_files_alone():
-    with pytest.raises(ValueError, match="weight_rounding='learned' was removed, it gained nothing: take 'gptq'"):
+    with pytest.raises(
+        ValueError, match="weight_rounding='learned' was removed, it gained nothing: take 'gptq'"
+    ):
         QVLMConfig(weight_rounding="learned")
     scheme = {
         "weight_bits": 4,
@@ -448,7 +612,12 @@ def test_learned_rounding_is_in_saved_files_alone():
 def test_without_data_only_rounding_is_recorded():
     config = QVLMConfig(scheme="W4A16")
     config.settle_without_data()
-    assert (config.weight_rounding, config.equalization, config.token_importance, config.guard) == ("nearest", False, False, False)
+    assert (config.weight_rounding, config.equalization, config.token_importance, config.guard) == (
+        "nearest",
+        False,
+        False,
+        False,
+    )
 
 
 @pytest.mark.parametrize(

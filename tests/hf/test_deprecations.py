@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-# Everything from a full-precision model to text; what a warning of Transformers says goes to stderr.
+# Everything from a full-precision model to text; what a warning of Transformers says goes to
+# stderr.
 CODE = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -36,7 +37,9 @@ print("all of it ran")
 
 def test_nothing_that_is_called_is_deprecated(tmp_path):
     command = [sys.executable, "-W", "always", "-c", CODE, str(TESTS), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRANSFORMERS_VERBOSITY": "info"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"TRANSFORMERS_VERBOSITY": "info"}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all of it ran\n")
     # torch's own, of its own calls

@@ -21,7 +21,13 @@ def sharded(tmp_path_factory, processor):
     """Quantized, in several files."""
     model = tiny_llava()
     report = quantize_model(model, QVLMConfig(scheme="W4A16"))
-    return save_quantized(model, processor, tmp_path_factory.mktemp("sharded") / "model", report=report, max_shard_size="60KB")
+    return save_quantized(
+        model,
+        processor,
+        tmp_path_factory.mktemp("sharded") / "model",
+        report=report,
+        max_shard_size="60KB",
+    )
 
 
 @pytest.fixture
@@ -47,7 +53,10 @@ def ask(folder, capsys):
         ('{"metadata": {}, "weight_map": {}}', "has no weight_map"),
         ('{"metadata": {}, "weight_map": {"a": 3}}', "has no weight_map"),
         ('{"weight_map": {"a": "model-00001-of-00005.safetensors"}}', "has no metadata"),
-        ('{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}', "names 'gone.safetensors', which is no file there"),
+        (
+            '{"metadata": {}, "weight_map": {"a": "gone.safetensors"}}',
+            "names 'gone.safetensors', which is no file there",
+        ),
     ],
 )
 def test_a_damaged_index(damaged, capsys, content, message):
@@ -66,13 +75,17 @@ def test_a_damaged_index_of_a_model_to_be_quantized(tmp_path, capsys):
     index = tmp_path / "model" / INDEX
     index.write_text(index.read_text()[:-20])
     with pytest.raises(ValueError, match="is no JSON: download"):
-        AutoModelForImageTextToText.from_pretrained(tmp_path / "model", quantization_config=QVLMConfig(scheme="W4A16"))
+        AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "model", quantization_config=QVLMConfig(scheme="W4A16")
+        )
 
 
 def test_an_index_beside_the_single_file_is_not_read(tmp_path):
     save_tiny(tmp_path)
     (tmp_path / INDEX).write_text("{")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=QVLMConfig(scheme="W4A16"))
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, quantization_config=QVLMConfig(scheme="W4A16")
+    )
     assert model.is_quantized
 
 
@@ -95,12 +108,29 @@ def configured(folder, value):
 @pytest.mark.parametrize("value", [None, {}, ...], ids=["null", "empty", "missing"])
 def test_packed_weights_without_their_configuration(damaged, capsys, value):
     said = ask(configured(damaged, value), capsys)
-    assert said.startswith(f"qvlm: error: {damaged}: its config.json has no quantization_config, but ")
-    assert said.endswith(".weight_scale is of a quantized model: download or quantize the model again.\n")
+    assert said.startswith(
+        f"qvlm: error: {damaged}: its config.json has no quantization_config, but "
+    )
+    assert said.endswith(
+        ".weight_scale is of a quantized model: download or quantize the model again.\n"
+    )
 
 
 def test_null_is_harmless_in_a_full_precision_model(tmp_path, capsys):
     save_tiny(tmp_path / "model")
     configured(tmp_path / "model", None)
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    assert main(["ask", str(tmp_path / "model"), "what colour ?", "--image", str(tmp_path / "0.png"), "--max-new-tokens", "1"]) == 0
+    assert (
+        main(
+            [
+                "ask",
+                str(tmp_path / "model"),
+                "what colour ?",
+                "--image",
+                str(tmp_path / "0.png"),
+                "--max-new-tokens",
+                "1",
+            ]
+        )
+        == 0
+    )

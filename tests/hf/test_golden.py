@@ -37,7 +37,9 @@ def test_files_of_an_earlier_revision_load_with_every_bit(name: str, tmp_path: P
     before, after = (load_file(folder / "model.safetensors") for folder in (SAVED / name, tmp_path))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    kept, now = (json.loads((folder / "config.json").read_text()) for folder in (SAVED / name, tmp_path))
+    kept, now = (
+        json.loads((folder / "config.json").read_text()) for folder in (SAVED / name, tmp_path)
+    )
     assert now["quantization_config"].items() >= kept["quantization_config"].items()
 
     found = {key: digest(tensor) for key, tensor in model.dequantize().state_dict().items()}

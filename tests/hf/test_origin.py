@@ -26,19 +26,25 @@ def cache(tmp_path: Path, source: Path) -> Path:
 
 def test_a_model_of_the_hub_is_named_with_its_commit(cache: Path) -> None:
     config = QVLMConfig(scheme="W4A16")
-    model = AutoModelForImageTextToText.from_pretrained("me/tiny", cache_dir=cache, quantization_config=config)
+    model = AutoModelForImageTextToText.from_pretrained(
+        "me/tiny", cache_dir=cache, quantization_config=config
+    )
     found = model.config.quantization_config.provenance
     assert (found["base_model"], found["base_model_revision"]) == ("me/tiny", COMMIT)
     assert model.hf_quantizer.report.provenance == found
 
 
 def test_a_directory_is_named_without_its_path(source: Path) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=QVLMConfig(scheme="W4A16"))
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, quantization_config=QVLMConfig(scheme="W4A16")
+    )
     assert model.hf_quantizer.report.provenance["base_directory"] == source.name
     assert "base_model" not in model.hf_quantizer.report.provenance
 
 
-def test_a_model_in_memory_needs_evidence_for_a_hub_id(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_memory_needs_evidence_for_a_hub_id(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_llava()
     assert "base_model" not in quantize_model(model, QVLMConfig(scheme="W4A16")).provenance
     other = tiny_llava()

@@ -74,7 +74,10 @@ def adapted(model, targets="all-linear", **options):
 
 def train(model, batch, steps=10):
     """The loss before each step, and after the last."""
-    batch = {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    batch = {
+        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in batch.items()
+    }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     losses = []
@@ -120,7 +123,11 @@ def test_training_lowers_the_loss_and_changes_adapters_alone(directory, batch, t
     assert losses[-1] < 0.5 * losses[0]
     adapters = {name: p for name, p in tuned.named_parameters() if "lora_" in name}
     assert all(p.grad is None for name, p in tuned.named_parameters() if name not in adapters)
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for name, p in adapters.items() if UNREAD not in name)
+    assert all(
+        p.grad is not None and p.grad.isfinite().all() and p.grad.any()
+        for name, p in adapters.items()
+        if UNREAD not in name
+    )
     after = tuned.unload().state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -130,9 +137,25 @@ def test_a_fresh_process_loads_the_adapter_in_three_ways(directory, batch, train
     _, path, expected = trained
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     torch.save(inputs, tmp_path / "inputs.pt")
-    script = [sys.executable, TESTS / "hf" / "fresh_adapter.py", tmp_path / "inputs.pt", tmp_path / "out.pt", directory, path]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(list(map(str, script)), env=environment, capture_output=True, text=True, timeout=300, check=False)
+    script = [
+        sys.executable,
+        TESTS / "hf" / "fresh_adapter.py",
+        tmp_path / "inputs.pt",
+        tmp_path / "out.pt",
+        directory,
+        path,
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        list(map(str, script)),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     answers = torch.load(tmp_path / "out.pt")
     assert set(answers) == {"PeftModel", "load_adapter", "from_pretrained"}
@@ -155,16 +178,27 @@ def test_save_quantized_wants_the_model_without_its_adapter(directory, batch, tr
     model = load(directory)
     model.load_adapter(trained[1])
     for wrapped in (model, adapted(load(directory)), adapted(load(directory)).get_base_model()):
-        with pytest.raises(ValueError, match="save_quantized saves no PEFT adapter: save it with its own save_pretrained, and unload"):
+        with pytest.raises(
+            ValueError,
+            match="save_quantized saves no PEFT adapter: save it with its own save_pretrained, and "
+            "unload",
+        ):
             save_quantized(wrapped, None, tmp_path / "with", report=None)
         assert not list(tmp_path.iterdir())
     model = adapted(load(directory)).unload()
-    assert torch.equal(logits(load(save_quantized(model, None, tmp_path / "without", report=None)), batch), logits(model, batch))
+    assert torch.equal(
+        logits(load(save_quantized(model, None, tmp_path / "without", report=None)), batch),
+        logits(model, batch),
+    )
 
 
-def test_modules_of_one_input_are_computed_together_except_where_a_gradient_is_wanted(directory, batch, monkeypatch):
+def test_modules_of_one_input_are_computed_together_except_where_a_gradient_is_wanted(
+    directory, batch, monkeypatch
+):
     calls, together = [], qvlm_hf.nn.siblings.linears
-    monkeypatch.setattr(qvlm_hf.nn.siblings, "linears", lambda *args: calls.append(1) or together(*args))
+    monkeypatch.setattr(
+        qvlm_hf.nn.siblings, "linears", lambda *args: calls.append(1) or together(*args)
+    )
 
     def counted(run):
         calls.clear()
@@ -176,7 +210,8 @@ def test_modules_of_one_input_are_computed_together_except_where_a_gradient_is_w
     assert alone >= 4  # q/k/v and gate/up of two layers, and those of the vision tower
     model = adapted(model)
     assert counted(lambda: logits(model, batch)) == alone
-    # with gradients only the first layer of the vision tower, whose input comes from frozen weights, is left
+    # with gradients only the first layer of the vision tower, whose input comes from frozen
+    # weights, is left
     assert counted(lambda: train(model.train(), batch, steps=1)) == 1 + alone
     assert counted(lambda: logits(model, batch)) == alone
     model = model.unload()
@@ -191,7 +226,9 @@ def test_computing_together_changes_no_gradient(directory, batch):
             if dissolved and isinstance(module, QVLMLinear) and module.shared is not None:
                 module.shared[0].dissolve()
         train(model, batch, steps=2)
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys() != set()
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
@@ -225,15 +262,22 @@ def test_gradient_checkpointing_changes_no_gradient(directory, batch, reentrant)
     for checkpointing in (False, True):
         model = load(directory)
         runs.append([])
-        model.model.language_model.layers[0].input_layernorm.register_forward_hook(lambda *_, seen=runs[-1]: seen.append(1))
+        model.model.language_model.layers[0].input_layernorm.register_forward_hook(
+            lambda *_, seen=runs[-1]: seen.append(1)
+        )
         if checkpointing:
             enable = getattr(model, f"{CHECKPOINTING}_enable")
             enable(**{f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}})
         model.enable_input_require_grads()  # the reentrant kind sends gradients only to layers whose input has one
         model = adapted(model, r"model\.language_model\..*(q_proj|v_proj|down_proj)")
         train(model, batch, steps=2)
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert list(map(len, runs)) == [3, 5]  # two steps and a look at the loss; two forward passes are repeated
+        gradients.append(
+            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        )
+    assert list(map(len, runs)) == [
+        3,
+        5,
+    ]  # two steps and a look at the loss; two forward passes are repeated
     assert gradients[0].keys() == gradients[1].keys() != set()
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
 
@@ -253,7 +297,9 @@ def test_preparing_for_kbit_training_leaves_the_format_as_it_is(directory, batch
     assert torch.equal(logits(load(tmp_path), batch), logits(model.eval(), batch))
 
 
-def test_the_trainer_trains_an_adapter_and_refuses_a_model_without_one(directory, batch, processor, tmp_path):
+def test_the_trainer_trains_an_adapter_and_refuses_a_model_without_one(
+    directory, batch, processor, tmp_path
+):
     samples = load_samples(tiny_messages(8))
 
     def together(chosen):
@@ -278,8 +324,12 @@ def test_the_trainer_trains_an_adapter_and_refuses_a_model_without_one(directory
     assert torch.equal(logits(again, batch), logits(tuned.eval(), batch))
 
 
-PACKED = "^a quantized module's packed weight takes no arithmetic: call model.dequantize\\(\\) first\\.$"
-UNTRAINABLE = "^a quantized module's packed weight cannot be trained: train an adapter, or quantize without"
+PACKED = (
+    "^a quantized module's packed weight takes no arithmetic: call model.dequantize\\(\\) first\\.$"
+)
+UNTRAINABLE = (
+    "^a quantized module's packed weight cannot be trained: train an adapter, or quantize without"
+)
 ATTENTION = r"model\.language_model\..*(q_proj|v_proj)"
 MERGED = {  # reads the weight only to merge
     "LoRA": LoraConfig(r=4),
@@ -356,12 +406,22 @@ OPTIONS = {
 }
 MATRIX = {kind.value: {} for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
 LORA_OPTIONS = (
-    *({"init_lora_weights": name} for name in ("gaussian", "eva", "olora", "pissa", "corda", "orthogonal")),
+    *(
+        {"init_lora_weights": name}
+        for name in ("gaussian", "eva", "olora", "pissa", "corda", "orthogonal")
+    ),
     *({"init_lora_weights": name} for name in ("pissa_niter_4", "mica", "lora_ga")),
     *({name: True} for name in ("use_dora", "use_qalora", "use_rslora", "lora_bias")),
 )
-MATRIX |= {f"LORA {value}" if value is not True else f"LORA {name}": {name: value} for one in LORA_OPTIONS for name, value in one.items()}
-MATRIX["LORA target_parameters"] = {"target_modules": ["none"], "target_parameters": ["self_attn.q_proj.weight"]}
+MATRIX |= {
+    f"LORA {value}" if value is not True else f"LORA {name}": {name: value}
+    for one in LORA_OPTIONS
+    for name, value in one.items()
+}
+MATRIX["LORA target_parameters"] = {
+    "target_modules": ["none"],
+    "target_parameters": ["self_attn.q_proj.weight"],
+}
 MATRIX["MISS bat"] = {"r": 8, "init_weights": "bat"}
 READS_WEIGHTS = {  # to begin with, or in each forward pass
     *("ADAMSS", "DEFT", "DELORA", "FROD", "HIRA", "HRA", "OSF", "PEANUT", "PSOFT", "SHIRA"),
@@ -374,7 +434,12 @@ def made(name):
     """A configuration, on the attention of the language model unless the kind wants something else."""
     kind, *_ = name.split()
     config = next(own for key, own in PEFT_TYPE_TO_CONFIG_MAPPING.items() if key.value == kind)
-    usual = {"target_modules": ATTENTION, "num_virtual_tokens": 4, "num_tasks": 2, "task_type": "CAUSAL_LM"}
+    usual = {
+        "target_modules": ATTENTION,
+        "num_virtual_tokens": 4,
+        "num_tasks": 2,
+        "task_type": "CAUSAL_LM",
+    }
     fields = {field.name for field in dataclasses.fields(config)}
     usual = {name: value for name, value in usual.items() if name in fields}
     return config(**(usual | OPTIONS.get(kind, {}) | MATRIX[name]))
@@ -395,7 +460,9 @@ def tried(model, name, batch):
         torch.manual_seed(2)
         adapter.train()
         adapter(**batch).loss.backward()
-        results.append([parameter.grad for parameter in adapter.parameters() if parameter.grad is not None])
+        results.append(
+            [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
+        )
         if hasattr(adapter.base_model, "merge_and_unload"):
             results.append([logits(adapter.eval().merge_and_unload(), batch)])
     except Exception as error:
@@ -436,7 +503,9 @@ def test_every_kind_of_adapter_works_or_says_what_to_do(packed_and_plain, batch,
         assert torch.equal(logits(packed, batch), base)
 
 
-@pytest.mark.parametrize("config", [LoHaConfig(r=4), LoKrConfig(r=4), LoraConfig(init_lora_weights="orthogonal")])
+@pytest.mark.parametrize(
+    "config", [LoHaConfig(r=4), LoKrConfig(r=4), LoraConfig(init_lora_weights="orthogonal")]
+)
 def test_what_reads_the_form_alone_is_saved_loaded_and_trained(directory, batch, tmp_path, config):
     config = copy.deepcopy(config)
     config.target_modules = ATTENTION
@@ -447,7 +516,10 @@ def test_what_reads_the_form_alone_is_saved_loaded_and_trained(directory, batch,
     assert losses[-1] < 0.8 * losses[0]
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(directory, dtype=torch.bfloat16), tmp_path)
-    fed = {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
+    fed = {
+        name: value.bfloat16() if value.is_floating_point() else value
+        for name, value in batch.items()
+    }
     assert torch.equal(logits(again, fed), logits(model, fed))
 
 
@@ -455,7 +527,9 @@ def test_a_packed_projector_is_not_trained_and_a_float_one_is(directory, source,
     options = {"targets": ["q_proj", "v_proj"], "modules_to_save": ["multi_modal_projector"]}
     with pytest.raises(ValueError, match=UNTRAINABLE):
         adapted(load(directory), **options)
-    config = QVLMConfig(scheme="W4A8", activation_granularity="dynamic_token", quantize_projector=False)
+    config = QVLMConfig(
+        scheme="W4A8", activation_granularity="dynamic_token", quantize_projector=False
+    )
     load(source, quantization_config=config).save_pretrained(tmp_path / "model")
     model = adapted(load(tmp_path / "model"), **options)
     before = load(tmp_path / "model").model.multi_modal_projector.linear_1.weight
@@ -464,7 +538,9 @@ def test_a_packed_projector_is_not_trained_and_a_float_one_is(directory, source,
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "adapter")
     assert torch.equal(logits(again, batch), logits(model, batch))
-    trained = again.get_submodule("base_model.model.model.multi_modal_projector.modules_to_save.default.linear_1").weight
+    trained = again.get_submodule(
+        "base_model.model.model.multi_modal_projector.modules_to_save.default.linear_1"
+    ).weight
     assert not torch.allclose(trained, before)
 
 
@@ -485,20 +561,30 @@ def test_dequantize_then_merge(source, batch, tmp_path, scheme):
     dequantized = logits(model, batch)
     merged = model.merge_and_unload()
     assert not any(isinstance(module, QVLMLinear) for module in merged.modules())
-    torch.testing.assert_close(logits(merged, batch), dequantized, rtol=1e-4, atol=1e-4 * dequantized.std().item())
-    # weight-only: the same weights in another order of sums; 8-bit activations: rounded inputs, 2 % of the answers' spread
+    torch.testing.assert_close(
+        logits(merged, batch), dequantized, rtol=1e-4, atol=1e-4 * dequantized.std().item()
+    )
+    # weight-only: the same weights in another order of sums; 8-bit activations: rounded inputs, 2 %
+    # of the answers' spread
     assert (dequantized - quantized).std() < (1e-5 if scheme == "W4A16" else 0.05) * quantized.std()
     merged.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert torch.equal(logits(load(tmp_path), batch), logits(merged, batch))
     report = quantize_model(merged, CONFIG)
-    assert len(report.modules) == sum(isinstance(module, QVLMLinear) for module in merged.modules()) > 0
+    assert (
+        len(report.modules)
+        == sum(isinstance(module, QVLMLinear) for module in merged.modules())
+        > 0
+    )
     assert (logits(merged, batch) - dequantized).std() < 0.3 * dequantized.std()
 
 
 def test_a_module_is_copied_and_saved_without_its_siblings(directory, batch):
     model = load(directory)
-    module, size = q_proj(model), sum(t.numel() * t.element_size() for t in q_proj(model).state_dict().values())
+    module, size = (
+        q_proj(model),
+        sum(t.numel() * t.element_size() for t in q_proj(model).state_dict().values()),
+    )
     lone = copy.deepcopy(module)
     file = io.BytesIO()
     torch.save(module, file)
@@ -509,5 +595,9 @@ def test_a_module_is_copied_and_saved_without_its_siblings(directory, batch):
     assert lone.shared is None
     twin = copy.deepcopy(model)
     attention = twin.model.language_model.layers[0].self_attn
-    assert attention.q_proj.shared[0].modules == [attention.q_proj, attention.k_proj, attention.v_proj]
+    assert attention.q_proj.shared[0].modules == [
+        attention.q_proj,
+        attention.k_proj,
+        attention.v_proj,
+    ]
     assert torch.equal(logits(twin, batch), logits(model, batch))

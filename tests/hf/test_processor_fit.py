@@ -19,7 +19,9 @@ SET = {
     "vision_feature_select_strategy": "default",
     "num_additional_image_tokens": 1,
 }
-NONE = "LlavaProcessor refuses this batch (unsupported operand type(s) for //: 'int' and 'NoneType')"
+NONE = (
+    "LlavaProcessor refuses this batch (unsupported operand type(s) for //: 'int' and 'NoneType')"
+)
 COUNTED = f"LlavaProcessor writes {{}} image tokens, but the model makes {IMAGE_TOKENS} features"
 # Settings of a processor -> what is said of them.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -30,7 +32,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another strategy": ({"vision_feature_select_strategy": "full"}, COUNTED.format(17)),
     "no class token": ({"num_additional_image_tokens": 0}, COUNTED.format(15)),
     "as in old repositories": (
-        {"patch_size": None, "vision_feature_select_strategy": None, "num_additional_image_tokens": 0},
+        {
+            "patch_size": None,
+            "vision_feature_select_strategy": None,
+            "num_additional_image_tokens": 0,
+        },
         NONE,
     ),
 }
@@ -63,13 +69,18 @@ def no_weights(source: Path, tmp_path: Path) -> Path:
 def samples(tmp_path: Path) -> str:
     """The second line has the first picture."""
     tiny_messages(1)[0]["messages"][0]["content"][0]["image"].save(tmp_path / "1.png")
-    lines = [{"image": None, "question": "what ?", "answer": "red"}, {"image": "1.png", "question": "what ?", "answer": "red"}]
+    lines = [
+        {"image": None, "question": "what ?", "answer": "red"},
+        {"image": "1.png", "question": "what ?", "answer": "red"},
+    ]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return str(tmp_path / "samples.jsonl")
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_settings_are_found_before_a_weight_is_read(no_weights: Path, samples: str, kind: str) -> None:
+def test_wrong_settings_are_found_before_a_weight_is_read(
+    no_weights: Path, samples: str, kind: str
+) -> None:
     settings, problem = WRONG[kind]
     processor = wrong_processor(settings)
     remedy = {name: value for name, value in SET.items() if name in settings}
@@ -88,14 +99,24 @@ def test_wrong_settings_are_found_before_a_weight_is_read(no_weights: Path, samp
 
 def test_drawn_samples_are_checked_too(no_weights: Path) -> None:
     config = QVLMConfig(dataset="synthetic", processor=wrong_processor({"patch_size": None}))
-    with pytest.raises(ValueError, match=r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model'):
+    with pytest.raises(
+        ValueError,
+        match=r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model',
+    ):
         AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
 
 
 @pytest.mark.parametrize(
-    "options", [{"scheme": "W4A16"}, {"activation_granularity": "dynamic_token"}, {"scheme": "W4A16", "rotation": "hadamard"}]
+    "options",
+    [
+        {"scheme": "W4A16"},
+        {"activation_granularity": "dynamic_token"},
+        {"scheme": "W4A16", "rotation": "hadamard"},
+    ],
 )
-def test_without_data_a_processor_that_is_given_is_checked_too(no_weights: Path, options: dict[str, Any]) -> None:
+def test_without_data_a_processor_that_is_given_is_checked_too(
+    no_weights: Path, options: dict[str, Any]
+) -> None:
     config = QVLMConfig(**options, processor=wrong_processor({"patch_size": None}))
     message = r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model\'s processor_config.json'
     with pytest.raises(ValueError, match=message):
@@ -119,28 +140,44 @@ def test_a_check_leaves_no_trace_in_the_files_of_the_processor(tmp_path: Path) -
 
 def test_pictures_of_another_size_and_unknown_tokens(samples: str) -> None:
     processor = tiny_processor()
-    processor.image_processor.crop_size = processor.image_processor.size = {"height": 48, "width": 48}
+    processor.image_processor.crop_size = processor.image_processor.size = {
+        "height": 48,
+        "width": 48,
+    }
     message = (
-        r"^samples.jsonl:2: the model refuses the picture that LlavaProcessor made \(Input image size .*\): take the "
-        r"processor that was saved with the model \(size and crop_size in processor_config.json or preprocessor_config.json\)\.$"
+        r"^samples.jsonl:2: the model refuses the picture that LlavaProcessor made \(Input image "
+        r"size .*\): take the "
+        r"processor that was saved with the model \(size and crop_size in processor_config.json or "
+        r"preprocessor_config.json\)\.$"
     )
     with pytest.raises(ValueError, match=message) as caught:
         check_processor_fits(on_meta(), processor, load_samples(samples))
     assert "\n" not in str(caught.value)
     model = on_meta()
     model.resize_token_embeddings(5, mean_resizing=False)
-    with pytest.raises(ValueError, match=r"^samples.jsonl:2: LlavaProcessor writes the token \d+, but the model knows 5 tokens: take"):
+    with pytest.raises(
+        ValueError,
+        match=r"^samples.jsonl:2: LlavaProcessor writes the token \d+, but the model knows 5 "
+        r"tokens: take",
+    ):
         check_processor_fits(model, tiny_processor(), load_samples(samples))
 
 
-def test_what_fits_or_cannot_be_known_is_let_through(samples: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits_or_cannot_be_known_is_let_through(
+    samples: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = load_samples(samples)
     for model in (on_meta(), tiny_llava()):
         check_processor_fits(model, tiny_processor(), chosen)
         check_processor_fits(model, tiny_processor(), None)
         check_processor_fits(model, wrong_processor({"patch_size": None}), chosen[:1])  # no picture
     wrong = wrong_processor({"patch_size": 16})
-    for error in (NotImplementedError("meta"), RuntimeError("meta"), AttributeError("no such method"), TypeError("an argument")):
+    for error in (
+        NotImplementedError("meta"),
+        RuntimeError("meta"),
+        AttributeError("no such method"),
+        TypeError("an argument"),
+    ):
         model = on_meta()
 
         def ask(*_: object, error: Exception = error, **__: object) -> None:
@@ -160,6 +197,8 @@ def test_a_processor_that_nothing_mends_is_named(samples: str) -> None:
 
     processor = tiny_processor()
     processor.__class__ = Broken
-    with pytest.raises(ValueError, match=r"^samples.jsonl:2: Broken refuses this batch \('pixel_values.*\)$") as caught:
+    with pytest.raises(
+        ValueError, match=r"^samples.jsonl:2: Broken refuses this batch \('pixel_values.*\)$"
+    ) as caught:
         check_processor_fits(on_meta(), processor, load_samples(samples))
     assert "\n" not in str(caught.value)

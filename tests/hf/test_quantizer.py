@@ -27,29 +27,49 @@ from qvlm_hf.quantize import round_and_pack
 def no_weights(source: Path, tmp_path: Path) -> Path:
     """A checkpoint whose weights cannot be read: an error about anything else came first."""
     for file in source.iterdir():
-        (tmp_path / file.name).write_bytes(b"broken" if file.suffix == ".safetensors" else file.read_bytes())
+        (tmp_path / file.name).write_bytes(
+            b"broken" if file.suffix == ".safetensors" else file.read_bytes()
+        )
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (QVLMConfig(), r"scheme='W4A4' has activation ranges to calibrate: give samples \(dataset='samples.jsonl'\), or take"),
-        (QVLMConfig(dataset=[]), r"dataset needs the model's processor: pass QVLMConfig\(..., processor=AutoProcessor.from_pretrained"),
+        (
+            QVLMConfig(),
+            r"scheme='W4A4' has activation ranges to calibrate: give samples "
+            r"\(dataset='samples.jsonl'\), or take",
+        ),
+        (
+            QVLMConfig(dataset=[]),
+            r"dataset needs the model's processor: pass QVLMConfig\(..., "
+            r"processor=AutoProcessor.from_pretrained",
+        ),
         (QVLMConfig(dataset=[], processor=1), "dataset has no samples"),
         (QVLMConfig(dataset=[{"text": "?"}], processor=1), r"dataset\[0\]"),
         (QVLMConfig(dataset="none.jsonl", processor=1), "none.jsonl: no such file"),
-        (QVLMConfig(scheme="W4A16", modules_to_not_convert=["vision"]), "'vision' matches no module"),
-        (QVLMConfig(dataset=tiny_messages(1), processor=1, modules_to_not_convert=["x.y"]), "'x.y' matches no module"),
+        (
+            QVLMConfig(scheme="W4A16", modules_to_not_convert=["vision"]),
+            "'vision' matches no module",
+        ),
+        (
+            QVLMConfig(dataset=tiny_messages(1), processor=1, modules_to_not_convert=["x.y"]),
+            "'x.y' matches no module",
+        ),
     ],
 )
-def test_mistakes_are_found_before_a_weight_is_read(no_weights: Path, config: QVLMConfig, message: str) -> None:
+def test_mistakes_are_found_before_a_weight_is_read(
+    no_weights: Path, config: QVLMConfig, message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
     assert "\n" not in str(caught.value)
 
 
-def test_generators_lambdas_and_callbacks_survive_and_the_users_config_is_untouched(source: Path, processor: object) -> None:
+def test_generators_lambdas_and_callbacks_survive_and_the_users_config_is_untouched(
+    source: Path, processor: object
+) -> None:
     seen: list[tuple] = []
 
     class Callback:
@@ -73,7 +93,9 @@ def test_generators_lambdas_and_callbacks_survive_and_the_users_config_is_untouc
         callbacks=[Callback()],
     )
     before = config.to_dict()
-    model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=config, device_map={"": "cpu"})
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, quantization_config=config, device_map={"": "cpu"}
+    )
     assert config.to_dict() == before
     assert config.dataset is not None
     report = model.hf_quantizer.report
@@ -81,9 +103,17 @@ def test_generators_lambdas_and_callbacks_survive_and_the_users_config_is_untouc
     assert seen[0][0] == "sensitivity"
     assert model.config.quantization_config is model.hf_quantizer.quantization_config
     assert model.config.quantization_config.modules == report.modules
-    assert {name for name, module in model.named_modules() if isinstance(module, QVLMLinear)} == set(report.modules)
-    assert not any(p.requires_grad for m in model.modules() if isinstance(m, QVLMLinear) for p in m.parameters(recurse=False))
-    # what belonged to the calibration is let go, so the model can be copied and its quantizer sent to other processes
+    assert {
+        name for name, module in model.named_modules() if isinstance(module, QVLMLinear)
+    } == set(report.modules)
+    assert not any(
+        p.requires_grad
+        for m in model.modules()
+        if isinstance(m, QVLMLinear)
+        for p in m.parameters(recurse=False)
+    )
+    # what belonged to the calibration is let go, so the model can be copied and its quantizer sent
+    # to other processes
     assert model.hf_quantizer.quantization_config.dataset is None
     twin = copy.deepcopy(model)
     assert torch.equal(twin.lm_head.weight, model.lm_head.weight)
@@ -102,23 +132,43 @@ class Raising:
         raise RuntimeError("no disk for my table")
 
 
-def test_a_callback_that_fails_at_the_end_leaves_a_complete_quantized_model(processor: object, inputs: dict, ask: Callable) -> None:
+def test_a_callback_that_fails_at_the_end_leaves_a_complete_quantized_model(
+    processor: object, inputs: dict, ask: Callable
+) -> None:
     told: list[object] = []
     late = SimpleNamespace(on_calibration_end=lambda model, report: told.append(report))
-    options = {"dataset": tiny_messages(3), "processor": processor, "num_samples": 3, "percentiles": (1.0,), "margins": ()}
+    options = {
+        "dataset": tiny_messages(3),
+        "processor": processor,
+        "num_samples": 3,
+        "percentiles": (1.0,),
+        "margins": (),
+    }
     failing, plain = tiny_llava(), tiny_llava()
     with pytest.raises(RuntimeError, match="no disk for my table"):
-        quantize_model(failing, QVLMConfig(**options, callbacks=[Raising("on_calibration_end"), late]))
+        quantize_model(
+            failing, QVLMConfig(**options, callbacks=[Raising("on_calibration_end"), late])
+        )
     assert told == []
     report = quantize_model(plain, QVLMConfig(**options, callbacks=[late]))
     assert told == [report]
     # nothing tells them apart but the failure
-    assert (failing.is_quantized, failing.quantization_method) == (plain.is_quantized, plain.quantization_method)
+    assert (failing.is_quantized, failing.quantization_method) == (
+        plain.is_quantized,
+        plain.quantization_method,
+    )
     assert failing.hf_quantizer.report == report
     assert failing.config.to_dict() == plain.config.to_dict()
     for field in ("dataset", "processor", "callbacks"):
-        assert getattr(failing.config.quantization_config, field) == getattr(plain.config.quantization_config, field)
-    assert not any(p.requires_grad for m in failing.modules() if isinstance(m, QVLMLinear) for p in m.parameters(recurse=False))
+        assert getattr(failing.config.quantization_config, field) == getattr(
+            plain.config.quantization_config, field
+        )
+    assert not any(
+        p.requires_grad
+        for m in failing.modules()
+        if isinstance(m, QVLMLinear)
+        for p in m.parameters(recurse=False)
+    )
     assert torch.equal(ask(failing, inputs)[0], ask(plain, inputs)[0])
     with pytest.raises(ValueError, match="quantized already"):
         quantize_model(failing, QVLMConfig(scheme="W4A16"))
@@ -126,7 +176,9 @@ def test_a_callback_that_fails_at_the_end_leaves_a_complete_quantized_model(proc
 
 def test_a_callback_that_fails_on_the_way_leaves_the_model_as_it_was(processor: object) -> None:
     model, other = tiny_llava(), tiny_llava()
-    config = QVLMConfig(dataset=tiny_messages(3), processor=processor, num_samples=3, callbacks=[Raising("on_step")])
+    config = QVLMConfig(
+        dataset=tiny_messages(3), processor=processor, num_samples=3, callbacks=[Raising("on_step")]
+    )
     with pytest.raises(RuntimeError, match="no disk for my table"):
         quantize_model(model, config)
     assert getattr(model, "hf_quantizer", None) is None
@@ -140,17 +192,25 @@ def test_the_same_through_a_concrete_class(source: Path) -> None:
     model = type(tiny_llava()).from_pretrained(source, quantization_config=config)
     assert config.modules == {}
     assert len(model.config.quantization_config.modules) == 34
-    assert {scheme.weight_bits for scheme in model.config.quantization_config.modules.values()} == {8}
+    assert {scheme.weight_bits for scheme in model.config.quantization_config.modules.values()} == {
+        8
+    }
 
 
 def test_a_plain_dict_is_taken_too(source: Path) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(source, quantization_config={"quant_method": "qvlm", "scheme": "W2A16"})
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, quantization_config={"quant_method": "qvlm", "scheme": "W2A16"}
+    )
     assert model.model.language_model.layers[1].mlp.up_proj.scheme.weight_bits == 2
 
 
 def test_exclusions_and_the_head(source: Path, tmp_path: Path) -> None:
     config = QVLMConfig(
-        scheme="W4A8", activation_granularity="dynamic_token", lm_head_bits=8, quantize_vision=False, modules_to_not_convert=["down_proj"]
+        scheme="W4A8",
+        activation_granularity="dynamic_token",
+        lm_head_bits=8,
+        quantize_vision=False,
+        modules_to_not_convert=["down_proj"],
     )
     model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=config)
     modules = model.hf_quantizer.report.modules
@@ -164,7 +224,9 @@ def test_exclusions_and_the_head(source: Path, tmp_path: Path) -> None:
 
 def test_a_tied_model_round_trips(tmp_path: Path, inputs: dict, ask: Callable) -> None:
     tied = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
-    model = AutoModelForImageTextToText.from_pretrained(tied, quantization_config=QVLMConfig(scheme="W4A16"))
+    model = AutoModelForImageTextToText.from_pretrained(
+        tied, quantization_config=QVLMConfig(scheme="W4A16")
+    )
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert again.lm_head.weight is again.get_input_embeddings().weight
@@ -173,7 +235,9 @@ def test_a_tied_model_round_trips(tmp_path: Path, inputs: dict, ask: Callable) -
 
 @pytest.mark.parametrize("lm_head_bits", [None, 8])
 def test_the_planned_report_is_the_one_that_rounding_gives(lm_head_bits: int | None) -> None:
-    settings = CalibrationSettings(activation_bits=16, lm_head_bits=lm_head_bits, modules_to_not_convert=("fc1",))
+    settings = CalibrationSettings(
+        activation_bits=16, lm_head_bits=lm_head_bits, modules_to_not_convert=("fc1",)
+    )
     model = tiny_llava()
     planned = planned_report(model, settings)
     assert planned == round_and_pack(model, settings)
@@ -184,8 +248,13 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.language_model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model.language_model.layers.0.mlp.up_proj: the weight holds NaN or infinity"):
-        AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=QVLMConfig(scheme="W4A16"))
+    with pytest.raises(
+        ValueError,
+        match=r"model.language_model.layers.0.mlp.up_proj: the weight holds NaN or infinity",
+    ):
+        AutoModelForImageTextToText.from_pretrained(
+            tmp_path, quantization_config=QVLMConfig(scheme="W4A16")
+        )
 
 
 def test_a_quantized_model_is_not_quantized_again() -> None:
@@ -197,7 +266,9 @@ def test_a_quantized_model_is_not_quantized_again() -> None:
 
 def test_disk_offload_and_tensor_parallelism_are_refused(source: Path) -> None:
     with pytest.raises(ValueError, match="offloads to disk, where weights cannot be quantized"):
-        AutoModelForImageTextToText.from_pretrained(source, quantization_config=QVLMConfig(scheme="W4A16"), device_map={"": "disk"})
+        AutoModelForImageTextToText.from_pretrained(
+            source, quantization_config=QVLMConfig(scheme="W4A16"), device_map={"": "disk"}
+        )
     quantizer = QVLMHfQuantizer(QVLMConfig(scheme="W4A16"))
     model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(tp_size=2)))
     with pytest.raises(ValueError, match="tp_size=2: qvlm models cannot be split"):
@@ -208,9 +279,15 @@ def test_disk_offload_and_tensor_parallelism_are_refused(source: Path) -> None:
 
 def test_what_transformers_asks_for() -> None:
     rounding = QVLMHfQuantizer(QVLMConfig(scheme="W2A16"), pre_quantized=False)
-    calibrating = QVLMHfQuantizer(QVLMConfig(scheme="W2A16", dataset=tiny_messages(1), processor=1), pre_quantized=False)
+    calibrating = QVLMHfQuantizer(
+        QVLMConfig(scheme="W2A16", dataset=tiny_messages(1), processor=1), pre_quantized=False
+    )
     loading = QVLMHfQuantizer(QVLMConfig(scheme="W2A16"), pre_quantized=True)
-    assert (rounding.quantized_element_size, calibrating.quantized_element_size, loading.quantized_element_size) == (0.25, None, None)
+    assert (
+        rounding.quantized_element_size,
+        calibrating.quantized_element_size,
+        loading.quantized_element_size,
+    ) == (0.25, None, None)
     assert rounding.is_serializable()
     assert rounding.is_trainable
     assert rounding.is_compileable
@@ -243,7 +320,14 @@ def test_the_package_exports_what_it_says() -> None:
 def test_a_tower_of_dead_layers_alone(processor):
     """The projector reads what enters its one layer: rounded, not searched."""
     model = tiny_llava(vision_layers=1)
-    options = {"dataset": tiny_messages(4), "processor": processor, "num_samples": 4, "batch_size": 4, "percentiles": (1.0,), "margins": ()}
+    options = {
+        "dataset": tiny_messages(4),
+        "processor": processor,
+        "num_samples": 4,
+        "batch_size": 4,
+        "percentiles": (1.0,),
+        "margins": (),
+    }
     report = quantize_model(model, QVLMConfig(scheme="W4A4", **options))
     assert report.dead == ("model.vision_tower.encoder.layers.0",)
     assert report.segments[0].blocks == ()
@@ -255,10 +339,14 @@ HEADLESS = "^LlavaModel is the model without its output head: quantize the whole
 
 def both_ways(processor: object) -> tuple[QVLMConfig, QVLMConfig]:
     """Without data and with."""
-    return QVLMConfig(scheme="W4A16"), QVLMConfig(dataset=tiny_messages(2), processor=processor, num_samples=2)
+    return QVLMConfig(scheme="W4A16"), QVLMConfig(
+        dataset=tiny_messages(2), processor=processor, num_samples=2
+    )
 
 
-def test_a_model_without_its_head_is_told_from_another_version(source: Path, processor: object, tmp_path: Path) -> None:
+def test_a_model_without_its_head_is_told_from_another_version(
+    source: Path, processor: object, tmp_path: Path
+) -> None:
     for config in both_ways(processor):
         for kind in (AutoModel, LlavaModel):
             with pytest.raises(ValueError, match=HEADLESS):
@@ -266,7 +354,9 @@ def test_a_model_without_its_head_is_told_from_another_version(source: Path, pro
         with pytest.raises(ValueError, match=HEADLESS):
             quantize_model(tiny_llava().model, config)
     # and the remedy is one
-    AutoModelForImageTextToText.from_pretrained(source, quantization_config=QVLMConfig(scheme="W4A16")).save_pretrained(tmp_path)
+    AutoModelForImageTextToText.from_pretrained(
+        source, quantization_config=QVLMConfig(scheme="W4A16")
+    ).save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path)
     assert type(model) is LlavaModel
     assert sum(isinstance(module, QVLMLinear) for module in model.modules()) == 34
@@ -276,29 +366,45 @@ def test_a_model_without_its_head_is_told_from_another_version(source: Path, pro
     ("wrapper", "name"),
     [
         (lambda model: get_peft_model(model, LoraConfig(target_modules=["q_proj"])), "PeftModel"),
-        (lambda model: get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), "PeftModelForCausalLM"),
+        (
+            lambda model: get_peft_model(
+                model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+            ),
+            "PeftModelForCausalLM",
+        ),
         (torch.nn.DataParallel, "DataParallel"),
         (torch.compile, "OptimizedModule"),
     ],
 )
-def test_what_is_wrapped_around_a_model_is_named(processor: object, wrapper: Callable, name: str) -> None:
+def test_what_is_wrapped_around_a_model_is_named(
+    processor: object, wrapper: Callable, name: str
+) -> None:
     model = wrapper(tiny_llava())
     for config in both_ways(processor):
-        with pytest.raises(ValueError, match=f"^quantize_model takes a model of Transformers, not {name}: give the model inside"):
+        with pytest.raises(
+            ValueError,
+            match=f"^quantize_model takes a model of Transformers, not {name}: give the model "
+            f"inside",
+        ):
             quantize_model(model, config)
     assert not any(isinstance(module, QVLMLinear) for module in model.modules())
 
 
 @pytest.mark.parametrize("thing", [None, "llava", {}, 3])
 def test_what_is_no_model_at_all_is_named(thing: object) -> None:
-    with pytest.raises(ValueError, match=f"takes a model of Transformers, not {type(thing).__name__}"):
+    with pytest.raises(
+        ValueError, match=f"takes a model of Transformers, not {type(thing).__name__}"
+    ):
         quantize_model(thing, QVLMConfig(scheme="W4A16"))
 
 
 def test_an_adapter_inside_the_model_is_named(processor: object) -> None:
     model = get_peft_model(tiny_llava(), LoraConfig(target_modules=["q_proj"]))
     for config in both_ways(processor):
-        with pytest.raises(ValueError, match=r"q_proj carries a PEFT adapter: merge or unload the adapter, and quantize"):
+        with pytest.raises(
+            ValueError,
+            match=r"q_proj carries a PEFT adapter: merge or unload the adapter, and quantize",
+        ):
             quantize_model(model.get_base_model(), config)
     assert len(quantize_model(model.unload(), QVLMConfig(scheme="W4A16")).modules) == 34
 
@@ -306,15 +412,26 @@ def test_an_adapter_inside_the_model_is_named(processor: object) -> None:
 @pytest.mark.parametrize("rotation", [None, "hadamard"])
 def test_meta_and_offloaded_are_told_apart(rotation: str | None) -> None:
     config = QVLMConfig(scheme="W4A16", rotation=rotation)
-    with pytest.raises(ValueError, match=r"has no values, it lies on the meta device: load the weights first, .*, then quantize it"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no values, it lies on the meta device: load the weights first, .*, then "
+        r"quantize it",
+    ):
         quantize_model(tiny_llava().to("meta"), config)
     model = tiny_llava()
     cpu_offload(model)
-    with pytest.raises(ValueError, match=r"is offloaded: load the model without offloading \(.*\), then quantize it"):
+    with pytest.raises(
+        ValueError,
+        match=r"is offloaded: load the model without offloading \(.*\), then quantize it",
+    ):
         quantize_model(model, config)
     model = tiny_llava()
     quantize_model(model, QVLMConfig(scheme="W4A16"))
-    with pytest.raises(ValueError, match=r"has no values, it lies on the meta device: load the weights first, .*, then dequantize it"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no values, it lies on the meta device: load the weights first, .*, then "
+        r"dequantize it",
+    ):
         model.to("meta").dequantize()
 
 
@@ -323,16 +440,23 @@ def test_quantize_model_takes_a_dict_of_fields() -> None:
     report = quantize_model(model, {"scheme": "W3A16"})
     assert {scheme.weight_bits for scheme in report.modules.values()} == {3}
     assert model.config.quantization_config.scheme == "W3A16"
-    with pytest.raises(ValueError, match=r"^scheme='W4A4' has activation ranges to calibrate: give samples \(dataset="):
+    with pytest.raises(
+        ValueError,
+        match=r"^scheme='W4A4' has activation ranges to calibrate: give samples \(dataset=",
+    ):
         quantize_model(tiny_llava(), {})
     with pytest.raises(ValueError, match=r"^QVLMConfig has no field 'bits': the fields are "):
         quantize_model(tiny_llava(), {"bits": 4})
     for config in (None, "W4A16"):
-        with pytest.raises(ValueError, match=f"^config={config!r} must be a QVLMConfig, or a dict of its fields"):
+        with pytest.raises(
+            ValueError, match=f"^config={config!r} must be a QVLMConfig, or a dict of its fields"
+        ):
             quantize_model(tiny_llava(), config)
 
 
-def test_a_weight_beyond_float16_is_told_from_a_broken_checkpoint(tmp_path: Path, processor: object) -> None:
+def test_a_weight_beyond_float16_is_told_from_a_broken_checkpoint(
+    tmp_path: Path, processor: object
+) -> None:
     model = tiny_llava()
     with torch.no_grad():
         model.model.language_model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
@@ -344,10 +468,23 @@ def test_a_weight_beyond_float16_is_told_from_a_broken_checkpoint(tmp_path: Path
     rounding, calibrating = both_ways(processor)
     wider = "load it in a wider dtype than float16"
     for path, config, message in (
-        ("linear", rounding, f"up_proj: the weight holds NaN or infinity: repair the checkpoint, or {wider}, before"),
-        ("linear", calibrating, f"the weight of .*up_proj holds NaN or infinity: repair the checkpoint, or {wider}, before"),
+        (
+            "linear",
+            rounding,
+            f"up_proj: the weight holds NaN or infinity: repair the checkpoint, or {wider}, before",
+        ),
+        (
+            "linear",
+            calibrating,
+            f"the weight of .*up_proj holds NaN or infinity: repair the checkpoint, or {wider}, "
+            f"before",
+        ),
         ("norm", rounding, f"norm.weight: holds NaN or infinity: {wider}, or download"),
     ):
         with pytest.raises(ValueError, match=message):
-            AutoModelForImageTextToText.from_pretrained(tmp_path / path, dtype=torch.float16, quantization_config=config)
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "norm", dtype=torch.bfloat16, quantization_config=rounding)
+            AutoModelForImageTextToText.from_pretrained(
+                tmp_path / path, dtype=torch.float16, quantization_config=config
+            )
+    AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "norm", dtype=torch.bfloat16, quantization_config=rounding
+    )

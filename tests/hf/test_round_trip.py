@@ -21,24 +21,39 @@ TESTS = Path(__file__).parents[1]
 
 
 def fresh_process(script: str, *arguments: object) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    }
     command = [sys.executable, str(TESTS / "hf" / script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def reloaded(tmp_path_factory: pytest.TempPathFactory, saved: dict, inputs: dict[str, torch.Tensor]) -> dict:
+def reloaded(
+    tmp_path_factory: pytest.TempPathFactory, saved: dict, inputs: dict[str, torch.Tensor]
+) -> dict:
     folder = tmp_path_factory.mktemp("fresh")
     torch.save(inputs, folder / "inputs.pt")
-    fresh_process("fresh_reload.py", folder / "inputs.pt", folder / "out.pt", *(model.path for model in saved.values()))
+    fresh_process(
+        "fresh_reload.py",
+        folder / "inputs.pt",
+        folder / "out.pt",
+        *(model.path for model in saved.values()),
+    )
     return torch.load(folder / "out.pt")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("kind", ["rounded", "dynamic", "searched", "rotated", "budgeted", "rotated, rounded", "paper"])
-def test_a_fresh_process_answers_bit_for_bit_the_same(saved: dict, reloaded: dict, kind: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    "kind", ["rounded", "dynamic", "searched", "rotated", "budgeted", "rotated, rounded", "paper"]
+)
+def test_a_fresh_process_answers_bit_for_bit_the_same(
+    saved: dict, reloaded: dict, kind: str, dtype: str
+) -> None:
     before, after = saved[kind, dtype], reloaded[str(saved[kind, dtype].path)]
     assert after["logits"].dtype == getattr(torch, dtype)
     assert torch.isfinite(before.logits).all()
@@ -53,9 +68,13 @@ def test_a_fresh_process_answers_bit_for_bit_the_same(saved: dict, reloaded: dic
 
 
 def test_a_model_rounded_without_data_records_nothing_that_did_not_happen(saved: dict) -> None:
-    config = json.loads((saved["rounded", "float32"].path / "config.json").read_text())["quantization_config"]
+    config = json.loads((saved["rounded", "float32"].path / "config.json").read_text())[
+        "quantization_config"
+    ]
     assert config["weight_rounding"] == "nearest"
-    assert not any(config[field] for field in ("equalization", "token_importance", "guard", "optimize_vision"))
+    assert not any(
+        config[field] for field in ("equalization", "token_importance", "guard", "optimize_vision")
+    )
 
 
 def test_a_pipeline_runs_on_a_saved_directory(reloaded: dict) -> None:
@@ -64,7 +83,9 @@ def test_a_pipeline_runs_on_a_saved_directory(reloaded: dict) -> None:
 
 
 def test_the_search_used_static_and_dynamic_ranges(saved: dict) -> None:
-    config = json.loads((saved["paper", "float32"].path / "config.json").read_text())["quantization_config"]
+    config = json.loads((saved["paper", "float32"].path / "config.json").read_text())[
+        "quantization_config"
+    ]
     assert {entry["granularity"] for entry in config["modules"].values()} >= {"token", "channel"}
 
 
@@ -73,10 +94,19 @@ def test_sharded_and_single_files_hold_what_they_should(saved: dict, source: Pat
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     with safe_open(source / "model.safetensors", "pt") as file:
         count = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
-    assert json.loads((sharded / "model.safetensors.index.json").read_text())["metadata"]["total_parameters"] == count
+    assert (
+        json.loads((sharded / "model.safetensors.index.json").read_text())["metadata"][
+            "total_parameters"
+        ]
+        == count
+    )
     assert [path.name for path in single.glob("*.safetensors")] == ["model.safetensors"]
     with safe_open(single / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "qvlm_format": "1", "total_parameters": str(count)}
+        assert file.metadata() == {
+            "format": "pt",
+            "qvlm_format": "1",
+            "total_parameters": str(count),
+        }
 
 
 def test_config_json_and_report_agree(saved: dict) -> None:
@@ -90,11 +120,15 @@ def test_config_json_and_report_agree(saved: dict) -> None:
     assert not {"dataset", "processor", "callbacks", "strict"} & set(config["quantization_config"])
 
 
-def test_without_the_plugin_loading_fails_at_every_width(tmp_path: Path, source: Path, hub_layout: Path, saved: dict) -> None:
+def test_without_the_plugin_loading_fails_at_every_width(
+    tmp_path: Path, source: Path, hub_layout: Path, saved: dict
+) -> None:
     paths = [saved["searched", "float32"].path, saved["paper", "float16"].path]
     for bits in (2, 3, 4, 6, 8):
         origin = hub_layout if bits in (4, 8) else source
-        model = AutoModelForImageTextToText.from_pretrained(origin, quantization_config=QVLMConfig(scheme=f"W{bits}A16"))
+        model = AutoModelForImageTextToText.from_pretrained(
+            origin, quantization_config=QVLMConfig(scheme=f"W{bits}A16")
+        )
         model.save_pretrained(tmp_path / f"w{bits}")
         paths.append(tmp_path / f"w{bits}")
     outcomes = json.loads(fresh_process("fresh_without_plugin.py", *paths).splitlines()[-1])
@@ -112,7 +146,10 @@ def test_the_key_layout_of_the_source_is_kept(
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         keys = set(file.keys())
     assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight_scale" in keys
-    assert "model.vision_tower.encoder.layers.0.mlp.fc1" in model.hf_quantizer.quantization_config.modules
+    assert (
+        "model.vision_tower.encoder.layers.0.mlp.fc1"
+        in model.hf_quantizer.quantization_config.modules
+    )
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     other = AutoModelForImageTextToText.from_pretrained(source, quantization_config=config)
     assert torch.equal(ask(again, inputs)[0], ask(model, inputs)[0])
@@ -126,10 +163,18 @@ def test_loading_can_cast_and_take_the_models_own_config_and_a_device_map(
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16)
     layer = model.model.language_model.layers[0].mlp.up_proj
     assert (layer.weight_scale.dtype, layer.input_scale.dtype) == (torch.bfloat16, torch.float32)
-    assert model.lm_head.weight.dtype == model.model.multi_modal_projector.linear_1.bias.dtype == torch.bfloat16
-    same_config = AutoModelForImageTextToText.from_pretrained(path, config=model.config, dtype=torch.float32)
+    assert (
+        model.lm_head.weight.dtype
+        == model.model.multi_modal_projector.linear_1.bias.dtype
+        == torch.bfloat16
+    )
+    same_config = AutoModelForImageTextToText.from_pretrained(
+        path, config=model.config, dtype=torch.float32
+    )
     mapped = AutoModelForImageTextToText.from_pretrained(path, device_map={"": "cpu"})
-    offloaded = AutoModelForImageTextToText.from_pretrained(path, device_map={"": "disk"}, offload_folder=tmp_path)
+    offloaded = AutoModelForImageTextToText.from_pretrained(
+        path, device_map={"": "disk"}, offload_folder=tmp_path
+    )
     for other in (same_config, mapped, offloaded):
         assert torch.equal(ask(other, inputs)[0], saved["paper", "float32"].logits)
     with pytest.raises(ValueError, match="is offloaded: load the model without offloading"):
@@ -142,7 +187,12 @@ def test_loading_can_cast_and_take_the_models_own_config_and_a_device_map(
 def test_saving_again_keeps_every_byte(saved: dict, tmp_path: Path) -> None:
     for index in range(4):  # safetensors orders metadata at random: one file could be equal by luck
         first = saved["rounded", "float16"].path
-        second = save_quantized(AutoModelForImageTextToText.from_pretrained(first), None, tmp_path / str(index), report=None)
+        second = save_quantized(
+            AutoModelForImageTextToText.from_pretrained(first),
+            None,
+            tmp_path / str(index),
+            report=None,
+        )
         for name in ("model.safetensors", "config.json", "generation_config.json"):
             assert (second / name).read_bytes() == (first / name).read_bytes()
 
@@ -150,13 +200,23 @@ def test_saving_again_keeps_every_byte(saved: dict, tmp_path: Path) -> None:
 def test_the_base_model_alone_loads(saved: dict, inputs: dict[str, torch.Tensor]) -> None:
     for kind in ("rounded", "paper"):
         path = saved[kind, "float32"].path
-        base, whole = AutoModel.from_pretrained(path), AutoModelForImageTextToText.from_pretrained(path)
+        base, whole = (
+            AutoModel.from_pretrained(path),
+            AutoModelForImageTextToText.from_pretrained(path),
+        )
         with torch.no_grad():
-            assert torch.equal(base(**inputs).last_hidden_state, whole.model(**inputs).last_hidden_state)
+            assert torch.equal(
+                base(**inputs).last_hidden_state, whole.model(**inputs).last_hidden_state
+            )
 
 
 def test_in_memory_and_on_load_give_the_same_model(
-    source: Path, saved: dict, processor: object, inputs: dict, ask: Callable, kinds: dict[str, Callable]
+    source: Path,
+    saved: dict,
+    processor: object,
+    inputs: dict,
+    ask: Callable,
+    kinds: dict[str, Callable],
 ) -> None:
     for kind in ("rounded", "searched"):
         model = AutoModelForImageTextToText.from_pretrained(source)
@@ -169,10 +229,14 @@ def test_in_memory_and_on_load_give_the_same_model(
         assert CalibrationReport.from_dict(stored) == report
 
 
-def test_a_rotated_model_with_tied_embeddings_is_saved_untied(tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable) -> None:
+def test_a_rotated_model_with_tied_embeddings_is_saved_untied(
+    tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable
+) -> None:
     source = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
     full = AutoModelForImageTextToText.from_pretrained(source)
-    model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=QVLMConfig(scheme="W8A16", rotation="hadamard"))
+    model = AutoModelForImageTextToText.from_pretrained(
+        source, quantization_config=QVLMConfig(scheme="W8A16", rotation="hadamard")
+    )
     logits = ask(model, inputs)[0]
     assert (logits - ask(full, inputs)[0]).abs().max() < 0.1 * logits.std()
     save_quantized(model, None, tmp_path / "saved", report=None)
@@ -191,13 +255,21 @@ def test_dequantize_gives_an_ordinary_model(
         assert not any(isinstance(module, QVLMLinear) for module in model.modules())
         assert not hasattr(model, "hf_quantizer")
         logits = ask(model, inputs)[0]
-        if "rounded" in kind:  # weight-only: the float model with the same weights differs by the order of sums alone
+        if (
+            "rounded" in kind
+        ):  # weight-only: the float model with the same weights differs by the order of sums alone
             torch.testing.assert_close(logits, saved[kind, "float32"].logits, rtol=1e-3, atol=1e-3)
         model.save_pretrained(tmp_path / kind)
-        assert "quantization_config" not in json.loads((tmp_path / kind / "config.json").read_text())
+        assert "quantization_config" not in json.loads(
+            (tmp_path / kind / "config.json").read_text()
+        )
         plain = AutoModelForImageTextToText.from_pretrained(tmp_path / kind)
         assert torch.equal(ask(plain, inputs)[0], logits)
-    outcomes = json.loads(fresh_process("fresh_without_plugin.py", *(tmp_path / kind for kind in kinds)).splitlines()[-1])
+    outcomes = json.loads(
+        fresh_process("fresh_without_plugin.py", *(tmp_path / kind for kind in kinds)).splitlines()[
+            -1
+        ]
+    )
     assert outcomes.pop("imported") is False
     assert set(outcomes.values()) == {"loaded"}, outcomes
 
@@ -221,21 +293,32 @@ def test_precision_table_and_backends(saved: dict) -> None:
     kernels = {}
     for name in ("reference", "auto"):
         qvlm_hf.set_backend(model, name)
-        kernels[name] = {row.kernel for row in qvlm_hf.precision_table(model) if row.module != "lm_head"}
+        kernels[name] = {
+            row.kernel for row in qvlm_hf.precision_table(model) if row.module != "lm_head"
+        }
     assert kernels == {"reference": {"reference"}, "auto": {kernel_name(128, 4, 4, 64)}}
 
 
 @pytest.mark.parametrize("kind", ["rounded", "dynamic", "searched", "rotated", "paper"])
-def test_kernels_and_reference_answer_alike(saved: dict, inputs: dict[str, torch.Tensor], kind: str) -> None:
+def test_kernels_and_reference_answer_alike(
+    saved: dict, inputs: dict[str, torch.Tensor], kind: str
+) -> None:
     model = AutoModelForImageTextToText.from_pretrained(saved[kind, "float32"].path)
     logits = {}
     for name in ("auto", "reference"):
         qvlm_hf.set_backend(model, name)
         with torch.no_grad():
             logits[name] = model(**inputs).logits
-    torch.testing.assert_close(logits["auto"], logits["reference"], rtol=1e-4, atol=1e-5 * float(logits["reference"].abs().max()))
+    torch.testing.assert_close(
+        logits["auto"],
+        logits["reference"],
+        rtol=1e-4,
+        atol=1e-5 * float(logits["reference"].abs().max()),
+    )
     assert torch.equal(logits["auto"].argmax(-1), logits["reference"].argmax(-1))
-    with pytest.raises(ValueError, match="'triton' does not exist: this version has auto, reference"):
+    with pytest.raises(
+        ValueError, match="'triton' does not exist: this version has auto, reference"
+    ):
         qvlm_hf.set_backend(model, "triton")
     with pytest.raises(ValueError, match="nothing in this one is quantized"):
         qvlm_hf.set_backend(torch.nn.Linear(2, 2), "auto")

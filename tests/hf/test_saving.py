@@ -25,7 +25,11 @@ def model() -> torch.nn.Module:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def fail_at_second_shard(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -44,15 +48,30 @@ def fail_at_second_shard(monkeypatch: pytest.MonkeyPatch, error: Exception) -> N
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error:\n No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error:\n No space left on device (os error 28)"
+        ),
     ],
 )
 def test_a_full_disk_leaves_nothing(
-    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    model: torch.nn.Module,
+    processor: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
     fail_at_second_shard(monkeypatch, error)
-    with pytest.raises(OSError, match=r"out: could not be saved \(.*No space left on device.*\); nothing was changed there") as caught:
-        save_quantized(model, processor, tmp_path / "out", report=model.hf_quantizer.report, max_shard_size="60KB")
+    with pytest.raises(
+        OSError,
+        match=r"out: could not be saved \(.*No space left on device.*\); nothing was changed there",
+    ) as caught:
+        save_quantized(
+            model,
+            processor,
+            tmp_path / "out",
+            report=model.hf_quantizer.report,
+            max_shard_size="60KB",
+        )
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -74,7 +93,9 @@ def test_an_interrupt_leaves_the_old_model(
 ) -> None:
     output = save_quantized(model, processor, tmp_path / "out", report=None)
     before = snapshot(output)
-    monkeypatch.setattr(type(processor), "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        type(processor), "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         save_quantized(model, processor, output, report=None, overwrite=True)
     assert snapshot(output) == before
@@ -84,7 +105,12 @@ def test_an_interrupt_leaves_the_old_model(
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 @pytest.mark.parametrize("failing", [0, 1, 7, 8, 9, 16])
 def test_a_failing_move_is_taken_back_and_the_new_result_kept(
-    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, error: BaseException
+    model: torch.nn.Module,
+    processor: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: int,
+    error: BaseException,
 ) -> None:
     output = save_quantized(model, processor, tmp_path / "out", report=None)
     before, names = snapshot(output), sorted(os.listdir(output))
@@ -102,12 +128,18 @@ def test_a_failing_move_is_taken_back_and_the_new_result_kept(
     assert len(calls) > failing
     partial = next(output.glob(".qvlm-partial-*"))
     assert sorted([*names, partial.name]) == sorted(os.listdir(output))
-    assert {name: content for name, content in snapshot(output).items() if not name.startswith(".")} == before
+    assert {
+        name: content for name, content in snapshot(output).items() if not name.startswith(".")
+    } == before
     assert sorted(os.listdir(partial)) == sorted([*names, "qvlm_report.json"])
     if isinstance(error, OSError):
         expected = f"is as it was, the last step failed ([Errno 5] Input/output error); the new result is whole in {partial}."
         assert str(caught.value) == f"{output}: {expected}"
-    with pytest.raises(ValueError, match=rf"holds {partial.name} of a save that was interrupted or still runs: move what you need"):
+    with pytest.raises(
+        ValueError,
+        match=rf"holds {partial.name} of a save that was interrupted or still runs: move what you "
+        rf"need",
+    ):
         saving.check_output(output, overwrite=True)
 
 
@@ -120,7 +152,10 @@ def test_while_files_are_moved_no_model_loads_that_is_neither(
 
     def watch(self: Path, target: Path) -> Path:
         if (output / "config.json").exists():
-            seen.append((output / "config.json").read_bytes() == old and not any(output.glob(".qvlm-old-*/*")))
+            seen.append(
+                (output / "config.json").read_bytes() == old
+                and not any(output.glob(".qvlm-old-*/*"))
+            )
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", watch)
@@ -128,14 +163,18 @@ def test_while_files_are_moved_no_model_loads_that_is_neither(
     assert seen == [True]  # at the first move alone
 
 
-def test_overwriting_replaces_the_whole_directory(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+def test_overwriting_replaces_the_whole_directory(
+    model: torch.nn.Module, processor: object, tmp_path: Path
+) -> None:
     output = save_quantized(model, processor, tmp_path / "out", report=None, max_shard_size="60KB")
     assert (output / "model.safetensors.index.json").is_file()
     assert not (output / "qvlm_report.json").exists()
     save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
     assert (output / "model.safetensors").is_file()
     assert not list(output.glob("model-*"))
-    assert set(json.loads((output / "qvlm_report.json").read_text())["modules"]) == set(model.hf_quantizer.report.modules)
+    assert set(json.loads((output / "qvlm_report.json").read_text())["modules"]) == set(
+        model.hf_quantizer.report.modules
+    )
     assert list(tmp_path.iterdir()) == [output]
     # saving over the directory that a model was loaded from is fine too
     loaded = AutoModelForImageTextToText.from_pretrained(output)
@@ -144,15 +183,22 @@ def test_overwriting_replaces_the_whole_directory(model: torch.nn.Module, proces
     assert (output / "model.safetensors").read_bytes() == before
 
 
-def test_directories_that_are_refused(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+def test_directories_that_are_refused(
+    model: torch.nn.Module, processor: object, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file, must be a directory"):
         save_quantized(model, processor, tmp_path / "file", report=None, overwrite=True)
-    with pytest.raises(ValueError, match="exists and is not empty: choose another directory, or overwrite it"):
+    with pytest.raises(
+        ValueError, match="exists and is not empty: choose another directory, or overwrite it"
+    ):
         save_quantized(model, processor, tmp_path, report=None)
     for content in ("{}", "[]", "no JSON", '{"quantization_config": {"quant_method": "gptq"}}'):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf that lists its files, so nothing there is"):
+        with pytest.raises(
+            ValueError,
+            match="holds no earlier result of qvlm_hf that lists its files, so nothing there is",
+        ):
             save_quantized(model, processor, tmp_path, report=None, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "file"]
     with pytest.raises(ValueError, match="needs a quantized model"):
@@ -186,7 +232,9 @@ FOREIGN = {
     "merges": lambda folder: a_file(folder / "merges.txt"),
     "a report": lambda folder: a_file(folder / "qvlm_report.json"),
     "a chat template": lambda folder: a_file(folder / "additional_chat_templates" / "mine.jinja"),
-    "an empty folder named as one of ours": lambda folder: (folder / "additional_chat_templates").mkdir(),
+    "an empty folder named as one of ours": lambda folder: (
+        folder / "additional_chat_templates"
+    ).mkdir(),
     "a configuration that was edited": lambda folder: changed(folder / "config.json"),
     "other weights": lambda folder: more_of(folder / "model.safetensors"),
     "a file that became a link": lambda folder: (
@@ -199,15 +247,23 @@ FOREIGN = {
     "another picture": lambda folder: a_file(folder / "cat.png"),
     "an empty folder": lambda folder: (folder / "data").mkdir(),
     "a folder named as a file of ours": lambda folder: a_file(folder / "vocab.txt" / "x"),
-    "a file in a folder of ours": lambda folder: a_file(folder / "additional_chat_templates" / "notes.txt"),
-    "a link named as a file of ours": lambda folder: (folder / "vocab.json").symlink_to(folder / "tokenizer.json"),
+    "a file in a folder of ours": lambda folder: a_file(
+        folder / "additional_chat_templates" / "notes.txt"
+    ),
+    "a link named as a file of ours": lambda folder: (folder / "vocab.json").symlink_to(
+        folder / "tokenizer.json"
+    ),
     "a dangling link": lambda folder: (folder / "vocab.json").symlink_to("nowhere"),
     "pickled weights": lambda folder: a_file(folder / "pytorch_model.bin"),
-    "an adapter": lambda folder: save_file({"a": torch.ones(1)}, folder / "adapter_model.safetensors"),
+    "an adapter": lambda folder: save_file(
+        {"a": torch.ones(1)}, folder / "adapter_model.safetensors"
+    ),
     "full-precision weights": lambda folder: save_file(
         {"a": torch.ones(1)}, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"}
     ),
-    "weights that cannot be read": lambda folder: a_file(folder / "model-00002-of-00002.safetensors"),
+    "weights that cannot be read": lambda folder: a_file(
+        folder / "model-00002-of-00002.safetensors"
+    ),
 }
 
 
@@ -218,7 +274,10 @@ def test_what_an_earlier_result_did_not_write_is_never_deleted(
     output = save_quantized(model, processor, tmp_path / "out", report=None)
     FOREIGN[kind](output)
     before, names = snapshot(output), sorted(os.listdir(output))
-    with pytest.raises(ValueError, match=r"holds \S+, which no earlier result of qvlm_hf wrote like that: move that away, or") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"holds \S+, which no earlier result of qvlm_hf wrote like that: move that away, or",
+    ) as caught:
         save_quantized(model, processor, output, report=None, overwrite=True)
     assert "\n" not in str(caught.value)
     assert (snapshot(output), sorted(os.listdir(output))) == (before, names)
@@ -242,13 +301,18 @@ def test_a_file_that_comes_while_saving_stays(
     assert snapshot(output) == before | {"notes.txt": b"mine"}
     (output / "notes.txt").unlink()
     meanwhile("qvlm_report.json")
-    with pytest.raises(OSError, match=r"is as it was, the last step failed \(.*File exists.*\); the new result is whole in"):
+    with pytest.raises(
+        OSError,
+        match=r"is as it was, the last step failed \(.*File exists.*\); the new result is whole in",
+    ):
         save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
     assert (output / "qvlm_report.json").read_text() == "mine"
     assert before.items() <= snapshot(output).items()
 
 
-def test_what_lists_no_files_is_never_replaced(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+def test_what_lists_no_files_is_never_replaced(
+    model: torch.nn.Module, processor: object, tmp_path: Path
+) -> None:
     """As of `save_pretrained`, a download, or a result whose list is damaged."""
     model.save_pretrained(tmp_path / "out")
     saved = save_quantized(model, processor, tmp_path / "damaged", report=None)
@@ -283,7 +347,9 @@ def test_a_result_with_folders_can_be_overwritten(
     assert not (output / "additional_chat_templates").exists()
 
 
-def test_what_was_recorded_later_is_still_ours(model: torch.nn.Module, processor: object, tmp_path: Path) -> None:
+def test_what_was_recorded_later_is_still_ours(
+    model: torch.nn.Module, processor: object, tmp_path: Path
+) -> None:
     output = save_quantized(model, processor, tmp_path / "out", report=None)
     listed = (output / "qvlm_files.json").read_bytes()
     record_measurement(output)
@@ -295,7 +361,11 @@ def test_what_was_recorded_later_is_still_ours(model: torch.nn.Module, processor
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_existing_directory_stays_itself(
-    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+    model: torch.nn.Module,
+    processor: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overwrite: bool,
 ) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
@@ -314,29 +384,49 @@ def test_an_existing_directory_stays_itself(
 
 
 @pytest.mark.parametrize("length", [1, 236, 237, 255])
-def test_a_name_of_any_length_that_the_file_system_takes(model: torch.nn.Module, processor: object, tmp_path: Path, length: int) -> None:
+def test_a_name_of_any_length_that_the_file_system_takes(
+    model: torch.nn.Module, processor: object, tmp_path: Path, length: int
+) -> None:
     output = save_quantized(model, processor, tmp_path / ("x" * length), report=None)
     save_quantized(model, processor, output, report=None, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["x" * length]
 
 
-def test_a_directory_that_cannot_be_written_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"):
+def test_a_directory_that_cannot_be_written_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"
+    ):
         saving.check_output(tmp_path / ("x" * 256), overwrite=False)
     for length in (4060, 4085):  # the directory fits, the files in it do not
         deep = Path(str(tmp_path.joinpath(*["y" * 200] * 30))[:length])
-        with pytest.raises(ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"):
+        with pytest.raises(
+            ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"
+        ):
             saving.check_output(deep, overwrite=False)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match=r"cannot be written \(Not a directory\): choose a directory that you may write to\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot be written \(Not a directory\): choose a directory that you may write to\.$",
+    ):
         saving.check_output(tmp_path / "file" / "out", overwrite=False)
     (tmp_path / "empty").mkdir()
     with monkeypatch.context() as patch:  # root may write everywhere
-        patch.setattr(Path, "touch", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")))
+        patch.setattr(
+            Path,
+            "touch",
+            lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")),
+        )
         for output in (tmp_path / "empty", tmp_path / "new" / "out"):
-            with pytest.raises(ValueError, match=r"cannot be written \(Read-only file system\): choose a directory that"):
+            with pytest.raises(
+                ValueError,
+                match=r"cannot be written \(Read-only file system\): choose a directory that",
+            ):
                 saving.check_output(output, overwrite=False)
-    assert saving.check_output(tmp_path / "new" / "out", overwrite=False) == tmp_path / "new" / "out"
+    assert (
+        saving.check_output(tmp_path / "new" / "out", overwrite=False) == tmp_path / "new" / "out"
+    )
     assert sorted(os.listdir(tmp_path)) == ["empty", "file"]  # the look leaves nothing
     assert os.listdir(tmp_path / "empty") == []
 
@@ -346,15 +436,25 @@ def test_a_failed_save_takes_the_folders_above_it_away_again(
 ) -> None:
     fail_at_second_shard(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="nothing was changed"):
-        save_quantized(model, processor, tmp_path / "a" / "b" / "out", report=None, max_shard_size="60KB")
+        save_quantized(
+            model, processor, tmp_path / "a" / "b" / "out", report=None, max_shard_size="60KB"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_files_follow_the_umask(model: torch.nn.Module, processor: object, tmp_path: Path, umask: int, mode: int) -> None:
+def test_files_follow_the_umask(
+    model: torch.nn.Module, processor: object, tmp_path: Path, umask: int, mode: int
+) -> None:
     before = os.umask(umask)
     try:
-        output = save_quantized(model, processor, tmp_path / "out", report=model.hf_quantizer.report, max_shard_size="60KB")
+        output = save_quantized(
+            model,
+            processor,
+            tmp_path / "out",
+            report=model.hf_quantizer.report,
+            max_shard_size="60KB",
+        )
     finally:
         os.umask(before)
     modes = {file.name: file.stat().st_mode & 0o777 for file in output.iterdir()}
@@ -362,7 +462,9 @@ def test_files_follow_the_umask(model: torch.nn.Module, processor: object, tmp_p
     assert modes == dict.fromkeys(modes, mode)
 
 
-def test_an_empty_directory_is_taken_and_permissions_are_ordinary(model: torch.nn.Module, tmp_path: Path) -> None:
+def test_an_empty_directory_is_taken_and_permissions_are_ordinary(
+    model: torch.nn.Module, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     output = save_quantized(model, None, tmp_path / "empty", report=None)
     (tmp_path / "other").mkdir()

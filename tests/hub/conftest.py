@@ -15,8 +15,8 @@ from transformers.utils import hub as transformers_hub
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A running Hub, an empty HF_HOME and the token in HF_TOKEN: `HfApi()`, transformers' `from_pretrained` and `push_to_hub` find it.
 
-    huggingface_hub reads its variables at import, so what it read is replaced. Large files go by LFS, where uploads can be seen and cut;
-    see `transfer`.
+    huggingface_hub reads its variables at import, so what it read is replaced. Large files go by
+    LFS, where uploads can be seen and cut; see `transfer`.
     """
     with HubServer(tmp_path / "hub_server") as server:
         home = tmp_path / "hf_home"
@@ -32,7 +32,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
             "HF_TOKEN_PATH": str(home / "token"),
         }.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # of huggingface_hub.create_repo and its like
+        monkeypatch.setattr(
+            hf_api.api, "endpoint", server.endpoint
+        )  # of huggingface_hub.create_repo and its like
         monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made at first use, and kept
         monkeypatch.setenv("HF_HOME", str(home))
         monkeypatch.setenv("HF_TOKEN", server.token)
@@ -44,7 +46,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 @pytest.fixture(params=["lfs", "xet"])
-def transfer(request: pytest.FixtureRequest, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> str:
+def transfer(
+    request: pytest.FixtureRequest, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """Both ways in which large files travel, for tests that must hold for both."""
     if request.param == "xet":
         pytest.importorskip("hf_xet")  # huggingface_hub brings it where there is a build

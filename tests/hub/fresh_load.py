@@ -1,4 +1,7 @@
-"""Run in a fresh process with an empty HF_HOME: loads repositories by id and writes their logits. Usage: fresh_load.py INPUTS OUT ID..."""
+"""Run in a fresh process with an empty HF_HOME: loads repositories by id and writes their logits.
+
+Usage: fresh_load.py INPUTS OUT ID...
+"""
 
 import sys
 

@@ -12,5 +12,8 @@ def test_blocks_run(hub, tmp_path, monkeypatch, page):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
     run_blocks(ROOT / "docs" / page)
-    assert {name: repo.private for name, repo in hub.repos.items()} == {"me/demo-w4a16": False, "me/demo-pushed": True}
+    assert {name: repo.private for name, repo in hub.repos.items()} == {
+        "me/demo-w4a16": False,
+        "me/demo-pushed": True,
+    }
     assert hub.repo("me/demo-w4a16").files("dev").keys() == hub.repo("me/demo-w4a16").files().keys()

@@ -20,7 +20,14 @@ def segment(component: str, entropies: list[float], *, dead: int = 0) -> Segment
         entropies=tuple(entropies),
         threshold=threshold,
         blocks=tuple(
-            BlockReport(layers=layers[block.start : block.stop], initial=1.0, greedy=1.0, joint=1.0, evaluations=1.0) for block in blocks
+            BlockReport(
+                layers=layers[block.start : block.stop],
+                initial=1.0,
+                greedy=1.0,
+                joint=1.0,
+                evaluations=1.0,
+            )
+            for block in blocks
         ),
     )
 
@@ -33,7 +40,11 @@ def pixels(picture: bytes | None) -> np.ndarray:
 def bands(drawn: np.ndarray) -> set[tuple[int, int, int]]:
     """Colours that fill a large part of the picture."""
     colours, counts = np.unique(drawn.reshape(-1, 3), axis=0, return_counts=True)
-    return {tuple(map(int, colour)) for colour, count in zip(colours, counts, strict=True) if count > 0.05 * counts.sum()}
+    return {
+        tuple(map(int, colour))
+        for colour, count in zip(colours, counts, strict=True)
+        if count > 0.05 * counts.sum()
+    }
 
 
 def test_nothing_to_draw_is_no_picture() -> None:
@@ -47,14 +58,20 @@ def test_the_same_report_gives_the_same_bytes_and_names_no_program() -> None:
     assert first == entropy_picture(one)
     assert first is not None
     assert Image.open(io.BytesIO(first)).info.keys() <= {"dpi"}
-    assert first != entropy_picture([segment("vision", [1.0, 2.0, 1.6], dead=1), segment("language", [2.0, 1.0])])
+    assert first != entropy_picture(
+        [segment("vision", [1.0, 2.0, 1.6], dead=1), segment("language", [2.0, 1.0])]
+    )
 
 
 @pytest.mark.parametrize("layers", [2, 24, 80])
 def test_a_panel_per_segment_with_blocks_as_bands(layers: int) -> None:
     entropies = [1.5 + (index % 5) / 10 for index in range(layers - 1)]
     single = pixels(entropy_picture([segment("language", entropies)]))
-    both = pixels(entropy_picture([segment("vision", entropies), segment("projector", []), segment("language", entropies)]))
+    both = pixels(
+        entropy_picture(
+            [segment("vision", entropies), segment("projector", []), segment("language", entropies)]
+        )
+    )
     assert single.shape[1] == both.shape[1] == 1080
     assert both.shape[0] > 1.8 * single.shape[0]
     expected = {(0xDF, 0xE8, 0xF3), (0xF3, 0xEA, 0xD9)} if layers > 2 else {(0xDF, 0xE8, 0xF3)}

@@ -43,14 +43,29 @@ def entry(folder: Path, section: str) -> dict:
 
 def test_an_evaluation_is_kept_and_repeats(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert entry(folder, "evaluation") is None
-    full = ["evaluate", f"{folder}/packed", "--dataset", f"{folder}/questions.jsonl", "--against", f"{folder}/model", "--num-samples", "5"]
+    full = [
+        "evaluate",
+        f"{folder}/packed",
+        "--dataset",
+        f"{folder}/questions.jsonl",
+        "--against",
+        f"{folder}/model",
+        "--num-samples",
+        "5",
+    ]
     assert main([*full, "--seed", "3", "--record"]) == 0
     assert "recorded in qvlm_report.json and README.md" in capsys.readouterr().out
     found = entry(folder, "evaluation")
     assert found["command"] == (
-        "qvlm evaluate packed --dataset questions.jsonl --against model --num-samples 5 --batch-size 16 --seed 3 --record"
+        "qvlm evaluate packed --dataset questions.jsonl --against model --num-samples 5 "
+        "--batch-size 16 --seed 3 --record"
     )
-    assert (found["dataset"], found["questions"], found["seed"], found["reference"]) == ("questions.jsonl", 5, 3, "model")
+    assert (found["dataset"], found["questions"], found["seed"], found["reference"]) == (
+        "questions.jsonl",
+        5,
+        3,
+        "model",
+    )
     assert len(found["sha256"]) == 64
     assert found["accuracy"]["total"] == found["comparison"]["reference_accuracy"]["total"] == 5
     assert found["comparison"]["answer_kl_nats"] > 0
@@ -60,7 +75,10 @@ def test_an_evaluation_is_kept_and_repeats(folder: Path, capsys: pytest.CaptureF
     assert "| `model` in full precision |" in text
     assert f"SHA-256 `{found['sha256']}`" in text
     (result,) = ModelCard(text).data.eval_results
-    assert (result.metric_value, result.dataset_name) == (round(100 * found["accuracy"]["value"], 2), "questions.jsonl")
+    assert (result.metric_value, result.dataset_name) == (
+        round(100 * found["accuracy"]["value"], 2),
+        "questions.jsonl",
+    )
     for file in (CARD_NAME, REPORT_NAME):
         assert str(folder) not in (folder / "packed" / file).read_text()
     assert main(shlex.split(found["command"])[1:]) == 0
@@ -75,22 +93,40 @@ def test_an_evaluation_alone_says_so(folder: Path) -> None:
     found = entry(folder, "evaluation")
     assert found["reference"] is None
     assert found["comparison"] is None
-    assert "Full precision was not measured beside it." in (folder / "packed" / CARD_NAME).read_text()
+    assert (
+        "Full precision was not measured beside it." in (folder / "packed" / CARD_NAME).read_text()
+    )
 
 
 def test_a_benchmark_is_kept_beside_the_evaluation(folder: Path) -> None:
     assert main(["evaluate", "packed", "--dataset", "questions.jsonl", "--record"]) == 0
-    arguments = ["bench", f"{folder}/packed", "--against", f"{folder}/model", "--rounds", "2", "--new-tokens", "2", "--no-peers"]
+    arguments = [
+        "bench",
+        f"{folder}/packed",
+        "--against",
+        f"{folder}/model",
+        "--rounds",
+        "2",
+        "--new-tokens",
+        "2",
+        "--no-peers",
+    ]
     assert main([*arguments, "--record"]) == 0
     found = entry(folder, "benchmark")
-    assert found["command"] == "qvlm bench packed --against model --new-tokens 2 --rounds 2 --no-peers --record"
+    assert (
+        found["command"]
+        == "qvlm bench packed --against model --new-tokens 2 --rounds 2 --no-peers --record"
+    )
     assert {row["way"] for row in found["rows"]} >= {"bfloat16", "qvlm_hf W4A16"}
     assert entry(folder, "evaluation") is not None
     text = (folder / "packed" / CARD_NAME).read_text()
     check_card(text)
     quantized = next(row for row in found["rows"] if row["way"] == "qvlm_hf W4A16")
     assert f"| qvlm_hf W4A16 ({quantized['kernel']})" in text
-    assert f"{quantized['first_token']['speedup']:.2f} (spread {100 * quantized['first_token']['spread']:.0f} %)" in text
+    assert (
+        f"{quantized['first_token']['speedup']:.2f} (spread "
+        f"{100 * quantized['first_token']['spread']:.0f} %)" in text
+    )
     assert str(folder) not in (folder / "packed" / REPORT_NAME).read_text()
     assert "Not measured. This asks this model" not in text
 
@@ -101,14 +137,20 @@ def test_paths_in_errors_are_not_kept() -> None:
         {"way": "b", "error": None},
         {"way": "c", "error": "not installed"},
     ]
-    assert [row["error"] for row in benchmark_entry({"rows": rows}, command="x")["rows"]] == ["OSError", None, "not installed"]
+    assert [row["error"] for row in benchmark_entry({"rows": rows}, command="x")["rows"]] == [
+        "OSError",
+        None,
+        "not installed",
+    ]
 
 
 def test_a_report_that_was_not_kept_is_begun(folder: Path) -> None:
     (folder / "packed" / REPORT_NAME).unlink()
     record_measurement(folder / "packed", benchmark=None, evaluation=None)
     assert set(read_report(folder / "packed").modules) == set(
-        json.loads((folder / "packed" / "config.json").read_text())["quantization_config"]["modules"]
+        json.loads((folder / "packed" / "config.json").read_text())["quantization_config"][
+            "modules"
+        ]
     )
 
 
@@ -123,7 +165,10 @@ def test_a_published_directory_keeps_its_name_on_the_hub(folder: Path, hub: HubS
     publish_folder("packed", "me/elsewhere")
     assert 'from_pretrained("me/elsewhere")' in card.read_text()
     card.write_text("---\nrepo_id: 7\n---\n")
-    with pytest.raises(ValueError, match=r"^README.md: its repo_id 7 must be 'owner/name': mend or delete the line\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^README.md: its repo_id 7 must be 'owner/name': mend or delete the line\.$",
+    ):
         record_measurement(folder / "packed")
 
 
@@ -133,22 +178,36 @@ def test_a_missing_full_precision_model_is_named_before_measuring(
 ) -> None:
     assert main(["bench", "packed", "--against", name, "--record"]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"qvlm: error: --against {name}: is no model's directory and no Hub id that can be read (")
+    assert captured.err.startswith(
+        f"qvlm: error: --against {name}: is no model's directory and no Hub id that can be read ("
+    )
     assert captured.err.endswith("): check the name.\n")
     assert not captured.out
     assert entry(folder, "benchmark") is None
 
 
 def test_a_damaged_report_is_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    for text, reason in (("{", "is no JSON"), ("[]", "cannot be used"), ('"x"', "cannot be used"), ('{"modules": 3}', "cannot be used")):
+    for text, reason in (
+        ("{", "is no JSON"),
+        ("[]", "cannot be used"),
+        ('"x"', "cannot be used"),
+        ('{"modules": 3}', "cannot be used"),
+    ):
         (folder / "packed" / REPORT_NAME).write_text(text)
-        for command in (["inspect", "packed"], ["evaluate", "packed", "--dataset", "questions.jsonl", "--record"]):
+        for command in (
+            ["inspect", "packed"],
+            ["evaluate", "packed", "--dataset", "questions.jsonl", "--record"],
+        ):
             assert main(command) == 1
             assert capsys.readouterr().err.startswith(f"qvlm: error: {REPORT_NAME}: {reason} (")
 
 
-def test_it_is_refused_before_measuring(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="--record: me/model is no local directory: download the model first"):
+def test_it_is_refused_before_measuring(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ValueError, match="--record: me/model is no local directory: download the model first"
+    ):
         check_recordable("me/model")
     shutil.rmtree(folder / "packed" / "nothing", ignore_errors=True)
     monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere

@@ -28,11 +28,19 @@ def model():
 
 
 def linears(model):
-    return {canonical_name(name) for name, module in model.named_modules() if type(module) is nn.Linear}
+    return {
+        canonical_name(name) for name, module in model.named_modules() if type(module) is nn.Linear
+    }
 
 
 def quantized(segments):
-    return [name for segment in segments for layer in segment.layers for site in layer.sites for name in site.modules]
+    return [
+        name
+        for segment in segments
+        for layer in segment.layers
+        for site in layer.sites
+        for name in site.modules
+    ]
 
 
 def test_segments_layers_and_sites_in_execution_order(model):
@@ -43,19 +51,36 @@ def test_segments_layers_and_sites_in_execution_order(model):
         attention, mlp = f"{vision}.{i}.self_attn", f"{vision}.{i}.mlp"
         qkv = tuple(f"{attention}.{p}_proj" for p in "qkv")
         return Layer(
-            f"{vision}.{i}", (Site(qkv), Site((f"{attention}.out_proj",)), Site((f"{mlp}.fc1",)), Site((f"{mlp}.fc2",))), dead=i == 2
+            f"{vision}.{i}",
+            (
+                Site(qkv),
+                Site((f"{attention}.out_proj",)),
+                Site((f"{mlp}.fc1",)),
+                Site((f"{mlp}.fc2",)),
+            ),
+            dead=i == 2,
         )
 
     def llama(i):
         attention, mlp = f"{language}.{i}.self_attn", f"{language}.{i}.mlp"
         qkv = tuple(f"{attention}.{p}_proj" for p in "qkv")
         gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-        return Layer(f"{language}.{i}", (Site(qkv), Site((f"{attention}.o_proj",)), Site(gate_up), Site((f"{mlp}.down_proj",))))
+        return Layer(
+            f"{language}.{i}",
+            (Site(qkv), Site((f"{attention}.o_proj",)), Site(gate_up), Site((f"{mlp}.down_proj",))),
+        )
 
     projector = "model.multi_modal_projector"
     assert segments == (
         Segment("vision", tuple(clip(i) for i in range(3))),
-        Segment("projector", (Layer(projector, (Site((f"{projector}.linear_1",)), Site((f"{projector}.linear_2",)))),)),
+        Segment(
+            "projector",
+            (
+                Layer(
+                    projector, (Site((f"{projector}.linear_1",)), Site((f"{projector}.linear_2",)))
+                ),
+            ),
+        ),
         Segment("language", tuple(llama(i) for i in range(2))),
     )
     assert segments[0].layers[0].sites[0].name == f"{vision}.0.self_attn.q_proj"
@@ -74,7 +99,9 @@ def test_modules_of_a_site_really_read_one_input(model):
     """Runs the model: each module of a site must receive the same tensor, and sites of a layer different ones."""
     inputs = {}
     handles = [
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(canonical_name(name), args[0].clone()))
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.setdefault(canonical_name(name), args[0].clone())
+        )
         for name, module in model.named_modules()
         if type(module) is nn.Linear
     ]
@@ -117,14 +144,19 @@ def test_dead_layers(vision_feature_layer, dead):
     model = tiny_llava(vision_layers=layers, vision_feature_layer=vision_feature_layer)
     assert [layer.dead for layer in resolve(model)[0].layers] == dead
     assert not any(layer.dead for segment in resolve(model)[1:] for layer in segment.layers)
-    # what the table calls dead must not change a bit of the projector's input, what it does not must change it
+    # what the table calls dead must not change a bit of the projector's input, what it does not
+    # must change it
     seen = []
-    model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].clone())
+    )
     pixels = torch.randn(1, 3, 32, 32)
     for layer in range(-1, layers):
         if layer >= 0:
             with torch.no_grad():
-                model.get_submodule(f"model.vision_tower.encoder.layers.{layer}.mlp.fc2").bias.add_(1)
+                model.get_submodule(f"model.vision_tower.encoder.layers.{layer}.mlp.fc2").bias.add_(
+                    1
+                )
         model.get_image_features(pixels)
     assert seen[0].shape[-1] == 64 * count
     assert [torch.equal(before, after) for before, after in pairwise(seen)] == dead
@@ -148,12 +180,24 @@ def test_components_can_be_left_out(model):
         ("model.vision_tower.encoder.layers.0.mlp.fc1", "vision_tower", True),
         ("model.vision_tower.encoder.layers.0.mlp.fc1", "vision", False),
         ("model.vision_tower.encoder.layers.0.mlp.fc1", "model.vision_tower", True),
-        ("model.vision_tower.encoder.layers.0.mlp.fc1", "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1", True),
-        ("model.vision_tower.vision_model.encoder.layers.0.mlp.fc1", "model.vision_tower.encoder", True),
+        (
+            "model.vision_tower.encoder.layers.0.mlp.fc1",
+            "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+            True,
+        ),
+        (
+            "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+            "model.vision_tower.encoder",
+            True,
+        ),
         ("model.language_model.layers.0.mlp.down_proj", "mlp.down_proj", True),
         ("model.language_model.layers.0.mlp.down_proj", "mlp.down", False),
         ("model.language_model.layers.0.mlp.down_proj", "model.layers", False),
-        ("model.language_model.layers.0.mlp.down_proj", "model.language_model.layers.0.mlp.down_proj.weight", False),
+        (
+            "model.language_model.layers.0.mlp.down_proj",
+            "model.language_model.layers.0.mlp.down_proj.weight",
+            False,
+        ),
         ("lm_head", "lm_head", True),
         ("lm_head", "", False),
     ],
@@ -165,7 +209,10 @@ def test_matches_whole_path_components(name, pattern, expected):
 @pytest.mark.parametrize(
     ("pattern", "gone"),
     [
-        ("model.language_model.layers.1.mlp.down_proj", lambda name: name == "model.language_model.layers.1.mlp.down_proj"),
+        (
+            "model.language_model.layers.1.mlp.down_proj",
+            lambda name: name == "model.language_model.layers.1.mlp.down_proj",
+        ),
         ("mlp.down_proj", lambda name: name.endswith("mlp.down_proj")),
         ("vision_tower", lambda name: "vision_tower" in name),
         ("layers.1", lambda name: ".layers.1." in name),
@@ -175,25 +222,55 @@ def test_matches_whole_path_components(name, pattern, expected):
 )
 def test_patterns_exclude_exactly_their_modules(pattern, gone):
     model = tiny_llava(text_layers=11)  # layers.10 exists
-    everything, segments = quantized(resolve(model)), resolve(model, modules_to_not_convert=[pattern])
+    everything, segments = (
+        quantized(resolve(model)),
+        resolve(model, modules_to_not_convert=[pattern]),
+    )
     assert quantized(segments) == [name for name in everything if not gone(name)]
-    assert full_precision_modules(model, segments) == tuple(n for n in linears_in_order(model) if gone(n) or n == "lm_head")
-    layers = {"vision": 3, "projector": 1, "language": 11}  # layers stay in their place; a segment without any site goes
-    left = [segment.component for segment in resolve(model) if not all(gone(name) for name in quantized([segment]))]
-    assert [(segment.component, len(segment.layers)) for segment in segments] == [(component, layers[component]) for component in left]
+    assert full_precision_modules(model, segments) == tuple(
+        n for n in linears_in_order(model) if gone(n) or n == "lm_head"
+    )
+    layers = {
+        "vision": 3,
+        "projector": 1,
+        "language": 11,
+    }  # layers stay in their place; a segment without any site goes
+    left = [
+        segment.component
+        for segment in resolve(model)
+        if not all(gone(name) for name in quantized([segment]))
+    ]
+    assert [(segment.component, len(segment.layers)) for segment in segments] == [
+        (component, layers[component]) for component in left
+    ]
 
 
 def linears_in_order(model):
-    return [canonical_name(name) for name, module in model.named_modules() if type(module) is nn.Linear]
+    return [
+        canonical_name(name) for name, module in model.named_modules() if type(module) is nn.Linear
+    ]
 
 
 def test_patterns_add_up_and_the_head_may_be_named(model):
     segments = resolve(model, modules_to_not_convert=["q_proj", "lm_head", "mlp"])
-    assert quantized(segments) == [name for name in quantized(resolve(model)) if "q_proj" not in name and ".mlp." not in name]
-    assert segments[2].layers[0].sites[0].modules == tuple(f"model.language_model.layers.0.self_attn.{p}_proj" for p in "kv")
+    assert quantized(segments) == [
+        name for name in quantized(resolve(model)) if "q_proj" not in name and ".mlp." not in name
+    ]
+    assert segments[2].layers[0].sites[0].modules == tuple(
+        f"model.language_model.layers.0.self_attn.{p}_proj" for p in "kv"
+    )
 
 
-@pytest.mark.parametrize("pattern", ["mlp.downproj", "layers.99", "vision", "", "model.language_model.layers.0.mlp.down_proj.weight"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "mlp.downproj",
+        "layers.99",
+        "vision",
+        "",
+        "model.language_model.layers.0.mlp.down_proj.weight",
+    ],
+)
 def test_a_typo_in_a_pattern_raises(model, pattern):
     message = f"modules_to_not_convert: {pattern!r} matches no module"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -201,7 +278,9 @@ def test_a_typo_in_a_pattern_raises(model, pattern):
 
 
 def test_nothing_left_raises(model):
-    with pytest.raises(ValueError, match="modules_to_not_convert: leaves no module to quantize: shorten it"):
+    with pytest.raises(
+        ValueError, match="modules_to_not_convert: leaves no module to quantize: shorten it"
+    ):
         resolve(model, modules_to_not_convert=["model"])
 
 
@@ -209,8 +288,15 @@ def test_nothing_left_raises(model):
     ("part", "message"),
     [
         (None, "model_type 'llava_next' is not supported: this version knows llava"),
-        ("vision_config", "vision_config.model_type 'llava_next' is not supported: this version knows clip_vision_model"),
-        ("text_config", "text_config.model_type 'llava_next' is not supported: this version knows llama"),
+        (
+            "vision_config",
+            "vision_config.model_type 'llava_next' is not supported: this version knows "
+            "clip_vision_model",
+        ),
+        (
+            "text_config",
+            "text_config.model_type 'llava_next' is not supported: this version knows llama",
+        ),
     ],
 )
 def test_unknown_families_raise(part, message):
@@ -224,8 +310,13 @@ def test_an_already_quantized_model_raises():
     model = tiny_llava()
     scheme = QuantScheme(weight_bits=4, activation_bits=4, granularity="dynamic_token")
     name = "model.language_model.layers.1.mlp.down_proj"
-    model.get_submodule(name.rpartition(".")[0]).down_proj = QVLMLinear(104, 64, scheme, bias=False, dtype=torch.float32)
-    with pytest.raises(ValueError, match=f"^{re.escape(name)} is a QVLMLinear, not nn.Linear, and quantized already"):
+    model.get_submodule(name.rpartition(".")[0]).down_proj = QVLMLinear(
+        104, 64, scheme, bias=False, dtype=torch.float32
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"^{re.escape(name)} is a QVLMLinear, not nn.Linear, and quantized already",
+    ):
         resolve(model)
     resolve(model, modules_to_not_convert=[name])  # what is left out is not looked at
 
@@ -234,7 +325,10 @@ def test_output_head(model):
     assert output_head(model) == "lm_head"
     assert get_linear(model, "lm_head") is model.lm_head
     tied = tiny_llava(tie_word_embeddings=True)
-    with pytest.raises(ValueError, match=r"^lm_head_bits: lm_head shares its weight with the embeddings .*: leave it out\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^lm_head_bits: lm_head shares its weight with the embeddings .*: leave it out\.$",
+    ):
         output_head(tied)
     for config in (tied.config, tied.config.text_config):  # either flag alone says it
         config.tie_word_embeddings = False
@@ -250,7 +344,11 @@ def test_output_head(model):
 def test_a_missing_module_raises():
     model = tiny_llava()
     del model.model.language_model.layers[0].mlp.down_proj
-    with pytest.raises(ValueError, match=r"has no module 'model\.language_model\.layers\.0\.mlp\.down_proj'.*load the model with Auto"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no module 'model\.language_model\.layers\.0\.mlp\.down_proj'.*load the model "
+        r"with Auto",
+    ):
         resolve(model)
 
 
@@ -264,11 +362,19 @@ def test_canonical_name():
 def test_modules_that_share_an_input():
     model = tiny_llava()
     groups = shared_inputs(model)
-    vision, language = model.config.vision_config.num_hidden_layers, model.config.text_config.num_hidden_layers
+    vision, language = (
+        model.config.vision_config.num_hidden_layers,
+        model.config.text_config.num_hidden_layers,
+    )
     assert len(groups) == vision + 2 * language
     attention = "model.language_model.layers.0.self_attn"
     assert (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj") in groups
-    assert ("model.language_model.layers.1.mlp.gate_proj", "model.language_model.layers.1.mlp.up_proj") in groups
-    assert {name.removeprefix("model.") for group in groups for name in group} == {n for group in shared_inputs(model.model) for n in group}
+    assert (
+        "model.language_model.layers.1.mlp.gate_proj",
+        "model.language_model.layers.1.mlp.up_proj",
+    ) in groups
+    assert {name.removeprefix("model.") for group in groups for name in group} == {
+        n for group in shared_inputs(model.model) for n in group
+    }
     model.config.model_type = "unheard_of"
     assert shared_inputs(model) == ()

@@ -29,27 +29,50 @@ def saved_bytes(folder: Path) -> int:
     return total
 
 
-def pack_by_hand(model: LlavaForConditionalGeneration, modules: dict[str, QuantScheme], positions: dict[str, int]) -> None:
+def pack_by_hand(
+    model: LlavaForConditionalGeneration, modules: dict[str, QuantScheme], positions: dict[str, int]
+) -> None:
     for name, scheme in modules.items():
         linear = model.get_submodule(name)
-        count = {"channel": linear.in_features, "token": positions["vision" if "vision" in name else "projector"]}.get(scheme.granularity)
-        qparams = None if count is None else choose_qparams(-torch.rand(count), torch.rand(count), scheme.activation_bits)
+        count = {
+            "channel": linear.in_features,
+            "token": positions["vision" if "vision" in name else "projector"],
+        }.get(scheme.granularity)
+        qparams = (
+            None
+            if count is None
+            else choose_qparams(-torch.rand(count), torch.rand(count), scheme.activation_bits)
+        )
         tensors = packed_tensors(quantize_weight(linear.weight.detach(), scheme), scheme, qparams)
         replace_modules(model, {name: QVLMLinear.from_packed(linear, scheme, tensors)})
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 128, False), (3, 24, True), (6, -1, False)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"), [(4, 128, False), (3, 24, True), (6, -1, False)]
+)
 def test_the_formula_is_the_saved_file_to_the_byte(
     tmp_path: Path, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, tied: bool
 ) -> None:
     model = tiny_llava(dtype=dtype, tie_word_embeddings=tied)
     granularities = {"vision": "token", "projector": "dynamic_token", "language": "channel"}
-    settings = CalibrationSettings(weight_bits=bits, group_size=group_size, symmetric=symmetric, activation_granularity=granularities)
+    settings = CalibrationSettings(
+        weight_bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        activation_granularity=granularities,
+    )
     modules = planned_modules(model, settings)
-    modules["model.language_model.layers.1.mlp.up_proj"] = QuantScheme(weight_bits=8, activation_bits=16, granularity="none")
-    assert {scheme.granularity for scheme in modules.values()} == {"token", "dynamic_token", "channel", "none"}
+    modules["model.language_model.layers.1.mlp.up_proj"] = QuantScheme(
+        weight_bits=8, activation_bits=16, granularity="none"
+    )
+    assert {scheme.granularity for scheme in modules.values()} == {
+        "token",
+        "dynamic_token",
+        "channel",
+        "none",
+    }
     positions = token_positions(model.config)
     predicted = footprint(model, modules, positions=positions, dtype=dtype)
     model.save_pretrained(tmp_path / "full")
@@ -59,7 +82,13 @@ def test_the_formula_is_the_saved_file_to_the_byte(
     assert predicted.total.full_precision_bytes == saved_bytes(tmp_path / "full")
     assert predicted.total.quantized_bytes == saved_bytes(tmp_path / "packed")
     assert predicted.total.parameters == count == count_parameters(model)
-    assert [row.component for row in predicted.rows] == ["vision", "projector", "language", "embeddings", *([] if tied else ["head"])]
+    assert [row.component for row in predicted.rows] == [
+        "vision",
+        "projector",
+        "language",
+        "embeddings",
+        *([] if tied else ["head"]),
+    ]
 
 
 def test_a_model_from_the_quantizer_agrees_too(tmp_path: Path) -> None:
@@ -71,12 +100,19 @@ def test_a_model_from_the_quantizer_agrees_too(tmp_path: Path) -> None:
     assert predicted.total.quantized_bytes == saved_bytes(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "parameters", "ratio"), [("llava-1.5-7b", 7_063_427_072, 3.4), ("llava-1.5-13b", 13_351_494_656, 3.5)])
+@pytest.mark.parametrize(
+    ("name", "parameters", "ratio"),
+    [("llava-1.5-7b", 7_063_427_072, 3.4), ("llava-1.5-13b", 13_351_494_656, 3.5)],
+)
 def test_w4a4_shrinks_the_published_models(name: str, parameters: int, ratio: float) -> None:
     model = shape_model(name)
     assert model.dtype == torch.bfloat16
     assert all(parameter.is_meta for parameter in model.parameters())
-    sizes = footprint(model, planned_modules(model, CalibrationSettings()), positions=token_positions(model.config))
+    sizes = footprint(
+        model,
+        planned_modules(model, CalibrationSettings()),
+        positions=token_positions(model.config),
+    )
     assert sizes.total.parameters == parameters  # of the safetensors of llava-hf/llava-1.5-*-hf
     assert sizes.total.full_precision_bytes == 2 * parameters
     assert ratio <= sizes.total.ratio < 3.8
@@ -98,8 +134,13 @@ def test_mistakes() -> None:
     scheme = QuantScheme(weight_bits=4, activation_bits=4, granularity="token")
     with pytest.raises(ValueError, match=r"'model.nothing' is no linear module"):
         footprint(model, {"model.nothing": scheme})
-    with pytest.raises(ValueError, match=r"'token' needs the number of positions: pass positions=\{'vision': 577\}"):
+    with pytest.raises(
+        ValueError, match=r"'token' needs the number of positions: pass positions=\{'vision': 577\}"
+    ):
         footprint(model, {"model.vision_tower.encoder.layers.0.mlp.fc1": scheme})
-    with pytest.raises(ValueError, match=r"shape 'gpt' is unknown: this version has demo-1b, llava-1.5-7b, llava-1.5-13b"):
+    with pytest.raises(
+        ValueError,
+        match=r"shape 'gpt' is unknown: this version has demo-1b, llava-1.5-7b, llava-1.5-13b",
+    ):
         shape_config("gpt")
     assert token_positions(SHAPES["llava-1.5-7b"]()) == {"vision": 577, "projector": 576}

@@ -24,7 +24,17 @@ STATIC = {"input_scale": torch.float32, "input_zero_point": torch.int32}
 
 def scheme_of(granularity="channel", **changes):
     bits = 16 if granularity == "none" else 8
-    return QuantScheme(**({"weight_bits": 4, "activation_bits": bits, "group_size": 16, "granularity": granularity} | changes))
+    return QuantScheme(
+        **(
+            {
+                "weight_bits": 4,
+                "activation_bits": bits,
+                "group_size": 16,
+                "granularity": granularity,
+            }
+            | changes
+        )
+    )
 
 
 def quantized(scheme, *, bias=True, dtype=torch.float32, scaled_input=False):
@@ -35,16 +45,33 @@ def quantized(scheme, *, bias=True, dtype=torch.float32, scaled_input=False):
     weight = linear.weight.detach().float()
     weight = block_hadamard(weight, scheme.hadamard) if scheme.hadamard else weight
     axes = {"channel": (0, 1), "token": (0, 2)}.get(scheme.granularity)
-    qparams = None if axes is None else choose_qparams(values.amin(axes), values.amax(axes), scheme.activation_bits)
-    input_scale = qparams.scale if scheme.granularity == "channel" else torch.rand(IN) + 0.5 if scaled_input else None
-    tensors = packed_tensors(quantize_weight(weight if input_scale is None else weight * input_scale, scheme), scheme, qparams)
+    qparams = (
+        None
+        if axes is None
+        else choose_qparams(values.amin(axes), values.amax(axes), scheme.activation_bits)
+    )
+    input_scale = (
+        qparams.scale
+        if scheme.granularity == "channel"
+        else torch.rand(IN) + 0.5
+        if scaled_input
+        else None
+    )
+    tensors = packed_tensors(
+        quantize_weight(weight if input_scale is None else weight * input_scale, scheme),
+        scheme,
+        qparams,
+    )
     if scaled_input:
         tensors["input_scale"] = input_scale
     return QVLMLinear.from_packed(linear, scheme, tensors), linear, x, tensors
 
 
 def layout(module):
-    return {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in module.named_parameters()}
+    return {
+        name: (parameter.dtype, tuple(parameter.shape))
+        for name, parameter in module.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -53,11 +80,25 @@ def layout(module):
 @pytest.mark.parametrize("scaled_input", [None, True])
 def test_parameters_are_the_tensors_of_the_format(granularity, symmetric, bias, scaled_input):
     scheme = scheme_of(granularity, symmetric=symmetric, weight_bits=3)
-    module = QVLMLinear(IN, OUT, scheme, bias=bias, dtype=torch.float16, positions=POSITIONS, has_input_scale=scaled_input, device="meta")
-    expected = {"weight": (torch.int32, (OUT, 4)), "weight_scale": (torch.bfloat16, (OUT, 3))}  # 120 bits are 4 words
+    module = QVLMLinear(
+        IN,
+        OUT,
+        scheme,
+        bias=bias,
+        dtype=torch.float16,
+        positions=POSITIONS,
+        has_input_scale=scaled_input,
+        device="meta",
+    )
+    expected = {
+        "weight": (torch.int32, (OUT, 4)),
+        "weight_scale": (torch.bfloat16, (OUT, 3)),
+    }  # 120 bits are 4 words
     if not symmetric:
         expected["weight_zero_point"] = (torch.uint8, (OUT, 3))
-    statics = {"channel": IN, "token": POSITIONS, "none": IN if scaled_input else None}.get(granularity)
+    statics = {"channel": IN, "token": POSITIONS, "none": IN if scaled_input else None}.get(
+        granularity
+    )
     if statics:
         expected["input_scale"] = (torch.float32, (statics,))
     if granularity in ("channel", "token"):
@@ -81,13 +122,19 @@ def test_is_an_nn_linear_of_its_sizes():
 
 
 def test_token_needs_its_positions():
-    with pytest.raises(ValueError, match=r"^granularity 'token' needs the number of positions it was calibrated for\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^granularity 'token' needs the number of positions it was calibrated for\.$",
+    ):
         QVLMLinear(IN, OUT, scheme_of("token"), bias=True, dtype=torch.float32)
 
 
 def test_token_refuses_another_number_of_positions():
     module, _, x, _ = quantized(scheme_of("token"))
-    with pytest.raises(ValueError, match=r"shape \(3, 4, 40\) does not have the 5 positions that 'token' was calibrated for"):
+    with pytest.raises(
+        ValueError,
+        match=r"shape \(3, 4, 40\) does not have the 5 positions that 'token' was calibrated for",
+    ):
         module(x[:, :4])
 
 
@@ -139,7 +186,9 @@ def test_dequantize_undoes_scale_and_transform(granularity, symmetric, hadamard,
     module, _, _, tensors = quantized(scheme, scaled_input=scaled_input)
     integers = unpack(tensors["weight"], 4, IN).double().numpy()
     scale = tensors["weight_scale"].double().numpy().repeat(16, 1)[:, :IN]
-    zero_point = 8.0 if symmetric else tensors["weight_zero_point"].double().numpy().repeat(16, 1)[:, :IN]
+    zero_point = (
+        8.0 if symmetric else tensors["weight_zero_point"].double().numpy().repeat(16, 1)[:, :IN]
+    )
     expected = scale * (integers - zero_point)
     if granularity == "channel" or scaled_input:
         expected = expected / tensors["input_scale"].double().numpy()
@@ -168,7 +217,9 @@ def test_a_scale_that_was_widened_gets_its_dtype_back():
 
 
 def test_to_linear():
-    module, linear, x, _ = quantized(scheme_of("none", weight_bits=8, hadamard=8), scaled_input=True)
+    module, linear, x, _ = quantized(
+        scheme_of("none", weight_bits=8, hadamard=8), scaled_input=True
+    )
     plain = module.eval().to_linear(torch.float32)
     assert type(plain) is nn.Linear
     assert not plain.training
@@ -207,7 +258,12 @@ def test_casting_the_model_leaves_the_format_alone(cast):
         assert isinstance(parameter, nn.Parameter)
         assert parameter.dtype == (FIXED | STATIC)[name]
         assert torch.equal(parameter, tensor)
-    dtypes = {"bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64, "there and back": torch.bfloat16}
+    dtypes = {
+        "bfloat16": torch.bfloat16,
+        "float": torch.float32,
+        "double": torch.float64,
+        "there and back": torch.bfloat16,
+    }
     assert module.bias.dtype == dtypes.get(cast, torch.float16)
 
 
@@ -240,13 +296,24 @@ def test_state_dict_round_trip(granularity):
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("in_features", [8, 33, 40, 64])
 def test_a_program_without_the_package_fails_to_load_it(weight_bits, in_features):
-    module = QVLMLinear(in_features, OUT, scheme_of(weight_bits=weight_bits), bias=True, dtype=torch.float32, device="meta")
+    module = QVLMLinear(
+        in_features,
+        OUT,
+        scheme_of(weight_bits=weight_bits),
+        bias=True,
+        dtype=torch.float32,
+        device="meta",
+    )
     assert module.weight.shape[1] < in_features
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        nn.Linear(in_features, OUT, device="meta").load_state_dict(module.state_dict(), strict=False)
+        nn.Linear(in_features, OUT, device="meta").load_state_dict(
+            module.state_dict(), strict=False
+        )
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
+)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_copies_are_equal_and_independent(copier, granularity):
     module, _, x, _ = quantized(scheme_of(granularity, hadamard=8))
@@ -265,14 +332,20 @@ def test_copies_are_equal_and_independent(copier, granularity):
 
 def test_repr_tells_sizes_and_scheme():
     module, *_ = quantized(scheme_of("dynamic_token", activation_bits=6))
-    assert repr(module) == "QVLMLinear(in_features=40, out_features=6, bias=True, W4A6, group_size=16, granularity=dynamic_token)"
+    assert (
+        repr(module)
+        == "QVLMLinear(in_features=40, out_features=6, bias=True, W4A6, group_size=16, "
+        "granularity=dynamic_token)"
+    )
     assert "bias=False" in repr(quantized(scheme_of(), bias=False)[0])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_transformers_is_told_not_to_initialise_it(granularity):
     module, linear, *_ = quantized(scheme_of(granularity))
-    empty = QVLMLinear(IN, OUT, module.scheme, bias=True, dtype=torch.float32, positions=POSITIONS, device="meta")
+    empty = QVLMLinear(
+        IN, OUT, module.scheme, bias=True, dtype=torch.float32, positions=POSITIONS, device="meta"
+    )
     for made in (module, empty):
         assert made._is_hf_initialized is True
         for parameter in made.parameters():

@@ -18,7 +18,13 @@ from qvlm_hf.nn.packed_weight import PackedWeight
 from qvlm_hf.ops import cpu_direct
 
 SCHEME = QuantScheme(weight_bits=4, activation_bits=8, group_size=32, granularity="dynamic_token")
-REFUSED = "^" + re.escape("a quantized module's packed weight takes no arithmetic: call model.dequantize() first.") + "$"
+REFUSED = (
+    "^"
+    + re.escape(
+        "a quantized module's packed weight takes no arithmetic: call model.dequantize() first."
+    )
+    + "$"
+)
 UNTRAINABLE = "^a quantized module's packed weight cannot be trained: train an adapter, or "
 
 
@@ -117,14 +123,31 @@ def test_reading_it_is_free(module):
 
 def test_operators_of_ours_take_it(module):
     x = torch.randn(3, 64)
-    arguments = (module.weight_scale, module.weight_zero_point, None, None, module.bias, 64, 4, 8, 32, "dynamic_token", 0)
+    arguments = (
+        module.weight_scale,
+        module.weight_zero_point,
+        None,
+        None,
+        module.bias,
+        64,
+        4,
+        8,
+        32,
+        "dynamic_token",
+        0,
+    )
     with torch.no_grad():
         for operator in (torch.ops.qvlm_hf.linear, torch.ops.qvlm_hf.linear.default):
             torch.testing.assert_close(operator(x, module.weight, *arguments), module(x))
 
 
 def test_what_is_stored_is_an_ordinary_parameter(module):
-    for made in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.to(torch.bfloat16)):
+    for made in (
+        module,
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        module.to(torch.bfloat16),
+    ):
         for held in (made._parameters["weight"], dict(made.named_parameters())["weight"]):
             assert type(held) is nn.Parameter
         assert type(made.state_dict()["weight"]) is torch.Tensor
@@ -200,7 +223,9 @@ FORMS_REFUSALS = {
     "values": lambda w: w.numpy(),
     "list": lambda w: w.tolist(),
     "into float": lambda w: w.to(torch.float32),
-    "of ours": lambda w: torch.ops.qvlm_hf.linear(w, w, None, None, None, None, None, 64, 4, 8, 32, "none", 0),
+    "of ours": lambda w: torch.ops.qvlm_hf.linear(
+        w, w, None, None, None, None, None, 64, 4, 8, 32, "none", 0
+    ),
     "absolute": lambda w: w.abs(),
     "view": lambda w: w.view(-1),
     "compared": lambda w: torch.equal(w, w),

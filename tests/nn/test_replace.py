@@ -11,13 +11,25 @@ SCHEME = QuantScheme(weight_bits=8, activation_bits=16, group_size=16, granulari
 
 
 def quantize(linear):
-    return QVLMLinear.from_packed(linear, SCHEME, packed_tensors(quantize_weight(linear.weight.detach(), SCHEME), SCHEME, None))
+    return QVLMLinear.from_packed(
+        linear,
+        SCHEME,
+        packed_tensors(quantize_weight(linear.weight.detach(), SCHEME), SCHEME, None),
+    )
 
 
 @pytest.fixture
 def model():
-    block = nn.ModuleDict({"up": nn.Linear(16, 32), "act": nn.ReLU(), "down": nn.Linear(32, 16, bias=False)})
-    return nn.ModuleDict({"first": nn.Linear(16, 16), "layers": nn.ModuleList([block, nn.Linear(16, 8)]), "head": nn.Linear(8, 4)}).eval()
+    block = nn.ModuleDict(
+        {"up": nn.Linear(16, 32), "act": nn.ReLU(), "down": nn.Linear(32, 16, bias=False)}
+    )
+    return nn.ModuleDict(
+        {
+            "first": nn.Linear(16, 16),
+            "layers": nn.ModuleList([block, nn.Linear(16, 8)]),
+            "head": nn.Linear(8, 4),
+        }
+    ).eval()
 
 
 def names(model):
@@ -41,9 +53,13 @@ def test_a_wrong_name_raises(model):
 
 def test_lists_quantized_modules_in_model_order(model):
     assert list(quantized_modules(model)) == []
-    new = {name: quantize(model.get_submodule(name)) for name in ("head", "layers.1", "layers.0.up")}
+    new = {
+        name: quantize(model.get_submodule(name)) for name in ("head", "layers.1", "layers.0.up")
+    }
     replace_modules(model, new)
-    assert [(name, module) for name, module in quantized_modules(model)] == [(n, new[n]) for n in ("layers.0.up", "layers.1", "head")]
+    assert [(name, module) for name, module in quantized_modules(model)] == [
+        (n, new[n]) for n in ("layers.0.up", "layers.1", "head")
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

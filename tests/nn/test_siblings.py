@@ -23,14 +23,25 @@ NAMES = ("q", "k", "v")
 def layer(*, granularity="channel", bias=False, symmetric=False, grids=None):
     """A module whose children q, k, v are quantized; `grids`: a factor on the activation grid of each."""
     torch.manual_seed(0)
-    scheme = QuantScheme(weight_bits=4, activation_bits=8, group_size=16, symmetric=symmetric, granularity=granularity)
+    scheme = QuantScheme(
+        weight_bits=4,
+        activation_bits=8,
+        group_size=16,
+        symmetric=symmetric,
+        granularity=granularity,
+    )
     model = nn.Module()
     for index, (name, out) in enumerate(zip(NAMES, OUT, strict=True)):
         linear = nn.Linear(IN, out, bias=bias)
         bound = torch.full((IN,), 3.0) * (grids[index] if grids else 1)
         qparams = choose_qparams(-bound, bound, 8) if granularity == "channel" else None
         model.add_module(
-            name, QVLMLinear.from_packed(linear, scheme, packed_tensors(quantize_weight(linear.weight, scheme), scheme, qparams))
+            name,
+            QVLMLinear.from_packed(
+                linear,
+                scheme,
+                packed_tensors(quantize_weight(linear.weight, scheme), scheme, qparams),
+            ),
         )
     return model
 
@@ -51,11 +62,15 @@ def calls(monkeypatch):
     import qvlm_hf.nn.siblings as module
 
     counted, original = [], module.linears
-    monkeypatch.setattr(module, "linears", lambda *args, **kwargs: counted.append(1) or original(*args, **kwargs))
+    monkeypatch.setattr(
+        module, "linears", lambda *args, **kwargs: counted.append(1) or original(*args, **kwargs)
+    )
     return counted
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"symmetric": True}, {"granularity": "dynamic_token"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": True}, {"symmetric": True}, {"granularity": "dynamic_token"}]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_with_one_call(options, dtype, calls):
     x = torch.randn(2, 5, IN, dtype=dtype)
@@ -158,7 +173,9 @@ def test_a_part_that_is_replaced_counts():
         each.k.bias = None
         each.v.input_scale = nn.Parameter(each.v.input_scale * 2, requires_grad=False)
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(outputs(model, x), outputs(plain, x), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(outputs(model, x), outputs(plain, x), strict=True)
+        )
 
 
 def test_nobodys_activations_are_copied_or_saved():
@@ -198,7 +215,9 @@ def test_loading_other_tensors_dissolves():
     assert model.q.shared is None
     x = torch.randn(3, IN)
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(outputs(model, x), outputs(other, x), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(outputs(model, x), outputs(other, x), strict=True)
+        )
 
 
 def test_the_reference_computes_each_by_itself(calls):
@@ -225,7 +244,9 @@ def test_copies_and_files_are_whole():
         assert model.q.shared[0].modules == [model.q, model.k, model.v]
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), copy.copy])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), copy.copy]
+)
 def test_a_copy_that_is_made_alone_takes_no_sibling_along(copied, calls):
     model, x = shared(bias=True), torch.randn(3, IN)
     group = model.k.shared[0]
@@ -260,7 +281,9 @@ def test_a_copy_agrees_anew():
     twin = copy.deepcopy(model)
     assert twin.q.shared is None
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(outputs(twin, x), outputs(model, x), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(outputs(twin, x), outputs(model, x), strict=True)
+        )
 
 
 def test_no_module_keeps_another_alive():
@@ -296,7 +319,10 @@ def test_two_threads_never_mix():
         with torch.no_grad():
             for _ in range(200):
                 x = torch.randn(3, IN, generator=generator)
-                if not all(torch.equal(a, b) for a, b in zip(outputs(model, x), outputs(plain, x), strict=True)):
+                if not all(
+                    torch.equal(a, b)
+                    for a, b in zip(outputs(model, x), outputs(plain, x), strict=True)
+                ):
                     wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -312,5 +338,7 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(lambda x: outputs(model, x), fullgraph=True, backend="eager")
     with torch.no_grad():
         for _ in range(2):
-            assert all(torch.equal(a, b) for a, b in zip(compiled(x), outputs(layer(), x), strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(compiled(x), outputs(layer(), x), strict=True)
+            )
     assert model.q.shared is not None

@@ -14,7 +14,9 @@ from qvlm_hf.format.activation_grid import QParams, dynamic_token_qparams, shift
 from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import gpu, reference
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows that nobody reads hold anything, infinities too
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # rows that nobody reads hold anything, infinities too
 
 TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 CPU = torch.device("cpu")
@@ -22,7 +24,15 @@ HOPPER = gpu.Device((9, 0), 8)
 
 
 def arguments(
-    weight_bits, activation_bits, granularity, out_features, in_features, group_length, positions, symmetric=False, dtype=torch.float32
+    weight_bits,
+    activation_bits,
+    granularity,
+    out_features,
+    in_features,
+    group_length,
+    positions,
+    symmetric=False,
+    dtype=torch.float32,
 ):
     groups = -(-in_features // group_length)
     statics = {"channel": in_features, "token": positions}.get(granularity)
@@ -39,14 +49,24 @@ def arguments(
 
 def computed(x, rest, device=HOPPER):
     weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes = rest
-    return gpu.run(kernels, device, x, [(weight, weight_scale, weight_zero_point, bias)], input_scale, input_zero_point, *sizes)[0]
+    return gpu.run(
+        kernels,
+        device,
+        x,
+        [(weight, weight_scale, weight_zero_point, bias)],
+        input_scale,
+        input_zero_point,
+        *sizes,
+    )[0]
 
 
 def compare(x, rest, device=HOPPER):
     expected, y = reference.linear(x, *rest), computed(x, rest, device)
     assert (y.shape, y.dtype) == (expected.shape, x.dtype)
     if y.numel():
-        assert (y.float() - expected.float()).abs().max() <= TIGHT[x.dtype] * expected.float().abs().max()
+        assert (y.float() - expected.float()).abs().max() <= TIGHT[
+            x.dtype
+        ] * expected.float().abs().max()
 
 
 # K, L, tokens, N, dtype: a short last group, of whole runs of 32 values and not, groups at odd bits, whole rows and groups of several
@@ -65,12 +85,26 @@ SIZES = (
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 def test_equals_the_reference(weight_bits, activation_bits):
     granularities = ("none",) if activation_bits == 16 else ("channel", "token", "dynamic_token")
-    if activation_bits < 8 and weight_bits != 4:  # these meet each other in the quantizer and nowhere else
+    if (
+        activation_bits < 8 and weight_bits != 4
+    ):  # these meet each other in the quantizer and nowhere else
         granularities = (granularities[(weight_bits + activation_bits) % 3],)
     for turn, granularity in enumerate(granularities):
-        in_features, length, tokens, out_features, dtype = SIZES[(weight_bits + activation_bits + turn) % len(SIZES)]
+        in_features, length, tokens, out_features, dtype = SIZES[
+            (weight_bits + activation_bits + turn) % len(SIZES)
+        ]
         symmetric = (weight_bits + turn) % 2 == 0
-        rest = arguments(weight_bits, activation_bits, granularity, out_features, in_features, length, tokens, symmetric, dtype)
+        rest = arguments(
+            weight_bits,
+            activation_bits,
+            granularity,
+            out_features,
+            in_features,
+            length,
+            tokens,
+            symmetric,
+            dtype,
+        )
         compare((torch.randn(2, tokens, in_features) * 2).to(dtype), rest)
 
 
@@ -108,7 +142,9 @@ def test_sums_are_exact(weight_bits, activation_bits, granularity, tokens):
             None, 512, weight_bits, activation_bits, length, granularity, 0,
         )  # fmt: skip
         layout = kernels.Layout.of(512, length, weight_bits)
-        assert gpu.splits_of(HOPPER, layout, tokens, 96, gpu.tile_of(HOPPER, tokens, torch.int8)) > 1
+        assert (
+            gpu.splits_of(HOPPER, layout, tokens, 96, gpu.tile_of(HOPPER, tokens, torch.int8)) > 1
+        )
         exact = x.long() @ (integers - 1).T
         assert torch.equal(computed(x, rest).long(), exact)
 
@@ -116,7 +152,9 @@ def test_sums_are_exact(weight_bits, activation_bits, granularity, tokens):
 @pytest.mark.parametrize("tokens", [0, 1, 20])
 def test_modules_of_one_input_are_computed_as_each_by_itself(tokens):
     x = torch.randn(tokens, 200)
-    cases = [arguments(4, 8, "dynamic_token", out_features, 200, 64, tokens) for out_features in (35, 8)]
+    cases = [
+        arguments(4, 8, "dynamic_token", out_features, 200, 64, tokens) for out_features in (35, 8)
+    ]
     modules = [(rest[0], rest[1], rest[2], rest[5]) for rest in cases]
     together = gpu.run(kernels, HOPPER, x, modules, None, None, *cases[0][6:])
     assert all(torch.equal(y, computed(x, rest)) for y, rest in zip(together, cases, strict=True))
@@ -127,7 +165,10 @@ def order(layout):
     width = layout.block // layout.slices
     k = torch.arange(layout.in_features)
     within = k % layout.group_length
-    block, inner = k // layout.group_length * layout.blocks + within // layout.block, within % layout.block
+    block, inner = (
+        k // layout.group_length * layout.blocks + within // layout.block,
+        within % layout.block,
+    )
     return block * layout.block + inner % layout.slices * width + inner // layout.slices
 
 
@@ -169,13 +210,24 @@ def fused_cases(dtype):
     x, up = torch.randn(3, 200, dtype=dtype) * 2, torch.randn(3, 200, dtype=dtype)
     rms = LlamaRMSNorm(200, eps=1e-5).to(dtype)
     layer = torch.nn.LayerNorm(200, eps=1e-5, dtype=dtype)
-    mlp = LlamaMLP(LlamaConfig(hidden_size=200, intermediate_size=200, num_attention_heads=4)).to(dtype)
-    mlp.gate_proj, mlp.up_proj, mlp.down_proj = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Identity()
+    mlp = LlamaMLP(LlamaConfig(hidden_size=200, intermediate_size=200, num_attention_heads=4)).to(
+        dtype
+    )
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+        torch.nn.Identity(),
+    )
     with torch.no_grad():
         for parameter in (rms.weight, layer.weight, layer.bias):
             parameter.copy_(torch.randn(200))
     yield "rms_norm", x, rms(x), {"other": rms.weight, "epsilon": 1e-5}
-    yield "layer_norm", x, layer(x), {"other": layer.weight, "norm_bias": layer.bias, "epsilon": 1e-5}
+    yield (
+        "layer_norm",
+        x,
+        layer(x),
+        {"other": layer.weight, "norm_bias": layer.bias, "epsilon": 1e-5},
+    )
     mlp.up_proj = torch.nn.Linear(200, 200, bias=False, dtype=dtype)
     mlp.up_proj.forward = lambda _: up
     yield "swiglu", x, mlp(x), {"other": up}
@@ -187,17 +239,30 @@ def test_fused_quantizers_round_where_the_model_rounds(dtype):
     """In 16 bits what is quantized must be the values of the model, in float32 up to its last places."""
     layout = kernels.Layout.of(200, 64, 8)
     for source, x, expected, fused in fused_cases(dtype):
-        values = kernels.arrange(x, layout, 16, "none", rows=16, source=source, **fused).values[0, :3, order(layout)]
+        values = kernels.arrange(x, layout, 16, "none", rows=16, source=source, **fused).values[
+            0, :3, order(layout)
+        ]
         if dtype == torch.float32:
             torch.testing.assert_close(values, expected, rtol=3e-6, atol=3e-6)
         else:
-            # the variance is a sum without an order: its last place may move a value across a rounding boundary, one in a thousand here
+            # the variance is a sum without an order: its last place may move a value across a
+            # rounding boundary, one in a thousand here
             assert (values != expected).float().mean() <= 0.003, source
-            assert ((values - expected).abs() <= torch.finfo(dtype).eps * expected.abs()).all(), source
-        for granularity in ("channel", "dynamic_token") if dtype == torch.bfloat16 else ("dynamic_token",):
+            assert ((values - expected).abs() <= torch.finfo(dtype).eps * expected.abs()).all(), (
+                source
+            )
+        for granularity in (
+            ("channel", "dynamic_token") if dtype == torch.bfloat16 else ("dynamic_token",)
+        ):
             scale = torch.rand(200) * 0.05 + 0.01 if granularity == "channel" else None
-            zero = torch.randint(0, 256, (200,), dtype=torch.int32) if granularity == "channel" else None
-            one = kernels.arrange(x, layout, 8, granularity, scale, zero, rows=16, source=source, **fused)
+            zero = (
+                torch.randint(0, 256, (200,), dtype=torch.int32)
+                if granularity == "channel"
+                else None
+            )
+            one = kernels.arrange(
+                x, layout, 8, granularity, scale, zero, rows=16, source=source, **fused
+            )
             two = kernels.arrange(values.contiguous(), layout, 8, granularity, scale, zero, rows=16)
             assert torch.equal(one.values[0, :3], two.values[0, :3])
             assert torch.equal(one.sums[:, :3], two.sums[:, :3])
@@ -205,7 +270,13 @@ def test_fused_quantizers_round_where_the_model_rounds(dtype):
 
 def test_shapes_and_strides():
     rest = arguments(4, 8, "dynamic_token", 30, 64, 64, 1)
-    for x in (torch.randn(64), torch.randn(0, 64), torch.randn(2, 0, 64), torch.randn(64, 5).T, torch.randn(3, 2, 128)[..., ::2]):
+    for x in (
+        torch.randn(64),
+        torch.randn(0, 64),
+        torch.randn(2, 0, 64),
+        torch.randn(64, 5).T,
+        torch.randn(3, 2, 128)[..., ::2],
+    ):
         compare(x, rest)
     positions = arguments(4, 4, "token", 30, 64, 64, 3)
     compare(torch.randn(3, 2, 64).transpose(0, 1), positions)
@@ -219,7 +290,10 @@ def test_many_tokens_and_every_tile():
     for tokens in (33, 70):
         rest = arguments(4, 8, "dynamic_token", 70, 128, 128, 1)
         compare(torch.randn(tokens, 128), rest)
-    compare(torch.randn(40, 128).bfloat16(), arguments(8, 16, "none", 70, 128, 64, 1, dtype=torch.bfloat16))
+    compare(
+        torch.randn(40, 128).bfloat16(),
+        arguments(8, 16, "none", 70, 128, 64, 1, dtype=torch.bfloat16),
+    )
 
 
 def test_more_tokens_than_offsets_reach(monkeypatch):
@@ -227,21 +301,34 @@ def test_more_tokens_than_offsets_reach(monkeypatch):
     monkeypatch.setattr(gpu, "_OFFSETS", 2 * 64 * (128 + 7))
     calls = []
     monkeypatch.setattr(
-        kernels, "arrange", lambda x, *args, original=kernels.arrange, **kwargs: calls.append(len(x)) or original(x, *args, **kwargs)
+        kernels,
+        "arrange",
+        lambda x, *args, original=kernels.arrange, **kwargs: (
+            calls.append(len(x)) or original(x, *args, **kwargs)
+        ),
     )
     compare(torch.randn(4, 3, 64), arguments(4, 4, "token", 9, 64, 64, 3))
     assert calls == [6, 6]
 
 
 def test_parts_of_k_are_never_empty():
-    for in_features, length in ((4096, 128), (4096, 4096), (11008, 128), (13824, 64), (200, 13), (5120, 256)):
+    for in_features, length in (
+        (4096, 128),
+        (4096, 4096),
+        (11008, 128),
+        (13824, 64),
+        (200, 13),
+        (5120, 256),
+    ):
         for weight_bits in (2, 4, 5, 8):
             layout = kernels.Layout.of(in_features, length, weight_bits)
             units = layout.groups if layout.groups > 1 else layout.blocks
             for processors in (1, 8, 108, 170):
                 device = gpu.Device((8, 0), processors)
                 for tokens in (1, 16, 64, 608):
-                    splits = gpu.splits_of(device, layout, tokens, 4096, gpu.tile_of(device, tokens, torch.int8))
+                    splits = gpu.splits_of(
+                        device, layout, tokens, 4096, gpu.tile_of(device, tokens, torch.int8)
+                    )
                     each = -(-units // splits)
                     assert splits >= 1
                     assert (splits - 1) * each < units <= splits * each
@@ -251,4 +338,7 @@ def test_the_self_check_finds_what_is_wrong(monkeypatch):
     assert gpu.self_check(kernels, HOPPER, CPU) is None
     original = kernels.multiply
     monkeypatch.setattr(kernels, "multiply", lambda *args: original(*args) * 1.01)
-    assert gpu.self_check(kernels, HOPPER, CPU) == "the compiled kernel is wrong for W4A4 channel, 1 tokens"
+    assert (
+        gpu.self_check(kernels, HOPPER, CPU)
+        == "the compiled kernel is wrong for W4A4 channel, 1 tokens"
+    )

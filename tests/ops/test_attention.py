@@ -41,35 +41,63 @@ def by_pytorch(monkeypatch):
     """A list that grows by one with every call that PyTorch's operators compute."""
     calls = []
     composed = attention.composed
-    monkeypatch.setattr(attention, "composed", lambda *arguments: calls.append(1) or composed(*arguments))
+    monkeypatch.setattr(
+        attention, "composed", lambda *arguments: calls.append(1) or composed(*arguments)
+    )
     return calls
 
 
 @st.composite
 def calls(draw):
     """Arguments with the strides of caches and views, and every form of mask."""
-    key_heads, group, batch = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 7, 8, 17])), draw(st.integers(1, 2))
+    key_heads, group, batch = (
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 2, 3, 4, 7, 8, 17])),
+        draw(st.integers(1, 2)),
+    )
     keys, size = (
         draw(st.sampled_from([1, 2, 15, 16, 17, 127, 128, 129, 300])),
         draw(st.sampled_from([32, 33, 40, 64, 72, 80, 128, 200, 256])),
     )
     dtype, seed, heads = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99)), key_heads * group
     query, key, value = tensors(heads, key_heads, keys, size, dtype, batch, seed)
-    view = draw(st.sampled_from(["contiguous", "static cache", "positions first", "one sequence for all", "part of a row"]))
+    view = draw(
+        st.sampled_from(
+            [
+                "contiguous",
+                "static cache",
+                "positions first",
+                "one sequence for all",
+                "part of a row",
+            ]
+        )
+    )
     if view == "static cache":
-        key, value = (torch.nn.functional.pad(t, (0, 0, 0, 5), value=torch.nan)[:, :, :keys] for t in (key, value))
+        key, value = (
+            torch.nn.functional.pad(t, (0, 0, 0, 5), value=torch.nan)[:, :, :keys]
+            for t in (key, value)
+        )
     if view == "positions first":
-        query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
+        query, key, value = (
+            t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)
+        )
     if view == "one sequence for all":
         key, value = (t[:1].expand(batch, -1, -1, -1) for t in (key, value))
     if view == "part of a row":
-        query, key, value = (torch.nn.functional.pad(t, (3, 4), value=torch.nan)[..., 3:-4] for t in (query, key, value))
+        query, key, value = (
+            torch.nn.functional.pad(t, (3, 4), value=torch.nan)[..., 3:-4]
+            for t in (query, key, value)
+        )
     form = draw(st.sampled_from([None, torch.bool, torch.float32, torch.bfloat16]))
     mask = None
     if form is not None:
         shape = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads])), 1, keys
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        mask = noise > draw(st.sampled_from([-1.0, 1.0])) if form == torch.bool else noise.masked_fill(noise > 1, -torch.inf).to(form)
+        mask = (
+            noise > draw(st.sampled_from([-1.0, 1.0]))
+            if form == torch.bool
+            else noise.masked_fill(noise > 1, -torch.inf).to(form)
+        )
         if draw(st.booleans()):
             mask = mask.expand(batch, heads, 1, keys)
     return query, key, value, mask, draw(st.sampled_from([size**-0.5, 1.0]))
@@ -89,7 +117,9 @@ def test_no_further_from_it_than_pytorch(dtype, heads, key_heads, size):
         expected, _ = exact(query, key, value, None, size**-0.5)
         every = (t.repeat_interleave(heads // key_heads, 1) for t in (key, value))
         ours.append(decode_without_gradient(query, key, value) - expected)
-        theirs.append(functional.scaled_dot_product_attention(query, *every).transpose(1, 2) - expected)
+        theirs.append(
+            functional.scaled_dot_product_attention(query, *every).transpose(1, 2) - expected
+        )
     ours, theirs = (torch.stack(errors).abs() for errors in (ours, theirs))
     assert ours.mean() <= theirs.mean()
     assert ours.max() <= theirs.max()
@@ -107,7 +137,9 @@ def test_rows_without_a_key_are_zero_and_the_lowest_number_is_no_infinity(dtype)
     lowest = torch.full((2, 1, 1, 200), torch.finfo(dtype).min, dtype=dtype)
     for mask in (closed, torch.full_like(lowest, -torch.inf), lowest):
         ours = direct(query, key, value, mask, 0.2)
-        theirs = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.2).transpose(1, 2)
+        theirs = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=0.2
+        ).transpose(1, 2)
         torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
         assert ours.any() == (mask is lowest)
 
@@ -182,7 +214,12 @@ def test_nothing_for_what_is_not_ordinary(call):
 def test_pytorch_computes_what_the_kernel_does_not_take(mask, dtype, key_heads, by_pytorch):
     query, key, value = tensors(4, key_heads, 9, 16, dtype)
     noise = torch.randn(2, 4 if mask == "per head" else 1, 1, 9)
-    given = {None: None, "boolean": noise > 0, "additive": noise.to(dtype), "per head": noise.to(dtype)}[mask]
+    given = {
+        None: None,
+        "boolean": noise > 0,
+        "additive": noise.to(dtype),
+        "per head": noise.to(dtype),
+    }[mask]
     ours = decode_without_gradient(query, key, value, given, 0.3)
     expected, _ = exact(query, key, value, given, 0.3)
     assert by_pytorch == [1]
@@ -204,24 +241,37 @@ def test_gradients_and_transformations_see_the_operators_of_pytorch(by_pytorch):
     query, key, value = tensors()
     query.requires_grad_()
     assert decode_attention(query, key, value).requires_grad
-    assert torch.autograd.gradcheck(lambda q: decode_attention(q, key.double(), value.double()), query.double())
+    assert torch.autograd.gradcheck(
+        lambda q: decode_attention(q, key.double(), value.double()), query.double()
+    )
     by_pytorch.clear()
     with torch.no_grad():
         expected = decode_attention(query, key, value)
         assert by_pytorch == []
         mapped = torch.func.vmap(lambda q: decode_attention(q[None], key[:1], value[:1])[0])(query)
         torch.testing.assert_close(mapped[0], expected[0])
-        torch.testing.assert_close(torch.jit.trace(lambda q: decode_attention(q, key, value), query)(query), expected)
-        nodes = [node.target for node in make_fx(lambda q: decode_attention(q, key, value))(query).graph.nodes]
+        torch.testing.assert_close(
+            torch.jit.trace(lambda q: decode_attention(q, key, value), query)(query), expected
+        )
+        nodes = [
+            node.target
+            for node in make_fx(lambda q: decode_attention(q, key, value))(query).graph.nodes
+        ]
         assert not any("qvlm_hf" in str(target) for target in nodes)
         assert any("attention" in str(target) for target in nodes)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = decode_attention(mode.from_tensor(query), key, value)
-        assert (fake.shape, fake.stride(), fake.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        assert (fake.shape, fake.stride(), fake.dtype) == (
+            expected.shape,
+            expected.stride(),
+            expected.dtype,
+        )
         count = len(by_pytorch)
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(query.detach(), torch.ones_like(query))
-            with suppress(NotImplementedError):  # PyTorch's own attention may have no such derivative
+            with suppress(
+                NotImplementedError
+            ):  # PyTorch's own attention may have no such derivative
                 decode_attention(dual, key, value)
         assert len(by_pytorch) == count + 1
 
@@ -235,11 +285,15 @@ def test_compiled_into_one_graph_that_calls_the_kernel(dtype, by_pytorch):
         return module
 
     torch._dynamo.reset()
-    compiled = torch.compile(lambda q, k, v, m: decode_attention(q * 1, k, v, m) + 1, fullgraph=True, backend=look)
+    compiled = torch.compile(
+        lambda q, k, v, m: decode_attention(q * 1, k, v, m) + 1, fullgraph=True, backend=look
+    )
     query, key, value = tensors(dtype=dtype)
     for mask in (None, torch.rand(2, 1, 1, 9) > 0.5):
         with torch.no_grad():
-            assert torch.equal(compiled(query, key, value, mask), decode_attention(query, key, value, mask) + 1)
+            assert torch.equal(
+                compiled(query, key, value, mask), decode_attention(query, key, value, mask) + 1
+            )
     assert by_pytorch == []
     assert all(OPS.decode_attention.default in graph for graph in graphs)
     compiled(query, key, value, None)  # where a gradient may be wanted
@@ -247,7 +301,9 @@ def test_compiled_into_one_graph_that_calls_the_kernel(dtype, by_pytorch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("arguments", [(*tensors(), None, 0.2), (*tensors(dtype=torch.float16), MASK.half(), 0.2)])
+@pytest.mark.parametrize(
+    "arguments", [(*tensors(), None, 0.2), (*tensors(dtype=torch.float16), MASK.half(), 0.2)]
+)
 def test_the_operators_themselves(arguments):
     torch.library.opcheck(OPS.decode_attention.default, arguments)
 
@@ -272,17 +328,29 @@ def test_without_a_compiler_pytorch_computes(monkeypatch, tmp_path, fresh, by_py
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert attention.load() == "no C++ compiler found: install g++ or set CXX"
     with torch.no_grad():
-        torch.testing.assert_close(decode_attention(Q, K, V), exact(Q, K, V, None, 32**-0.5)[0].float())
-        assert torch.equal(OPS.decode_attention(Q, K, V, None, 0.2), attention.composed(Q, K, V, None, 0.2))
+        torch.testing.assert_close(
+            decode_attention(Q, K, V), exact(Q, K, V, None, 32**-0.5)[0].float()
+        )
+        assert torch.equal(
+            OPS.decode_attention(Q, K, V, None, 0.2), attention.composed(Q, K, V, None, 0.2)
+        )
     assert len(by_pytorch) == 3
     monkeypatch.undo()
 
 
 def test_a_wrong_kernel_takes_no_calls(monkeypatch, fresh, caplog):
-    monkeypatch.setattr(attention, "composed", lambda query, *_: torch.zeros_like(query).transpose(1, 2))
-    assert attention.load() == "the compiled kernel is wrong for 8 heads, 1 key heads of 64, 300 keys, torch.bfloat16"
+    monkeypatch.setattr(
+        attention, "composed", lambda query, *_: torch.zeros_like(query).transpose(1, 2)
+    )
+    assert (
+        attention.load()
+        == "the compiled kernel is wrong for 8 heads, 1 key heads of 64, 300 keys, torch.bfloat16"
+    )
     assert direct(Q, K, V, None, 0.2) is None
-    assert "computed by PyTorch, 1.1 to 1.8 times slower (docs/benchmarks.md): the compiled kernel is wrong" in caplog.text
+    assert (
+        "computed by PyTorch, 1.1 to 1.8 times slower (docs/benchmarks.md): the compiled kernel is "
+        "wrong" in caplog.text
+    )
     monkeypatch.undo()
 
 
@@ -302,7 +370,9 @@ def test_lesser_processors_compute_the_same(flags, tmp_path):
     if flags and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         pytest.skip("no AVX2 here")
     script = Path(__file__).with_name("narrow_attention.py")
-    path = os.pathsep.join([str(Path(importlib.import_module("qvlm_hf").__file__).parents[1]), str(script.parents[1])])
+    path = os.pathsep.join(
+        [str(Path(importlib.import_module("qvlm_hf").__file__).parents[1]), str(script.parents[1])]
+    )
     done = subprocess.run(
         [sys.executable, str(script), *flags],
         env={**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path)},

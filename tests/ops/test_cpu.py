@@ -17,7 +17,10 @@ from linear_calls import arguments
 from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import cpu, cpu_operator, native, reference
 
-SOON_COMPILED = ("-O0", *(flag for flag in cpu._FLAGS[1:] if flag != "-march=native"))  # portable: 2 seconds instead of 10
+SOON_COMPILED = (
+    "-O0",
+    *(flag for flag in cpu._FLAGS[1:] if flag != "-march=native"),
+)  # portable: 2 seconds instead of 10
 TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 
@@ -51,21 +54,54 @@ def test_this_machine_has_kernels():
     granularity=st.sampled_from(["channel", "token", "dynamic_token", "none"]),
     tokens=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 64, 193]),
     out_features=st.sampled_from([1, 15, 16, 17, 64, 65, 130]),
-    sizes=st.sampled_from([(64, 64), (43, 43), (520, 128), (256, 64), (96, 32), (344, 344), (200, 8), (1030, 256), (128, 16)]),
+    sizes=st.sampled_from(
+        [
+            (64, 64),
+            (43, 43),
+            (520, 128),
+            (256, 64),
+            (96, 32),
+            (344, 344),
+            (200, 8),
+            (1030, 256),
+            (128, 16),
+        ]
+    ),
     symmetric=st.booleans(),
     dtype=st.sampled_from(list(TIGHT)),
     seed=st.integers(0, 3),
 )
-def test_equals_the_reference(weight_bits, activation_bits, granularity, tokens, out_features, sizes, symmetric, dtype, seed):
+def test_equals_the_reference(
+    weight_bits, activation_bits, granularity, tokens, out_features, sizes, symmetric, dtype, seed
+):
     in_features, length = sizes
-    rest = arguments(weight_bits, activation_bits, granularity, out_features, in_features, length, tokens, symmetric, dtype, seed)
-    compare((torch.randn(2, tokens, in_features, generator=torch.Generator().manual_seed(seed)) * 2).to(dtype), rest)
+    rest = arguments(
+        weight_bits,
+        activation_bits,
+        granularity,
+        out_features,
+        in_features,
+        length,
+        tokens,
+        symmetric,
+        dtype,
+        seed,
+    )
+    compare(
+        (torch.randn(2, tokens, in_features, generator=torch.Generator().manual_seed(seed)) * 2).to(
+            dtype
+        ),
+        rest,
+    )
 
 
 @pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
 @pytest.mark.parametrize("tokens", [1, 8, 40, 1000])
 def test_sums_are_exact(granularity, tokens):
-    """Scales of one: outputs are integers, and equal bit for bit. 1000 tokens are more than the kernel takes at once."""
+    """Scales of one: outputs are integers, and equal bit for bit.
+
+    1000 tokens are more than the kernel takes at once.
+    """
     x = torch.randint(-128, 128, (tokens, 512)).float()
     x[:, 0], x[:, 1] = -128, 127  # the range of a token is 255 steps of one
     integers = torch.randint(0, 256, (96, 512), dtype=torch.uint8)
@@ -87,10 +123,22 @@ def test_one_token_of_8_bits_is_exact_at_every_zero_point(granularity, zero_poin
     x = torch.randint(-zero_point, 256 - zero_point, (1, 512)).float()
     x[:, 0], x[:, 1] = -zero_point, 255 - zero_point
     integers = torch.randint(0, 2**weight_bits, (96, 512), dtype=torch.uint8)
-    statics = (torch.ones(512), torch.full((512,), zero_point, dtype=torch.int32)) if granularity == "channel" else (None, None)
+    statics = (
+        (torch.ones(512), torch.full((512,), zero_point, dtype=torch.int32))
+        if granularity == "channel"
+        else (None, None)
+    )
     middle = torch.full((96, 4), 2 ** (weight_bits - 1), dtype=torch.uint8)
     sizes = (512, weight_bits, 8, 128, granularity, 0)
-    y = cpu.linear(x, pack(integers, weight_bits), torch.ones(96, 4, dtype=torch.bfloat16), middle, *statics, None, *sizes)
+    y = cpu.linear(
+        x,
+        pack(integers, weight_bits),
+        torch.ones(96, 4, dtype=torch.bfloat16),
+        middle,
+        *statics,
+        None,
+        *sizes,
+    )
     assert torch.equal(y.long(), x.long() @ (integers.long() - 2 ** (weight_bits - 1)).T)
 
 
@@ -101,7 +149,10 @@ def test_weights_meet_floating_point_inputs_exactly(weight_bits, tokens, length)
     """Small integers as inputs, powers of two as scales: every product and sum is exact, so every way must give the same bits."""
     rest = arguments(weight_bits, 16, "none", 83, 512, length, None, False, torch.float32)
     scale = torch.tensor([0.5, 1.0, 4.0]).bfloat16()[torch.randint(0, 3, (83, 512 // length))]
-    x, rest = torch.randint(-64, 65, (tokens, 512)).float(), (rest[0], scale, rest[2], None, None, None, *rest[6:])
+    x, rest = (
+        torch.randint(-64, 65, (tokens, 512)).float(),
+        (rest[0], scale, rest[2], None, None, None, *rest[6:]),
+    )
     assert torch.equal(cpu.linear(x, *rest), reference.linear(x, *rest))
 
 
@@ -110,7 +161,10 @@ def test_every_float16_comes_in_and_out():
     sizes = (1, 8, 16, 1, "none", 0)
     for factor in (1.0, 0.25, 1.0078125):  # as it is, down to subnormal numbers, with a rounding
         scale = torch.full((1, 1), factor).bfloat16()
-        weight, zero_point = torch.tensor([[2]], dtype=torch.int32), torch.ones(1, 1, dtype=torch.uint8)
+        weight, zero_point = (
+            torch.tensor([[2]], dtype=torch.int32),
+            torch.ones(1, 1, dtype=torch.uint8),
+        )
         y = cpu.linear(x, weight, scale, zero_point, None, None, None, *sizes)
         assert torch.equal(y.nan_to_num(nan=7.0), (x.float() * factor).half().nan_to_num(nan=7.0))
 
@@ -153,7 +207,13 @@ def test_impossible_numbers_do_not_reach_portable_kernels(tmp_path):
         pytest.skip("no compiler")
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", IMPOSSIBLE_NUMBERS], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPOSSIBLE_NUMBERS],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
 
 
@@ -186,8 +246,13 @@ print("kept inside")
 
 def test_nothing_is_read_behind_a_tensor():
     """In a process of its own: reading there ends it."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", BEHIND], capture_output=True, text=True, env=environment, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", BEHIND], capture_output=True, text=True, env=environment, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "kept inside\n"), done.stderr
 
 
@@ -206,8 +271,13 @@ def test_threads_do_not_change_the_result(tokens):
 
 
 def test_what_does_not_fit_is_named_and_left_to_the_reference():
-    assert cpu.kernel_name(26, 5, 4, 13) == "reference (groups of 13 x 5 bits do not start at a byte)"
-    assert cpu.kernel_name(2**16, 8, 8, 2**16) == f"reference (a sum over {2**16} inputs can leave int32)"
+    assert (
+        cpu.kernel_name(26, 5, 4, 13) == "reference (groups of 13 x 5 bits do not start at a byte)"
+    )
+    assert (
+        cpu.kernel_name(2**16, 8, 8, 2**16)
+        == f"reference (a sum over {2**16} inputs can leave int32)"
+    )
     compare(torch.randn(3, 26), arguments(5, 4, "channel", 7, 26, 13, 3, False, torch.float32))
 
 
@@ -245,7 +315,9 @@ def test_no_kernel_reads_beyond_a_tensor(change):
 
 def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch, fresh_kernels, caplog):
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert cpu.kernel_name(64, 4, 4, 64) == "reference (no C++ compiler found: install g++ or set CXX)"
+    assert (
+        cpu.kernel_name(64, 4, 4, 64) == "reference (no C++ compiler found: install g++ or set CXX)"
+    )
     rest = arguments(4, 4, "channel", 8, 64, 64, 3, False, torch.float32)
     x = torch.randn(3, 64)
     assert torch.equal(cpu.linear(x, *rest), reference.linear(x, *rest))
@@ -257,16 +329,28 @@ def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch, fres
 
 def test_a_compiler_that_fails_is_reported_in_its_own_words(monkeypatch, fresh_kernels, tmp_path):
     compiler = tmp_path / "cxx"
-    script = ("#!/bin/sh", 'if [ "$1" = --version ]; then exit 0; fi', 'echo "x.cpp:3: error: no such instruction" >&2', "exit 1")
+    script = (
+        "#!/bin/sh",
+        'if [ "$1" = --version ]; then exit 0; fi',
+        'echo "x.cpp:3: error: no such instruction" >&2',
+        "exit 1",
+    )
     compiler.write_text("\n".join(script))
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cpu.kernel_name(64, 4, 4, 64) == "reference (cxx failed: x.cpp:3: error: no such instruction)"
-    assert not [path for path in (tmp_path / "cache" / "qvlm_hf").iterdir() if path.suffix != ".lock"]
+    assert (
+        cpu.kernel_name(64, 4, 4, 64)
+        == "reference (cxx failed: x.cpp:3: error: no such instruction)"
+    )
+    assert not [
+        path for path in (tmp_path / "cache" / "qvlm_hf").iterdir() if path.suffix != ".lock"
+    ]
 
 
-def test_without_a_place_to_write_the_reference_computes_and_says_so(monkeypatch, fresh_kernels, tmp_path, caplog):
+def test_without_a_place_to_write_the_reference_computes_and_says_so(
+    monkeypatch, fresh_kernels, tmp_path, caplog
+):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
@@ -274,14 +358,18 @@ def test_without_a_place_to_write_the_reference_computes_and_says_so(monkeypatch
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no compiler")
     name = cpu.kernel_name(64, 4, 4, 64)
-    assert name.startswith(f"reference ({tmp_path}/file/qvlm_hf: [Errno {errno.EEXIST}] File exists: '{tmp_path}/file'")
+    assert name.startswith(
+        f"reference ({tmp_path}/file/qvlm_hf: [Errno {errno.EEXIST}] File exists: '{tmp_path}/file'"
+    )
     assert "name a directory of yours in XDG_CACHE_HOME" in name
     cpu.kernel_name(64, 4, 8, 64)
     (record,) = caplog.records  # once
     assert record.getMessage().endswith(name.removeprefix("reference (").removesuffix(")"))
 
 
-def test_kernels_are_kept_elsewhere_where_the_cache_cannot_be_written(monkeypatch, fresh_kernels, tmp_path, caplog):
+def test_kernels_are_kept_elsewhere_where_the_cache_cannot_be_written(
+    monkeypatch, fresh_kernels, tmp_path, caplog
+):
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no compiler")
     (tmp_path / "file").write_text("")
@@ -290,7 +378,10 @@ def test_kernels_are_kept_elsewhere_where_the_cache_cannot_be_written(monkeypatc
     monkeypatch.setattr(cpu, "_FLAGS", SOON_COMPILED)
     assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
     (record,) = caplog.records
-    assert f"because of {tmp_path}/file/qvlm_hf: [Errno {errno.EEXIST}] File exists" in record.getMessage()
+    assert (
+        f"because of {tmp_path}/file/qvlm_hf: [Errno {errno.EEXIST}] File exists"
+        in record.getMessage()
+    )
 
 
 def test_a_compiler_that_hangs_or_is_misspelt_is_no_disaster(monkeypatch, fresh_kernels, tmp_path):
@@ -312,7 +403,10 @@ def test_cxx_is_taken_at_its_word(monkeypatch, fresh_kernels, tmp_path):
     assert cpu.kernel_name(64, 4, 4, 64) == "reference (CXX=/nope/g++ is not there)"
     cpu._kernels.cache_clear()
     monkeypatch.setenv("CXX", "true")
-    assert cpu.kernel_name(64, 4, 4, 64) == f"reference ({shutil.which('true')} reported success and wrote nothing)"
+    assert (
+        cpu.kernel_name(64, 4, 4, 64)
+        == f"reference ({shutil.which('true')} reported success and wrote nothing)"
+    )
     if compiler := shutil.which("g++"):
         monkeypatch.setenv("CXX", f"{compiler} -DASKED=1")
         assert native.compiler() == [compiler, "-DASKED=1"]
@@ -328,7 +422,11 @@ def test_a_damaged_library_is_compiled_again(monkeypatch, fresh_kernels, tmp_pat
     library = native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
     whole = library.read_bytes()
     middle = len(whole) // 2
-    damaged = {"empty": b"", "cut": whole[:middle], "one byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]}[damage]
+    damaged = {
+        "empty": b"",
+        "cut": whole[:middle],
+        "one byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+    }[damage]
     library.write_bytes(damaged)
     assert cpu.kernel_name(64, 4, 4, 64).startswith("cpu ")
     assert len(library.read_bytes()) == len(whole)
@@ -352,8 +450,13 @@ def test_a_wrong_kernel_is_not_used(monkeypatch, fresh_kernels):
     if cpu._kernels().library is None:
         pytest.skip("no kernels on this machine")
     cpu._kernels.cache_clear()
-    monkeypatch.setattr(cpu.reference, "linear", lambda x, weight, *_: torch.ones(*x.shape[:-1], weight.shape[0]))
-    assert cpu.kernel_name(64, 4, 4, 64) == "reference (the compiled kernel is wrong for W4A4 channel, 1 tokens)"
+    monkeypatch.setattr(
+        cpu.reference, "linear", lambda x, weight, *_: torch.ones(*x.shape[:-1], weight.shape[0])
+    )
+    assert (
+        cpu.kernel_name(64, 4, 4, 64)
+        == "reference (the compiled kernel is wrong for W4A4 channel, 1 tokens)"
+    )
 
 
 def test_compiled_once_per_source_and_machine(monkeypatch, fresh_kernels, tmp_path):
@@ -363,7 +466,10 @@ def test_compiled_once_per_source_and_machine(monkeypatch, fresh_kernels, tmp_pa
     monkeypatch.setattr(cpu, "_FLAGS", SOON_COMPILED)
     first = native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
     assert first.parent == tmp_path / "qvlm_hf"
-    assert {path.name for path in first.parent.iterdir()} == {first.name, first.with_suffix(".lock").name}
+    assert {path.name for path in first.parent.iterdir()} == {
+        first.name,
+        first.with_suffix(".lock").name,
+    }
     stamp = os.stat(first).st_mtime_ns
     assert native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp()) == first
     assert os.stat(first).st_mtime_ns == stamp
@@ -376,16 +482,26 @@ def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels, tmp_
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("no compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "_FLAGS", tuple(flag for flag in cpu._FLAGS if flag != "-march=native"))
+    monkeypatch.setattr(
+        cpu, "_FLAGS", tuple(flag for flag in cpu._FLAGS if flag != "-march=native")
+    )
     with torch.autocast("cpu", torch.bfloat16):  # the self-check does not see it
         assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
     for granularity in ("channel", "token", "dynamic_token", "none"):
         for weight_bits, activation_bits in ((4, 4), (3, 8), (6, 6), (8, 8)):
             for tokens, dtype in ((1, torch.float32), (12, torch.float16), (70, torch.bfloat16)):
-                rest = arguments(weight_bits, activation_bits, granularity, 35, 200, 64, tokens, False, dtype)
+                rest = arguments(
+                    weight_bits, activation_bits, granularity, 35, 200, 64, tokens, False, dtype
+                )
                 x = torch.randn(tokens, 200).to(dtype)
                 compare(x, rest)
-                twice = cpu.linears(x, *[[t, t] if t is not None else [] for t in rest[:3]], *rest[3:5], [rest[5]] * 2, *rest[6:])
+                twice = cpu.linears(
+                    x,
+                    *[[t, t] if t is not None else [] for t in rest[:3]],
+                    *rest[3:5],
+                    [rest[5]] * 2,
+                    *rest[6:],
+                )
                 assert all(torch.equal(y, cpu.linear(x, *rest)) for y in twice)
                 with torch.autocast("cpu", torch.bfloat16):
                     assert torch.equal(cpu.linear(x, *rest), twice[0])

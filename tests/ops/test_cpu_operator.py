@@ -40,11 +40,15 @@ def lists(rest):
 
 
 @pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
-@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(2, 4), (4, 4), (4, 8), (6, 6), (8, 8)])
+@pytest.mark.parametrize(
+    ("weight_bits", "activation_bits"), [(2, 4), (4, 4), (4, 8), (6, 6), (8, 8)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_bits_as_through_python(granularity, weight_bits, activation_bits, dtype):
     for shape, symmetric in (((1, 1), True), ((2, 5), False)):
-        rest = arguments(weight_bits, activation_bits, granularity, 35, 200, 64, shape[1], symmetric, dtype)
+        rest = arguments(
+            weight_bits, activation_bits, granularity, 35, 200, 64, shape[1], symmetric, dtype
+        )
         x = torch.randn(*shape, 200).to(dtype)
         (y,) = cpu_direct.linears(x, *lists(rest))
         assert torch.equal(y, cpu.linear(x, *rest))
@@ -62,9 +66,19 @@ def test_floating_point_inputs_with_a_stored_scale():
 
 
 def test_several_modules_of_other_heights():
-    rest = [arguments(4, 8, "dynamic_token", rows, 128, 128, None, False, torch.float32, seed=rows) for rows in (64, 8, 1)]
+    rest = [
+        arguments(4, 8, "dynamic_token", rows, 128, 128, None, False, torch.float32, seed=rows)
+        for rows in (64, 8, 1)
+    ]
     x = torch.randn(3, 128)
-    together = cpu_direct.linears(x, *([one[i] for one in rest] for i in (0, 1, 2)), None, None, [one[5] for one in rest], *rest[0][6:])
+    together = cpu_direct.linears(
+        x,
+        *([one[i] for one in rest] for i in (0, 1, 2)),
+        None,
+        None,
+        [one[5] for one in rest],
+        *rest[0][6:],
+    )
     assert len(together) == 3
     for y, one in zip(together, rest, strict=True):
         assert torch.equal(y, cpu.linear(x, *one))
@@ -94,7 +108,16 @@ def test_nothing_for_what_is_not_ordinary(rest):
     assert cpu_direct.linears(torch.randn(2, 64), *lists(rest)) is None
 
 
-@pytest.mark.parametrize("x", [torch.ones(2, 64).double(), torch.ones(2, 32), torch.ones(64, 2).t(), torch.ones(0, 64), torch.tensor(1.0)])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.ones(2, 64).double(),
+        torch.ones(2, 32),
+        torch.ones(64, 2).t(),
+        torch.ones(0, 64),
+        torch.tensor(1.0),
+    ],
+)
 def test_nothing_for_such_inputs(x):
     assert cpu_direct.linears(x, *lists(REST)) is None
 
@@ -117,7 +140,10 @@ def test_the_doors_use_it_where_nothing_is_recorded(monkeypatch):
     calls = []
     monkeypatch.setattr(schema, "_called", lambda operator, *_: calls.append(operator))
     scheme = QuantScheme(weight_bits=4, activation_bits=4, granularity="channel", group_size=32)
-    x, (weight, scale, zero_point, input_scale, input_zero_point, bias) = torch.randn(2, 64), REST[:6]
+    x, (weight, scale, zero_point, input_scale, input_zero_point, bias) = (
+        torch.randn(2, 64),
+        REST[:6],
+    )
     single = (weight, scale, zero_point, input_scale, input_zero_point, bias, 64, scheme)
     several = ([weight], [scale], [zero_point], input_scale, input_zero_point, [bias], 64, scheme)
     assert torch.equal(linear(x, *single), cpu.linear(x, *REST))
@@ -129,7 +155,12 @@ def test_the_doors_use_it_where_nothing_is_recorded(monkeypatch):
         linear(x, *single)
         linears(x, *several)
     ops = torch.ops.qvlm_hf
-    assert calls == [ops.linear_reference.default, ops.linear.default, ops.linear.default, ops.linears.default]
+    assert calls == [
+        ops.linear_reference.default,
+        ops.linear.default,
+        ops.linear.default,
+        ops.linears.default,
+    ]
 
 
 def ordinary():
@@ -156,10 +187,20 @@ def test_nothing_for_tensors_that_are_more_than_memory():
     assert cpu_direct.linears(nn.Parameter(x, requires_grad=False), *rest) is not None
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(x)
-    for other in (x.as_subclass(Subclass), x.to("meta"), torch.complex(x, x).conj().imag, x.to_sparse(), fake, 1, None):
+    for other in (
+        x.as_subclass(Subclass),
+        x.to("meta"),
+        torch.complex(x, x).conj().imag,
+        x.to_sparse(),
+        fake,
+        1,
+        None,
+    ):
         assert cpu_direct.linears(other, *rest) is None
     assert cpu_direct.linears(x, [rest[0][0].as_subclass(Subclass)], *rest[1:]) is None
-    torch.func.vmap(lambda one: x + (cpu_direct.linears(one, *rest) is None or pytest.fail("vmap is not seen")))(x[None])
+    torch.func.vmap(
+        lambda one: x + (cpu_direct.linears(one, *rest) is None or pytest.fail("vmap is not seen"))
+    )(x[None])
     with forward_ad.dual_level():
         assert cpu_direct.linears(forward_ad.make_dual(x, x), *rest) is None
 
@@ -171,7 +212,11 @@ def test_nothing_where_somebody_watches(mode):
         assert cpu_direct.linears(*arguments) is None
     assert cpu_direct.linears(*arguments) is not None
     seen = []
-    torch.jit.trace(lambda x: seen.append(cpu_direct.linears(x, *arguments[1:])) or x + 1, arguments[0], check_trace=False)
+    torch.jit.trace(
+        lambda x: seen.append(cpu_direct.linears(x, *arguments[1:])) or x + 1,
+        arguments[0],
+        check_trace=False,
+    )
     assert seen == [None]
 
 
@@ -184,7 +229,18 @@ def test_inference_tensors_are_taken():
 
 
 @pytest.mark.parametrize(
-    ("place", "value"), [(1, ()), (1, [1]), (4, 1), (7, 64.0), (7, 2**70), (8, None), (11, b"none"), (11, "no"), (12, None)]
+    ("place", "value"),
+    [
+        (1, ()),
+        (1, [1]),
+        (4, 1),
+        (7, 64.0),
+        (7, 2**70),
+        (8, None),
+        (11, b"none"),
+        (11, "no"),
+        (12, None),
+    ],
 )
 def test_nothing_for_arguments_of_other_types(place, value):
     given = list(ordinary())
@@ -239,8 +295,17 @@ print("taken")
 @pytest.mark.parametrize("mode", ["inference", "cpu", "meta", "float64", "autocast"])
 def test_the_mode_of_the_first_call_does_not_decide_for_all(mode):
     """In a process of its own: kernels are checked once."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", FIRST_CALL, mode], capture_output=True, text=True, env=environment, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL, mode],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (0, "taken\n"), done.stderr
 
 
@@ -251,13 +316,17 @@ def test_tensors_live_while_other_threads_empty_the_list():
     given = lists(rest)
     held = weakref.ref(given[0][0])
     del rest
-    thread = threading.Thread(target=lambda: (time.sleep(0.002), [one.clear() for one in given[:3]]))
+    thread = threading.Thread(
+        target=lambda: (time.sleep(0.002), [one.clear() for one in given[:3]])
+    )
     thread.start()
     found = cpu_direct.linears(x, *given)
     thread.join()
     gc.collect()
     assert held() is None
-    assert found is None or torch.equal(found[0], expected)  # None: the list was empty before the call
+    assert found is None or torch.equal(
+        found[0], expected
+    )  # None: the list was empty before the call
 
 
 def test_without_a_compiler_calls_go_through_python(monkeypatch, tmp_path):
@@ -266,6 +335,8 @@ def test_without_a_compiler_calls_go_through_python(monkeypatch, tmp_path):
     cpu_operator.load.cache_clear()
     try:
         assert cpu_operator.load() == "no C++ compiler found: install g++ or set CXX"
-        assert torch.equal(torch.ops.qvlm_hf.linear(torch.ones(1, 64), *REST), cpu.linear(torch.ones(1, 64), *REST))
+        assert torch.equal(
+            torch.ops.qvlm_hf.linear(torch.ones(1, 64), *REST), cpu.linear(torch.ones(1, 64), *REST)
+        )
     finally:
         cpu_operator.load.cache_clear()

@@ -27,11 +27,18 @@ def direct_norm(*arguments):
 
 def norm_inputs(shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).mul(3).to(dtype), torch.randn(shape[-1], generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).mul(3).to(dtype), torch.randn(
+        shape[-1], generator=generator
+    ).to(dtype)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 5), max_size=2), st.integers(1, 300), st.sampled_from(DTYPES), st.integers(0, 99))
+@given(
+    st.lists(st.integers(1, 5), max_size=2),
+    st.integers(1, 300),
+    st.sampled_from(DTYPES),
+    st.integers(0, 99),
+)
 def test_the_norm_is_transformers(leading, k, dtype, seed):
     x, weight = norm_inputs((*leading, k), dtype, seed)
     module = LlamaRMSNorm(k, eps=1e-5).to(dtype)
@@ -69,7 +76,9 @@ def test_numbers_that_are_none_stay_so():
     x, weight = norm_inputs((4, 40), torch.float32)
     x[0, 3], x[1, 5], x[2] = float("nan"), float("inf"), 0
     with torch.no_grad():
-        torch.testing.assert_close(rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), equal_nan=True)
+        torch.testing.assert_close(
+            rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5), equal_nan=True
+        )
 
 
 @pytest.mark.parametrize(
@@ -131,9 +140,13 @@ def test_what_pytorch_asks_of_operators():
     x, weight = norm_inputs((3, 40), torch.float32)
     checks = ("test_schema", "test_faketensor")
     for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(torch.ops.qvlm_hf.rms_norm.default, (x.to(dtype), weight, 1e-5), test_utils=checks)
+        torch.library.opcheck(
+            torch.ops.qvlm_hf.rms_norm.default, (x.to(dtype), weight, 1e-5), test_utils=checks
+        )
     permuted = torch.randn(40, 3, 8).permute(1, 2, 0)
-    torch.library.opcheck(torch.ops.qvlm_hf.rms_norm.default, (permuted, weight, 1e-5), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.qvlm_hf.rms_norm.default, (permuted, weight, 1e-5), test_utils=checks
+    )
 
 
 def test_the_first_call_has_the_bits_of_all_later_ones(monkeypatch):

@@ -48,7 +48,13 @@ class Case:
 
     @property
     def arguments(self):
-        statics = (self.weight_scale, self.weight_zero_point, self.input_scale, self.input_zero_point, self.bias)
+        statics = (
+            self.weight_scale,
+            self.weight_zero_point,
+            self.input_scale,
+            self.input_zero_point,
+            self.bias,
+        )
         return (self.weight, *statics, self.integers.shape[1])
 
     def run(self):
@@ -56,7 +62,15 @@ class Case:
 
     def op_arguments(self):
         s, k = self.scheme, self.integers.shape[1]
-        return (self.x, *self.arguments, s.weight_bits, s.activation_bits, s.group_length(k), s.granularity, s.hadamard or 0)
+        return (
+            self.x,
+            *self.arguments,
+            s.weight_bits,
+            s.activation_bits,
+            s.group_length(k),
+            s.granularity,
+            s.hadamard or 0,
+        )
 
 
 def make_case(
@@ -85,12 +99,15 @@ def make_case(
     )
     in_features = shape[-1]
     groups = -(-in_features // (group_size if group_size > 0 else in_features))
-    # Multiples of 1/64: their sums are exact, so that a Hadamard matrix gives the same bits in any order of adding.
+    # Multiples of 1/64: their sums are exact, so that a Hadamard matrix gives the same bits in any
+    # order of adding.
     x = (torch.randn(shape) * 2 + 0.5).mul(64).round().div(64).to(dtype)
     top = 2**activation_bits - 1
-    statics = {"channel": in_features, "token": shape[-2] if len(shape) > 1 else 1, "none": in_features if scaled_input else None}.get(
-        granularity
-    )
+    statics = {
+        "channel": in_features,
+        "token": shape[-2] if len(shape) > 1 else 1,
+        "none": in_features if scaled_input else None,
+    }.get(granularity)
     integers = torch.randint(0, 2**weight_bits, (out_features, in_features)).to(torch.uint8)
     return Case(
         scheme=scheme,
@@ -98,9 +115,15 @@ def make_case(
         integers=integers,
         weight=pack(integers, weight_bits),
         weight_scale=(torch.rand(out_features, groups) + 0.1).to(torch.bfloat16),
-        weight_zero_point=None if symmetric else torch.randint(0, 2**weight_bits, (out_features, groups)).to(torch.uint8),
-        input_scale=None if statics is None else (torch.rand(statics) + 0.5) * (1 if granularity == "none" else 4 / top),
-        input_zero_point=torch.randint(top // 4, top - top // 4 + 1, (statics,), dtype=torch.int32) if granularity in STATIC else None,
+        weight_zero_point=None
+        if symmetric
+        else torch.randint(0, 2**weight_bits, (out_features, groups)).to(torch.uint8),
+        input_scale=None
+        if statics is None
+        else (torch.rand(statics) + 0.5) * (1 if granularity == "none" else 4 / top),
+        input_zero_point=torch.randint(top // 4, top - top // 4 + 1, (statics,), dtype=torch.int32)
+        if granularity in STATIC
+        else None,
         bias=torch.randn(out_features).to(dtype) if bias else None,
         reference=REFERENCE[0],
     )
@@ -117,7 +140,13 @@ def transform(row, block):
     y = []
     for start in range(0, len(row), block):
         part = row[start : start + block]
-        y += [F32(F32(sum(hadamard_sign(i, j) * float(part[j]) for j in range(block))) / F32(math.sqrt(block))) for i in range(block)]
+        y += [
+            F32(
+                F32(sum(hadamard_sign(i, j) * float(part[j]) for j in range(block)))
+                / F32(math.sqrt(block))
+            )
+            for i in range(block)
+        ]
     return y
 
 
@@ -125,7 +154,10 @@ def quantize_row(row, position, case):
     """(a, r) of one token by the formulas of docs/format.md: Python integers (or float32 for "none"), one float32 division per value."""
     granularity, top = case.scheme.granularity, 2**case.scheme.activation_bits - 1
     if granularity == "none":
-        return [value if case.input_scale is None else F32(value / F32(case.input_scale[k])) for k, value in enumerate(row)], F32(1)
+        return [
+            value if case.input_scale is None else F32(value / F32(case.input_scale[k]))
+            for k, value in enumerate(row)
+        ], F32(1)
     if granularity == "dynamic_token":
         low, high = min([*row, F32(0)]), max([*row, F32(0)])
         scale = F32(F32(high - low) / F32(top))
@@ -136,7 +168,10 @@ def quantize_row(row, position, case):
         scale = F32(case.input_scale[position])
         grid, row_scale = [(scale, int(case.input_zero_point[position]))] * len(row), scale
     else:
-        grid = [(F32(s), int(z)) for s, z in zip(case.input_scale.numpy(), case.input_zero_point, strict=True)]
+        grid = [
+            (F32(s), int(z))
+            for s, z in zip(case.input_scale.numpy(), case.input_zero_point, strict=True)
+        ]
         row_scale = F32(1)
     a = []
     for value, (scale, zero_point) in zip(row, grid, strict=True):
@@ -151,7 +186,11 @@ def by_loop(case):
     tokens = case.x.shape[-2] if case.x.dim() > 1 else 1
     length, half = case.scheme.group_length(rows.shape[1]), 2 ** (case.scheme.weight_bits - 1)
     weight, weight_scale = case.integers.tolist(), case.weight_scale.double().tolist()
-    zero_points = [[half] * len(row) for row in weight_scale] if case.weight_zero_point is None else case.weight_zero_point.tolist()
+    zero_points = (
+        [[half] * len(row) for row in weight_scale]
+        if case.weight_zero_point is None
+        else case.weight_zero_point.tolist()
+    )
     y = np.zeros((len(rows), len(weight)))
     magnitude = np.zeros_like(y)
     for m, row in enumerate(rows):
@@ -163,7 +202,9 @@ def by_loop(case):
                 term = value * (weight[n][k] - zero_points[n][k // length])
                 sums[k // length] += term
                 magnitude[m, n] += abs(term) * weight_scale[n][k // length] * float(row_scale)
-            y[m, n] = float(row_scale) * sum(scale * total for scale, total in zip(weight_scale[n], sums, strict=True))
+            y[m, n] = float(row_scale) * sum(
+                scale * total for scale, total in zip(weight_scale[n], sums, strict=True)
+            )
             if case.bias is not None:
                 y[m, n] += float(case.bias[n])
                 magnitude[m, n] += abs(float(case.bias[n]))
@@ -206,10 +247,20 @@ def test_dtypes_symmetry_and_bias(granularity, symmetric, bias, dtype):
 @pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
 @pytest.mark.parametrize(
     ("shape", "out_features", "group_size"),
-    [((1, 1), 1, 8), ((5, 37), 7, 16), ((3, 37), 2, -1), ((2, 4, 33), 5, 32), ((1, 2, 3, 16), 4, 8), ((2, 9), 3, 128), ((3, 40), 3, 13)],
+    [
+        ((1, 1), 1, 8),
+        ((5, 37), 7, 16),
+        ((3, 37), 2, -1),
+        ((2, 4, 33), 5, 32),
+        ((1, 2, 3, 16), 4, 8),
+        ((2, 9), 3, 128),
+        ((3, 40), 3, 13),
+    ],
 )
 def test_shapes_and_groups(granularity, shape, out_features, group_size):
-    check(make_case(granularity, 5, 6, shape=shape, out_features=out_features, group_size=group_size))
+    check(
+        make_case(granularity, 5, 6, shape=shape, out_features=out_features, group_size=group_size)
+    )
 
 
 @pytest.mark.parametrize("granularity", ["channel", "dynamic_token", "none"])
@@ -221,7 +272,16 @@ def test_one_token_without_a_batch(granularity):
 @pytest.mark.parametrize("block", [2, 8, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hadamard_comes_first_and_in_float32(granularity, block, dtype):
-    case = make_case(granularity, 4, 6, shape=(2, 3, 48), group_size=16, hadamard=block, scaled_input=granularity == "none", dtype=dtype)
+    case = make_case(
+        granularity,
+        4,
+        6,
+        shape=(2, 3, 48),
+        group_size=16,
+        hadamard=block,
+        scaled_input=granularity == "none",
+        dtype=dtype,
+    )
     check(case)
     plain = replace(case, scheme=replace(case.scheme, hadamard=None))
     assert (case.run() - plain.run()).abs().max() > 0.1
@@ -257,7 +317,9 @@ def test_views_give_the_same_bits_and_nothing_is_changed(granularity):
 def test_rows_without_values():
     """All-zero, all-positive and all-negative tokens: the range of a token always holds 0."""
     case = make_case("dynamic_token", shape=(4, 21))
-    x = torch.stack([torch.zeros(21), torch.rand(21) + 3, -torch.rand(21) - 3, torch.full((21,), 2.5)])
+    x = torch.stack(
+        [torch.zeros(21), torch.rand(21) + 3, -torch.rand(21) - 3, torch.full((21,), 2.5)]
+    )
     check(replace(case, x=x))
     assert torch.equal(replace(case, x=x).run()[0], case.bias)
 
@@ -266,7 +328,15 @@ def test_rows_without_values():
 def test_integer_sums_are_exact_beyond_float32(granularity):
     """Partial sums of 4 * 10^7 that cancel almost to nothing: a float32 accumulator (24 bits) gives another integer."""
     tokens, in_features, out_features = 3, 4096, 6
-    base = make_case(granularity, 8, 8, shape=(tokens, in_features), out_features=out_features, group_size=-1, bias=False)
+    base = make_case(
+        granularity,
+        8,
+        8,
+        shape=(tokens, in_features),
+        out_features=out_features,
+        group_size=-1,
+        bias=False,
+    )
     q = torch.randint(101, 256, (tokens, in_features))
     q[:, 0], q[:, 1] = 0, 255  # dynamic: the range is exactly 0 ... 255, its scale 1
     half = in_features // 2
@@ -287,18 +357,32 @@ def test_integer_sums_are_exact_beyond_float32(granularity):
     np.testing.assert_array_equal(case.run().numpy(), exact.astype(F32) * F32(0.75))
     terms = q.numpy()[:, None, :] * (integers.numpy() - 127)[None]
     assert np.abs(terms.cumsum(-1)).max() > 2 * 2**24
-    assert (terms.astype(F32).cumsum(-1, dtype=F32)[..., -1] != exact).any()  # the test would see the difference
+    assert (
+        terms.astype(F32).cumsum(-1, dtype=F32)[..., -1] != exact
+    ).any()  # the test would see the difference
 
 
 @pytest.mark.parametrize("in_features", [255, 258, 259, 300, 1000, 2**16])
 def test_every_sum_is_rounded_once(in_features):
     """Sums of positive products pass 2^24 at 259 inputs; at 2^16 even each of the many accumulators of a fast float32 product does.
 
-    An exact sum is rounded once, when it becomes float32; an inexact one differs in its last bits almost everywhere.
+    An exact sum is rounded once, when it becomes float32; an inexact one differs in its last bits
+    almost everywhere.
     """
     tokens, out_features = 16, 32
-    base = make_case("channel", 8, 8, shape=(tokens, in_features), out_features=out_features, group_size=-1, bias=False)
-    q, integers = torch.randint(200, 256, (tokens, in_features)), torch.randint(200, 256, (out_features, in_features))
+    base = make_case(
+        "channel",
+        8,
+        8,
+        shape=(tokens, in_features),
+        out_features=out_features,
+        group_size=-1,
+        bias=False,
+    )
+    q, integers = (
+        torch.randint(200, 256, (tokens, in_features)),
+        torch.randint(200, 256, (out_features, in_features)),
+    )
     case = replace(
         base,
         x=q.float(),
@@ -321,7 +405,10 @@ def test_scales_of_another_shape_raise():
     rest = list(arguments(4, 8, "dynamic_token", 3, 256, 128, None, False, torch.float32))
     for place, name in ((1, "weight_scale"), (2, "weight_zero_point")):
         wrong = [*rest[:place], rest[place][:, :1], *rest[place + 1 :]]
-        with pytest.raises(ValueError, match=re.escape(f"{name} has the shape (3, 1), not [out_features, groups] = (3, 2).")):
+        with pytest.raises(
+            ValueError,
+            match=re.escape(f"{name} has the shape (3, 1), not [out_features, groups] = (3, 2)."),
+        ):
             torch.ops.qvlm_hf.linear(torch.randn(2, 256), *wrong)
 
 
@@ -334,20 +421,26 @@ def test_a_weight_that_was_never_loaded_raises(recorded):
     )
     with (
         torch.set_grad_enabled(recorded),
-        pytest.raises(ValueError, match="the input is on cpu and the weight of a quantized module on meta"),
+        pytest.raises(
+            ValueError, match="the input is on cpu and the weight of a quantized module on meta"
+        ),
     ):
         torch.ops.qvlm_hf.linear(torch.randn(2, 64), weight, *rest)
 
 
 def test_another_number_of_inputs_raises():
     case = make_case("dynamic_token")
-    with pytest.raises(ValueError, match=re.escape("an input of shape (2, 3, 20) does not end in in_features=21.")):
+    with pytest.raises(
+        ValueError, match=re.escape("an input of shape (2, 3, 20) does not end in in_features=21.")
+    ):
         replace(case, x=case.x[..., :20]).run()
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 21), (2, 1, 21), (1, 21), (21,), (3, 2, 21)])
 def test_another_number_of_positions_raises(shape):
-    message = f"an input of shape {shape} does not have the 3 positions that 'token' was calibrated for."
+    message = (
+        f"an input of shape {shape} does not have the 3 positions that 'token' was calibrated for."
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         replace(make_case("token"), x=torch.zeros(shape)).run()
 
@@ -382,14 +475,18 @@ def test_autocast_changes_no_bit(granularity, tokens):
         (again,) = torch.autograd.grad(y.square().sum(), case.x)
         with torch.no_grad():
             quick = case.run()
-        assert (case.x @ case.x.T).dtype == torch.bfloat16  # it is at work, and again after the call
+        assert (
+            case.x @ case.x.T
+        ).dtype == torch.bfloat16  # it is at work, and again after the call
     assert torch.equal(y, plain)
     assert torch.equal(quick, plain)
     assert torch.equal(again, grad)
 
 
 def test_a_block_that_does_not_divide_raises():
-    with pytest.raises(ValueError, match="a Hadamard block of 8 must be a power of two that divides 21"):
+    with pytest.raises(
+        ValueError, match="a Hadamard block of 8 must be a power of two that divides 21"
+    ):
         make_case("dynamic_token", hadamard=8).run()
 
 
@@ -398,11 +495,18 @@ def test_a_block_that_does_not_divide_raises():
 
 def float_weight(case):
     """W of docs/format.md's `dequantize`, number by number, in float64 [N, K]."""
-    length, half = case.scheme.group_length(case.integers.shape[1]), 2 ** (case.scheme.weight_bits - 1)
+    length, half = (
+        case.scheme.group_length(case.integers.shape[1]),
+        2 ** (case.scheme.weight_bits - 1),
+    )
     weight = np.zeros(tuple(case.integers.shape))
     for n, row in enumerate(case.integers.tolist()):
         for k, value in enumerate(row):
-            zero_point = half if case.weight_zero_point is None else int(case.weight_zero_point[n, k // length])
+            zero_point = (
+                half
+                if case.weight_zero_point is None
+                else int(case.weight_zero_point[n, k // length])
+            )
             weight[n, k] = float(case.weight_scale[n, k // length]) * (value - zero_point)
             if case.scheme.granularity in ("channel", "none") and case.input_scale is not None:
                 weight[n, k] /= float(case.input_scale[k])
@@ -410,7 +514,9 @@ def float_weight(case):
             for start in range(0, len(row), block):
                 part = weight[n, start : start + block].copy()
                 for i in range(block):
-                    weight[n, start + i] = sum(hadamard_sign(i, j) * part[j] for j in range(block)) / math.sqrt(block)
+                    weight[n, start + i] = sum(
+                        hadamard_sign(i, j) * part[j] for j in range(block)
+                    ) / math.sqrt(block)
     return weight
 
 
@@ -418,11 +524,19 @@ def float_weight(case):
 @pytest.mark.parametrize("hadamard", [None, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradient_of_the_input_is_straight_through(granularity, hadamard, symmetric):
-    case = make_case(granularity, shape=(2, 3, 24), hadamard=hadamard, symmetric=symmetric, scaled_input=granularity == "none")
+    case = make_case(
+        granularity,
+        shape=(2, 3, 24),
+        hadamard=hadamard,
+        symmetric=symmetric,
+        scaled_input=granularity == "none",
+    )
     case = replace(case, x=case.x.requires_grad_(), bias=case.bias.requires_grad_())
     grad = torch.randn(2, 3, 3)
     case.run().backward(grad)
-    np.testing.assert_allclose(case.x.grad.numpy(), grad.double().numpy() @ float_weight(case), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        case.x.grad.numpy(), grad.double().numpy() @ float_weight(case), rtol=1e-4, atol=1e-4
+    )
     torch.testing.assert_close(case.bias.grad, grad.sum((0, 1)))
 
 
@@ -474,7 +588,8 @@ def test_opcheck_of_the_gradient():
     case = make_case("channel", hadamard=8, shape=(2, 3, 24))
     packed, scale, zero, input_scale = case.arguments[:4]
     torch.library.opcheck(
-        torch.ops.qvlm_hf.linear_input_grad.default, (torch.randn(2, 3, 3), packed, scale, zero, input_scale, 24, 4, 8, "channel", 8)
+        torch.ops.qvlm_hf.linear_input_grad.default,
+        (torch.randn(2, 3, 3), packed, scale, zero, input_scale, 24, 4, 8, "channel", 8),
     )
 
 
@@ -483,10 +598,14 @@ def test_opcheck_of_the_gradient():
 def test_fake_shapes(dtype, shape):
     case = make_case("dynamic_token", dtype=dtype, shape=shape)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        y = torch.ops.qvlm_hf.linear(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in case.op_arguments()))
+        y = torch.ops.qvlm_hf.linear(
+            *(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in case.op_arguments())
+        )
     real = case.run()
     assert (y.shape, y.dtype, y.stride()) == (real.shape, real.dtype, real.stride())
-    meta = torch.ops.qvlm_hf.linear(*(a.to("meta") if isinstance(a, Tensor) else a for a in case.op_arguments()))
+    meta = torch.ops.qvlm_hf.linear(
+        *(a.to("meta") if isinstance(a, Tensor) else a for a in case.op_arguments())
+    )
     assert (meta.shape, meta.dtype, meta.device.type) == (real.shape, real.dtype, "meta")
 
 

@@ -93,7 +93,11 @@ HOLD = "import fcntl, sys, time; lock = open(sys.argv[1], 'w'); fcntl.flock(lock
 def test_the_lock_of_a_process_that_was_killed_holds_nobody(compilations):
     target = compile_answer(compilations.parent)
     target.unlink()
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(target.with_suffix(".lock"))], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(target.with_suffix(".lock"))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout.readline() == "held\n"
     holder.kill()
     holder.communicate()
@@ -145,7 +149,11 @@ def test_folders_are_made_for_the_user_alone(compilations, cache):
     finally:
         os.umask(before)
     assert target.parent == cache
-    assert [path.stat().st_mode & 0o777 for path in (cache.parent, cache, target)] == [0o700, 0o700, 0o755]
+    assert [path.stat().st_mode & 0o777 for path in (cache.parent, cache, target)] == [
+        0o700,
+        0o700,
+        0o755,
+    ]
 
 
 def test_another_folder_where_the_cache_cannot_be_written(compilations, cache, elsewhere, caplog):
@@ -154,7 +162,9 @@ def test_another_folder_where_the_cache_cannot_be_written(compilations, cache, e
     assert target.parent == elsewhere
     assert elsewhere.stat().st_mode & 0o777 == 0o700
     (record,) = caplog.records
-    assert f"kept in {elsewhere}, because of [Errno 17] File exists: '{cache}'" in record.getMessage()
+    assert (
+        f"kept in {elsewhere}, because of [Errno 17] File exists: '{cache}'" in record.getMessage()
+    )
     assert compile_answer(compilations.parent) == target
     assert count(compilations) == 1
 
@@ -182,21 +192,29 @@ def test_a_cache_filled_before_is_used_without_writing(compilations, cache):
 
 
 @pytest.mark.parametrize("kind", ["noexec", "full"])
-def test_a_cache_that_nothing_is_loaded_from_or_nothing_fits_into(compilations, cache, elsewhere, monkeypatch, kind):
+def test_a_cache_that_nothing_is_loaded_from_or_nothing_fits_into(
+    compilations, cache, elsewhere, monkeypatch, kind
+):
     real_usage, real_statvfs = shutil.disk_usage, os.statvfs
 
     class Noexec:
         f_flag = os.ST_NOEXEC
 
     if kind == "noexec":
-        monkeypatch.setattr(os, "statvfs", lambda path: Noexec if path == cache else real_statvfs(path))
+        monkeypatch.setattr(
+            os, "statvfs", lambda path: Noexec if path == cache else real_statvfs(path)
+        )
     else:
         full = real_usage("/")._replace(free=1000)
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: full if path == cache else real_usage(path))
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path: full if path == cache else real_usage(path)
+        )
     assert compile_answer(compilations.parent).parent == elsewhere
 
 
-def test_a_library_that_the_loader_refuses_is_made_elsewhere(compilations, cache, elsewhere, monkeypatch):
+def test_a_library_that_the_loader_refuses_is_made_elsewhere(
+    compilations, cache, elsewhere, monkeypatch
+):
     """As a mandatory access control does, which no flag of the mount tells of."""
     tried = []
 
@@ -211,11 +229,15 @@ def test_a_library_that_the_loader_refuses_is_made_elsewhere(compilations, cache
     assert tried == [cache, elsewhere]
 
 
-def test_the_compiler_keeps_its_temporary_files_beside_the_library(compilations, cache, monkeypatch):
+def test_the_compiler_keeps_its_temporary_files_beside_the_library(
+    compilations, cache, monkeypatch
+):
     """Where /tmp is read-only or full and the cache is not, it compiles all the same."""
     monkeypatch.setenv("TMPDIR", "/nope")
     compiler = compilations.parent / "slow-g++"
-    compiler.write_text(compiler.read_text().replace("sleep 1", f'echo "$TMPDIR" > {compilations.parent}/seen'))
+    compiler.write_text(
+        compiler.read_text().replace("sleep 1", f'echo "$TMPDIR" > {compilations.parent}/seen')
+    )
     assert compile_answer(compilations.parent).parent == cache
     assert (compilations.parent / "seen").read_text().startswith(f"{cache}/")
     assert [path for path in cache.iterdir() if path.is_dir()] == []
@@ -223,7 +245,9 @@ def test_the_compiler_keeps_its_temporary_files_beside_the_library(compilations,
 
 @pytest.mark.parametrize("place", ["cache", "parent"])
 @pytest.mark.parametrize("mode", [0o777, 0o757])
-def test_a_folder_that_others_can_write_to_is_not_used(compilations, cache, elsewhere, caplog, place, mode):
+def test_a_folder_that_others_can_write_to_is_not_used(
+    compilations, cache, elsewhere, caplog, place, mode
+):
     planted = compile_answer(compilations.parent)
     caplog.clear()
     folder = {"cache": cache, "parent": cache.parent}[place]
@@ -256,8 +280,14 @@ def test_a_group_may_write_if_it_is_the_users_own(compilations, cache, monkeypat
 def test_whose_own_a_group_is(monkeypatch):
     grp, pwd = pytest.importorskip("grp"), pytest.importorskip("pwd")
     members = []
-    monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.struct_passwd(("ann", "x", uid, 7, "", "/", "")))
-    monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group(({7: "ann", 8: "users"}[gid], "x", gid, members)))
+    monkeypatch.setattr(
+        pwd, "getpwuid", lambda uid: pwd.struct_passwd(("ann", "x", uid, 7, "", "/", ""))
+    )
+    monkeypatch.setattr(
+        grp,
+        "getgrgid",
+        lambda gid: grp.struct_group(({7: "ann", 8: "users"}[gid], "x", gid, members)),
+    )
     assert native._alone_in(7)
     assert not native._alone_in(8)
     members += ["ann", "bob"]

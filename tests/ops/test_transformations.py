@@ -13,10 +13,14 @@ from qvlm_hf.nn.siblings import Siblings
 
 @pytest.fixture(params=["alone", "shared"])
 def modules(request):
-    scheme = QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token", group_size=32)
+    scheme = QuantScheme(
+        weight_bits=4, activation_bits=8, granularity="dynamic_token", group_size=32
+    )
     made = []
     for rows in (16, 8):
-        weight, scale, zero_point, *_ = arguments(4, 8, "dynamic_token", rows, 64, 32, None, False, torch.float32, seed=rows)
+        weight, scale, zero_point, *_ = arguments(
+            4, 8, "dynamic_token", rows, 64, 32, None, False, torch.float32, seed=rows
+        )
         tensors = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
         made.append(QVLMLinear.from_packed(nn.Linear(64, rows, bias=False), scheme, tensors))
     if request.param == "shared":
@@ -75,7 +79,11 @@ def test_fx_traces(modules):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
 def test_forward_mode_is_refused(modules, context):
-    with context(), forward_ad.dual_level(), pytest.raises(ValueError, match="no forward-mode derivative"):
+    with (
+        context(),
+        forward_ad.dual_level(),
+        pytest.raises(ValueError, match="no forward-mode derivative"),
+    ):
         modules[0](forward_ad.make_dual(X, torch.ones_like(X)))
     with context(), pytest.raises(ValueError, match="no forward-mode derivative"):
         torch.func.jvp(modules[0], (X,), (torch.ones_like(X),))

@@ -18,10 +18,24 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_under_the_interpreter():
-    """Everything in interpreted_kernels.py. Whoever imports triton first chooses for the whole process whether it interprets."""
+    """Everything in interpreted_kernels.py.
+
+    Whoever imports triton first chooses for the whole process whether it interprets.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     # -P: the package that the other tests import, not the tree's where another one is installed
-    command = [sys.executable, "-P", "-m", "pytest", "--no-cov", "-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "--no-cov",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--import-mode=importlib",
+    ]
     command += ["tests/ops/interpreted_kernels.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """What the compiler makes of the GPU kernels, for devices that are not there: matrix instructions, no spills, a ceiling on registers.
 
-The tiles of `gpu.TILES` are kept honest here: a product that spills or loses its matrix instruction is a wrong row of the table.
+The tiles of `gpu.TILES` are kept honest here: a product that spills or loses its matrix instruction
+is a wrong row of the table.
 """
 
 import importlib.util
@@ -25,7 +26,8 @@ CASES = (
     (6, 6, "channel", 608),
     (4, 16, "none", 64),
 )
-# Everything else once: widths, other layouts of groups, dtypes. Arguments after the tokens: out_features, in_features, group_length.
+# Everything else once: widths, other layouts of groups, dtypes. Arguments after the tokens:
+# out_features, in_features, group_length.
 REST = (
     (8, 8, "channel", 608),
     *((bits, 4, "channel", tokens) for bits in (2, 3, 5, 7, 8) for tokens in (16, 608)),
@@ -39,18 +41,23 @@ REST = (
     (8, 8, "channel", 608, 4100, 4096, 32),
     (4, 16, "none", 1, 4096, 4096, 128, "float16"),
 )
-# Registers of a thread, by tokens of a tile. 16 tokens: four programs of four warps on a processor. 64: one of eight warps, which has 255.
+# Registers of a thread, by tokens of a tile. 16 tokens: four programs of four warps on a processor.
+# 64: one of eight warps, which has 255.
 CEILING = {16: 128, 32: 168, 64: 255, 128: 255}
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program can have
 
 TWO_REGISTERS = 8  # bytes of a thread's stack: what the assembler spills of groups of 512 on 12.0 and of float32 inputs on 8.0
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 
 def compiled(cases, cache):
     """[{kernel: facts}] of the calls, from a process in which Triton compiles and does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
+    } | {"TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, str(TESTS / "compiled_triton.py"), json.dumps(cases)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -61,13 +68,22 @@ def check(case, kernels, stack=0):
     capability, _, activation_bits, _, tokens = case[:5]
     floating = activation_bits == 16
     warpgroup = capability == 90
-    wanted = {(False, False): "IMMA", (False, True): "IGMMA", (True, False): "HMMA", (True, True): "HGMMA"}[floating, warpgroup]
+    wanted = {
+        (False, False): "IMMA",
+        (False, True): "IGMMA",
+        (True, False): "HMMA",
+        (True, True): "HGMMA",
+    }[floating, warpgroup]
     product = kernels["_multiply"]
     found = product["instructions"]
-    assert found.get(wanted, 0) > 0 or (capability == 100 and any(name.startswith("UTC") for name in found)), (case, found)
+    assert found.get(wanted, 0) > 0 or (
+        capability == 100 and any(name.startswith("UTC") for name in found)
+    ), (case, found)
     for name, facts in kernels.items():
         assert facts["stack"] <= stack, (case, name, facts)
-    size = gpu.tile_of(gpu.Device(divmod(capability, 10), 100), tokens, torch.bfloat16 if floating else torch.int8).tokens
+    size = gpu.tile_of(
+        gpu.Device(divmod(capability, 10), 100), tokens, torch.bfloat16 if floating else torch.int8
+    ).tokens
     assert product["registers"] <= CEILING[size], (case, product["registers"])
     assert product["shared"] <= SHARED[capability] * 1024, (case, product["shared"])
 
@@ -84,7 +100,9 @@ def test_products_use_matrix_instructions_and_do_not_spill(capability, kernels):
     for case in CASES:
         check((capability, *case), kernels[capability, *case])
         assert set(kernels[capability, *case]) >= {"_arrange", "_multiply"}
-        if case[1] <= 8:  # inputs are divided as the reference divides: rounded to nearest, nothing flushed to zero
+        if (
+            case[1] <= 8
+        ):  # inputs are divided as the reference divides: rounded to nearest, nothing flushed to zero
             assert kernels[capability, *case]["_arrange"]["divisions"] == ["div.rn.f32"]
 
 
@@ -107,9 +125,13 @@ def test_every_width_and_layout(capability, tmp_path):
 def test_fused_quantizers_and_float32_do_not_spill(capability, tmp_path):
     """float32 inputs are multiplied in float32: no matrix instruction has its precision."""
     cases = [
-        (capability, source, granularity) for source in ("rms_norm", "layer_norm", "swiglu") for granularity in ("channel", "dynamic_token")
+        (capability, source, granularity)
+        for source in ("rms_norm", "layer_norm", "swiglu")
+        for granularity in ("channel", "dynamic_token")
     ]
-    cases += [(capability, 4, 16, "none", tokens, 4096, 4096, 128, "float32") for tokens in (1, 608)]
+    cases += [
+        (capability, 4, 16, "none", tokens, 4096, 4096, 128, "float32") for tokens in (1, 608)
+    ]
     for case, kernels in zip(cases, compiled(cases, tmp_path), strict=True):
         for name, facts in kernels.items():
             assert facts["stack"] <= TWO_REGISTERS, (case, name, facts)

@@ -41,7 +41,10 @@ def config():
 def quantized(source, tmp_path_factory):
     """A directory made by `QVLMOptimumQuantizer`."""
     quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(source)
-    return quantizer.quantize(tmp_path_factory.mktemp("optimum") / "w4a16", config=qvlm_hf.QVLMConfig(scheme="W4A16", group_size=32))
+    return quantizer.quantize(
+        tmp_path_factory.mktemp("optimum") / "w4a16",
+        config=qvlm_hf.QVLMConfig(scheme="W4A16", group_size=32),
+    )
 
 
 def tokens(pipe):
@@ -62,10 +65,14 @@ def test_is_optimums_quantizer():
 
 def test_quantizes_as_from_pretrained_does(source, quantized, processor, config, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=config)
-    expected = qvlm_hf.save_quantized(model, processor, tmp_path / "expected", report=model.hf_quantizer.report)
+    expected = qvlm_hf.save_quantized(
+        model, processor, tmp_path / "expected", report=model.hf_quantizer.report
+    )
     assert weights(quantized) == weights(expected)
     assert (quantized / "config.json").read_text() == (expected / "config.json").read_text()
-    assert {"processor_config.json", "tokenizer.json", "qvlm_report.json"} <= {file.name for file in quantized.iterdir()}
+    assert {"processor_config.json", "tokenizer.json", "qvlm_report.json"} <= {
+        file.name for file in quantized.iterdir()
+    }
 
 
 def test_quantizes_a_model_object_in_place(source, quantized, config, tmp_path):
@@ -87,10 +94,26 @@ def test_never_replaces_the_full_precision_model(source, config, tmp_path):
 
 
 def test_calibrates_with_the_processor_beside_the_model(source, tmp_path):
-    search = {"num_samples": 4, "batch_size": 4, "percentiles": (1.0,), "margins": (), "max_block_depth": 1, "weight_rounding": "nearest"}
-    config = qvlm_hf.QVLMConfig(scheme="W4A8", dataset=tiny_messages(6), rotation=None, guard=False, token_importance=False, **search)
+    search = {
+        "num_samples": 4,
+        "batch_size": 4,
+        "percentiles": (1.0,),
+        "margins": (),
+        "max_block_depth": 1,
+        "weight_rounding": "nearest",
+    }
+    config = qvlm_hf.QVLMConfig(
+        scheme="W4A8",
+        dataset=tiny_messages(6),
+        rotation=None,
+        guard=False,
+        token_importance=False,
+        **search,
+    )
     quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(str(source), dtype=torch.float32)
-    model = AutoModelForImageTextToText.from_pretrained(quantizer.quantize(tmp_path / "out", config=config))
+    model = AutoModelForImageTextToText.from_pretrained(
+        quantizer.quantize(tmp_path / "out", config=config)
+    )
     assert config.processor is None  # the caller's object stays as it is
     assert model.config.quantization_config.provenance["dataset"] == "list in memory"
     assert model.dtype == torch.float32
@@ -98,19 +121,28 @@ def test_calibrates_with_the_processor_beside_the_model(source, tmp_path):
 
 def test_what_has_no_meaning_is_refused(source, quantized, config, tmp_path):
     quantizer_class = optimum.qvlm.QVLMOptimumQuantizer
-    with pytest.raises(ValueError, match=r"^file_name='x' must be None: a checkpoint's files have fixed names\.$"):
+    with pytest.raises(
+        ValueError, match=r"^file_name='x' must be None: a checkpoint's files have fixed names\.$"
+    ):
         quantizer_class.from_pretrained(source, file_name="x")
     with pytest.raises(ValueError, match=r"^file_prefix='x' must be None"):
-        quantizer_class.from_pretrained(source).quantize(tmp_path / "out", file_prefix="x", config=config)
+        quantizer_class.from_pretrained(source).quantize(
+            tmp_path / "out", file_prefix="x", config=config
+        )
     with pytest.raises(ValueError, match=r"^the options \['dtype'\] are for loading a model"):
-        quantizer_class.from_pretrained(AutoModelForImageTextToText.from_pretrained(source), dtype=torch.bfloat16)
+        quantizer_class.from_pretrained(
+            AutoModelForImageTextToText.from_pretrained(source), dtype=torch.bfloat16
+        )
     with pytest.raises(ValueError, match=r"^config='W4A16' must be a QVLMConfig"):
         quantizer_class.from_pretrained(source).quantize(tmp_path / "out", config="W4A16")
     with pytest.raises(ValueError, match="has activation ranges to calibrate"):
         quantizer_class.from_pretrained(source).quantize(tmp_path / "out")
     with pytest.raises(ValueError, match="exists and is not empty"):
         quantizer_class.from_pretrained(source).quantize(quantized, config=config)
-    with pytest.warns(UserWarning, match="already has a"), pytest.raises(ValueError, match="is quantized already: give the full"):
+    with (
+        pytest.warns(UserWarning, match="already has a"),
+        pytest.raises(ValueError, match="is quantized already: give the full"),
+    ):
         quantizer_class.from_pretrained(quantized).quantize(tmp_path / "out", config=config)
     assert not (tmp_path / "out").exists()
 
@@ -119,22 +151,47 @@ def test_what_has_no_meaning_is_refused(source, quantized, config, tmp_path):
 
 
 def test_the_signature_is_optimums():
-    ours, theirs = (inspect.signature(function).parameters.values() for function in (optimum.qvlm.pipeline, optimum.pipelines.pipeline))
-    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
+    ours, theirs = (
+        inspect.signature(function).parameters.values()
+        for function in (optimum.qvlm.pipeline, optimum.pipelines.pipeline)
+    )
+    assert [(p.name, p.kind, p.default) for p in ours] == [
+        (p.name, p.kind, p.default) for p in theirs
+    ]
 
 
 def test_pipeline_by_directory_object_and_on_the_way_in(source, quantized, processor, config):
     by_directory = optimum.qvlm.pipeline(model=str(quantized))
-    by_object = optimum.qvlm.pipeline("image-text-to-text", AutoModelForImageTextToText.from_pretrained(quantized), processor=processor)
+    by_object = optimum.qvlm.pipeline(
+        "image-text-to-text",
+        AutoModelForImageTextToText.from_pretrained(quantized),
+        processor=processor,
+    )
     options = {"quantization_config": config}
-    on_the_way_in = optimum.qvlm.pipeline("image-text-to-text", str(source), model_kwargs=options, torch_dtype="float32", framework="pt")
+    on_the_way_in = optimum.qvlm.pipeline(
+        "image-text-to-text",
+        str(source),
+        model_kwargs=options,
+        torch_dtype="float32",
+        framework="pt",
+    )
     assert tokens(by_directory) == tokens(by_object) == tokens(on_the_way_in)
     assert options == {"quantization_config": config}
 
 
 def test_pipeline_takes_dtype_device_and_map(quantized):
-    assert optimum.qvlm.pipeline(model=str(quantized), torch_dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
-    places = {"lm_head": "cpu", "model.language_model": "cpu", "model.multi_modal_projector": "cpu", "model.vision_tower": "disk"}
+    assert (
+        optimum.qvlm.pipeline(
+            model=str(quantized), torch_dtype="bfloat16", device="cpu"
+        ).model.dtype
+        == torch.bfloat16
+    )
+    places = {
+        "lm_head": "cpu",
+        "model.language_model": "cpu",
+        "model.multi_modal_projector": "cpu",
+        "model.vision_tower": "disk",
+    }
     split = optimum.qvlm.pipeline(model=str(quantized), device_map=places)
     assert split.model.hf_device_map == places
     assert tokens(split) == tokens(optimum.qvlm.pipeline(model=str(quantized)))
@@ -142,19 +199,35 @@ def test_pipeline_takes_dtype_device_and_map(quantized):
 
 def test_a_pipeline_can_be_saved(source, config, tmp_path):
     """One made by `transformers.pipeline` cannot: its tokenizer has kept the configuration."""
-    optimum.qvlm.pipeline(model=str(source), model_kwargs={"quantization_config": config}).save_pretrained(tmp_path / "saved")
+    optimum.qvlm.pipeline(
+        model=str(source), model_kwargs={"quantization_config": config}
+    ).save_pretrained(tmp_path / "saved")
     assert optimum.qvlm.pipeline(model=str(tmp_path / "saved")).model.is_quantized
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"accelerator": "ort"}, r"^accelerator='ort' must be 'qvlm' here: optimum\.pipelines\.pipeline has the others\.$"),
+        (
+            {"accelerator": "ort"},
+            r"^accelerator='ort' must be 'qvlm' here: optimum\.pipelines\.pipeline has the "
+            r"others\.$",
+        ),
         ({"task": "fill-mask"}, r"^task='fill-mask' must be 'image-text-to-text'"),
         ({"framework": "tf"}, r"^framework='tf' must be 'pt': quantized models run in PyTorch\.$"),
-        ({"model": None}, r"^model=None: there is no default model; give a directory, a Hub id or a model\.$"),
-        ({}, r"source\d*: is not quantized with qvlm: give such a checkpoint, or model_kwargs=\{'quantization_config': QVLMConfig\("),
-        ({"model_kwargs": {"quantization_config": qvlm_hf.QVLMConfig()}}, r"^scheme='W4A4' has activation ranges to calibrate: [^\n]*$"),
+        (
+            {"model": None},
+            r"^model=None: there is no default model; give a directory, a Hub id or a model\.$",
+        ),
+        (
+            {},
+            r"source\d*: is not quantized with qvlm: give such a checkpoint, or "
+            r"model_kwargs=\{'quantization_config': QVLMConfig\(",
+        ),
+        (
+            {"model_kwargs": {"quantization_config": qvlm_hf.QVLMConfig()}},
+            r"^scheme='W4A4' has activation ranges to calibrate: [^\n]*$",
+        ),
     ],
 )
 def test_pipeline_errors_are_one_line(source, arguments, message):
@@ -172,12 +245,18 @@ def test_without_enable_optimum_refuses(quantized):
 
 
 def test_with_enable_optimum_takes_it(quantized, enabled):
-    by_keyword = optimum.pipelines.pipeline("image-text-to-text", model=str(quantized), accelerator="qvlm")
+    by_keyword = optimum.pipelines.pipeline(
+        "image-text-to-text", model=str(quantized), accelerator="qvlm"
+    )
     signature = inspect.signature(optimum.pipelines.pipeline)
     fields = signature.bind(task="image-text-to-text", model=str(quantized), accelerator="qvlm")
     fields.apply_defaults()
     by_position = optimum.pipelines.pipeline(*fields.args)
-    assert tokens(by_keyword) == tokens(by_position) == tokens(optimum.qvlm.pipeline(model=str(quantized)))
+    assert (
+        tokens(by_keyword)
+        == tokens(by_position)
+        == tokens(optimum.qvlm.pipeline(model=str(quantized)))
+    )
 
 
 def test_the_other_accelerators_stay_with_optimum(quantized, enabled):
@@ -233,7 +312,9 @@ def test_cli_is_the_same_command(source, quantized, tmp_path, capsys):
 
 
 def test_cli_fails_as_the_same_command(source, tmp_path, capsys):
-    assert optimum_cli("quantize", "--output", f"{tmp_path}/out", str(source), "--scheme", "W9A4") == 1
+    assert (
+        optimum_cli("quantize", "--output", f"{tmp_path}/out", str(source), "--scheme", "W9A4") == 1
+    )
     assert capsys.readouterr().err.startswith("qvlm: error: --scheme 'W9A4'")
     assert optimum_cli("quantize", str(source)) == 2
     assert "required: --output" in capsys.readouterr().err
@@ -251,7 +332,9 @@ def test_cli_is_found_and_costs_nothing_until_it_runs(copies, tmp_path):
     if copies == 2:
         (tmp_path / "optimum" / "commands" / "register").mkdir(parents=True)
         module = Path(inspect.getfile(QVLMCommand))
-        (tmp_path / "optimum" / "commands" / "register" / module.name).write_text(module.read_text())
+        (tmp_path / "optimum" / "commands" / "register" / module.name).write_text(
+            module.read_text()
+        )
     code = """
 import sys
 from optimum.commands.optimum_cli import main
@@ -262,7 +345,11 @@ finally:
 """
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}
+        [sys.executable, "-c", code, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stderr
     assert "qvlm " in done.stdout

@@ -1,4 +1,7 @@
-"""The logits that predict the answers of a batch, and how far two models' answers are apart. Shared by self-check and evaluation."""
+"""The logits that predict the answers of a batch, and how far two models' answers are apart.
+
+Shared by self-check and evaluation.
+"""
 
 import inspect
 from collections.abc import Iterator
@@ -16,7 +19,8 @@ def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     """Runs the model once and picks the logits that predict the answers.
 
     Args:
-        model: called with the batch's tensors, returns `.logits`; runs where its parameters are, in eval mode.
+        model: called with the batch's tensors, returns `.logits`; runs where its parameters are, in
+            eval mode.
         batch: with labels.
 
     Returns:
@@ -25,17 +29,24 @@ def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     Raises:
         ValueError: logits that are not numbers.
     """
-    # Packed weights are integers: the first floating parameter tells the dtype (and the device) the model computes in.
+    # Packed weights are integers: the first floating parameter tells the dtype (and the device) the
+    # model computes in.
     floating = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     dtype = getattr(model, "dtype", floating.dtype)
     inputs = {
-        name: tensor.to(floating.device, dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in batch.inputs.items()
+        name: tensor.to(floating.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in batch.inputs.items()
     }
     answered = batch.labels != IGNORE_INDEX
     tokens = batch.labels.shape[1]
-    # The head is the widest layer: where the model can, it is run only from the first answer of the batch on.
+    # The head is the widest layer: where the model can, it is run only from the first answer of the
+    # batch on.
     keep = tokens - int(answered.any(dim=0).nonzero()[0]) + 1 if answered.any() else 1
-    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    options = (
+        {"logits_to_keep": keep}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters
+        else {}
+    )
     with eval_mode(model), torch.inference_mode():
         logits = model(**inputs, **options).logits
     offset = tokens - logits.shape[1]
@@ -44,7 +55,10 @@ def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
         # The logits at position p - 1 predict the token at p.
         own = logits[row, answered[row].nonzero().flatten().to(logits.device) - 1 - offset]
         if own.isnan().any():
-            raise ValueError(f"{origin}: the model's logits are not numbers (NaN); it is broken, or its dtype overflows: try bfloat16")
+            raise ValueError(
+                f"{origin}: the model's logits are not numbers (NaN); it is broken, or its dtype "
+                f"overflows: try bfloat16"
+            )
         rows.append(own)
     return rows
 
@@ -76,7 +90,10 @@ def answer_kl(reference_logits: Tensor, logits: Tensor) -> float:
     """
     if reference_logits.shape != logits.shape or logits.dim() != 2 or logits.shape[0] == 0:
         shapes = f"{tuple(reference_logits.shape)} and {tuple(logits.shape)}"
-        raise ValueError(f"logits have the shapes {shapes}; both must be [tokens, vocabulary] with at least one token")
+        raise ValueError(
+            f"logits have the shapes {shapes}; both must be [tokens, vocabulary] with at least one "
+            f"token"
+        )
     reference = torch.log_softmax(reference_logits.double(), dim=-1)
     model = torch.log_softmax(logits.double(), dim=-1)
     # A token that the reference rules out (-inf) adds nothing, whatever the model says of it.

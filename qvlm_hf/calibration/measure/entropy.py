@@ -1,12 +1,15 @@
-"""Cross-layer dependency: the conditional entropy of a layer's output given the one before it (eq. 4-6 of the paper).
+"""Cross-layer dependency: the conditional entropy of a layer's output given the one before it (eq.
+
+4-6 of the paper).
 
     p_m(x) = softmax_m( -(x/Delta - q_m/Delta)^2 )                                    soft assignment to level m (eq. 5)
     P[m, m'] = mean over elements of p_m(x^(k)) p_m'(x^(k+1))                         same position, same channel
     D(k, k+1) = - sum P[m, m'] log( P[m, m'] / sum_m' P[m, m'] )     in nats           (eq. 4)
     D(k_r, k_s) = sum of D(k, k+1) between them                                       (eq. 6)
 
-Delta is the step of a grid of M levels over the smallest and largest value of each channel (or of each position). Both hidden states
-must have one shape, so D never crosses a segment. The M x M histogram is accumulated in chunks.
+Delta is the step of a grid of M levels over the smallest and largest value of each channel (or of
+each position). Both hidden states must have one shape, so D never crosses a segment. The M x M
+histogram is accumulated in chunks.
 """
 
 from collections.abc import Sequence
@@ -16,8 +19,9 @@ from torch import Tensor
 
 __all__ = ["DependencyHistogram", "conditional_entropy", "soft_assignment", "value_bounds"]
 
-# Elements x levels of one chunk, and of a whole pair of layers: beyond that tokens are subsampled evenly. On the demo model 16 levels
-# stay below the budget; at 256 levels the subsample moved the entropies by at most 0.007 nats.
+# Elements x levels of one chunk, and of a whole pair of layers: beyond that tokens are subsampled
+# evenly. On the demo model 16 levels stay below the budget; at 256 levels the subsample moved the
+# entropies by at most 0.007 nats.
 _CHUNK = 2**23
 _BUDGET = 2**26
 
@@ -37,7 +41,11 @@ def soft_assignment(units: Tensor, levels: int) -> Tensor:
 
 
 def conditional_entropy(joint: Tensor) -> Tensor:
-    """D of eq. 4 in nats, float64 scalar, of a joint distribution [M, M] (rows: the first layer's level); 0 log 0 is 0."""
+    """D of eq.
+
+    4 in nats, float64 scalar, of a joint distribution [M, M] (rows: the first layer's level); 0 log
+    0 is 0.
+    """
     joint = joint.double()
     marginal = joint.sum(1, keepdim=True).expand_as(joint)
     mass = joint > 0
@@ -48,11 +56,13 @@ class DependencyHistogram:
     """P[m, m'] of two consecutive hidden states, streamed over batches; differentiable where the values are.
 
     Args:
-        first_range: (smallest, largest) of the first layer's values, broadcastable against [tokens, H].
+        first_range: (smallest, largest) of the first layer's values, broadcastable against [tokens,
+            H].
         second_range: the same of the second layer.
         levels: M: 2^activation_bits, or 256 when activations stay in floating point.
         elements: values that will come in all.
-        budget: elements x levels beyond which values are subsampled by an even stride over tokens; None is 2^26.
+        budget: elements x levels beyond which values are subsampled by an even stride over tokens;
+            None is 2^26.
     """
 
     def __init__(
@@ -76,16 +86,29 @@ class DependencyHistogram:
             ValueError: the shapes differ.
         """
         if first.shape != second.shape:
-            raise ValueError(f"hidden states of shapes {tuple(first.shape)} and {tuple(second.shape)} have no common elements.")
-        # The stride runs on across batches: restarting it would sample every batch's first token, the attention sink, too often.
+            raise ValueError(
+                f"hidden states of shapes {tuple(first.shape)} and {tuple(second.shape)} have no "
+                f"common elements."
+            )
+        # The stride runs on across batches: restarting it would sample every batch's first token,
+        # the attention sink, too often.
         start = -self._seen % self._stride
         self._seen += first.shape[:-1].numel()
         pairs = zip((first, second), self._ranges, strict=True)
-        a, b = (self._units(x, bounds).flatten(0, -2)[start :: self._stride].reshape(-1) for x, bounds in pairs)
+        a, b = (
+            self._units(x, bounds).flatten(0, -2)[start :: self._stride].reshape(-1)
+            for x, bounds in pairs
+        )
         rows = max(1, _CHUNK // self._levels)
         for start in range(0, a.numel(), rows):
             part = slice(start, start + rows)
-            self._sum = self._sum + (soft_assignment(a[part], self._levels).T @ soft_assignment(b[part], self._levels)).double()
+            self._sum = (
+                self._sum
+                + (
+                    soft_assignment(a[part], self._levels).T
+                    @ soft_assignment(b[part], self._levels)
+                ).double()
+            )
         self._count += a.numel()
 
     def entropy(self) -> Tensor:
@@ -104,4 +127,6 @@ def value_bounds(values: Sequence[Tensor], per_position: bool) -> tuple[Tensor, 
         low = torch.stack([v.amin((0, 2)) for v in values]).amin(0)
         high = torch.stack([v.amax((0, 2)) for v in values]).amax(0)
         return low[:, None], high[:, None]
-    return torch.stack([v.amin(0) for v in values]).amin(0), torch.stack([v.amax(0) for v in values]).amax(0)
+    return torch.stack([v.amin(0) for v in values]).amin(0), torch.stack(
+        [v.amax(0) for v in values]
+    ).amax(0)

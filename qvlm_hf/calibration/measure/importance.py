@@ -1,10 +1,12 @@
 """Which tokens matter to the answers: weights for the squared error that search and compensation minimise.
 
-The error of a layer's output is dominated by picture tokens that no answer depends on. A token's weight is
-the norm of the gradient of the answers' log-likelihood with respect to that layer's output at the token. Answers are drawn from the
-full-precision model's own softened predictions, so that confident samples count as well, and the dataset's labels do not.
+The error of a layer's output is dominated by picture tokens that no answer depends on. A token's
+weight is the norm of the gradient of the answers' log-likelihood with respect to that layer's
+output at the token. Answers are drawn from the full-precision model's own softened predictions, so
+that confident samples count as well, and the dataset's labels do not.
 
-Left out: directions inside a token. The full Fisher form, (gradient . error)^2, found 20 % worse models from 64 samples than these norms.
+Left out: directions inside a token. The full Fisher form, (gradient . error)^2, found 20 % worse
+models from 64 samples than these norms.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,9 @@ _TEMPERATURE = 3.0  # softens predictions that are all but certain
 _FLOOR = 0.1  # of the mean weight: what no drawn answer looked at may matter to another question
 
 
-def token_importance(model: nn.Module, segments: Sequence[Segment], data: Sequence[Batch], *, seed: int) -> dict[str, list[Tensor]]:
+def token_importance(
+    model: nn.Module, segments: Sequence[Segment], data: Sequence[Batch], *, seed: int
+) -> dict[str, list[Tensor]]:
     """Weights of the tokens that leave each live layer.
 
     Args:
@@ -33,7 +37,8 @@ def token_importance(model: nn.Module, segments: Sequence[Segment], data: Sequen
         seed: of the drawn answers.
 
     Returns:
-        Layer name -> per batch that reached it, float32 [B, T], mean 1 over all tokens before the floor. All ones without answers.
+        Layer name -> per batch that reached it, float32 [B, T], mean 1 over all tokens before the
+        floor. All ones without answers.
     """
     names = [layer.name for segment in segments for layer in segment.layers if not layer.dead]
     norms: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -45,18 +50,28 @@ def token_importance(model: nn.Module, segments: Sequence[Segment], data: Sequen
     return {name: _weights(batches) for name, batches in norms.items()}
 
 
-def _gradient_norms(model: nn.Module, names: Sequence[str], batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+def _gradient_norms(
+    model: nn.Module, names: Sequence[str], batch: Batch, generator: torch.Generator
+) -> dict[str, Tensor]:
     """Layer name -> [B, T], the root of the summed squared gradients of all draws."""
     device = next(model.parameters()).device
     with torch.enable_grad(), layer_outputs(model, names) as outputs:
-        logits = model(**{key: value.to(device) for key, value in batch.inputs.items()}, use_cache=False).logits
+        logits = model(
+            **{key: value.to(device) for key, value in batch.inputs.items()}, use_cache=False
+        ).logits
         answered = (batch.labels[:, 1:] != IGNORE_INDEX).to(device)
         predictions = torch.log_softmax(logits[:, :-1][answered].float() / _TEMPERATURE, dim=-1)
         squares = {name: torch.zeros(h.shape[:-1], device=h.device) for name, h in outputs.items()}
         for _ in range(_DRAWS if len(predictions) else 0):
-            drawn = torch.multinomial(predictions.detach().exp().cpu(), 1, generator=generator).to(device)
+            drawn = torch.multinomial(predictions.detach().exp().cpu(), 1, generator=generator).to(
+                device
+            )
             gradients = torch.autograd.grad(
-                predictions.gather(1, drawn).sum(), list(outputs.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+                predictions.gather(1, drawn).sum(),
+                list(outputs.values()),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
             for name, gradient in zip(outputs, gradients, strict=True):
                 squares[name] += gradient.float().square().sum(-1)

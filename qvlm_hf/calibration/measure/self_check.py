@@ -10,20 +10,24 @@ from qvlm_hf.calibration.samples import Batch
 
 __all__ = ["collapse_warning", "compare_answers", "head_warning"]
 
-# On the demo model sound W4A4 agreed on 0.98 of the answer tokens, W4A4 rounded with dynamic ranges, which breaks it, on 0.52.
+# On the demo model sound W4A4 agreed on 0.98 of the answer tokens, W4A4 rounded with dynamic
+# ranges, which breaks it, on 0.52.
 _COLLAPSED_AGREEMENT = 0.75
 # What a quantized output head may cost of them.
 _HEAD_AGREEMENT = 0.005
 _HEAD_KL = 0.001
 
 
-def compare_answers(model: nn.Module, batches: Sequence[Batch], reference: Sequence[Tensor], *, held_out: bool) -> SelfCheck | None:
+def compare_answers(
+    model: nn.Module, batches: Sequence[Batch], reference: Sequence[Tensor], *, held_out: bool
+) -> SelfCheck | None:
     """Runs the packed model on the batches whose full-precision answers are known.
 
     Args:
         model: after packing.
         batches: with labels.
-        reference: full-precision logits per sample [answer tokens, vocabulary], in the order of the batches.
+        reference: full-precision logits per sample [answer tokens, vocabulary], in the order of the
+            batches.
         held_out: whether calibration did not see these samples.
 
     Returns:
@@ -42,7 +46,13 @@ def compare_answers(model: nn.Module, batches: Sequence[Batch], reference: Seque
                 divergence += answer_kl(full, logits) * full.shape[0]
     if not tokens:
         return None
-    return SelfCheck(samples=samples, held_out=held_out, answer_tokens=tokens, agreement=agree / tokens, kl=divergence / tokens)
+    return SelfCheck(
+        samples=samples,
+        held_out=held_out,
+        answer_tokens=tokens,
+        agreement=agree / tokens,
+        kl=divergence / tokens,
+    )
 
 
 def collapse_warning(check: SelfCheck | None) -> str | None:
@@ -50,7 +60,8 @@ def collapse_warning(check: SelfCheck | None) -> str | None:
     if check is None or check.agreement >= _COLLAPSED_AGREEMENT:
         return None
     return (
-        f"the quantized model agrees with full precision on only {100 * check.agreement:.0f} % of {check.answer_tokens} answer tokens "
+        f"the quantized model agrees with full precision on only {100 * check.agreement:.0f} % of "
+        f"{check.answer_tokens} answer tokens "
         f"(KL {check.kl:.2g}): "
         "use more bits, calibrate with data like yours, or leave out activation_granularity=."
     )
@@ -68,6 +79,7 @@ def head_warning(before: SelfCheck | None, after: SelfCheck | None) -> str | Non
     if after.agreement >= before.agreement - _HEAD_AGREEMENT and after.kl <= before.kl + _HEAD_KL:
         return None
     return (
-        f"lm_head_bits: the quantized output head moved the answers (agreement {before.agreement:.1%} to {after.agreement:.1%}, "
+        f"lm_head_bits: the quantized output head moved the answers (agreement "
+        f"{before.agreement:.1%} to {after.agreement:.1%}, "
         f"KL {before.kl:.2g} to {after.kl:.2g}): the head stays in full precision."
     )

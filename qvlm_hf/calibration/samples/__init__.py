@@ -3,11 +3,12 @@
     load_samples(source) -> [Sample]         read, check, choose; nothing of the model is needed yet
     batches(samples, processor, 8) -> Batch  render with the chat template, tokenize, pad on the right, label the answer
 
-Sources are recognised by their keys (formats.py): Transformers chats, LLaVA JSON, image/question/answer rows and ScienceQA. Every error is
-one line that names the file, the line and the key, and says how to mend it.
+Sources are recognised by their keys (formats.py): Transformers chats, LLaVA JSON,
+image/question/answer rows and ScienceQA. Every error is one line that names the file, the line and
+the key, and says how to mend it.
 
-Left out on purpose: truncation (it cuts image tokens), URLs (a calibration set must be the same tomorrow) and any import of Transformers:
-the processor is passed in.
+Left out on purpose: truncation (it cuts image tokens), URLs (a calibration set must be the same
+tomorrow) and any import of Transformers: the processor is passed in.
 
     sample     the chat; its pictures (pictures.py)
     loading    load_samples: whatever was passed -> rows (sources.py) -> samples (formats.py)

@@ -9,13 +9,28 @@ import torch
 from PIL import Image
 
 from qvlm_hf.calibration.samples.errors import first_line
-from qvlm_hf.calibration.samples.rendering import Processor, adds_special_tokens, check_processor, render
+from qvlm_hf.calibration.samples.rendering import (
+    Processor,
+    adds_special_tokens,
+    check_processor,
+    render,
+)
 from qvlm_hf.calibration.samples.sample import Sample
 from qvlm_hf.calibration.settings import whole_number
 
-__all__ = ["IGNORE_INDEX", "Batch", "batches", "check_image_tokens", "collate", "longest_sample", "without_too_long"]
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "batches",
+    "check_image_tokens",
+    "collate",
+    "longest_sample",
+    "without_too_long",
+]
 
-IGNORE_INDEX = -100  # label of every token that is no part of an answer; what torch's cross entropy skips
+IGNORE_INDEX = (
+    -100
+)  # label of every token that is no part of an answer; what torch's cross entropy skips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +38,11 @@ class Batch:
     """What the model is fed.
 
     Attributes:
-        inputs: the processor's tensors: input_ids and attention_mask [batch, tokens], padded on the right, and whatever the family
-            needs (pixel_values, image_sizes); no pixel_values if no sample has a picture.
-        labels: [batch, tokens] int64; the token itself at the last answer and its end-of-sequence token, `IGNORE_INDEX` elsewhere. The
-            logits that predict position p are those at p - 1.
+        inputs: the processor's tensors: input_ids and attention_mask [batch, tokens], padded on the
+            right, and whatever the family needs (pixel_values, image_sizes); no pixel_values if no
+            sample has a picture.
+        labels: [batch, tokens] int64; the token itself at the last answer and its end-of-sequence
+            token, `IGNORE_INDEX` elsewhere. The logits that predict position p are those at p - 1.
         origins: one per row.
     """
 
@@ -40,7 +56,13 @@ class Batch:
         return Batch(inputs=inputs, labels=self.labels.to(device), origins=self.origins)
 
 
-def batches(samples: Sequence[Sample], processor: Processor, batch_size: int, *, max_tokens: int | None = None) -> Iterator[Batch]:
+def batches(
+    samples: Sequence[Sample],
+    processor: Processor,
+    batch_size: int,
+    *,
+    max_tokens: int | None = None,
+) -> Iterator[Batch]:
     """Yields the samples in order, `batch_size` at a time (the last batch may be smaller).
 
     Raises:
@@ -64,42 +86,59 @@ def longest_sample(model: torch.nn.Module) -> int | None:
     factor = rope.get("factor")
     if not isinstance(factor, (int, float)) or not factor > 1:
         return positions
-    # Some checkpoints say how far the scaled positions reach, others what was there before; nobody is refused for it.
+    # Some checkpoints say how far the scaled positions reach, others what was there before; nobody
+    # is refused for it.
     original = rope.get("original_max_position_embeddings") or positions
     return max(positions, int(original * factor))
 
 
-def without_too_long(samples: Sequence[Sample], processor: Processor, max_tokens: int | None) -> list[Sample]:
+def without_too_long(
+    samples: Sequence[Sample], processor: Processor, max_tokens: int | None
+) -> list[Sample]:
     """The samples that a model has positions for, in order; logs one line about the others, if there are any.
 
     Args:
         samples: any number.
         processor: as in `collate`.
-        max_tokens: tokens that a sample may have, its pictures and its answer included; None: any number.
+        max_tokens: tokens that a sample may have, its pictures and its answer included; None: any
+            number.
 
     Raises:
         ValueError: no sample is left of at least one, and as `collate` does.
     """
     if max_tokens is None or not samples:
         return list(samples)
-    lengths = [int(collate([sample], processor).inputs["attention_mask"].sum()) for sample in samples]
-    fitting = [sample for sample, length in zip(samples, lengths, strict=True) if length <= max_tokens]
+    lengths = [
+        int(collate([sample], processor).inputs["attention_mask"].sum()) for sample in samples
+    ]
+    fitting = [
+        sample for sample, length in zip(samples, lengths, strict=True) if length <= max_tokens
+    ]
     problem = f"{len(samples) - len(fitting)} of {len(samples)} samples are longer than the model's {max_tokens} positions"
     longest = samples[lengths.index(max(lengths))].origin
     if not fitting:
-        raise ValueError(f"{problem} ({longest}: {max(lengths)} tokens): give shorter texts, or fewer or smaller pictures")
+        raise ValueError(
+            f"{problem} ({longest}: {max(lengths)} tokens): give shorter texts, or fewer or "
+            f"smaller pictures"
+        )
     if len(fitting) < len(samples):
-        logging.getLogger(__name__).warning("%s and are left out (%s: %d tokens)", problem, longest, max(lengths))
+        logging.getLogger(__name__).warning(
+            "%s and are left out (%s: %d tokens)", problem, longest, max(lengths)
+        )
     return fitting
 
 
-def collate(samples: Sequence[Sample], processor: Processor, *, max_tokens: int | None = None) -> Batch:
+def collate(
+    samples: Sequence[Sample], processor: Processor, *, max_tokens: int | None = None
+) -> Batch:
     """Renders the chats with the processor's template, tokenizes them and labels the last answer of each.
 
-    The answer is found by rendering twice, with and without it: what the two token sequences share is the prompt. Its length is counted
-    from the end, so it does not matter into how many tokens the processor expands the pictures before it.
-    Whitespace after the answer is dropped; where the template leaves the answer open, as LLaVA's does, the end-of-sequence token is added,
-    which the model was trained to say there. Samples without an answer get no labels and end in the template's generation prompt.
+    The answer is found by rendering twice, with and without it: what the two token sequences share
+    is the prompt. Its length is counted from the end, so it does not matter into how many tokens
+    the processor expands the pictures before it. Whitespace after the answer is dropped; where the
+    template leaves the answer open, as LLaVA's does, the end-of-sequence token is added, which the
+    model was trained to say there. Samples without an answer get no labels and end in the
+    template's generation prompt.
 
     Args:
         samples: at least one; with and without pictures may be mixed.
@@ -107,8 +146,9 @@ def collate(samples: Sequence[Sample], processor: Processor, *, max_tokens: int 
         max_tokens: that a sample may have (`longest_sample`); None: any number.
 
     Raises:
-        ValueError: if the processor has no chat template or no padding token, if a picture is missing or has no place in the text, if
-            the template does not show the answer, if the processor makes NaN or infinity of a picture, or if a sample is too long.
+        ValueError: if the processor has no chat template or no padding token, if a picture is
+            missing or has no place in the text, if the template does not show the answer, if the
+            processor makes NaN or infinity of a picture, or if a sample is too long.
     """
     if not samples:
         raise ValueError("collate got no samples; give at least one")
@@ -117,19 +157,29 @@ def collate(samples: Sequence[Sample], processor: Processor, *, max_tokens: int 
     pictures = [sample.images() for sample in samples]
     for sample, (text, _), own in zip(samples, chats, pictures, strict=True):
         _check_placeholders(text, len(own), processor, sample.origin)
-    inputs = _call_processor(processor, [text for text, _ in chats], pictures, [sample.origin for sample in samples])
-    _check_expansion(inputs["input_ids"], pictures, processor, [sample.origin for sample in samples])
+    inputs = _call_processor(
+        processor, [text for text, _ in chats], pictures, [sample.origin for sample in samples]
+    )
+    _check_expansion(
+        inputs["input_ids"], pictures, processor, [sample.origin for sample in samples]
+    )
     for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
         if max_tokens is not None and length > max_tokens:
-            remedy = "leave it out (qvlm_hf.calibration.samples.without_too_long does), or shorten it"
-            raise ValueError(f"{sample.origin}: {length} tokens are more than the model's {max_tokens} positions; {remedy}")
+            remedy = (
+                "leave it out (qvlm_hf.calibration.samples.without_too_long does), or shorten it"
+            )
+            raise ValueError(
+                f"{sample.origin}: {length} tokens are more than the model's {max_tokens} "
+                f"positions; {remedy}"
+            )
     labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
     for row, (sample, (_, answer)) in enumerate(zip(samples, chats, strict=True)):
         if answer:
             positions = inputs["attention_mask"][row].nonzero().flatten()[-len(answer) :]
             if inputs["input_ids"][row, positions].tolist() != answer:
                 raise ValueError(
-                    f"{sample.origin}: the processor's tokens do not end in the answer's {answer}; it changes the rendered text"
+                    f"{sample.origin}: the processor's tokens do not end in the answer's {answer}; "
+                    f"it changes the rendered text"
                 )
             labels[row, positions] = torch.tensor(answer)
     return Batch(inputs=inputs, labels=labels, origins=tuple(sample.origin for sample in samples))
@@ -138,7 +188,8 @@ def collate(samples: Sequence[Sample], processor: Processor, *, max_tokens: int 
 def _check_placeholders(text: str, pictures: int, processor: Processor, origin: str) -> None:
     placeholder = getattr(processor, "image_token", None)
     count = text.count(placeholder) if placeholder else 0
-    # Zero is judged after tokenizing: some templates write another marker, which their processor replaces.
+    # Zero is judged after tokenizing: some templates write another marker, which their processor
+    # replaces.
     if count and count != pictures:
         problem = f"{count} {placeholder} placeholders in the rendered text for {pictures} pictures"
         raise ValueError(f"{origin}: {problem}; remove {placeholder} from the sample's own text")
@@ -151,10 +202,19 @@ def _call_processor(
     special = adds_special_tokens(texts[0], processor.tokenizer)
     try:
         output = processor(
-            text=texts, **images, padding=True, padding_side="right", truncation=False, add_special_tokens=special, return_tensors="pt"
+            text=texts,
+            **images,
+            padding=True,
+            padding_side="right",
+            truncation=False,
+            add_special_tokens=special,
+            return_tensors="pt",
         )
     except Exception as error:  # a processor is foreign code: it may raise anything
-        raise ValueError(f"{', '.join(origins)}: {type(processor).__name__} refuses this batch ({first_line(error)})") from error
+        raise ValueError(
+            f"{', '.join(origins)}: {type(processor).__name__} refuses this batch "
+            f"({first_line(error)})"
+        ) from error
     for name, value in output.items():
         if not isinstance(value, torch.Tensor):
             problem = f"{type(processor).__name__} returns {name} as {type(value).__name__}, not as one tensor"
@@ -164,11 +224,19 @@ def _call_processor(
                 for text, own, origin in zip(texts, pictures, origins, strict=True):
                     _call_processor(processor, [text], [own], [origin])
             problem = f"{type(processor).__name__} makes NaN or infinity of the pictures ({name})"
-            raise ValueError(f"{', '.join(origins)}: {problem}; check them, and the processor's image_mean and image_std")
+            raise ValueError(
+                f"{', '.join(origins)}: {problem}; check them, and the processor's image_mean and "
+                f"image_std"
+            )
     return dict(output)
 
 
-def _check_expansion(input_ids: torch.Tensor, pictures: list[list[Image.Image]], processor: Processor, origins: list[str]) -> None:
+def _check_expansion(
+    input_ids: torch.Tensor,
+    pictures: list[list[Image.Image]],
+    processor: Processor,
+    origins: list[str],
+) -> None:
     """Checks every row, and that pictures of one size became equally many tokens."""
     image_token_id = getattr(processor, "image_token_id", None)
     if image_token_id is None:
@@ -177,12 +245,20 @@ def _check_expansion(input_ids: torch.Tensor, pictures: list[list[Image.Image]],
     for row, (own, origin) in enumerate(zip(pictures, origins, strict=True)):
         sizes = {picture.size for picture in own}
         size = sizes.pop() if len(sizes) == 1 else None
-        count = check_image_tokens(input_ids[row], image_token_id, per_size.get(size) if size else None, len(own), origin)
+        count = check_image_tokens(
+            input_ids[row], image_token_id, per_size.get(size) if size else None, len(own), origin
+        )
         if size:
             per_size.setdefault(size, count // len(own))
 
 
-def check_image_tokens(input_ids: torch.Tensor, image_token_id: int, expected_per_image: int | None, images: int, origin: str) -> int:
+def check_image_tokens(
+    input_ids: torch.Tensor,
+    image_token_id: int,
+    expected_per_image: int | None,
+    images: int,
+    origin: str,
+) -> int:
     """Counts the picture tokens of one sample and compares them with its pictures.
 
     Args:
@@ -199,10 +275,13 @@ def check_image_tokens(input_ids: torch.Tensor, image_token_id: int, expected_pe
         ValueError: if there are too few or too many.
     """
     count = int((input_ids == image_token_id).sum())
-    expected = 0 if images == 0 else None if expected_per_image is None else expected_per_image * images
+    expected = (
+        0 if images == 0 else None if expected_per_image is None else expected_per_image * images
+    )
     if (expected is not None and count != expected) or (images and not count):
         wanted = "at least one each" if expected is None else str(expected)
         raise ValueError(
-            f"{origin}: {count} picture tokens for {images} pictures, {wanted} expected; the processor does not fit the chat template"
+            f"{origin}: {count} picture tokens for {images} pictures, {wanted} expected; the "
+            f"processor does not fit the chat template"
         )
     return count

@@ -1,8 +1,9 @@
 """Rows -> samples: the layouts that are read, recognised by their keys (`_FORMATS`).
 
-Keys that name no content (question_id, category) are carried by many data sets: they are ignored, with one note for the source. A key
-that looks like a content key which is missing or empty is an error: content would be lost. Where the content key is filled, another
-name for the same thing (`image_url` beside `image`, `answers` beside `answer`) is ignored too.
+Keys that name no content (question_id, category) are carried by many data sets: they are ignored,
+with one note for the source. A key that looks like a content key which is missing or empty is an
+error: content would be lost. Where the content key is filled, another name for the same thing
+(`image_url` beside `image`, `answers` beside `answer`) is ignored too.
 """
 
 import logging
@@ -23,7 +24,9 @@ from qvlm_hf.calibration.settings import shown
 
 __all__ = ["convert_rows"]
 
-_SCIENCEQA_REQUEST = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's own words
+_SCIENCEQA_REQUEST = (
+    "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's own words
+)
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SHOWN_KEYS = 8  # of those that a note names
 _INDEX = re.compile(r"\[\d+\]")
@@ -31,7 +34,8 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _PICTURE_FILE = re.compile(r".+\.(png|jpe?g|webp|bmp|gif|tiff?)", re.IGNORECASE)
 _CHATS = ("messages", "conversations")
-# Content key -> words that other data sets call it by, and words that stand beside these (`image_path`, `gt_answer`); a plural is the same.
+# Content key -> words that other data sets call it by, and words that stand beside these
+# (`image_path`, `gt_answer`); a plural is the same.
 _OTHER_NAMES = {
     "choices": ({"choices", "options"}, {"answer", "text", "list"}),
     "image": (
@@ -39,8 +43,32 @@ _OTHER_NAMES = {
         {"path", "file", "filename", "name", "url", "uri", "src", "data", "byte", "base", "list"},
     ),
     "answer": (
-        {"answer", "response", "reply", "output", "completion", "label", "choice", "target", "truth", "caption"},
-        {"text", "gt", "ground", "gold", "correct", "expected", "reference", "model", "assistant", "final", "multiple", "list"},
+        {
+            "answer",
+            "response",
+            "reply",
+            "output",
+            "completion",
+            "label",
+            "choice",
+            "target",
+            "truth",
+            "caption",
+        },
+        {
+            "text",
+            "gt",
+            "ground",
+            "gold",
+            "correct",
+            "expected",
+            "reference",
+            "model",
+            "assistant",
+            "final",
+            "multiple",
+            "list",
+        },
     ),
 }
 
@@ -49,7 +77,8 @@ _OTHER_NAMES = {
 class _Format:
     """One accepted layout, recognised by the key `marker`; `convert` returns the messages and the key of each picture.
 
-    `required` and `optional` are its content keys, `known` the others that data sets of this layout have.
+    `required` and `optional` are its content keys, `known` the others that data sets of this layout
+    have.
     """
 
     marker: str
@@ -67,20 +96,26 @@ def convert_rows(rows: Sequence[Row], source: str) -> list[Sample]:
         source: how messages call the data set.
 
     Raises:
-        ValueError: a row has no known layout or another one than the first, or a content key is missing, misspelt or wrong.
+        ValueError: a row has no known layout or another one than the first, or a content key is
+            missing, misspelt or wrong.
     """
     samples, first = [], _recognise(rows[0])
     for row in rows:
         found = _recognise(row)
         if found is not first:
             here, there = _marker(found), _marker(first)
-            raise ValueError(f"{row.origin}: is {here}, but {rows[0].origin} is {there}; keep one format per source")
+            raise ValueError(
+                f"{row.origin}: is {here}, but {rows[0].origin} is {there}; keep one format per "
+                f"source"
+            )
         samples.append(row.value if found is None else _sample(row, found))
     ignored = sorted({_INDEX.sub("[]", key) for row in rows for key in row.ignored})
     if ignored:
         more = f" and {len(ignored) - _SHOWN_KEYS} more" if len(ignored) > _SHOWN_KEYS else ""
         names = ", ".join(ignored[:_SHOWN_KEYS])
-        logging.getLogger(__name__).warning("%s: ignored the keys %s%s: they are not needed", source, names, more)
+        logging.getLogger(__name__).warning(
+            "%s: ignored the keys %s%s: they are not needed", source, names, more
+        )
     return samples
 
 
@@ -93,15 +128,28 @@ def _recognise(row: Row) -> _Format | None:
     if isinstance(row.value, Sample):
         return None
     if not isinstance(row.value, Mapping):
-        raise ValueError(f"{row.origin}: is {type(row.value).__name__}; give an object with keys, such as image, question and answer")
-    for present in ({key for key, value in row.value.items() if not is_empty(value)}, row.value.keys()):
+        raise ValueError(
+            f"{row.origin}: is {type(row.value).__name__}; give an object with keys, such as "
+            f"image, question and answer"
+        )
+    for present in (
+        {key for key, value in row.value.items() if not is_empty(value)},
+        row.value.keys(),
+    ):
         for candidate in _FORMATS:
             if candidate.marker in present:
                 return candidate
     keys = ", ".join(map(str, row.value)) or "none"
     known = '"messages", or "image" and "conversations", or "image", "question" and "answer"'
     markers = [layout.marker for layout in _FORMATS]
-    close = next((f' (is "{key}" to be "{found[0]}"?)' for key in row.value if (found := _close(key, markers))), "")
+    close = next(
+        (
+            f' (is "{key}" to be "{found[0]}"?)'
+            for key in row.value
+            if (found := _close(key, markers))
+        ),
+        "",
+    )
     raise ValueError(f"{row.origin}: no known format (keys: {keys}); give {known}{close}")
 
 
@@ -131,8 +179,12 @@ def _is_made_of(key: object, words: Set[str]) -> bool:
 def _is_picture(value: object) -> bool:
     """Whether it is a picture, the name of a picture file, or a list of these."""
     if isinstance(value, (list, tuple)) and value:
-        return all(isinstance(item, (str, Path, Image.Image)) and _is_picture(item) for item in value)
-    return isinstance(value, Image.Image) or (isinstance(value, (str, Path)) and bool(_PICTURE_FILE.fullmatch(str(value))))
+        return all(
+            isinstance(item, (str, Path, Image.Image)) and _is_picture(item) for item in value
+        )
+    return isinstance(value, Image.Image) or (
+        isinstance(value, (str, Path)) and bool(_PICTURE_FILE.fullmatch(str(value)))
+    )
 
 
 def _sample(row: Row, layout: _Format) -> Sample:
@@ -149,7 +201,9 @@ def _sample(row: Row, layout: _Format) -> Sample:
         _check_shown(fields, layout, messages, image_keys, row)
     if layout.marker == "choices":
         kind = kind or record.get("subject")
-    return Sample(messages=tuple(messages), origin=row.origin, kind=kind, image_keys=tuple(image_keys))
+    return Sample(
+        messages=tuple(messages), origin=row.origin, kind=kind, image_keys=tuple(image_keys)
+    )
 
 
 def _present(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +212,13 @@ def _present(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_keys(
-    record: Mapping[str, Any], required: Iterable[str], optional: Iterable[str], row: Row, parent: str = "", *, no_place: Iterable[str] = ()
+    record: Mapping[str, Any],
+    required: Iterable[str],
+    optional: Iterable[str],
+    row: Row,
+    parent: str = "",
+    *,
+    no_place: Iterable[str] = (),
 ) -> None:
     """Checks the keys of one object, and notes in `row.ignored` those that name no content.
 
@@ -168,14 +228,23 @@ def _check_keys(
         optional: other keys that are read.
         row: that it is part of.
         parent: what stands before its keys in messages.
-        no_place: content keys of other objects: what stands under them, or under a misspelling, would be lost here.
+        no_place: content keys of other objects: what stands under them, or under a misspelling,
+            would be lost here.
     """
     required, optional = set(required), set(optional)
     empty = {key for key in required | optional if is_empty(record.get(key))}
-    others = [key for key, value in record.items() if key not in required | optional and not is_empty(value)]
+    others = [
+        key
+        for key, value in record.items()
+        if key not in required | optional and not is_empty(value)
+    ]
     for key in sorted(required - record.keys()):
         hint = " (null for a question without a picture)" if key == "image" else ""
-        near = (other for other in others if _close(other, [key], 0.6) or _content_key(other, record[other], [key]))
+        near = (
+            other
+            for other in others
+            if _close(other, [key], 0.6) or _content_key(other, record[other], [key])
+        )
         like = next((f'; is "{other}" to be it?' for other in near), "")
         raise row.error(f"{parent}{key}", f"is missing; add it{hint}{like}")
     for key in others:
@@ -183,7 +252,9 @@ def _check_keys(
             raise row.error(f"{parent}{key}", f"has no place here; {_PLACES[name]}, or remove it")
         if name := _content_key(key, record[key], empty):
             state = "empty" if name in record else "missing"
-            raise row.error(f"{parent}{key}", f'is unknown here, and "{name}" is {state}; rename or remove it')
+            raise row.error(
+                f"{parent}{key}", f'is unknown here, and "{name}" is {state}; rename or remove it'
+            )
         row.ignored.append(f"{parent}{key}")
 
 
@@ -194,21 +265,48 @@ def _check_single(record: Mapping[str, Any], layout: _Format, row: Row) -> None:
         if key != layout.marker and several and _close(key, set(_CHATS) - {layout.marker}):
             raise row.error(key, f'holds a chat beside "{layout.marker}"; keep one of them')
         image = record.get("image")
-        if layout.marker in _CHATS or key == "image" or is_empty(image) or is_empty(value) or isinstance(value, Real):
+        if (
+            layout.marker in _CHATS
+            or key == "image"
+            or is_empty(image)
+            or is_empty(value)
+            or isinstance(value, Real)
+        ):
             continue
-        if _is_made_of(key, _OTHER_NAMES["image"][0]) and _WORD.search(str(key)) and not _is_same(value, image):
-            raise row.error(key, 'holds more pictures than "image", which alone is shown; give a chat, "messages", or remove it')
+        if (
+            _is_made_of(key, _OTHER_NAMES["image"][0])
+            and _WORD.search(str(key))
+            and not _is_same(value, image)
+        ):
+            raise row.error(
+                key,
+                'holds more pictures than "image", which alone is shown; give a chat, "messages", '
+                "or remove it",
+            )
 
 
 def _is_same(value: object, image: object) -> bool:
     """Whether a value is a picture, or a list of it alone."""
     (value, *more) = value if isinstance(value, (list, tuple)) else [value]
-    return not more and type(value) is type(image) and isinstance(value, (str, Path, Image.Image)) and value == image
+    return (
+        not more
+        and type(value) is type(image)
+        and isinstance(value, (str, Path, Image.Image))
+        and value == image
+    )
 
 
-def _check_shown(record: Mapping[str, Any], layout: _Format, messages: Sequence[Message], image_keys: Sequence[str], row: Row) -> None:
+def _check_shown(
+    record: Mapping[str, Any],
+    layout: _Format,
+    messages: Sequence[Message],
+    image_keys: Sequence[str],
+    row: Row,
+) -> None:
     """Refuses what looks like a picture or an answer beside a chat that has none."""
-    wanted = ({"image"} if not image_keys else set()) | ({"answer"} if messages[-1]["role"] != "assistant" else set())
+    wanted = ({"image"} if not image_keys else set()) | (
+        {"answer"} if messages[-1]["role"] != "assistant" else set()
+    )
     for key in record.keys() - layout.required - layout.optional:
         if not is_empty(record[key]) and (name := _content_key(key, record[key], wanted)):
             raise row.error(key, f"holds what no message shows; {_PLACES[name]}, or remove it")
@@ -239,16 +337,29 @@ def _image(value: object, key: str, row: Row) -> Path | Image.Image:
     if isinstance(value, str) and not value:
         raise row.error(key, "is empty; give a path, or null for a question without a picture")
     if not isinstance(value, (str, os.PathLike)):
-        array = "; of an array of 8-bit values make one with PIL.Image.fromarray" if hasattr(value, "shape") else ""
+        array = (
+            "; of an array of 8-bit values make one with PIL.Image.fromarray"
+            if hasattr(value, "shape")
+            else ""
+        )
         raise row.error(key, f"is {type(value).__name__}; give a path or a PIL image{array}")
     if _URL.match(str(value)):
-        raise row.error(key, f'is a URL ("{str(value)[:80]}"); pictures are read from disk only: download it and give its path')
+        raise row.error(
+            key,
+            f'is a URL ("{str(value)[:80]}"); pictures are read from disk only: download it and '
+            f"give its path",
+        )
     return row.folder / value
 
 
 def _turn(role: str, *parts: str | Path | Image.Image) -> Message:
     """Builds a message: text becomes a text part, anything else a picture."""
-    content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in parts]
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part}
+        for part in parts
+    ]
     return {"role": role, "content": content}
 
 
@@ -259,7 +370,9 @@ def _from_chat(record: Mapping[str, Any], row: Row) -> tuple[list[Message], list
     for index, message in enumerate(_list(record.get("messages"), "messages", row)):
         key = f"messages[{index}]"
         if not isinstance(message, Mapping):
-            raise row.error(key, f'is {type(message).__name__}; give an object with "role" and "content"')
+            raise row.error(
+                key, f'is {type(message).__name__}; give an object with "role" and "content"'
+            )
         _check_keys(message, ("role", "content"), (), row, f"{key}.", no_place=("image",))
         content = message["content"]
         if isinstance(content, str):
@@ -287,12 +400,19 @@ def _part(part: object, key: str, row: Row) -> tuple[str, str | Path | Image.Ima
         raise row.error(key, f"is {type(part).__name__}; give an object with a type")
     kind, fields = part.get("type"), _present(part)
     if kind not in ("text", "image"):
-        raise row.error(f"{key}.type", f'is {shown(kind)}; give {{"type": "text", "text": ...}} or {{"type": "image", "path": ...}}')
+        raise row.error(
+            f"{key}.type",
+            f'is {shown(kind)}; give {{"type": "text", "text": ...}} or {{"type": "image", "path": '
+            f"...}}",
+        )
     if kind == "text":
         _check_keys(fields, ("text",), ("type",), row, f"{key}.", no_place=("image", "path"))
         return f"{key}.text", _text(fields["text"], f"{key}.text", row)
     if "url" in fields and not fields.keys() & {"path", "image"}:
-        raise row.error(f"{key}.url", 'is a URL; pictures are read from disk only: download it and give its "path"')
+        raise row.error(
+            f"{key}.url",
+            'is a URL; pictures are read from disk only: download it and give its "path"',
+        )
     name = "image" if is_empty(fields.get("path")) else "path"
     if name == "path" and not is_empty(fields.get("image")):
         raise row.error(f"{key}.image", f"has no place here; {_PLACES['path']}, or remove it")
@@ -306,13 +426,18 @@ def _from_llava(record: Mapping[str, Any], row: Row) -> tuple[list[Message], lis
     given = record.get("image", [])
     several = isinstance(given, (list, tuple))
     image_keys = [f"image[{index}]" for index in range(len(given))] if several else ["image"]
-    images = [_image(value, key, row) for key, value in zip(image_keys, given if several else [given], strict=True)]
+    images = [
+        _image(value, key, row)
+        for key, value in zip(image_keys, given if several else [given], strict=True)
+    ]
     messages, remaining = [], list(images)
     turns = _list(record.get("conversations"), "conversations", row)
     for index, turn in enumerate(turns):
         key = f"conversations[{index}]"
         if not isinstance(turn, Mapping):
-            raise row.error(key, f'is {type(turn).__name__}; give an object with "from" and "value"')
+            raise row.error(
+                key, f'is {type(turn).__name__}; give an object with "from" and "value"'
+            )
         _check_keys(turn, ("from", "value"), (), row, f"{key}.", no_place=("image",))
         if not isinstance(turn["from"], str) or turn["from"] not in roles:
             raise row.error(f"{key}.from", f"is {shown(turn['from'])}; give human, gpt or system")
@@ -324,7 +449,11 @@ def _from_llava(record: Mapping[str, Any], row: Row) -> tuple[list[Message], lis
         messages.append(_turn(roles[turn["from"]], *(part for part in parts if part != "")))
     placeholders = sum(turn["value"].count("<image>") for turn in turns)
     if placeholders != len(images):
-        raise row.error("conversations", f"has {placeholders} <image> placeholders for {len(images)} pictures; write <image> once for each")
+        raise row.error(
+            "conversations",
+            f"has {placeholders} <image> placeholders for {len(images)} pictures; write <image> "
+            f"once for each",
+        )
     return messages, image_keys
 
 
@@ -339,8 +468,13 @@ def _from_question(record: Mapping[str, Any], row: Row) -> tuple[list[Message], 
 
 def _from_scienceqa(record: Mapping[str, Any], row: Row) -> tuple[list[Message], list[str]]:
     """A ScienceQA problem as LLaVA-1.5 is asked it (its "CQM" prompt, answered by a letter); lecture and solution are not shown."""
-    choices = [_text(choice, f"choices[{index}]", row) for index, choice in enumerate(_list(record.get("choices"), "choices", row))]
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(_LETTERS, choices, strict=False))
+    choices = [
+        _text(choice, f"choices[{index}]", row)
+        for index, choice in enumerate(_list(record.get("choices"), "choices", row))
+    ]
+    options = " ".join(
+        f"({letter}) {choice}" for letter, choice in zip(_LETTERS, choices, strict=False)
+    )
     context = str(record.get("hint", "")).strip() or "N/A"
     question = _text(record.get("question"), "question", row)
     prompt = f"Context: {context}\nQuestion: {question}\nOptions: {options}\n{_SCIENCEQA_REQUEST}"
@@ -348,13 +482,34 @@ def _from_scienceqa(record: Mapping[str, Any], row: Row) -> tuple[list[Message],
     messages = [_turn("user", *pictures, prompt)]
     if "answer" in record:
         answer = record["answer"]
-        if isinstance(answer, bool) or not isinstance(answer, Integral) or not 0 <= int(answer) < min(len(choices), len(_LETTERS)):
-            raise row.error("answer", f"is {shown(answer)}; give the index of one of the {len(choices)} choices, counted from 0")
+        if (
+            isinstance(answer, bool)
+            or not isinstance(answer, Integral)
+            or not 0 <= int(answer) < min(len(choices), len(_LETTERS))
+        ):
+            raise row.error(
+                "answer",
+                f"is {shown(answer)}; give the index of one of the {len(choices)} choices, counted "
+                f"from 0",
+            )
         messages.append(_turn("assistant", _LETTERS[int(answer)]))
     return messages, ["image"] * len(pictures)
 
 
-_SCIENCEQA_KNOWN = frozenset({"task", "grade", "subject", "topic", "category", "skill", "lecture", "solution", "split", "caption"})
+_SCIENCEQA_KNOWN = frozenset(
+    {
+        "task",
+        "grade",
+        "subject",
+        "topic",
+        "category",
+        "skill",
+        "lecture",
+        "solution",
+        "split",
+        "caption",
+    }
+)
 _FORMATS = (
     _Format(marker="messages", required=frozenset({"messages"}), convert=_from_chat),
     _Format(

@@ -31,7 +31,11 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         for message in sample.messages:
             digest.update(f"{message['role']} {len(message['content'])}\0".encode())
             for part in message["content"]:
-                payload = part["text"].encode() if part["type"] == "text" else image_bytes(*next(pictures), sample.origin)
+                payload = (
+                    part["text"].encode()
+                    if part["type"] == "text"
+                    else image_bytes(*next(pictures), sample.origin)
+                )
                 # The length in front keeps "ab" + "c" and "a" + "bc" apart.
                 digest.update(f"{part['type']} {len(payload)}\0".encode() + payload)
     return digest.hexdigest()

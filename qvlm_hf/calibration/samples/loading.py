@@ -16,17 +16,20 @@ def load_samples(dataset: object, *, num_samples: int | None = None, seed: int =
     """Reads, checks and chooses samples.
 
     Args:
-        dataset: a .jsonl or .json file; a ScienceQA folder, "folder" or "folder:split" (default split "train"); a Hub id, "name/name" or
-            "name/name:split" (needs the `datasets` package); a list, a `datasets.Dataset` or another iterable of dicts or `Sample`s.
+        dataset: a .jsonl or .json file; a ScienceQA folder, "folder" or "folder:split" (default
+            split "train"); a Hub id, "name/name" or "name/name:split" (needs the `datasets`
+            package); a list, a `datasets.Dataset` or another iterable of dicts or `Sample`s.
             Pictures in files are relative to the file, others to the working directory.
-        num_samples: how many to take; all if None or if there are fewer. From a source with a length a seeded random choice, in source
-            order, and a smaller choice is part of a larger one; from a one-pass iterable the first. A choice of a file or list has
-            every kind of content that the source has (`_content`); of another source with a length it has a picture if there is one.
+        num_samples: how many to take; all if None or if there are fewer. From a source with a
+            length a seeded random choice, in source order, and a smaller choice is part of a larger
+            one; from a one-pass iterable the first. A choice of a file or list has every kind of
+            content that the source has (`_content`); of another source with a length it has a
+            picture if there is one.
         seed: of the choice.
 
     Returns:
-        The chosen samples in source order. Files and lists are checked whole; pictures, and the rows of a `datasets.Dataset` (each costs
-        a decode), only as far as they are chosen.
+        The chosen samples in source order. Files and lists are checked whole; pictures, and the
+        rows of a `datasets.Dataset` (each costs a decode), only as far as they are chosen.
 
     Raises:
         ValueError: one line: what is wrong, where (file, line, key) and how to mend it.
@@ -55,7 +58,9 @@ def dataset_name(dataset: object) -> str:
     return f"{Path(head).resolve().name}:{split}" if head and Path(head).is_dir() else str(dataset)
 
 
-def hold_out(samples: Sequence[Sample], num_samples: int, seed: int) -> tuple[list[Sample], list[Sample]]:
+def hold_out(
+    samples: Sequence[Sample], num_samples: int, seed: int
+) -> tuple[list[Sample], list[Sample]]:
     """Splits samples into those to calibrate on, every kind of content among them, and the rest; both keep their order.
 
     Args:
@@ -64,14 +69,17 @@ def hold_out(samples: Sequence[Sample], num_samples: int, seed: int) -> tuple[li
         seed: of the choice.
     """
     chosen = set(_choose(samples, num_samples, seed))
-    return [s for i, s in enumerate(samples) if i in chosen], [s for i, s in enumerate(samples) if i not in chosen]
+    return [s for i, s in enumerate(samples) if i in chosen], [
+        s for i, s in enumerate(samples) if i not in chosen
+    ]
 
 
 def _choose(samples: Sequence[Sample], num_samples: int | None, seed: int) -> list[int]:
     """A seeded choice of indices, in order: the first of each kind of content in the seeded order, then what comes first.
 
-    Where the first `num_samples` of that order have every kind anyway, they are the choice. Where there is room for few kinds only,
-    samples with pictures go first: without one the vision encoder cannot be calibrated.
+    Where the first `num_samples` of that order have every kind anyway, they are the choice. Where
+    there is room for few kinds only, samples with pictures go first: without one the vision encoder
+    cannot be calibrated.
     """
     if num_samples is None or num_samples >= len(samples):
         return list(range(len(samples)))
@@ -87,7 +95,10 @@ def _choose(samples: Sequence[Sample], num_samples: int | None, seed: int) -> li
 
 def _content(sample: Sample) -> set[str]:
     """What kinds of content a sample stands for: the ways in which the model reads it differently."""
-    pictures, turns = len(sample.pictures()), sum(message["role"] == "user" for message in sample.messages)
+    pictures, turns = (
+        len(sample.pictures()),
+        sum(message["role"] == "user" for message in sample.messages),
+    )
     kinds = {"pictures" if pictures else "text only"}
     kinds |= {"several pictures"} if pictures > 1 else set()
     kinds |= {"several turns"} if turns > 1 else set()

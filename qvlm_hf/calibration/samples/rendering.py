@@ -40,8 +40,14 @@ def check_processor(processor: Processor) -> None:
         ValueError: it has no chat template, no tokenizer or no padding token.
     """
     name = type(processor).__name__
-    if not callable(getattr(processor, "apply_chat_template", None)) or getattr(processor, "tokenizer", None) is None:
-        raise ValueError(f"{name} is no chat processor (no apply_chat_template or tokenizer); take the one that was saved with the model")
+    if (
+        not callable(getattr(processor, "apply_chat_template", None))
+        or getattr(processor, "tokenizer", None) is None
+    ):
+        raise ValueError(
+            f"{name} is no chat processor (no apply_chat_template or tokenizer); take the one that "
+            f"was saved with the model"
+        )
     if getattr(processor, "chat_template", "") is None:
         remedy = "add chat_template.jinja to its files, set its chat_template, or take a chat model"
         raise ValueError(f"{name} has no chat template; {remedy}")
@@ -54,15 +60,28 @@ def render(sample: Sample, processor: Processor) -> tuple[str, list[int]]:
     """Returns the rendered chat, pictures as single placeholders, and the token ids of its last answer (empty if there is none)."""
     answer = sample.answer
     if answer is None:
-        return _apply_template(sample.messages, processor, sample.origin, add_generation_prompt=True), []
-    prompt = _apply_template(sample.messages[:-1], processor, sample.origin, add_generation_prompt=True)
-    text = _apply_template(sample.messages, processor, sample.origin, add_generation_prompt=False).rstrip()
+        return _apply_template(
+            sample.messages, processor, sample.origin, add_generation_prompt=True
+        ), []
+    prompt = _apply_template(
+        sample.messages[:-1], processor, sample.origin, add_generation_prompt=True
+    )
+    text = _apply_template(
+        sample.messages, processor, sample.origin, add_generation_prompt=False
+    ).rstrip()
     shared = _shared(prompt, text)
     if answer.strip() not in text[shared:]:
         shown = repr(answer.strip()[:40])
-        raise ValueError(f"{sample.origin}: the chat template does not show the answer {shown} after the prompt; use another template")
+        raise ValueError(
+            f"{sample.origin}: the chat template does not show the answer {shown} after the "
+            f"prompt; use another template"
+        )
     tokenizer = processor.tokenizer
-    if text.endswith(answer.strip()) and tokenizer.eos_token and _tokens(text, tokenizer)[-1] != tokenizer.eos_token_id:
+    if (
+        text.endswith(answer.strip())
+        and tokenizer.eos_token
+        and _tokens(text, tokenizer)[-1] != tokenizer.eos_token_id
+    ):
         text += tokenizer.eos_token
     ids, prompt_ids = _tokens(text, tokenizer), _tokens(prompt, tokenizer)
     shared = _shared(ids, prompt_ids)
@@ -71,14 +90,23 @@ def render(sample: Sample, processor: Processor) -> tuple[str, list[int]]:
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Returns the length of the longest common beginning."""
-    return next((index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    return next(
+        (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+        min(len(first), len(second)),
+    )
 
 
-def _apply_template(messages: Sequence[Message], processor: Processor, origin: str, *, add_generation_prompt: bool) -> str:
+def _apply_template(
+    messages: Sequence[Message], processor: Processor, origin: str, *, add_generation_prompt: bool
+) -> str:
     try:
-        text = processor.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = processor.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except Exception as error:  # a template is foreign code: it may raise anything
-        raise ValueError(f"{origin}: the processor's chat template fails on this sample ({first_line(error)})") from error
+        raise ValueError(
+            f"{origin}: the processor's chat template fails on this sample ({first_line(error)})"
+        ) from error
     return str(text)
 
 
@@ -88,4 +116,8 @@ def adds_special_tokens(text: str, tokenizer: Tokenizer) -> bool:
 
 
 def _tokens(text: str, tokenizer: Tokenizer) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=adds_special_tokens(text, tokenizer), truncation=False)["input_ids"])
+    return list(
+        tokenizer(text, add_special_tokens=adds_special_tokens(text, tokenizer), truncation=False)[
+            "input_ids"
+        ]
+    )

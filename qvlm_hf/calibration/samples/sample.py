@@ -21,10 +21,12 @@ class Sample:
 
     Attributes:
         messages: Transformers chat; every content is a list of {"type": "text", "text": str} and
-            {"type": "image", "image": Path or PIL image}. Roles: an optional "system", then "user" and "assistant" in turn.
+            {"type": "image", "image": Path or PIL image}. Roles: an optional "system", then "user"
+            and "assistant" in turn.
         origin: where it was read, "scienceqa_train.jsonl:12"; opens every error message.
         kind: kind of question, reported by the evaluation.
-        image_keys: key of each picture in the source, in order; empty: named by their place in `messages`.
+        image_keys: key of each picture in the source, in order; empty: named by their place in
+            `messages`.
 
     Raises:
         ValueError: if the roles are not in that order or a content is not a list.
@@ -69,7 +71,11 @@ class Sample:
             for j, part in enumerate(message["content"])
             if part["type"] == "image"
         ]
-        return [(key, value) for key, (_, value) in zip(self.image_keys, found, strict=True)] if self.image_keys else found
+        return (
+            [(key, value) for key, (_, value) in zip(self.image_keys, found, strict=True)]
+            if self.image_keys
+            else found
+        )
 
 
 def _check_turns(messages: Sequence[Mapping[str, Any]], origin: str) -> None:
@@ -82,11 +88,16 @@ def _check_turns(messages: Sequence[Mapping[str, Any]], origin: str) -> None:
             continue
         if role != expected:
             rule = "the user speaks first (after an optional system message), then assistant and user in turn"
-            raise ValueError(f'{origin}: message {index} has the role {shown(role)} where "{expected}" belongs; {rule}')
+            raise ValueError(
+                f'{origin}: message {index} has the role {shown(role)} where "{expected}" belongs; '
+                f"{rule}"
+            )
         expected = "assistant" if role == "user" else "user"
     for index, message in enumerate(messages):
         content = message.get("content")
-        if not isinstance(content, list) or not all(isinstance(part, Mapping) and part.get("type") in part for part in content):
+        if not isinstance(content, list) or not all(
+            isinstance(part, Mapping) and part.get("type") in part for part in content
+        ):
             rule = '{"type": "text", "text": ...} and {"type": "image", "image": ...}; load_samples builds them'
             raise ValueError(f"{origin}: the content of message {index} is no list of {rule}")
 

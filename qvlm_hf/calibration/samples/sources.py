@@ -57,8 +57,9 @@ def read_rows(dataset: object, num_samples: int | None, seed: int) -> list[Row]:
     """Reads a data set; arguments as in `load_samples`.
 
     Returns:
-        All of a file or list; of a Hub data set or another indexable one `num_samples` in the seeded order (and one more, if
-        that many rows show no picture and a later one does), of an iterable the first.
+        All of a file or list; of a Hub data set or another indexable one `num_samples` in the
+        seeded order (and one more, if that many rows show no picture and a later one does), of an
+        iterable the first.
 
     Raises:
         ValueError: it cannot be read, or is nothing that could be.
@@ -82,22 +83,33 @@ def _check_type(dataset: object) -> None:
     if isinstance(dataset, Mapping):
         problem = f"dataset is a mapping with the keys {', '.join(map(str, dataset)) or 'none'}"
         if not dataset.keys() & _CONTENT:
-            raise ValueError(f'{problem}; give a list of samples, or one split such as dataset["train"]')
+            raise ValueError(
+                f'{problem}; give a list of samples, or one split such as dataset["train"]'
+            )
         if any(isinstance(dataset[key], str) for key in dataset.keys() & _CONTENT):
             raise ValueError(f"{problem}, a single sample; give a list of samples: [dataset]")
-        raise ValueError(f"{problem}, which are columns; give its rows: datasets.Dataset.from_dict(dataset)")
+        raise ValueError(
+            f"{problem}, which are columns; give its rows: datasets.Dataset.from_dict(dataset)"
+        )
     if isinstance(dataset, (bytes, bytearray)) or not (
-        isinstance(dataset, Iterable) or (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+        isinstance(dataset, Iterable)
+        or (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
     ):
         remedy = "give a path, a Hub id, or a list or other iterable of samples"
         if callable(dataset):
-            remedy = "call it and give what it returns" if not isinstance(dataset, type) else "give an object of it"
+            remedy = (
+                "call it and give what it returns"
+                if not isinstance(dataset, type)
+                else "give an object of it"
+            )
         elif hasattr(dataset, "__getitem__") and not isinstance(dataset, (bytes, bytearray)):
             remedy = "it has no length: give it __len__, or give a list of its samples"
         raise ValueError(f"dataset is {kind}; {remedy}")
 
 
-def _rows_of(dataset: Sequence[object], origin: str, num_samples: int | None, seed: int) -> list[Row]:
+def _rows_of(
+    dataset: Sequence[object], origin: str, num_samples: int | None, seed: int
+) -> list[Row]:
     """Rows of an indexable dataset, chosen before they are read: reading one decodes its picture."""
     order = shuffled(_length(dataset), seed)
     if num_samples is None or num_samples >= len(order):
@@ -117,7 +129,10 @@ def _length(dataset: Sequence[object]) -> int:
     try:
         return len(dataset)
     except TypeError as error:  # a 0-dimensional array
-        raise ValueError(f"dataset is {type(dataset).__name__} without a length ({first_line(error)}); give a list of samples") from error
+        raise ValueError(
+            f"dataset is {type(dataset).__name__} without a length ({first_line(error)}); give a "
+            f"list of samples"
+        ) from error
 
 
 def _row(dataset: Sequence[object], index: int, origin: str) -> Row:
@@ -126,7 +141,9 @@ def _row(dataset: Sequence[object], index: int, origin: str) -> Row:
         return Row(origin=place, value=dataset[index])
     except Exception as error:  # foreign code: it may raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"{place}: {type(dataset).__name__} does not give it ({reason}); give a list of samples") from error
+        raise ValueError(
+            f"{place}: {type(dataset).__name__} does not give it ({reason}); give a list of samples"
+        ) from error
 
 
 def is_empty(value: object) -> bool:
@@ -141,8 +158,13 @@ def _shows_picture(value: object, depth: int = _DEPTH) -> bool:
     if not depth:
         return False
     if isinstance(value, Mapping):
-        return any((key in ("image", "path") and not is_empty(item)) or _shows_picture(item, depth - 1) for key, item in value.items())
-    return isinstance(value, (list, tuple)) and any(_shows_picture(item, depth - 1) for item in value)
+        return any(
+            (key in ("image", "path") and not is_empty(item)) or _shows_picture(item, depth - 1)
+            for key, item in value.items()
+        )
+    return isinstance(value, (list, tuple)) and any(
+        _shows_picture(item, depth - 1) for item in value
+    )
 
 
 def _read_path(dataset: "str | os.PathLike[str]", num_samples: int | None, seed: int) -> list[Row]:
@@ -162,10 +184,15 @@ def _read_path(dataset: "str | os.PathLike[str]", num_samples: int | None, seed:
 
 def _read_file(path: Path) -> list[Row]:
     if path.suffix not in (".json", ".jsonl"):
-        raise ValueError(f'{path}: ends in "{path.suffix}"; give a .jsonl file, a .json file with a list, or a ScienceQA folder')
+        raise ValueError(
+            f'{path}: ends in "{path.suffix}"; give a .jsonl file, a .json file with a list, or a '
+            f"ScienceQA folder"
+        )
     text = _read_text(path)
     pairs = _json_lines(text, path) if path.suffix == ".jsonl" else _json_list(text, path)
-    return [Row(origin=f"{path.name}:{line}", value=value, folder=path.parent) for line, value in pairs]
+    return [
+        Row(origin=f"{path.name}:{line}", value=value, folder=path.parent) for line, value in pairs
+    ]
 
 
 def _read_text(path: Path) -> str:
@@ -174,9 +201,13 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise ValueError(
+            f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     if (place := text.find("\0")) >= 0:  # UTF-16 without its mark reads as UTF-8 full of them
-        raise ValueError(f"{path}: is not UTF-8 text (a NUL at character {place}); save it as UTF-8")
+        raise ValueError(
+            f"{path}: is not UTF-8 text (a NUL at character {place}); save it as UTF-8"
+        )
     return text
 
 
@@ -187,7 +218,9 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield line, _DECODER.decode(content)
             except (ValueError, RecursionError) as error:
-                raise _json_error(f"{path.name}:{line}", error, "put one object on each line") from error
+                raise _json_error(
+                    f"{path.name}:{line}", error, "put one object on each line"
+                ) from error
 
 
 def _json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -195,7 +228,10 @@ def _json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     line, counted = 1, 0
     position = _skip_space(text, 0)
     if text[position : position + 1] != "[":
-        raise ValueError(f'{path.name}: holds no list; write "[sample, sample, ...]", or pass the folder if this is ScienceQA')
+        raise ValueError(
+            f'{path.name}: holds no list; write "[sample, sample, ...]", or pass the folder if '
+            f"this is ScienceQA"
+        )
     position = _skip_space(text, position + 1)
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
@@ -211,7 +247,9 @@ def _json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         yield line, value
     if (end := _skip_space(text, position + 1)) < len(text):
         line = 1 + text.count("\n", 0, end)
-        raise ValueError(f"{path.name}:{line}: more follows after the list's end; put all samples into one list")
+        raise ValueError(
+            f"{path.name}:{line}: more follows after the list's end; put all samples into one list"
+        )
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -233,27 +271,41 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
 
 
-def _json_error(where: str, error: ValueError | RecursionError, remedy: str = "mend the file") -> ValueError:
+def _json_error(
+    where: str, error: ValueError | RecursionError, remedy: str = "mend the file"
+) -> ValueError:
     if isinstance(error, json.JSONDecodeError):
-        return ValueError(f"{where}: not valid JSON at column {error.colno} ({error.msg}); {remedy}")
+        return ValueError(
+            f"{where}: not valid JSON at column {error.colno} ({error.msg}); {remedy}"
+        )
     reason = "it is nested too deep" if isinstance(error, RecursionError) else first_line(error)
     return ValueError(f"{where}: cannot be used as JSON ({reason}); mend the file")
 
 
 def _read_scienceqa(folder: Path, split: str) -> list[Row]:
     """Reads the folder as its authors publish it (github.com/lupantech/ScienceQA)."""
-    problems, splits = _read_table(folder / "problems.json"), _read_table(folder / "pid_splits.json")
+    problems, splits = (
+        _read_table(folder / "problems.json"),
+        _read_table(folder / "pid_splits.json"),
+    )
     if split not in splits:
-        raise ValueError(f'{folder}/pid_splits.json: has no split "{split}"; choose one of {", ".join(splits)}')
+        raise ValueError(
+            f'{folder}/pid_splits.json: has no split "{split}"; choose one of {", ".join(splits)}'
+        )
     rows = []
     for pid in splits[split]:
         origin = f"{folder.name}/problems.json:{pid}"
         if not isinstance(problem := problems.get(pid), Mapping):
-            raise ValueError(f'{origin}: no such problem, though pid_splits.json lists it under "{split}"; fetch both files anew')
+            raise ValueError(
+                f'{origin}: no such problem, though pid_splits.json lists it under "{split}"; '
+                f"fetch both files anew"
+            )
         value = dict(problem)
         if value.get("image"):
             # A problem names its own folder: "minival" is made of problems from "val".
-            value["image"] = Path("images", str(value.get("split", split)), pid, str(value["image"]))
+            value["image"] = Path(
+                "images", str(value.get("split", split)), pid, str(value["image"])
+            )
         else:
             value["image"] = None
         rows.append(Row(origin=origin, value=value, folder=folder))
@@ -262,7 +314,10 @@ def _read_scienceqa(folder: Path, split: str) -> list[Row]:
 
 def _read_table(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path.parent}: is no ScienceQA folder ({path.name} is missing); give such a folder, or a .jsonl or .json file")
+        raise ValueError(
+            f"{path.parent}: is no ScienceQA folder ({path.name} is missing); give such a folder, "
+            f"or a .jsonl or .json file"
+        )
     text = _read_text(path)
     try:
         table = _DECODER.decode(text)
@@ -276,12 +331,22 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 def _read_hub(name: str, split: str, num_samples: int | None, seed: int) -> list[Row]:
     try:
-        from datasets import load_dataset  # lazy: an optional dependency that takes seconds to import
+        from datasets import (
+            load_dataset,
+        )  # lazy: an optional dependency that takes seconds to import
     except ImportError as error:
-        raise ValueError(f'"{name}" is no file or folder here, and for the Hub datasets is missing: pip install datasets') from error
+        raise ValueError(
+            f'"{name}" is no file or folder here, and for the Hub datasets is missing: pip install '
+            f"datasets"
+        ) from error
     try:
         dataset = load_dataset(name, split=split)
-    except Exception as error:  # whatever the Hub, the network or the repository's own files do wrong
+    except (
+        Exception
+    ) as error:  # whatever the Hub, the network or the repository's own files do wrong
         reason = first_line(error)
-        raise ValueError(f'"{name}" is no file or folder here, and the Hub does not give its split "{split}" ({reason})') from error
+        raise ValueError(
+            f'"{name}" is no file or folder here, and the Hub does not give its split "{split}" '
+            f"({reason})"
+        ) from error
     return _rows_of(dataset, f"{name}:{{}}", num_samples, seed)

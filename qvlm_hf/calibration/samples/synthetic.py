@@ -1,7 +1,8 @@
 """Calibration without data: drawn pictures, general questions, and the full-precision model's own answers.
 
-A picture is a background (noise with a 1/f^a spectrum and coloured channels, a gradient, or a checkerboard) under a few random shapes. What
-it cannot have is the content that a model was trained on, so real samples are better where there are any (docs/results.md).
+A picture is a background (noise with a 1/f^a spectrum and coloured channels, a gradient, or a
+checkerboard) under a few random shapes. What it cannot have is the content that a model was trained
+on, so real samples are better where there are any (docs/results.md).
 """
 
 from collections.abc import Callable
@@ -29,7 +30,12 @@ _QUESTIONS = (
 
 
 def synthesize(
-    model: nn.Module, processor: Processor, count: int, *, seed: int, advance: Callable[[], None] = lambda: None
+    model: nn.Module,
+    processor: Processor,
+    count: int,
+    *,
+    seed: int,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """Makes calibration samples.
 
@@ -41,7 +47,8 @@ def synthesize(
         advance: called after every sample.
 
     Returns:
-        `count` chats, a picture, a question and the model's greedy answer each; samples that it has no answer to stay without.
+        `count` chats, a picture, a question and the model's greedy answer each; samples that it has
+        no answer to stay without.
 
     Raises:
         ValueError: the model answered less than half of them.
@@ -51,7 +58,10 @@ def synthesize(
     samples = []
     for index in range(count):
         picture, question = _draw_picture(generator, size), str(generator.choice(_QUESTIONS))
-        asked = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}
+        asked = {
+            "role": "user",
+            "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}],
+        }
         sample = Sample(messages=(asked,), origin=f"{SYNTHETIC} sample {index}")
         answer = _answer(model, processor, sample)
         if answer:
@@ -61,7 +71,10 @@ def synthesize(
         advance()
     answered = sum(sample.answer is not None for sample in samples)
     if 2 * answered < count:
-        raise ValueError(f"dataset='synthetic': the model answered only {answered} of {count} drawn pictures: pass real samples.")
+        raise ValueError(
+            f"dataset='synthetic': the model answered only {answered} of {count} drawn pictures: "
+            f"pass real samples."
+        )
     return samples
 
 
@@ -69,10 +82,15 @@ def _answer(model: Any, processor: Any, sample: Sample) -> str:
     """The greedy answer, empty where the model ends at once."""
     device, dtype = next(model.parameters()).device, model.dtype
     inputs = collate([sample], processor).inputs
-    inputs = {name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in inputs.items()}
+    inputs = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
-    return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return processor.tokenizer.decode(
+        tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 def _picture_size(processor: Any) -> int:
@@ -102,7 +120,9 @@ def _draw_picture(generator: np.random.Generator, size: int) -> Image.Image:
         elif kind == 1:
             brush.ellipse(box, fill=color)
         elif kind == 2:
-            brush.polygon([(x, y + height), (x + width // 2, y), (x + width, y + height)], fill=color)
+            brush.polygon(
+                [(x, y + height), (x + width // 2, y), (x + width, y + height)], fill=color
+            )
         else:
             brush.line(box, fill=color, width=max(1, size // 32))
     return picture
@@ -115,7 +135,9 @@ def _noise(generator: np.random.Generator, size: int) -> np.ndarray:
     spectrum = np.fft.fft2(generator.standard_normal((3, size, size))) * amplitude
     channels = np.fft.ifft2(spectrum).real
     mixed = np.einsum("ij,jhw->hwi", generator.standard_normal((3, 3)) + np.eye(3), channels)
-    return generator.uniform(0.2, 0.8, 3) + mixed / (mixed.std() + 1e-9) * generator.uniform(0.05, 0.3)
+    return generator.uniform(0.2, 0.8, 3) + mixed / (mixed.std() + 1e-9) * generator.uniform(
+        0.05, 0.3
+    )
 
 
 def _gradient(generator: np.random.Generator, size: int) -> np.ndarray:

@@ -1,7 +1,10 @@
-"""Blocks from entropies (eq. 7 of the paper): consecutive layers that depend on each other are searched together. Pure functions.
+"""Blocks from entropies (eq.
 
-Walk a segment from its first layer; extend the current block while the mean dependency inside it, the new pair included, exceeds
-the threshold h0 and the block is not yet `max_block_depth` layers deep.
+7 of the paper): consecutive layers that depend on each other are searched together. Pure functions.
+
+Walk a segment from its first layer; extend the current block while the mean dependency inside it,
+the new pair included, exceeds the threshold h0 and the block is not yet `max_block_depth` layers
+deep.
 """
 
 import math
@@ -35,7 +38,8 @@ def partition_layers(
         threshold: h0 in nats; None is the mean of `dependencies`.
 
     Returns:
-        The blocks, in order, every layer in exactly one, and the threshold that was used (0 where there is no pair).
+        The blocks, in order, every layer in exactly one, and the threshold that was used (0 where
+        there is no pair).
 
     Raises:
         ValueError: a dependency is not finite, or the depth is below 1.
@@ -43,7 +47,9 @@ def partition_layers(
     if max_block_depth < 1:
         raise ValueError(f"max_block_depth={max_block_depth} must be at least 1.")
     if not all(math.isfinite(d) for d in dependencies):
-        raise ValueError(f"the dependencies {list(dependencies)} must be finite: the hidden states are not.")
+        raise ValueError(
+            f"the dependencies {list(dependencies)} must be finite: the hidden states are not."
+        )
     if threshold is None:
         threshold = math.fsum(dependencies) / len(dependencies) if dependencies else 0.0
     blocks, start = [], 0

@@ -1,8 +1,9 @@
 """Error compensation of weights (GPTQ, arXiv 2210.17323) on the folded weights and the quantized inputs.
 
-With inputs a (what the site really multiplies) and H = sum a a^T, rounding column after column and spreading each column's error over
-the columns that are still to come minimises ||(W' - W_hat) a||^2 greedily. Columns go in the order of falling diagonal of H; the groups'
-grids are fixed beforehand, so the order leaves the format alone.
+With inputs a (what the site really multiplies) and H = sum a a^T, rounding column after column and
+spreading each column's error over the columns that are still to come minimises ||(W' - W_hat) a||^2
+greedily. Columns go in the order of falling diagonal of H; the groups' grids are fixed beforehand,
+so the order leaves the format alone.
 
 Legend: O out_features, I in_features, G groups.
 """
@@ -18,7 +19,8 @@ from qvlm_hf.format.weight_grid import QuantizedWeight, group_expand
 
 __all__ = ["compensate", "compensate_layer"]
 
-# Share of the mean diagonal that is added to it (the value of the GPTQ paper); raised tenfold until the factorisation succeeds.
+# Share of the mean diagonal that is added to it (the value of the GPTQ paper); raised tenfold until
+# the factorisation succeeds.
 _DAMPING = 0.01
 _CHUNK = 64  # columns whose corrections are applied at once; only speed depends on it
 
@@ -43,16 +45,29 @@ def compensate_layer(
     for site in sites:
         hessian = _hessian(layer, site, inputs, hidden, tokens)
         starts = enumerate(site.quantized_weights())
-        site.set_weights([compensate(site.folded_weight(index), hessian, start, site.scheme.weight_bits) for index, start in starts])
+        site.set_weights(
+            [
+                compensate(site.folded_weight(index), hessian, start, site.scheme.weight_bits)
+                for index, start in starts
+            ]
+        )
 
 
-def _hessian(layer: nn.Module, site: TrialSite, inputs: Sequence[LayerInput], hidden: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
+def _hessian(
+    layer: nn.Module,
+    site: TrialSite,
+    inputs: Sequence[LayerInput],
+    hidden: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+) -> Tensor:
     """Weighted sum of a a^T over the tokens that count, float32 [I, I], a being what the site's weights are multiplied by."""
     size = site.linears[0].in_features
     total = torch.zeros(size, size, device=site.linears[0].weight.device)
     for entry, h, weight in zip(inputs, hidden, tokens, strict=True):
         seen: list[Tensor] = []
-        handle = site.linears[0].register_forward_pre_hook(lambda _module, args, seen=seen: seen.append(args[0]))
+        handle = site.linears[0].register_forward_pre_hook(
+            lambda _module, args, seen=seen: seen.append(args[0])
+        )
         try:
             run_layer(layer, [entry], [h])
         finally:
@@ -60,12 +75,16 @@ def _hessian(layer: nn.Module, site: TrialSite, inputs: Sequence[LayerInput], hi
         a = site.multiplied_input(seen[0])
         if a.shape[:-1] == weight.shape:
             a = a * weight.sqrt().unsqueeze(-1)
-        a = kept(a, entry.keep if entry.keep is not None and a.shape[:2] == entry.keep.shape else None)
+        a = kept(
+            a, entry.keep if entry.keep is not None and a.shape[:2] == entry.keep.shape else None
+        )
         total.addmm_(a.T, a)
     return total
 
 
-def compensate(weight: Tensor, hessian: Tensor, start: QuantizedWeight, bits: int) -> QuantizedWeight:
+def compensate(
+    weight: Tensor, hessian: Tensor, start: QuantizedWeight, bits: int
+) -> QuantizedWeight:
     """Rounds a folded weight column by column with second-order compensation.
 
     Args:
@@ -98,7 +117,11 @@ def compensate(weight: Tensor, hessian: Tensor, start: QuantizedWeight, bits: in
         for k in range(end - begin):
             value = (torch.div(chunk[k], scales[k]).round_() + zeros[k]).clamp_(0, top)
             values[:, begin + k] = value
-            torch.div(chunk[k] - (value - zeros[k]) * scales[k], factor[begin + k, begin + k], out=errors[k])
+            torch.div(
+                chunk[k] - (value - zeros[k]) * scales[k],
+                factor[begin + k, begin + k],
+                out=errors[k],
+            )
             chunk[k + 1 :] -= errors[k] * factor[begin + k, begin + k + 1 : end, None]
         rest[:, end:] -= errors.T.contiguous() @ factor[begin:end, end:]
     integers = torch.empty_like(start.values)

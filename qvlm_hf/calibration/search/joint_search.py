@@ -1,15 +1,19 @@
-"""The joint search inside one block (eq. 3 of the paper), and the greedy one (eq. 2) that it starts from and never falls behind.
+"""The joint search inside one block (eq.
 
-The objective is the squared error of the block's output against full precision, over the tokens that count and as much as they count
-(importance.py), with the inputs that the quantized layers below produce:
+3 of the paper), and the greedy one (eq. 2) that it starts from and never falls behind.
+
+The objective is the squared error of the block's output against full precision, over the tokens
+that count and as much as they count (importance.py), with the inputs that the quantized layers
+below produce:
 
 1. greedy: each layer alone, its own output (eq. 2) - the same search on a block of one layer;
-2. joint: all combinations of one candidate per layer, out of the three that did best for each layer alone, sharing the prefix of the
-   block, screened on a part of the batches;
+2. joint: all combinations of one candidate per layer, out of the three that did best for each layer
+   alone, sharing the prefix of the block, screened on a part of the batches;
 3. refine: coordinate descent over single sites until a sweep brings nothing.
 
-Greedy, the L_p start and the best combinations are compared on all batches and the best is refined, so on a block joint <= greedy.
-Screening decides only which candidates are looked at; every accepted step is measured on all batches.
+Greedy, the L_p start and the best combinations are compared on all batches and the best is refined,
+so on a block joint <= greedy. Screening decides only which candidates are looked at; every accepted
+step is measured on all batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,12 +29,16 @@ __all__ = ["BlockSearch", "SearchResult", "search_block"]
 
 Choice = tuple[tuple[int, ...], ...]  # per layer, per site: index of a candidate
 
-# Every fourth batch screens; the two best combinations are measured in full. On the demo model (W4A4) the block errors ended between
-# 0.7 % below and 0.2 % above those of the unscreened search, with 40 % of its layer runs and half its time.
+# Every fourth batch screens; the two best combinations are measured in full. On the demo model
+# (W4A4) the block errors ended between 0.7 % below and 0.2 % above those of the unscreened search,
+# with 40 % of its layer runs and half its time.
 _SCREEN_STRIDE = 4
-_SHORTLIST = 3  # candidates of a layer that its block tries jointly: those that did best for the layer alone
+_SHORTLIST = (
+    3  # candidates of a layer that its block tries jointly: those that did best for the layer alone
+)
 _FINALISTS = 2
-# A refinement below this relative gain is noise of the calibration set, not worth another evaluation.
+# A refinement below this relative gain is noise of the calibration set, not worth another
+# evaluation.
 _MIN_GAIN = 1e-4
 
 
@@ -40,9 +48,11 @@ class SearchResult:
 
     Attributes:
         choice: candidate index per layer and site.
-        initial, greedy, joint: squared error of the block output, summed over tokens that count and divided by the squared norm of
-            the full-precision output; of the L_p start, the greedy solution and the result.
-        evaluations: layers run over all batches, as a measure of work (a screening batch counts as its share).
+        initial, greedy, joint: squared error of the block output, summed over tokens that count and
+            divided by the squared norm of the full-precision output; of the L_p start, the greedy
+            solution and the result.
+        evaluations: layers run over all batches, as a measure of work (a screening batch counts as
+            its share).
     """
 
     choice: Choice
@@ -56,7 +66,8 @@ class BlockSearch:
     """Evaluates choices on one block; keeps count of the work.
 
     Args:
-        layers: the block's layers, their sites installed (simulation.installed) and in the compute dtype.
+        layers: the block's layers, their sites installed (simulation.installed) and in the compute
+            dtype.
         sites: per layer, per site.
         inputs: per batch, masks and other arguments of the segment.
         hidden: per batch [B, T, H], output of the quantized layers below.
@@ -73,11 +84,25 @@ class BlockSearch:
         targets: Sequence[Sequence[Tensor]],
         weights: Sequence[Sequence[Tensor]] | None = None,
     ) -> None:
-        self.layers, self.sites, self.inputs, self.hidden, self.targets = layers, sites, inputs, hidden, targets
-        self.weights = weights or [[torch.ones(h.shape[:-1], device=h.device) for h in target] for target in targets]
+        self.layers, self.sites, self.inputs, self.hidden, self.targets = (
+            layers,
+            sites,
+            inputs,
+            hidden,
+            targets,
+        )
+        self.weights = weights or [
+            [torch.ones(h.shape[:-1], device=h.device) for h in target] for target in targets
+        ]
         self.evaluations = 0.0
 
-    def run(self, layer: int, choice: Sequence[int], hidden: Sequence[Tensor], batches: slice = slice(None)) -> list[Tensor]:
+    def run(
+        self,
+        layer: int,
+        choice: Sequence[int],
+        hidden: Sequence[Tensor],
+        batches: slice = slice(None),
+    ) -> list[Tensor]:
         """Output of one layer under a choice for its sites."""
         for site, index in zip(self.sites[layer], choice, strict=True):
             site.active = index
@@ -89,13 +114,20 @@ class BlockSearch:
         """Relative squared error of the hidden states that leave `layer`, token by token times its weight."""
         wrong = norm = 0.0
         weights = self.weights[layer][batches]
-        for entry, h, target, weight in zip(self.inputs[batches], hidden, self.targets[layer][batches], weights, strict=True):
-            reference, counts = kept(target, entry.keep).float(), kept(weight.unsqueeze(-1), entry.keep).double()
+        for entry, h, target, weight in zip(
+            self.inputs[batches], hidden, self.targets[layer][batches], weights, strict=True
+        ):
+            reference, counts = (
+                kept(target, entry.keep).float(),
+                kept(weight.unsqueeze(-1), entry.keep).double(),
+            )
             wrong += float((kept(h, entry.keep).float() - reference).square_().mul(counts).sum())
             norm += float(reference.square().mul(counts).sum())
         return wrong / norm if norm > 0 else wrong
 
-    def evaluate(self, choice: Choice, prefix: Sequence[Tensor], start: int, batches: slice = slice(None)) -> float:
+    def evaluate(
+        self, choice: Choice, prefix: Sequence[Tensor], start: int, batches: slice = slice(None)
+    ) -> float:
         """Error of the block output when layers start ... run on `prefix` under `choice`."""
         hidden = prefix[batches]
         for layer in range(start, len(self.layers)):
@@ -105,7 +137,14 @@ class BlockSearch:
     def sub_block(self, layer: int, hidden: Sequence[Tensor]) -> "BlockSearch":
         """The block of one layer, fed with `hidden`: what eq. 2 searches."""
         part = slice(layer, layer + 1)
-        return BlockSearch(self.layers[part], self.sites[part], self.inputs, hidden, self.targets[part], self.weights[part])
+        return BlockSearch(
+            self.layers[part],
+            self.sites[part],
+            self.inputs,
+            hidden,
+            self.targets[part],
+            self.weights[part],
+        )
 
 
 def search_block(search: BlockSearch) -> SearchResult:
@@ -124,18 +163,25 @@ def _search(search: BlockSearch) -> tuple[SearchResult, list[int]]:
     """The result, and the candidates of the first layer, those of the best combinations first."""
     start: Choice = tuple(tuple(site.choice for site in sites) for sites in search.sites)
     alone = len(search.layers) == 1
-    greedy, shortlists = (None, [range(_candidate_count(search.sites[0]))]) if alone else _greedy(search)
+    greedy, shortlists = (
+        (None, [range(_candidate_count(search.sites[0]))]) if alone else _greedy(search)
+    )
     combinations = _combinations(search, shortlists)
     contenders = dict.fromkeys([start, *([greedy] if greedy else []), *combinations[:_FINALISTS]])
     errors = {choice: search.evaluate(choice, search.hidden, 0) for choice in contenders}
     best = min(errors, key=errors.__getitem__)
     best, error = _refine(search, best, errors[best], shortlists)
-    result = SearchResult(best, errors[start], error if greedy is None else errors[greedy], error, search.evaluations)
+    result = SearchResult(
+        best, errors[start], error if greedy is None else errors[greedy], error, search.evaluations
+    )
     return result, [choice[0][0] for choice in combinations if choice[0]]
 
 
 def _greedy(search: BlockSearch) -> tuple[Choice, list[Sequence[int]]]:
-    """Layer after layer, each judged by its own output (eq. 2); also each layer's best candidates by that measure."""
+    """Layer after layer, each judged by its own output (eq.
+
+    2); also each layer's best candidates by that measure.
+    """
     hidden = list(search.hidden)
     choice: list[tuple[int, ...]] = []
     shortlists: list[Sequence[int]] = []
@@ -158,7 +204,11 @@ def _combinations(search: BlockSearch, shortlists: Sequence[Sequence[int]]) -> l
 
 
 def _enumerate(
-    search: BlockSearch, prefix: Choice, hidden: Sequence[Tensor], screen: slice, shortlists: Sequence[Sequence[int]]
+    search: BlockSearch,
+    prefix: Choice,
+    hidden: Sequence[Tensor],
+    screen: slice,
+    shortlists: Sequence[Sequence[int]],
 ) -> Iterator[tuple[Choice, float]]:
     """Depth first, so that layers that agree are run once."""
     layer = len(prefix)
@@ -167,10 +217,18 @@ def _enumerate(
         return
     for index in shortlists[layer]:
         uniform = (index,) * len(search.sites[layer])
-        yield from _enumerate(search, (*prefix, uniform), search.run(layer, uniform, hidden, screen), screen, shortlists)
+        yield from _enumerate(
+            search,
+            (*prefix, uniform),
+            search.run(layer, uniform, hidden, screen),
+            screen,
+            shortlists,
+        )
 
 
-def _refine(search: BlockSearch, best: Choice, error: float, shortlists: Sequence[Sequence[int]]) -> tuple[Choice, float]:
+def _refine(
+    search: BlockSearch, best: Choice, error: float, shortlists: Sequence[Sequence[int]]
+) -> tuple[Choice, float]:
     """Coordinate descent over single sites; ends with a sweep in which no site improves."""
     screen = slice(0, None, _SCREEN_STRIDE)
     screened = len(search.inputs) > _SCREEN_STRIDE
@@ -181,8 +239,14 @@ def _refine(search: BlockSearch, best: Choice, error: float, shortlists: Sequenc
         hidden = list(search.hidden)
         for layer in range(len(search.layers)):
             for site in range(len(search.sites[layer])):
-                indices = shortlists[layer] if screened else range(len(search.sites[layer][site].candidates))
-                options = [c for index in indices if (c := _with(best, layer, site, index)) not in tried]
+                indices = (
+                    shortlists[layer]
+                    if screened
+                    else range(len(search.sites[layer][site].candidates))
+                )
+                options = [
+                    c for index in indices if (c := _with(best, layer, site, index)) not in tried
+                ]
                 if screened and options:
                     options = _promising(search, best, options, hidden, layer, screen)
                 for option in options:
@@ -195,7 +259,12 @@ def _refine(search: BlockSearch, best: Choice, error: float, shortlists: Sequenc
 
 
 def _promising(
-    search: BlockSearch, best: Choice, options: Sequence[Choice], hidden: Sequence[Tensor], layer: int, screen: slice
+    search: BlockSearch,
+    best: Choice,
+    options: Sequence[Choice],
+    hidden: Sequence[Tensor],
+    layer: int,
+    screen: slice,
 ) -> list[Choice]:
     """The best of `options` on the screening batches, if it beats `best` there."""
     errors = {option: search.evaluate(option, hidden, layer, screen) for option in (best, *options)}

@@ -1,7 +1,8 @@
 """Statistics of a site's input: exact tail quantiles and the L_p error of each candidate range, in bounded memory.
 
-A static range is [quantile(1-p), quantile(p)] per channel or position. Only the tails are needed, so
-`TailObserver` keeps the few largest and smallest values of each, exactly, whatever the number of tokens.
+A static range is [quantile(1-p), quantile(p)] per channel or position. Only the tails are needed,
+so `TailObserver` keeps the few largest and smallest values of each, exactly, whatever the number of
+tokens.
 """
 
 import math
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor
 
 from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.format.activation_grid import QParams, choose_qparams, dynamic_token_qparams, fake_quantize
+from qvlm_hf.format.activation_grid import (
+    QParams,
+    choose_qparams,
+    dynamic_token_qparams,
+    fake_quantize,
+)
 
 __all__ = ["LpError", "TailObserver", "candidate_qparams"]
 
@@ -74,7 +80,9 @@ class LpError:
             self.totals[i] += float((fake_quantize(x, grid) - x).abs_().pow_(_NORM).sum())
 
 
-def candidate_qparams(candidate: RangeCandidate, observers: dict[str, TailObserver], bits: int) -> QParams | None:
+def candidate_qparams(
+    candidate: RangeCandidate, observers: dict[str, TailObserver], bits: int
+) -> QParams | None:
     """The activation grid of a candidate, shaped to broadcast against [..., T, channels]; None where it is found at run time."""
     if not candidate.static:
         return None

@@ -1,10 +1,12 @@
 """Range initialisation: every site of a block gets its candidates made concrete, and a start by lowest L_p error of its own input.
 
-Two passes over the block in full precision, fed with the outputs of the quantized layers below: one finds the tails of each site's
-input, one measures the L_2.4 error of every candidate. Memory does not grow with the number of tokens.
+Two passes over the block in full precision, fed with the outputs of the quantized layers below: one
+finds the tails of each site's input, one measures the L_2.4 error of every candidate. Memory does
+not grow with the number of tokens.
 
-A range that is judged on the values it was taken from never clips what it has not seen, and the tightest always looks best. So the
-search tries ranges of the even batches on the odd ones (`judging`); what is chosen is taken from all of them in the end.
+A range that is judged on the values it was taken from never clips what it has not seen, and the
+tightest always looks best. So the search tries ranges of the even batches on the odd ones
+(`judging`); what is chosen is taken from all of them in the end.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,7 +57,8 @@ def initialize_sites(
         Per layer, per site.
 
     Raises:
-        ValueError: a site was not reached, its input is not finite, or it has no fixed number of positions for "token".
+        ValueError: a site was not reached, its input is not finite, or it has no fixed number of
+            positions for "token".
     """
     candidates, precisions = settings.candidates(component), precisions or {}
     percentile = min(candidate.percentile for candidate in candidates)
@@ -68,27 +71,49 @@ def initialize_sites(
     def observe(name: str, x: Tensor, entry: LayerInput) -> None:
         if not torch.isfinite(x).all():
             raise ValueError(
-                f"the input of {name} holds NaN or infinity for the samples {', '.join(entry.origins)}: check weights and data."
+                f"the input of {name} holds NaN or infinity for the samples "
+                f"{', '.join(entry.origins)}: check weights and data."
             )
         for granularity in {candidate.granularity for candidate in candidates if candidate.static}:
             series = _series(x, entry, granularity)
-            count = count_tokens(inputs) if granularity == "channel" else sum(e.hidden.shape[0] for e in inputs) * x.shape[-1]
+            count = (
+                count_tokens(inputs)
+                if granularity == "channel"
+                else sum(e.hidden.shape[0] for e in inputs) * x.shape[-1]
+            )
             for group in (observers, everything) if id(entry) in fitted else (everything,):
-                group[name].setdefault(granularity, TailObserver(count=count, percentile=percentile)).update(series)
+                group[name].setdefault(
+                    granularity, TailObserver(count=count, percentile=percentile)
+                ).update(series)
 
     _feed(model, layers, inputs, hidden, observe)
     trials = {
         site.name: _trial_site(
-            model, site, candidates, observers[site.name], everything[site.name], settings, precisions.get(site.name, settings.precision)
+            model,
+            site,
+            candidates,
+            observers[site.name],
+            everything[site.name],
+            settings,
+            precisions.get(site.name, settings.precision),
         )
         for site in sites
     }
-    starts = [i for i, candidate in enumerate(candidates) if candidate.granularity == settings.start_granularity(component)]
-    errors = {name: LpError([trial.qparams[i] for i in starts], trial.schemes[0].activation_bits) for name, trial in trials.items()}
+    starts = [
+        i
+        for i, candidate in enumerate(candidates)
+        if candidate.granularity == settings.start_granularity(component)
+    ]
+    errors = {
+        name: LpError([trial.qparams[i] for i in starts], trial.schemes[0].activation_bits)
+        for name, trial in trials.items()
+    }
 
     def measure(name: str, x: Tensor, entry: LayerInput) -> None:
         # positions stay in place for per-position grids; only they need the shape
-        errors[name].update(x if entry.keep is None or x.shape[:2] != entry.keep.shape else x[entry.keep])
+        errors[name].update(
+            x if entry.keep is None or x.shape[:2] != entry.keep.shape else x[entry.keep]
+        )
 
     if len(starts) > 1:
         _feed(model, layers, judging(inputs), judging(hidden), measure)
@@ -109,11 +134,17 @@ def _trial_site(
     precision: Precision,
 ) -> TrialSite:
     if any(candidate.static for candidate in candidates) and not everything:
-        raise ValueError(f"calibration did not reach {site.name}: no sample has what it reads (pictures for a vision module).")
+        raise ValueError(
+            f"calibration did not reach {site.name}: no sample has what it reads (pictures for a "
+            f"vision module)."
+        )
     tried, final = (
-        [candidate_qparams(candidate, group, precision.activation_bits) for candidate in candidates] for group in (observers, everything)
+        [candidate_qparams(candidate, group, precision.activation_bits) for candidate in candidates]
+        for group in (observers, everything)
     )
-    schemes = [settings.scheme(candidate.granularity, site.hadamard, precision) for candidate in candidates]
+    schemes = [
+        settings.scheme(candidate.granularity, site.hadamard, precision) for candidate in candidates
+    ]
     linears = [get_linear(model, name) for name in site.modules]
     return TrialSite(site, linears, candidates, tried, schemes, final)
 
@@ -143,16 +174,22 @@ def _feed(
                 state = run_layer(model.get_submodule(layer.name), [entry], state)
 
 
-def _see_entry(see: Callable[[str, Tensor, LayerInput], None], entry: LayerInput, name: str, x: Tensor) -> None:
+def _see_entry(
+    see: Callable[[str, Tensor, LayerInput], None], entry: LayerInput, name: str, x: Tensor
+) -> None:
     see(name, x, entry)
 
 
 @contextmanager
-def _site_hooks(model: nn.Module, layers: Sequence[Layer], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _site_hooks(
+    model: nn.Module, layers: Sequence[Layer], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
     def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _module, args: see(site.name, site_input(site, args[0].detach()))
 
     with ExitStack() as stack:
         for site in (site for layer in layers for site in layer.sites):
-            stack.callback(model.get_submodule(site.name).register_forward_pre_hook(hook(site)).remove)
+            stack.callback(
+                model.get_submodule(site.name).register_forward_pre_hook(hook(site)).remove
+            )
         yield

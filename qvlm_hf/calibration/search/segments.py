@@ -1,7 +1,7 @@
 """One segment of a model: how its layers depend on each other, and the search over its blocks, bottom to top.
 
-Two streams of hidden states run through the layers side by side: full precision (the targets) and quantized (what a layer will
-really see). Only one block's worth of either is kept.
+Two streams of hidden states run through the layers side by side: full precision (the targets) and
+quantized (what a layer will really see). Only one block's worth of either is kept.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +29,11 @@ class Evidence:
 
     Attributes:
         precisions: site name -> bits, where they are not those of the settings.
-        importance: layer name -> weights of the tokens that leave it, per batch; empty: all tokens count alike.
+        importance: layer name -> weights of the tokens that leave it, per batch; empty: all tokens
+            count alike.
         ranges: site name -> ranges that were learned, one more candidate.
-        dependencies: component -> its entropies and their threshold, where they are not those of full precision.
+        dependencies: component -> its entropies and their threshold, where they are not those of
+            full precision.
     """
 
     precisions: Mapping[str, Precision] = field(default_factory=dict)
@@ -42,15 +44,22 @@ class Evidence:
 
 @dataclass(frozen=True)
 class SearchedBlock:
-    """A block after its search: `sites` per layer, their `active` candidate being the choice. `result` is None for dead layers."""
+    """A block after its search: `sites` per layer, their `active` candidate being the choice.
+
+    `result` is None for dead layers.
+    """
 
     layers: tuple[Layer, ...]
     sites: tuple[tuple[TrialSite, ...], ...]
     result: SearchResult | None
 
 
-def layer_dependencies(model: nn.Module, segment: Segment, inputs: Sequence[LayerInput], settings: CalibrationSettings) -> list[float]:
-    """D(k, k+1) in nats of consecutive live layers of a segment (eq. 4), from one full-precision pass.
+def layer_dependencies(
+    model: nn.Module, segment: Segment, inputs: Sequence[LayerInput], settings: CalibrationSettings
+) -> list[float]:
+    """D(k, k+1) in nats of consecutive live layers of a segment (eq.
+
+    4), from one full-precision pass.
 
     Args:
         model: in full precision.
@@ -71,11 +80,18 @@ def layer_dependencies(model: nn.Module, segment: Segment, inputs: Sequence[Laye
     dependencies = []
     for layer in live if len(live) > 1 else ():
         hidden = _run_in_full_precision(model, layer, inputs, hidden)
-        values = hidden if per_position else [kept(h, entry.keep) for h, entry in zip(hidden, inputs, strict=True)]
+        values = (
+            hidden
+            if per_position
+            else [kept(h, entry.keep) for h, entry in zip(hidden, inputs, strict=True)]
+        )
         if previous is not None:
             elements = count_tokens(inputs) * hidden[0].shape[-1]
             histogram = DependencyHistogram(
-                value_bounds(previous, per_position), value_bounds(values, per_position), levels=settings.entropy_levels, elements=elements
+                value_bounds(previous, per_position),
+                value_bounds(values, per_position),
+                levels=settings.entropy_levels,
+                elements=elements,
             )
             for first, second in zip(previous, values, strict=True):
                 histogram.update(first, second)
@@ -93,7 +109,9 @@ def search_segment(
     settings: CalibrationSettings,
     evidence: Evidence,
 ) -> Iterator[SearchedBlock]:
-    """Searches the blocks of a segment bottom to top (eq. 3), then gives dead layers their L_p start.
+    """Searches the blocks of a segment bottom to top (eq.
+
+    3), then gives dead layers their L_p start.
 
     Args:
         model: its weights in full precision; modules below the segment run as quantized.
@@ -118,13 +136,33 @@ def search_segment(
             for layer in layers:
                 full = run_layer(model.get_submodule(layer.name), full_inputs, full)
                 targets.append(full)
-            sites = initialize_sites(model, layers, segment.component, inputs, hidden, settings, evidence.precisions, evidence.ranges)
+            sites = initialize_sites(
+                model,
+                layers,
+                segment.component,
+                inputs,
+                hidden,
+                settings,
+                evidence.precisions,
+                evidence.ranges,
+            )
             modules = [model.get_submodule(layer.name) for layer in layers]
-            weights = [evidence.importance[layer.name] for layer in layers] if evidence.importance else [None] * len(layers)
+            weights = (
+                [evidence.importance[layer.name] for layer in layers]
+                if evidence.importance
+                else [None] * len(layers)
+            )
             with installed(site for row in sites for site in row):
-                judged = [[judging(per_batch) for per_batch in rows if per_batch is not None] for rows in (targets, weights)]
-                result = search_block(BlockSearch(modules, sites, judging(inputs), judging(hidden), *judged))
-                for module, row, choice, tokens in zip(modules, sites, result.choice, weights, strict=True):
+                judged = [
+                    [judging(per_batch) for per_batch in rows if per_batch is not None]
+                    for rows in (targets, weights)
+                ]
+                result = search_block(
+                    BlockSearch(modules, sites, judging(inputs), judging(hidden), *judged)
+                )
+                for module, row, choice, tokens in zip(
+                    modules, sites, result.choice, weights, strict=True
+                ):
                     for site, index in zip(row, choice, strict=True):
                         site.active = index
                         site.take_final_ranges()
@@ -135,25 +173,32 @@ def search_segment(
         yield _settled(layers, sites, result)
     if dead:
         with calibrating(model, dead, inputs):
-            sites = initialize_sites(model, dead, segment.component, inputs, hidden, settings, evidence.precisions)
+            sites = initialize_sites(
+                model, dead, segment.component, inputs, hidden, settings, evidence.precisions
+            )
             for site in (site for row in sites for site in row):
                 site.take_final_ranges()
         yield _settled(dead, sites, None)
 
 
-def _settled(layers: Sequence[Layer], sites: Sequence[Sequence[TrialSite]], result: SearchResult | None) -> SearchedBlock:
+def _settled(
+    layers: Sequence[Layer], sites: Sequence[Sequence[TrialSite]], result: SearchResult | None
+) -> SearchedBlock:
     for row in sites:
         for site in row:
             site.settle()
     return SearchedBlock(tuple(layers), tuple(map(tuple, sites)), result)
 
 
-def _run_in_full_precision(model: nn.Module, layer: Layer, inputs: Sequence[LayerInput], hidden: Sequence[Tensor]) -> list[Tensor]:
+def _run_in_full_precision(
+    model: nn.Module, layer: Layer, inputs: Sequence[LayerInput], hidden: Sequence[Tensor]
+) -> list[Tensor]:
     with calibrating(model, [layer], inputs):
         out = run_layer(model.get_submodule(layer.name), inputs, hidden)
     for entry, h in zip(inputs, out, strict=True):
         if not torch.isfinite(kept(h, entry.keep)).all():
             raise ValueError(
-                f"the output of {layer.name} holds NaN or infinity for the samples {', '.join(entry.origins)}: check weights and data."
+                f"the output of {layer.name} holds NaN or infinity for the samples "
+                f"{', '.join(entry.origins)}: check weights and data."
             )
     return out

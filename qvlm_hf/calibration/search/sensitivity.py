@@ -1,11 +1,14 @@
 """Which sites can bear few bits: the answers' divergence when one site alone is quantized, and what follows from it.
 
-Forward passes only. Every site is tried by itself, everything else in full precision, ranges of the even calibration batches on the odd
-ones; what counts is the KL divergence of the answers (nats), because the error of hidden states is dominated by picture tokens that no
-answer depends on. Two decisions are made of it:
+Forward passes only. Every site is tried by itself, everything else in full precision, ranges of the
+even calibration batches on the odd ones; what counts is the KL divergence of the answers (nats),
+because the error of hidden states is dominated by picture tokens that no answer depends on. Two
+decisions are made of it:
 
-- the guard lifts sites that few bits break, the worst first: inputs to 8 bits, and weights too where that is not enough;
-- a precision budget spreads weight bits over the sites so that their average holds, where they lower the divergence most.
+- the guard lifts sites that few bits break, the worst first: inputs to 8 bits, and weights too
+  where that is not enough;
+- a precision budget spreads weight bits over the sites so that their average holds, where they
+  lower the divergence most.
 
 Left out: interactions between sites; the search that follows sees them.
 """
@@ -26,8 +29,9 @@ from qvlm_hf.models.graph import Segment, get_linear
 
 __all__ = ["SensitivityProbe", "allocate_bits", "guard_sites", "measure_widths", "site_parameters"]
 
-# A site that alone moves the answers by more than this is broken, whatever the others do. On the demo model at W4A4 the worst of 42 sites
-# moved them by 0.07 nats at its starting range, the fifth by 0.002, the median by 0.0006.
+# A site that alone moves the answers by more than this is broken, whatever the others do. On the
+# demo model at W4A4 the worst of 42 sites moved them by 0.07 nats at its starting range, the fifth
+# by 0.002, the median by 0.0006.
 _BROKEN = 1e-3
 _MOST_LIFTED = 0.1  # share of the sites: a scheme that breaks more is the wrong scheme, not a matter for exceptions
 _LIFTED_BITS = 8
@@ -55,11 +59,19 @@ class SensitivityProbe:
         settings: CalibrationSettings,
         advance: Callable[[], None],
     ) -> None:
-        self._model, self._segments, self._inputs, self._settings, self._advance = model, segments, inputs, settings, advance
+        self._model, self._segments, self._inputs, self._settings, self._advance = (
+            model,
+            segments,
+            inputs,
+            settings,
+            advance,
+        )
         self._data = judging(data)
         self._reference = self._answers()
 
-    def divergences(self, precision: Precision, sites: Sequence[str] | None = None) -> dict[str, float]:
+    def divergences(
+        self, precision: Precision, sites: Sequence[str] | None = None
+    ) -> dict[str, float]:
         """Site name -> mean KL(full precision || that site at `precision`) over answer tokens, in nats.
 
         Args:
@@ -73,13 +85,20 @@ class SensitivityProbe:
         found = {}
         for segment in self._segments:
             live = [layer for layer in segment.layers if not layer.dead]
-            wanted = [site for layer in live for site in layer.sites if sites is None or site.name in sites]
+            wanted = [
+                site
+                for layer in live
+                for site in layer.sites
+                if sites is None or site.name in sites
+            ]
             if not wanted:
                 continue
             inputs = self._inputs[live[0].name]
             hidden = [entry.hidden for entry in inputs]
             with calibrating(self._model, live, inputs):
-                trials = initialize_sites(self._model, live, segment.component, inputs, hidden, settings)
+                trials = initialize_sites(
+                    self._model, live, segment.component, inputs, hidden, settings
+                )
             for trial in (trial for row in trials for trial in row if trial.site in wanted):
                 with installed([trial]):
                     found[trial.site.name] = self._divergence(self._answers())
@@ -98,7 +117,9 @@ class SensitivityProbe:
         return total / tokens if tokens else 0.0
 
 
-def guard_sites(probe: SensitivityProbe, settings: CalibrationSettings) -> tuple[dict[str, float], list[Lift]]:
+def guard_sites(
+    probe: SensitivityProbe, settings: CalibrationSettings
+) -> tuple[dict[str, float], list[Lift]]:
     """Finds the sites that the scheme breaks and the cheapest precision that mends them.
 
     Returns:
@@ -106,7 +127,9 @@ def guard_sites(probe: SensitivityProbe, settings: CalibrationSettings) -> tuple
     """
     scheme = settings.precision
     measured = probe.divergences(scheme)
-    worst = sorted((name for name, kl in measured.items() if kl > _BROKEN), key=lambda name: -measured[name])
+    worst = sorted(
+        (name for name, kl in measured.items() if kl > _BROKEN), key=lambda name: -measured[name]
+    )
     worst = worst[: int(_MOST_LIFTED * len(measured))]
     activation_bits = max(settings.activation_bits, _LIFTED_BITS)
     lifts: dict[str, Lift] = {}
@@ -119,7 +142,9 @@ def guard_sites(probe: SensitivityProbe, settings: CalibrationSettings) -> tuple
             for name, after in probe.divergences(precision, pending).items():
                 last = precision.weight_bits == _LIFTED_BITS
                 if after <= _BROKEN or (last and after < measured[name]):
-                    lifts[name] = Lift(site=name, before=measured[name], after=after, **asdict(precision))
+                    lifts[name] = Lift(
+                        site=name, before=measured[name], after=after, **asdict(precision)
+                    )
     return measured, [lifts[name] for name in worst if name in lifts]
 
 
@@ -136,14 +161,20 @@ def measure_widths(probe: SensitivityProbe) -> dict[str, dict[int, float]]:
 def site_parameters(model: nn.Module, segments: Sequence[Segment]) -> dict[str, int]:
     """Site name -> weights in its modules, dead layers' included."""
     sites = (site for segment in segments for layer in segment.layers for site in layer.sites)
-    return {site.name: sum(get_linear(model, name).weight.numel() for name in site.modules) for site in sites}
+    return {
+        site.name: sum(get_linear(model, name).weight.numel() for name in site.modules)
+        for site in sites
+    }
 
 
-def allocate_bits(curves: Mapping[str, Mapping[int, float]], parameters: Mapping[str, int], budget: float) -> dict[str, int]:
+def allocate_bits(
+    curves: Mapping[str, Mapping[int, float]], parameters: Mapping[str, int], budget: float
+) -> dict[str, int]:
     """Weight bits of every site so that the average over all weights stays within the budget.
 
-    Starts with the fewest bits everywhere and takes, as long as one fits, the raise that lowers the divergence most per added bit. A site
-    without a curve (of a dead layer) stays at the fewest bits.
+    Starts with the fewest bits everywhere and takes, as long as one fits, the raise that lowers the
+    divergence most per added bit. A site without a curve (of a dead layer) stays at the fewest
+    bits.
 
     Args:
         curves: site -> bits -> divergence; every site has the same widths.
@@ -160,7 +191,10 @@ def allocate_bits(curves: Mapping[str, Mapping[int, float]], parameters: Mapping
     bits = dict.fromkeys(parameters, widths[0])
     room = budget * sum(parameters.values()) - widths[0] * sum(parameters.values())
     if room < 0:
-        raise ValueError(f"precision_budget={budget} is below {widths[0]} bits, the fewest a weight can have: raise it.")
+        raise ValueError(
+            f"precision_budget={budget} is below {widths[0]} bits, the fewest a weight can have: "
+            f"raise it."
+        )
     while True:
         raises = [
             ((curve[bits[name]] - curve[wider]) / cost, -cost, name, wider)

@@ -1,9 +1,11 @@
 """Sites under trial: the forward pass that a site's modules would have under each candidate, in floating point.
 
-Used while searching only; what is saved and run afterwards is integers. "channel" is simulated as it will run, with the input
-scale folded into the weight before the weight is rounded (docs/format.md).
+Used while searching only; what is saved and run afterwards is integers. "channel" is simulated as
+it will run, with the input scale folded into the weight before the weight is rounded
+(docs/format.md).
 
-A `TrialSite` is installed into its nn.Linear modules by `installed`; setting `active` chooses the candidate.
+A `TrialSite` is installed into its nn.Linear modules by `installed`; setting `active` chooses the
+candidate.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.format.activation_grid import QParams, choose_qparams, dynamic_token_qparams, grid_bounds, shift_quantize
+from qvlm_hf.format.activation_grid import (
+    QParams,
+    choose_qparams,
+    dynamic_token_qparams,
+    grid_bounds,
+    shift_quantize,
+)
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.format.weight_grid import QuantizedWeight, quantize_weight
@@ -41,7 +49,8 @@ class LearnedRanges:
 
     Attributes:
         start: the candidate that they apply to.
-        activations: float32, factors on the lower and the upper bound of its activation grid, of the grid's shape; None without a grid.
+        activations: float32, factors on the lower and the upper bound of its activation grid, of
+            the grid's shape; None without a grid.
         weights: per module float32 [O, G], factors on the groups' ranges of W'.
     """
 
@@ -56,7 +65,8 @@ class TrialSite:
     Attributes:
         site: the names.
         candidates: what may be chosen.
-        qparams: the activation grid of each candidate (None: found at run time, or floating point), as tried or final.
+        qparams: the activation grid of each candidate (None: found at run time, or floating point),
+            as tried or final.
         active: index of the candidate in force, or None for full precision.
     """
 
@@ -70,7 +80,11 @@ class TrialSite:
         final_qparams: Sequence[QParams | None] | None = None,
     ) -> None:
         self.site, self.linears = site, tuple(linears)
-        self.candidates, self.qparams, self.schemes = tuple(candidates), tuple(qparams), tuple(schemes)
+        self.candidates, self.qparams, self.schemes = (
+            tuple(candidates),
+            tuple(qparams),
+            tuple(schemes),
+        )
         self._final_qparams = self.qparams if final_qparams is None else tuple(final_qparams)
         self.active: int | None = None
         self._weights: dict[int, tuple[Tensor, ...]] = {}
@@ -92,7 +106,11 @@ class TrialSite:
     def input_qparams(self) -> QParams | None:
         """The activation grid in force as it is stored: [in] for "channel", [positions] for "token", else None."""
         qparams = self.qparams[self.choice]
-        return None if qparams is None else QParams(qparams.scale.flatten(), qparams.zero_point.flatten(), qparams.bits)
+        return (
+            None
+            if qparams is None
+            else QParams(qparams.scale.flatten(), qparams.zero_point.flatten(), qparams.bits)
+        )
 
     def quantized_weights(self) -> tuple[QuantizedWeight, ...]:
         """The integers of every module under the candidate in force: those set, or the folded weight rounded to nearest."""
@@ -101,7 +119,11 @@ class TrialSite:
     def set_weights(self, weights: Sequence[QuantizedWeight]) -> None:
         """Gives every module other integers under the candidate in force, which thereby is final."""
         self._settled = tuple(weights)
-        self._weights = {self.choice: tuple(weight.dequantize().to(self.linears[0].weight.dtype) for weight in weights)}
+        self._weights = {
+            self.choice: tuple(
+                weight.dequantize().to(self.linears[0].weight.dtype) for weight in weights
+            )
+        }
 
     def folded_weight(self, index: int) -> Tensor:
         """W', float32 [out, in], of a module under the candidate in force: W diag(input scale) for "channel", else W."""
@@ -150,14 +172,20 @@ class TrialSite:
     def choice(self) -> int:
         """`active`, which must be set."""
         if self.active is None:
-            raise ValueError(f"{self.site.name} has no candidate in force: initialise and search it first.")
+            raise ValueError(
+                f"{self.site.name} has no candidate in force: initialise and search it first."
+            )
         return self.active
 
     def _quantize_input(self, x: Tensor, choice: int) -> tuple[Tensor, Tensor | None]:
         """a and r of docs/format.md; computed once for the modules that share x."""
         if self._input is not None and self._input[0] is x and self._input[1] == choice:
             return self._input[2], self._input[3]
-        bits, granularity, qparams = self.schemes[choice].activation_bits, self.candidates[choice].granularity, self.qparams[choice]
+        bits, granularity, qparams = (
+            self.schemes[choice].activation_bits,
+            self.candidates[choice].granularity,
+            self.qparams[choice],
+        )
         source, x = x, site_input(self.site, x)
         if granularity == "none":
             a, row_scale = x, None
@@ -171,18 +199,29 @@ class TrialSite:
         return a, row_scale
 
     def _folded(self, linear: nn.Linear, choice: int) -> Tensor:
-        weight = site_input(self.site, linear.weight.detach().float())  # W x = (W H) (H x): the transform is symmetric and its own inverse
-        return weight * _calibrated(self.qparams[choice], self.site).scale if self.candidates[choice].granularity == "channel" else weight
+        weight = site_input(
+            self.site, linear.weight.detach().float()
+        )  # W x = (W H) (H x): the transform is symmetric and its own inverse
+        return (
+            weight * _calibrated(self.qparams[choice], self.site).scale
+            if self.candidates[choice].granularity == "channel"
+            else weight
+        )
 
     def _rounded(self, choice: int) -> tuple[QuantizedWeight, ...]:
         clips = self._clips.get(choice, (None,) * len(self.linears))
         pairs = zip(self.linears, clips, strict=True)
-        return tuple(quantize_weight(self._folded(linear, choice), self.schemes[choice], clip) for linear, clip in pairs)
+        return tuple(
+            quantize_weight(self._folded(linear, choice), self.schemes[choice], clip)
+            for linear, clip in pairs
+        )
 
     def _dequantized(self, choice: int) -> tuple[Tensor, ...]:
         if choice not in self._weights:
             dtype = self.linears[0].weight.dtype
-            self._weights[choice] = tuple(weight.dequantize().to(dtype) for weight in self._rounded(choice))
+            self._weights[choice] = tuple(
+                weight.dequantize().to(dtype) for weight in self._rounded(choice)
+            )
         return self._weights[choice]
 
 
@@ -213,7 +252,10 @@ def _bound(site: InstallableSite, index: int) -> Callable[[Tensor], Tensor]:
 def _scaled(qparams: QParams | None, learned: LearnedRanges) -> QParams | None:
     if qparams is None or learned.activations is None:
         return qparams
-    low, high = (bound * factor for bound, factor in zip(grid_bounds(qparams), learned.activations, strict=True))
+    low, high = (
+        bound * factor
+        for bound, factor in zip(grid_bounds(qparams), learned.activations, strict=True)
+    )
     return choose_qparams(low, high, qparams.bits)
 
 

@@ -1,7 +1,8 @@
 """A site's quantized forward pass with gradients: rounding passes them on unchanged (the straight-through estimator).
 
-What is computed equals `TrialSite.forward` under the candidate in force; only the derivatives differ. What an optimiser may move depends
-on the class: nothing (`FixedSite`) or ranges (`RangeSite`, for the visual encoder optimisation).
+What is computed equals `TrialSite.forward` under the candidate in force; only the derivatives
+differ. What an optimiser may move depends on the class: nothing (`FixedSite`) or ranges
+(`RangeSite`, for the visual encoder optimisation).
 
 Legend: O out_features, I in_features, G groups of inputs that share a weight scale.
 """
@@ -55,7 +56,10 @@ class StraightThroughSite(ABC):
         granularity, top = self._trial.chosen.granularity, 2**self._trial.scheme.activation_bits - 1
         if granularity == "none":
             return x, None
-        low, high = self._range() or (x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0))
+        low, high = self._range() or (
+            x.amin(-1, keepdim=True).clamp(max=0),
+            x.amax(-1, keepdim=True).clamp(min=0),
+        )
         scale = _positive((high - low) / top)
         a = _quantized(x, scale, _round(-low / scale), top)
         return (a, scale) if granularity == "channel" else (a * scale, None)
@@ -83,9 +87,13 @@ class RangeSite(StraightThroughSite):
 
     def __init__(self, trial: TrialSite) -> None:
         super().__init__(trial)
-        self._logs = () if self._bounds is None else tuple(torch.zeros_like(bound) for bound in self._bounds)
+        self._logs = (
+            () if self._bounds is None else tuple(torch.zeros_like(bound) for bound in self._bounds)
+        )
         weights = enumerate(trial.quantized_weights())
-        self._clips = tuple(chosen_clip(trial.folded_weight(i), weight, trial.scheme).log() for i, weight in weights)
+        self._clips = tuple(
+            chosen_clip(trial.folded_weight(i), weight, trial.scheme).log() for i, weight in weights
+        )
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 
@@ -94,24 +102,46 @@ class RangeSite(StraightThroughSite):
 
     def learned(self) -> LearnedRanges:
         """The factors as they are now."""
-        activations, weights = (tuple(log.detach().exp() for log in logs) for logs in (self._logs, self._clips))
+        activations, weights = (
+            tuple(log.detach().exp() for log in logs) for logs in (self._logs, self._clips)
+        )
         return LearnedRanges(self._trial.chosen, activations or None, weights)
 
     def _range(self) -> tuple[Tensor, ...] | None:
-        return None if self._bounds is None else tuple(bound * log.exp() for bound, log in zip(self._bounds, self._logs, strict=True))
+        return (
+            None
+            if self._bounds is None
+            else tuple(
+                bound * log.exp() for bound, log in zip(self._bounds, self._logs, strict=True)
+            )
+        )
 
     def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:
-        scheme, weight = self._trial.scheme, site_input(self._trial.site, self.linears[index].weight.detach().float())
+        scheme, weight = (
+            self._trial.scheme,
+            site_input(self._trial.site, self.linears[index].weight.detach().float()),
+        )
         if input_scale is not None:
             weight = weight * input_scale
         grouped = grouped_weight(weight, scheme)
-        low, high = (bound * self._clips[index].exp() for bound in (grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)))
+        low, high = (
+            bound * self._clips[index].exp()
+            for bound in (grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0))
+        )
         half = 2 ** (scheme.weight_bits - 1)
-        scale = torch.maximum(-low / half, high / (half - 1)) if scheme.symmetric else (high - low) / (2 * half - 1)
-        scale = _positive(_straight_through(scale, scale.to(torch.bfloat16).float()))  # what is stored
+        scale = (
+            torch.maximum(-low / half, high / (half - 1))
+            if scheme.symmetric
+            else (high - low) / (2 * half - 1)
+        )
+        scale = _positive(
+            _straight_through(scale, scale.to(torch.bfloat16).float())
+        )  # what is stored
         zero_point = torch.full_like(low, half) if scheme.symmetric else _round(-low / scale)
         length = scheme.group_length(weight.shape[1])
-        scale, zero_point = (group_expand(part, length, weight.shape[1]) for part in (scale, zero_point))
+        scale, zero_point = (
+            group_expand(part, length, weight.shape[1]) for part in (scale, zero_point)
+        )
         return _quantized(weight, scale, zero_point, 2 * half - 1) * scale
 
 

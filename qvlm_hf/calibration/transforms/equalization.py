@@ -1,15 +1,16 @@
 """Scales moved out of a site's input into the weights that read it: the model computes the same, its inputs quantize better.
 
-An input channel that is larger than its neighbours takes the whole range of a token. Dividing it by s and multiplying its weight column
-by s changes nothing in full precision (SmoothQuant, arXiv 2211.10438). The division is folded into what writes the channel: the norm
-before the site, v_proj (attention mixes positions, not channels), up_proj (which gating multiplies). Here
+An input channel that is larger than its neighbours takes the whole range of a token. Dividing it by
+s and multiplying its weight column by s changes nothing in full precision (SmoothQuant, arXiv
+2211.10438). The division is folded into what writes the channel: the norm before the site, v_proj
+(attention mixes positions, not channels), up_proj (which gating multiplies). Here
 
     s = rms(x)^alpha / rms(w)^(1 - alpha), its geometric mean over the site 1.
 
 Inputs behind a nonlinearity have nothing to fold into.
 
-Left out: powers of two alone, which would change no bit of what the model computes. In a prototype they left 18 %
-more divergence (W4A4, four seeds), which is hardly beyond the spread over seeds.
+Left out: powers of two alone, which would change no bit of what the model computes. In a prototype
+they left 18 % more divergence (W4A4, four seeds), which is hardly beyond the spread over seeds.
 
 Legend: I in_features of the readers.
 """
@@ -56,7 +57,11 @@ def _fold(model: nn.Module, path: ScalePath, scale: Tensor) -> None:
 
 def _scales(model: nn.Module, path: ScalePath, inputs: Tensor) -> Tensor:
     """s of the channels that the source writes, [heads, width]; readers that share a channel share its scale."""
-    weights = torch.cat([get_linear(model, name).weight.detach().float() for name in path.readers]).square().mean(0)
+    weights = (
+        torch.cat([get_linear(model, name).weight.detach().float() for name in path.readers])
+        .square()
+        .mean(0)
+    )
     logs = 0.5 * (_ALPHA * inputs.log2() - (1 - _ALPHA) * weights.log2())
     silent = (inputs == 0) | (weights == 0)
     logs = (logs - logs[~silent].mean()).masked_fill(silent, 0.0)
@@ -65,7 +70,9 @@ def _scales(model: nn.Module, path: ScalePath, inputs: Tensor) -> Tensor:
     return heads.clamp(-_MOST, _MOST).exp2()
 
 
-def _square_sums(model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]) -> dict[str, Tensor]:
+def _square_sums(
+    model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
+) -> dict[str, Tensor]:
     """First reader -> sum of squares of its input per channel, float32 [I], over tokens that count; `_scales` cancels their number."""
     sums: dict[str, Tensor] = {}
     device = next(model.parameters()).device
@@ -77,14 +84,18 @@ def _square_sums(model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Ba
 
 
 @contextmanager
-def _observed(model: nn.Module, paths: Sequence[ScalePath], mask: Tensor, sums: dict[str, Tensor]) -> Iterator[None]:
+def _observed(
+    model: nn.Module, paths: Sequence[ScalePath], mask: Tensor, sums: dict[str, Tensor]
+) -> Iterator[None]:
     def observe(name: str, x: Tensor) -> None:
         x = x.detach()[mask] if x.shape[:2] == mask.shape else x.detach().flatten(0, -2)
         square = x.float().square().sum(0)
         sums[name] = sums[name] + square if name in sums else square
 
     handles = [
-        model.get_submodule(path.readers[0]).register_forward_pre_hook(lambda _module, args, name=path.readers[0]: observe(name, args[0]))
+        model.get_submodule(path.readers[0]).register_forward_pre_hook(
+            lambda _module, args, name=path.readers[0]: observe(name, args[0])
+        )
         for path in paths
     ]
     try:

@@ -1,15 +1,20 @@
 """Rotations that spread outliers over all channels, folded into the weights: the model computes what it did, its inputs quantize better.
 
-Three function-preserving changes (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406), made before anything is calibrated:
+Three function-preserving changes (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406), made
+before anything is calibrated:
 
-1. the affine part of every norm moves into the linear modules that read it, so that a norm only normalises;
-2. the language model's residual stream is multiplied by an orthogonal R: what writes it (embeddings, projector, o_proj, down_proj) gets R
-   on its outputs, what reads it (q/k/v, gate/up, head) gets R on its inputs, and a root-mean-square norm does not notice;
-3. attention values are multiplied head by head by a Hadamard matrix, v_proj's outputs and o_proj's inputs.
+1. the affine part of every norm moves into the linear modules that read it, so that a norm only
+normalises;
+2. the language model's residual stream is multiplied by an orthogonal R: what writes it
+   (embeddings, projector, o_proj, down_proj) gets R on its outputs, what reads it (q/k/v, gate/up,
+   head) gets R on its inputs, and a root-mean-square norm does not notice;
+3. attention values are multiplied head by head by a Hadamard matrix, v_proj's outputs and o_proj's
+inputs.
 
-Inputs that no fold reaches go through an online Hadamard transform instead (`input_transform` of the format): of down_proj, behind a
-nonlinearity, and of the sites of vision encoder and projector. Its layer norms subtract a mean and its first residual comes out of an
-affine norm, so its stream cannot be rotated in place; transforming the inputs of its sites gives them the same values.
+Inputs that no fold reaches go through an online Hadamard transform instead (`input_transform` of
+the format): of down_proj, behind a nonlinearity, and of the sites of vision encoder and projector.
+Its layer norms subtract a mean and its first residual comes out of an affine norm, so its stream
+cannot be rotated in place; transforming the inputs of its sites gives them the same values.
 
 Legend: O out_features, I in_features, H hidden size of the language model.
 """
@@ -58,7 +63,12 @@ def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """If the context ends with an error, the model has the very parameters (and the same tying) that it had before."""
     owners = [(module, dict(module._parameters)) for module in model.modules()]
-    tensors = [(parameter, parameter.data) for _, own in owners for parameter in own.values() if parameter is not None]
+    tensors = [
+        (parameter, parameter.data)
+        for _, own in owners
+        for parameter in own.values()
+        if parameter is not None
+    ]
     configs = [(config, config.tie_word_embeddings) for config in _tying_configs(model)]
     tied = dict(getattr(model, "all_tied_weights_keys", {}))
     try:
@@ -108,7 +118,10 @@ def _fold_norm(norm: nn.Module, readers: list[nn.Linear]) -> None:
             moved = weight @ shift.detach().double()
             if reader.bias is None:
                 if moved.any():
-                    raise ValueError("a norm's bias cannot be folded into a linear module without one: use rotation=None for this model.")
+                    raise ValueError(
+                        "a norm's bias cannot be folded into a linear module without one: use "
+                        "rotation=None for this model."
+                    )
             else:
                 _change(reader, "bias", moved.add)
         _change(reader, "weight", lambda weight: weight * gain.detach().double())
@@ -142,7 +155,9 @@ def _change(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) ->
 
 def _untie(model: nn.Module, head: nn.Linear) -> None:
     """Gives the head a weight of its own: norm and rotation act on it and on the embeddings differently."""
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+    head.weight = nn.Parameter(
+        head.weight.detach().clone(), requires_grad=head.weight.requires_grad
+    )
     for config in _tying_configs(model):
         config.tie_word_embeddings = False
     if hasattr(model, "all_tied_weights_keys"):

@@ -38,7 +38,9 @@ def attend(
     ours = all(value is None or name in _UNREAD for name, value in kwargs.items())
     if ours and query.shape[2] == 1 and query.is_cpu and not dropout:
         return decode_attention(query, key, value, attention_mask, scaling), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -1,11 +1,12 @@
 """torch.compile that rounds where eager PyTorch rounds.
 
-Inductor keeps float32 between the operations it fuses, where eager PyTorch rounds each result to the model's dtype. A quantizer behind
-such a chain (norm, rotary embedding, SwiGLU, residual sum) then finds some inputs on the other side of a rounding boundary, and takes
-another level. Told to round alike, it finds the same integers.
+Inductor keeps float32 between the operations it fuses, where eager PyTorch rounds each result to
+the model's dtype. A quantizer behind such a chain (norm, rotary embedding, SwiGLU, residual sum)
+then finds some inputs on the other side of a rounding boundary, and takes another level. Told to
+round alike, it finds the same integers.
 
-`generate` compiles by itself for a static cache on a GPU; there a quantized model brings these options along. A `compile_config` of the
-user comes first, and torch.compile takes what it is given.
+`generate` compiles by itself for a static cache on a GPU; there a quantized model brings these
+options along. A `compile_config` of the user comes first, and torch.compile takes what it is given.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ _DEFAULT = "_default_compile_config"  # what generate asks where the user gave n
 def round_as_eager(model: PreTrainedModel) -> None:
     """Makes `generate` compile this model with `ROUND_AS_EAGER`, where it compiles with inductor and the user says nothing.
 
-    Not through `generation_config.compile_config`: with one, Transformers warns wherever it does not compile, as with an ordinary cache.
+    Not through `generation_config.compile_config`: with one, Transformers warns wherever it does
+    not compile, as with an ordinary cache.
     """
-    default = getattr(model, _DEFAULT, None)  # private: a Transformers without it compiles as it likes
+    default = getattr(
+        model, _DEFAULT, None
+    )  # private: a Transformers without it compiles as it likes
     if default is not None and default().backend == "inductor":
         setattr(model, _DEFAULT, rounding_config)
 

@@ -52,7 +52,10 @@ def check_decoding(model: Any, inputs: Mapping[str, Tensor]) -> DecodeCheck | No
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
     with _unrounded(model), eval_mode(model):
-        fed = {name: tensor.to(model.device, torch.float32 if tensor.is_floating_point() else None) for name, tensor in inputs.items()}
+        fed = {
+            name: tensor.to(model.device, torch.float32 if tensor.is_floating_point() else None)
+            for name, tensor in inputs.items()
+        }
         alone, tokens = _decode(model, fed, use_cache=False)
         cached, _ = _decode(model, fed, use_cache=True, tokens=tokens)
     found, expected = (torch.log_softmax(logits, -1) for logits in (cached, alone))
@@ -148,5 +151,7 @@ def _decode(
 
 def _special_tokens(config: Any) -> list[int]:
     """Tokens that stand for something else than text: a picture's placeholder without a picture."""
-    named = (value for name, value in vars(config).items() if name.endswith(("_token_id", "_index")))
+    named = (
+        value for name, value in vars(config).items() if name.endswith(("_token_id", "_index"))
+    )
     return sorted({value for value in named if type(value) is int and value >= 0})

@@ -1,4 +1,7 @@
-"""`optimum.qvlm`: Q-VLM's quantizer and pipeline where Optimum's users look for them. The code is qvlm_hf/optimum/quantizer.py."""
+"""`optimum.qvlm`: Q-VLM's quantizer and pipeline where Optimum's users look for them.
+
+The code is qvlm_hf/optimum/quantizer.py.
+"""
 
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.optimum.quantizer import QVLMOptimumQuantizer, disable, enable, pipeline

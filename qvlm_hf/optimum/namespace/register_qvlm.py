@@ -1,7 +1,7 @@
 """`optimum-cli qvlm ...` is `qvlm ...`: same commands, same options, same exit status.
 
-optimum-cli imports every file of this folder whenever it starts, so nothing heavy is imported before the command runs, and the words after
-`qvlm` are not parsed here.
+optimum-cli imports every file of this folder whenever it starts, so nothing heavy is imported
+before the command runs, and the words after `qvlm` are not parsed here.
 """
 
 from argparse import REMAINDER, ArgumentParser
@@ -14,7 +14,11 @@ __all__ = ["REGISTER_COMMANDS", "QVLMCommand"]
 class QVLMCommand(BaseOptimumCLICommand):
     """The subcommand of optimum-cli."""
 
-    COMMAND = CommandInfo(name="qvlm", help="Q-VLM quantization of vision-language models: quantize, ask, evaluate, inspect and more.")
+    COMMAND = CommandInfo(
+        name="qvlm",
+        help="Q-VLM quantization of vision-language models: quantize, ask, evaluate, inspect and "
+        "more.",
+    )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
@@ -33,6 +37,7 @@ class QVLMCommand(BaseOptimumCLICommand):
         raise SystemExit(main(self.args.words))
 
 
-# An iterator, so that it is taken once: where two copies of this package are on the path (a checkout beside an installed one), optimum-cli
-# reads this list once per copy, and a second `qvlm` would be an error.
+# An iterator, so that it is taken once: where two copies of this package are on the path (a
+# checkout beside an installed one), optimum-cli reads this list once per copy, and a second `qvlm`
+# would be an error.
 REGISTER_COMMANDS = iter([QVLMCommand])

@@ -1,4 +1,7 @@
-"""Cross-layer dependency (eq. 4, 5): against loops over single numbers, against closed forms, and what it must not depend on."""
+"""Cross-layer dependency (eq.
+
+4, 5): against loops over single numbers, against closed forms, and what it must not depend on.
+"""
 
 import math
 
@@ -11,7 +14,11 @@ from torch import nn
 
 from qvlm_hf.calibration.layers import LayerInput
 from qvlm_hf.calibration.measure import entropy
-from qvlm_hf.calibration.measure.entropy import DependencyHistogram, conditional_entropy, soft_assignment
+from qvlm_hf.calibration.measure.entropy import (
+    DependencyHistogram,
+    conditional_entropy,
+    soft_assignment,
+)
 from qvlm_hf.calibration.search.segments import layer_dependencies
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.models.graph import Layer, Segment
@@ -26,7 +33,10 @@ def assigned(units, levels):
 def brute_dependency(first, second, first_range, second_range, levels):
     """D of eq. 4 by looping over elements; ranges already of the values' shape."""
     joint = np.zeros((levels, levels))
-    columns = [np.asarray(t, dtype=np.float64).reshape(-1) for t in (first, *first_range, second, *second_range)]
+    columns = [
+        np.asarray(t, dtype=np.float64).reshape(-1)
+        for t in (first, *first_range, second, *second_range)
+    ]
     for a, a_low, a_high, b, b_low, b_high in zip(*columns, strict=True):
         a_units = (a - a_low) / ((a_high - a_low) / (levels - 1))
         b_units = (b - b_low) / ((b_high - b_low) / (levels - 1))
@@ -55,7 +65,10 @@ def channel_range(x):
 def measured(first, second, first_range=None, second_range=None, *, levels=16, splits=None):
     """The streamed entropy of [tokens, H] values, in batches of the sizes `splits`."""
     histogram = DependencyHistogram(
-        first_range or channel_range(first), second_range or channel_range(second), levels=levels, elements=first.numel()
+        first_range or channel_range(first),
+        second_range or channel_range(second),
+        levels=levels,
+        elements=first.numel(),
     )
     sizes = splits or [first.shape[0]]
     for a, b in zip(first.split(sizes), second.split(sizes), strict=True):
@@ -74,7 +87,7 @@ def correlated(tokens, channels, seed=0):
     return first, torch.tanh(first) * 3 + 0.5 * torch.randn(tokens, channels, generator=generator)
 
 
-# ---- eq. 5 ---------------------------------------------------------------------------------------------------------------------------
+# ---- eq. 5 ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("levels", [8, 16, 256])
@@ -87,15 +100,21 @@ def test_soft_assignment_is_the_formula(levels):
     np.testing.assert_allclose(p.numpy(), expected, rtol=1e-4, atol=1e-7)
 
 
-# ---- eq. 4 ---------------------------------------------------------------------------------------------------------------------------
+# ---- eq. 4 ---------------------------------------------------------------------------------------
 
 
 def test_conditional_entropy_by_hand():
-    assert conditional_entropy(torch.eye(4) / 4) == 0.0  # the second level is known, and 0 log 0 is 0
+    assert (
+        conditional_entropy(torch.eye(4) / 4) == 0.0
+    )  # the second level is known, and 0 log 0 is 0
     assert conditional_entropy(torch.full((4, 4), 1 / 16)) == pytest.approx(math.log(4))
     # rows are the first layer: given row 0 the second is a fair coin, given row 1 it is known
-    assert conditional_entropy(torch.tensor([[0.25, 0.25], [0.0, 0.5]])) == pytest.approx(0.5 * math.log(2))
-    assert conditional_entropy(torch.tensor([[0.25, 0.0], [0.25, 0.5]])) == pytest.approx(-0.25 * math.log(1 / 3) - 0.5 * math.log(2 / 3))
+    assert conditional_entropy(torch.tensor([[0.25, 0.25], [0.0, 0.5]])) == pytest.approx(
+        0.5 * math.log(2)
+    )
+    assert conditional_entropy(torch.tensor([[0.25, 0.0], [0.25, 0.5]])) == pytest.approx(
+        -0.25 * math.log(1 / 3) - 0.5 * math.log(2 / 3)
+    )
 
 
 @pytest.mark.parametrize("levels", [8, 16])
@@ -113,15 +132,21 @@ def test_ranges_per_position():
     histogram = DependencyHistogram(*bounds, levels=8, elements=first.numel())
     for a, b in zip(first.split([2, 4]), second.split([2, 4]), strict=True):
         histogram.update(a, b)
-    per_position = brute_dependency(first, second, *(tuple(low.expand(6, 5, 4) for low in pair) for pair in bounds), 8)
+    per_position = brute_dependency(
+        first, second, *(tuple(low.expand(6, 5, 4) for low in pair) for pair in bounds), 8
+    )
     assert float(histogram.entropy()) == pytest.approx(per_position, abs=1e-5)
-    assert abs(measured(first.flatten(0, 1), second.flatten(0, 1), levels=8) - per_position) > 1e-3  # and that is no per-channel range
+    assert (
+        abs(measured(first.flatten(0, 1), second.flatten(0, 1), levels=8) - per_position) > 1e-3
+    )  # and that is no per-channel range
 
 
 def test_independent_levels_give_the_entropy_of_the_second():
     levels = 16
     first = torch.arange(levels).repeat_interleave(levels).float()[:, None]
-    second = torch.arange(levels).repeat(levels).float()[:, None]  # every pair once: independent without any noise
+    second = (
+        torch.arange(levels).repeat(levels).float()[:, None]
+    )  # every pair once: independent without any noise
     marginal = np.mean([assigned(m, levels) for m in range(levels)], axis=0)
     d = measured(first, second, unit_range(levels), unit_range(levels))
     assert d == pytest.approx(marginal_entropy(marginal), abs=1e-5)
@@ -132,11 +157,16 @@ def test_a_function_of_the_first_leaves_only_the_width_of_the_soft_assignment():
     """Levels so far apart that their soft assignments do not touch: D is what is left when the level is known."""
     levels = 16
     ends = torch.tensor([0.0, levels - 1.0])
-    known = measured(ends.repeat(50)[:, None], ends.repeat(50)[:, None], unit_range(levels), unit_range(levels))
+    known = measured(
+        ends.repeat(50)[:, None], ends.repeat(50)[:, None], unit_range(levels), unit_range(levels)
+    )
     width = marginal_entropy(assigned(0.0, levels))
     assert known == pytest.approx(width, abs=1e-5)
     unknown = measured(
-        ends.repeat_interleave(2).repeat(25)[:, None], ends.repeat(2).repeat(25)[:, None], unit_range(levels), unit_range(levels)
+        ends.repeat_interleave(2).repeat(25)[:, None],
+        ends.repeat(2).repeat(25)[:, None],
+        unit_range(levels),
+        unit_range(levels),
     )
     assert unknown == pytest.approx(width + math.log(2), abs=1e-5)
 
@@ -164,13 +194,15 @@ def test_bounds(seed, levels, tokens, channels):
     assert 0.0 <= measured(first, second, levels=levels) <= math.log(levels) + 1e-6
 
 
-# ---- what it must not depend on ------------------------------------------------------------------------------------------------------
+# ---- what it must not depend on ------------------------------------------------------------------
 
 
 def test_chunks_change_nothing(monkeypatch):
     first, second = correlated(50, 6)
     whole = measured(first, second)
-    monkeypatch.setattr(entropy, "_CHUNK", 16 * 7)  # 300 elements in chunks of 7: the last one is short
+    monkeypatch.setattr(
+        entropy, "_CHUNK", 16 * 7
+    )  # 300 elements in chunks of 7: the last one is short
     assert measured(first, second) == pytest.approx(whole, abs=1e-6)
     monkeypatch.setattr(entropy, "_CHUNK", 1)  # less than one element
     assert measured(first, second) == pytest.approx(whole, abs=1e-6)
@@ -196,17 +228,25 @@ def test_subsampling_stays_close_however_the_batches_fall(monkeypatch, splits):
     """A fifth of the tokens; with batches of 4 the stride is longer than a batch."""
     first, second = correlated(6000, 4)
     ranges = channel_range(first), channel_range(second)
-    second[::4] = 0.0  # the first token of every batch is special, as the attention sink of a language model is
+    second[::4] = (
+        0.0  # the first token of every batch is special, as the attention sink of a language model is
+    )
     whole = measured(first, second, *ranges, levels=8)
     monkeypatch.setattr(entropy, "_BUDGET", first.numel() * 8 // 5)
-    assert measured(first, second, *ranges, levels=8, splits=splits) == pytest.approx(whole, abs=0.02)
+    assert measured(first, second, *ranges, levels=8, splits=splits) == pytest.approx(
+        whole, abs=0.02
+    )
 
 
 def test_subsampling_keeps_to_the_budget(monkeypatch):
     """The work is bounded: the tokens that are looked at, counted where their levels are assigned."""
     seen = []
     assign = entropy.soft_assignment
-    monkeypatch.setattr(entropy, "soft_assignment", lambda units, levels: (seen.append(units.numel()), assign(units, levels))[1])
+    monkeypatch.setattr(
+        entropy,
+        "soft_assignment",
+        lambda units, levels: (seen.append(units.numel()), assign(units, levels))[1],
+    )
     monkeypatch.setattr(entropy, "_BUDGET", 16 * 400)
     first, second = correlated(1000, 4)
     measured(first, second, splits=[100] * 10)
@@ -219,7 +259,7 @@ def test_shapes_must_agree():
         histogram.update(torch.zeros(10, 4), torch.zeros(9, 4))
 
 
-# ---- from a segment ------------------------------------------------------------------------------------------------------------------
+# ---- from a segment ------------------------------------------------------------------------------
 
 
 def toy_segment(layers, component="language"):
@@ -235,7 +275,10 @@ def test_padded_tokens_do_not_count(batch_size):
     keep = torch.arange(10).expand(8, 10) < torch.tensor([10, 7, 9, 4, 10, 3, 8, 6])[:, None]
     clean = torch.randn(8, 10, 6)
     hidden = torch.where(keep[..., None], clean, 1e4)
-    inputs = [LayerInput(h, (), {}, k, ("a",) * batch_size) for h, k in zip(hidden.split(batch_size), keep.split(batch_size), strict=True)]
+    inputs = [
+        LayerInput(h, (), {}, k, ("a",) * batch_size)
+        for h, k in zip(hidden.split(batch_size), keep.split(batch_size), strict=True)
+    ]
     values, expected = clean[keep], []
     with torch.no_grad():
         for layer in layers:
@@ -244,7 +287,9 @@ def test_padded_tokens_do_not_count(batch_size):
     found = layer_dependencies(model, segment, inputs, CalibrationSettings())
     ranges = [tuple(bound.expand_as(x) for bound in channel_range(x)) for _, x in expected]
     outputs = [x for _, x in expected]
-    brute = [brute_dependency(outputs[i], outputs[i + 1], ranges[i], ranges[i + 1], 16) for i in range(2)]
+    brute = [
+        brute_dependency(outputs[i], outputs[i + 1], ranges[i], ranges[i + 1], 16) for i in range(2)
+    ]
     assert found == pytest.approx(brute, abs=1e-4)
 
 
@@ -256,7 +301,12 @@ def test_levels_follow_the_activation_bits(bits, levels):
     with torch.no_grad():
         first = layers[0](hidden).flatten(0, 1)
         second = layers[1](first)
-    found = layer_dependencies(model, segment, [LayerInput(hidden, (), {}, None, ("a", "b"))], CalibrationSettings(activation_bits=bits))
+    found = layer_dependencies(
+        model,
+        segment,
+        [LayerInput(hidden, (), {}, None, ("a", "b"))],
+        CalibrationSettings(activation_bits=bits),
+    )
     assert found == pytest.approx([measured(first, second, levels=levels)], abs=1e-5)
 
 
@@ -268,9 +318,13 @@ def test_token_granularity_takes_ranges_per_position():
     with torch.no_grad():
         first = layers[0](hidden)
         second = layers[1](first)
-    ranges = [tuple(f((0, 2))[:, None].expand(6, 5, 4) for f in (x.amin, x.amax)) for x in (first, second)]
+    ranges = [
+        tuple(f((0, 2))[:, None].expand(6, 5, 4) for f in (x.amin, x.amax)) for x in (first, second)
+    ]
     settings = CalibrationSettings(activation_granularity={"vision": "token"})
-    assert layer_dependencies(model, segment, inputs, settings) == pytest.approx([brute_dependency(first, second, *ranges, 16)], abs=1e-5)
+    assert layer_dependencies(model, segment, inputs, settings) == pytest.approx(
+        [brute_dependency(first, second, *ranges, 16)], abs=1e-5
+    )
 
 
 def test_dead_layers_and_single_layers_have_no_dependency():
@@ -279,7 +333,12 @@ def test_dead_layers_and_single_layers_have_no_dependency():
     dead = Segment("vision", (*segment.layers[:2], Layer("layers.2", (), dead=True)))
     both = layer_dependencies(model, segment, inputs, CalibrationSettings())
     assert layer_dependencies(model, dead, inputs, CalibrationSettings()) == both[:1]
-    assert layer_dependencies(model, Segment("projector", segment.layers[:1]), inputs, CalibrationSettings()) == []
+    assert (
+        layer_dependencies(
+            model, Segment("projector", segment.layers[:1]), inputs, CalibrationSettings()
+        )
+        == []
+    )
 
 
 def test_an_output_that_is_not_finite_is_named():
@@ -287,5 +346,8 @@ def test_an_output_that_is_not_finite_is_named():
     layers[1].weight.data[0, 0] = torch.nan
     model, segment = toy_segment(layers)
     inputs = [LayerInput(torch.randn(1, 5, 4), (), {}, None, (f"data.json:{i}",)) for i in (3, 4)]
-    with pytest.raises(ValueError, match=r"\Athe output of layers\.1 holds NaN or infinity for the samples data\.json:3: .+\Z"):
+    with pytest.raises(
+        ValueError,
+        match=r"\Athe output of layers\.1 holds NaN or infinity for the samples data\.json:3: .+\Z",
+    ):
         layer_dependencies(model, segment, inputs, CalibrationSettings())

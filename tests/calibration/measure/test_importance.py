@@ -35,7 +35,9 @@ def test_one_weight_per_token_of_every_live_layer(model):
 
 def test_tokens_behind_the_answer_get_the_least(model):
     """No gradient reaches what comes after the last answer token: only the floor is left."""
-    for batch, weight in zip(data(), token_importance(model, resolve(model), data(), seed=0)[LAYER], strict=True):
+    for batch, weight in zip(
+        data(), token_importance(model, resolve(model), data(), seed=0)[LAYER], strict=True
+    ):
         last = (batch.labels != IGNORE_INDEX).float().cumsum(1).argmax(1)
         for row, end in enumerate(last.tolist()):
             assert torch.equal(weight[row, end:], torch.full_like(weight[row, end:], 0.1))
@@ -46,20 +48,33 @@ def test_norms_equal_finite_differences(model, monkeypatch):
     monkeypatch.setattr(importance, "_DRAWS", 1)
     model = tiny_llava().double().eval()
     batch = data(1, 1)[0]
-    batch = type(batch)(**{**vars(batch), "inputs": {k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()}})
-    norms = importance._gradient_norms(model, [LAYER], batch, torch.Generator().manual_seed(5))[LAYER]
+    batch = type(batch)(
+        **{
+            **vars(batch),
+            "inputs": {
+                k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()
+            },
+        }
+    )
+    norms = importance._gradient_norms(model, [LAYER], batch, torch.Generator().manual_seed(5))[
+        LAYER
+    ]
 
     answered = batch.labels[:, 1:] != IGNORE_INDEX
     layer = model.get_submodule(LAYER)
 
     def log_likelihood(shift=None, drawn=None):
-        handle = layer.register_forward_hook(lambda _m, _a, out: None if shift is None else out + shift)
+        handle = layer.register_forward_hook(
+            lambda _m, _a, out: None if shift is None else out + shift
+        )
         with torch.no_grad():
             logits = model(**batch.inputs, use_cache=False).logits
         handle.remove()
         predictions = torch.log_softmax(logits[:, :-1][answered].float().double() / 3.0, -1)
         if drawn is None:
-            drawn = torch.multinomial(predictions.float().exp(), 1, generator=torch.Generator().manual_seed(5))
+            drawn = torch.multinomial(
+                predictions.float().exp(), 1, generator=torch.Generator().manual_seed(5)
+            )
         return predictions.gather(1, drawn).sum(), drawn
 
     _, drawn = log_likelihood()
@@ -68,7 +83,9 @@ def test_norms_equal_finite_differences(model, monkeypatch):
     for channel in range(64):
         shift = torch.zeros(*batch.inputs["input_ids"].shape, 64, dtype=torch.float64)
         shift[0, position, channel] = 1e-2
-        gradient[channel] = (log_likelihood(shift, drawn)[0] - log_likelihood(-shift, drawn)[0]) / 2e-2
+        gradient[channel] = (
+            log_likelihood(shift, drawn)[0] - log_likelihood(-shift, drawn)[0]
+        ) / 2e-2
     assert float(norms[0, position]) == pytest.approx(float(gradient.norm()), rel=1e-2)
 
 
@@ -80,12 +97,20 @@ def test_the_model_is_left_as_it_was_and_seeds_repeat(model):
     other = token_importance(model, resolve(model), data(), seed=2)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
-    assert all(torch.equal(a, b) for name in first for a, b in zip(first[name], again[name], strict=True))
-    assert any(not torch.equal(a, b) for name in first for a, b in zip(first[name], other[name], strict=True))
+    assert all(
+        torch.equal(a, b) for name in first for a, b in zip(first[name], again[name], strict=True)
+    )
+    assert any(
+        not torch.equal(a, b)
+        for name in first
+        for a, b in zip(first[name], other[name], strict=True)
+    )
 
 
 def test_without_answers_all_tokens_count_alike(model):
     batch = data(1, 1)[0]
     silent = type(batch)(**{**vars(batch), "labels": torch.full_like(batch.labels, IGNORE_INDEX)})
     weights = token_importance(model, resolve(model), [silent], seed=0)
-    assert all(torch.equal(w, torch.ones_like(w)) for per_batch in weights.values() for w in per_batch)
+    assert all(
+        torch.equal(w, torch.ones_like(w)) for per_batch in weights.values() for w in per_batch
+    )

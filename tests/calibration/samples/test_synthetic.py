@@ -70,18 +70,27 @@ def test_answers_are_the_models_own(model):
         with torch.no_grad():
             first = int(model(**inputs).logits[0, -1].argmax())
         if sample.answer is not None:
-            assert sample.answer.startswith(processor.tokenizer.decode([first], skip_special_tokens=True).strip())
+            assert sample.answer.startswith(
+                processor.tokenizer.decode([first], skip_special_tokens=True).strip()
+            )
 
 
 def test_a_model_without_answers_is_refused(model, monkeypatch):
     monkeypatch.setattr(synthetic, "_answer", lambda *_: "")
-    with pytest.raises(ValueError, match=r"answered only 0 of 4 drawn pictures: pass real samples\.$"):
+    with pytest.raises(
+        ValueError, match=r"answered only 0 of 4 drawn pictures: pass real samples\.$"
+    ):
         synthesize(model, tiny_processor(), 4, seed=0)
 
 
 def test_a_model_is_quantized_without_data():
     model = tiny_llava().eval()
-    report = quantize_model(model, QVLMConfig(dataset="synthetic", processor=tiny_processor(), num_samples=4, max_block_depth=1))
+    report = quantize_model(
+        model,
+        QVLMConfig(
+            dataset="synthetic", processor=tiny_processor(), num_samples=4, max_block_depth=1
+        ),
+    )
     assert report.provenance["dataset"] == "synthetic"
     assert report.provenance["samples"] == report.provenance["images"] == 4
     assert report.self_check.held_out

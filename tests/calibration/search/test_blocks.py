@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from qvlm_hf.calibration.search.blocks import Block, partition_layers
 
 dependencies = st.lists(st.floats(0, 6, allow_nan=False), max_size=40)
-thresholds = st.one_of(st.none(), st.floats(-1, 7, allow_nan=False), st.sampled_from([math.inf, -math.inf]))
+thresholds = st.one_of(
+    st.none(), st.floats(-1, 7, allow_nan=False), st.sampled_from([math.inf, -math.inf])
+)
 
 
 def bounds(blocks):
@@ -29,13 +31,18 @@ def walk(entropies, depth, h0):
 
 
 @given(dependencies, st.integers(1, 6), thresholds)
-def test_every_layer_is_in_exactly_one_block_in_order_and_no_block_is_too_deep(entropies, depth, threshold):
+def test_every_layer_is_in_exactly_one_block_in_order_and_no_block_is_too_deep(
+    entropies, depth, threshold
+):
     blocks, used = partition_layers(entropies, max_block_depth=depth, threshold=threshold)
     layers = [layer for block in blocks for layer in range(block.start, block.stop)]
     assert layers == list(range(len(entropies) + 1))
     assert all(1 <= block.depth == block.stop - block.start <= depth for block in blocks)
     assert threshold is None or used == threshold
-    assert partition_layers(tuple(entropies), max_block_depth=depth, threshold=threshold) == (blocks, used)
+    assert partition_layers(tuple(entropies), max_block_depth=depth, threshold=threshold) == (
+        blocks,
+        used,
+    )
 
 
 @given(dependencies, st.integers(1, 6), thresholds)
@@ -62,17 +69,30 @@ def test_no_threshold_fills_the_blocks_and_an_infinite_one_leaves_single_layers(
 
 def test_the_mean_includes_the_new_pair_and_must_exceed_the_threshold():
     # 3 > 1, (3 + 0) / 2 > 1, (3 + 0 + 0) / 3 = 1 does not exceed 1
-    assert bounds(partition_layers([3.0, 0.0, 0.0, 0.0], max_block_depth=9, threshold=1.0)[0]) == [(0, 3), (3, 4), (4, 5)]
+    assert bounds(partition_layers([3.0, 0.0, 0.0, 0.0], max_block_depth=9, threshold=1.0)[0]) == [
+        (0, 3),
+        (3, 4),
+        (4, 5),
+    ]
     # the pair alone would fail (1 < 2), the mean with it does not: (4 + 1) / 2 > 2
     assert bounds(partition_layers([4.0, 1.0], max_block_depth=3, threshold=2.0)[0]) == [(0, 3)]
     # equal is not enough
     assert bounds(partition_layers([2.0], max_block_depth=3, threshold=2.0)[0]) == [(0, 1), (1, 2)]
     # a new block starts with a fresh mean: the 9 of the first block does not help the second
-    assert bounds(partition_layers([9.0, 9.0, 1.0, 1.0], max_block_depth=2, threshold=2.0)[0]) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+    assert bounds(partition_layers([9.0, 9.0, 1.0, 1.0], max_block_depth=2, threshold=2.0)[0]) == [
+        (0, 2),
+        (2, 3),
+        (3, 4),
+        (4, 5),
+    ]
 
 
 def test_depth_one_is_the_greedy_baseline():
-    assert bounds(partition_layers([5.0, 5.0], max_block_depth=1, threshold=0.0)[0]) == [(0, 1), (1, 2), (2, 3)]
+    assert bounds(partition_layers([5.0, 5.0], max_block_depth=1, threshold=0.0)[0]) == [
+        (0, 1),
+        (1, 2),
+        (2, 3),
+    ]
 
 
 def test_one_layer():

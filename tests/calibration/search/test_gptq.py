@@ -15,10 +15,14 @@ def compensated(weight, hessian, scheme):
     return compensate(weight, hessian, quantize_weight(weight, scheme), scheme.weight_bits)
 
 
-def problem(out_features: int, in_features: int, tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(
+    out_features: int, in_features: int, tokens: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and correlated inputs."""
     generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(in_features, in_features, generator=generator) * 0.5 + torch.eye(in_features)
+    mixing = torch.randn(in_features, in_features, generator=generator) * 0.5 + torch.eye(
+        in_features
+    )
     inputs = torch.randn(tokens, in_features, generator=generator) @ mixing
     return torch.randn(out_features, in_features, generator=generator), inputs
 
@@ -31,8 +35,12 @@ def exhaustive_error(weight: torch.Tensor, inputs: torch.Tensor, scheme: QuantSc
     """The lowest output error of any choice of integers on the same grids; rows are independent."""
     grid = quantize_weight(weight, scheme)
     length = weight.shape[1]
-    scale, zero = (group_expand(t, grid.group_length, length).float() for t in (grid.scale, grid.zero_point))
-    levels = torch.tensor(list(itertools.product(range(2**scheme.weight_bits), repeat=length)), dtype=torch.float32)
+    scale, zero = (
+        group_expand(t, grid.group_length, length).float() for t in (grid.scale, grid.zero_point)
+    )
+    levels = torch.tensor(
+        list(itertools.product(range(2**scheme.weight_bits), repeat=length)), dtype=torch.float32
+    )
     total = 0.0
     for row in range(weight.shape[0]):
         candidates = (levels - zero[row]) * scale[row]
@@ -46,7 +54,9 @@ def test_near_the_exhaustive_optimum_on_tiny_problems():
     for seed in range(12):
         weight, inputs = problem(3, 6, 200, seed)
         best = exhaustive_error(weight, inputs, scheme)
-        own = output_error(weight, compensated(weight, inputs.T @ inputs, scheme).dequantize(), inputs)
+        own = output_error(
+            weight, compensated(weight, inputs.T @ inputs, scheme).dequantize(), inputs
+        )
         assert own >= best * (1 - 1e-4)
         found, optimum = found + own, optimum + best
         plain += output_error(weight, quantize_weight(weight, scheme).dequantize(), inputs)
@@ -66,7 +76,9 @@ def test_much_better_than_rounding_to_nearest(bits, symmetric):
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
     scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
     weight, _ = problem(8, 40, 10, 0)
-    assert torch.equal(compensated(weight, torch.eye(40), scheme).values, quantize_weight(weight, scheme).values)
+    assert torch.equal(
+        compensated(weight, torch.eye(40), scheme).values, quantize_weight(weight, scheme).values
+    )
 
 
 def test_the_chunk_changes_only_the_speed(monkeypatch):
@@ -75,7 +87,9 @@ def test_the_chunk_changes_only_the_speed(monkeypatch):
     hessian = inputs.T @ inputs
     expected = compensated(weight, hessian, scheme).values
     monkeypatch.setattr(compensation, "_CHUNK", 7)
-    assert (compensated(weight, hessian, scheme).values != expected).float().mean() < 0.02  # float32 sums in another order
+    assert (
+        compensated(weight, hessian, scheme).values != expected
+    ).float().mean() < 0.02  # float32 sums in another order
 
 
 def test_a_singular_hessian_is_damped_until_it_factorises():
@@ -89,4 +103,8 @@ def test_a_singular_hessian_is_damped_until_it_factorises():
 
 def test_a_hessian_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
-        compensated(torch.ones(2, 16), torch.full((16, 16), torch.nan), QuantScheme(weight_bits=4, activation_bits=4))
+        compensated(
+            torch.ones(2, 16),
+            torch.full((16, 16), torch.nan),
+            QuantScheme(weight_bits=4, activation_bits=4),
+        )

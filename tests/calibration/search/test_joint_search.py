@@ -33,24 +33,31 @@ class OneLinear(nn.Module):
 def planted_block():
     """Two layers of two channels under one range per position.
 
-    Channel 0 is large and all but ignored by the second layer, channel 1 small and all that it passes on: the wide range is best for
-    the first layer's own output, the clipped one for the block's.
-    """
+    Channel 0 is large and all but ignored by the second layer, channel 1 small and all that it
+    passes on: the wide range is best for the first layer's own output, the clipped one for the
+    block's."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 400, 2, generator=generator)
     x[..., 0] *= 8  # large, and useless to the second layer
     first, second = OneLinear(torch.eye(2)), OneLinear(torch.tensor([[0.001, 0.0], [0.0, 1.0]]))
     scheme = QuantScheme(weight_bits=8, activation_bits=3, group_size=-1, granularity="token")
-    candidates = [RangeCandidate(granularity="token", percentile=1.0), RangeCandidate(granularity="token", percentile=0.9)]
+    candidates = [
+        RangeCandidate(granularity="token", percentile=1.0),
+        RangeCandidate(granularity="token", percentile=0.9),
+    ]
     sites = []
     for layer, spreads in ((first, (24.0, 3.0)), (second, (24.0, 3.0))):
-        grids = [choose_qparams(torch.full((400, 1), -s), torch.full((400, 1), s), 3) for s in spreads]
+        grids = [
+            choose_qparams(torch.full((400, 1), -s), torch.full((400, 1), s), 3) for s in spreads
+        ]
         site = TrialSite(Site(("linear",)), [layer.linear], candidates, grids, [scheme, scheme])
         site.active = 0
         sites.append([site])
     entry = LayerInput(x, (), {}, None, ("planted",))
     middle = run_layer(first, [entry], [x])
-    return BlockSearch([first, second], sites, [entry], [x], [middle, run_layer(second, [entry], middle)])
+    return BlockSearch(
+        [first, second], sites, [entry], [x], [middle, run_layer(second, [entry], middle)]
+    )
 
 
 def brute_force(search):
@@ -78,10 +85,14 @@ def test_finds_the_planted_joint_optimum_that_greedy_misses():
 
 def language_block(seed, scheme, depth=2, count=8, batch_size=4):
     weight_bits, activation_bits = scheme
-    settings = CalibrationSettings(weight_bits=weight_bits, activation_bits=activation_bits, group_size=32)
+    settings = CalibrationSettings(
+        weight_bits=weight_bits, activation_bits=activation_bits, group_size=32
+    )
     model = tiny_llava(seed=seed, text_layers=depth).eval()
     segment = resolve(model)[-1]
-    data = list(batches(load_samples(tiny_messages(count, seed=seed)), tiny_processor(), batch_size))
+    data = list(
+        batches(load_samples(tiny_messages(count, seed=seed)), tiny_processor(), batch_size)
+    )
     inputs = capture_inputs(model, data, [segment.layers[0].name])[segment.layers[0].name]
     hidden = [entry.hidden for entry in inputs]
     layers = [model.get_submodule(layer.name) for layer in segment.layers]

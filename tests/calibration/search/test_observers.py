@@ -30,7 +30,10 @@ def observed(values, sizes, percentile):
 
 def assert_range(observer, values, percentile):
     for got, expected, extreme in zip(
-        observer.range(percentile), quantiles(values, percentile), (values.amin(1), values.amax(1)), strict=True
+        observer.range(percentile),
+        quantiles(values, percentile),
+        (values.amin(1), values.amax(1)),
+        strict=True,
     ):
         torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
         if percentile == 1.0:
@@ -45,7 +48,13 @@ def splits(draw, total):
     return sizes
 
 
-@given(st.data(), st.integers(1, 4), st.integers(1, 300), st.sampled_from(PERCENTILES), st.integers(0, 1000))
+@given(
+    st.data(),
+    st.integers(1, 4),
+    st.integers(1, 300),
+    st.sampled_from(PERCENTILES),
+    st.integers(0, 1000),
+)
 def test_streamed_tails_are_quantiles(data, series, n, smallest, seed):
     values = torch.randn(series, n, generator=torch.Generator().manual_seed(seed)) * 3
     if seed % 3 == 0:
@@ -58,7 +67,10 @@ def test_streamed_tails_are_quantiles(data, series, n, smallest, seed):
 def test_channel_and_token_series_of_one_input():
     """[B, T, C] seen per channel (all tokens) and per position (all samples and channels)."""
     x = torch.randn(6, 5, 7) ** 3
-    channel, token = TailObserver(count=30, percentile=0.95), TailObserver(count=42, percentile=0.95)
+    channel, token = (
+        TailObserver(count=30, percentile=0.95),
+        TailObserver(count=42, percentile=0.95),
+    )
     for part in x.split(4):
         channel.update(part.flatten(0, 1).T)
         token.update(part.transpose(0, 1).flatten(1))
@@ -89,7 +101,9 @@ def test_half_precision_values(dtype):
 
 
 def test_nothing_observed():
-    with pytest.raises(ValueError, match="no value was observed: calibration did not reach this input"):
+    with pytest.raises(
+        ValueError, match="no value was observed: calibration did not reach this input"
+    ):
         TailObserver(count=10, percentile=0.99).range(1.0)
 
 
@@ -101,7 +115,10 @@ def lp_error(x, scale, zero, bits):
 
 def grid(low, high, bits):
     """Scale and zero point of a range that holds 0, in float32 like the package."""
-    low, high = np.minimum(np.float32(low), np.float32(0)), np.maximum(np.float32(high), np.float32(0))
+    low, high = (
+        np.minimum(np.float32(low), np.float32(0)),
+        np.maximum(np.float32(high), np.float32(0)),
+    )
     scale = (high - low) / np.float32(2**bits - 1)
     return scale, np.clip(np.rint(-low / scale), 0, 2**bits - 1)
 
@@ -117,9 +134,17 @@ def test_lp_error_of_every_candidate(bits):
     for part in x.split([1, 5]):
         errors.update(part)
     expected = [
-        lp_error(values, *grid(values.min((0, 1)) * np.float32(0.8), values.max((0, 1)) * np.float32(0.8), bits), bits),
-        lp_error(values, *grid(values.min((0, 2))[:, None], values.max((0, 2))[:, None], bits), bits),
-        lp_error(values, *grid(values.min(2, keepdims=True), values.max(2, keepdims=True), bits), bits),
+        lp_error(
+            values,
+            *grid(values.min((0, 1)) * np.float32(0.8), values.max((0, 1)) * np.float32(0.8), bits),
+            bits,
+        ),
+        lp_error(
+            values, *grid(values.min((0, 2))[:, None], values.max((0, 2))[:, None], bits), bits
+        ),
+        lp_error(
+            values, *grid(values.min(2, keepdims=True), values.max(2, keepdims=True), bits), bits
+        ),
     ]
     assert errors.totals == pytest.approx(expected, rel=1e-4)
 
@@ -140,7 +165,11 @@ def test_candidate_grids(percentile, margin, bits):
     x = torch.randn(6, 5, 7) + torch.linspace(-2, 2, 7)
     low, high = quantiles(x.flatten(0, 1).T, percentile)
     scale, zero = grid((low * margin).numpy(), (high * margin).numpy(), bits)
-    got = candidate_qparams(RangeCandidate(granularity="channel", percentile=percentile, margin=margin), observers(x), bits)
+    got = candidate_qparams(
+        RangeCandidate(granularity="channel", percentile=percentile, margin=margin),
+        observers(x),
+        bits,
+    )
     assert got.bits == bits
     assert got.scale.shape == got.zero_point.shape == (7,)
     np.testing.assert_allclose(got.scale.numpy(), scale, rtol=1e-5)
@@ -148,7 +177,11 @@ def test_candidate_grids(percentile, margin, bits):
 
     low, high = quantiles(x.transpose(0, 1).flatten(1), percentile)
     scale, zero = grid((low * margin).numpy(), (high * margin).numpy(), bits)
-    got = candidate_qparams(RangeCandidate(granularity="token", percentile=percentile, margin=margin), observers(x), bits)
+    got = candidate_qparams(
+        RangeCandidate(granularity="token", percentile=percentile, margin=margin),
+        observers(x),
+        bits,
+    )
     assert got.scale.shape == got.zero_point.shape == (5, 1)  # broadcasts against [B, T, C]
     np.testing.assert_allclose(got.scale[:, 0].numpy(), scale, rtol=1e-5)
     np.testing.assert_array_equal(got.zero_point[:, 0].numpy(), zero)
@@ -159,11 +192,20 @@ def test_a_range_found_at_run_time_has_no_grid():
         assert candidate_qparams(RangeCandidate(granularity=granularity), {}, 4) is None
 
 
-@given(st.floats(-50, 50), st.floats(0.001, 3), st.sampled_from([1.0, 1.1, 1.25]), st.sampled_from([1.0, 0.95]))
+@given(
+    st.floats(-50, 50),
+    st.floats(0.001, 3),
+    st.sampled_from([1.0, 1.1, 1.25]),
+    st.sampled_from([1.0, 0.95]),
+)
 def test_every_range_includes_zero(centre, width, margin, percentile):
     x = centre + width * (torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(1)) - 0.5)
     for granularity in ("channel", "token"):
-        got = candidate_qparams(RangeCandidate(granularity=granularity, percentile=percentile, margin=margin), observers(x), 4)
+        got = candidate_qparams(
+            RangeCandidate(granularity=granularity, percentile=percentile, margin=margin),
+            observers(x),
+            4,
+        )
         assert ((got.zero_point >= 0) & (got.zero_point <= 15)).all()
         lowest, highest = -got.zero_point * got.scale, (15 - got.zero_point) * got.scale
         assert (lowest <= 0).all()

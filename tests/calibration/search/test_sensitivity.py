@@ -22,7 +22,10 @@ def calibrate(model, **options):
     fields = {"group_size": 32, "batch_size": 4, "max_block_depth": 1, "weight_rounding": "nearest", "activation_granularity": "channel",
               "equalization": False}  # fmt: skip
     report = calibrate_and_pack(
-        model, CalibrationSettings(**{**fields, **options}), load_samples(tiny_messages(8, seed=0)), tiny_processor()
+        model,
+        CalibrationSettings(**{**fields, **options}),
+        load_samples(tiny_messages(8, seed=0)),
+        tiny_processor(),
     )
     return model, report
 
@@ -39,7 +42,9 @@ def broken_model():
 
 def curve_cases():
     widths = (2, 3, 4)
-    values = st.lists(st.floats(0, 1), min_size=3, max_size=3).map(lambda v: dict(zip(widths, sorted(v, reverse=True), strict=True)))
+    values = st.lists(st.floats(0, 1), min_size=3, max_size=3).map(
+        lambda v: dict(zip(widths, sorted(v, reverse=True), strict=True))
+    )
     return st.lists(st.tuples(values, st.integers(1, 50)), min_size=1, max_size=5)
 
 
@@ -54,7 +59,10 @@ def test_the_budget_holds_and_nothing_more_would_fit(cases, budget):
     assert spent <= budget * total + 1e-9
     for name in bits:
         for wider in (3, 4):
-            assert wider <= bits[name] or spent + (wider - bits[name]) * parameters[name] > budget * total - 1e-9
+            assert (
+                wider <= bits[name]
+                or spent + (wider - bits[name]) * parameters[name] > budget * total - 1e-9
+            )
 
 
 def test_whole_budgets_are_met_exactly_and_close_to_the_best_allocation():
@@ -62,7 +70,8 @@ def test_whole_budgets_are_met_exactly_and_close_to_the_best_allocation():
     for _ in range(20):
         # convex curves, as rounding errors give: each bit a quarter
         curves = {
-            name: {b: float(s) * 4.0**-b for b in (2, 3, 4)} for name, s in zip("abcd", torch.rand(4, generator=generator), strict=True)
+            name: {b: float(s) * 4.0**-b for b in (2, 3, 4)}
+            for name, s in zip("abcd", torch.rand(4, generator=generator), strict=True)
         }
         parameters = dict.fromkeys("abcd", 10)
         bits = allocate_bits(curves, parameters, 3.0)
@@ -88,12 +97,18 @@ def test_too_small_a_budget_is_refused():
 @pytest.mark.parametrize("budget", [2.5, 3.5, 4.0, 6.0])
 def test_a_calibrated_model_keeps_to_its_budget(budget):
     model, report = calibrate(tiny_llava(), precision_budget=budget, guard=False)
-    sizes = {name: module.in_features * module.out_features for name, module in quantized_modules(model)}
-    average = sum(sizes[name] * module.scheme.weight_bits for name, module in quantized_modules(model)) / sum(sizes.values())
+    sizes = {
+        name: module.in_features * module.out_features for name, module in quantized_modules(model)
+    }
+    average = sum(
+        sizes[name] * module.scheme.weight_bits for name, module in quantized_modules(model)
+    ) / sum(sizes.values())
     assert average <= budget
     assert average == pytest.approx(report.average_weight_bits)
     largest = max(site_parameters(tiny_llava(), resolve(tiny_llava())).values())
-    assert budget - average < 2 * largest / sum(sizes.values())  # no raise of a site that matters is left over
+    assert budget - average < 2 * largest / sum(
+        sizes.values()
+    )  # no raise of a site that matters is left over
     assert len({module.scheme.weight_bits for _, module in quantized_modules(model)}) > 1
     assert {module.scheme.activation_bits for _, module in quantized_modules(model)} == {4}
 

@@ -14,7 +14,9 @@ from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 def test_equals_the_packed_module(granularity, bits):
     site, x = trial(granularity, bits)
     for linear, quantized in zip(site.linears, site.quantized_weights(), strict=True):
-        packed = QVLMLinear.from_packed(linear, site.scheme, packed_tensors(quantized, site.scheme, site.input_qparams))
+        packed = QVLMLinear.from_packed(
+            linear, site.scheme, packed_tensors(quantized, site.scheme, site.input_qparams)
+        )
         with installed([site]):
             simulated = linear(x)
         torch.testing.assert_close(simulated, packed(x), rtol=1e-5, atol=1e-5)
@@ -47,7 +49,9 @@ def test_the_shared_input_is_quantized_once(monkeypatch):
     site, x = trial("dynamic_token")
     calls = []
     original = simulation.shift_quantize
-    monkeypatch.setattr(simulation, "shift_quantize", lambda *args: (calls.append(1), original(*args))[1])
+    monkeypatch.setattr(
+        simulation, "shift_quantize", lambda *args: (calls.append(1), original(*args))[1]
+    )
     with installed([site]):
         site.linears[0](x)
         site.linears[1](x)

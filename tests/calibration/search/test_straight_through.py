@@ -18,7 +18,9 @@ def test_forward_equals_the_simulation(granularity, kind):
     with installed([site]), torch.no_grad():
         for linear, y in zip(site.linears, differentiable, strict=True):
             expected = linear(x)
-            assert (y - expected).norm() < 2e-3 * expected.norm()  # a value on the edge of two integers may fall to the other side
+            assert (
+                (y - expected).norm() < 2e-3 * expected.norm()
+            )  # a value on the edge of two integers may fall to the other side
 
 
 @pytest.mark.parametrize("granularity", ["channel", "token"])
@@ -33,11 +35,17 @@ def test_gradients_equal_finite_differences(granularity, which, monkeypatch):
         for parameter in parameters:
             parameter.sub_(0.3)  # clip, so that the ranges matter
     parameter = parameters[{"low": 0, "high": 1, "clip": 2}[which]]
-    targets = [torch.randn(3, 7, linear.out_features, generator=torch.Generator().manual_seed(2)) for linear in site.linears]
+    targets = [
+        torch.randn(3, 7, linear.out_features, generator=torch.Generator().manual_seed(2))
+        for linear in site.linears
+    ]
 
     def loss():
         with installed([differentiable]):
-            return sum((linear(x) - target).double().square().sum() for linear, target in zip(site.linears, targets, strict=True))
+            return sum(
+                (linear(x) - target).double().square().sum()
+                for linear, target in zip(site.linears, targets, strict=True)
+            )
 
     (gradient,) = torch.autograd.grad(loss(), parameter)
     assert gradient.abs().max() > 1e-2

@@ -47,12 +47,16 @@ def test_the_model_computes_the_same(options):
     before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
     paths = scale_paths(model, resolve(model))
     live = 3 if "vision_feature_layer" in options else 2
-    assert len(paths) == live * 3 + 2 * 4  # a CLIP layer: two norms and the values; a Llama layer also the product
+    assert (
+        len(paths) == live * 3 + 2 * 4
+    )  # a CLIP layer: two norms and the values; a Llama layer also the product
     equalize(model, paths, data())
     assert (logits(model) - before).abs().max() < 1e-4 * before.abs().max()
     for path in paths:
         for name in (path.source, *path.readers):
-            assert not torch.equal(model.get_submodule(name).weight, weights[f"{name}.weight"]), name
+            assert not torch.equal(model.get_submodule(name).weight, weights[f"{name}.weight"]), (
+                name
+            )
 
 
 def test_channels_become_more_alike():
@@ -60,13 +64,18 @@ def test_channels_become_more_alike():
 
     def spread(name):
         seen = []
-        handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        handle = model.get_submodule(name).register_forward_pre_hook(
+            lambda _m, args: seen.append(args[0])
+        )
         logits(model)
         handle.remove()
         rms = seen[0].flatten(0, -2).square().mean(0).sqrt()
         return float(rms.log().std())
 
-    names = [f"{LANGUAGE}.{module}" for module in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")]
+    names = [
+        f"{LANGUAGE}.{module}"
+        for module in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+    ]
     before = {name: spread(name) for name in names}
     equalize(model, scale_paths(model, resolve(model)), data())
     assert all(spread(name) < 0.8 * before[name] for name in names)
@@ -77,16 +86,29 @@ def test_silent_channels_and_unreached_paths_stay_as_they_are():
     with torch.no_grad():
         model.get_submodule(f"{LANGUAGE}.input_layernorm").weight[3] = 0.0
         model.get_submodule(f"{LANGUAGE}.mlp.down_proj").weight[:, 5] = 0.0
-    text = [{"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}]}]
+    text = [
+        {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}]}
+    ]
     vision = {name: p.clone() for name, p in model.named_parameters() if "vision" in name}
-    equalize(model, scale_paths(model, resolve(model)), list(batches(load_samples(text), tiny_processor(), 1)))
-    assert all(torch.equal(p, vision[name]) for name, p in model.named_parameters() if name in vision)
+    equalize(
+        model,
+        scale_paths(model, resolve(model)),
+        list(batches(load_samples(text), tiny_processor(), 1)),
+    )
+    assert all(
+        torch.equal(p, vision[name]) for name, p in model.named_parameters() if name in vision
+    )
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_excluded_and_transformed_sites_have_no_path():
     model = tiny_llava()
-    sources = [path.source for path in scale_paths(model, resolve(model, modules_to_not_convert=["mlp.down_proj", "vision_tower"]))]
+    sources = [
+        path.source
+        for path in scale_paths(
+            model, resolve(model, modules_to_not_convert=["mlp.down_proj", "vision_tower"])
+        )
+    ]
     assert not any("vision" in source or source.endswith("up_proj") for source in sources)
     rotated = [path.source for path in scale_paths(model, resolve(model, rotated=True))]
     assert not any(source.endswith(("up_proj", "layer_norm1")) for source in rotated)
@@ -105,19 +127,29 @@ def test_a_calibration_that_fails_leaves_the_model_alone(monkeypatch):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     monkeypatch.setattr("qvlm_hf.quantize._search", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        calibrate_and_pack(model, CalibrationSettings(batch_size=2, guard=False), load_samples(tiny_messages(4)), tiny_processor())
+        calibrate_and_pack(
+            model,
+            CalibrationSettings(batch_size=2, guard=False),
+            load_samples(tiny_messages(4)),
+            tiny_processor(),
+        )
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_an_interrupted_self_check_leaves_the_model_alone(monkeypatch):
     model = uneven_model()
-    before, kinds = {name: p.clone() for name, p in model.named_parameters()}, [type(module) for module in model.modules()]
+    before, kinds = (
+        {name: p.clone() for name, p in model.named_parameters()},
+        [type(module) for module in model.modules()],
+    )
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qvlm_hf.quantize.compare_answers", interrupted)
-    settings = CalibrationSettings(batch_size=2, guard=False, max_block_depth=1, token_importance=False)
+    settings = CalibrationSettings(
+        batch_size=2, guard=False, max_block_depth=1, token_importance=False
+    )
     with pytest.raises(KeyboardInterrupt):
         calibrate_and_pack(model, settings, load_samples(tiny_messages(4)), tiny_processor())
     assert [type(module) for module in model.modules()] == kinds

@@ -24,7 +24,10 @@ MODELS = {
     "tied": {"tie_word_embeddings": True},
     "grouped queries": {"key_value_heads": 2},
     "no power of two": {"text_hidden_size": 96, "vision_hidden_size": 48},
-    "odd head": {"text_hidden_size": 56, "vision_hidden_size": 36},  # heads of 14 and 9: little or nothing to fold
+    "odd head": {
+        "text_hidden_size": 56,
+        "vision_hidden_size": 36,
+    },  # heads of 14 and 9: little or nothing to fold
     "several vision layers": {"vision_feature_layer": [-2, -1]},
 }
 
@@ -37,14 +40,21 @@ def test_logits_stay_within_1e_4(options):
     rotate(model, rotation_plan(model), seed=3)
     after = logits(model)
     assert (after - before).abs().max() < 1e-4
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, weights.get(name, parameter))}
+    changed = {
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter, weights.get(name, parameter))
+    }
     assert "model.language_model.embed_tokens.weight" in changed
     for layer in range(2):
         for module in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
             assert f"model.language_model.layers.{layer}.{module}.weight" in changed
     assert "model.multi_modal_projector.linear_2.bias" in changed
     for name, module in model.named_modules():
-        if name.endswith(("layernorm", "layer_norm1", "layer_norm2", "language_model.norm")) and "post_layernorm" not in name:
+        if (
+            name.endswith(("layernorm", "layer_norm1", "layer_norm2", "language_model.norm"))
+            and "post_layernorm" not in name
+        ):
             assert torch.equal(module.weight, torch.ones_like(module.weight)), name
             assert getattr(module, "bias", None) is None or not module.bias.any(), name
 
@@ -53,7 +63,9 @@ def test_tied_embeddings_become_two_tensors():
     model = tiny_llava(tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     rotate(model, rotation_plan(model), seed=0)
-    assert model.lm_head.weight.data_ptr() != model.model.language_model.embed_tokens.weight.data_ptr()
+    assert (
+        model.lm_head.weight.data_ptr() != model.model.language_model.embed_tokens.weight.data_ptr()
+    )
     assert not model.config.tie_word_embeddings
     assert not model.config.text_config.tie_word_embeddings
 
@@ -79,7 +91,9 @@ def test_an_outlier_channel_disappears_from_every_input_it_reached():
 
     def peak():
         seen = []
-        handle = model.model.language_model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+        handle = model.model.language_model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+            lambda _module, args: seen.append(args[0])
+        )
         with torch.no_grad():
             model(**batch.inputs)
         handle.remove()
@@ -121,8 +135,17 @@ def test_a_norm_bias_needs_a_reader_with_a_bias():
 def test_which_sites_get_an_online_transform():
     model = tiny_llava()
     plain, rotated = resolve(model), resolve(model, rotated=True)
-    assert {site.hadamard for segment in plain for layer in segment.layers for site in layer.sites} == {None}
-    blocks = {site.name: site.hadamard for segment in rotated for layer in segment.layers for site in layer.sites}
+    assert {
+        site.hadamard for segment in plain for layer in segment.layers for site in layer.sites
+    } == {None}
+    blocks = {
+        site.name: site.hadamard
+        for segment in rotated
+        for layer in segment.layers
+        for site in layer.sites
+    }
     assert blocks["model.language_model.layers.0.mlp.down_proj"] == 8  # 104 = 8 * 13
-    assert blocks["model.language_model.layers.0.self_attn.q_proj"] is None  # the residual stream itself is rotated
+    assert (
+        blocks["model.language_model.layers.0.self_attn.q_proj"] is None
+    )  # the residual stream itself is rotated
     assert type(model.get_submodule("model.language_model.layers.0.mlp.down_proj")) is nn.Linear

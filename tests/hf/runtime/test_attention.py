@@ -28,12 +28,16 @@ def attention_module(groups=1):
     return module
 
 
-@pytest.mark.parametrize("sizes", [{"tokens": 3}, {"tokens": 3, "kv_heads": 2}, {"dtype": torch.float32, "tokens": 2}])
+@pytest.mark.parametrize(
+    "sizes", [{"tokens": 3}, {"tokens": 3, "kv_heads": 2}, {"dtype": torch.float32, "tokens": 2}]
+)
 def test_several_tokens_are_left_to_transformers(sizes):
     query, key, value = tensors(**sizes)
     module = attention_module(query.shape[1] // key.shape[1])
     ours, _ = attend(module, query, key, value, None, scaling=0.25, is_causal=True)
-    theirs, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.25, is_causal=True)
+    theirs, _ = sdpa_attention_forward(
+        module, query, key, value, None, scaling=0.25, is_causal=True
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -59,20 +63,30 @@ def test_one_token_equals_that_of_transformers(mask, dtype):
     argument = {None: None, "boolean": allowed, "additive": additive}[mask]
     with torch.no_grad():
         ours, weights = attend(attention_module(2), query, key, value, argument, scaling=0.3)
-    theirs, _ = sdpa_attention_forward(attention_module(2), query, key, value, argument, scaling=0.3)
+    theirs, _ = sdpa_attention_forward(
+        attention_module(2), query, key, value, argument, scaling=0.3
+    )
     assert weights is None
     assert ours.shape == (2, 1, 4, 32)
-    torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+    )
 
 
 def test_the_default_of_quantized_language_models_and_of_nothing_else(tmp_path):
     tiny_llava().save_pretrained(tmp_path / "full")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "full", quantization_config=QVLMConfig(**ROUNDED))
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "full", quantization_config=QVLMConfig(**ROUNDED)
+    )
     assert model.config.text_config._attn_implementation == ATTENTION
     assert model.config.vision_config._attn_implementation == "sdpa"
     model.save_pretrained(tmp_path / "quantized")
     assert ATTENTION not in {
-        value for key, value in json.loads((tmp_path / "quantized" / "config.json").read_text())["text_config"].items() if "attn" in key
+        value
+        for key, value in json.loads((tmp_path / "quantized" / "config.json").read_text())[
+            "text_config"
+        ].items()
+        if "attn" in key
     }
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "quantized")
     assert loaded.config.text_config._attn_implementation == ATTENTION
@@ -95,8 +109,12 @@ def test_a_dequantized_model_attends_as_any_other(tmp_path):
 @pytest.mark.parametrize("asked", ["eager", "sdpa", {"text_config": "eager"}])
 def test_what_the_user_asks_for_stays(tmp_path, asked):
     tiny_llava().save_pretrained(tmp_path)
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=QVLMConfig(**ROUNDED), attn_implementation=asked)
-    assert model.config.text_config._attn_implementation == (asked if isinstance(asked, str) else asked["text_config"])
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, quantization_config=QVLMConfig(**ROUNDED), attn_implementation=asked
+    )
+    assert model.config.text_config._attn_implementation == (
+        asked if isinstance(asked, str) else asked["text_config"]
+    )
 
 
 @pytest.fixture
@@ -115,7 +133,9 @@ def kernel_only(monkeypatch):
 def wide(directory, kv_heads, dtype=torch.float32):
     """Heads of 32, the smallest of the kernel."""
     tiny_llava(text_hidden_size=128, key_value_heads=kv_heads).save_pretrained(directory)
-    return AutoModelForImageTextToText.from_pretrained(directory, quantization_config=QVLMConfig(**ROUNDED), dtype=dtype)
+    return AutoModelForImageTextToText.from_pretrained(
+        directory, quantization_config=QVLMConfig(**ROUNDED), dtype=dtype
+    )
 
 
 BATCH = {  # left-padded: the second question is shorter
@@ -128,13 +148,21 @@ BATCH = {  # left-padded: the second question is shorter
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_the_same_text_as_with_sdpa(tmp_path, kv_heads, cache, kernel_only):
     model = wide(tmp_path, kv_heads)
-    options = {"max_new_tokens": 12, "do_sample": False, "disable_compile": True, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "disable_compile": True,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     ours = model.generate(**BATCH, cache_implementation=cache, **options)
     model.set_attn_implementation({"text_config": "sdpa"})
     theirs = model.generate(**BATCH, cache_implementation=cache, **options)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert ours.sequences.shape[1] > 10
-    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        torch.stack(ours.logits), torch.stack(theirs.logits), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -152,7 +180,12 @@ def test_compiled_without_a_break_the_same_text_by_the_kernel(tmp_path, dtype, k
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_by_the_default_compiler_too(tmp_path, kv_heads, kernel_only):
     model = wide(tmp_path, kv_heads)
-    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "disable_compile": True,
+    }
     expected = model.generate(**BATCH, **options)
     torch._dynamo.reset()
     model.forward = torch.compile(model.forward, fullgraph=True)

@@ -24,7 +24,11 @@ KINDS = ("rounded", "dynamic", "searched", "rotated", "paper")
 
 def state(model):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    schemes = {name: (module.scheme, list(module._parameters)) for name, module in model.named_modules() if isinstance(module, QVLMLinear)}
+    schemes = {
+        name: (module.scheme, list(module._parameters))
+        for name, module in model.named_modules()
+        if isinstance(module, QVLMLinear)
+    }
     return {name: (id(t), t.data_ptr(), t.dtype) for name, t in tensors.items()}, schemes
 
 
@@ -50,7 +54,9 @@ def test_inputs_are_not_rounded_meanwhile(saved, processor, monkeypatch, kind):
     hook.remove()
     full = model.dequantize()
     with torch.no_grad():
-        torch.testing.assert_close(seen[0][:, -1], full(**inputs).logits[:, -1], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            seen[0][:, -1], full(**inputs).logits[:, -1], rtol=1e-3, atol=1e-3
+        )
 
 
 def forget(monkeypatch):
@@ -77,11 +83,15 @@ def test_an_attention_that_forgets_is_found(saved, processor, monkeypatch):
 
 
 def config(processor):
-    return QVLMConfig(scheme="W4A4", dataset=tiny_messages(4), processor=processor, num_samples=4, batch_size=4)
+    return QVLMConfig(
+        scheme="W4A4", dataset=tiny_messages(4), processor=processor, num_samples=4, batch_size=4
+    )
 
 
 def quantize(source, processor):
-    return AutoModelForImageTextToText.from_pretrained(source, quantization_config=config(processor))
+    return AutoModelForImageTextToText.from_pretrained(
+        source, quantization_config=config(processor)
+    )
 
 
 def test_calibration_records_the_check(source, processor):
@@ -121,7 +131,9 @@ def test_what_fails_without_our_parts_is_an_error(source, processor, monkeypatch
         quantize(source, processor)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("not enough memory")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("not enough memory")]
+)
 def test_a_check_that_cannot_run_loses_nothing(source, processor, monkeypatch, error):
     def fails(*_):
         raise error

@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
-from qvlm_hf.hf.runtime import fusion
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicLayer
@@ -18,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import qvlm_hf
 from qvlm_hf import QVLMConfig
+from qvlm_hf.hf.runtime import fusion
 from qvlm_hf.hf.runtime.fusion import FusedLlamaRMSNorm, fuse, leave_to_transformers, unfuse
 from qvlm_hf.hf.runtime.growing_cache import GrowingLayer
 from qvlm_hf.nn.report import format_precision_table
@@ -34,7 +34,9 @@ def directory(tmp_path_factory):
 
 def quantized(directory, dtype=torch.float32, **options):
     config = QVLMConfig(scheme="W4A8", activation_granularity="dynamic_token")
-    return AutoModelForImageTextToText.from_pretrained(directory, quantization_config=config, dtype=dtype, **options)
+    return AutoModelForImageTextToText.from_pretrained(
+        directory, quantization_config=config, dtype=dtype, **options
+    )
 
 
 def norms(model):
@@ -43,7 +45,9 @@ def norms(model):
 
 def cache_layers(model):
     """The classes of a cache's layers after a token was decoded."""
-    found = model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    found = model.generate(
+        input_ids=IDS, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+    )
     cache = found["cache"] if "cache" in found else found["past_key_values"]
     return {type(layer) for layer in cache.layers}
 
@@ -193,7 +197,9 @@ def renamed_attention(monkeypatch):
     layer, attention = LlamaDecoderLayer.forward, LlamaAttention.forward
     name = "cache" if "cache" in inspect.signature(attention).parameters else "past_key_values"
 
-    def attention_forward(self, hidden_states, position_embeddings=None, attention_mask=None, memory=None, **kwargs):
+    def attention_forward(
+        self, hidden_states, position_embeddings=None, attention_mask=None, memory=None, **kwargs
+    ):
         kwargs = {"position_embeddings": position_embeddings, name: memory} | kwargs
         return attention(self, hidden_states, attention_mask=attention_mask, **kwargs)
 
@@ -379,7 +385,9 @@ SCORES = [soft_cap, window, sink, beyond, one_dtype]
 
 
 @pytest.mark.parametrize("change", SCORES)
-def test_attention_that_differs_in_some_inputs_is_left_to_transformers(directory, monkeypatch, change):
+def test_attention_that_differs_in_some_inputs_is_left_to_transformers(
+    directory, monkeypatch, change
+):
     def attend(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **kwargs):
         scores = change(attention_weights(module, query, key, attention_mask, scaling))
         weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
@@ -388,7 +396,9 @@ def test_attention_that_differs_in_some_inputs_is_left_to_transformers(directory
 
     with monkeypatch.context() as patch:
         patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
-        with pytest.warns(UserWarning, match="attention of one token .sdpa computes something else"):
+        with pytest.warns(
+            UserWarning, match="attention of one token .sdpa computes something else"
+        ):
             model = quantized(directory, torch.bfloat16)
         assert model.config.text_config._attn_implementation == "sdpa"
         change = lambda scores: scores  # noqa: E731 - the same function, and nothing changed
@@ -407,7 +417,9 @@ CACHES = [cut, narrow]
 
 
 @pytest.mark.parametrize("change", CACHES)
-def test_a_cache_that_differs_in_some_inputs_is_left_to_transformers(directory, monkeypatch, change):
+def test_a_cache_that_differs_in_some_inputs_is_left_to_transformers(
+    directory, monkeypatch, change
+):
     update = DynamicLayer.update
 
     def changed(self, key_states, value_states, *args, **kwargs):
@@ -423,7 +435,9 @@ def test_a_cache_that_differs_in_some_inputs_is_left_to_transformers(directory, 
 
 def test_what_is_passed_to_attention_and_not_known_goes_to_sdpa(directory, monkeypatch):
     calls, own = [], qvlm_hf.hf.runtime.attention.decode_attention
-    monkeypatch.setattr("qvlm_hf.hf.runtime.attention.decode_attention", lambda *args: calls.append(1) or own(*args))
+    monkeypatch.setattr(
+        "qvlm_hf.hf.runtime.attention.decode_attention", lambda *args: calls.append(1) or own(*args)
+    )
     model = quantized(directory)
     expected = text(model)
     layers = model.config.text_config.num_hidden_layers
@@ -448,7 +462,9 @@ def test_probing_a_large_model_is_quick():
     for name in ("_same_norm", "_same_attention"):
         own = getattr(fusion, name)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fusion, name, lambda *args, own=own: calls.append(own.__name__) or own(*args))
+            patch.setattr(
+                fusion, name, lambda *args, own=own: calls.append(own.__name__) or own(*args)
+            )
             assert fusion._unknown_norm(decoder, LlamaRMSNorm, FusedLlamaRMSNorm) is None
             assert fusion._unknown_attention(decoder) is None
     assert sorted(calls) == ["_same_attention", "_same_norm"]  # once, of 65 norms and 32 attentions

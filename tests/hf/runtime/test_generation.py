@@ -79,7 +79,9 @@ def prompts(processor, pictures, words=("what colour", "how many there", "what")
         texts.append(processor.apply_chat_template(chat, add_generation_prompt=True))
         images.append([picture(10 * row + place) for place in range(count)])
     pictured = {"images": images} if any(images) else {}
-    found = processor(text=texts, **pictured, padding=True, padding_side="left", return_tensors="pt")
+    found = processor(
+        text=texts, **pictured, padding=True, padding_side="left", return_tensors="pt"
+    )
     return dict(found)
 
 
@@ -196,7 +198,9 @@ def test_the_reference_backend_generates_the_same(pair):
 
 def test_lora_trains_a_step_and_generates(pair):
     model, _, processor = pair
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    )
     inputs = prompts(processor, [1, 1])
     optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     before = answer(adapted, inputs)
@@ -221,6 +225,11 @@ def test_a_quantized_cache(pair, backend, bits):
     inputs = prompts(processor, [1, 1])
     options = {
         "cache_implementation": "quantized",
-        "cache_config": {"backend": backend, "nbits": bits, "q_group_size": 16, "residual_length": 8},
+        "cache_config": {
+            "backend": backend,
+            "nbits": bits,
+            "q_group_size": 16,
+            "residual_length": 8,
+        },
     }
     assert torch.equal(answer(model, inputs, **options), answer(plain, inputs, **options))

@@ -70,7 +70,10 @@ CHANGES = {
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from([*CHANGES, "append 1", "append 1", "append 9"]), max_size=25), st.booleans())
+@given(
+    st.lists(st.sampled_from([*CHANGES, "append 1", "append 1", "append 9"]), max_size=25),
+    st.booleans(),
+)
 def test_whatever_happens_it_holds_what_transformers_holds(names, inference):
     ours, theirs = filled(ours=True), filled(ours=False)
     held = []
@@ -85,8 +88,12 @@ def test_whatever_happens_it_holds_what_transformers_holds(names, inference):
                         held.clear()  # what is written to on purpose may change
                     CHANGES[name](cache.layers[0])
             assert_equal(ours, theirs)
-            held.append((ours.layers[0].keys.view_as(ours.layers[0].keys), ours.layers[0].keys.clone()))
-        assert all(torch.equal(now, then) for now, then in held), "a tensor that was handed out has changed"
+            held.append(
+                (ours.layers[0].keys.view_as(ours.layers[0].keys), ours.layers[0].keys.clone())
+            )
+        assert all(torch.equal(now, then) for now, then in held), (
+            "a tensor that was handed out has changed"
+        )
 
 
 def test_nothing_is_copied_while_there_is_room():
@@ -111,7 +118,9 @@ def shallow(cache):
     return other
 
 
-@pytest.mark.parametrize("fork", [shallow, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize(
+    "fork", [shallow, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
+)
 def test_two_copies_go_their_own_ways(fork):
     ours, theirs = filled(ours=True), filled(ours=False)
     pairs = ((ours, theirs), (fork(ours), copy.deepcopy(theirs)))
@@ -135,7 +144,12 @@ def test_a_pickled_cache_is_written_to_where_it_lies():
 
 def test_tensors_of_inference_mode_can_be_continued_outside():
     ours, theirs = DynamicCache(), DynamicCache()
-    for mode, tokens in ((torch.inference_mode, 9), (torch.inference_mode, 1), (torch.no_grad, 1), (torch.inference_mode, 1)):
+    for mode, tokens in (
+        (torch.inference_mode, 9),
+        (torch.inference_mode, 1),
+        (torch.no_grad, 1),
+        (torch.inference_mode, 1),
+    ):
         new = states(tokens)
         with mode():
             append(ours, new, ours=True)
@@ -265,12 +279,16 @@ def test_generate_gives_the_same_text(model, monkeypatch, options):
 
     def text():
         torch.manual_seed(0)
-        return model.generate(input_ids=ids, max_new_tokens=40, eos_token_id=None, **{"do_sample": False} | options)
+        return model.generate(
+            input_ids=ids, max_new_tokens=40, eos_token_id=None, **{"do_sample": False} | options
+        )
 
     written = []
     with monkeypatch.context() as patched:
         appended = growing_cache._appended
-        patched.setattr(growing_cache, "_appended", lambda *args: written.append(1) or appended(*args))
+        patched.setattr(
+            growing_cache, "_appended", lambda *args: written.append(1) or appended(*args)
+        )
         grown = text()
     monkeypatch.setattr(GrowingLayer, "update", DynamicLayer.update)
     assert torch.equal(text(), grown)
@@ -280,20 +298,29 @@ def test_generate_gives_the_same_text(model, monkeypatch, options):
 def test_one_prefix_for_several_questions(model):
     """The usual way to reuse a prompt: copies of a filled cache."""
     with torch.no_grad():
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        name = (
+            "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        )
         prefix = model(input_ids=IDS[:1, :5], use_cache=True)[name]
         tails = (IDS[:1, 5:], IDS[1:, 5:])
-        answers = [model(input_ids=tail, **{name: copy.deepcopy(prefix)}, use_cache=True).logits for tail in tails]
+        answers = [
+            model(input_ids=tail, **{name: copy.deepcopy(prefix)}, use_cache=True).logits
+            for tail in tails
+        ]
         assert prefix.get_seq_length() == 5
         for tail, answer in zip(tails, answers, strict=True):
-            whole = model(input_ids=torch.cat((IDS[:1, :5], tail), 1), use_cache=False).logits[:, 5:]
+            whole = model(input_ids=torch.cat((IDS[:1, :5], tail), 1), use_cache=False).logits[
+                :, 5:
+            ]
             torch.testing.assert_close(answer, whole, rtol=1e-3, atol=1e-3)
 
 
 def test_compilers_see_an_ordinary_cache(model):
     """Export takes a new cache, and fullgraph compilation one that has grown in place."""
     language = model.model.language_model
-    name = "cache" if "cache" in inspect.signature(language.forward).parameters else "past_key_values"
+    name = (
+        "cache" if "cache" in inspect.signature(language.forward).parameters else "past_key_values"
+    )
     with torch.no_grad():
         cache = language(IDS[:1], use_cache=True)[name]
         language(IDS[:1, :1], **{name: cache})

@@ -17,7 +17,10 @@ OVERFLOW = r"a value left the range of torch.{}"
 
 def quantized(*, dtype=torch.float32, **options):
     model = tiny_llava(dtype=dtype)
-    quantize_model(model, {"scheme": "W4A8", "activation_granularity": "dynamic_token", "group_size": 32} | options)
+    quantize_model(
+        model,
+        {"scheme": "W4A8", "activation_granularity": "dynamic_token", "group_size": 32} | options,
+    )
     return model
 
 
@@ -57,7 +60,9 @@ def test_pixels_that_are_no_numbers_are_refused(model, inputs, value):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_embeddings_that_are_no_numbers_are_refused(model, inputs, value):
-    embeddings = spoiled(model.get_input_embeddings()(inputs["input_ids"]).detach(), value, 0, -1, 5)
+    embeddings = spoiled(
+        model.get_input_embeddings()(inputs["input_ids"]).detach(), value, 0, -1, 5
+    )
     mask = inputs["attention_mask"]
     message = r"^inputs_embeds hold NaN or infinity: check what computes them\.$"
     with torch.no_grad():
@@ -68,25 +73,47 @@ def test_embeddings_that_are_no_numbers_are_refused(model, inputs, value):
 def test_what_overflows_in_the_vision_encoder_is_refused(model, inputs):
     pixels = spoiled(inputs["pixel_values"], 3e38, 0)  # finite, and a sum of them is not
     assert not logits(tiny_llava(), inputs, pixel_values=pixels)[0, -1].isfinite().all()
-    refused("^the picture features hold NaN or infinity: " + OVERFLOW.format("float32"), logits, model, inputs, pixel_values=pixels)
+    refused(
+        "^the picture features hold NaN or infinity: " + OVERFLOW.format("float32"),
+        logits,
+        model,
+        inputs,
+        pixel_values=pixels,
+    )
 
 
 @pytest.mark.parametrize("head", [None, 8])
 def test_what_overflows_in_float16_is_refused_with_the_remedy(inputs, head):
-    model, plain = quantized(dtype=torch.float16, lm_head_bits=head), tiny_llava(dtype=torch.float16)
+    model, plain = (
+        quantized(dtype=torch.float16, lm_head_bits=head),
+        tiny_llava(dtype=torch.float16),
+    )
     inputs = inputs | {"pixel_values": inputs["pixel_values"].half()}
     assert logits(model, inputs).isfinite().all()
     for one in (model, plain):
         with torch.no_grad():
             one.model.language_model.embed_tokens.weight[inputs["input_ids"][0, -3]] = 6e4
-            one.model.language_model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, y: y + 3e4)
+            one.model.language_model.layers[0].mlp.down_proj.register_forward_hook(
+                lambda module, args, y: y + 3e4
+            )
     assert logits(plain, inputs)[0, -1].isnan().all()
     remedy = r" \(load the model in bfloat16 or float32\)"
-    refused("^the language model's hidden states hold NaN or infinity: " + OVERFLOW.format("float16") + remedy, logits, model, inputs)
+    refused(
+        "^the language model's hidden states hold NaN or infinity: "
+        + OVERFLOW.format("float16")
+        + remedy,
+        logits,
+        model,
+        inputs,
+    )
 
 
 def to_infinity(module, args, output):
-    return tuple(part * torch.inf for part in output) if isinstance(output, tuple) else output * torch.inf
+    return (
+        tuple(part * torch.inf for part in output)
+        if isinstance(output, tuple)
+        else output * torch.inf
+    )
 
 
 @pytest.mark.parametrize("head", [None, 8])
@@ -107,7 +134,9 @@ def test_padding_may_hold_anything(model, inputs):
     mask[0, :2] = 0
     for spoil in (mask, 1 - mask):
         norm = model.model.language_model.norm
-        handle = norm.register_forward_hook(lambda module, args, y, at=spoil: torch.where(at[..., None].bool(), y, torch.nan))
+        handle = norm.register_forward_hook(
+            lambda module, args, y, at=spoil: torch.where(at[..., None].bool(), y, torch.nan)
+        )
         try:
             with torch.no_grad():
                 if spoil is mask:
@@ -115,7 +144,11 @@ def test_padding_may_hold_anything(model, inputs):
                     assert hidden[0, :2].isnan().all()
                     assert hidden[mask.bool()].isfinite().all()
                 else:
-                    refused("^the language model's hidden", model.model, **(inputs | {"attention_mask": mask}))
+                    refused(
+                        "^the language model's hidden",
+                        model.model,
+                        **(inputs | {"attention_mask": mask}),
+                    )
         finally:
             handle.remove()
 
@@ -144,7 +177,9 @@ def test_a_part_is_neither_saved_nor_dequantized_alone(model, tmp_path, part):
     for whole in (model, copy.deepcopy(model)):
         module = whole.model if part is None else getattr(whole.model, part)
         for method in ("save_pretrained", "push_to_hub", "dequantize"):
-            message = rf"^a part of a quantized model has no {method}\(\): call it on the whole model\.$"
+            message = (
+                rf"^a part of a quantized model has no {method}\(\): call it on the whole model\.$"
+            )
             refused(message, getattr(module, method), str(tmp_path / "part"))
     assert not list(tmp_path.iterdir())
 
@@ -154,13 +189,17 @@ def test_a_part_in_full_precision_is_saved(tmp_path, inputs):
     model.model.vision_tower.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(again(inputs["pixel_values"])[0], model.model.vision_tower(inputs["pixel_values"])[0])
+        assert torch.equal(
+            again(inputs["pixel_values"])[0], model.model.vision_tower(inputs["pixel_values"])[0]
+        )
 
 
 def test_a_quantized_head_keeps_its_vocabulary(inputs, tmp_path):
     model = quantized(lm_head_bits=8)
     embeddings = model.get_input_embeddings()
-    message = "^resize_token_embeddings cannot resize the quantized output head: call model.dequantize"
+    message = (
+        "^resize_token_embeddings cannot resize the quantized output head: call model.dequantize"
+    )
     for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         refused(message, one.resize_token_embeddings, 140)
         refused(message, one.resize_token_embeddings, pad_to_multiple_of=100)
@@ -182,7 +221,13 @@ def test_a_quantized_head_keeps_its_vocabulary(inputs, tmp_path):
 def test_dequantizing_takes_all_of_it_away(inputs, tmp_path):
     model = quantized(lm_head_bits=8)
     twin = pickle.loads(pickle.dumps(model))
-    refused("^pixel_values hold NaN", logits, twin, inputs, pixel_values=inputs["pixel_values"] * torch.nan)
+    refused(
+        "^pixel_values hold NaN",
+        logits,
+        twin,
+        inputs,
+        pixel_values=inputs["pixel_values"] * torch.nan,
+    )
     model.dequantize()
     ours = [
         hook
