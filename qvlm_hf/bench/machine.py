@@ -103,9 +103,8 @@ def measure_limits(device: torch.device, *, size: int | None = None) -> Limits:
         product = torch._int_mm if name == _INT8 else functional.linear
         b = b.T if name == _INT8 else b
         try:
-            operations[name] = (
-                2 * side**3 / _best(lambda a=a, b=b, product=product: product(a, b), clock)
-            )  # type: ignore[misc]
+            seconds = _best(partial(product, a, b), clock)
+            operations[name] = 2 * side**3 / seconds
         except (RuntimeError, NotImplementedError):
             continue
     return Limits(

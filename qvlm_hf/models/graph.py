@@ -301,9 +301,8 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     config: Any = model.config
     family, projector, encoder, decoder = _rows(config)
     vision = [f"{family.vision_layers}.{i}" for i in range(len(_get(model, family.vision_layers)))]  # type: ignore[arg-type]
-    language = [
-        f"{family.language_layers}.{i}" for i in range(len(_get(model, family.language_layers)))
-    ]  # type: ignore[arg-type]
+    count = len(_get(model, family.language_layers))  # type: ignore[arg-type]
+    language = [f"{family.language_layers}.{i}" for i in range(count)]
     norms: dict[str, tuple[str, ...]] = {family.final_norm: (family.head,)}
     values = []
     for names, kind, part in (

@@ -179,13 +179,10 @@ def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:
         sites: names of modules that read the same tensor.
     """
     for names in sites:
-        modules = [model.get_submodule(name) for name in names]
-        if (
-            len(modules) > 1
-            and all(isinstance(module, QVLMLinear) for module in modules)
-            and _agree(modules)
-        ):  # type: ignore[arg-type]
-            Siblings(modules)  # type: ignore[arg-type]
+        found = [model.get_submodule(name) for name in names]
+        modules = [module for module in found if isinstance(module, QVLMLinear)]
+        if len(found) == len(modules) > 1 and _agree(modules):
+            Siblings(modules)
 
 
 def _agree(modules: Sequence[QVLMLinear]) -> bool:
