@@ -217,7 +217,7 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         modules = _pack_head(model, settings)
         for segment in segments:
             for site in (site for layer in segment.layers for site in layer.sites):
-                scheme = settings.scheme(
+                scheme = settings.module_scheme(
                     settings.start_granularity(segment.component), site.hadamard
                 )
                 modules |= {name: _round(model, name, scheme) for name in site.modules}

@@ -3,6 +3,8 @@
 import argparse
 import copy
 from collections.abc import Mapping
+from dataclasses import Field
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from qvlm_hf.models.graph import shared_inputs
 
 __all__ = [
     "METHODS",
+    "add_field_arguments",
     "add_scheme_arguments",
     "check_fits",
     "load_model",
@@ -33,10 +36,14 @@ __all__ = [
     "load_with_processor",
     "make_config",
     "read_config",
+    "search_options",
     "silence",
 ]
 
 METHODS = ("qvlm", "rtn")
+_FLAGS: dict[str, Field[Any]] = {
+    each.name: each for each in fields_of(QVLMConfig) if each.metadata["flag"]
+}
 # What a processor is loaded from: one file of each row, the first in new directories.
 _PROCESSOR_FILES = (
     ("processor_config.json", "preprocessor_config.json"),
@@ -44,28 +51,43 @@ _PROCESSOR_FILES = (
 )
 
 
+def search_options() -> list[str]:
+    """The fields that only the search on samples uses; the command line gives None or False."""
+    return [name for name, each in _FLAGS.items() if each.metadata["flag"].search]
+
+
+def add_field_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Declares the options of fields of `QVLMConfig`; what only the search uses has no default."""
+    for name in names:
+        each, flag = _FLAGS[name], _FLAGS[name].metadata["flag"]
+        word, text = f"--{name.replace('_', '-')}", flag.help
+        if isinstance(each.default, bool):
+            parser.add_argument(word, action="store_true", help=text)
+            continue
+        if each.default is not None:
+            text += f" (default: {each.default})"
+        several: dict[str, Any] = {"nargs": "*"} if name == "modules_to_not_convert" else {}
+        parser.add_argument(
+            word,
+            default=None if flag.search else each.default,
+            type=next((kind for kind in (int, float) if kind.__name__ in str(each.type)), str),
+            metavar=flag.metavar,
+            choices=flag.choices or None,
+            help=text,
+            **several,
+        )
+
+
 def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say how to quantize."""
-    parser.add_argument(
-        "--scheme",
-        default="W4A4",
-        help="bits of weights and activations, W{2-8}A{3-8,16} (default: W4A4)",
-    )
+    add_field_arguments(parser, "scheme")
     parser.add_argument(
         "--method",
         choices=METHODS,
         default="qvlm",
         help="qvlm: the search; rtn: plain rounding, no data (default: qvlm)",
     )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        default=128,
-        metavar="N",
-        help="inputs per weight scale, -1: whole row (default: 128)",
-    )
-    parser.add_argument("--symmetric", action="store_true", help="weights without zero points")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
+    add_field_arguments(parser, "group_size", "symmetric", "seed")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier result in the output directory"
     )

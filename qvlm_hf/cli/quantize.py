@@ -5,7 +5,14 @@ import shlex
 
 from huggingface_hub import HfApi
 
-from qvlm_hf.cli.models import add_scheme_arguments, load_model, load_processor, make_config
+from qvlm_hf.cli.models import (
+    add_field_arguments,
+    add_scheme_arguments,
+    load_model,
+    load_processor,
+    make_config,
+    search_options,
+)
 from qvlm_hf.cli.publish import describe
 from qvlm_hf.cli.story import story
 from qvlm_hf.hf.publishing import publish_folder
@@ -14,47 +21,23 @@ from qvlm_hf.hub.publish import check_target
 
 __all__ = ["add_arguments", "run"]
 
-# Options that only the search on calibration samples uses; not given: None or False.
-_SEARCH = ("dataset", "num_samples", "batch_size", "max_block_depth", "precision_budget", "strict")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument(
         "model", metavar="MODEL", help="directory or Hub id of the full-precision model"
     )
-    parser.add_argument(
-        "--dataset",
-        metavar="F",
-        help="calibration samples: .jsonl, .json, ScienceQA folder or Hub id",
-    )
+    add_field_arguments(parser, "dataset")
     parser.add_argument("--output", required=True, metavar="DIR", help="where to save the result")
     add_scheme_arguments(parser)
-    parser.add_argument(
-        "--num-samples", type=int, metavar="N", help="samples to calibrate on (default: 64)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="samples per forward pass (default: 8)"
-    )
-    parser.add_argument(
-        "--max-block-depth", type=int, metavar="N", help="layers searched together (default: 3)"
-    )
-    parser.add_argument(
-        "--rotation",
-        default="auto",
-        choices=("auto", "hadamard", "none"),
-        help="fold a Hadamard rotation (default: auto)",
-    )
-    parser.add_argument(
-        "--activation-granularity",
-        choices=("channel", "dynamic_token"),
-        help="of every input (default: the search chooses)",
-    )
-    parser.add_argument(
-        "--precision-budget",
-        type=float,
-        metavar="BITS",
-        help="average bits of a weight; widths are chosen per site",
+    add_field_arguments(
+        parser,
+        "num_samples",
+        "batch_size",
+        "max_block_depth",
+        "rotation",
+        "activation_granularity",
+        "precision_budget",
     )
     parser.add_argument(
         "--revision",
@@ -67,13 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the model (default: auto)",
     )
-    parser.add_argument(
-        "--modules-to-not-convert",
-        nargs="*",
-        default=None,
-        metavar="NAME",
-        help="modules that stay in full precision",
-    )
+    add_field_arguments(parser, "modules_to_not_convert")
     parser.add_argument(
         "--push-to-hub",
         dest="repo_id",
@@ -83,11 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--private", action="store_true", help="with --push-to-hub: make a private repository"
     )
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="fail where a fallback or a collapsed self-check would only warn",
-    )
+    add_field_arguments(parser, "strict")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -98,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     _refuse_unused(options)
     config = make_config(
         options,
-        search={name: value for name in _SEARCH if (value := getattr(options, name)) is not None},
+        search={name: v for name in search_options() if (v := getattr(options, name)) is not None},
         activation_granularity=options.activation_granularity,
         rotation=None if options.rotation == "none" else options.rotation,
         modules_to_not_convert=options.modules_to_not_convert,
@@ -123,7 +96,7 @@ def _refuse_unused(options: argparse.Namespace) -> None:
     """An option that would change nothing is an error: whoever gives it expects something of it."""
     given = [
         f"--{name.replace('_', '-')}"
-        for name in _SEARCH
+        for name in search_options()
         if getattr(options, name) not in (None, False)
     ]
     if given and options.method == "rtn":

@@ -26,7 +26,7 @@ from qvlm_hf.calibration.samples import (
     fingerprint,
     longest_sample,
 )
-from qvlm_hf.calibration.settings import whole_number
+from qvlm_hf.calibration.values import whole_number
 from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.evaluation.metrics import (
     Interval,

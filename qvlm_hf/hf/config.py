@@ -1,23 +1,33 @@
 """`QVLMConfig`: what the user asks for, and what `quantization_config` in config.json says.
 
-Three kinds of fields: settings that shape the result (written to config.json), results of
-quantizing (`modules` and `provenance`, written too), and objects of this process (`dataset`,
-`processor`, `callbacks` and where to publish; never written). AutoModel copies the configuration
+Three kinds of fields: options that shape the result (`calibration/settings.py`), results of
+quantizing (`modules` and `provenance`), and what belongs to this process (`dataset`, `processor`,
+`callbacks`, where to publish). The last kind is never written. AutoModel copies the configuration
 deeply at every call, so objects of this process are shared by reference.
 """
 
 import copy
+import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from functools import wraps
 from itertools import islice
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization, shown, to_plain
+from qvlm_hf.calibration.settings import (
+    CalibrationSettings,
+    Flag,
+    Options,
+    VisionOptimization,
+    option,
+)
+from qvlm_hf.calibration.values import shown, to_plain
 from qvlm_hf.format.scheme import QuantScheme, parse_scheme
 from qvlm_hf.hf.registry import QUANT_METHOD, config_class
 from qvlm_hf.hub.publish import check_repo_id
@@ -26,83 +36,42 @@ from qvlm_hf.models.graph import canonical_name
 __all__ = ["FORMAT_VERSION", "QVLMConfig"]
 
 FORMAT_VERSION = 1
-_MAX_CALLBACKS = 1000
 _MAX_MODULES = 100_000  # a model of 70 B parameters has about 600 linear modules
-
-# Fields that go to `CalibrationSettings` and to config.json as they are.
-_SETTINGS = (
-    "group_size", "symmetric", "activation_granularity", "quantize_vision", "quantize_projector", "lm_head_bits", "modules_to_not_convert",
-    "num_samples", "batch_size", "seed", "max_block_depth", "entropy_threshold", "percentiles", "margins", "weight_rounding",
-    "rotation", "equalization", "token_importance", "guard", "precision_budget", "optimize_vision",
-)  # fmt: skip
-# Fields that this version has no code for, with the one value they take.
-_LATER: dict[str, Any] = {"resume_dir": None}
+_MAX_CALLBACKS = 1000
 _SHARED = ("dataset", "processor", "callbacks")
-_PUBLISHING = ("push_to_hub", "hub_model_id", "hub_private")
-_SERIALIZED = ("quant_method", "format_version", "scheme", *_SETTINGS, "provenance", "modules")
-_FIELDS = (*_SERIALIZED, *_LATER, *_SHARED, *_PUBLISHING, "strict")
+_OPTIONS = tuple(each.name for each in fields(Options))
+
+
+def _with_names_checked(cls: Any) -> Any:
+    """Refuses what is no field in one line, and lists the fields in the docstring."""
+    init = cls.__init__
+
+    @wraps(init)
+    def checked(self: Any, **given: Any) -> None:
+        for name in given.keys() - _FIELDS:
+            _check_attribute(name)
+            raise ValueError(
+                f"QVLMConfig has no field {name!r}: the fields are {', '.join(sorted(_FIELDS))}."
+            )
+        init(self, **given)
+
+    cls.__init__ = checked
+    docs = {each.name: each.metadata["doc"] for each in fields(cls)}
+    order = dict.fromkeys(("scheme", "dataset", "processor", *_OPTIONS, *docs))
+    lines = [f"{name}: {docs[name]}" for name in order]
+    text = "\n".join(
+        textwrap.fill(line, 100, initial_indent="    ", subsequent_indent="        ")
+        for line in lines
+    )
+    cls.__doc__ = f"{inspect.getdoc(cls)}\n\nAttributes:\n{text}\n"
+    return cls
 
 
 @config_class
-class QVLMConfig(QuantizationConfigMixin):
+@_with_names_checked
+@dataclass(kw_only=True, eq=False, repr=False)
+class QVLMConfig(Options, QuantizationConfigMixin):
     """How a vision-language model is quantized.
-
-    Attributes:
-        scheme: any W{2-8}A{3-8,16}: bits of weights and of the inputs of linear modules.
-        group_size: inputs that share a weight scale; -1 is the whole row.
-        symmetric: weights without zero points. Activations always have them.
-        activation_granularity: "channel", "token" (static, per position), "dynamic_token", or a
-            mapping from "vision", "projector" and "language" to one of them. None starts at
-            "channel" for up to 5 bits and at "dynamic_token" above; calibration may choose the
-            other one per site.
-        quantize_vision: quantize the vision encoder.
-        quantize_projector: quantize the projector.
-        lm_head_bits: 8 quantizes the output head, None leaves it in full precision.
-        modules_to_not_convert: module paths, suffixes or component names that stay in full
-            precision, besides the output head and tied modules.
-        dataset: calibration samples: a path, a Hub id, a list, a Dataset or another iterable;
-            "synthetic" draws pictures and lets the model answer. Never saved.
-        processor: of the model; turns samples into inputs. Never saved.
-        num_samples: samples taken from `dataset`.
-        batch_size: samples per forward pass.
-        seed: of the choice of samples.
-        max_block_depth: layers that are searched together, at most (eq. 7).
-        entropy_threshold: nats from which a layer depends on its neighbours (eq. 7); None is the
-            mean of the segment.
-        percentiles: range candidates: shares of the calibration values that a range covers.
-        margins: range candidates: factors on the range of all values.
-        weight_rounding: "gptq" (second-order compensation of the rounding error) or "nearest".
-        rotation: "hadamard" folds a Hadamard rotation into the weights, with online transforms
-            where that cannot be; None does not; "auto" does for calibrated inputs of 7 or 8 bits,
-            where it measured best.
-        equalization: move scales of input channels into the weights that read them, exactly;
-            calibrated inputs only.
-        token_importance: weigh every token's error by the gradient of the answers there (a few
-            backward passes through the model).
-        guard: lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth
-            of them at most; needs data.
-        precision_budget: average bits of a weight: calibration gives every site its own width, from
-            2 to 8. None: those of the scheme.
-        strict: raise instead of warning where something falls back. Never saved.
-        callbacks: objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`.
-            An error in the first leaves the model unquantized; one in the second comes after the
-            work: `quantize_model` leaves the model quantized, `from_pretrained` returns none, and
-            nothing is published. Never saved.
-        optimize_vision: learn the ranges of vision encoder and projector by gradient descent (eq.
-            8-10); True, False or a `VisionOptimization`. Kept only if it lowers the error on
-            held-out calibration samples.
-        push_to_hub: publish the result when quantizing ends, as `publish` does;
-            `model.hf_quantizer.published` says where. Needs `hub_model_id` and `processor`. A
-            failure is a warning that names the saved directory. Never saved.
-        hub_model_id: "owner/name" to publish to. Never saved.
-        hub_private: of that repository; None takes the owner's default, or leaves it as it is.
-            Never saved.
-        resume_dir: not available in this version; takes None alone.
-        modules: canonical module name -> `QuantScheme` of every quantized module; filled by
-            quantizing.
-        provenance: what the quantization was made from (dataset, hash, counts, versions); filled by
-            quantizing.
-        format_version: of the files (docs/format.md).
 
     Every field of config.json is a plain value, whatever was given (NumPy, PyTorch, sets,
     iterators).
@@ -112,105 +81,99 @@ class QVLMConfig(QuantizationConfigMixin):
             construction, in `from_dict` and `update`, and when a field is assigned.
     """
 
-    def __init__(
-        self,
-        *,
-        scheme: str = "W4A4",
-        group_size: int = 128,
-        symmetric: bool = False,
-        activation_granularity: str | Mapping[str, str] | None = None,
-        quantize_vision: bool = True,
-        quantize_projector: bool = True,
-        lm_head_bits: int | None = None,
-        modules_to_not_convert: Iterable[str] | None = None,
-        dataset: Any = None,
-        processor: Any = None,
-        num_samples: int = 64,
-        batch_size: int = 8,
-        seed: int = 0,
-        max_block_depth: int = 3,
-        entropy_threshold: float | None = None,
-        percentiles: Iterable[float] = CalibrationSettings.percentiles,
-        margins: Iterable[float] = CalibrationSettings.margins,
-        weight_rounding: str = CalibrationSettings.weight_rounding,
-        rotation: str | None = CalibrationSettings.rotation,
-        equalization: bool = CalibrationSettings.equalization,
-        token_importance: bool = CalibrationSettings.token_importance,
-        guard: bool = CalibrationSettings.guard,
-        precision_budget: float | None = CalibrationSettings.precision_budget,
-        optimize_vision: bool
-        | VisionOptimization
-        | Mapping[str, Any]
-        | None = CalibrationSettings.optimize_vision,
-        strict: bool = False,
-        callbacks: Iterable[Any] = (),
-        push_to_hub: bool = False,
-        hub_model_id: str | None = None,
-        hub_private: bool | None = None,
-        modules: Mapping[str, Any] | None = None,
-        provenance: Mapping[str, Any] | None = None,
-        quant_method: str = QUANT_METHOD,
-        format_version: int = FORMAT_VERSION,
-        **later: Any,
-    ) -> None:
-        _check_version(format_version := to_plain("format_version", format_version))
-        if to_plain("quant_method", quant_method) != QUANT_METHOD:
+    scheme: str = option(
+        "W4A4",
+        None,
+        "any W{2-8}A{3-8,16}: bits of weights and of the inputs of linear modules.",
+        flag=Flag("bits of weights and activations, W{2-8}A{3-8,16}", "SCHEME"),
+    )
+    dataset: Any = option(
+        None,
+        None,
+        'calibration samples: a path, a Hub id, a list, a Dataset or another iterable; "synthetic" '
+        "draws pictures and lets the model answer. Never saved.",
+        flag=Flag(
+            "calibration samples: .jsonl, .json, ScienceQA folder or Hub id", "F", search=True
+        ),
+        saved=False,
+    )
+    processor: Any = option(
+        None, None, "of the model; turns samples into inputs. Never saved.", saved=False
+    )
+    callbacks: Any = option(
+        (),
+        None,
+        "objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. An "
+        "error in the first leaves the model unquantized; one in the second comes after the work: "
+        "`quantize_model` leaves the model quantized, `from_pretrained` returns none, and nothing "
+        "is published. Never saved.",
+        saved=False,
+    )
+    push_to_hub: bool = option(
+        False,
+        None,
+        "publish the result when quantizing ends, as `publish` does; "
+        "`model.hf_quantizer.published` says where. Needs `hub_model_id` and `processor`. A "
+        "failure is a warning that names the saved directory. Never saved.",
+        saved=False,
+    )
+    hub_model_id: str | None = option(
+        None, None, '"owner/name" to publish to. Never saved.', saved=False
+    )
+    hub_private: bool | None = option(
+        None,
+        None,
+        "of that repository; None takes the owner's default, or leaves it as it is. Never saved.",
+        saved=False,
+    )
+    resume_dir: None = option(
+        None, None, "not available in this version; takes None alone.", saved=False
+    )
+    modules: Any = option(
+        None,
+        None,
+        "canonical module name -> `QuantScheme` of every quantized module; filled by quantizing.",
+    )
+    provenance: Any = option(
+        None,
+        None,
+        "what the quantization was made from (dataset, hash, counts, versions); filled by "
+        "quantizing.",
+    )
+    quant_method: Any = option(QUANT_METHOD, None, 'always "qvlm".')
+    format_version: int = option(FORMAT_VERSION, None, "of the files (docs/format.md).")
+
+    def __post_init__(self) -> None:
+        given = self.__dict__
+        _check_version(to_plain("format_version", self.format_version))
+        if to_plain("quant_method", self.quant_method) != QUANT_METHOD:
             raise ValueError(
-                f"quant_method={shown(quant_method)} must be {QUANT_METHOD!r}: this is another "
-                f"method's configuration."
+                f"quant_method={shown(self.quant_method)} must be {QUANT_METHOD!r}: this is "
+                f"another method's configuration."
             )
-        self.quant_method: Any = (
-            QUANT_METHOD  # a str, as in every plugin; in-tree methods have an enum
-        )
-        self.format_version = format_version
-        self.scheme = "W{}A{}".format(*parse_scheme(to_plain("scheme", scheme)))
-        self.group_size, self.symmetric, self.activation_granularity = (
-            group_size,
-            symmetric,
-            activation_granularity,
-        )
-        self.quantize_vision, self.quantize_projector, self.lm_head_bits = (
-            quantize_vision,
-            quantize_projector,
-            lm_head_bits,
-        )
-        self.modules_to_not_convert = modules_to_not_convert
-        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.max_block_depth, self.entropy_threshold = max_block_depth, entropy_threshold
-        self.percentiles, self.margins, self.strict = percentiles, margins, strict
-        self.weight_rounding, self.rotation, self.equalization = (
-            weight_rounding,
-            rotation,
-            equalization,
-        )
-        self.token_importance = token_importance
-        self.guard, self.precision_budget, self.optimize_vision = (
-            guard,
-            precision_budget,
-            optimize_vision,
-        )
-        self.dataset, self.processor, self.callbacks = (
-            dataset,
-            processor,
-            _checked_callbacks(callbacks),
-        )
-        self.push_to_hub, self.hub_model_id, self.hub_private = _checked_publishing(
-            push_to_hub, hub_model_id, hub_private
-        )
-        self.modules, self.provenance = _checked_modules(modules), _checked_provenance(provenance)
-        for name, value in (_LATER | _checked_later(later)).items():
-            setattr(self, name, value)
+        if self.resume_dir is not None:
+            raise ValueError(
+                f"resume_dir={shown(self.resume_dir)} is not available in this version; leave it at "
+                f"None."
+            )
+        given |= {
+            "quant_method": QUANT_METHOD,  # a str, as in every plugin; in-tree methods have an enum
+            "scheme": "W{}A{}".format(*parse_scheme(to_plain("scheme", self.scheme))),
+            "callbacks": _checked_callbacks(self.callbacks),
+            "modules": _checked_modules(self.modules),
+            "provenance": _checked_provenance(self.provenance),
+            **_checked_publishing(self.push_to_hub, self.hub_model_id, self.hub_private),
+        }
         if self.weight_rounding == "learned" and not self.modules:
             raise ValueError(
                 "weight_rounding='learned' was removed, it gained nothing: take 'gptq'. Saved "
                 "models still load."
             )
-        settings = (
-            self.settings()
-        )  # raises where a value breaks a rule; what they mean is what is kept
-        self.__dict__.update({name: getattr(settings, name) for name in (*_SETTINGS, "strict")})
-        if modules_to_not_convert is None:
-            self.__dict__["modules_to_not_convert"] = None
+        excluded = self.modules_to_not_convert
+        settings = self.settings()  # raises where a value breaks a rule
+        given |= {name: getattr(settings, name) for name in _OPTIONS}
+        if excluded is None:
+            given["modules_to_not_convert"] = None
 
     @classmethod
     def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":
@@ -225,7 +188,7 @@ class QVLMConfig(QuantizationConfigMixin):
         Raises:
             ValueError: as `QVLMConfig`.
         """
-        fields: dict[str, Any] = {
+        chosen: dict[str, Any] = {
             "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
             "margins": (),
             "activation_granularity": {
@@ -241,8 +204,8 @@ class QVLMConfig(QuantizationConfigMixin):
             "optimize_vision": True,
         }
         if parse_scheme(scheme)[1] == 16:  # nothing of an input is quantized
-            fields["activation_granularity"] = None
-        return cls(scheme=scheme, **(fields | overrides))
+            chosen["activation_granularity"] = None
+        return cls(scheme=scheme, **(chosen | overrides))
 
     @classmethod
     def from_dict(
@@ -332,14 +295,10 @@ class QVLMConfig(QuantizationConfigMixin):
         Raises:
             ValueError: a value breaks a rule.
         """
-        fields = {name: getattr(self, name) for name in _SETTINGS}
-        if fields["modules_to_not_convert"] is None:
-            fields["modules_to_not_convert"] = ()
+        weight_bits, activation_bits = parse_scheme(self.scheme)
+        options = {name: getattr(self, name) for name in _OPTIONS}
         return CalibrationSettings(
-            weight_bits=self.weight_bits,
-            activation_bits=self.activation_bits,
-            strict=self.strict,
-            **fields,
+            weight_bits=weight_bits, activation_bits=activation_bits, **options
         )
 
     def settle_without_data(self) -> None:
@@ -370,7 +329,9 @@ class QVLMConfig(QuantizationConfigMixin):
         """
         checked = self._checked()
         return {
-            name: _plain(getattr(checked, name)) for name in _SERIALIZED
+            name: _plain(getattr(checked, name))
+            for name, each in _FIELDS.items()
+            if each.metadata["saved"]
         }  # a whitelist: no attribute leaks into config.json
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -387,6 +348,7 @@ class QVLMConfig(QuantizationConfigMixin):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, QVLMConfig) and self.to_dict() == other.to_dict()
 
+    __repr__ = QuantizationConfigMixin.__repr__
     __hash__ = None  # type: ignore[assignment]  # mutable, as every quantization config
 
     def __copy__(self) -> "QVLMConfig":
@@ -441,28 +403,9 @@ def _check_attribute(name: str) -> None:
         raise ValueError(f"QVLMConfig has no field {name!r}: is it {close[0]!r}?")
 
 
-def _checked_later(fields: dict[str, Any]) -> dict[str, Any]:
-    for name, value in fields.items():
-        if name not in _LATER:
-            _check_attribute(name)
-            raise ValueError(
-                f"QVLMConfig has no field {name!r}: the fields are {', '.join(sorted(_FIELDS))}."
-            )
-        neutral = _LATER[name]
-        # the type as well, because 0 == False
-        if type(value) is not type(neutral) or value != neutral:
-            raise ValueError(
-                f"{name}={shown(value)} is not available in this version; leave it at {neutral!r}."
-            )
-    return fields
-
-
-def _checked_publishing(
-    push_to_hub: Any, hub_model_id: Any, hub_private: Any
-) -> tuple[bool, str | None, bool | None]:
-    push_to_hub, hub_private = (
-        to_plain("push_to_hub", push_to_hub),
-        to_plain("hub_private", hub_private),
+def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -> dict[str, Any]:
+    push_to_hub, hub_private = map(
+        to_plain, ("push_to_hub", "hub_private"), (push_to_hub, hub_private)
     )
     hub_model_id = to_plain("hub_model_id", hub_model_id)
     if not isinstance(push_to_hub, bool):
@@ -473,7 +416,7 @@ def _checked_publishing(
         raise ValueError("push_to_hub=True must know where: pass hub_model_id='owner/name'.")
     if hub_model_id is not None:
         check_repo_id(hub_model_id, field="hub_model_id")
-    return push_to_hub, hub_model_id, hub_private
+    return {"push_to_hub": push_to_hub, "hub_model_id": hub_model_id, "hub_private": hub_private}
 
 
 def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
@@ -531,3 +474,6 @@ def _checked_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
         return json.loads(json.dumps(plain, allow_nan=False))
     except ValueError as error:
         raise ValueError(f"provenance must hold what JSON can: {error}.") from error
+
+
+_FIELDS = {each.name: each for each in fields(QVLMConfig)}

@@ -95,7 +95,7 @@ def planned_modules(model: nn.Module, settings: CalibrationSettings) -> dict[str
     head = settings.head_scheme()
     modules = {} if head is None else {output_head(model): head}
     for segment in resolve_segments(model, settings):
-        scheme = settings.scheme(settings.start_granularity(segment.component))
+        scheme = settings.module_scheme(settings.start_granularity(segment.component))
         modules |= {
             name: scheme
             for layer in segment.layers

@@ -16,7 +16,7 @@ from qvlm_hf.calibration.samples.rendering import (
     render,
 )
 from qvlm_hf.calibration.samples.sample import Sample
-from qvlm_hf.calibration.settings import whole_number
+from qvlm_hf.calibration.values import whole_number
 
 __all__ = [
     "IGNORE_INDEX",

@@ -20,7 +20,7 @@ from PIL import Image
 
 from qvlm_hf.calibration.samples.sample import Message, Sample
 from qvlm_hf.calibration.samples.sources import Row, is_empty
-from qvlm_hf.calibration.settings import shown
+from qvlm_hf.calibration.values import shown
 
 __all__ = ["convert_rows"]
 

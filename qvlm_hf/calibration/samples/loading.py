@@ -7,7 +7,7 @@ from pathlib import Path
 from qvlm_hf.calibration.samples.formats import convert_rows
 from qvlm_hf.calibration.samples.sample import Sample
 from qvlm_hf.calibration.samples.sources import read_rows, shuffled, source_name
-from qvlm_hf.calibration.settings import whole_number
+from qvlm_hf.calibration.values import whole_number
 
 __all__ = ["dataset_name", "hold_out", "load_samples"]
 

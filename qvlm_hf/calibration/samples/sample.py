@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from qvlm_hf.calibration.samples.pictures import check_picture, open_image
-from qvlm_hf.calibration.settings import shown
+from qvlm_hf.calibration.values import shown
 
 __all__ = ["Message", "Sample"]
 

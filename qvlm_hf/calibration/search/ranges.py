@@ -143,7 +143,8 @@ def _trial_site(
         for group in (observers, everything)
     )
     schemes = [
-        settings.scheme(candidate.granularity, site.hadamard, precision) for candidate in candidates
+        settings.module_scheme(candidate.granularity, site.hadamard, precision)
+        for candidate in candidates
     ]
     linears = [get_linear(model, name) for name in site.modules]
     return TrialSite(site, linears, candidates, tried, schemes, final)
