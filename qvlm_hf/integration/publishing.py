@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.hub.card_rules import check_choices
 from qvlm_hf.hub.contents import REPORT_NAME, read_quantization, read_report, read_report_file
 from qvlm_hf.hub.model_card import write_card
@@ -284,7 +285,7 @@ def _check_loads(folder: Path) -> None:
     try:
         inputs = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = first_line(error)
         raise ValueError(f"{folder}: holds no processor that loads ({reason}): save the model's processor there too.") from error
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     if not bool(_logits(model, inputs).isfinite().all()):

@@ -350,7 +350,7 @@ def test_publish_names_the_folder_and_the_command_when_it_fails(hub, api, model,
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"license": "apache2"}, "license='apache2' is no identifier of the Hub: take 'other' with license_name and license_link."),
+        ({"license": "apache2"}, "license='apache2' is no identifier of the Hub: take one that it lists"),
         ({"license": ""}, "license='' is no identifier of the Hub"),
         ({"base_model": "/models/base"}, "model card: base_model='/models/base' is no Hub id: write 'owner/name', or leave it out."),
         ({"commit_message": f"with {TOKEN}"}, r"commit_message: holds a Hub token \(hf_\.\.\.\): nothing was sent; remove it"),
@@ -370,7 +370,7 @@ def test_wrong_arguments_fail_before_anything_is_saved(hub, api, model, processo
 
 
 def test_a_tokenizer_is_no_processor(hub, api, source, model, processor, tmp_path):
-    message = r"is no chat processor .*; use AutoProcessor\.from_pretrained"
+    message = r"is no chat processor .*; take the one that was saved with the model"
     with pytest.raises(ValueError, match=message):
         publish(model, processor.tokenizer, "me/tiny", api=api)
     config = QVLMConfig(scheme="W4A16", processor=processor.tokenizer, push_to_hub=True, hub_model_id="me/tiny")
@@ -497,10 +497,10 @@ def test_a_commit_whose_answer_is_lost_is_found_by_the_next_attempt(hub, api, tr
 
 STATUSES = {
     400: (OSError, "the Hub refuses the request .400: A fault of the tests.: mend what it names"),
-    401: (PermissionError, "the Hub does not accept the token .401.*: run `hf auth login`, set HF_TOKEN or pass token="),
+    401: (PermissionError, "the Hub does not accept the token .401.*: run `hf auth login` or set HF_TOKEN"),
     403: (
         PermissionError,
-        "the token may not write there .403.*: take a token with write permission, another repository, or create_pr=True",
+        "the token may not write there .403.*: take a token with write permission, another repository, or open a pull request",
     ),
     404: (FileNotFoundError, "no such repository or revision, or a private one that the token may not see .404.*: check both names"),
     409: (OSError, "something else changed the repository at the same time .409.*: repeat the command"),
@@ -564,7 +564,7 @@ def test_without_token_network_or_permission_to_ask(hub, api, monkeypatch):
     with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub cannot be reached .*: check the network and repeat the command"):
         check_target(HfApi(endpoint="http://127.0.0.1:9", token=hub.token), "me/tiny")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(PermissionError, match=r"^me/tiny: there is no Hub token: run `hf auth login`, set HF_TOKEN or pass token="):
+    with pytest.raises(PermissionError, match=r"^me/tiny: there is no Hub token: run `hf auth login` or set HF_TOKEN"):
         check_target(HfApi(endpoint=hub.endpoint), "me/tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"^me/tiny: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish"):
@@ -695,12 +695,12 @@ def other_report(folder):
     [
         (outside, "generation_config.json: is a link to a file outside tiny-w4a16: put the file itself there"),
         (two_models, "holds model.safetensors and model.safetensors.index.json, two models: delete the one that is old"),
-        (no_weights, "holds no model.safetensors: name the directory that save_quantized"),
-        (no_processor, "holds no processor that loads .*: save it there with processor.save_pretrained"),
+        (no_weights, "holds no model.safetensors: name the directory that qvlm quantize wrote"),
+        (no_processor, "holds no processor that loads .*: save the model's processor there too"),
         (cut_weights, "model.safetensors: is no readable safetensors file"),
-        (full_precision, "^tiny-w4a16: is not quantized by qvlm_hf: name a directory that qvlm quantize or save_quantized wrote"),
-        (no_config, "^tiny-w4a16: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote"),
-        (cut_config, "^tiny-w4a16: has no readable config.json: name a directory that qvlm quantize or save_quantized wrote"),
+        (full_precision, "^tiny-w4a16: is not quantized by qvlm_hf: name a directory that qvlm quantize wrote"),
+        (no_config, "^tiny-w4a16: has no readable config.json: name a directory that qvlm quantize wrote"),
+        (cut_config, "^tiny-w4a16: has no readable config.json: name a directory that qvlm quantize wrote"),
         (cut_report, "^qvlm_report.json: is no JSON .*: delete it, or quantize the model again"),
         (other_report, "^qvlm_report.json: cannot be used .*'modules'.*: delete it, or quantize the model again"),
     ],
