@@ -23,13 +23,16 @@ def check_replaceable(folder: Path, shown: object) -> None:
     """
     entries = sorted(folder.iterdir())
     if left := [entry.name for entry in entries if entry.name.startswith((PARTIAL, OLD))]:
+        remedy = "move what you need out of it and delete it"
+        if len({name.startswith(OLD) for name in left}) > 1:  # the move itself was cut short
+            remedy = (
+                f"if none runs, both results are whole: move up what {OLD}... holds for the earlier "
+                f"one, or what {PARTIAL}... holds for the new one, over files of the same name, and "
+                f"delete both folders"
+            )
         raise ValueError(
-            f"{shown}: holds {' and '.join(left)} of a save that was interrupted or still runs: if "
-            f"none runs, "
-            f"move up what {OLD}... holds for the earlier result, or else, beside such a folder, "
-            f"what {PARTIAL}... "
-            "holds for the new one, over files of the same name, and delete the folders; or choose "
-            "another directory."
+            f"{shown}: holds {' and '.join(left)} of a save that was interrupted or still runs: "
+            f"{remedy}, or choose another directory."
         )
     ours = written_entries(folder)
     if ours is None:

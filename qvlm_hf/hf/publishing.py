@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.runtime.decoding import probe_inputs
 from qvlm_hf.hf.saving import save_quantized
@@ -371,10 +372,9 @@ def _check_loads(folder: Path) -> None:
     try:
         inputs = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = first_line(error)
         raise ValueError(
-            f"{folder}: holds no processor that loads ({reason}): save the model's processor there "
-            f"too."
+            f"{folder}: holds no processor that loads ({reason}): save the model's processor there too."
         ) from error
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     if not bool(_logits(model, inputs).isfinite().all()):

@@ -178,14 +178,12 @@ def read_quantization(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder.resolve().name}: has no readable config.json: name a directory that qvlm "
-            f"quantize wrote."
+            f"{folder.resolve().name}: has no readable config.json: name a directory that qvlm quantize wrote."
         ) from error
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "qvlm":
         raise ValueError(
-            f"{folder.resolve().name}: is not quantized by qvlm_hf: name a directory that qvlm "
-            f"quantize wrote."
+            f"{folder.resolve().name}: is not quantized by qvlm_hf: name a directory that qvlm quantize wrote."
         )
     return quantization
 

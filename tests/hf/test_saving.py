@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -470,3 +471,65 @@ def test_an_empty_directory_is_taken_and_permissions_are_ordinary(
     (tmp_path / "other").mkdir()
     assert output.stat().st_mode == (tmp_path / "other").stat().st_mode
     assert saving.REPORT_NAME not in os.listdir(output)
+
+
+class Killed(BaseException):
+    """What no handler of ours survives: from the first on, every rename ends in it."""
+
+
+@pytest.mark.parametrize("wanted", [".qvlm-old-", ".qvlm-partial-"])
+@pytest.mark.parametrize("done", [1, 2, 5, 9, 10, 14])
+def test_after_a_kill_in_the_final_move_the_message_says_how_either_result_comes_back(
+    model: torch.nn.Module,
+    processor: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    done: int,
+    wanted: str,
+) -> None:
+    earlier = save_quantized(model, processor, tmp_path / "out", report=model.hf_quantizer.report)
+    expected = {".qvlm-old-": snapshot(earlier)}
+    other = tiny_llava(seed=1)
+    quantize_model(other, QVLMConfig(scheme="W3A16"))
+    new = save_quantized(
+        other, processor, tmp_path / "new" / "out", report=other.hf_quantizer.report
+    )
+    expected[".qvlm-partial-"] = snapshot(new)
+    real, calls = Path.rename, []
+
+    def rename(path: Path, place: Path) -> Path:
+        if len(calls) == done:
+            raise Killed
+        calls.append(1)
+        return real(path, place)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Killed):
+        save_quantized(other, processor, earlier, report=other.hf_quantizer.report, overwrite=True)
+    monkeypatch.undo()
+    remedy = (
+        r"if none runs, both results are whole: move up what \.qvlm-old-\.\.\. holds for the earlier one, or what "
+        r"\.qvlm-partial-\.\.\. holds for the new one, over files of the same name, and delete both folders, or choose another directory\.$"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"holds \.qvlm-old-\w+ and \.qvlm-partial-\w+ of a save .* still runs: " + remedy,
+    ):
+        save_quantized(other, processor, earlier, report=None, overwrite=True)
+    (folder,) = earlier.glob(f"{wanted}*")
+    for file in folder.iterdir():
+        file.replace(earlier / file.name)
+    for left in earlier.glob(".qvlm-*"):
+        shutil.rmtree(left)
+    assert snapshot(earlier) == expected[wanted]
+
+
+def test_an_empty_name_is_not_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"^output is empty, which names no directory: give its name, or '\.' for this one\.$",
+    ):
+        saving.check_output("", overwrite=False)
