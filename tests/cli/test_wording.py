@@ -141,17 +141,16 @@ def library_messages():
     """
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).parts[0]
-        if room in ("cli", "demo", "nn", "ops") or path.name in (
+        if room in ("cli", "demo", "nn", "ops", "optimum") or path.name in (
             "reproduce.py",
             "card_text.py",
             "guards.py",
-            "optimum.py",
         ):
             continue
         for function in functions(ast.parse(path.read_text())):
             found = list(texts(function))
             for text in filter(lambda text: " " in text, found):
-                names = OPTIONS.intersection(found) if f"{HOLE}=" in text else [""]
+                names = (OPTIONS.intersection(found) or FIELDS) if f"{HOLE}=" in text else [""]
                 yield from (
                     (path.name, text.replace(f"{HOLE}=", f"{name}=").replace(HOLE, "7"))
                     for name in names
@@ -174,7 +173,7 @@ def test_messages_are_found():
     assert len(found) > 60
     assert any(text.startswith("num_samples=") for text in found)  # raised
     assert any("leave out activation_granularity=." in text for text in found)  # a warning
-    assert "symmetric=7 must be True or False." in found  # whose name is put in
+    assert any("symmetric=7 must be 7." in text for text in found)  # whose name is put in
 
 
 @pytest.mark.parametrize("command", COMMANDS)
