@@ -454,13 +454,13 @@ class CalibrationSettings(Options):
 def _check_fields(options: Any, where: str = "") -> None:
     """Makes plain values of all fields, and raises for the first that breaks its rule."""
     for each in fields(options):
-        value = getattr(options, each.name)
+        name, value = where + each.name, getattr(options, each.name)
         if not isinstance(value, VisionOptimization):
-            value = to_plain(where + each.name, value)
+            value = to_plain(name, value)
             object.__setattr__(options, each.name, value)
-        rule = each.metadata.get("rule")
         listed = isinstance(each.default, tuple) or each.name == "modules_to_not_convert"
         if listed and not isinstance(value, tuple):
-            raise ValueError(f"{where}{each.name}={value!r} must be a list.")
+            raise ValueError(f"{name}={value!r} must be a list.")
+        rule = each.metadata.get("rule")
         if rule is not None and not rule.accepts(value):
-            raise ValueError(f"{where}{each.name}={value!r} must be {rule.words}.")
+            raise ValueError(f"{name}={value!r} must be {rule.words}.")
