@@ -10,62 +10,63 @@ import io
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 
 from picture import picture  # noqa: E402
 
-from qvlm_hf import QVLMConfig  # noqa: E402
+from qvlm_hf import QVLMConfig, VisionOptimization  # noqa: E402
 from qvlm_hf.cli import _COMMANDS, main  # noqa: E402
 from qvlm_hf.models import graph  # noqa: E402
 
 WRITTEN = "Written by `python tests/write_docs.py`. Change the code, not this page."
 
 
-def fields() -> list[tuple[str, str, str]]:
-    """Name, default and help of every field of QVLMConfig."""
-    listed = inspect.getdoc(QVLMConfig).partition("Attributes:\n")[2].partition("\n\n")[0]
+def fields(cls: type) -> list[tuple[str, str, str]]:
+    """Name, default and help of every field of a class, from its docstring."""
+    listed = inspect.getdoc(cls).partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", listed, re.M)
-    parameters = inspect.signature(QVLMConfig).parameters
-    return [
-        (name, shown_default(parameters.get(name)), " ".join(text.split()))
-        for name, text in entries
-    ]
+    defaults = {
+        name: repr(parameter.default).replace("'", '"')
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    missing = defaults.keys() - {name for name, _ in entries} - {"quant_method"}
+    if missing:
+        raise ValueError(f"{cls.__name__}: no help for {sorted(missing)}")
+    return [(name, defaults.get(name, "None"), " ".join(text.split())) for name, text in entries]
 
 
-def shown_default(parameter: inspect.Parameter | None) -> str:
-    if parameter is None:
-        return "`None`"
-    text = repr(parameter.default).replace("'", '"')
-    return f"`{text}`"
+def fields_table(cls: type) -> str:
+    rows = [f"| `{name}` | `{default}` | {text} |" for name, default, text in fields(cls)]
+    return "\n".join(["| field | default | meaning |", "|---|---|---|", *rows])
 
 
 def fields_page() -> str:
-    rows = [f"| `{name}` | {default} | {text} |" for name, default, text in fields()]
     return page(
         "Fields of QVLMConfig",
         "All fields are keyword-only. A value that breaks a rule is an error with the remedy.\n"
         "[Choosing](choosing.md) says which to start with, [commands](commands.md) how the shell "
         "spells them.",
-        "\n".join(["| field | default | meaning |", "|---|---|---|", *rows]),
+        fields_table(QVLMConfig),
+        "## Fields of VisionOptimization\n\nA value of `optimize_vision`, beside True and False.",
+        fields_table(VisionOptimization),
     )
 
 
 def help_text(*arguments: str) -> str:
     """What `qvlm ... --help` prints, 100 columns wide."""
-    columns, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-            main([*arguments, "--help"])
-    finally:
-        os.environ.pop("COLUMNS")
-        if columns is not None:
-            os.environ["COLUMNS"] = columns
+    with (
+        patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"),
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.suppress(SystemExit),
+    ):
+        main([*arguments, "--help"])
     return out.getvalue()
 
 
@@ -136,7 +137,7 @@ PAGES: dict[str, Callable[[], str]] = {
 
 
 def write() -> None:
-    argparse.ArgumentParser(description=textwrap.dedent(__doc__)).parse_args()
+    argparse.ArgumentParser(description=__doc__).parse_args()
     for name, content in PAGES.items():
         (ROOT / name).write_text(content())
 
