@@ -28,7 +28,7 @@ WRITTEN = "Written by `python tests/write_docs.py`. Change the code, not this pa
 
 
 def fields(cls: type) -> list[tuple[str, str, str]]:
-    """Name, default and help of every field of a class, from its docstring."""
+    """Name, default and help of every field of a class: help from the docstring, nowhere else."""
     listed = inspect.getdoc(cls).partition("Attributes:\n")[2].partition("\n\n")[0]
     entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", listed, re.M)
     defaults = {
