@@ -483,7 +483,7 @@ def _row(table: dict[str, Any], key: str, what: str) -> Any:
     if key not in table:
         raise ValueError(
             f"{what} {key!r} is not supported: this version knows {', '.join(sorted(table))} "
-            f"(docs/adding-a-model.md shows how to add one)."
+            f"(docs/contributing.md shows how to add one)."
         )
     return table[key]
 
