@@ -68,14 +68,13 @@ from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.format.weight_grid import not_finite, quantize_weight
+from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import (
     Segment,
     full_precision_modules,
     get_linear,
     output_head,
     resolve,
-    rotation_plan,
-    scale_paths,
     why_empty,
 )
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
@@ -389,10 +388,10 @@ def _resolve(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, 
         rotated=settings.rotation is not None,
     )
     for segment in segments:
-        for name in (
-            name for layer in segment.layers for site in layer.sites for name in site.modules
+        sites = [site for layer in segment.layers for site in layer.sites]
+        for name, linear in (
+            pair for site in sites for pair in zip(site.modules, site.linears, strict=True)
         ):
-            linear = get_linear(model, name)
             if linear.weight.is_meta:
                 raise ValueError(f"{name} {why_empty(linear)}, then quantize it.")
             if not torch.isfinite(linear.weight).all():

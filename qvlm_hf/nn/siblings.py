@@ -170,18 +170,16 @@ def _statics(module: QVLMLinear) -> tuple[Tensor | None, ...]:
     return tensors.get("input_scale"), tensors.get("input_zero_point"), tensors["bias"]
 
 
-def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:
-    """Lets the quantized modules of each site be computed together where schemes and activation grids agree.
+def share_inputs(sites: Iterable[Sequence[nn.Module]]) -> None:
+    """Lets the quantized modules of each site be computed together if schemes and grids agree.
 
     Args:
-        model: its modules may be quantized or not; tensors on the meta device (offloaded) are left
-            alone.
-        sites: names of modules that read the same tensor.
+        sites: modules that read the same tensor, quantized or not; those whose tensors lie on the
+            meta device (offloaded) are left alone.
     """
-    for names in sites:
-        found = [model.get_submodule(name) for name in names]
-        modules = [module for module in found if isinstance(module, QVLMLinear)]
-        if len(found) == len(modules) > 1 and _agree(modules):
+    for site in sites:
+        modules = [module for module in site if isinstance(module, QVLMLinear)]
+        if len(site) == len(modules) > 1 and _agree(modules):
             Siblings(modules)
 
 

@@ -250,7 +250,7 @@ def test_modules_of_one_input_are_computed_together(kernels, tokens):
     )
     x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda")
     alone = [parent.q(x), parent.k(x)]
-    share_inputs(parent, [("q", "k")])
+    share_inputs([(parent.q, parent.k)])
     assert all(torch.equal(a, b) for a, b in zip(alone, [parent.q(x), parent.k(x)], strict=True))
     assert parent.q.shared is not None
 

@@ -48,7 +48,7 @@ def layer(*, granularity="channel", bias=False, symmetric=False, grids=None):
 
 def shared(**options):
     model = layer(**options)
-    share_inputs(model, [NAMES])
+    share_inputs([[model.get_submodule(name) for name in NAMES]])
     return model
 
 
@@ -194,11 +194,11 @@ def test_only_where_schemes_and_grids_agree():
     assert shared(grids=(1, 1, 1.5)).q.shared is None
     model = layer()
     model.v = nn.Linear(IN, 8)
-    share_inputs(model, [NAMES])
+    share_inputs([[model.get_submodule(name) for name in NAMES]])
     assert model.q.shared is None
     model = layer()
     model.k.to("meta")
-    share_inputs(model, [NAMES])
+    share_inputs([[model.get_submodule(name) for name in NAMES]])
     assert model.q.shared is None
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.calibration.samples import Batch
-from qvlm_hf.models.graph import ScalePath, get_linear
+from qvlm_hf.models.folds import ScalePath
 
 __all__ = ["equalize"]
 
@@ -35,69 +35,63 @@ def equalize(model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
 
     Args:
         model: in full precision (rotated, if it will be).
-        paths: from `architectures.scale_paths`.
+        paths: from `folds.scale_paths`.
         data: calibration batches; paths that none of them reaches stay as they are.
     """
     squares = _square_sums(model, paths, data)
     for path in paths:
         if path.readers[0] in squares:
-            _fold(model, path, _scales(model, path, squares[path.readers[0]]))
+            _fold(path, _scales(path, squares[path.readers[0]]))
 
 
-def _fold(model: nn.Module, path: ScalePath, scale: Tensor) -> None:
+def _fold(path: ScalePath, scale: Tensor) -> None:
     """Divides the channels that the source writes by their scales, [heads, width], and undoes it in the readers."""
-    for reader in (get_linear(model, name) for name in path.readers):
+    for reader in path.readers:
         repeats = reader.in_features // scale.numel()
         columns = scale.unsqueeze(1).expand(-1, repeats, -1).flatten()
         reader.weight.data = (reader.weight.detach().float() * columns).to(reader.weight.dtype)
-    for parameter in model.get_submodule(path.source).parameters(recurse=False):
+    for parameter in path.source.parameters(recurse=False):
         rows = scale.flatten().view(-1, *[1] * (parameter.dim() - 1))
         parameter.data = (parameter.detach().float() / rows).to(parameter.dtype)
 
 
-def _scales(model: nn.Module, path: ScalePath, inputs: Tensor) -> Tensor:
+def _scales(path: ScalePath, inputs: Tensor) -> Tensor:
     """s of the channels that the source writes, [heads, width]; readers that share a channel share its scale."""
     weights = (
-        torch.cat([get_linear(model, name).weight.detach().float() for name in path.readers])
-        .square()
-        .mean(0)
+        torch.cat([reader.weight.detach().float() for reader in path.readers]).square().mean(0)
     )
     logs = 0.5 * (_ALPHA * inputs.log2() - (1 - _ALPHA) * weights.log2())
     silent = (inputs == 0) | (weights == 0)
     logs = (logs - logs[~silent].mean()).masked_fill(silent, 0.0)
-    written = next(model.get_submodule(path.source).parameters(recurse=False)).shape[0]
+    written = next(path.source.parameters(recurse=False)).shape[0]
     heads = logs.unflatten(0, (-1, inputs.numel() // written, path.width)).mean(1)
     return heads.clamp(-_MOST, _MOST).exp2()
 
 
 def _square_sums(
     model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
-) -> dict[str, Tensor]:
+) -> dict[nn.Module, Tensor]:
     """First reader -> sum of squares of its input per channel, float32 [I], over tokens that count; `_scales` cancels their number."""
-    sums: dict[str, Tensor] = {}
+    sums: dict[nn.Module, Tensor] = {}
     device = next(model.parameters()).device
     for batch in data:
         mask = batch.inputs["attention_mask"].bool().to(device)
-        with _observed(model, paths, mask, sums), torch.no_grad():
+        with _observed(paths, mask, sums), torch.no_grad():
             model(**{key: value.to(device) for key, value in batch.inputs.items()}, use_cache=False)
     return sums
 
 
 @contextmanager
 def _observed(
-    model: nn.Module, paths: Sequence[ScalePath], mask: Tensor, sums: dict[str, Tensor]
+    paths: Sequence[ScalePath], mask: Tensor, sums: dict[nn.Module, Tensor]
 ) -> Iterator[None]:
-    def observe(name: str, x: Tensor) -> None:
+    def observe(reader: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
         x = x.detach()[mask] if x.shape[:2] == mask.shape else x.detach().flatten(0, -2)
         square = x.float().square().sum(0)
-        sums[name] = sums[name] + square if name in sums else square
+        sums[reader] = sums[reader] + square if reader in sums else square
 
-    handles = [
-        model.get_submodule(path.readers[0]).register_forward_pre_hook(
-            lambda _module, args, name=path.readers[0]: observe(name, args[0])
-        )
-        for path in paths
-    ]
+    handles = [path.readers[0].register_forward_pre_hook(observe) for path in paths]
     try:
         yield
     finally:

@@ -19,15 +19,15 @@ cannot be rotated in place; transforming the inputs of its sites gives them the 
 Legend: O out_features, I in_features, H hidden size of the language model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qvlm_hf.format.hadamard import block_hadamard, largest_block
-from qvlm_hf.models.graph import RotationPlan, ValuePath, get_linear, why_empty
+from qvlm_hf.models.folds import RotationPlan, ValuePath
+from qvlm_hf.models.graph import why_empty
 
 __all__ = ["residual_rotation", "rotate", "undone_on_error"]
 
@@ -37,26 +37,23 @@ def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
 
     Args:
         model: in full precision.
-        plan: from `architectures.rotation_plan`.
+        plan: from `folds.rotation_plan`.
         seed: of the rotation's signs.
 
     Raises:
-        ValueError: a module of the plan is missing, no nn.Linear, or on the meta device.
+        ValueError: a module of the plan is on the meta device.
     """
-    embeddings: Any = model.get_submodule(plan.embeddings)
-    head = get_linear(model, plan.head)
-    if head.weight is embeddings.weight:
-        _untie(model, head)
-    for norm, readers in plan.norms.items():
-        _fold_norm(model.get_submodule(norm), [get_linear(model, name) for name in readers])
-    turn = residual_rotation(embeddings.weight.shape[1], seed)
-    _change(embeddings, "weight", turn)
-    for name in plan.readers:
-        _change(get_linear(model, name), "weight", turn)
-    for name in plan.writers:
-        _change_outputs(get_linear(model, name), turn)
+    if plan.head.weight is plan.embeddings.weight:
+        _untie(model, plan.head)
+    for norm, readers in plan.norms:
+        _fold_norm(norm, readers)
+    turn = residual_rotation(plan.embeddings.weight.shape[1], seed)
+    for module in (plan.embeddings, *plan.readers):
+        _change(module, "weight", turn)
+    for writer in plan.writers:
+        _change_outputs(writer, turn)
     for path in plan.values:
-        _rotate_values(model, path)
+        _rotate_values(path)
 
 
 @contextmanager
@@ -108,7 +105,7 @@ def residual_rotation(size: int, seed: int) -> Callable[[Tensor], Tensor]:
     return turn
 
 
-def _fold_norm(norm: nn.Module, readers: list[nn.Linear]) -> None:
+def _fold_norm(norm: nn.Module, readers: Sequence[nn.Linear]) -> None:
     """W (g n + b) + c = (W g) n + (W b + c): g and b of the norm become 1 and 0."""
     gain: Tensor = norm.weight  # type: ignore[assignment]
     shift: Tensor | None = getattr(norm, "bias", None)
@@ -130,12 +127,12 @@ def _fold_norm(norm: nn.Module, readers: list[nn.Linear]) -> None:
         _change(norm, "bias", torch.zeros_like)
 
 
-def _rotate_values(model: nn.Module, path: ValuePath) -> None:
+def _rotate_values(path: ValuePath) -> None:
     block = largest_block(path.head_dim)
     if block == 1:
         return
-    _change_outputs(get_linear(model, path.value), lambda x: block_hadamard(x, block))
-    _change(get_linear(model, path.output), "weight", lambda x: block_hadamard(x, block))
+    _change_outputs(path.value, lambda x: block_hadamard(x, block))
+    _change(path.output, "weight", lambda x: block_hadamard(x, block))
 
 
 def _change_outputs(linear: nn.Linear, turn: Callable[[Tensor], Tensor]) -> None:
