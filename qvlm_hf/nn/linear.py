@@ -14,7 +14,7 @@ from qvlm_hf.format.activation_grid import QParams
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.format.weight_grid import QuantizedWeight
-from qvlm_hf.nn.packed_weight import freeze, guarded, plain, read_by_adapters, stand_in
+from qvlm_hf.nn.packed_weight import FloatForm, freeze, guarded, plain, read_by_adapters
 from qvlm_hf.ops import cpu, gpu
 from qvlm_hf.ops.reference import dequantize_weight
 from qvlm_hf.ops.schema import linear
@@ -201,7 +201,7 @@ class QVLMLinear(nn.Linear):
         ):
             return weight
         if read_by_adapters(1):
-            return stand_in(weight, self.out_features, self.in_features)
+            return FloatForm.of(weight, self.out_features, self.in_features)
         return guarded(weight)
 
     def register_parameter(self, name: str, param: Any) -> None:

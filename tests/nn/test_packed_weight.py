@@ -14,7 +14,7 @@ from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.nn import QVLMLinear
 from qvlm_hf.nn.linear import packed_tensors
-from qvlm_hf.nn.packed_weight import PackedWeight
+from qvlm_hf.nn.packed_weight import FloatForm, PackedWeight
 from qvlm_hf.ops import cpu_direct
 
 SCHEME = QuantScheme(weight_bits=4, activation_bits=8, group_size=32, granularity="dynamic_token")
@@ -206,7 +206,7 @@ def test_adapters_read_the_form_of_a_float_weight(module):
     form.requires_grad = False
     form.requires_grad_(False)
     for same in (form.data, form.T, form.t(), form.detach()):
-        assert type(same) is PackedWeight
+        assert type(same) is FloatForm
         assert (same.shape, same.dtype) == ((64, 64), torch.float32)
     assert torch.rand(64 * 64).reshape(form.shape).shape == (64, 64)
     module.to("meta")
