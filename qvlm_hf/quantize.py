@@ -65,9 +65,9 @@ from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
 from qvlm_hf.calibration.vision_encoder import OptimizedVision, optimize_vision
 from qvlm_hf.calibration.waiting import yield_to_others
+from qvlm_hf.format.grids import not_finite, quantize_weight
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import not_finite, quantize_weight
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import (
     Segment,

@@ -14,10 +14,9 @@ from tiny_models import tiny_llava, tiny_messages, tiny_processor
 from torch import nn
 
 import qvlm_hf
-from qvlm_hf.format.activation_grid import QParams, choose_qparams
+from qvlm_hf.format.grids import QParams, choose_qparams, quantize_weight
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.models.graph import canonical_name, resolve
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 

@@ -30,7 +30,7 @@ from transformers import (
 
 from qvlm_hf.calibration.search.sites import TrialSite
 from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.format.activation_grid import QParams, choose_qparams
+from qvlm_hf.format.grids import QParams, choose_qparams
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Site
 

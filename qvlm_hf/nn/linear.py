@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.format.activation_grid import QParams
+from qvlm_hf.format.grids import QParams, QuantizedWeight
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import QuantizedWeight
 from qvlm_hf.nn.packed_weight import FloatForm, freeze, guarded, plain, read_by_adapters
 from qvlm_hf.ops import cpu, gpu
 from qvlm_hf.ops.reference import dequantize_weight

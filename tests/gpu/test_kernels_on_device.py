@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qvlm_hf.format.activation_grid import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.format.grids import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear

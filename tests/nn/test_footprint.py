@@ -11,9 +11,8 @@ from transformers import LlavaForConditionalGeneration
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.bench.shapes import SHAPES, shape_config, shape_model, token_positions
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.format.activation_grid import choose_qparams
+from qvlm_hf.format.grids import choose_qparams, quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.hf.round_on_load import planned_modules
 from qvlm_hf.nn.footprint import count_parameters, footprint, linear_bytes
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors

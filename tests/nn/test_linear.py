@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from qvlm_hf.format.activation_grid import choose_qparams
+from qvlm_hf.format.grids import choose_qparams, quantize_weight
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.nn import QVLMLinear
 from qvlm_hf.nn.linear import packed_tensors
 

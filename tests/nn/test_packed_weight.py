@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.nn import QVLMLinear
 from qvlm_hf.nn.linear import packed_tensors
 from qvlm_hf.nn.packed_weight import FloatForm, PackedWeight

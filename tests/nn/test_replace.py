@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qvlm_hf.calibration.layers import LayerInput, kept, run_layer
 from qvlm_hf.calibration.search.sites import TrialSite
-from qvlm_hf.format.weight_grid import QuantizedWeight, group_expand
+from qvlm_hf.format.grids import QuantizedWeight, group_expand
 
 __all__ = ["compensate", "compensate_layer"]
 

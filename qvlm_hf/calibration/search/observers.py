@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.format.activation_grid import (
+from qvlm_hf.format.grids import (
     QParams,
     choose_qparams,
     dynamic_token_qparams,

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.format.activation_grid import (
+from qvlm_hf.format.grids import (
     QParams,
+    QuantizedWeight,
     choose_qparams,
     dynamic_token_qparams,
     grid_bounds,
+    quantize_weight,
     shift_quantize,
 )
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import QuantizedWeight, quantize_weight
 from qvlm_hf.models.graph import Site
 
 __all__ = ["InstallableSite", "LearnedRanges", "TrialSite", "installed", "site_input"]

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qvlm_hf.calibration.search.sites import LearnedRanges, TrialSite, site_input
-from qvlm_hf.format.activation_grid import grid_bounds
-from qvlm_hf.format.weight_grid import chosen_clip, group_expand, grouped_weight
+from qvlm_hf.format.grids import chosen_clip, grid_bounds, group_expand, grouped_weight
 
 __all__ = ["FixedSite", "RangeSite", "StraightThroughSite"]
 

@@ -7,8 +7,8 @@ import torch
 
 from qvlm_hf.calibration.search import gptq as compensation
 from qvlm_hf.calibration.search.gptq import compensate
+from qvlm_hf.format.grids import group_expand, quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import group_expand, quantize_weight
 
 
 def compensated(weight, hessian, scheme):

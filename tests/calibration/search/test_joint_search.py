@@ -13,7 +13,7 @@ from qvlm_hf.calibration.search.joint_search import BlockSearch, search_block
 from qvlm_hf.calibration.search.ranges import initialize_sites
 from qvlm_hf.calibration.search.sites import TrialSite, installed
 from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
-from qvlm_hf.format.activation_grid import choose_qparams
+from qvlm_hf.format.grids import choose_qparams
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Site, resolve
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from qvlm_hf.format.grids import group_expand, quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import group_expand, quantize_weight
 
 
 def scheme(bits=4, group_size=16, symmetric=False):

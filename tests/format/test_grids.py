@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvlm_hf.format.activation_grid import (
+from qvlm_hf.format.grids import (
     QParams,
     choose_qparams,
     dequantize,
