@@ -104,7 +104,7 @@ def grid_bounds(qparams: QParams) -> tuple[Tensor, Tensor]:
 
 
 def shift_quantize(x: Tensor, qparams: QParams) -> Tensor:
-    """Returns q - zero_point as float32, of the shape of `x`: the factors of the integer product."""
+    """Returns q - zero_point as float32, of the shape of `x`: factors of the integer product."""
     zero_point = qparams.zero_point.to(torch.float32)
     # clamp(r + z, 0, top) - z == clamp(r, -z, top - z): the same integers, one pass fewer
     return (

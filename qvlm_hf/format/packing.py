@@ -6,7 +6,7 @@ A row of unsigned integers becomes a bit stream in int32 words, lowest bits firs
     bit i of the stream is bit i % 32 of word i // 32, the rest of the last word is zero.
 
     bits = 4:  word 0 = | v7 | v6 | v5 | v4 | v3 | v2 | v1 | v0 |      (v0 in the low nibble)
-    bits = 6:  v5 lies in bits 30..35 of the stream: its low 2 bits end word 0, its high 4 bits begin word 1
+    bits = 6:  v5 lies in bits 30..35: its low 2 bits end word 0, its high 4 bits begin word 1
 
 For 4 and 8 bits this is the layout of compressed-tensors' pack-quantized. Rows never share a word.
 """

@@ -84,7 +84,7 @@ class Segment:
 
 
 def canonical_name(name: str) -> str:
-    """Drops `.vision_model.` from a name: config.json has none, Transformers versions differ in it."""
+    """Drops `.vision_model.` from a name, as in config.json: Transformers versions differ in it."""
     return name.replace(".vision_model.", ".")
 
 

@@ -20,7 +20,7 @@ class LayerKind:
         norms: a norm, and all modules that read its output.
         writers: modules whose output is added to the residual stream.
         value: the module of the attention values, and the one that reads them after mixing.
-        product: a module whose output is multiplied elementwise, and the one that reads the product.
+        product: a module whose output is multiplied elementwise, and the reader of the product.
     """
 
     sites: tuple[tuple[str, ...], ...]
