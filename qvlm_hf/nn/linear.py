@@ -1,4 +1,4 @@
-"""`QVLMLinear`: packed parameters under the names of docs/format.md, a forward pass of one operator.
+"""`QVLMLinear`: packed parameters named as in docs/format.md, a forward pass of one operator.
 
 It is an nn.Linear, so that LoRA, offloading and tensor-parallel code treat it as one. Its integers
 lie in `weight` with a shape that no float weight can have: a program without this package fails to

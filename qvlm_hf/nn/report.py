@@ -1,4 +1,4 @@
-"""The precision table: what computes each linear module; and the choice of the kernels behind it."""
+"""The precision table: what computes each linear module; and the choice of its kernels."""
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
