@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qvlm_hf.calibration.search.sites import TrialSite
+from qvlm_hf.calibration.search.sites import QuantizedSite, SiteCandidate
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.activation_grid import QParams, choose_qparams
 from qvlm_hf.format.scheme import QuantScheme
@@ -43,7 +43,7 @@ __all__ = [
     "tiny_llava",
     "tiny_messages",
     "tiny_processor",
-    "tiny_trial",
+    "tiny_site",
 ]
 
 IMAGE_SIZE = 32
@@ -268,7 +268,7 @@ def save_tiny(
     return path
 
 
-def tiny_trial(granularity, bits=4, dtype=torch.float32):
+def tiny_site(granularity, bits=4, dtype=torch.float32):
     """A site of two linear modules with one candidate, in force, and an input [3, 7, 40] of uneven channels."""
     torch.manual_seed(1)
     linears = [nn.Linear(40, 24).to(dtype), nn.Linear(40, 16, bias=False).to(dtype)]
@@ -285,8 +285,7 @@ def tiny_trial(granularity, bits=4, dtype=torch.float32):
     if granularity == "token":
         flat = choose_qparams(x.float().amin((0, 2)), x.float().amax((0, 2)), bits)
         grid = QParams(flat.scale[:, None], flat.zero_point[:, None], bits)
-    site = TrialSite(
-        Site(("a", "b")), linears, [RangeCandidate(granularity=granularity)], [grid], [scheme]
-    )
+    candidate = SiteCandidate(RangeCandidate(granularity=granularity), scheme, grid, grid)
+    site = QuantizedSite(Site(("a", "b")), linears, [candidate])
     site.active = 0
     return site, x

@@ -1,4 +1,4 @@
-"""The collapse detector: does the packed model still answer as the full-precision one did, on a few samples?"""
+"""The self-check: does the packed model still answer as the full-precision one did?"""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from qvlm_hf.calibration.samples import Batch
 
 __all__ = ["collapse_warning", "compare_answers", "head_warning"]
 
-# On the demo model sound W4A4 agreed on 0.98 of the answer tokens, W4A4 rounded with dynamic
-# ranges, which breaks it, on 0.52.
+# On the demo model sound W4A4 agreed on 0.98 of the answer tokens; W4A4 that its dynamic ranges
+# broke agreed on 0.52.
 _COLLAPSED_AGREEMENT = 0.75
-# What a quantized output head may cost of them.
+# What a quantized output head may cost.
 _HEAD_AGREEMENT = 0.005
 _HEAD_KL = 0.001
 
