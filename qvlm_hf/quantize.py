@@ -17,24 +17,21 @@ The model is changed only at the very end, when every module is ready: an error 
 as it was.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qvlm_hf.calibration.layers import capture_inputs
-from qvlm_hf.calibration.measure.answers import answer_logits
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
-from qvlm_hf.calibration.measure.self_check import collapse_warning, compare_answers, head_warning
+from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
 from qvlm_hf.calibration.provenance import provenance, versions
 from qvlm_hf.calibration.report import (
-    BlockReport,
     CalibrationReport,
     SegmentReport,
-    SelfCheck,
     SiteReport,
     settings_dict,
 )
@@ -111,9 +108,9 @@ def calibrate_and_pack(
             positions for, NaN in weights or activations; under `settings.strict` also a model that
             collapsed. The model is then unchanged.
     """
+    longest = longest_sample(model)
 
     def make_batches(samples: Sequence[Sample]) -> list[Batch]:
-        longest = longest_sample(model)
         return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
 
     calibration = Calibration(
@@ -123,8 +120,10 @@ def calibrate_and_pack(
         data=make_batches(by_picture(samples)),
         callbacks=callbacks,
     )
+    found = calibration.found
+    found["provenance"] = provenance(samples, calibration.data, settings)
     checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
-    reference = [logits.cpu() for batch in checks for logits in answer_logits(model, batch)]
+    answers = AnswerComparison(model, checks, held_out=bool(held_out))
     with _transformed(calibration):
         _capture_segment_inputs(calibration, len(samples))
         calibration.precisions = choose_precisions(calibration)
@@ -132,28 +131,17 @@ def calibrate_and_pack(
             calibration.importance = token_importance(calibration)
         _learn_vision_ranges(calibration)
         modules = _search(calibration)
-        head = _round_head(model, settings)
-        modules, check, warnings = _replace_and_check(
-            calibration, modules, head, checks, reference, held_out=bool(held_out)
+        modules, warnings = _replace_and_check(
+            calibration, modules, _round_head(model, settings), answers
         )
     if len(samples) < _FEW_SAMPLES and settings.needs_data:
         warnings.append(
             f"static ranges from {len(samples)} samples clip what these did not show: use "
             f"{_FEW_SAMPLES} or more samples like your data."
         )
-    found = calibration.found
-    source = provenance(samples, calibration.data, settings) | found.pop("vision_provenance", {})
-    return _report(
-        calibration,
-        modules,
-        **found
-        | {
-            "provenance": source,
-            "self_check": check,
-            "average_weight_bits": _average_bits(modules),
-            "warnings": (*warnings, *found.get("warnings", ())),
-        },
-    )
+    found["warnings"] = (*warnings, *found.get("warnings", ()))
+    found["average_weight_bits"] = _average_bits(modules)
+    return _report(calibration, modules)
 
 
 @yield_to_others()
@@ -186,7 +174,8 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
                 scheme = settings.scheme(granularity, site.hadamard)
                 modules |= {name: _round(model, name, scheme) for name in site.modules}
     replace_modules(model, modules)
-    return _report(calibration, modules, provenance={"versions": versions()})
+    calibration.found["provenance"] = {"versions": versions()}
+    return _report(calibration, modules)
 
 
 def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
@@ -257,7 +246,7 @@ def _learn_vision_ranges(calibration: Calibration) -> None:
         if settings.strict:
             raise ValueError(f"strict=True: {warning}")
         found["warnings"] = (warning,)
-    found["vision_provenance"] = {"optimize_vision": outcome}
+    found["provenance"]["optimize_vision"] = outcome
 
 
 def _search(calibration: Calibration) -> _Modules:
@@ -293,7 +282,15 @@ def _search(calibration: Calibration) -> _Modules:
                     SiteReport(modules=site.site.modules, candidate=site.chosen.range)
                     for site in block.sites
                 ]
-            segments.append(_segment_report(segment, dependencies, threshold, searched))
+            segments.append(
+                SegmentReport(
+                    component=segment.component,
+                    layers=tuple(layer.name for layer in segment.layers),
+                    entropies=tuple(dependencies),
+                    threshold=threshold,
+                    blocks=tuple(block.report for block in searched if block.report),
+                )
+            )
             # from here on the segment runs as quantized, and the next one sees its real output
             below.enter_context(installed(site for block in searched for site in block.sites))
             del calibration.inputs[segment.component]
@@ -327,26 +324,20 @@ def _round(model: nn.Module, name: str, scheme: QuantScheme) -> QVLMLinear:
 
 
 def _replace_and_check(
-    calibration: Calibration,
-    modules: _Modules,
-    head: _Modules,
-    checks: Sequence[Batch],
-    reference: Sequence[Tensor],
-    *,
-    held_out: bool,
-) -> tuple[_Modules, SelfCheck | None, list[str]]:
+    calibration: Calibration, modules: _Modules, head: _Modules, answers: AnswerComparison
+) -> tuple[_Modules, list[str]]:
     """Puts the modules into the model; a head that moves the answers goes back out.
 
-    Returns the modules that stay, the self-check and its warnings. Any error restores the model.
+    Returns the modules that stay, and warnings of the self-check. Any error restores the model.
     """
     model = calibration.model
     floating = {name: get_linear(model, name) for name in (*modules, *head)}
     try:
         replace_modules(model, modules)
-        check = with_head = compare_answers(model, checks, reference, held_out=held_out)
+        check = with_head = answers.measure()
         if head:
             replace_modules(model, head)
-            with_head = compare_answers(model, checks, reference, held_out=held_out)
+            with_head = answers.measure()
         harmful = head_warning(check, with_head)
         warnings = [warning for warning in (collapse_warning(check), harmful) if warning]
         if calibration.settings.strict and warnings:
@@ -356,8 +347,8 @@ def _replace_and_check(
         raise
     if harmful:
         replace_modules(model, {name: floating[name] for name in head})
-        return modules, check, warnings
-    return head | modules, with_head, warnings
+    calibration.found["self_check"] = check if harmful else with_head
+    return modules if harmful else head | modules, warnings
 
 
 def _average_bits(modules: _Modules) -> float:
@@ -366,35 +357,7 @@ def _average_bits(modules: _Modules) -> float:
     return bits / sum(sizes.values())
 
 
-def _segment_report(
-    segment: Segment,
-    dependencies: Sequence[float],
-    threshold: float,
-    searched: Sequence[SearchedBlock],
-) -> SegmentReport:
-    blocks = tuple(
-        BlockReport(
-            layers=tuple(layer.name for layer in block.layers),
-            initial=block.result.initial,
-            greedy=block.result.greedy,
-            joint=block.result.joint,
-            evaluations=block.result.evaluations,
-        )
-        for block in searched
-        if block.result is not None
-    )
-    return SegmentReport(
-        component=segment.component,
-        layers=tuple(layer.name for layer in segment.layers),
-        entropies=tuple(dependencies),
-        threshold=threshold,
-        blocks=blocks,
-    )
-
-
-def _report(
-    calibration: Calibration, modules: Mapping[str, QVLMLinear], **found: Any
-) -> CalibrationReport:
+def _report(calibration: Calibration, modules: _Modules) -> CalibrationReport:
     segments = calibration.segments
     untouched = full_precision_modules(calibration.model, segments)
     return CalibrationReport(
@@ -402,5 +365,5 @@ def _report(
         modules={name: module.scheme for name, module in modules.items()},
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(name for name in untouched if name not in modules),
-        **found,
+        **calibration.found,
     )

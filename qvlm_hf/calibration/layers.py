@@ -128,7 +128,7 @@ def _layer_input(
 def working_precision(
     model: nn.Module, layers: Iterable[Layer], inputs: Sequence[LayerInput]
 ) -> Iterator[None]:
-    """Inside, the layers' floating parameters have the dtype of `inputs`; then they are as before."""
+    """Inside, the layers' floating parameters have the dtype of `inputs`."""
     dtype = inputs[0].hidden.dtype
     stored = [
         (parameter, parameter.data)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qvlm_hf.calibration.layers import LayerInput, live_layers, run_layer, working_precision
+from qvlm_hf.calibration.report import BlockReport
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.blocks import Block
 from qvlm_hf.calibration.search.gptq import gptq_round_layer
@@ -28,12 +29,12 @@ class SearchedBlock:
     Attributes:
         layers: the block.
         sites: of all its layers, their `active` candidate being the choice.
-        result: of the search; None for dead layers.
+        report: of the search; None for dead layers.
     """
 
     layers: tuple[Layer, ...]
     sites: tuple[QuantizedSite, ...]
-    result: SearchResult | None
+    report: BlockReport | None
 
 
 def search_segment(
@@ -114,4 +115,15 @@ def _finished(
         if result is None:
             site.take_final_grids()
         site.free_memory()
-    return SearchedBlock(tuple(layers), sites, result)
+    report = (
+        None
+        if result is None
+        else BlockReport(
+            layers=tuple(layer.name for layer in layers),
+            initial=result.initial,
+            greedy=result.greedy,
+            joint=result.joint,
+            evaluations=result.evaluations,
+        )
+    )
+    return SearchedBlock(tuple(layers), sites, report)

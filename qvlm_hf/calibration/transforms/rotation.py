@@ -1,15 +1,15 @@
 """Rotations that spread outliers over all channels, folded into the weights.
 
-The model computes the same and its inputs quantize better. Three function-preserving changes (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406), made
-before anything is calibrated:
+The model computes the same and its inputs quantize better. Three function-preserving changes
+(QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406) are made before anything is calibrated:
 
 1. the affine part of every norm moves into the linear modules that read it, so that a norm only
-normalises;
+   normalises;
 2. the language model's residual stream is multiplied by an orthogonal R: what writes it
    (embeddings, projector, o_proj, down_proj) gets R on its outputs, what reads it (q/k/v, gate/up,
    head) gets R on its inputs, and a root-mean-square norm does not notice;
 3. attention values are multiplied head by head by a Hadamard matrix, v_proj's outputs and o_proj's
-inputs.
+   inputs.
 
 Inputs that no fold reaches go through an online Hadamard transform instead (`input_transform` of
 the format): of down_proj, behind a nonlinearity, and of the sites of vision encoder and projector.
@@ -33,7 +33,9 @@ __all__ = ["residual_rotation", "rotate", "undone_on_error"]
 
 
 def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
-    """Folds all three into the weights, in float64 rounded once; changed parameters get new tensors.
+    """Folds all three into the weights, in float64 and rounded once.
+
+    Changed parameters get new tensors.
 
     Args:
         model: in full precision.
