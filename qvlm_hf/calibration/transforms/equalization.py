@@ -1,9 +1,10 @@
-"""Scales moved out of a site's input into the weights that read it: the model computes the same, its inputs quantize better.
+"""Equalization: scales move out of a site's input into the weights that read it.
 
-An input channel that is larger than its neighbours takes the whole range of a token. Dividing it by
-s and multiplying its weight column by s changes nothing in full precision (SmoothQuant, arXiv
-2211.10438). The division is folded into what writes the channel: the norm before the site, v_proj
-(attention mixes positions, not channels), up_proj (which gating multiplies). Here
+The model computes the same and its inputs quantize better. An input channel that is larger
+than its neighbours takes the whole range of a token. Dividing it by s and multiplying its weight
+column by s changes nothing in full precision (SmoothQuant, arXiv 2211.10438). The division is
+folded into what writes the channel: the norm before the site, v_proj (attention mixes positions,
+not channels), up_proj (which gating multiplies). Here
 
     s = rms(x)^alpha / rms(w)^(1 - alpha), its geometric mean over the site 1.
 
@@ -15,18 +16,21 @@ they left 18 % more divergence (W4A4, four seeds), which is hardly beyond the sp
 Legend: I in_features of the readers.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qvlm_hf.calibration.layers import observe_inputs, run_model, valid_tokens
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.models.folds import ScalePath
 
 __all__ = ["equalize"]
 
-_ALPHA = 0.35  # lowest divergence at W4A4 on the demo model, in a prototype: 0.0051 (five seeds); 0.25: 0.0058 (five); 0.5: 0.0057 (three)
+# Lowest divergence at W4A4 on the demo model, in a prototype: 0.0051 (five seeds); 0.25 gave 0.0058
+# (five), 0.5 gave 0.0057 (three).
+_ALPHA = 0.35
 _MOST = 8.0  # powers of two, either way: beyond that 16-bit weights would lose range
 
 
@@ -35,7 +39,7 @@ def equalize(model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
 
     Args:
         model: in full precision (rotated, if it will be).
-        paths: from `folds.scale_paths`.
+        paths: from `scale_paths`.
         data: calibration batches; paths that none of them reaches stay as they are.
     """
     squares = _square_sums(model, paths, data)
@@ -45,7 +49,7 @@ def equalize(model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
 
 
 def _fold(path: ScalePath, scale: Tensor) -> None:
-    """Divides the channels that the source writes by their scales, [heads, width], and undoes it in the readers."""
+    """Divides the channels that the source writes by [heads, width]; the readers undo it."""
     for reader in path.readers:
         repeats = reader.in_features // scale.numel()
         columns = scale.unsqueeze(1).expand(-1, repeats, -1).flatten()
@@ -56,10 +60,9 @@ def _fold(path: ScalePath, scale: Tensor) -> None:
 
 
 def _scales(path: ScalePath, inputs: Tensor) -> Tensor:
-    """s of the channels that the source writes, [heads, width]; readers that share a channel share its scale."""
-    weights = (
-        torch.cat([reader.weight.detach().float() for reader in path.readers]).square().mean(0)
-    )
+    """s of the channels that the source writes, [heads, width]; readers share a channel's scale."""
+    readers = [reader.weight.detach().float() for reader in path.readers]
+    weights = torch.cat(readers).square().mean(0)
     logs = 0.5 * (_ALPHA * inputs.log2() - (1 - _ALPHA) * weights.log2())
     silent = (inputs == 0) | (weights == 0)
     logs = (logs - logs[~silent].mean()).masked_fill(silent, 0.0)
@@ -71,29 +74,16 @@ def _scales(path: ScalePath, inputs: Tensor) -> Tensor:
 def _square_sums(
     model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
 ) -> dict[nn.Module, Tensor]:
-    """First reader -> sum of squares of its input per channel, float32 [I], over tokens that count; `_scales` cancels their number."""
+    """First reader -> sum of squares of its input per channel, float32 [I], over valid tokens."""
     sums: dict[nn.Module, Tensor] = {}
-    device = next(model.parameters()).device
+    readers = {path.readers[0]: path.readers[0] for path in paths}
     for batch in data:
-        mask = batch.inputs["attention_mask"].bool().to(device)
-        with _observed(paths, mask, sums), torch.no_grad():
-            model(**{key: value.to(device) for key, value in batch.inputs.items()}, use_cache=False)
+
+        def add(reader: nn.Module, args: tuple[Any, ...], _: Any, batch: Batch = batch) -> None:
+            mask = batch.inputs["attention_mask"].bool().to(args[0].device)
+            square = valid_tokens(args[0].detach(), mask).float().square().sum(0)
+            sums[reader] = sums[reader] + square if reader in sums else square
+
+        with observe_inputs(readers, add), torch.no_grad():
+            run_model(model, batch)
     return sums
-
-
-@contextmanager
-def _observed(
-    paths: Sequence[ScalePath], mask: Tensor, sums: dict[nn.Module, Tensor]
-) -> Iterator[None]:
-    def observe(reader: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        x = x.detach()[mask] if x.shape[:2] == mask.shape else x.detach().flatten(0, -2)
-        square = x.float().square().sum(0)
-        sums[reader] = sums[reader] + square if reader in sums else square
-
-    handles = [path.readers[0].register_forward_pre_hook(observe) for path in paths]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,15 +1,15 @@
-"""Rotations that spread outliers over all channels, folded into the weights: the model computes what it did, its inputs quantize better.
+"""Rotations that spread outliers over all channels, folded into the weights.
 
-Three function-preserving changes (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406), made
-before anything is calibrated:
+The model computes the same and its inputs quantize better. Three function-preserving changes
+(QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406) are made before anything is calibrated:
 
 1. the affine part of every norm moves into the linear modules that read it, so that a norm only
-normalises;
+   normalises;
 2. the language model's residual stream is multiplied by an orthogonal R: what writes it
    (embeddings, projector, o_proj, down_proj) gets R on its outputs, what reads it (q/k/v, gate/up,
    head) gets R on its inputs, and a root-mean-square norm does not notice;
 3. attention values are multiplied head by head by a Hadamard matrix, v_proj's outputs and o_proj's
-inputs.
+   inputs.
 
 Inputs that no fold reaches go through an online Hadamard transform instead (`input_transform` of
 the format): of down_proj, behind a nonlinearity, and of the sites of vision encoder and projector.
@@ -33,11 +33,13 @@ __all__ = ["residual_rotation", "rotate", "undone_on_error"]
 
 
 def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
-    """Folds all three into the weights; every parameter it changes gets a new tensor, computed in float64 and rounded once.
+    """Folds all three into the weights, in float64 and rounded once.
+
+    Changed parameters get new tensors.
 
     Args:
         model: in full precision.
-        plan: from `folds.rotation_plan`.
+        plan: from `rotation_plan`.
         seed: of the rotation's signs.
 
     Raises:
@@ -58,7 +60,7 @@ def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """If the context ends with an error, the model has the very parameters (and the same tying) that it had before."""
+    """If the context ends with an error, the model has its old parameters and tying again."""
     owners = [(module, dict(module._parameters)) for module in model.modules()]
     tensors = [
         (parameter, parameter.data)
@@ -83,7 +85,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def residual_rotation(size: int, seed: int) -> Callable[[Tensor], Tensor]:
-    """A seeded orthogonal map of the last dimension: random signs, Hadamard in blocks, an orthogonal mix of the blocks.
+    """A seeded orthogonal map: random signs, Hadamard in blocks, an orthogonal mix of the blocks.
 
     Args:
         size: H; the Hadamard blocks are the largest power of two that divides it.
@@ -151,7 +153,7 @@ def _change(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) ->
 
 
 def _untie(model: nn.Module, head: nn.Linear) -> None:
-    """Gives the head a weight of its own: norm and rotation act on it and on the embeddings differently."""
+    """Gives the head a weight of its own: norm and rotation change it unlike the embeddings."""
     head.weight = nn.Parameter(
         head.weight.detach().clone(), requires_grad=head.weight.requires_grad
     )
