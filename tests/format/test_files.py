@@ -1,4 +1,4 @@
-"""The reader of shard indexes and safetensors headers: what it tells, and its line on each damage."""
+"""The reader of shard indexes and safetensors headers, and its line on each damage."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The tables against models that run: a new family or layer class is one row and one line in MODELS."""
+"""The tables against models that run: a family is one row there, and one line in MODELS."""
 
 import re
 from itertools import pairwise
@@ -118,7 +118,7 @@ def test_every_linear_is_quantized_once_or_reported(any_model):
 
 
 def test_sites_and_norms_are_what_running_shows(any_model):
-    """Modules of a site receive one tensor, no others do, and norms feed the readers of the plan."""
+    """Modules of a site receive one tensor and no others do; norms feed their readers."""
     received, given = inputs_and_outputs(any_model)
     found = sites(resolve(any_model))
     tensors = [received[site.linears[0]] for site in found]
@@ -272,14 +272,14 @@ def of_family(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: of_family("llava_next"), "^model_type 'llava_next' is not supported: this version knows llava .docs"),
-        (lambda: changed(f"{VISION}.1", OwnLayer()), r"^OwnLayer \(of a 'clip_vision_model'\) is not supported: .* knows CLIPEncoderLayer, "),
-        (lambda: changed(LANGUAGE, nn.ModuleList([OwnLayer()])), r"^OwnLayer \(of a 'llama'\) is not supported"),
-        (lambda: changed(LANGUAGE, nn.Identity()), r"^LlamaModel \(of a 'llama'\) is not supported"),
-        (lambda: changed(DOWN, None), rf"has no module '{re.escape(DOWN)}'.*load the model with Auto"),
+        (lambda: of_family("llava_next"), "^model_type 'llava_next' is .*: this version knows llava .d"),
+        (lambda: changed(f"{VISION}.1", OwnLayer()), "^OwnLayer .of a 'clip_v.* knows CLIPEncoderLayer, "),
+        (lambda: changed(LANGUAGE, nn.ModuleList([OwnLayer()])), "^OwnLayer .of a 'llama'. is not"),
+        (lambda: changed(LANGUAGE, nn.Identity()), "^LlamaModel .of a 'llama'. is not supported"),
+        (lambda: changed(DOWN, None), f"has no module '{DOWN}'.*load the model with Auto"),
         (lambda: changed(PROJECTOR, None), "has no module 'multi_modal_projector'.*load the model"),
-        (lambda: changed(DOWN, nn.Identity()), f"^{re.escape(DOWN)} is a Identity, not nn.Linear: only plain ones"),
-        (quantized_already, f"^{re.escape(DOWN)} is a QVLMLinear, not nn.Linear, and quantized already"),
+        (lambda: changed(DOWN, nn.Identity()), f"^{DOWN} is a Identity, not nn.Linear: only plain"),
+        (quantized_already, f"^{DOWN} is a QVLMLinear, not nn.Linear, and quantized already"),
         (lambda: tiny_llava().model, "^LlavaModel is the model without its output head"),
     ],
 )  # fmt: skip
@@ -339,7 +339,7 @@ def test_shared_inputs_need_no_head_and_a_known_family(model):
         ([f"{VISION}.0.mlp.fc1", "vision_tower.vision_model.encoder.layers.0.mlp.fc1"], "vision"),
         ([f"{PROJECTOR}.linear_1.weight", "multi_modal_projector.linear_1.bias"], "projector"),
         ([DOWN, "language_model.model.layers.0.mlp.down_proj.weight"], "language"),
-        (["model.language_model.embed_tokens", "language_model.model.embed_tokens.weight"], "embeddings"),
+        (["model.language_model.embed_tokens", "language_model.model.embed_tokens.x"], "embeddings"),
         (["lm_head", "language_model.lm_head.weight"], "head"),
         (["model.image_newline", "my_lm_head"], "other"),
     ],
