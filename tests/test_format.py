@@ -1,5 +1,6 @@
-"""The format of docs/format.md, read by a program that shares no line with qvlm_hf (format_reader), against QVLMLinear."""
+"""docs/format.md: a program that shares no line with qvlm_hf, against QVLMLinear."""
 
+import dataclasses
 import json
 import struct
 import subprocess
@@ -9,15 +10,14 @@ import format_reader
 import numpy as np
 import pytest
 import torch
+from packing_by_hand import pack_weight
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 from torch import nn
 
 import qvlm_hf
-from qvlm_hf.format.activation_grid import QParams, choose_qparams
-from qvlm_hf.format.hadamard import block_hadamard
-from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
+from qvlm_hf.format.grids import QParams, quantize_weight
+from qvlm_hf.format.scheme import GRANULARITIES, QuantScheme
 from qvlm_hf.models.graph import canonical_name, resolve
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 
@@ -25,48 +25,17 @@ NAME = "model.language_model.layers.1.mlp.down_proj"
 KEY = "language_model.model.layers.1.mlp.down_proj"  # as Transformers' LLaVA checkpoints name it
 
 
-def quantize(linear, scheme, x, *, scaled_input=False):
-    """What the product does to one module, in eight lines: transform, ranges, fold, round, pack."""
-    weight, values = linear.weight.detach().float(), x
-    if scheme.hadamard:
-        weight, values = block_hadamard(weight, scheme.hadamard), block_hadamard(x, scheme.hadamard)
-    axes = {"channel": (0, 1), "token": (0, 2)}.get(scheme.granularity)
-    qparams = (
-        None
-        if axes is None
-        else choose_qparams(values.amin(axes), values.amax(axes), scheme.activation_bits)
-    )
-    input_scale = (
-        qparams.scale
-        if scheme.granularity == "channel"
-        else values.abs().amax((0, 1)).sqrt()
-        if scaled_input
-        else None
-    )
-    if input_scale is not None:
-        weight = weight * input_scale
-    tensors = packed_tensors(quantize_weight(weight, scheme), scheme, qparams)
-    return tensors | ({"input_scale": input_scale} if scaled_input else {})
-
-
 def save(directory, entries, tensors, *, shards=1):
-    """A saved directory: entries {canonical name: scheme}, tensors {key: tensor}, spread over files."""
+    """Writes entries {canonical name: scheme} and tensors {key: tensor} in several files."""
     modules = {name: scheme.to_dict() for name, scheme in entries.items()}
     (directory / "config.json").write_text(
         json.dumps({"quantization_config": {"quant_method": "qvlm", "modules": modules}})
     )
     keys = sorted(tensors)
     for shard in range(shards):
-        name = (
-            "model.safetensors"
-            if shards == 1
-            else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        )
-        save_file(
-            {key: tensors[key] for key in keys[shard::shards]},
-            directory / name,
-            metadata={"format": "pt"},
-        )
+        part = "" if shards == 1 else f"-{shard + 1:05}-of-{shards:05}"
+        held = {key: tensors[key] for key in keys[shard::shards]}
+        save_file(held, directory / f"model{part}.safetensors", metadata={"format": "pt"})
 
 
 def check(
@@ -82,13 +51,10 @@ def check(
     linear = nn.Linear(in_features, 9, bias=bias).to(dtype)
     # Multiples of 1/64: Hadamard sums are exact in any order, so that both programs round the same
     # numbers.
-    x = (
-        (torch.randn(3, 5, in_features) * torch.linspace(0.2, 4, in_features) + 0.3)
-        .mul(64)
-        .round()
-        .div(64)
-    )
-    tensors = quantize(linear, scheme, x, scaled_input=scaled_input)
+    x = torch.randn(3, 5, in_features) * torch.linspace(0.2, 4, in_features) + 0.3
+    x = x.mul(64).round().div(64)
+    divisor = x.abs().amax((0, 1)).sqrt() if scaled_input else None
+    tensors = pack_weight(linear, scheme, x, divisor)
     saved = {f"{KEY}.{name}": tensor for name, tensor in tensors.items()}
     if bias:
         saved[f"{KEY}.bias"] = linear.bias.detach()
@@ -109,31 +75,22 @@ def check(
     assert error < 1.5 * 2.0 ** -min(scheme.weight_bits - 1, scheme.activation_bits - 3, 5)
 
 
-@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token"])
+@pytest.mark.parametrize(
+    ("granularity", "activation_bits", "scaled_input"),
+    [
+        *((kind, bits, False) for kind in GRANULARITIES for bits in (3, 4, 6, 8) if kind != "none"),
+        ("none", 16, False),
+        ("none", 16, True),
+    ],
+)
 @pytest.mark.parametrize("weight_bits", range(2, 9))
-@pytest.mark.parametrize("activation_bits", [3, 4, 6, 8])
-def test_every_width(tmp_path, granularity, weight_bits, activation_bits):
-    check(
-        tmp_path,
-        QuantScheme(
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            group_size=16,
-            granularity=granularity,
-        ),
-    )
-
-
-@pytest.mark.parametrize("weight_bits", range(2, 9))
-@pytest.mark.parametrize("scaled_input", [False, True])
-def test_every_width_with_floating_point_inputs(tmp_path, weight_bits, scaled_input):
-    scheme = QuantScheme(
-        weight_bits=weight_bits, activation_bits=16, group_size=16, granularity="none"
-    )
+def test_every_width(tmp_path, granularity, weight_bits, activation_bits, scaled_input):
+    bits = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    scheme = QuantScheme(**bits, group_size=16, granularity=granularity)
     check(tmp_path, scheme, scaled_input=scaled_input)
 
 
-@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("hadamard", [None, 4])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [16, 128, -1])
@@ -150,26 +107,24 @@ def test_transforms_symmetry_and_groups(tmp_path, granularity, hadamard, symmetr
     check(tmp_path, scheme, scaled_input=granularity == "none" and symmetric)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_dtypes_of_the_bias_and_several_files(tmp_path, dtype, shards):
-    check(
-        tmp_path,
-        QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token"),
-        dtype=dtype,
-        shards=shards,
-    )
-
-
-def test_no_bias_and_a_large_block(tmp_path):
-    scheme = QuantScheme(
-        weight_bits=4, activation_bits=8, granularity="dynamic_token", hadamard=256
-    )
-    check(tmp_path, scheme, in_features=512, bias=False)
+@pytest.mark.parametrize(
+    ("hadamard", "options"),
+    [
+        *(
+            (None, {"dtype": t, "shards": n})
+            for t in (torch.float16, torch.bfloat16)
+            for n in (1, 3)
+        ),
+        (256, {"in_features": 512, "bias": False}),
+    ],
+)
+def test_dtypes_of_the_bias_several_files_and_a_large_block(tmp_path, hadamard, options):
+    kind = {"activation_bits": 8, "granularity": "dynamic_token", "hadamard": hadamard}
+    check(tmp_path, QuantScheme(weight_bits=4, **kind), **options)
 
 
 def test_bytes_written_by_hand(tmp_path):
-    """A module whose every byte and every product is on this page: neither program can be wrong in the same way as the test.
+    """Every byte and every product is on this page: no program is wrong in the same way.
 
     2 x 3 weights of 4 bits, one group: rows [1, 2, 15] and [0, 8, 3], scales 0.5 and 2, zero points
     1 and 8, bias 10 and 0.25; the input in 3 bits per channel, scales 1, 0.5, 2, zero points 0, 4,
@@ -206,7 +161,8 @@ def test_bytes_written_by_hand(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
     # x = [2.5, 1, -3]: round(2.5) = 2, 1 / 0.5 = 2, round(-1.5) = -2: a = [2, 2, -2]; nothing is
     # clipped
-    #   row 0: 10 + 0.5 * (2 * 0 + 2 * 1 - 2 * 14) = -3;          row 1: 0.25 + 2 * (2 * -8 + 2 * 0 - 2 * -5) = -11.75
+    #   row 0: 10 + 0.5 * (2 * 0 + 2 * 1 - 2 * 14) = -3
+    #   row 1: 0.25 + 2 * (2 * -8 + 2 * 0 - 2 * -5) = -11.75
     # x = [-1, 9, 4]: a_0 >= 0, a_1 <= 7 - 4, a_2 <= 7 - 7: a = [0, 3, 0]
     #   row 0: 10 + 0.5 * 3 * 1 = 11.5;                           row 1: 0.25 + 2 * 3 * 0 = 0.25
     x = [[2.5, 1.0, -3.0], [-1.0, 9.0, 4.0]]
@@ -230,7 +186,7 @@ def test_bytes_written_by_hand(tmp_path):
 
 
 def test_finds_every_module_of_a_saved_model(tmp_path):
-    """The canonical names of config.json against the keys that save_pretrained writes, all of them and each its own."""
+    """Each canonical name of config.json has keys of its own that save_pretrained writes."""
     model = tiny_llava()
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -266,7 +222,7 @@ def saved(tmp_path):
     return (
         tmp_path,
         scheme,
-        {f"{KEY}.{name}": tensor for name, tensor in quantize(linear, scheme, x).items()},
+        {f"{KEY}.{name}": tensor for name, tensor in pack_weight(linear, scheme, x).items()},
         x.numpy(),
     )
 
@@ -316,7 +272,7 @@ def test_the_reader_refuses_what_the_format_does_not_allow(saved, damage, messag
 
 
 def test_the_reader_stands_alone():
-    code = "import sys; sys.path.insert(0, 'tests'); import format_reader; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    code = "import sys; sys.path.insert(0, 'tests'); import format_reader; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -324,26 +280,27 @@ def test_the_reader_stands_alone():
         check=True,
         cwd=__file__.rpartition("/tests/")[0],
     )
-    assert not {"torch", "transformers", "qvlm_hf", "safetensors"} & set(done.stdout.split())
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "numpy" in loaded
+    assert not {"torch", "transformers", "qvlm_hf", "safetensors"} & loaded
 
 
 def test_packed_tensors_are_what_the_format_names():
-    weight = quantize_weight(
-        torch.randn(4, 40), QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
-    )
+    scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
+    weight = quantize_weight(torch.randn(4, 40), scheme)
     qparams = QParams(torch.ones(40, dtype=torch.float64), torch.zeros(40, dtype=torch.int64), 4)
-    tensors = packed_tensors(
-        weight, QuantScheme(weight_bits=4, activation_bits=4, group_size=16), qparams
-    )
-    assert {
-        name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in tensors.items()
-    } == {
-        "weight": ("int32", (4, 5)),
-        "weight_scale": ("bfloat16", (4, 3)),
-        "weight_zero_point": ("uint8", (4, 3)),
-        "input_scale": ("float32", (40,)),
-        "input_zero_point": ("int32", (40,)),
+    tensors = packed_tensors(weight, scheme, qparams)
+    layout = {name: (str(t.dtype).removeprefix("torch."), *t.shape) for name, t in tensors.items()}
+    assert layout == {
+        "weight": ("int32", 4, 5),
+        "weight_scale": ("bfloat16", 4, 3),
+        "weight_zero_point": ("uint8", 4, 3),
+        "input_scale": ("float32", 40),
+        "input_zero_point": ("int32", 40),
     }
+    scheme = dataclasses.replace(scheme, granularity="dynamic_token", symmetric=True)
+    weight = quantize_weight(torch.randn(4, 40), scheme)
+    assert set(packed_tensors(weight, scheme, None)) == {"weight", "weight_scale"}
 
 
 @pytest.mark.parametrize(

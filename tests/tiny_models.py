@@ -17,7 +17,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -28,12 +27,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from qvlm_hf.calibration.search.sites import TrialSite
-from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.format.activation_grid import QParams, choose_qparams
-from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.models.graph import Site
-
 __all__ = [
     "ANSWERS",
     "CHAT_TEMPLATE",
@@ -43,7 +36,6 @@ __all__ = [
     "tiny_llava",
     "tiny_messages",
     "tiny_processor",
-    "tiny_trial",
 ]
 
 IMAGE_SIZE = 32
@@ -266,27 +258,3 @@ def save_tiny(
     tiny_llava(seed, dtype=dtype, **overrides).save_pretrained(path)  # type: ignore[arg-type]
     tiny_processor().save_pretrained(path)
     return path
-
-
-def tiny_trial(granularity, bits=4, dtype=torch.float32):
-    """A site of two linear modules with one candidate, in force, and an input [3, 7, 40] of uneven channels."""
-    torch.manual_seed(1)
-    linears = [nn.Linear(40, 24).to(dtype), nn.Linear(40, 16, bias=False).to(dtype)]
-    x = torch.randn(3, 7, 40, dtype=dtype) * torch.linspace(0.2, 5, 40).to(dtype)
-    activation_bits = 16 if granularity == "none" else bits
-    scheme = QuantScheme(
-        weight_bits=4, activation_bits=activation_bits, group_size=16, granularity=granularity
-    )
-    grid = None
-    if granularity == "channel":
-        grid = choose_qparams(
-            x.flatten(0, 1).float().amin(0), x.flatten(0, 1).float().amax(0), bits
-        )
-    if granularity == "token":
-        flat = choose_qparams(x.float().amin((0, 2)), x.float().amax((0, 2)), bits)
-        grid = QParams(flat.scale[:, None], flat.zero_point[:, None], bits)
-    site = TrialSite(
-        Site(("a", "b")), linears, [RangeCandidate(granularity=granularity)], [grid], [scheme]
-    )
-    site.active = 0
-    return site, x

@@ -1,4 +1,1 @@
-"""Calibration: from samples to ranges, blocks and integers.
-
-Depends on torch and core; a kernel can never change a search.
-"""
+"""Calibration: from samples to ranges, blocks and integers. It never sees a kernel."""

@@ -1,4 +1,4 @@
-"""Counting the steps of a calibration for its callbacks, and the progress bar that is one when nobody asked for anything else."""
+"""Progress of a calibration: told to its callbacks, and shown as a bar by one of them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,12 +28,8 @@ class Steps:
     """Tells the callbacks how much of a step is done: layers searched, sites probed."""
 
     def __init__(self, name: str, callbacks: Sequence[Any], total: int) -> None:
-        self._name, self._callbacks, self._total, self._done = (
-            name,
-            [c for c in callbacks if hasattr(c, "on_step")],
-            total,
-            0,
-        )
+        self._name, self._total, self._done = name, total, 0
+        self._callbacks = [callback for callback in callbacks if hasattr(callback, "on_step")]
         self.advance(0)
 
     def advance(self, count: int = 1) -> None:

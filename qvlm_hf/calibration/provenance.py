@@ -1,4 +1,4 @@
-"""Where a result comes from: the samples, the seed and the versions, for config.json and the report."""
+"""Where a result comes from, for config.json and the report: samples, seed, versions."""
 
 import platform
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ __all__ = ["provenance", "versions"]
 def provenance(
     samples: Sequence[Sample], data: Sequence[Batch], settings: CalibrationSettings
 ) -> dict[str, Any]:
-    """What the calibration saw: counts, a hash of the samples, the seed, the threads (sums depend on their number) and the versions."""
+    """Counts and hash of the samples, the seed, the threads (they split sums) and the versions."""
     return {
         "samples": len(samples),
         "images": sum(len(sample.images()) for sample in samples),

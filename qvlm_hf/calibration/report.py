@@ -1,4 +1,4 @@
-"""What a calibration measured, chose and kept: a frozen record that goes to JSON and back (qvlm_report.json, the model card)."""
+"""The record of a calibration, frozen, to JSON and back (qvlm_report.json, the model card)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ __all__ = [
     "BlockReport",
     "CalibrationReport",
     "DecodeCheck",
-    "Lift",
+    "PrecisionRaise",
     "SegmentReport",
     "SelfCheck",
     "SiteReport",
@@ -41,9 +41,14 @@ class BlockReport:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentReport:
-    """One segment: the entropies between its layers in nats (eq.
+    """One segment.
 
-    4), the threshold h0 in force and the blocks (eq. 7).
+    Attributes:
+        component: "vision", "projector" or "language".
+        layers: names.
+        entropies: D(k, k+1) between live layers in nats (eq. 4).
+        threshold: h0 in force.
+        blocks: of the partition (eq. 7).
     """
 
     component: str
@@ -55,15 +60,18 @@ class SegmentReport:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
-    """What the search chose for one site: the modules that share it and their activation range."""
+    """The choice for one site: the modules that share it and their activation range."""
 
     modules: tuple[str, ...]
     candidate: RangeCandidate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lift:
-    """A site, by its first module, that the guard gave more bits: the answers' divergence (nats) that it caused alone, before and after."""
+class PrecisionRaise:
+    """A site, by its first module, that the guard gave more bits.
+
+    `before` and `after` are the divergence of the answers (nats) that it caused alone.
+    """
 
     site: str
     weight_bits: int
@@ -134,11 +142,11 @@ class CalibrationReport:
         provenance: where the data came from (counts, hash, seed, versions).
         modules: canonical module name -> scheme: exactly what is quantized.
         segments: entropies and blocks, in execution order; empty where nothing was searched.
-        sites: what was chosen.
+        sites: the choices.
         sensitivities: site, by its first module -> KL of the answers (nats) when it alone is
             quantized; empty without guard.
-        lifts: what the guard lifted, worst first.
-        vision: what the visual encoder optimisation did; None where it did not run.
+        lifts: sites that the guard gave more bits, worst first.
+        vision: the visual encoder optimisation; None where it did not run.
         average_weight_bits: over all quantized weights, scales not counted.
         dead: layers whose output reaches nothing: rounded, not searched.
         full_precision: linear modules left alone.
@@ -156,7 +164,7 @@ class CalibrationReport:
     segments: tuple[SegmentReport, ...] = ()
     sites: tuple[SiteReport, ...] = ()
     sensitivities: dict[str, float] = field(default_factory=dict)
-    lifts: tuple[Lift, ...] = ()
+    lifts: tuple[PrecisionRaise, ...] = ()
     vision: VisionReport | None = None
     average_weight_bits: float | None = None
     dead: tuple[str, ...] = ()
@@ -181,26 +189,26 @@ class CalibrationReport:
             ValueError: a key is missing or unknown.
         """
         try:
-            fields = dict(entry)
-            fields["modules"] = {
-                name: QuantScheme.from_dict(scheme) for name, scheme in entry["modules"].items()
+            fields = dict(entry) | {
+                "modules": {
+                    name: QuantScheme.from_dict(scheme) for name, scheme in entry["modules"].items()
+                },
+                "segments": tuple(map(_segment, entry["segments"])),
+                "sites": tuple(
+                    SiteReport(
+                        modules=tuple(site["modules"]),
+                        candidate=RangeCandidate(**site["candidate"]),
+                    )
+                    for site in entry["sites"]
+                ),
+                "lifts": tuple(PrecisionRaise(**lift) for lift in entry["lifts"]),
+                "vision": entry["vision"] and VisionReport(**entry["vision"]),
+                "self_check": entry["self_check"] and SelfCheck(**entry["self_check"]),
             }
-            fields["segments"] = tuple(_segment(segment) for segment in entry["segments"])
-            fields["sites"] = tuple(
-                SiteReport(
-                    modules=tuple(site["modules"]), candidate=RangeCandidate(**site["candidate"])
-                )
-                for site in entry["sites"]
-            )
-            fields["lifts"] = tuple(Lift(**lift) for lift in entry["lifts"])
             for name in ("dead", "full_precision", "warnings"):
                 fields[name] = tuple(entry[name])
-            fields["vision"] = None if entry["vision"] is None else VisionReport(**entry["vision"])
-            fields["self_check"] = (
-                None if entry["self_check"] is None else SelfCheck(**entry["self_check"])
-            )
             decoded = entry.get("decode_check")  # not in reports of older versions
-            fields["decode_check"] = None if decoded is None else DecodeCheck(**decoded)
+            fields["decode_check"] = decoded and DecodeCheck(**decoded)
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -215,17 +223,11 @@ def settings_dict(settings: CalibrationSettings) -> dict[str, Any]:
 
 
 def _segment(entry: Mapping[str, Any]) -> SegmentReport:
+    lists = {name: tuple(entry[name]) for name in ("layers", "entropies")}
     blocks = tuple(
         BlockReport(**{**block, "layers": tuple(block["layers"])}) for block in entry["blocks"]
     )
-    return SegmentReport(
-        **{
-            **entry,
-            "layers": tuple(entry["layers"]),
-            "entropies": tuple(entry["entropies"]),
-            "blocks": blocks,
-        }
-    )
+    return SegmentReport(**{**entry, **lists, "blocks": blocks})
 
 
 def _listed(value: Any) -> Any:

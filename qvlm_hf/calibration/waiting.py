@@ -1,14 +1,11 @@
-"""PyTorch's threads give their cores away while they wait for each other and another program wants the cores.
+"""PyTorch's threads stop spinning while they wait, whenever another program wants their cores.
 
 Threads of libgomp, PyTorch's OpenMP runtime on Linux, spin while they wait. That is fastest on an
-idle machine. On a busy one a spinning thread uses up the time that the thread it waits for needs,
-at each small operation: calibration took more than ten times as long.
-
-libgomp reads OMP_WAIT_POLICY once, when it is loaded, which is too early for a library. But it
-spins for microseconds only while the process has more OpenMP threads than cores. So idle ones are
-added. They compute nothing: operations are split as before, and results keep every bit.
-
-Left out: other runtimes, and fewer threads, which would change sums and thereby results.
+idle machine. On a busy one a spinning thread uses up the time that the thread it waits for needs:
+calibration took more than ten times as long. libgomp reads OMP_WAIT_POLICY when it is loaded, too
+early for a library. But it spins for microseconds only while the process has more OpenMP threads
+than cores. So idle threads are added. They compute nothing: operations are split as before, and
+results keep every bit.
 """
 
 import ctypes
@@ -31,46 +28,40 @@ _BUSY = 0.25  # cores that the process could use and does not get; 0.01 on an id
 
 @contextmanager
 def yield_to_others() -> Iterator[None]:
-    """Inside, threads wait without spinning whenever the machine is busy.
-
-    Thread counts and results stay as they are.
-    """
-    crowd = _crowd()
-    if crowd is None or torch.get_num_threads() == 1:
-        yield
-        return
+    """Inside, threads wait without spinning whenever the machine is busy."""
+    add_threads = _idle_threads()
     done = Event()
-    watcher = Thread(target=_watch, args=(done, crowd), daemon=True, name="qvlm yield_to_others")
-    watcher.start()
+    watcher = Thread(target=_watch, args=(done, add_threads), daemon=True, name="qvlm yield")
+    watching = add_threads is not None and torch.get_num_threads() > 1
+    if watching:
+        watcher.start()
     try:
         yield
     finally:
         done.set()
-        watcher.join()
+        if watching:
+            watcher.join()
 
 
-def _watch(done: Event, crowd: Callable[[Event], None]) -> None:
+def _watch(done: Event, add_threads: Callable[[Event], None]) -> None:
     """Keeps idle threads while the process waits for cores, until `done`."""
-    leave: Event | None = None
+    leave = Event()
+    leave.set()  # there are none
     waited, since = _waited(), time.monotonic()
-    try:
-        while not done.wait(_LOOK if leave is None else _STAY):
-            now_waited, now = _waited(), time.monotonic()
-            busy = now_waited - waited > _BUSY * (now - since)
-            waited, since = now_waited, now
-            if busy and leave is None:
-                leave = Event()
-                Thread(target=crowd, args=(leave,), daemon=True, name="qvlm idle").start()
-            elif not busy and leave is not None:
-                leave.set()
-                leave = None
-    finally:
-        if leave is not None:
+    while not done.wait(_LOOK if leave.is_set() else _STAY):
+        now_waited, now = _waited(), time.monotonic()
+        busy = now_waited - waited > _BUSY * (now - since)
+        waited, since = now_waited, now
+        if not busy:
             leave.set()
+        elif leave.is_set():
+            leave = Event()
+            Thread(target=add_threads, args=(leave,), daemon=True, name="qvlm idle").start()
+    leave.set()
 
 
-def _crowd() -> Callable[[Event], None] | None:
-    """What makes idle OpenMP threads and keeps them until an event; None where PyTorch's runtime is not libgomp."""
+def _idle_threads() -> Callable[[Event], None] | None:
+    """Makes idle OpenMP threads and keeps them until an event; None where there is no libgomp."""
     try:
         runtime = ctypes.CDLL(torch._C.__file__)  # finds what PyTorch itself is linked with
         nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)  # of a null pointer
@@ -78,19 +69,17 @@ def _crowd() -> Callable[[Event], None] | None:
         return None
     if not hasattr(runtime, "GOMP_parallel") or hasattr(runtime, "kmp_set_blocktime"):
         return None
-    count = max(
-        2, (os.cpu_count() or 1) + 2 - torch.get_num_threads()
-    )  # one of them is the calling thread
+    count = max(2, (os.cpu_count() or 1) + 2 - torch.get_num_threads())  # with the calling thread
 
-    def crowd(leave: Event) -> None:
+    def add_threads(leave: Event) -> None:
         runtime.GOMP_parallel(nothing, None, count, 0)
         leave.wait()  # they sleep until their master ends
 
-    return crowd
+    return add_threads
 
 
 def _waited() -> float:
-    """Seconds for which threads of this process were ready and had no core; 0 where the kernel does not say."""
+    """Seconds that ready threads of this process had no core; 0 where the kernel does not say."""
     nanoseconds = 0
     for thread in _TASKS.glob("*/schedstat"):
         with suppress(OSError):  # a thread that has ended

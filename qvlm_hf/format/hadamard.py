@@ -15,7 +15,7 @@ __all__ = ["block_hadamard", "largest_block"]
 
 
 def block_hadamard(x: Tensor, block: int) -> Tensor:
-    """Multiplies each run of `block` values of the last dimension by the normalised Hadamard matrix.
+    """Multiplies each run of `block` values by the normalised Hadamard matrix.
 
     Args:
         x: [..., K], floating point.
@@ -45,5 +45,5 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
 
 
 def largest_block(in_features: int) -> int:
-    """The largest power of two that divides `in_features`, at most 4096 (docs/format.md, `input_transform`)."""
+    """Returns the largest power of two that divides `in_features`, at most 4096."""
     return min(in_features & -in_features, MAX_HADAMARD_BLOCK)

@@ -1,4 +1,4 @@
-"""The one place where the byte layout of a packed weight is drawn.
+"""The byte layout of a packed weight, drawn here alone.
 
 A row of unsigned integers becomes a bit stream in int32 words, lowest bits first:
 
@@ -6,7 +6,7 @@ A row of unsigned integers becomes a bit stream in int32 words, lowest bits firs
     bit i of the stream is bit i % 32 of word i // 32, the rest of the last word is zero.
 
     bits = 4:  word 0 = | v7 | v6 | v5 | v4 | v3 | v2 | v1 | v0 |      (v0 in the low nibble)
-    bits = 6:  v5 lies in bits 30..35 of the stream: its low 2 bits end word 0, its high 4 bits begin word 1
+    bits = 6:  v5 lies in bits 30..35: its low 2 bits end word 0, its high 4 bits begin word 1
 
 For 4 and 8 bits this is the layout of compressed-tensors' pack-quantized. Rows never share a word.
 """
@@ -41,9 +41,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
     rows, length = values.shape
     word, offset = _places(length, bits, values.device)
     words = -(-length * bits // _WORD)
-    stream = values.new_zeros(
-        (rows, words + 1), dtype=torch.int64
-    )  # one spare word takes the spill of the last value
+    # one spare word takes the spill of the last value
+    stream = values.new_zeros((rows, words + 1), dtype=torch.int64)
     shifted = values.to(torch.int64) << offset
     # No two values share a bit, so adding is or-ing.
     stream.index_add_(1, word, shifted & 0xFFFFFFFF)
@@ -74,12 +73,8 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     mask = 2**bits - 1
     if _WORD % bits == 0:
         shifts = torch.arange(0, _WORD, bits, device=packed.device, dtype=torch.int32)
-        return (
-            ((packed.unsqueeze(-1) >> shifts) & mask)
-            .to(torch.uint8)
-            .flatten(1)[:, :length]
-            .contiguous()
-        )
+        values = ((packed.unsqueeze(-1) >> shifts) & mask).to(torch.uint8)
+        return values.flatten(1)[:, :length].contiguous()
     word, offset = _places(length, bits, packed.device)
     stream = torch.nn.functional.pad(packed.to(torch.int64) & 0xFFFFFFFF, (0, 1))
     low, high = stream[:, word], stream[:, word + 1]

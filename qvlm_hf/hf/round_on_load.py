@@ -17,8 +17,8 @@ from transformers.core_model_loading import ConversionOps
 
 from qvlm_hf.calibration.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.models.graph import Segment, full_precision_modules, output_head, resolve
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules

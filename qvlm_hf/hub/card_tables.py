@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from qvlm_hf.calibration.report import CalibrationReport, Lift, SegmentReport
+from qvlm_hf.calibration.report import CalibrationReport, PrecisionRaise, SegmentReport
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hub.contents import Contents
 
@@ -165,7 +165,7 @@ def full_precision_names(contents: Contents) -> list[str]:
     return [f"`{name}`" + (f" ({count})" if "*" in name else "") for name, count in names.items()]
 
 
-def lift_table(lifts: Sequence[Lift]) -> str:
+def lift_table(lifts: Sequence[PrecisionRaise]) -> str:
     """What the guard raised."""
     rows = [
         (

@@ -7,7 +7,7 @@ disk. A directory without report is described by its configuration.
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch import nn
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hub.payload import read_header, weight_files
+from qvlm_hf.models.families import component_finder
 from qvlm_hf.models.graph import canonical_name
-from qvlm_hf.nn.footprint import component_of, footprint
+from qvlm_hf.nn.footprint import footprint
 
 __all__ = [
     "REPORT_NAME",
@@ -106,7 +107,8 @@ def read_contents(folder: Path) -> Contents:
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    stored = _stored_bytes(folder)
+    component_of = component_finder(model)
+    stored = _stored_bytes(folder, component_of)
     rows = footprint(model, {}, dtype=torch.bfloat16).rows
     return Contents(
         family=config.model_type,
@@ -114,7 +116,7 @@ def read_contents(folder: Path) -> Contents:
         scheme=str(quantization["scheme"]),
         quantization=quantization,
         report=report,
-        modules=_linear_modules(model, report.modules),
+        modules=_linear_modules(model, report.modules, component_of),
         components=tuple(
             Component(
                 name=row.component,
@@ -189,7 +191,7 @@ def read_quantization(folder: Path) -> dict[str, Any]:
 
 
 def _linear_modules(
-    model: nn.Module, schemes: Mapping[str, QuantScheme]
+    model: nn.Module, schemes: Mapping[str, QuantScheme], component_of: Callable[[str], str]
 ) -> tuple[LinearModule, ...]:
     linears = (
         (canonical_name(name), module)
@@ -207,7 +209,7 @@ def _linear_modules(
     )
 
 
-def _stored_bytes(folder: Path) -> Counter[str]:
+def _stored_bytes(folder: Path, component_of: Callable[[str], str]) -> Counter[str]:
     """Component -> bytes of its tensors, from the headers of the files that make up the model."""
     stored: Counter[str] = Counter()
     for name in weight_files(folder):

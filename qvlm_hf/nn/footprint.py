@@ -1,10 +1,10 @@
 """Bytes of a model on disk and in memory, before and after quantizing, from shapes alone.
 
-Counts exactly the tensors of the format, "Tensors of one quantized linear module"; a test compares
-the sum with saved safetensors, to the byte. The model may lie on the meta device, so a laptop can
-size a 13-billion-parameter one.
+Counts the tensors of docs/format.md, "Tensors of one quantized linear module". A test compares the
+sum with saved files, to the byte. On the meta device a laptop can size a model of any size.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.families import component_finder
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.replace import quantized_modules
 
@@ -19,21 +20,12 @@ __all__ = [
     "COMPONENTS",
     "Footprint",
     "FootprintRow",
-    "component_of",
     "count_parameters",
     "footprint",
     "linear_bytes",
 ]
 
 COMPONENTS = ("vision", "projector", "language", "embeddings", "head", "other")
-# First match wins; path components of canonical names.
-_PARTS = (
-    ("vision_tower", "vision"),
-    ("multi_modal_projector", "projector"),
-    ("embed_tokens", "embeddings"),
-    ("lm_head", "head"),
-    ("language_model", "language"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +39,7 @@ class FootprintRow:
 
     @property
     def ratio(self) -> float:
-        """Full precision over quantized: how many times smaller it gets."""
+        """How many times smaller it gets."""
         return self.full_precision_bytes / self.quantized_bytes if self.quantized_bytes else 1.0
 
 
@@ -68,14 +60,11 @@ class Footprint:
         )
 
     def __str__(self) -> str:
-        lines = [
-            f"{'component':<11}{'parameters':>15}{'full precision':>17}{'quantized':>12}{'ratio':>7}"
-        ]
+        titles = ("component", "parameters", "full precision", "quantized", "ratio")
+        lines = ["{:<11}{:>15}{:>17}{:>12}{:>7}".format(*titles)]
         for row in (*self.rows, self.total):
-            full, packed = (
-                f"{size / 2**20:.1f} MiB"
-                for size in (row.full_precision_bytes, row.quantized_bytes)
-            )
+            full = f"{row.full_precision_bytes / 2**20:.1f} MiB"
+            packed = f"{row.quantized_bytes / 2**20:.1f} MiB"
             lines.append(
                 f"{row.component:<11}{row.parameters:>15,}{full:>17}{packed:>12}{row.ratio:>7.2f}"
             )
@@ -112,34 +101,32 @@ def footprint(
     if unknown := sorted(set(modules) - set(linears)):
         raise ValueError(
             f"modules: {unknown[0]!r} is no linear module of the model: use names as in "
-            f"named_modules()."
+            "named_modules()."
         )
-    parameters, full, packed = (dict.fromkeys(COMPONENTS, 0) for _ in range(3))
+    component_of = component_finder(model)
+    parameters, full, packed = Counter[str](), Counter[str](), Counter[str]()
     for name, tensor in _stored(model):
         component = component_of(name)
+        module, _, part = name.rpartition(".")
+        itemsize = dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
+        size = tensor.numel() * itemsize
         parameters[component] += tensor.numel()
-        full[component] += (size := _bytes(tensor, dtype))
-        module, _, kind = name.rpartition(".")
-        if module not in modules or kind != "weight":
-            packed[component] += size  # biases of quantized modules too
-            continue
-        linear = linears[module]
-        packed[component] += linear_bytes(
-            linear.in_features,
-            linear.out_features,
-            modules[module],
-            _positions(module, modules[module], positions),
-        )
+        full[component] += size
+        if part == "weight" and (scheme := modules.get(module)):
+            count = _positions(module, scheme, component, positions or {})
+            linear = linears[module]
+            size = linear_bytes(linear.in_features, linear.out_features, scheme, count)
+        packed[component] += size
     return Footprint(
         rows=tuple(
             FootprintRow(
-                component=c,
-                parameters=parameters[c],
-                full_precision_bytes=full[c],
-                quantized_bytes=packed[c],
+                component=component,
+                parameters=parameters[component],
+                full_precision_bytes=full[component],
+                quantized_bytes=packed[component],
             )
-            for c in COMPONENTS
-            if parameters[c]
+            for component in COMPONENTS
+            if parameters[component]
         )
     )
 
@@ -147,7 +134,7 @@ def footprint(
 def linear_bytes(
     in_features: int, out_features: int, scheme: QuantScheme, positions: int | None = None
 ) -> int:
-    """Bytes of one quantized module without its bias.
+    """Counts the bytes of one quantized module without its bias.
 
     Args:
         in_features: inputs.
@@ -163,7 +150,7 @@ def linear_bytes(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of the model that was quantized: a packed weight counts as what it stands for, scales and zero points not at all."""
+    """Counts the parameters that `model` had before it was quantized."""
     sizes: dict[int, int] = {}
     for _, module in quantized_modules(model):
         own = dict(module.named_parameters(recurse=False))
@@ -172,35 +159,22 @@ def count_parameters(model: nn.Module) -> int:
     return sum(sizes.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
-def component_of(name: str) -> str:
-    """The component that a module or tensor belongs to, by its canonical name or its name in a checkpoint; "other" if none is known."""
-    parts = name.split(".")
-    return next((component for part, component in _PARTS if part in parts), "other")
-
-
 def _stored(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Canonical name and tensor of everything that is saved; shared tensors under their first name."""
-    seen: set[int] = set()
-    stored = []
+    """Canonical name and tensor of all that is saved; shared tensors under their first name."""
+    first: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            stored.append((canonical_name(name), tensor))
-    return stored
+        first.setdefault(id(tensor), (canonical_name(name), tensor))
+    return list(first.values())
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype) -> int:
-    return tensor.numel() * (
-        dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
-    )
-
-
-def _positions(module: str, scheme: QuantScheme, positions: Mapping[str, int] | None) -> int | None:
+def _positions(
+    module: str, scheme: QuantScheme, component: str, positions: Mapping[str, int]
+) -> int | None:
     if scheme.granularity != "token":
         return None
-    if (count := (positions or {}).get(component_of(module))) is None:
+    if component not in positions:
         raise ValueError(
             f"{module}: granularity 'token' needs the number of positions: pass "
-            f"positions={{{component_of(module)!r}: 577}}."
+            f"positions={{{component!r}: 577}}."
         )
-    return count
+    return positions[component]

@@ -28,10 +28,9 @@ class SteppedAside:
 
 
 class FusedRMSNorm(nn.Module):
-    """To be put before a class with `weight` [K] and `variance_epsilon` that is LlamaRMSNorm's equal.
+    """Goes before a class that computes what LlamaRMSNorm does, with `weight` [K].
 
-    `reference` (False): whether plain PyTorch computes it; `set_backend` sets it, files do not hold
-    it.
+    `reference`: whether plain PyTorch computes it; `set_backend` sets it, files do not hold it.
     """
 
     reference = False

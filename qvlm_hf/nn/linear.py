@@ -1,8 +1,8 @@
-"""`QVLMLinear`: packed parameters under the names of docs/format.md, and a forward pass that is one operator.
+"""`QVLMLinear`: packed parameters named as in docs/format.md, a forward pass of one operator.
 
-It is an nn.Linear so that LoRA, offloading and tensor-parallel code treat it as one, and it keeps
-its integers in `weight` with a shape that no float weight can have, so that a program without this
-package fails to load it instead of running garbage.
+It is an nn.Linear, so that LoRA, offloading and tensor-parallel code treat it as one. Its integers
+lie in `weight` with a shape that no float weight can have: a program without this package fails to
+load it, instead of running garbage.
 """
 
 from typing import Any, Protocol
@@ -10,27 +10,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.format.activation_grid import QParams
+from qvlm_hf.format.grids import QParams, QuantizedWeight
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import QuantizedWeight
-from qvlm_hf.nn.packed_weight import freeze, guarded, plain, read_by_adapters, stand_in
+from qvlm_hf.nn.packed_weight import FloatForm, freeze, guarded, plain, read_by_adapters
 from qvlm_hf.ops import cpu, gpu
 from qvlm_hf.ops.reference import dequantize_weight
 from qvlm_hf.ops.schema import linear
 
 __all__ = ["Group", "QVLMLinear", "packed_tensors"]
 
-_FIXED_DTYPE = (
-    "weight_scale",
-    "input_scale",
-)  # float parameters that `.to(dtype)` must leave alone: they are part of the format
+# float parameters that `.to(dtype)` must leave alone: their dtype is part of the format
+_FIXED_DTYPE = ("weight_scale", "input_scale")
 
 
 def packed_tensors(
     quantized: QuantizedWeight, scheme: QuantScheme, input_qparams: QParams | None
 ) -> dict[str, Tensor]:
-    """The tensors of one module as they lie on disk, without `bias` (docs/format.md, "Files in a saved directory").
+    """Packs one module into the tensors of docs/format.md, without `bias`.
 
     Args:
         quantized: integers of the (folded) weight.
@@ -44,8 +41,7 @@ def packed_tensors(
     if not scheme.symmetric:
         tensors["weight_zero_point"] = quantized.zero_point
     if input_qparams is not None:
-        # copies: the modules of a site share their QParams, and safetensors refuses to save shared
-        # memory
+        # copies: a site's modules share QParams, and safetensors saves no shared memory
         tensors["input_scale"] = input_qparams.scale.to(torch.float32, copy=True)
         tensors["input_zero_point"] = input_qparams.zero_point.to(torch.int32, copy=True)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -71,13 +67,16 @@ class QVLMLinear(nn.Linear):
     [out, groups], `weight_zero_point` uint8 [out, groups] or None, `input_scale` float32 and
     `input_zero_point` int32 [in] or [positions] or None, `bias` [out] or None.
 
-    `reference` (False): whether the reference computes the module and no kernel; `set_backend` sets
-    it, files do not hold it. `shared` (None): the modules that it is computed together with, and
-    its place among them.
+    `reference`: whether plain PyTorch computes the module; `set_backend` sets it, files do not hold
+    it. `shared`: the group that it is computed together with, and its place there, or None.
     """
 
     reference = False
     shared: tuple[Group, int] | None = None
+    weight_scale: nn.Parameter
+    weight_zero_point: nn.Parameter | None
+    input_scale: nn.Parameter | None
+    input_zero_point: nn.Parameter | None
 
     def __init__(
         self,
@@ -100,58 +99,53 @@ class QVLMLinear(nn.Linear):
             bias: whether there is one.
             dtype: of `bias`.
             positions: calibrated positions; required by "token", else unused.
-            has_input_scale: for granularity "none" only: whether the input is divided by a stored
-                scale. Default: no.
+            has_input_scale: whether "none" divides the input by a stored scale; default no.
             device: of the parameters.
 
         Raises:
             ValueError: "token" without `positions`.
         """
-        nn.Module.__init__(self)  # nn.Linear's would allocate a float weight
+        nn.Module.__init__(self)  # nn.Linear's allocates a float weight
         if scheme.granularity == "token" and positions is None:
             raise ValueError(
                 "granularity 'token' needs the number of positions it was calibrated for."
             )
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        groups = scheme.groups(in_features)
-        lengths = {
-            "channel": in_features,
-            "token": positions,
-            "none": in_features if has_input_scale else None,
+        groups = (out_features, scheme.groups(in_features))
+        scaled = in_features if has_input_scale else None
+        statics = {"channel": in_features, "token": positions, "none": scaled}.get(
+            scheme.granularity
+        )
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
+            "weight": (torch.int32, (out_features, scheme.words(in_features))),
+            "weight_scale": (torch.bfloat16, groups),
+            "weight_zero_point": None if scheme.symmetric else (torch.uint8, groups),
+            "input_scale": (torch.float32, (statics,)) if statics else None,
+            "input_zero_point": (
+                (torch.int32, (statics,)) if statics and scheme.granularity != "none" else None
+            ),
+            "bias": (dtype, (out_features,)) if bias else None,
         }
-        statics = lengths.get(scheme.granularity)
-
-        def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(
-                torch.empty(*shape, dtype=dtype, device=device), requires_grad=False
-            )
-
-        self.register_parameter(
-            "weight", empty(out_features, scheme.words(in_features), dtype=torch.int32)
-        )
-        self.weight_scale = empty(out_features, groups, dtype=torch.bfloat16)
-        self.weight_zero_point = (
-            None if scheme.symmetric else empty(out_features, groups, dtype=torch.uint8)
-        )
-        self.input_scale = None if statics is None else empty(statics, dtype=torch.float32)
-        self.input_zero_point = (
-            None
-            if statics is None or scheme.granularity == "none"
-            else empty(statics, dtype=torch.int32)
-        )
-        self.register_parameter("bias", empty(out_features, dtype=dtype) if bias else None)
+        for name, layout in shapes.items():
+            self.register_parameter(name, None if layout is None else _empty(*layout, device))
         self._mark_initialized()
 
     @classmethod
     def from_packed(
         cls, linear: nn.Linear, scheme: QuantScheme, tensors: dict[str, Tensor]
     ) -> "QVLMLinear":
-        """The quantized form of `linear`: its bias is kept, everything else comes from `tensors` (see `packed_tensors`)."""
+        """Makes the quantized form of `linear`, with its bias and the `packed_tensors`."""
         input_scale = tensors.get("input_scale")
         module = cls(
-            linear.in_features, linear.out_features, scheme, bias=linear.bias is not None, dtype=linear.weight.dtype, device="meta",
-            positions=None if input_scale is None else input_scale.shape[0], has_input_scale=input_scale is not None,
-        )  # fmt: skip
+            linear.in_features,
+            linear.out_features,
+            scheme,
+            bias=linear.bias is not None,
+            dtype=linear.weight.dtype,
+            positions=None if input_scale is None else input_scale.shape[0],
+            has_input_scale=input_scale is not None,
+            device="meta",
+        )
         for name, tensor in tensors.items():
             setattr(module, name, nn.Parameter(tensor, requires_grad=False))
         if linear.bias is not None:
@@ -163,12 +157,11 @@ class QVLMLinear(nn.Linear):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features] in the dtype of `x`; errors as in `ops.schema.linear`."""
-        if (
-            self.shared is not None
-            and (y := self.shared[0].output(self.shared[1], self, x)) is not None
-        ):
-            return y
+        """[..., in_features] -> [..., out_features] in the dtype of `x`, as `ops.schema.linear`."""
+        if self.shared is not None:
+            y = self.shared[0].output(self.shared[1], self, x)
+            if y is not None:
+                return y
         tensors = self.tensors
         return linear(
             x,
@@ -185,15 +178,15 @@ class QVLMLinear(nn.Linear):
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
-        """The packed integers, int32 [out, words], in a form that refuses float arithmetic (packed_weight.py).
+        """The packed integers, int32 [out, words]; arithmetic is refused (packed_weight.py).
 
-        PEFT's code reads the form of the float weight instead, float32 [out, in], which refuses as
-        well.
+        PEFT's code reads the form of the float weight instead, float32 [out, in].
         """
         weight = self._parameters.get("weight")
         if weight is None:
             raise AttributeError("weight")
-        # exact type: compilers and exporters put in tensors of their own; a float one waits to be rounded while it is loaded
+        # exact type: compilers and exporters put in tensors of their own
+        # a float one waits to be rounded while it is loaded
         if (
             type(weight) is not nn.Parameter
             or weight.dtype != torch.int32
@@ -201,11 +194,11 @@ class QVLMLinear(nn.Linear):
         ):
             return weight
         if read_by_adapters(1):
-            return stand_in(weight, self.out_features, self.in_features)
+            return FloatForm.of(weight, self.out_features, self.in_features)
         return guarded(weight)
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """As nn.Module's; the weight becomes an ordinary parameter that says why it cannot be trained."""
+        """As nn.Module's; the weight becomes ordinary, and says why it cannot be trained."""
         super().register_parameter(name, plain(param))
         self._freeze()
 
@@ -216,42 +209,40 @@ class QVLMLinear(nn.Linear):
 
     @property
     def tensors(self) -> dict[str, Any]:
-        """The parameters by name; those that the scheme does not have are not there.
-
-        Attributes of a module cost ten times a dict's.
-        """
+        """The parameters by name: attributes of a module cost ten times a dict's."""
         return self._parameters
 
     @property
     def kernel(self) -> str:
-        """What computes this module where its weight is now: a kernel's name, or "reference", with the reason unless it was asked for."""
+        """A kernel's name, or "reference" with the reason unless it was asked for."""
         if self.reference:
             return "reference"
         scheme, device = self.scheme, self.tensors["weight"].device
-        sizes = (
-            self.in_features,
-            scheme.weight_bits,
-            scheme.activation_bits,
-            scheme.group_length(self.in_features),
-        )
+        bits = (scheme.weight_bits, scheme.activation_bits)
+        length = scheme.group_length(self.in_features)
         if device.type == "cuda":
-            return gpu.kernel_name(device, *sizes[1:])
-        return (
-            cpu.kernel_name(*sizes)
-            if device.type == "cpu"
-            else f"reference (no kernels for {device.type})"
-        )
+            return gpu.kernel_name(device, *bits, length)
+        if device.type == "cpu":
+            return cpu.kernel_name(self.in_features, *bits, length)
+        return f"reference (no kernels for {device.type})"
 
     def dequantize(self) -> Tensor:
-        """The float weight that this module multiplies by, float32 [out_features, in_features] (without the input's rounding)."""
+        """Returns the float weight that this module multiplies by, float32 [out, in]."""
         scheme = self.scheme
         return dequantize_weight(
-            self.tensors["weight"], self.weight_scale, self.weight_zero_point, self.input_scale,
-            self.in_features, scheme.weight_bits, scheme.group_length(self.in_features), scheme.granularity, scheme.hadamard or 0,
-        )  # fmt: skip
+            self.tensors["weight"],
+            self.weight_scale,
+            self.weight_zero_point,
+            self.input_scale,
+            self.in_features,
+            scheme.weight_bits,
+            scheme.group_length(self.in_features),
+            scheme.granularity,
+            scheme.hadamard or 0,
+        )
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
-        """An ordinary nn.Linear with the dequantized weight, in `dtype`."""
+        """Returns an ordinary nn.Linear with the dequantized weight, in `dtype`."""
         plain = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
@@ -271,13 +262,13 @@ class QVLMLinear(nn.Linear):
         )
 
     def _mark_initialized(self) -> None:
-        # Transformers initialises what does not carry this mark; normal_() on integers raises.
+        # Transformers initialises all without this mark; normal_() on integers raises.
         for parameter in self.parameters(recurse=False):
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         self._is_hf_initialized = True
 
     def train(self, mode: bool = True) -> "QVLMLinear":
-        """As nn.Module.train; besides, `weight_scale` gets its dtype back."""
+        """As nn.Module's; besides, `weight_scale` gets its dtype back."""
         self._narrow_scale()
         super().train(mode)
         return self
@@ -287,8 +278,7 @@ class QVLMLinear(nn.Linear):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _narrow_scale(self) -> None:
-        # PEFT's prepare_model_for_kbit_training makes float32 of every bfloat16 parameter: no
-        # kernel takes that, and no file may hold it
+        # prepare_model_for_kbit_training of PEFT makes it float32, which no kernel or file takes
         if self.weight_scale.dtype != torch.bfloat16:
             self.weight_scale.data = self.weight_scale.data.to(torch.bfloat16)
 
@@ -299,21 +289,22 @@ class QVLMLinear(nn.Linear):
             self.shared[0].rejoin(self.shared[1], self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if (
-            self.shared is not None
-        ):  # other activation grids may come than those that were found equal
+        if self.shared is not None:  # the activation grids that come may differ
             self.shared[0].dissolve()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QVLMLinear":
-        kept = {
-            name: parameter.data
-            for name in _FIXED_DTYPE
-            if (parameter := getattr(self, name)) is not None
-        }
+        before = {name: self.tensors[name] for name in _FIXED_DTYPE}
+        data = {name: tensor.data for name, tensor in before.items() if tensor is not None}
         super()._apply(fn, recurse)
-        for name, before in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != before.dtype:
-                parameter.data = before.to(parameter.device)
+        for name, old in data.items():
+            parameter = self.tensors[name]
+            if parameter.dtype != old.dtype:
+                parameter.data = old.to(parameter.device)
         return self
+
+
+def _empty(
+    dtype: torch.dtype, shape: tuple[int, ...], device: torch.device | str | None
+) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -1,11 +1,13 @@
-"""`PackedWeight`: packed integers for readers that may take them for a float weight.
+"""`module.weight` of a quantized module, for readers that may take its integers for a float weight.
 
 Adapters (PEFT) read `module.weight` and compute with it. On packed integers that fails in words
-about shapes, or gives a broken model without any. So arithmetic raises one line here; reading stays
+about shapes, or breaks the model in silence. So arithmetic raises one line here; reading stays
 free. Kernels, files, offloading and compilers use `module._parameters`, whose weight is ordinary.
 
-Adapters also make their parameters of the weight's shape and dtype, where loaders need those of the
-integers. PEFT's own code therefore reads a stand-in: a float weight's form without its values.
+Some adapters (LoHa, LoKr) take the float weight's shape and dtype from the same attribute from
+which accelerate and Transformers take the integers' while they load or offload. Nothing but the
+reader differs: PEFT tells a module nothing when it wraps it, and has no registry for adapters other
+than LoRA. So `read_by_adapters` looks at the caller, and PEFT gets a `FloatForm`.
 """
 
 import sys
@@ -17,27 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["PackedWeight", "freeze", "guarded", "plain", "read_by_adapters", "stand_in"]
+__all__ = ["FloatForm", "PackedWeight", "freeze", "guarded", "plain", "read_by_adapters"]
 
 _REFUSAL = "a quantized module's packed weight takes no arithmetic: call model.dequantize() first."
 _NO_TRAINING = (
     "a quantized module's packed weight cannot be trained: train an adapter, or quantize without "
-    "the"
-    " module (quantize_projector=False, modules_to_not_convert), or call model.dequantize() first."
+    "the module (quantize_projector=False, modules_to_not_convert), or call model.dequantize() "
+    "first."
 )
 _ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "multiply", "divide", "matmul", "mm", "norm"}
 _ATTRIBUTES: Any = Tensor  # as descriptors
-# The result of these holds the same integers, so it is guarded too.
-_SAME_INTEGERS = {
-    _ATTRIBUTES.data.__get__,
-    _ATTRIBUTES.T.__get__,
-    *(getattr(Tensor, name) for name in ("t", "transpose", "reshape", "view", "detach", "clone")),
-    *(getattr(torch, name) for name in ("t", "transpose", "reshape", "detach", "clone")),
-    Tensor.contiguous,
+_SAME_FORM = {_ATTRIBUTES.data.__get__, _ATTRIBUTES.T.__get__, Tensor.t, Tensor.detach, torch.t}
+_SAME_INTEGERS = _SAME_FORM | {
+    *(getattr(Tensor, name) for name in ("transpose", "reshape", "view", "clone", "contiguous")),
+    *(getattr(torch, name) for name in ("transpose", "reshape", "detach", "clone")),
     Tensor.__getitem__,
 }
-_SAME_FORM = {_ATTRIBUTES.data.__get__, _ATTRIBUTES.T.__get__, Tensor.t, Tensor.detach, torch.t}
-_TELLS_FORM = {  # methods; so do all other attributes
+_TELLS_FORM = {  # methods; so do all attributes
     *(Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.element_size, Tensor.__repr__),
     *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.get_device),
     *(torch.is_floating_point, torch.is_complex, torch.numel),
@@ -59,27 +57,54 @@ class PackedWeight(nn.Parameter):
         del types
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            arguments = tree_leaves((args, kwargs))
             if func in (Tensor.requires_grad_, _ATTRIBUTES.requires_grad.__set__):
                 _refuse_training(*args[1:], **kwargs)
                 return func(*args, **kwargs)
-            if any(map(_is_stand_in, arguments)):
-                return _form(func, args, kwargs)
-            if str(func).startswith("qvlm_hf"):  # an operator that knows what the integers mean
-                return func(*args, **kwargs)
-            if func == _ATTRIBUTES.data.__set__ or _computes(func, arguments):
-                raise ValueError(_REFUSAL)
-            result = func(*args, **kwargs)
-            if any(map(_is_floating, tree_leaves(result))):
-                raise ValueError(_REFUSAL)
-            return guarded(result) if func in _SAME_INTEGERS else result
+            return cls._call(func, args, kwargs)
+
+    @classmethod
+    def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        if str(func).startswith("qvlm_hf"):  # an operator that knows what the integers mean
+            return func(*args, **kwargs)
+        if func == _ATTRIBUTES.data.__set__ or _computes(func, tree_leaves((args, kwargs))):
+            raise ValueError(_REFUSAL)
+        result = func(*args, **kwargs)
+        if any(map(_is_floating, tree_leaves(result))):
+            raise ValueError(_REFUSAL)
+        return guarded(result) if func in _SAME_INTEGERS else result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)
 
 
+class FloatForm(PackedWeight):
+    """Shape and dtype of the float weight that a packed one replaces; it has no values."""
+
+    @classmethod
+    def of(cls, weight: Tensor, out_features: int, in_features: int) -> "FloatForm":
+        """Makes one that takes no memory and shares the device and attributes of `weight`.
+
+        float32 is the adapters' own dtype beside packed weights.
+        """
+        with torch._C.DisableTorchFunctionSubclass():
+            value = weight.new_full((), torch.nan, dtype=torch.float32)
+            form = Tensor._make_subclass(cls, value.expand(out_features, in_features), False)
+        form.__dict__ = weight.__dict__
+        return form
+
+    @classmethod
+    def _call(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _SAME_FORM:
+            return Tensor._make_subclass(cls, func(*args, **kwargs), False)
+        if func in _TELLS_FORM or func.__name__ == "__get__":
+            result = func(*args, **kwargs)
+            if not isinstance(result, Tensor):
+                return result
+        raise ValueError(_REFUSAL)
+
+
 def guarded(weight: Tensor) -> PackedWeight:
-    """A `PackedWeight` of the memory and attributes of `weight`: integers of any shape."""
+    """Makes a `PackedWeight` of the memory and attributes of `weight`: integers of any shape."""
     with torch._C.DisableTorchFunctionSubclass():
         alias = Tensor._make_subclass(PackedWeight, weight.detach(), False)
     alias.__dict__ = weight.__dict__
@@ -87,35 +112,22 @@ def guarded(weight: Tensor) -> PackedWeight:
 
 
 def read_by_adapters(depth: int) -> bool:
-    """Whether code of PEFT's own reads an attribute, `depth` calls above the one that asks."""
+    """Tells whether PEFT reads an attribute, `depth` calls above the one that asks."""
     name: str = sys._getframe(depth + 1).f_globals.get("__name__", "")
     return name.partition(".")[0] == "peft"
 
 
-def stand_in(weight: Tensor, out_features: int, in_features: int) -> PackedWeight:
-    """The form of the float weight that `weight` replaces, float32 [out_features, in_features].
-
-    It takes no memory, has the device and the attributes of `weight`, and raises ValueError if it
-    is computed with, read or stored. float32: the adapters' own dtype beside packed weights.
-    """
-    with torch._C.DisableTorchFunctionSubclass():
-        value = weight.new_full((), torch.nan, dtype=torch.float32)
-        form = Tensor._make_subclass(PackedWeight, value.expand(out_features, in_features), False)
-    form.__dict__ = weight.__dict__
-    return form
-
-
 def plain(weight: Any) -> Any:
-    """The ordinary parameter behind an alias; anything else as it is.
+    """Returns the ordinary parameter behind an alias; anything else as it is.
 
     Raises:
-        ValueError: `weight` is a stand-in, behind which nothing lies.
+        ValueError: `weight` is a `FloatForm`, behind which nothing lies.
     """
+    if isinstance(weight, FloatForm):
+        raise ValueError(_REFUSAL)
     if not isinstance(weight, PackedWeight):
         return weight
     with torch._C.DisableTorchFunctionSubclass():
-        if _is_stand_in(weight):
-            raise ValueError(_REFUSAL)
         ordinary = nn.Parameter(weight.as_subclass(Tensor), requires_grad=False)
     vars(ordinary).update(_state(weight))
     return ordinary
@@ -137,36 +149,18 @@ class _Frozen:
         return self._weight()
 
     def state(self) -> dict[str, Any]:
-        """Of the weight, without what `freeze` put there."""
+        """Attributes of the weight, without those of `freeze`."""
         return _state(self._weight())
 
 
 def _state(weight: Tensor | None) -> dict[str, Any]:
-    state = dict(vars(weight))
-    for name in ("requires_grad_", "__getstate__"):
-        state.pop(name, None)
-    return state
+    hidden = ("requires_grad_", "__getstate__")
+    return {name: value for name, value in vars(weight).items() if name not in hidden}
 
 
 def _refuse_training(requires_grad: bool = True) -> None:
     if requires_grad:
         raise ValueError(_NO_TRAINING)
-
-
-def _form(func: Any, args: Any, kwargs: Any) -> Any:
-    """What `func` tells of a stand-in's form; anything else is arithmetic on values it has not."""
-    is_attribute = func.__name__ == "__get__"
-    if func in _SAME_FORM or func in _TELLS_FORM or is_attribute:
-        result = func(*args, **kwargs)
-        if func in _SAME_FORM:
-            return Tensor._make_subclass(PackedWeight, result, False)
-        if not isinstance(result, Tensor):
-            return result
-    raise ValueError(_REFUSAL)
-
-
-def _is_stand_in(value: object) -> bool:
-    return isinstance(value, PackedWeight) and value.is_floating_point()
 
 
 def _computes(func: Callable[..., Any], arguments: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What really runs: one row per linear module, quantized or not, and the choice of the kernels behind the quantized ones."""
+"""The precision table: what computes each linear module; and the choice of its kernels."""
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
@@ -14,18 +14,17 @@ __all__ = ["BACKENDS", "PrecisionRow", "format_precision_table", "precision_tabl
 BACKENDS = ("auto", "reference")  # "auto" takes the fastest kernel that fits
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PrecisionRow:
     """One linear module.
 
     Attributes:
         module: its name in the model.
-        weight_bits: bits of a weight; those of its dtype in full precision.
-        activation_bits: bits of an input value; 16 where a quantized module leaves the input alone,
-            those of the dtype in full precision.
+        weight_bits: bits of a weight.
+        activation_bits: bits of an input value; 16 where a quantized module leaves the input alone.
         granularity: of the quantized input, "none" for a floating point one.
-        kernel: what computes it: a kernel's name, "reference" (with the reason, unless it was asked
-            for), or "torch" and the dtype in full precision.
+        kernel: a kernel's name, "reference" (with the reason, unless it was asked for), or "torch"
+            and the dtype in full precision.
     """
 
     module: str
@@ -35,45 +34,34 @@ class PrecisionRow:
     kernel: str
 
     def __str__(self) -> str:
-        return f"{self.module}: W{self.weight_bits}A{self.activation_bits} {self.granularity} ({self.kernel})"
+        bits = f"W{self.weight_bits}A{self.activation_bits}"
+        return f"{self.module}: {bits} {self.granularity} ({self.kernel})"
 
 
 def precision_table(model: nn.Module) -> list[PrecisionRow]:
-    """What computes each linear module of `model`, in model order; `format_precision_table` prints it.
+    """Tells what computes each linear module of `model`, in model order.
 
-    Behind them stands a row per part that is left to Transformers because it is not the one that
-    this version knows (norms, key-value cache, attention); there is none where all is known.
+    Below stands a row per part (norms, key-value cache, attention) that is left to Transformers
+    because it is not the one that this version knows. `format_precision_table` prints the rows.
     """
     named = list(model.named_modules())
     rows = [_row(name, module) for name, module in named if isinstance(module, nn.Linear)]
     aside = [part for _, module in named for part in vars(module).get("stepped_aside", ())]
     return rows + [
-        PrecisionRow(
-            module=part.part,
-            weight_bits=16,
-            activation_bits=16,
-            granularity="none",
-            kernel=f"transformers ({part.reason})",
-        )
-        for part in aside
+        PrecisionRow(part.part, 16, 16, "none", f"transformers ({part.reason})") for part in aside
     ]
 
 
 def format_precision_table(rows: Iterable[PrecisionRow]) -> str:
-    """The rows as text: a line of headings, then a line per row, in columns."""
-    table = [
-        tuple(field.name for field in fields(PrecisionRow)),
-        *(tuple(map(str, astuple(row))) for row in rows),
-    ]
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    )
+    """Formats the rows as text: a line of headings, then a line per row, in columns."""
+    table = [tuple(field.name for field in fields(PrecisionRow))]
+    table += [tuple(map(str, astuple(row))) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
 
 
 def set_backend(model: nn.Module, name: str) -> None:
-    """Chooses the kernels of every quantized module of `model`, and of its fused norms; saved files do not depend on it.
+    """Chooses the kernels of every quantized module and fused norm; files do not depend on it.
 
     Args:
         model: holds quantized modules.
@@ -96,21 +84,8 @@ def set_backend(model: nn.Module, name: str) -> None:
 
 def _row(name: str, module: nn.Linear) -> PrecisionRow:
     if isinstance(module, QVLMLinear):
-        scheme = module.scheme
-        weight_bits, activation_bits, granularity = (
-            scheme.weight_bits,
-            scheme.activation_bits,
-            scheme.granularity,
-        )
-        return PrecisionRow(
-            module=name,
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            granularity=granularity,
-            kernel=module.kernel,
-        )
-    bits = 8 * module.weight.dtype.itemsize
-    kernel = f"torch {str(module.weight.dtype).removeprefix('torch.')}"
-    return PrecisionRow(
-        module=name, weight_bits=bits, activation_bits=bits, granularity="none", kernel=kernel
-    )
+        s = module.scheme
+        return PrecisionRow(name, s.weight_bits, s.activation_bits, s.granularity, module.kernel)
+    dtype = module.weight.dtype
+    bits = 8 * dtype.itemsize
+    return PrecisionRow(name, bits, bits, "none", f"torch {str(dtype).removeprefix('torch.')}")

@@ -1,17 +1,15 @@
-"""Modules that read one input tensor (q/k/v, gate/up), computed by one operator although each is called by itself.
+"""Siblings: modules that read one input tensor (q/k/v, gate/up), computed by one operator.
 
-The module that is called first computes all of them; the others hand out their result when they are
+The module that is called first computes all of them. The others hand out their result when they are
 called with the very same tensor. No module, parameter or saved name changes, and adapters work as
-they always do; with a hook on one of them each computes by itself. Where the modules do not follow
-one another (an adapter feeds one of them another tensor, only one is used) results wait in vain;
-after a few such calls the group dissolves.
+always. With a hook on one of them each computes by itself. If the results of a few calls wait in
+vain, the group dissolves: an adapter feeds one of them another tensor, or only one is used.
 
-A group knows its modules by weak references: a module that is kept, copied or saved alone takes no
-other along. Copies that are made together find one another again.
+A group knows its modules by weak references: a module that is copied or saved alone takes no other
+along. Copies that are made together find one another again.
 
-Left out: gradients, `torch.inference_mode` (nothing tells there that x was written to between two
-modules; under `torch.no_grad`, where Transformers generates, it is told), `torch.jit.trace` and
-`torch.func`. Every module computes by itself then.
+Every module computes by itself with gradients, in `torch.jit.trace` and `torch.func`, and under
+`torch.inference_mode`, where nothing tells that x was written to between two modules.
 """
 
 import weakref
@@ -25,7 +23,7 @@ from qvlm_hf.ops.schema import linears, transformed
 
 __all__ = ["Siblings", "share_inputs"]
 
-_PATIENCE = 3  # calls in a row whose results nobody asked for, after which the modules compute by themselves
+_PATIENCE = 3  # calls in a row whose results wait in vain, before the group dissolves
 
 
 class Siblings:
@@ -54,29 +52,22 @@ class Siblings:
         return [module for module in found if module is not None]
 
     def output(self, place: int, module: QVLMLinear, x: Tensor) -> Tensor | None:
-        """What `module`, which stands at `place`, returns for x, or None if it has to compute by itself."""
+        """Returns the output of the module at `place`, or None if it has to compute by itself."""
         if _alone(x) or _records_gradient((module,), x) or not self._ready(place, module, x):
             return None
         version, waiting = _version(x), self._waiting  # one read: another thread may replace it
-        if (
-            waiting is not None
-            and waiting[0] is x
-            and waiting[1] == version
-            and place in waiting[2]
-        ):
-            result = waiting[2].pop(place)
+        if waiting is not None and waiting[0] is x and waiting[1] == version:
+            result = waiting[2].pop(place, None)
             if not waiting[2]:
                 self._waiting, self._in_vain = None, 0
-            return result
+            if result is not None:
+                return result
         modules = self.modules
-        if len(modules) < len(
-            self._members
-        ):  # one was replaced, or this is a copy that was made alone
+        if len(modules) < len(self._members):  # one was replaced, or this is a lone copy
             self.dissolve()
             return None
-        if _records_gradient(modules, x) or not all(
-            self._ready(other, one, x) for other, one in enumerate(modules)
-        ):
+        ready = (self._ready(other, one, x) for other, one in enumerate(modules))
+        if _records_gradient(modules, x) or not all(ready):
             return None
         if waiting is not None:
             self._in_vain += 1
@@ -95,7 +86,7 @@ class Siblings:
             module.shared = None
 
     def rejoin(self, place: int, module: QVLMLinear) -> None:
-        """Takes in the copy of the module at `place`, made with the group's own copy; the last one to come finds out whether all agree."""
+        """Takes in the copy of the module at `place`; the last to come finds out if all agree."""
         if self._members[place]() is not None:  # a shallow copy: the group is the original's
             module.shared = None
             return
@@ -105,9 +96,7 @@ class Siblings:
             self.dissolve()
 
     def __getstate__(self) -> int:
-        return len(
-            self._members
-        )  # neither the modules nor somebody's activations are part of a copy or a file
+        return len(self._members)  # no module or activation is part of a copy or a file
 
     def __setstate__(self, size: int) -> None:
         self._clear(size)
@@ -120,10 +109,9 @@ class Siblings:
         self._members[place], self._agreed[place] = weakref.ref(module), _statics(module)
 
     def _ready(self, place: int, module: QVLMLinear, x: Tensor) -> bool:
-        """Whether a module can take part now.
+        """Whether a module takes part now: where it was, as it was, and without a hook.
 
-        Not where offloading or the user took it elsewhere, gave it other grids or the reference, or
-        hung a hook on it, which may write to x between two modules.
+        A hook may write to x between two modules.
         """
         return (
             module.tensors["weight"].device == x.device
@@ -149,39 +137,33 @@ def _compute(modules: Sequence[QVLMLinear], x: Tensor) -> list[Tensor]:
     first, held = modules[0], [module.tensors for module in modules]
     return linears(
         x,
-        [tensors["weight"] for tensors in held],
-        [tensors["weight_scale"] for tensors in held],
-        [
-            tensors["weight_zero_point"]
-            for tensors in held
-            if tensors.get("weight_zero_point") is not None
-        ],
+        [t["weight"] for t in held],
+        [t["weight_scale"] for t in held],
+        [t["weight_zero_point"] for t in held if t.get("weight_zero_point") is not None],
         held[0].get("input_scale"),
         held[0].get("input_zero_point"),
-        [tensors["bias"] for tensors in held if tensors["bias"] is not None],
+        [t["bias"] for t in held if t["bias"] is not None],
         first.in_features,
         first.scheme,
     )
 
 
 def _statics(module: QVLMLinear) -> tuple[Tensor | None, ...]:
-    """What must stay as it was when the modules were found to agree."""
+    """The tensors that must stay the same objects for the modules to agree."""
     tensors = module.tensors
     return tensors.get("input_scale"), tensors.get("input_zero_point"), tensors["bias"]
 
 
-def share_inputs(model: nn.Module, sites: Iterable[Sequence[str]]) -> None:
-    """Lets the quantized modules of each site be computed together where schemes and activation grids agree.
+def share_inputs(sites: Iterable[Sequence[nn.Module]]) -> None:
+    """Lets the quantized modules of each site be computed together if schemes and grids agree.
 
     Args:
-        model: its modules may be quantized or not; tensors on the meta device (offloaded) are left
-            alone.
-        sites: names of modules that read the same tensor.
+        sites: modules that read the same tensor, quantized or not; those whose tensors lie on the
+            meta device (offloaded) are left alone.
     """
-    for names in sites:
-        found = [model.get_submodule(name) for name in names]
-        modules = [module for module in found if isinstance(module, QVLMLinear)]
-        if len(found) == len(modules) > 1 and _agree(modules):
+    for site in sites:
+        modules = [module for module in site if isinstance(module, QVLMLinear)]
+        if len(site) == len(modules) > 1 and _agree(modules):
             Siblings(modules)
 
 
@@ -205,7 +187,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _alone(x: Tensor) -> bool:
-    """Whether single calls are followed, or nothing would tell that x was written to between two: inference tensors count no writes."""
+    """Whether single calls are followed, or nothing tells of writes to x between two."""
     return not torch.compiler.is_compiling() and (x.is_inference() or transformed())
 
 

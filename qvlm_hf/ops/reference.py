@@ -15,10 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.format.activation_grid import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.format.grids import QParams, QuantizedWeight, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.packing import unpack
-from qvlm_hf.format.weight_grid import QuantizedWeight
 from qvlm_hf.ops.schema import LIBRARY, check_sizes
 
 __all__ = [

@@ -14,7 +14,7 @@ from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.search.sites import LearnedRanges, installed
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
 from qvlm_hf.calibration.vision_encoder import optimize_vision
-from qvlm_hf.format.activation_grid import grid_bounds
+from qvlm_hf.format.grids import grid_bounds
 from qvlm_hf.models.graph import resolve
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.quantize import calibrate_and_pack

@@ -10,8 +10,8 @@ from qvlm_hf.export.compressed_tensors import (
     stored_as,
     with_one_group_size,
 )
+from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.nn.linear import packed_tensors
 
 

@@ -8,18 +8,20 @@ from hypothesis import strategies as st
 
 from qvlm_hf.format.scheme import QuantScheme, parse_scheme
 
+GOOD = {"weight_bits": 4, "activation_bits": 4}
+ENTRY = QuantScheme(**GOOD).to_dict()
+
 
 @st.composite
 def schemes(draw):
     activation_bits = draw(st.sampled_from([3, 4, 5, 6, 7, 8, 16]))
+    inputs = ["none"] if activation_bits == 16 else ["channel", "token", "dynamic_token"]
     return QuantScheme(
         weight_bits=draw(st.integers(2, 8)),
         activation_bits=activation_bits,
         group_size=draw(st.one_of(st.just(-1), st.integers(8, 2**20))),
         symmetric=draw(st.booleans()),
-        granularity="none"
-        if activation_bits == 16
-        else draw(st.sampled_from(["channel", "token", "dynamic_token"])),
+        granularity=draw(st.sampled_from(inputs)),
         hadamard=draw(st.one_of(st.none(), st.integers(1, 12).map(lambda power: 2**power))),
     )
 
@@ -27,107 +29,51 @@ def schemes(draw):
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("activation_bits", [3, 4, 5, 6, 7, 8, 16])
 def test_parse_reads_every_scheme(weight_bits, activation_bits):
-    assert parse_scheme(f"W{weight_bits}A{activation_bits}") == (weight_bits, activation_bits)
-    assert parse_scheme(f"w{weight_bits}a{activation_bits}") == (weight_bits, activation_bits)
+    for name in (f"W{weight_bits}A{activation_bits}", f"w{weight_bits}a{activation_bits}"):
+        assert parse_scheme(name) == (weight_bits, activation_bits)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "",
-        "W4",
-        "A4",
-        "W4A",
-        "W1A4",
-        "W9A4",
-        "W4A2",
-        "W4A9",
-        "W4A15",
-        "W4A17",
-        "W16A16",
-        " W4A4",
-        "W4A4 ",
-        "W4A4g128",
-        "W-4A4",
-        44,
-        None,
+        *["", "W4", "A4", "W4A", "W1A4", "W9A4", "W4A2", "W4A9", "W4A15", "W4A17", "W16A16"],
+        *[" W4A4", "W4A4 ", "W4A4g128", "W-4A4", 44, None],
     ],
 )
 def test_parse_names_value_rule_and_remedy(name):
-    message = f"scheme={name!r} is not W{{2-8}}A{{3-8 or 16}}: write for example 'W4A4', 'W4A8' or 'W4A16'."
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    rule = f"scheme={name!r} is not W{{2-8}}A{{3-8 or 16}}: "
+    remedy = "write for example 'W4A4', 'W4A8' or 'W4A16'."
+    with pytest.raises(ValueError, match=f"^{re.escape(rule + remedy)}$"):
         parse_scheme(name)
 
 
-GOOD = {"weight_bits": 4, "activation_bits": 4}
+RULES = {  # field -> rule, values that break it
+    "weight_bits": ("an integer from 2 to 8", [1, 9, 4.0, "4"]),
+    "activation_bits": ("an integer from 3 to 8, or 16 for floating point", [2, 12, True]),
+    "group_size": (
+        "-1 (whole row) or an integer of at least 8; 128 is usual",
+        [0, -2, 7, 2**20 + 1, 128.0],
+    ),
+    "symmetric": ("True or False", [1, None]),
+    "granularity": ("one of channel, token, dynamic_token, none", ["tensor"]),
+    "hadamard": ("None or a power of two from 2 to 4096", [0, 1, 12, 8192, True, 8.0, -2]),
+}
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"weight_bits": 1}, "weight_bits=1 must be an integer from 2 to 8."),
-        ({"weight_bits": 9}, "weight_bits=9 must be an integer from 2 to 8."),
-        ({"weight_bits": 4.0}, "weight_bits=4.0 must be an integer from 2 to 8."),
-        ({"weight_bits": "4"}, "weight_bits='4' must be an integer from 2 to 8."),
-        (
-            {"activation_bits": 2},
-            "activation_bits=2 must be an integer from 3 to 8, or 16 for floating point.",
-        ),
-        (
-            {"activation_bits": 12},
-            "activation_bits=12 must be an integer from 3 to 8, or 16 for floating point.",
-        ),
-        (
-            {"activation_bits": True},
-            "activation_bits=True must be an integer from 3 to 8, or 16 for floating point.",
-        ),
-        (
-            {"group_size": 0},
-            "group_size=0 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
-        ),
-        (
-            {"group_size": -2},
-            "group_size=-2 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
-        ),
-        (
-            {"group_size": 7},
-            "group_size=7 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
-        ),
-        (
-            {"group_size": 2**20 + 1},
-            "group_size=1048577 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
-        ),
-        (
-            {"group_size": 128.0},
-            "group_size=128.0 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
-        ),
-        ({"symmetric": 1}, "symmetric=1 must be True or False."),
-        ({"symmetric": None}, "symmetric=None must be True or False."),
-        (
-            {"granularity": "tensor"},
-            "granularity='tensor' must be one of channel, token, dynamic_token, none.",
-        ),
-        (
-            {"granularity": "none"},
-            "granularity='none' does not go with activation_bits=4: 'none' belongs to 16 bits and "
-            "to 16 bits alone.",
-        ),
-        (
-            {"activation_bits": 16, "granularity": "channel"},
-            "granularity='channel' does not go with activation_bits=16: 'none' belongs to 16 bits "
-            "and to 16 bits alone.",
-        ),
-        ({"hadamard": 0}, "hadamard=0 must be None or a power of two from 2 to 4096."),
-        ({"hadamard": 1}, "hadamard=1 must be None or a power of two from 2 to 4096."),
-        ({"hadamard": 12}, "hadamard=12 must be None or a power of two from 2 to 4096."),
-        ({"hadamard": 8192}, "hadamard=8192 must be None or a power of two from 2 to 4096."),
-        ({"hadamard": True}, "hadamard=True must be None or a power of two from 2 to 4096."),
-        ({"hadamard": 8.0}, "hadamard=8.0 must be None or a power of two from 2 to 4096."),
-    ],
+    ("name", "value"), [(name, value) for name, (_, bad) in RULES.items() for value in bad]
 )
-def test_validation_names_value_and_rule(change, message):
+def test_validation_names_value_and_rule(name, value):
+    message = f"{name}={value!r} must be {RULES[name][0]}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        QuantScheme(**(GOOD | change))
+        QuantScheme(**(GOOD | {name: value}))
+
+
+@pytest.mark.parametrize(("granularity", "bits"), [("none", 4), ("channel", 16)])
+def test_floating_point_inputs_have_16_bits_and_no_others_have(granularity, bits):
+    message = f"granularity='{granularity}' does not go with activation_bits={bits}: 'none' belongs"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)} to 16 bits and to 16 bits alone"):
+        QuantScheme(weight_bits=4, activation_bits=bits, granularity=granularity)
 
 
 def test_is_frozen_and_keyword_only():
@@ -139,98 +85,61 @@ def test_is_frozen_and_keyword_only():
     assert hash(scheme) == hash(QuantScheme(**GOOD))
 
 
-def test_defaults_are_the_contract():
-    assert QuantScheme(**GOOD) == QuantScheme(
-        weight_bits=4,
-        activation_bits=4,
-        group_size=128,
-        symmetric=False,
-        granularity="channel",
-        hadamard=None,
-    )
-
-
 def test_dict_is_the_entry_of_config_json():
-    scheme = QuantScheme(
-        weight_bits=3,
-        activation_bits=8,
-        group_size=64,
-        symmetric=True,
-        granularity="dynamic_token",
-        hadamard=256,
-    )
-    assert scheme.to_dict() == {
+    assert ENTRY == GOOD | {  # the defaults are the contract
+        "group_size": 128,
+        "symmetric": False,
+        "granularity": "channel",
+        "input_transform": None,
+    }
+    other = {
         "weight_bits": 3,
         "activation_bits": 8,
         "group_size": 64,
         "symmetric": True,
         "granularity": "dynamic_token",
-        "input_transform": {"hadamard": 256},
     }
-    assert QuantScheme(**GOOD).to_dict()["input_transform"] is None
+    entry = QuantScheme(**other, hadamard=256).to_dict()
+    assert entry == other | {"input_transform": {"hadamard": 256}}
 
 
 @given(schemes())
 def test_dict_round_trip_through_json(scheme):
-    assert QuantScheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+    entry = json.loads(json.dumps(scheme.to_dict()))
+    before = dict(entry)
+    assert QuantScheme.from_dict(entry) == scheme
+    assert entry == before
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("entry", "message"),
     [
-        ({"extra": 1}, "must have exactly the keys"),
+        ([1, 2], "found list"),
+        (ENTRY | {"extra": 1}, "must have exactly the keys"),
+        (ENTRY | {"input_transform": "hadamard"}, "input_transform='hadamard' must be null or"),
         (
-            {"input_transform": "hadamard"},
-            "input_transform='hadamard' must be null or {'hadamard': b}.",
-        ),
-        (
-            {"input_transform": {"hadamard": 8, "x": 1}},
+            ENTRY | {"input_transform": {"hadamard": 8, "x": 1}},
             "input_transform={'hadamard': 8, 'x': 1} must be null or {'hadamard': b}.",
         ),
-        ({"input_transform": {}}, "input_transform={} must be null or {'hadamard': b}."),
-        ({"input_transform": {"hadamard": 3}}, "hadamard=3 must be None or a power of two"),
-        ({"weight_bits": 44}, "weight_bits=44 must be an integer"),
+        (ENTRY | {"input_transform": {}}, "input_transform={} must be null or {'hadamard': b}."),
+        (ENTRY | {"input_transform": {"hadamard": 3}}, "hadamard=3 must be None or a power of two"),
+        (ENTRY | {"weight_bits": 44}, "weight_bits=44 must be an integer"),
+        *(
+            ({name: value for name, value in ENTRY.items() if name != gone}, "damaged or newer.")
+            for gone in ENTRY
+        ),
     ],
 )
-def test_from_dict_refuses_what_it_does_not_know(change, message):
+def test_from_dict_refuses_what_it_does_not_know(entry, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        QuantScheme.from_dict(QuantScheme(**GOOD).to_dict() | change)
-
-
-@pytest.mark.parametrize(
-    "missing",
-    ["weight_bits", "activation_bits", "group_size", "symmetric", "granularity", "input_transform"],
-)
-def test_from_dict_wants_every_key(missing):
-    entry = QuantScheme(**GOOD).to_dict()
-    del entry[missing]
-    with pytest.raises(
-        ValueError, match=r"exactly the keys .*: the checkpoint is damaged or newer\."
-    ):
         QuantScheme.from_dict(entry)
-
-
-def test_from_dict_wants_a_mapping():
-    with pytest.raises(ValueError, match="found list"):
-        QuantScheme.from_dict([1, 2])
-
-
-def test_from_dict_leaves_its_argument_alone():
-    entry = QuantScheme(**GOOD).to_dict()
-    before = dict(entry)
-    QuantScheme.from_dict(entry)
-    assert entry == before
 
 
 @pytest.mark.parametrize(
     ("group_size", "in_features", "groups", "length"),
     [
-        (128, 4096, 32, 128),
-        (128, 344, 3, 128),
-        (128, 100, 1, 100),
-        (-1, 11008, 1, 11008),
-        (64, 64, 1, 64),
-        (64, 65, 2, 64),
+        *[(128, 4096, 32, 128), (128, 344, 3, 128), (128, 100, 1, 100)],
+        *[(-1, 11008, 1, 11008), (64, 64, 1, 64), (64, 65, 2, 64)],
     ],
 )
 def test_groups(group_size, in_features, groups, length):

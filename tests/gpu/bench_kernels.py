@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qvlm_hf.format.activation_grid import QParams
+from qvlm_hf.format.grids import QParams, quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 
 BASELINE = "cuBLAS bfloat16"

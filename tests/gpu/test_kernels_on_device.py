@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qvlm_hf.format.activation_grid import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.format.grids import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear
@@ -250,7 +250,7 @@ def test_modules_of_one_input_are_computed_together(kernels, tokens):
     )
     x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda")
     alone = [parent.q(x), parent.k(x)]
-    share_inputs(parent, [("q", "k")])
+    share_inputs([(parent.q, parent.k)])
     assert all(torch.equal(a, b) for a, b in zip(alone, [parent.q(x), parent.k(x)], strict=True))
     assert parent.q.shared is not None
 

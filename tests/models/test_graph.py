@@ -1,3 +1,5 @@
+"""The tables against models that run: a family is one row there, and one line in MODELS."""
+
 import re
 from itertools import pairwise
 
@@ -5,8 +7,16 @@ import pytest
 import torch
 from tiny_models import tiny_llava
 from torch import nn
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    SiglipVisionConfig,
+)
 
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.families import FAMILIES, component_finder, find_parts
+from qvlm_hf.models.folds import rotation_plan
 from qvlm_hf.models.graph import (
     Layer,
     Segment,
@@ -19,7 +29,16 @@ from qvlm_hf.models.graph import (
     resolve,
     shared_inputs,
 )
+from qvlm_hf.models.layer_kinds import LAYER_KINDS
 from qvlm_hf.nn.linear import QVLMLinear
+
+VISION, PROJECTOR = "model.vision_tower.encoder.layers", "model.multi_modal_projector"
+LANGUAGE = "model.language_model.layers"
+DOWN = f"{LANGUAGE}.1.mlp.down_proj"
+MODELS = {
+    "llava": tiny_llava,
+    "grouped queries": lambda: tiny_llava(key_value_heads=2, text_hidden_size=96),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,100 +46,98 @@ def model():
     return tiny_llava()
 
 
+@pytest.fixture(scope="module", params=MODELS)
+def any_model(request):
+    return MODELS[request.param]()
+
+
 def linears(model):
-    return {
-        canonical_name(name) for name, module in model.named_modules() if type(module) is nn.Linear
-    }
+    modules = model.named_modules()
+    return [canonical_name(name) for name, module in modules if type(module) is nn.Linear]
+
+
+def sites(segments):
+    return [site for segment in segments for layer in segment.layers for site in layer.sites]
 
 
 def quantized(segments):
-    return [
-        name
-        for segment in segments
-        for layer in segment.layers
-        for site in layer.sites
-        for name in site.modules
-    ]
+    return [name for site in sites(segments) for name in site.modules]
+
+
+def run(model):
+    ids = torch.tensor([[1, *[model.config.image_token_id] * 16, 7, 8, 9]])
+    model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32))
+
+
+def inputs_and_outputs(model):
+    """What every module receives first and gives last, while the model runs."""
+    received, given = {}, {}
+
+    def hook(module, args, output):
+        if args:
+            received[module], given[module] = args[0], output
+
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    run(model)
+    for handle in handles:
+        handle.remove()
+    return received, given
 
 
 def test_segments_layers_and_sites_in_execution_order(model):
+    def layer(name, *groups, dead=False):
+        made = tuple(Site(tuple(f"{name}.{part}" for part in group.split())) for group in groups)
+        return Layer(name, made, dead)
+
+    qkv = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+    clip = (qkv, "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+    llama = (qkv, "self_attn.o_proj", "mlp.gate_proj mlp.up_proj", "mlp.down_proj")
     segments = resolve(model)
-    vision, language = "model.vision_tower.encoder.layers", "model.language_model.layers"
-
-    def clip(i):
-        attention, mlp = f"{vision}.{i}.self_attn", f"{vision}.{i}.mlp"
-        qkv = tuple(f"{attention}.{p}_proj" for p in "qkv")
-        return Layer(
-            f"{vision}.{i}",
-            (
-                Site(qkv),
-                Site((f"{attention}.out_proj",)),
-                Site((f"{mlp}.fc1",)),
-                Site((f"{mlp}.fc2",)),
-            ),
-            dead=i == 2,
-        )
-
-    def llama(i):
-        attention, mlp = f"{language}.{i}.self_attn", f"{language}.{i}.mlp"
-        qkv = tuple(f"{attention}.{p}_proj" for p in "qkv")
-        gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-        return Layer(
-            f"{language}.{i}",
-            (Site(qkv), Site((f"{attention}.o_proj",)), Site(gate_up), Site((f"{mlp}.down_proj",))),
-        )
-
-    projector = "model.multi_modal_projector"
     assert segments == (
-        Segment("vision", tuple(clip(i) for i in range(3))),
-        Segment(
-            "projector",
-            (
-                Layer(
-                    projector, (Site((f"{projector}.linear_1",)), Site((f"{projector}.linear_2",)))
-                ),
-            ),
-        ),
-        Segment("language", tuple(llama(i) for i in range(2))),
+        Segment("vision", tuple(layer(f"{VISION}.{i}", *clip, dead=i == 2) for i in range(3))),
+        Segment("projector", (layer(PROJECTOR, "linear_1", "linear_2"),)),
+        Segment("language", tuple(layer(f"{LANGUAGE}.{i}", *llama) for i in range(2))),
     )
-    assert segments[0].layers[0].sites[0].name == f"{vision}.0.self_attn.q_proj"
+    assert segments[0].layers[0].sites[0].name == f"{VISION}.0.self_attn.q_proj"
 
 
-def test_every_linear_is_quantized_once_or_reported(model):
-    segments = resolve(model)
+def test_what_is_resolved_are_the_modules_of_these_names(any_model):
+    for segment in resolve(any_model):
+        for layer in segment.layers:
+            assert layer.module is any_model.get_submodule(layer.name)
+            for site in layer.sites:
+                assert [*map(any_model.get_submodule, site.modules)] == [*site.linears]
+
+
+def test_every_linear_is_quantized_once_or_reported(any_model):
+    segments = resolve(any_model)
     names = quantized(segments)
     assert len(set(names)) == len(names)
-    assert set(names) <= linears(model)
-    assert full_precision_modules(model, segments) == ("lm_head",)
-    assert set(names) | {"lm_head"} == linears(model)
+    assert full_precision_modules(any_model, segments) == ("lm_head",)
+    assert {*names, "lm_head"} == set(linears(any_model))
 
 
-def test_modules_of_a_site_really_read_one_input(model):
-    """Runs the model: each module of a site must receive the same tensor, and sites of a layer different ones."""
-    inputs = {}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _, args, name=name: inputs.setdefault(canonical_name(name), args[0].clone())
-        )
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-    ]
-    try:
-        ids = torch.tensor([[1, *[model.config.image_token_id] * 16, 7, 8, 9]])
-        model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32))
-    finally:
-        for handle in handles:
-            handle.remove()
-    for segment in resolve(model):
-        for layer in segment.layers:
-            for site in layer.sites:
-                assert all(torch.equal(inputs[name], inputs[site.name]) for name in site.modules)
+def test_sites_and_norms_are_what_running_shows(any_model):
+    """Modules of a site receive one tensor and no others do; norms feed their readers."""
+    received, given = inputs_and_outputs(any_model)
+    found = sites(resolve(any_model))
+    tensors = [received[site.linears[0]] for site in found]
+    assert len(set(map(id, tensors))) == len(found)
+    for site, tensor in zip(found, tensors, strict=True):
+        readers = {m for m, x in received.items() if type(m) is nn.Linear and x is tensor}
+        assert readers == set(site.linears)
+    plan = rotation_plan(any_model)
+    for norm, readers in plan.norms:
+        assert all(torch.equal(received[reader], given[norm]) for reader in readers)
+    assert set(shared_inputs(any_model)) == {
+        site.linears for site in found if len(site.linears) > 1
+    }
 
 
-def test_works_on_the_meta_device(model):
+def test_works_on_the_meta_device(any_model):
     with torch.device("meta"):
-        empty = type(model)(model.config)
-    assert resolve(empty) == resolve(model)
+        empty = type(any_model)(any_model.config)
+    assert resolve(empty) == resolve(any_model)
 
 
 @pytest.mark.parametrize(
@@ -138,66 +155,57 @@ def test_works_on_the_meta_device(model):
         ([1, -3], [False, False, True, True]),
     ],
 )
-def test_dead_layers(vision_feature_layer, dead):
-    layers = 4
-    count = len(vision_feature_layer) if isinstance(vision_feature_layer, list) else 1
-    model = tiny_llava(vision_layers=layers, vision_feature_layer=vision_feature_layer)
-    assert [layer.dead for layer in resolve(model)[0].layers] == dead
-    assert not any(layer.dead for segment in resolve(model)[1:] for layer in segment.layers)
-    # what the table calls dead must not change a bit of the projector's input, what it does not
-    # must change it
+def test_dead_layers_do_not_change_a_bit_of_the_projectors_input(vision_feature_layer, dead):
+    model = tiny_llava(vision_layers=4, vision_feature_layer=vision_feature_layer)
+    vision, *rest = resolve(model)
+    assert [layer.dead for layer in vision.layers] == dead
+    assert not any(layer.dead for segment in rest for layer in segment.layers)
     seen = []
     model.model.multi_modal_projector.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].clone())
     )
     pixels = torch.randn(1, 3, 32, 32)
-    for layer in range(-1, layers):
-        if layer >= 0:
-            with torch.no_grad():
-                model.get_submodule(f"model.vision_tower.encoder.layers.{layer}.mlp.fc2").bias.add_(
-                    1
-                )
+    model.get_image_features(pixels)
+    for layer in vision.layers:
+        with torch.no_grad():
+            layer.module.mlp.fc2.bias.add_(1)
         model.get_image_features(pixels)
-    assert seen[0].shape[-1] == 64 * count
     assert [torch.equal(before, after) for before, after in pairwise(seen)] == dead
 
 
-def test_components_can_be_left_out(model):
-    assert [s.component for s in resolve(model, quantize_vision=False)] == ["projector", "language"]
-    assert [s.component for s in resolve(model, quantize_projector=False)] == ["vision", "language"]
-    only_language = resolve(model, quantize_vision=False, quantize_projector=False)
-    assert [s.component for s in only_language] == ["language"]
-    assert len(full_precision_modules(model, only_language)) == 3 * 6 + 2 + 1
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"quantize_vision": False}, ["projector", "language"]),
+        ({"quantize_projector": False}, ["vision", "language"]),
+        ({"quantize_vision": False, "quantize_projector": False}, ["language"]),
+    ],
+)
+def test_components_can_be_left_out(model, options, left):
+    segments = resolve(model, **options)
+    assert segments == tuple(s for s in resolve(model) if s.component in left)
+    assert len(full_precision_modules(model, segments)) == len(linears(model)) - len(
+        quantized(segments)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "pattern", "expected"),
     [
-        ("model.language_model.layers.1.mlp.down_proj", "layers.1", True),
-        ("model.language_model.layers.10.mlp.down_proj", "layers.1", False),
-        ("model.language_model.layers.1.mlp.down_proj", "ayers.1", False),
-        ("model.language_model.layers.11.mlp.down_proj", "layers.1", False),
-        ("model.vision_tower.encoder.layers.0.mlp.fc1", "vision_tower", True),
-        ("model.vision_tower.encoder.layers.0.mlp.fc1", "vision", False),
-        ("model.vision_tower.encoder.layers.0.mlp.fc1", "model.vision_tower", True),
-        (
-            "model.vision_tower.encoder.layers.0.mlp.fc1",
-            "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1",
-            True,
-        ),
-        (
-            "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1",
-            "model.vision_tower.encoder",
-            True,
-        ),
-        ("model.language_model.layers.0.mlp.down_proj", "mlp.down_proj", True),
-        ("model.language_model.layers.0.mlp.down_proj", "mlp.down", False),
-        ("model.language_model.layers.0.mlp.down_proj", "model.layers", False),
-        (
-            "model.language_model.layers.0.mlp.down_proj",
-            "model.language_model.layers.0.mlp.down_proj.weight",
-            False,
-        ),
+        (DOWN, "layers.1", True),
+        (DOWN, "ayers.1", False),
+        (DOWN, "mlp.down_proj", True),
+        (DOWN, "mlp.down", False),
+        (DOWN, "model.layers", False),
+        (DOWN, DOWN, True),
+        (DOWN, f"{DOWN}.weight", False),
+        (f"{LANGUAGE}.10.mlp.down_proj", "layers.1", False),
+        (f"{LANGUAGE}.11.mlp.down_proj", "layers.1", False),
+        (f"{VISION}.0.mlp.fc1", "vision_tower", True),
+        (f"{VISION}.0.mlp.fc1", "vision", False),
+        (f"{VISION}.0.mlp.fc1", "model.vision_tower", True),
+        (f"{VISION}.0.mlp.fc1", "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1", True),
+        ("model.vision_tower.vision_model.encoder.layers.0", "model.vision_tower.encoder", True),
         ("lm_head", "lm_head", True),
         ("lm_head", "", False),
     ],
@@ -207,70 +215,83 @@ def test_matches_whole_path_components(name, pattern, expected):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "gone"),
+    ("patterns", "gone"),
     [
-        (
-            "model.language_model.layers.1.mlp.down_proj",
-            lambda name: name == "model.language_model.layers.1.mlp.down_proj",
-        ),
-        ("mlp.down_proj", lambda name: name.endswith("mlp.down_proj")),
-        ("vision_tower", lambda name: "vision_tower" in name),
-        ("layers.1", lambda name: ".layers.1." in name),
-        ("self_attn.k_proj", lambda name: name.endswith("k_proj")),
-        ("multi_modal_projector", lambda name: "projector" in name),
+        ([DOWN], rf"{LANGUAGE}\.1\.mlp\.down_proj"),
+        (["mlp.down_proj"], r".*mlp\.down_proj"),
+        (["vision_tower"], r".*vision_tower\..*"),
+        (["layers.1"], r".*\.layers\.1\..*"),
+        (["self_attn.k_proj"], r".*k_proj"),
+        (["multi_modal_projector"], r".*projector.*"),
+        (["q_proj", "lm_head", "mlp"], r".*(q_proj|\.mlp\..*)"),
     ],
 )
-def test_patterns_exclude_exactly_their_modules(pattern, gone):
+def test_patterns_exclude_exactly_their_modules(patterns, gone):
     model = tiny_llava(text_layers=11)  # layers.10 exists
-    everything, segments = (
-        quantized(resolve(model)),
-        resolve(model, modules_to_not_convert=[pattern]),
-    )
-    assert quantized(segments) == [name for name in everything if not gone(name)]
+    segments = resolve(model, modules_to_not_convert=patterns)
+    left = [name for name in quantized(resolve(model)) if not re.fullmatch(gone, name)]
+    assert quantized(segments) == left
     assert full_precision_modules(model, segments) == tuple(
-        n for n in linears_in_order(model) if gone(n) or n == "lm_head"
+        name for name in linears(model) if name not in left
     )
-    layers = {
-        "vision": 3,
-        "projector": 1,
-        "language": 11,
-    }  # layers stay in their place; a segment without any site goes
-    left = [
-        segment.component
-        for segment in resolve(model)
-        if not all(gone(name) for name in quantized([segment]))
-    ]
-    assert [(segment.component, len(segment.layers)) for segment in segments] == [
-        (component, layers[component]) for component in left
-    ]
+    for segment in segments:  # layers stay in their place; a segment without any site goes
+        whole = next(one for one in resolve(model) if one.component == segment.component)
+        assert [layer.name for layer in segment.layers] == [layer.name for layer in whole.layers]
+        assert quantized([segment])
 
 
-def linears_in_order(model):
-    return [
-        canonical_name(name) for name, module in model.named_modules() if type(module) is nn.Linear
-    ]
+def quantized_already():
+    model = tiny_llava()
+    scheme = QuantScheme(weight_bits=4, activation_bits=4, granularity="dynamic_token")
+    packed = QVLMLinear(104, 64, scheme, bias=False, dtype=torch.float32)
+    model.model.language_model.layers[1].mlp.down_proj = packed
+    return model
 
 
-def test_patterns_add_up_and_the_head_may_be_named(model):
-    segments = resolve(model, modules_to_not_convert=["q_proj", "lm_head", "mlp"])
-    assert quantized(segments) == [
-        name for name in quantized(resolve(model)) if "q_proj" not in name and ".mlp." not in name
-    ]
-    assert segments[2].layers[0].sites[0].modules == tuple(
-        f"model.language_model.layers.0.self_attn.{p}_proj" for p in "kv"
-    )
+def changed(name, value):
+    """The model with another module at a place, or without it."""
+    model = tiny_llava()
+    parent, _, child = name.rpartition(".")
+    if value is None:
+        delattr(model.get_submodule(parent), child)
+    else:
+        setattr(model.get_submodule(parent), child, value)
+    return model
+
+
+class OwnLayer(nn.Module):
+    """Of no class that is known."""
+
+
+def of_family(name):
+    model = tiny_llava()
+    model.config.model_type = name
+    return model
 
 
 @pytest.mark.parametrize(
-    "pattern",
+    ("make", "message"),
     [
-        "mlp.downproj",
-        "layers.99",
-        "vision",
-        "",
-        "model.language_model.layers.0.mlp.down_proj.weight",
+        (lambda: of_family("llava_next"), "^model_type 'llava_next' is .*: this version knows llava .d"),
+        (lambda: changed(f"{VISION}.1", OwnLayer()), "^OwnLayer .of a 'clip_v.* knows CLIPEncoderLayer, "),
+        (lambda: changed(LANGUAGE, nn.ModuleList([OwnLayer()])), "^OwnLayer .of a 'llama'. is not"),
+        (lambda: changed(LANGUAGE, nn.Identity()), "^LlamaModel .of a 'llama'. is not supported"),
+        (lambda: changed(DOWN, None), f"has no module '{DOWN}'.*load the model with Auto"),
+        (lambda: changed(PROJECTOR, None), "has no module 'multi_modal_projector'.*load the model"),
+        (lambda: changed(DOWN, nn.Identity()), f"^{DOWN} is a Identity, not nn.Linear: only plain"),
+        (quantized_already, f"^{DOWN} is a QVLMLinear, not nn.Linear, and quantized already"),
+        (lambda: tiny_llava().model, "^LlavaModel is the model without its output head"),
     ],
-)
+)  # fmt: skip
+def test_a_model_that_does_not_fit_the_tables_is_refused(make, message):
+    model = make()
+    with pytest.raises(ValueError, match=message):
+        resolve(model)
+    if "QVLMLinear" in message:  # what is left out is not looked at
+        resolve(model, modules_to_not_convert=[DOWN])
+
+
+@pytest.mark.parametrize("pattern", ["mlp.downproj", "layers.99", "vision", "", f"{DOWN}.weight"])
 def test_a_typo_in_a_pattern_raises(model, pattern):
     message = f"modules_to_not_convert: {pattern!r} matches no module"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -278,57 +299,16 @@ def test_a_typo_in_a_pattern_raises(model, pattern):
 
 
 def test_nothing_left_raises(model):
-    with pytest.raises(
-        ValueError, match="modules_to_not_convert: leaves no module to quantize: shorten it"
-    ):
+    with pytest.raises(ValueError, match="leaves no module to quantize: shorten it"):
         resolve(model, modules_to_not_convert=["model"])
-
-
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        (None, "model_type 'llava_next' is not supported: this version knows llava"),
-        (
-            "vision_config",
-            "vision_config.model_type 'llava_next' is not supported: this version knows "
-            "clip_vision_model",
-        ),
-        (
-            "text_config",
-            "text_config.model_type 'llava_next' is not supported: this version knows llama",
-        ),
-    ],
-)
-def test_unknown_families_raise(part, message):
-    model = tiny_llava()
-    (getattr(model.config, part) if part else model.config).model_type = "llava_next"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        resolve(model)
-
-
-def test_an_already_quantized_model_raises():
-    model = tiny_llava()
-    scheme = QuantScheme(weight_bits=4, activation_bits=4, granularity="dynamic_token")
-    name = "model.language_model.layers.1.mlp.down_proj"
-    model.get_submodule(name.rpartition(".")[0]).down_proj = QVLMLinear(
-        104, 64, scheme, bias=False, dtype=torch.float32
-    )
-    with pytest.raises(
-        ValueError,
-        match=f"^{re.escape(name)} is a QVLMLinear, not nn.Linear, and quantized already",
-    ):
-        resolve(model)
-    resolve(model, modules_to_not_convert=[name])  # what is left out is not looked at
 
 
 def test_output_head(model):
     assert output_head(model) == "lm_head"
     assert get_linear(model, "lm_head") is model.lm_head
     tied = tiny_llava(tie_word_embeddings=True)
-    with pytest.raises(
-        ValueError,
-        match=r"^lm_head_bits: lm_head shares its weight with the embeddings .*: leave it out\.$",
-    ):
+    message = r"^lm_head_bits: lm_head shares its weight with the embeddings .*: leave it out\.$"
+    with pytest.raises(ValueError, match=message):
         output_head(tied)
     for config in (tied.config, tied.config.text_config):  # either flag alone says it
         config.tie_word_embeddings = False
@@ -341,40 +321,55 @@ def test_output_head(model):
         output_head(other)
 
 
-def test_a_missing_module_raises():
-    model = tiny_llava()
-    del model.model.language_model.layers[0].mlp.down_proj
-    with pytest.raises(
-        ValueError,
-        match=r"has no module 'model\.language_model\.layers\.0\.mlp\.down_proj'.*load the model "
-        r"with Auto",
-    ):
-        resolve(model)
-
-
 def test_canonical_name():
-    old = "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1"
-    assert canonical_name(old) == "model.vision_tower.encoder.layers.0.mlp.fc1"
-    assert canonical_name(canonical_name(old)) == canonical_name(old)
-    assert canonical_name("model.language_model.layers.0") == "model.language_model.layers.0"
+    old = f"{VISION}.0.mlp.fc1".replace("encoder", "vision_model.encoder")
+    assert canonical_name(old) == canonical_name(canonical_name(old)) == f"{VISION}.0.mlp.fc1"
+    assert canonical_name(DOWN) == DOWN
 
 
-def test_modules_that_share_an_input():
-    model = tiny_llava()
-    groups = shared_inputs(model)
-    vision, language = (
-        model.config.vision_config.num_hidden_layers,
-        model.config.text_config.num_hidden_layers,
+def test_shared_inputs_need_no_head_and_a_known_family(model):
+    assert len(shared_inputs(model)) == 3 + 2 * 2
+    assert shared_inputs(model.model) == shared_inputs(model)
+    assert shared_inputs(of_family("unheard_of")) == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "component"),
+    [
+        ([f"{VISION}.0.mlp.fc1", "vision_tower.vision_model.encoder.layers.0.mlp.fc1"], "vision"),
+        ([f"{PROJECTOR}.linear_1.weight", "multi_modal_projector.linear_1.bias"], "projector"),
+        ([DOWN, "language_model.model.layers.0.mlp.down_proj.weight"], "language"),
+        (["model.language_model.embed_tokens", "language_model.model.embed_tokens.x"], "embeddings"),
+        (["lm_head", "language_model.lm_head.weight"], "head"),
+        (["model.image_newline", "my_lm_head"], "other"),
+    ],
+)  # fmt: skip
+def test_the_component_of_a_name_in_the_model_and_in_files(model, names, component):
+    assert {component_finder(model)(name) for name in names} == {component}
+
+
+def test_classes_that_differ_in_names_alone_are_one_line_each(monkeypatch):
+    monkeypatch.setitem(LAYER_KINDS, "SiglipEncoderLayer", LAYER_KINDS["CLIPEncoderLayer"])
+    monkeypatch.setitem(LAYER_KINDS, "MistralDecoderLayer", LAYER_KINDS["LlamaDecoderLayer"])
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    vision = SiglipVisionConfig(**sizes, num_attention_heads=2, image_size=32, patch_size=8)
+    text = MistralConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=50
     )
-    assert len(groups) == vision + 2 * language
-    attention = "model.language_model.layers.0.self_attn"
-    assert (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj") in groups
-    assert (
-        "model.language_model.layers.1.mlp.gate_proj",
-        "model.language_model.layers.1.mlp.up_proj",
-    ) in groups
-    assert {name.removeprefix("model.") for group in groups for name in group} == {
-        n for group in shared_inputs(model.model) for n in group
-    }
-    model.config.model_type = "unheard_of"
-    assert shared_inputs(model) == ()
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    test_sites_and_norms_are_what_running_shows(model)
+    assert {value.head_dim for value in rotation_plan(model).values} == {16}
+    parts = find_parts(model)
+    assert (parts.vision, parts.language) == (model.model.vision_tower, model.model.language_model)
+    assert full_precision_modules(model, resolve(model))[-1] == "lm_head"
+
+
+def test_every_row_has_a_model_here():
+    assert set(FAMILIES) == {make().config.model_type for make in MODELS.values()}

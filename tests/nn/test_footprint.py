@@ -4,29 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from packing_by_hand import pack_linear
 from tiny_models import tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.bench.shapes import SHAPES, shape_config, shape_model, token_positions
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.format.activation_grid import choose_qparams
+from qvlm_hf.format.files import tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
 from qvlm_hf.hf.round_on_load import planned_modules
 from qvlm_hf.nn.footprint import count_parameters, footprint, linear_bytes
-from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules
 
 
 def saved_bytes(folder: Path) -> int:
-    total = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            tensors = [opened.get_tensor(key) for key in opened.keys()]  # noqa: SIM118
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return total
+    return sum(header.nbytes for file in weight_files(folder) for header in tensor_headers(file))
 
 
 def pack_by_hand(
@@ -34,17 +27,10 @@ def pack_by_hand(
 ) -> None:
     for name, scheme in modules.items():
         linear = model.get_submodule(name)
-        count = {
-            "channel": linear.in_features,
-            "token": positions["vision" if "vision" in name else "projector"],
-        }.get(scheme.granularity)
-        qparams = (
-            None
-            if count is None
-            else choose_qparams(-torch.rand(count), torch.rand(count), scheme.activation_bits)
+        x = torch.rand(
+            1, positions["vision" if "vision" in name else "projector"], linear.in_features
         )
-        tensors = packed_tensors(quantize_weight(linear.weight.detach(), scheme), scheme, qparams)
-        replace_modules(model, {name: QVLMLinear.from_packed(linear, scheme, tensors)})
+        replace_modules(model, {name: pack_linear(linear, scheme, x)})
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,29 +1,22 @@
-"""`module.weight` of a quantized module: reading is free, computing raises one line, and what is stored is ordinary."""
+"""`module.weight` of a quantized module: it is read freely, computing raises one line."""
 
 import copy
 import io
 import pickle
-import re
 
 import pytest
 import torch
+from packing_by_hand import pack_linear
 from torch import nn
 
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
-from qvlm_hf.nn import QVLMLinear
-from qvlm_hf.nn.linear import packed_tensors
-from qvlm_hf.nn.packed_weight import PackedWeight
+from qvlm_hf.nn.packed_weight import FloatForm, PackedWeight
 from qvlm_hf.ops import cpu_direct
 
 SCHEME = QuantScheme(weight_bits=4, activation_bits=8, group_size=32, granularity="dynamic_token")
 REFUSED = (
-    "^"
-    + re.escape(
-        "a quantized module's packed weight takes no arithmetic: call model.dequantize() first."
-    )
-    + "$"
+    r"^a quantized module's packed weight takes no arithmetic: call model.dequantize\(\) first.$"
 )
 UNTRAINABLE = "^a quantized module's packed weight cannot be trained: train an adapter, or "
 
@@ -31,9 +24,7 @@ UNTRAINABLE = "^a quantized module's packed weight cannot be trained: train an a
 @pytest.fixture
 def module():
     torch.manual_seed(0)
-    linear = nn.Linear(64, 64)
-    tensors = packed_tensors(quantize_weight(linear.weight.detach(), SCHEME), SCHEME, None)
-    return QVLMLinear.from_packed(linear, SCHEME, tensors)
+    return pack_linear(nn.Linear(64, 64), SCHEME)
 
 
 def replace_data(weight):
@@ -123,19 +114,8 @@ def test_reading_it_is_free(module):
 
 def test_operators_of_ours_take_it(module):
     x = torch.randn(3, 64)
-    arguments = (
-        module.weight_scale,
-        module.weight_zero_point,
-        None,
-        None,
-        module.bias,
-        64,
-        4,
-        8,
-        32,
-        "dynamic_token",
-        0,
-    )
+    parts = (module.weight_scale, module.weight_zero_point, None, None, module.bias)
+    arguments = (*parts, 64, 4, 8, 32, "dynamic_token", 0)
     with torch.no_grad():
         for operator in (torch.ops.qvlm_hf.linear, torch.ops.qvlm_hf.linear.default):
             torch.testing.assert_close(operator(x, module.weight, *arguments), module(x))
@@ -206,7 +186,7 @@ def test_adapters_read_the_form_of_a_float_weight(module):
     form.requires_grad = False
     form.requires_grad_(False)
     for same in (form.data, form.T, form.t(), form.detach()):
-        assert type(same) is PackedWeight
+        assert type(same) is FloatForm
         assert (same.shape, same.dtype) == ((64, 64), torch.float32)
     assert torch.rand(64 * 64).reshape(form.shape).shape == (64, 64)
     module.to("meta")

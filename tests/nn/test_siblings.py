@@ -7,21 +7,18 @@ import weakref
 
 import pytest
 import torch
+from packing_by_hand import pack_linear
 from torch import nn
 
-from qvlm_hf.format.activation_grid import choose_qparams
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import quantize_weight
-from qvlm_hf.nn import QVLMLinear
-from qvlm_hf.nn.linear import packed_tensors
 from qvlm_hf.nn.siblings import share_inputs
 
 IN, OUT = 40, (24, 8, 8)
 NAMES = ("q", "k", "v")
 
 
-def layer(*, granularity="channel", bias=False, symmetric=False, grids=None):
-    """A module whose children q, k, v are quantized; `grids`: a factor on the activation grid of each."""
+def layer(*, granularity="channel", bias=False, symmetric=False, grids=(1, 1, 1)):
+    """A module whose children q, k, v are quantized; `grids`: factors on their activation grids."""
     torch.manual_seed(0)
     scheme = QuantScheme(
         weight_bits=4,
@@ -31,29 +28,24 @@ def layer(*, granularity="channel", bias=False, symmetric=False, grids=None):
         granularity=granularity,
     )
     model = nn.Module()
-    for index, (name, out) in enumerate(zip(NAMES, OUT, strict=True)):
-        linear = nn.Linear(IN, out, bias=bias)
-        bound = torch.full((IN,), 3.0) * (grids[index] if grids else 1)
-        qparams = choose_qparams(-bound, bound, 8) if granularity == "channel" else None
-        model.add_module(
-            name,
-            QVLMLinear.from_packed(
-                linear,
-                scheme,
-                packed_tensors(quantize_weight(linear.weight, scheme), scheme, qparams),
-            ),
-        )
+    for name, out, factor in zip(NAMES, OUT, grids, strict=True):
+        bounds = torch.tensor([-3.0, 3.0])[:, None].expand(2, IN) * factor
+        model.add_module(name, pack_linear(nn.Linear(IN, out, bias=bias), scheme, bounds[None]))
     return model
 
 
 def shared(**options):
     model = layer(**options)
-    share_inputs(model, [NAMES])
+    share_inputs([[model.get_submodule(name) for name in NAMES]])
     return model
 
 
 def outputs(model, x):
     return [getattr(model, name)(x) for name in NAMES]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.fixture
@@ -78,7 +70,7 @@ def test_the_same_bits_with_one_call(options, dtype, calls):
         expected = outputs(layer(**options), x)
         model = shared(**options)
         for _ in range(2):
-            assert all(torch.equal(a, b) for a, b in zip(outputs(model, x), expected, strict=True))
+            assert same(outputs(model, x), expected)
     assert len(calls) == 2
     assert model.q.shared[0]._waiting is None  # nothing is kept alive
 
@@ -138,7 +130,7 @@ def test_inference_mode():
     model, x = shared(), torch.randn(3, IN)
     with torch.inference_mode():
         y = outputs(model, x + 0)  # an inference tensor has no version
-    assert all(torch.equal(a, b) for a, b in zip(y, outputs(layer(), x), strict=True))
+    assert same(y, outputs(layer(), x))
 
 
 def test_hooks_see_and_change_what_they_always_do(calls):
@@ -163,7 +155,7 @@ def test_hooks_may_write_to_the_input(mode, write):
         model.k.register_forward_pre_hook(lambda module, args: (write(args[0]), None)[1])
         with mode():
             results.append(outputs(model, torch.linspace(-1, 1, 3 * IN).reshape(3, IN)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert same(*results)
 
 
 def test_a_part_that_is_replaced_counts():
@@ -173,9 +165,7 @@ def test_a_part_that_is_replaced_counts():
         each.k.bias = None
         each.v.input_scale = nn.Parameter(each.v.input_scale * 2, requires_grad=False)
     with torch.no_grad():
-        assert all(
-            torch.equal(a, b) for a, b in zip(outputs(model, x), outputs(plain, x), strict=True)
-        )
+        assert same(outputs(model, x), outputs(plain, x))
 
 
 def test_nobodys_activations_are_copied_or_saved():
@@ -194,11 +184,11 @@ def test_only_where_schemes_and_grids_agree():
     assert shared(grids=(1, 1, 1.5)).q.shared is None
     model = layer()
     model.v = nn.Linear(IN, 8)
-    share_inputs(model, [NAMES])
+    share_inputs([[model.get_submodule(name) for name in NAMES]])
     assert model.q.shared is None
     model = layer()
     model.k.to("meta")
-    share_inputs(model, [NAMES])
+    share_inputs([[model.get_submodule(name) for name in NAMES]])
     assert model.q.shared is None
 
 
@@ -215,9 +205,7 @@ def test_loading_other_tensors_dissolves():
     assert model.q.shared is None
     x = torch.randn(3, IN)
     with torch.no_grad():
-        assert all(
-            torch.equal(a, b) for a, b in zip(outputs(model, x), outputs(other, x), strict=True)
-        )
+        assert same(outputs(model, x), outputs(other, x))
 
 
 def test_the_reference_computes_each_by_itself(calls):
@@ -240,7 +228,7 @@ def test_copies_and_files_are_whole():
         for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
             assert twin.q.shared[0] is not model.q.shared[0]
             assert twin.q.shared[0].modules == [twin.q, twin.k, twin.v]
-            assert all(torch.equal(a, b) for a, b in zip(outputs(twin, x), expected, strict=True))
+            assert same(outputs(twin, x), expected)
         assert model.q.shared[0].modules == [model.q, model.k, model.v]
 
 
@@ -281,9 +269,7 @@ def test_a_copy_agrees_anew():
     twin = copy.deepcopy(model)
     assert twin.q.shared is None
     with torch.no_grad():
-        assert all(
-            torch.equal(a, b) for a, b in zip(outputs(twin, x), outputs(model, x), strict=True)
-        )
+        assert same(outputs(twin, x), outputs(model, x))
 
 
 def test_no_module_keeps_another_alive():
@@ -319,10 +305,7 @@ def test_two_threads_never_mix():
         with torch.no_grad():
             for _ in range(200):
                 x = torch.randn(3, IN, generator=generator)
-                if not all(
-                    torch.equal(a, b)
-                    for a, b in zip(outputs(model, x), outputs(plain, x), strict=True)
-                ):
+                if not same(outputs(model, x), outputs(plain, x)):
                     wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]

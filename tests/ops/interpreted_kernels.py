@@ -10,7 +10,7 @@ from interpreted_triton import kernels
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qvlm_hf.format.activation_grid import QParams, dynamic_token_qparams, shift_quantize
+from qvlm_hf.format.grids import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import gpu, reference
 

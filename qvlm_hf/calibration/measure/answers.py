@@ -1,7 +1,4 @@
-"""The logits that predict the answers of a batch, and how far two models' answers are apart.
-
-Shared by self-check and evaluation.
-"""
+"""The logits that predict the answers of a batch, and the divergence of two models' answers."""
 
 import inspect
 from collections.abc import Iterator
@@ -29,8 +26,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     Raises:
         ValueError: logits that are not numbers.
     """
-    # Packed weights are integers: the first floating parameter tells the dtype (and the device) the
-    # model computes in.
+    # Packed weights are integers: the first floating parameter tells dtype and device.
     floating = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     dtype = getattr(model, "dtype", floating.dtype)
     inputs = {
@@ -39,14 +35,11 @@ def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     }
     answered = batch.labels != IGNORE_INDEX
     tokens = batch.labels.shape[1]
-    # The head is the widest layer: where the model can, it is run only from the first answer of the
-    # batch on.
-    keep = tokens - int(answered.any(dim=0).nonzero()[0]) + 1 if answered.any() else 1
-    options = (
-        {"logits_to_keep": keep}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
+    options = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # the head is the widest layer: it runs only from the first answer of the batch on
+        first = int(answered.any(dim=0).nonzero()[0]) if answered.any() else tokens
+        options["logits_to_keep"] = tokens - first + 1
     with eval_mode(model), torch.inference_mode():
         logits = model(**inputs, **options).logits
     offset = tokens - logits.shape[1]

@@ -1,11 +1,9 @@
-"""Cross-layer dependency: the conditional entropy of a layer's output given the one before it (eq.
+"""Cross-layer dependency: conditional entropy of a layer's output given the one before (eq. 4-6).
 
-4-6 of the paper).
-
-    p_m(x) = softmax_m( -(x/Delta - q_m/Delta)^2 )                                    soft assignment to level m (eq. 5)
-    P[m, m'] = mean over elements of p_m(x^(k)) p_m'(x^(k+1))                         same position, same channel
-    D(k, k+1) = - sum P[m, m'] log( P[m, m'] / sum_m' P[m, m'] )     in nats           (eq. 4)
-    D(k_r, k_s) = sum of D(k, k+1) between them                                       (eq. 6)
+    p_m(x) = softmax_m( -(x/Delta - q_m/Delta)^2 )                  soft assignment (eq. 5)
+    P[m, m'] = mean over elements of p_m(x^(k)) p_m'(x^(k+1))       same position, same channel
+    D(k, k+1) = - sum P[m, m'] log( P[m, m'] / sum_m' P[m, m'] )    in nats (eq. 4)
+    D(k_r, k_s) = sum of D(k, k+1) between them                     (eq. 6)
 
 Delta is the step of a grid of M levels over the smallest and largest value of each channel (or of
 each position). Both hidden states must have one shape, so D never crosses a segment. The M x M
@@ -17,7 +15,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["DependencyHistogram", "conditional_entropy", "soft_assignment", "value_bounds"]
+from qvlm_hf.calibration.layers import (
+    count_tokens,
+    live_layers,
+    run_layer,
+    valid_tokens,
+    working_precision,
+)
+from qvlm_hf.calibration.run import Calibration
+from qvlm_hf.models.graph import Segment
+
+__all__ = [
+    "DependencyHistogram",
+    "conditional_entropy",
+    "layer_dependencies",
+    "soft_assignment",
+    "value_bounds",
+]
 
 # Elements x levels of one chunk, and of a whole pair of layers: beyond that tokens are subsampled
 # evenly. On the demo model 16 levels stay below the budget; at 256 levels the subsample moved the
@@ -41,10 +55,10 @@ def soft_assignment(units: Tensor, levels: int) -> Tensor:
 
 
 def conditional_entropy(joint: Tensor) -> Tensor:
-    """D of eq.
+    """D(k, k+1) of eq. 4 in nats, a float64 scalar.
 
-    4 in nats, float64 scalar, of a joint distribution [M, M] (rows: the first layer's level); 0 log
-    0 is 0.
+    Args:
+        joint: P[m, m'], [M, M]; rows are the first layer's levels. 0 log 0 is 0.
     """
     joint = joint.double()
     marginal = joint.sum(1, keepdim=True).expand_as(joint)
@@ -52,8 +66,51 @@ def conditional_entropy(joint: Tensor) -> Tensor:
     return -(joint[mass] * torch.log(joint[mass] / marginal[mass])).sum()
 
 
+def layer_dependencies(calibration: Calibration, segment: Segment) -> list[float]:
+    """D(k, k+1) of a segment's consecutive live layers in nats (eq. 4), from one forward pass.
+
+    Args:
+        calibration: the model as it runs now, its `inputs` and settings; the activation bits give
+            the number of levels.
+        segment: of the model.
+
+    Returns:
+        One number less than there are live layers.
+
+    Raises:
+        ValueError: a layer's output is not finite.
+    """
+    inputs = calibration.inputs[segment.component]
+    per_position = calibration.per_position(segment)
+    live = live_layers(segment)
+    hidden = [entry.hidden for entry in inputs]
+    previous: list[Tensor] | None = None
+    dependencies = []
+    for layer in live if len(live) > 1 else ():
+        with working_precision([layer], inputs):
+            hidden = run_layer(layer.module, inputs, hidden)
+        tokens = [valid_tokens(h, entry.valid) for h, entry in zip(hidden, inputs, strict=True)]
+        for entry, values in zip(inputs, tokens, strict=True):
+            entry.require_finite(values, f"the output of {layer.name}")
+        current = hidden if per_position else tokens
+        if previous is not None:
+            histogram = DependencyHistogram(
+                value_bounds(previous, per_position),
+                value_bounds(current, per_position),
+                levels=calibration.settings.entropy_levels,
+                elements=count_tokens(inputs) * hidden[0].shape[-1],
+            )
+            for first, second in zip(previous, current, strict=True):
+                histogram.update(first, second)
+            dependencies.append(float(histogram.entropy()))
+        previous = current
+    return dependencies
+
+
 class DependencyHistogram:
-    """P[m, m'] of two consecutive hidden states, streamed over batches; differentiable where the values are.
+    """P[m, m'] of two consecutive hidden states, streamed over batches.
+
+    It is differentiable where the values are.
 
     Args:
         first_range: (smallest, largest) of the first layer's values, broadcastable against [tokens,
@@ -94,21 +151,14 @@ class DependencyHistogram:
         # the attention sink, too often.
         start = -self._seen % self._stride
         self._seen += first.shape[:-1].numel()
-        pairs = zip((first, second), self._ranges, strict=True)
         a, b = (
             self._units(x, bounds).flatten(0, -2)[start :: self._stride].reshape(-1)
-            for x, bounds in pairs
+            for x, bounds in zip((first, second), self._ranges, strict=True)
         )
         rows = max(1, _CHUNK // self._levels)
         for start in range(0, a.numel(), rows):
-            part = slice(start, start + rows)
-            self._sum = (
-                self._sum
-                + (
-                    soft_assignment(a[part], self._levels).T
-                    @ soft_assignment(b[part], self._levels)
-                ).double()
-            )
+            p, q = (soft_assignment(x[start : start + rows], self._levels) for x in (a, b))
+            self._sum = self._sum + (p.T @ q).double()
         self._count += a.numel()
 
     def entropy(self) -> Tensor:
@@ -122,11 +172,16 @@ class DependencyHistogram:
 
 
 def value_bounds(values: Sequence[Tensor], per_position: bool) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value per channel, [H], of [tokens, H] values, or per position, [T, 1], of [B, T, H] values."""
-    if per_position:
-        low = torch.stack([v.amin((0, 2)) for v in values]).amin(0)
-        high = torch.stack([v.amax((0, 2)) for v in values]).amax(0)
-        return low[:, None], high[:, None]
-    return torch.stack([v.amin(0) for v in values]).amin(0), torch.stack(
-        [v.amax(0) for v in values]
-    ).amax(0)
+    """Smallest and largest value per channel, or per position.
+
+    Args:
+        values: per batch [tokens, H], or [B, T, H] if `per_position`.
+        per_position: the axis.
+
+    Returns:
+        Two tensors [H], or [T, 1] if `per_position`.
+    """
+    axes = (0, 2) if per_position else (0,)
+    low = torch.stack([v.amin(axes) for v in values]).amin(0)
+    high = torch.stack([v.amax(axes) for v in values]).amax(0)
+    return (low[:, None], high[:, None]) if per_position else (low, high)

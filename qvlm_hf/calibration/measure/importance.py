@@ -1,4 +1,4 @@
-"""Which tokens matter to the answers: weights for the squared error that search and compensation minimise.
+"""Which tokens matter to the answers: weights of the squared error that search and GPTQ minimise.
 
 The error of a layer's output is dominated by picture tokens that no answer depends on. A token's
 weight is the norm of the gradient of the answers' log-likelihood with respect to that layer's
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.layers import frozen, layer_outputs
+from qvlm_hf.calibration.layers import frozen, live_layers, observe_outputs, run_model
+from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
-from qvlm_hf.models.graph import Segment
 
 __all__ = ["token_importance"]
 
@@ -25,27 +25,23 @@ _TEMPERATURE = 3.0  # softens predictions that are all but certain
 _FLOOR = 0.1  # of the mean weight: what no drawn answer looked at may matter to another question
 
 
-def token_importance(
-    model: nn.Module, segments: Sequence[Segment], data: Sequence[Batch], *, seed: int
-) -> dict[str, list[Tensor]]:
+def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
     """Weights of the tokens that leave each live layer.
 
     Args:
-        model: in full precision and eval mode; unchanged afterwards.
-        segments: the layers.
-        data: calibration batches with answers.
-        seed: of the drawn answers.
+        calibration: its model, in full precision and unchanged afterwards, and its data.
 
     Returns:
         Layer name -> per batch that reached it, float32 [B, T], mean 1 over all tokens before the
         floor. All ones without answers.
     """
-    names = [layer.name for segment in segments for layer in segment.layers if not layer.dead]
+    names = [layer.name for segment in calibration.segments for layer in live_layers(segment)]
     norms: dict[str, list[Tensor]] = {name: [] for name in names}
-    generator = torch.Generator().manual_seed(seed)
-    with frozen(model):
-        for batch in data:
-            for name, norm in _gradient_norms(model, names, batch, generator).items():
+    generator = torch.Generator().manual_seed(calibration.settings.seed)
+    with frozen(calibration.model):
+        for batch in calibration.data:
+            found = _gradient_norms(calibration.model, names, batch, generator)
+            for name, norm in found.items():
                 norms[name].append(norm)
     return {name: _weights(batches) for name, batches in norms.items()}
 
@@ -54,18 +50,14 @@ def _gradient_norms(
     model: nn.Module, names: Sequence[str], batch: Batch, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Layer name -> [B, T], the root of the summed squared gradients of all draws."""
-    device = next(model.parameters()).device
-    with torch.enable_grad(), layer_outputs(model, names) as outputs:
-        logits = model(
-            **{key: value.to(device) for key, value in batch.inputs.items()}, use_cache=False
-        ).logits
-        answered = (batch.labels[:, 1:] != IGNORE_INDEX).to(device)
+    with torch.enable_grad(), observe_outputs(model, names) as outputs:
+        logits = run_model(model, batch).logits
+        answered = (batch.labels[:, 1:] != IGNORE_INDEX).to(logits.device)
         predictions = torch.log_softmax(logits[:, :-1][answered].float() / _TEMPERATURE, dim=-1)
         squares = {name: torch.zeros(h.shape[:-1], device=h.device) for name, h in outputs.items()}
         for _ in range(_DRAWS if len(predictions) else 0):
-            drawn = torch.multinomial(predictions.detach().exp().cpu(), 1, generator=generator).to(
-                device
-            )
+            chances = predictions.detach().exp().cpu()
+            drawn = torch.multinomial(chances, 1, generator=generator).to(logits.device)
             gradients = torch.autograd.grad(
                 predictions.gather(1, drawn).sum(),
                 list(outputs.values()),

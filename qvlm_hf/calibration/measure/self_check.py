@@ -1,6 +1,6 @@
-"""The collapse detector: does the packed model still answer as the full-precision one did, on a few samples?"""
+"""The self-check: does the packed model still answer as the full-precision one did?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -8,51 +8,52 @@ from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.report import SelfCheck
 from qvlm_hf.calibration.samples import Batch
 
-__all__ = ["collapse_warning", "compare_answers", "head_warning"]
+__all__ = ["AnswerComparison", "collapse_warning", "head_warning"]
 
-# On the demo model sound W4A4 agreed on 0.98 of the answer tokens, W4A4 rounded with dynamic
-# ranges, which breaks it, on 0.52.
+# On the demo model sound W4A4 agreed on 0.98 of the answer tokens; W4A4 that its dynamic ranges
+# broke agreed on 0.52.
 _COLLAPSED_AGREEMENT = 0.75
-# What a quantized output head may cost of them.
+# What a quantized output head may cost.
 _HEAD_AGREEMENT = 0.005
 _HEAD_KL = 0.001
 
 
-def compare_answers(
-    model: nn.Module, batches: Sequence[Batch], reference: Sequence[Tensor], *, held_out: bool
-) -> SelfCheck | None:
-    """Runs the packed model on the batches whose full-precision answers are known.
+class AnswerComparison:
+    """The full-precision answers to some samples, to compare later ones with.
 
     Args:
-        model: after packing.
+        model: in full precision.
         batches: with labels.
-        reference: full-precision logits per sample [answer tokens, vocabulary], in the order of the
-            batches.
-        held_out: whether calibration did not see these samples.
-
-    Returns:
-        None if no sample has an answer.
+        held_out: whether calibration does not see these samples.
     """
-    samples = agree = tokens = 0
-    divergence = 0.0
-    expected = iter(reference)
-    for batch in batches:
-        for logits in answer_logits(model, batch):
-            full = next(expected).to(logits.device)
-            samples += 1
-            if full.shape[0]:
-                tokens += full.shape[0]
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], *, held_out: bool) -> None:
+        self._model, self._batches, self._held_out = model, batches, held_out
+        self._reference = [logits.cpu() for logits in self._answers()]
+
+    def measure(self) -> SelfCheck | None:
+        """Compares the model as it is now; None if no sample has an answer."""
+        agree = tokens = 0
+        divergence = 0.0
+        for full, logits in zip(self._reference, self._answers(), strict=True):
+            if len(full):
+                full = full.to(logits.device)
+                tokens += len(full)
                 agree += int((full.argmax(-1) == logits.argmax(-1)).sum())
-                divergence += answer_kl(full, logits) * full.shape[0]
-    if not tokens:
-        return None
-    return SelfCheck(
-        samples=samples,
-        held_out=held_out,
-        answer_tokens=tokens,
-        agreement=agree / tokens,
-        kl=divergence / tokens,
-    )
+                divergence += answer_kl(full, logits) * len(full)
+        if not tokens:
+            return None
+        return SelfCheck(
+            samples=len(self._reference),
+            held_out=self._held_out,
+            answer_tokens=tokens,
+            agreement=agree / tokens,
+            kl=divergence / tokens,
+        )
+
+    def _answers(self) -> Iterator[Tensor]:
+        for batch in self._batches:
+            yield from answer_logits(self._model, batch)
 
 
 def collapse_warning(check: SelfCheck | None) -> str | None:

@@ -1,7 +1,7 @@
-"""What a calibration or evaluation sample is: one chat, whatever the source.
+"""A calibration or evaluation sample: one chat, whatever the source.
 
-    load_samples(source) -> [Sample]         read, check, choose; nothing of the model is needed yet
-    batches(samples, processor, 8) -> Batch  render with the chat template, tokenize, pad on the right, label the answer
+    load_samples(source) -> [Sample]         read, check, choose
+    batches(samples, processor, 8) -> Batch  render, tokenize, pad on the right, label the answer
 
 Sources are recognised by their keys (formats.py): Transformers chats, LLaVA JSON,
 image/question/answer rows and ScienceQA. Every error is one line that names the file, the line and
@@ -11,7 +11,8 @@ Left out on purpose: truncation (it cuts image tokens), URLs (a calibration set 
 tomorrow) and any import of Transformers: the processor is passed in.
 
     sample     the chat; its pictures (pictures.py)
-    loading    load_samples: whatever was passed -> rows (sources.py) -> samples (formats.py)
+    loading    load_samples: a source -> rows (sources.py, json_files.py)
+               -> samples (formats.py: the table of layouts; keys.py)
     batch      batches: chat -> text and answer (rendering.py) -> tensors
     identity   hashes of samples
 """

@@ -1,4 +1,4 @@
-"""Samples -> what the model is fed: rendered, tokenized, padded on the right, the last answer of each labelled."""
+"""Samples -> batches: rendered, tokenized, padded on the right, the last answer labelled."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from qvlm_hf.calibration.samples.errors import first_line
+from qvlm_hf.calibration.samples.errors import first_line, place, sample_error
 from qvlm_hf.calibration.samples.rendering import (
     Processor,
     adds_special_tokens,
@@ -28,14 +28,12 @@ __all__ = [
     "without_too_long",
 ]
 
-IGNORE_INDEX = (
-    -100
-)  # label of every token that is no part of an answer; what torch's cross entropy skips
+IGNORE_INDEX = -100  # label of tokens outside the answer; torch's cross entropy skips it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What the model is fed.
+    """The input of one forward pass.
 
     Attributes:
         inputs: the processor's tensors: input_ids and attention_mask [batch, tokens], padded on the
@@ -49,11 +47,6 @@ class Batch:
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     origins: tuple[str, ...]
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Returns the same batch on `device`."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Batch(inputs=inputs, labels=self.labels.to(device), origins=self.origins)
 
 
 def batches(
@@ -74,7 +67,7 @@ def batches(
 
 
 def longest_sample(model: torch.nn.Module) -> int | None:
-    """How many tokens a sample may have: the positions that the text model was made for; None if its configuration does not say."""
+    """Tokens that a sample may have: the text model's positions; None if it does not say."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
@@ -95,7 +88,7 @@ def longest_sample(model: torch.nn.Module) -> int | None:
 def without_too_long(
     samples: Sequence[Sample], processor: Processor, max_tokens: int | None
 ) -> list[Sample]:
-    """The samples that a model has positions for, in order; logs one line about the others, if there are any.
+    """The samples that a model has positions for, in order; logs one line about the others.
 
     Args:
         samples: any number.
@@ -111,34 +104,32 @@ def without_too_long(
     lengths = [
         int(collate([sample], processor).inputs["attention_mask"].sum()) for sample in samples
     ]
-    fitting = [
-        sample for sample, length in zip(samples, lengths, strict=True) if length <= max_tokens
-    ]
-    problem = f"{len(samples) - len(fitting)} of {len(samples)} samples are longer than the model's {max_tokens} positions"
-    longest = samples[lengths.index(max(lengths))].origin
+    fitting = [s for s, length in zip(samples, lengths, strict=True) if length <= max_tokens]
+    if len(fitting) == len(samples):
+        return fitting
+    problem = (
+        f"{len(samples) - len(fitting)} of {len(samples)} samples are longer than the model's "
+        f"{max_tokens} positions"
+    )
+    longest = f"({samples[lengths.index(max(lengths))].origin}: {max(lengths)} tokens)"
     if not fitting:
-        raise ValueError(
-            f"{problem} ({longest}: {max(lengths)} tokens): give shorter texts, or fewer or "
-            f"smaller pictures"
-        )
-    if len(fitting) < len(samples):
-        logging.getLogger(__name__).warning(
-            "%s and are left out (%s: %d tokens)", problem, longest, max(lengths)
-        )
+        remedy = "give shorter texts, or fewer or smaller pictures"
+        raise ValueError(f"{problem} {longest}: {remedy}")
+    logging.getLogger(__name__).warning("%s and are left out %s", problem, longest)
     return fitting
 
 
 def collate(
     samples: Sequence[Sample], processor: Processor, *, max_tokens: int | None = None
 ) -> Batch:
-    """Renders the chats with the processor's template, tokenizes them and labels the last answer of each.
+    """Renders the chats with the processor's template, tokenizes them and labels the last answer.
 
-    The answer is found by rendering twice, with and without it: what the two token sequences share
-    is the prompt. Its length is counted from the end, so it does not matter into how many tokens
-    the processor expands the pictures before it. Whitespace after the answer is dropped; where the
-    template leaves the answer open, as LLaVA's does, the end-of-sequence token is added, which the
-    model was trained to say there. Samples without an answer get no labels and end in the
-    template's generation prompt.
+    The answer is found by rendering twice, with and without it: the common beginning of the two
+    token sequences is the prompt. Its length is counted from the end, so it does not matter into
+    how many tokens the processor expands the pictures before it. Whitespace after the answer is
+    dropped. Where the template leaves the answer open, as LLaVA's does, the end-of-sequence token
+    is added, which the model was trained to say there. Samples without an answer get no labels and
+    end in the template's generation prompt.
 
     Args:
         samples: at least one; with and without pictures may be mixed.
@@ -154,35 +145,27 @@ def collate(
         raise ValueError("collate got no samples; give at least one")
     check_processor(processor)
     chats = [render(sample, processor) for sample in samples]
+    origins, texts = [sample.origin for sample in samples], [text for text, _ in chats]
     pictures = [sample.images() for sample in samples]
-    for sample, (text, _), own in zip(samples, chats, pictures, strict=True):
-        _check_placeholders(text, len(own), processor, sample.origin)
-    inputs = _call_processor(
-        processor, [text for text, _ in chats], pictures, [sample.origin for sample in samples]
-    )
-    _check_expansion(
-        inputs["input_ids"], pictures, processor, [sample.origin for sample in samples]
-    )
-    for sample, length in zip(samples, inputs["attention_mask"].sum(1).tolist(), strict=True):
+    for text, own, origin in zip(texts, pictures, origins, strict=True):
+        _check_placeholders(text, len(own), processor, origin)
+    inputs = _call_processor(processor, texts, pictures, origins)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    _check_expansion(ids, pictures, processor, origins)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    for row, (origin, (_, answer)) in enumerate(zip(origins, chats, strict=True)):
+        length = int(mask[row].sum())
         if max_tokens is not None and length > max_tokens:
-            remedy = (
-                "leave it out (qvlm_hf.calibration.samples.without_too_long does), or shorten it"
-            )
-            raise ValueError(
-                f"{sample.origin}: {length} tokens are more than the model's {max_tokens} "
-                f"positions; {remedy}"
-            )
-    labels = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
-    for row, (sample, (_, answer)) in enumerate(zip(samples, chats, strict=True)):
+            problem = f"{length} tokens are more than the model's {max_tokens} positions"
+            remedy = "leave it out (qvlm_hf.calibration.samples.without_too_long does)"
+            raise sample_error(place(origin), problem, f"{remedy}, or shorten it")
         if answer:
-            positions = inputs["attention_mask"][row].nonzero().flatten()[-len(answer) :]
-            if inputs["input_ids"][row, positions].tolist() != answer:
-                raise ValueError(
-                    f"{sample.origin}: the processor's tokens do not end in the answer's {answer}; "
-                    f"it changes the rendered text"
-                )
+            positions = mask[row].nonzero().flatten()[-len(answer) :]
+            if ids[row, positions].tolist() != answer:
+                problem = f"the processor's tokens do not end in the answer's {answer}"
+                raise sample_error(place(origin), problem, "it changes the rendered text")
             labels[row, positions] = torch.tensor(answer)
-    return Batch(inputs=inputs, labels=labels, origins=tuple(sample.origin for sample in samples))
+    return Batch(inputs=inputs, labels=labels, origins=tuple(origins))
 
 
 def _check_placeholders(text: str, pictures: int, processor: Processor, origin: str) -> None:
@@ -192,42 +175,37 @@ def _check_placeholders(text: str, pictures: int, processor: Processor, origin: 
     # replaces.
     if count and count != pictures:
         problem = f"{count} {placeholder} placeholders in the rendered text for {pictures} pictures"
-        raise ValueError(f"{origin}: {problem}; remove {placeholder} from the sample's own text")
+        remedy = f"remove {placeholder} from the sample's own text"
+        raise sample_error(place(origin), problem, remedy)
 
 
 def _call_processor(
     processor: Processor, texts: list[str], pictures: list[list[Image.Image]], origins: list[str]
 ) -> dict[str, torch.Tensor]:
-    images = {"images": pictures} if any(pictures) else {}
-    special = adds_special_tokens(texts[0], processor.tokenizer)
+    where, name = place(", ".join(origins)), type(processor).__name__
     try:
         output = processor(
             text=texts,
-            **images,
+            **({"images": pictures} if any(pictures) else {}),
             padding=True,
             padding_side="right",
             truncation=False,
-            add_special_tokens=special,
+            add_special_tokens=adds_special_tokens(texts[0], processor.tokenizer),
             return_tensors="pt",
         )
     except Exception as error:  # a processor is foreign code: it may raise anything
-        raise ValueError(
-            f"{', '.join(origins)}: {type(processor).__name__} refuses this batch "
-            f"({first_line(error)})"
-        ) from error
-    for name, value in output.items():
+        raise ValueError(f"{where} {name} refuses this batch ({first_line(error)})") from error
+    for key, value in output.items():
         if not isinstance(value, torch.Tensor):
-            problem = f"{type(processor).__name__} returns {name} as {type(value).__name__}, not as one tensor"
-            raise ValueError(f"{', '.join(origins)}: {problem}; use batch_size=1")
+            problem = f"{name} returns {key} as {type(value).__name__}, not as one tensor"
+            raise sample_error(where, problem, "use batch_size=1")
         if value.is_floating_point() and not torch.isfinite(value).all():
-            if len(texts) > 1:  # which of them it is only they themselves can tell
+            if len(texts) > 1:  # only one by one they tell which of them it is
                 for text, own, origin in zip(texts, pictures, origins, strict=True):
                     _call_processor(processor, [text], [own], [origin])
-            problem = f"{type(processor).__name__} makes NaN or infinity of the pictures ({name})"
-            raise ValueError(
-                f"{', '.join(origins)}: {problem}; check them, and the processor's image_mean and "
-                f"image_std"
-            )
+            problem = f"{name} makes NaN or infinity of the pictures ({key})"
+            remedy = "check them, and the processor's image_mean and image_std"
+            raise sample_error(where, problem, remedy)
     return dict(output)
 
 
@@ -238,16 +216,15 @@ def _check_expansion(
     origins: list[str],
 ) -> None:
     """Checks every row, and that pictures of one size became equally many tokens."""
-    image_token_id = getattr(processor, "image_token_id", None)
-    if image_token_id is None:
+    token = getattr(processor, "image_token_id", None)
+    if token is None:
         return  # nothing to count by; the model's own check remains
     per_size: dict[tuple[int, int], int] = {}
-    for row, (own, origin) in enumerate(zip(pictures, origins, strict=True)):
+    for ids, own, origin in zip(input_ids, pictures, origins, strict=True):
         sizes = {picture.size for picture in own}
         size = sizes.pop() if len(sizes) == 1 else None
-        count = check_image_tokens(
-            input_ids[row], image_token_id, per_size.get(size) if size else None, len(own), origin
-        )
+        expected = per_size.get(size) if size else None
+        count = check_image_tokens(ids, token, expected, len(own), origin)
         if size:
             per_size.setdefault(size, count // len(own))
 
@@ -275,13 +252,11 @@ def check_image_tokens(
         ValueError: if there are too few or too many.
     """
     count = int((input_ids == image_token_id).sum())
-    expected = (
-        0 if images == 0 else None if expected_per_image is None else expected_per_image * images
-    )
-    if (expected is not None and count != expected) or (images and not count):
-        wanted = "at least one each" if expected is None else str(expected)
-        raise ValueError(
-            f"{origin}: {count} picture tokens for {images} pictures, {wanted} expected; the "
-            f"processor does not fit the chat template"
-        )
+    known = images == 0 or expected_per_image is not None
+    expected = (expected_per_image or 0) * images
+    if (known and count != expected) or (images and not count):
+        wanted = str(expected) if known else "at least one each"
+        problem = f"{count} picture tokens for {images} pictures, {wanted} expected"
+        remedy = "the processor does not fit the chat template"
+        raise sample_error(place(origin), problem, remedy)
     return count

@@ -1,8 +1,18 @@
-"""The first line of somebody else's error, for a message of ours."""
+"""The one way to say what is wrong with a sample: where (file, line, key), problem, remedy."""
 
-__all__ = ["first_line"]
+__all__ = ["first_line", "place", "sample_error"]
+
+
+def place(origin: str, key: str = "") -> str:
+    """Where something stands: 'data.jsonl:3: key "image"', or the whole entry, 'data.jsonl:3:'."""
+    return f'{origin}: key "{key}"' if key else f"{origin}:"
+
+
+def sample_error(where: str, problem: str, remedy: str) -> ValueError:
+    """The error, one line."""
+    return ValueError(f"{where} {problem}; {remedy}")
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error without a message: its class."""
+    """The first line of somebody else's error; of an error without a message its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""`load_samples`: a source, read, checked and chosen from; and the split into samples to calibrate on and samples to check with."""
+"""`load_samples` reads, checks and chooses; `hold_out` splits off samples to check with."""
 
 import os
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def load_samples(dataset: object, *, num_samples: int | None = None, seed: int =
 
 
 def dataset_name(dataset: object) -> str:
-    """How a record names the source of samples: a file or folder without its path, a Hub id, or what kind of object it was."""
+    """How a record names a source: a file or folder without its path, a Hub id, or a class."""
     if not isinstance(dataset, (str, os.PathLike)):
         return f"{type(dataset).__name__} in memory"
     path = Path(dataset)
@@ -61,21 +61,26 @@ def dataset_name(dataset: object) -> str:
 def hold_out(
     samples: Sequence[Sample], num_samples: int, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples into those to calibrate on, every kind of content among them, and the rest; both keep their order.
+    """Splits samples into those to calibrate on, with every kind of content, and the rest.
 
     Args:
         samples: as `load_samples` gives them.
         num_samples: how many to calibrate on; all if there are not more.
         seed: of the choice.
+
+    Returns:
+        Both in their order.
     """
     chosen = set(_choose(samples, num_samples, seed))
-    return [s for i, s in enumerate(samples) if i in chosen], [
-        s for i, s in enumerate(samples) if i not in chosen
-    ]
+    first: list[Sample] = []
+    rest: list[Sample] = []
+    for index, sample in enumerate(samples):
+        (first if index in chosen else rest).append(sample)
+    return first, rest
 
 
 def _choose(samples: Sequence[Sample], num_samples: int | None, seed: int) -> list[int]:
-    """A seeded choice of indices, in order: the first of each kind of content in the seeded order, then what comes first.
+    """A seeded choice of indices: the first of each kind of content, then whatever comes first.
 
     Where the first `num_samples` of that order have every kind anyway, they are the choice. Where
     there is room for few kinds only, samples with pictures go first: without one the vision encoder
@@ -94,12 +99,14 @@ def _choose(samples: Sequence[Sample], num_samples: int | None, seed: int) -> li
 
 
 def _content(sample: Sample) -> set[str]:
-    """What kinds of content a sample stands for: the ways in which the model reads it differently."""
-    pictures, turns = (
-        len(sample.pictures()),
-        sum(message["role"] == "user" for message in sample.messages),
-    )
-    kinds = {"pictures" if pictures else "text only"}
-    kinds |= {"several pictures"} if pictures > 1 else set()
-    kinds |= {"several turns"} if turns > 1 else set()
-    return kinds | ({"answers"} if sample.answer is not None else set())
+    """The kinds of content in a sample: the ways in which the model reads it differently."""
+    pictures = len(sample.pictures())
+    turns = sum(message["role"] == "user" for message in sample.messages)
+    kinds = {
+        "pictures": pictures > 0,
+        "text only": pictures == 0,
+        "several pictures": pictures > 1,
+        "several turns": turns > 1,
+        "answers": sample.answer is not None,
+    }
+    return {kind for kind, there in kinds.items() if there}

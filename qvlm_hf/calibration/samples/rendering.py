@@ -1,9 +1,9 @@
-"""A chat -> its text, as the processor's template renders it, and the token ids of its last answer."""
+"""A chat -> its text in the processor's template, and the token ids of its last answer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from qvlm_hf.calibration.samples.errors import first_line
+from qvlm_hf.calibration.samples.errors import first_line, place, sample_error
 from qvlm_hf.calibration.samples.sample import Message, Sample
 
 __all__ = ["Processor", "Tokenizer", "adds_special_tokens", "check_processor", "render"]
@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
 
 
 class Processor(Protocol):
-    """What is used of a Transformers processor, and of `image_token` and `image_token_id` where it has them."""
+    """What is used of a processor; also `image_token` and `image_token_id` where it has them."""
 
     tokenizer: Tokenizer
 
@@ -57,67 +57,49 @@ def check_processor(processor: Processor) -> None:
 
 
 def render(sample: Sample, processor: Processor) -> tuple[str, list[int]]:
-    """Returns the rendered chat, pictures as single placeholders, and the token ids of its last answer (empty if there is none)."""
-    answer = sample.answer
-    if answer is None:
-        return _apply_template(
-            sample.messages, processor, sample.origin, add_generation_prompt=True
-        ), []
-    prompt = _apply_template(
-        sample.messages[:-1], processor, sample.origin, add_generation_prompt=True
-    )
-    text = _apply_template(
-        sample.messages, processor, sample.origin, add_generation_prompt=False
-    ).rstrip()
-    shared = _shared(prompt, text)
-    if answer.strip() not in text[shared:]:
-        shown = repr(answer.strip()[:40])
-        raise ValueError(
-            f"{sample.origin}: the chat template does not show the answer {shown} after the "
-            f"prompt; use another template"
-        )
-    tokenizer = processor.tokenizer
-    if (
-        text.endswith(answer.strip())
-        and tokenizer.eos_token
-        and _tokens(text, tokenizer)[-1] != tokenizer.eos_token_id
-    ):
-        text += tokenizer.eos_token
-    ids, prompt_ids = _tokens(text, tokenizer), _tokens(prompt, tokenizer)
-    shared = _shared(ids, prompt_ids)
-    return text, ids[shared:]
+    """Renders a chat.
+
+    Returns:
+        The text, pictures as single placeholders, and the token ids of the last answer; none where
+        there is no answer.
+    """
+
+    def apply_template(messages: Sequence[Message], prompt: bool) -> str:
+        try:
+            text = processor.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # a template is foreign code: it may raise anything
+            problem = f"the processor's chat template fails on this sample ({first_line(error)})"
+            raise ValueError(f"{sample.origin}: {problem}") from error
+        return str(text)
+
+    if sample.answer is None:
+        return apply_template(sample.messages, True), []
+    answer, tokenizer = sample.answer.strip(), processor.tokenizer
+    prompt = apply_template(sample.messages[:-1], True)
+    text = apply_template(sample.messages, False).rstrip()
+    if answer not in text[_shared(prompt, text) :]:
+        problem = f"the chat template does not show the answer {answer[:40]!r} after the prompt"
+        raise sample_error(place(sample.origin), problem, "use another template")
+    open_end = text.endswith(answer) and tokenizer.eos_token
+    if open_end and _tokens(text, tokenizer)[-1] != tokenizer.eos_token_id:
+        text += tokenizer.eos_token or ""
+    ids = _tokens(text, tokenizer)
+    return text, ids[_shared(ids, _tokens(prompt, tokenizer)) :]
 
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Returns the length of the longest common beginning."""
-    return next(
-        (index for index, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-        min(len(first), len(second)),
-    )
-
-
-def _apply_template(
-    messages: Sequence[Message], processor: Processor, origin: str, *, add_generation_prompt: bool
-) -> str:
-    try:
-        text = processor.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # a template is foreign code: it may raise anything
-        raise ValueError(
-            f"{origin}: the processor's chat template fails on this sample ({first_line(error)})"
-        ) from error
-    return str(text)
+    """The length of the longest common beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def adds_special_tokens(text: str, tokenizer: Tokenizer) -> bool:
-    """False if the template wrote the beginning-of-sequence token itself, the rule of `apply_chat_template(tokenize=True)`."""
+    """Whether to add them: not if the template wrote the beginning-of-sequence token itself."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def _tokens(text: str, tokenizer: Tokenizer) -> list[int]:
-    return list(
-        tokenizer(text, add_special_tokens=adds_special_tokens(text, tokenizer), truncation=False)[
-            "input_ids"
-        ]
-    )
+    special = adds_special_tokens(text, tokenizer)
+    return list(tokenizer(text, add_special_tokens=special, truncation=False)["input_ids"])

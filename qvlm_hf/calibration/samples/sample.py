@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from qvlm_hf.calibration.samples.errors import place, sample_error
 from qvlm_hf.calibration.samples.pictures import check_picture, open_image
 from qvlm_hf.calibration.values import shown
 
@@ -44,7 +45,9 @@ class Sample:
     def answer(self) -> str | None:
         """Text of the last message if it is the assistant's, else None."""
         last = self.messages[-1]
-        return " ".join(_texts(last)) if last["role"] == "assistant" else None
+        if last["role"] != "assistant":
+            return None
+        return " ".join(part["text"] for part in last["content"] if part["type"] == "text")
 
     def images(self) -> list[Image.Image]:
         """Opens the pictures, in reading order, upright and in RGB.
@@ -52,7 +55,7 @@ class Sample:
         Raises:
             ValueError: if a picture is missing or unreadable.
         """
-        return [open_image(value, key, self.origin) for key, value in self.pictures()]
+        return [open_image(value, place(self.origin, key)) for key, value in self.pictures()]
 
     def check_images(self) -> None:
         """Checks that every picture can be used, as far as that is known without decoding it.
@@ -61,46 +64,37 @@ class Sample:
             ValueError: for the first that cannot.
         """
         for key, value in self.pictures():
-            check_picture(value, key, self.origin)
+            check_picture(value, place(self.origin, key))
 
     def pictures(self) -> list[tuple[str, Path | Image.Image]]:
         """Key and file or picture of each, in reading order, not opened."""
-        found = [
-            (f"messages[{i}].content[{j}].image", part["image"])
+        found = {
+            f"messages[{i}].content[{j}].image": part["image"]
             for i, message in enumerate(self.messages)
             for j, part in enumerate(message["content"])
             if part["type"] == "image"
-        ]
-        return (
-            [(key, value) for key, (_, value) in zip(self.image_keys, found, strict=True)]
-            if self.image_keys
-            else found
-        )
+        }
+        return list(zip(self.image_keys or found, found.values(), strict=True))
 
 
 def _check_turns(messages: Sequence[Mapping[str, Any]], origin: str) -> None:
+    where, expected = place(origin), "user"
     if not messages:
-        raise ValueError(f"{origin}: has no messages; give at least the user's")
-    expected = "user"
+        raise sample_error(where, "has no messages", "give at least the user's")
     for index, message in enumerate(messages):
         role = message.get("role")
         if role == "system" and index == 0 and len(messages) > 1:
             continue
         if role != expected:
-            rule = "the user speaks first (after an optional system message), then assistant and user in turn"
-            raise ValueError(
-                f'{origin}: message {index} has the role {shown(role)} where "{expected}" belongs; '
-                f"{rule}"
-            )
+            problem = f'message {index} has the role {shown(role)} where "{expected}" belongs'
+            rule = "the user speaks first (after an optional system message), then assistant and "
+            raise sample_error(where, problem, f"{rule}user in turn")
         expected = "assistant" if role == "user" else "user"
     for index, message in enumerate(messages):
         content = message.get("content")
         if not isinstance(content, list) or not all(
             isinstance(part, Mapping) and part.get("type") in part for part in content
         ):
-            rule = '{"type": "text", "text": ...} and {"type": "image", "image": ...}; load_samples builds them'
-            raise ValueError(f"{origin}: the content of message {index} is no list of {rule}")
-
-
-def _texts(message: Mapping[str, Any]) -> list[str]:
-    return [part["text"] for part in message["content"] if part["type"] == "text"]
+            parts = '{"type": "text", "text": ...} and {"type": "image", "image": ...}'
+            problem = f"the content of message {index} is no list of {parts}"
+            raise sample_error(where, problem, "load_samples builds them")

@@ -1,10 +1,11 @@
-"""Calibration without data: drawn pictures, general questions, and the full-precision model's own answers.
+"""Calibration without data: drawn pictures, general questions, the model's own answers.
 
 A picture is a background (noise with a 1/f^a spectrum and coloured channels, a gradient, or a
 checkerboard) under a few random shapes. What it cannot have is the content that a model was trained
 on, so real samples are better where there are any (docs/results.md).
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,14 +20,19 @@ __all__ = ["SYNTHETIC", "synthesize"]
 
 SYNTHETIC = "synthetic"  # what `dataset` says to ask for this
 _ANSWER_TOKENS = 16
-_QUESTIONS = (
-    "Describe this picture.", "What is in this picture?", "What color is the background?", "How many objects are there?",
-    "What is in the top left corner?", "What is at the bottom right?", "Is there a red object?", "Is there a circle in the picture?",
-    "Which color is most common?", "What shape is in the center?", "Are there more than two shapes?", "What is the largest object?",
-    "Name one color in the picture.", "What is on the left side?", "Is the picture dark or bright?", "Can you see any text?",
-    "What would you call this picture?", "Is there a person in the picture?", "Where is the brightest spot?", "What pattern do you see?",
-    "How many colors are there?", "Is there a line in the picture?", "What is next to the largest object?", "Is there an animal?",
-)  # fmt: skip
+_QUESTIONS = re.findall(
+    r"\w[^.?]*[.?]",
+    """
+    Describe this picture. What is in this picture? What color is the background? How many
+    objects are there? What is in the top left corner? What is at the bottom right? Is there
+    a red object? Is there a circle in the picture? Which color is most common? What shape
+    is in the center? Are there more than two shapes? What is the largest object? Name one
+    color in the picture. What is on the left side? Is the picture dark or bright? Can you
+    see any text? What would you call this picture? Is there a person in the picture? Where
+    is the brightest spot? What pattern do you see? How many colors are there? Is there a
+    line in the picture? What is next to the largest object? Is there an animal?
+    """.replace("\n   ", ""),
+)
 
 
 def synthesize(
@@ -129,15 +135,14 @@ def _draw_picture(generator: np.random.Generator, size: int) -> Image.Image:
 
 
 def _noise(generator: np.random.Generator, size: int) -> np.ndarray:
-    """Noise whose amplitude falls as 1 / frequency^a, a in [0, 2] (natural pictures: about 1), with correlated channels."""
+    """Noise with amplitudes 1 / frequency^a, a in [0, 2] (natural pictures: about 1)."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None]) * size
     amplitude = 1 / np.maximum(frequency, 1) ** generator.uniform(0, 2)
     spectrum = np.fft.fft2(generator.standard_normal((3, size, size))) * amplitude
     channels = np.fft.ifft2(spectrum).real
     mixed = np.einsum("ij,jhw->hwi", generator.standard_normal((3, 3)) + np.eye(3), channels)
-    return generator.uniform(0.2, 0.8, 3) + mixed / (mixed.std() + 1e-9) * generator.uniform(
-        0.05, 0.3
-    )
+    mean = generator.uniform(0.2, 0.8, 3)
+    return mean + mixed / (mixed.std() + 1e-9) * generator.uniform(0.05, 0.3)
 
 
 def _gradient(generator: np.random.Generator, size: int) -> np.ndarray:

@@ -1,6 +1,4 @@
-"""Blocks from entropies (eq.
-
-7 of the paper): consecutive layers that depend on each other are searched together. Pure functions.
+"""The partition into blocks (eq. 7): layers that depend on each other are searched together.
 
 Walk a segment from its first layer; extend the current block while the mean dependency inside it,
 the new pair included, exceeds the threshold h0 and the block is not yet `max_block_depth` layers
@@ -30,7 +28,7 @@ class Block:
 def partition_layers(
     dependencies: Sequence[float], *, max_block_depth: int, threshold: float | None = None
 ) -> tuple[tuple[Block, ...], float]:
-    """Partitions a segment of len(dependencies) + 1 layers.
+    """Partitions a segment of len(dependencies) + 1 layers (eq. 7).
 
     Args:
         dependencies: D(k, k+1) in nats of each pair of consecutive layers.

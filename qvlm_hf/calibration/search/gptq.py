@@ -1,4 +1,4 @@
-"""Error compensation of weights (GPTQ, arXiv 2210.17323) on the folded weights and the quantized inputs.
+"""GPTQ (arXiv 2210.17323) on the folded weights and the quantized inputs.
 
 With inputs a (what the site really multiplies) and H = sum a a^T, rounding column after column and
 spreading each column's error over the columns that are still to come minimises ||(W' - W_hat) a||^2
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.layers import LayerInput, kept, run_layer
-from qvlm_hf.calibration.search.sites import TrialSite
-from qvlm_hf.format.weight_grid import QuantizedWeight, group_expand
+from qvlm_hf.calibration.layers import LayerInput, run_layer, valid_tokens
+from qvlm_hf.calibration.search.sites import QuantizedSite
+from qvlm_hf.format.grids import QuantizedWeight, group_expand
 
-__all__ = ["compensate", "compensate_layer"]
+__all__ = ["gptq_round", "gptq_round_layer"]
 
 # Share of the mean diagonal that is added to it (the value of the GPTQ paper); raised tenfold until
 # the factorisation succeeds.
@@ -25,17 +25,17 @@ _DAMPING = 0.01
 _CHUNK = 64  # columns whose corrections are applied at once; only speed depends on it
 
 
-def compensate_layer(
+def gptq_round_layer(
     layer: nn.Module,
-    sites: Sequence[TrialSite],
+    sites: Sequence[QuantizedSite],
     inputs: Sequence[LayerInput],
     hidden: Sequence[Tensor],
     weights: Sequence[Tensor] | None = None,
 ) -> None:
-    """Replaces the rounded weights of a layer's sites by compensated ones, site after site, each on what the sites before it now produce.
+    """Rounds a layer's sites anew, each on the input that the sites before it now produce.
 
     Args:
-        layer: in the compute dtype, its sites installed and settled on their candidates.
+        layer: in the compute dtype, its sites installed, their candidates final.
         sites: in execution order.
         inputs: per batch, masks and other arguments of the segment.
         hidden: per batch [B, T, H], what enters the layer.
@@ -44,45 +44,40 @@ def compensate_layer(
     tokens = weights or [torch.ones(h.shape[:-1], device=h.device) for h in hidden]
     for site in sites:
         hessian = _hessian(layer, site, inputs, hidden, tokens)
-        starts = enumerate(site.quantized_weights())
         site.set_weights(
             [
-                compensate(site.folded_weight(index), hessian, start, site.scheme.weight_bits)
-                for index, start in starts
+                gptq_round(site.folded_weight(index), hessian, start, site.scheme.weight_bits)
+                for index, start in enumerate(site.quantized_weights())
             ]
         )
 
 
 def _hessian(
     layer: nn.Module,
-    site: TrialSite,
+    site: QuantizedSite,
     inputs: Sequence[LayerInput],
     hidden: Sequence[Tensor],
     tokens: Sequence[Tensor],
 ) -> Tensor:
-    """Weighted sum of a a^T over the tokens that count, float32 [I, I], a being what the site's weights are multiplied by."""
-    size = site.linears[0].in_features
-    total = torch.zeros(size, size, device=site.linears[0].weight.device)
+    """Weighted sum of a a^T over valid tokens, float32 [I, I]; W' is multiplied by a."""
+    first = site.linears[0]
+    total = torch.zeros(first.in_features, first.in_features, device=first.weight.device)
     for entry, h, weight in zip(inputs, hidden, tokens, strict=True):
         seen: list[Tensor] = []
-        handle = site.linears[0].register_forward_pre_hook(
-            lambda _module, args, seen=seen: seen.append(args[0])
-        )
+        hook = first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         try:
             run_layer(layer, [entry], [h])
         finally:
-            handle.remove()
+            hook.remove()
         a = site.multiplied_input(seen[0])
         if a.shape[:-1] == weight.shape:
             a = a * weight.sqrt().unsqueeze(-1)
-        a = kept(
-            a, entry.keep if entry.keep is not None and a.shape[:2] == entry.keep.shape else None
-        )
+        a = valid_tokens(a, entry.valid)
         total.addmm_(a.T, a)
     return total
 
 
-def compensate(
+def gptq_round(
     weight: Tensor, hessian: Tensor, start: QuantizedWeight, bits: int
 ) -> QuantizedWeight:
     """Rounds a folded weight column by column with second-order compensation.
@@ -115,14 +110,12 @@ def compensate(
         chunk, scales, zeros = (part[:, begin:end].T.contiguous() for part in (rest, scale, zero))
         errors = torch.empty_like(chunk)
         for k in range(end - begin):
+            column = begin + k
             value = (torch.div(chunk[k], scales[k]).round_() + zeros[k]).clamp_(0, top)
-            values[:, begin + k] = value
-            torch.div(
-                chunk[k] - (value - zeros[k]) * scales[k],
-                factor[begin + k, begin + k],
-                out=errors[k],
-            )
-            chunk[k + 1 :] -= errors[k] * factor[begin + k, begin + k + 1 : end, None]
+            values[:, column] = value
+            error = chunk[k] - (value - zeros[k]) * scales[k]
+            torch.div(error, factor[column, column], out=errors[k])
+            chunk[k + 1 :] -= errors[k] * factor[column, column + 1 : end, None]
         rest[:, end:] -= errors.T.contiguous() @ factor[begin:end, end:]
     integers = torch.empty_like(start.values)
     integers[:, order] = values.to(torch.uint8)

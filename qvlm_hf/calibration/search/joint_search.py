@@ -1,12 +1,9 @@
-"""The joint search inside one block (eq.
+"""The joint search inside one block (eq. 3), never behind the greedy one (eq. 2).
 
-3 of the paper), and the greedy one (eq. 2) that it starts from and never falls behind.
+The objective is the squared error of the block's output against full precision, over the valid
+tokens and by their importance, with the inputs that the quantized layers below produce:
 
-The objective is the squared error of the block's output against full precision, over the tokens
-that count and as much as they count (importance.py), with the inputs that the quantized layers
-below produce:
-
-1. greedy: each layer alone, its own output (eq. 2) - the same search on a block of one layer;
+1. greedy: each layer alone, its own output (eq. 2): the same search on a block of one layer;
 2. joint: all combinations of one candidate per layer, out of the three that did best for each layer
    alone, sharing the prefix of the block, screened on a part of the batches;
 3. refine: coordinate descent over single sites until a sweep brings nothing.
@@ -22,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.layers import LayerInput, kept, run_layer
-from qvlm_hf.calibration.search.sites import TrialSite
+from qvlm_hf.calibration.layers import LayerInput, run_layer, valid_tokens
+from qvlm_hf.calibration.search.sites import QuantizedSite
 
 __all__ = ["BlockSearch", "SearchResult", "search_block"]
 
@@ -33,13 +30,9 @@ Choice = tuple[tuple[int, ...], ...]  # per layer, per site: index of a candidat
 # (W4A4) the block errors ended between 0.7 % below and 0.2 % above those of the unscreened search,
 # with 40 % of its layer runs and half its time.
 _SCREEN_STRIDE = 4
-_SHORTLIST = (
-    3  # candidates of a layer that its block tries jointly: those that did best for the layer alone
-)
+_SHORTLIST = 3  # candidates of a layer that its block tries jointly
 _FINALISTS = 2
-# A refinement below this relative gain is noise of the calibration set, not worth another
-# evaluation.
-_MIN_GAIN = 1e-4
+_MIN_GAIN = 1e-4  # a smaller relative gain is noise of the calibration set
 
 
 @dataclass(frozen=True)
@@ -48,11 +41,10 @@ class SearchResult:
 
     Attributes:
         choice: candidate index per layer and site.
-        initial, greedy, joint: squared error of the block output, summed over tokens that count and
-            divided by the squared norm of the full-precision output; of the L_p start, the greedy
-            solution and the result.
-        evaluations: layers run over all batches, as a measure of work (a screening batch counts as
-            its share).
+        initial, greedy, joint: squared error of the block output relative to its squared norm, of
+            the L_p start, the greedy solution and the result.
+        evaluations: layers run over all batches, a measure of work; a screening batch counts as its
+            share.
     """
 
     choice: Choice
@@ -66,31 +58,25 @@ class BlockSearch:
     """Evaluates choices on one block; keeps count of the work.
 
     Args:
-        layers: the block's layers, their sites installed (simulation.installed) and in the compute
-            dtype.
+        layers: the block's layers in the compute dtype, their sites installed.
         sites: per layer, per site.
         inputs: per batch, masks and other arguments of the segment.
         hidden: per batch [B, T, H], output of the quantized layers below.
         targets: per layer, per batch [B, T, H], the full-precision output of each layer.
-        weights: per layer, per batch [B, T], how much a token's error counts; None is all alike.
+        weights: per layer, per batch [B, T], how much a token's error counts; none: all alike.
     """
 
     def __init__(
         self,
         layers: Sequence[nn.Module],
-        sites: Sequence[Sequence[TrialSite]],
+        sites: Sequence[Sequence[QuantizedSite]],
         inputs: Sequence[LayerInput],
         hidden: Sequence[Tensor],
         targets: Sequence[Sequence[Tensor]],
-        weights: Sequence[Sequence[Tensor]] | None = None,
+        weights: Sequence[Sequence[Tensor]] = (),
     ) -> None:
-        self.layers, self.sites, self.inputs, self.hidden, self.targets = (
-            layers,
-            sites,
-            inputs,
-            hidden,
-            targets,
-        )
+        self.layers, self.sites, self.inputs = layers, sites, inputs
+        self.hidden, self.targets = hidden, targets
         self.weights = weights or [
             [torch.ones(h.shape[:-1], device=h.device) for h in target] for target in targets
         ]
@@ -111,17 +97,16 @@ class BlockSearch:
         return run_layer(self.layers[layer], inputs, hidden)
 
     def error(self, layer: int, hidden: Sequence[Tensor], batches: slice = slice(None)) -> float:
-        """Relative squared error of the hidden states that leave `layer`, token by token times its weight."""
+        """Relative squared error of the hidden states that leave `layer`, weighted by token."""
         wrong = norm = 0.0
-        weights = self.weights[layer][batches]
+        targets, weights = self.targets[layer][batches], self.weights[layer][batches]
         for entry, h, target, weight in zip(
-            self.inputs[batches], hidden, self.targets[layer][batches], weights, strict=True
+            self.inputs[batches], hidden, targets, weights, strict=True
         ):
-            reference, counts = (
-                kept(target, entry.keep).float(),
-                kept(weight.unsqueeze(-1), entry.keep).double(),
-            )
-            wrong += float((kept(h, entry.keep).float() - reference).square_().mul(counts).sum())
+            reference = valid_tokens(target, entry.valid).float()
+            counts = valid_tokens(weight.unsqueeze(-1), entry.valid).double()
+            difference = valid_tokens(h, entry.valid).float() - reference
+            wrong += float(difference.square_().mul(counts).sum())
             norm += float(reference.square().mul(counts).sum())
         return wrong / norm if norm > 0 else wrong
 
@@ -148,7 +133,7 @@ class BlockSearch:
 
 
 def search_block(search: BlockSearch) -> SearchResult:
-    """Finds the candidates of a block's sites; deterministic.
+    """Finds the candidates of a block's sites (eq. 3); deterministic.
 
     Args:
         search: the block, its sites' `active` at their start.
@@ -162,13 +147,16 @@ def search_block(search: BlockSearch) -> SearchResult:
 def _search(search: BlockSearch) -> tuple[SearchResult, list[int]]:
     """The result, and the candidates of the first layer, those of the best combinations first."""
     start: Choice = tuple(tuple(site.choice for site in sites) for sites in search.sites)
-    alone = len(search.layers) == 1
-    greedy, shortlists = (
-        (None, [range(_candidate_count(search.sites[0]))]) if alone else _greedy(search)
-    )
+    greedy: Choice | None = None
+    if len(search.layers) > 1:
+        greedy, shortlists = _greedy(search)
+    else:
+        # a layer without sites has the one candidate of running as it is
+        count = min((len(site.candidates) for site in search.sites[0]), default=1)
+        shortlists = [range(count)]
     combinations = _combinations(search, shortlists)
-    contenders = dict.fromkeys([start, *([greedy] if greedy else []), *combinations[:_FINALISTS]])
-    errors = {choice: search.evaluate(choice, search.hidden, 0) for choice in contenders}
+    finalists = dict.fromkeys([start, *([greedy] if greedy else []), *combinations[:_FINALISTS]])
+    errors = {choice: search.evaluate(choice, search.hidden, 0) for choice in finalists}
     best = min(errors, key=errors.__getitem__)
     best, error = _refine(search, best, errors[best], shortlists)
     result = SearchResult(
@@ -178,10 +166,7 @@ def _search(search: BlockSearch) -> tuple[SearchResult, list[int]]:
 
 
 def _greedy(search: BlockSearch) -> tuple[Choice, list[Sequence[int]]]:
-    """Layer after layer, each judged by its own output (eq.
-
-    2); also each layer's best candidates by that measure.
-    """
+    """Layer after layer, each by its own output (eq. 2); also each layer's best candidates."""
     hidden = list(search.hidden)
     choice: list[tuple[int, ...]] = []
     shortlists: list[Sequence[int]] = []
@@ -239,14 +224,12 @@ def _refine(
         hidden = list(search.hidden)
         for layer in range(len(search.layers)):
             for site in range(len(search.sites[layer])):
-                indices = (
-                    shortlists[layer]
-                    if screened
-                    else range(len(search.sites[layer][site].candidates))
-                )
-                options = [
-                    c for index in indices if (c := _with(best, layer, site, index)) not in tried
+                every = range(len(search.sites[layer][site].candidates))
+                choices = [
+                    _with(best, layer, site, index)
+                    for index in (shortlists[layer] if screened else every)
                 ]
+                options = [choice for choice in choices if choice not in tried]
                 if screened and options:
                     options = _promising(search, best, options, hidden, layer, screen)
                 for option in options:
@@ -275,8 +258,3 @@ def _promising(
 def _with(choice: Choice, layer: int, site: int, index: int) -> Choice:
     changed = (*choice[layer][:site], index, *choice[layer][site + 1 :])
     return (*choice[:layer], changed, *choice[layer + 1 :])
-
-
-def _candidate_count(sites: Sequence[TrialSite]) -> int:
-    """Candidates that a layer's sites have in common; a layer without sites has the one of running as it is."""
-    return min((len(site.candidates) for site in sites), default=1)

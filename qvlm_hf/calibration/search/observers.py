@@ -1,4 +1,4 @@
-"""Statistics of a site's input: exact tail quantiles and the L_p error of each candidate range, in bounded memory.
+"""Statistics of a site's input in bounded memory: exact tail quantiles, L_p errors of candidates.
 
 A static range is [quantile(1-p), quantile(p)] per channel or position. Only the tails are needed,
 so `TailObserver` keeps the few largest and smallest values of each, exactly, whatever the number of
@@ -6,13 +6,13 @@ tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.format.activation_grid import (
+from qvlm_hf.format.grids import (
     QParams,
     choose_qparams,
     dynamic_token_qparams,
@@ -46,7 +46,7 @@ class TailObserver:
         self._bottom = self._merge(self._bottom, -values)
 
     def range(self, percentile: float) -> tuple[Tensor, Tensor]:
-        """(quantile(1 - percentile), quantile(percentile)), each [series], linear interpolation as torch.quantile.
+        """(quantile(1 - percentile), quantile(percentile)), each [series], as torch.quantile's.
 
         Raises:
             ValueError: nothing was observed.
@@ -81,9 +81,18 @@ class LpError:
 
 
 def candidate_qparams(
-    candidate: RangeCandidate, observers: dict[str, TailObserver], bits: int
+    candidate: RangeCandidate, observers: Mapping[str, TailObserver], bits: int
 ) -> QParams | None:
-    """The activation grid of a candidate, shaped to broadcast against [..., T, channels]; None where it is found at run time."""
+    """The activation grid of a candidate, None where it is found at run time.
+
+    Args:
+        candidate: granularity, percentile and margin.
+        observers: by granularity.
+        bits: of the activations.
+
+    Returns:
+        Scales that broadcast against [..., T, channels].
+    """
     if not candidate.static:
         return None
     low, high = observers[candidate.granularity].range(candidate.percentile)

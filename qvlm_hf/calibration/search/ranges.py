@@ -1,57 +1,63 @@
-"""Range initialisation: every site of a block gets its candidates made concrete, and a start by lowest L_p error of its own input.
+"""Range initialisation: every site gets its candidates, and a start by lowest L_p error.
 
-Two passes over the block in full precision, fed with the outputs of the quantized layers below: one
-finds the tails of each site's input, one measures the L_2.4 error of every candidate. Memory does
-not grow with the number of tokens.
+Two passes over the layers in full precision, fed with the outputs of the quantized layers below.
+The first finds the tails of each site's input, the second measures the L_2.4 error of every
+candidate. Memory does not grow with the number of tokens.
 
 A range that is judged on the values it was taken from never clips what it has not seen, and the
 tightest always looks best. So the search tries ranges of the even batches on the odd ones
-(`judging`); what is chosen is taken from all of them in the end.
+(`held_out_half`); the chosen range is taken from all of them in the end.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qvlm_hf.calibration.layers import LayerInput, count_tokens, run_layer
+from qvlm_hf.calibration.layers import (
+    LayerInput,
+    count_tokens,
+    observe_inputs,
+    run_layer,
+    valid_tokens,
+)
+from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
-from qvlm_hf.calibration.search.sites import LearnedRanges, TrialSite, site_input
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
-from qvlm_hf.models.graph import Layer, Site, get_linear
+from qvlm_hf.calibration.search.sites import QuantizedSite, SiteCandidate, site_input
+from qvlm_hf.calibration.settings import RangeCandidate
+from qvlm_hf.models.graph import Layer, Site
 
-__all__ = ["initialize_sites", "judging"]
+__all__ = ["held_out_half", "initialize_sites"]
+
+_T = TypeVar("_T")
+_Tails = Mapping[str, TailObserver]  # by granularity
 
 
-def judging(batches: Sequence[Any]) -> Sequence[Any]:
+def held_out_half(batches: Sequence[_T]) -> Sequence[_T]:
     """The batches that candidates are judged on: every second one; all, where there is only one."""
     return batches[1::2] or batches
 
 
 def initialize_sites(
-    model: nn.Module,
-    layers: Sequence[Layer],
+    calibration: Calibration,
     component: str,
+    layers: Sequence[Layer],
     inputs: Sequence[LayerInput],
     hidden: Sequence[Tensor],
-    settings: CalibrationSettings,
-    precisions: Mapping[str, Precision] | None = None,
-    learned: Mapping[str, LearnedRanges] | None = None,
-) -> list[list[TrialSite]]:
-    """The sites of consecutive layers with their candidates, `active` set to the best one of the starting granularity or the learned one.
+) -> list[list[QuantizedSite]]:
+    """The sites of consecutive layers, `active` set to the best start.
+
+    The start is the candidate of the starting granularity with the lowest L_p error, or the learned
+    ranges where the site has them.
 
     Args:
-        model: holds the layers, in the compute dtype.
-        layers: consecutive layers of one segment.
+        calibration: its model (the layers in the compute dtype), settings, precisions and learned
+            ranges.
         component: "vision", "projector" or "language".
+        layers: consecutive layers of one segment.
         inputs: per batch, the masks and other arguments of the segment.
         hidden: per batch [B, T, H], what enters the first layer.
-        settings: candidates and schemes.
-        precisions: site name -> bits, where they are not those of the settings.
-        learned: site name -> ranges that were learned: one more candidate, and the start.
 
     Returns:
         Per layer, per site.
@@ -60,137 +66,98 @@ def initialize_sites(
         ValueError: a site was not reached, its input is not finite, or it has no fixed number of
             positions for "token".
     """
-    candidates, precisions = settings.candidates(component), precisions or {}
-    percentile = min(candidate.percentile for candidate in candidates)
+    settings = calibration.settings
+    ranges = settings.candidates(component)
     sites = [site for layer in layers for site in layer.sites]
-    # per site and granularity: of the batches that ranges are tried from, and of all
-    observers: dict[str, dict[str, TailObserver]] = {site.name: {} for site in sites}
-    everything: dict[str, dict[str, TailObserver]] = {site.name: {} for site in sites}
-    fitted = {id(entry) for entry in inputs[::2]}
+    # by site: tails of the even batches, to try ranges, and of all, for the final ones
+    even: dict[str, dict[str, TailObserver]] = defaultdict(dict)
+    everything: dict[str, dict[str, TailObserver]] = defaultdict(dict)
+    even_ids = {id(entry) for entry in inputs[::2]}
+    percentile = min(candidate.percentile for candidate in ranges)
 
-    def observe(name: str, x: Tensor, entry: LayerInput) -> None:
-        if not torch.isfinite(x).all():
-            raise ValueError(
-                f"the input of {name} holds NaN or infinity for the samples "
-                f"{', '.join(entry.origins)}: check weights and data."
-            )
-        for granularity in {candidate.granularity for candidate in candidates if candidate.static}:
-            series = _series(x, entry, granularity)
-            count = (
-                count_tokens(inputs)
-                if granularity == "channel"
-                else sum(e.hidden.shape[0] for e in inputs) * x.shape[-1]
-            )
-            for group in (observers, everything) if id(entry) in fitted else (everything,):
-                group[name].setdefault(
-                    granularity, TailObserver(count=count, percentile=percentile)
-                ).update(series)
+    def observe(site: Site, x: Tensor, entry: LayerInput) -> None:
+        entry.require_finite(x, f"the input of {site.name}")
+        for granularity in {candidate.granularity for candidate in ranges if candidate.static}:
+            if granularity == "channel":
+                series, count = valid_tokens(x, entry.valid).T, count_tokens(inputs)
+            else:
+                series = (x if x.dim() == 3 else x.unsqueeze(0)).transpose(0, 1).flatten(1)
+                count = sum(e.hidden.shape[0] for e in inputs) * x.shape[-1]
+            for tails in (even, everything) if id(entry) in even_ids else (everything,):
+                observer = TailObserver(count=count, percentile=percentile)
+                tails[site.name].setdefault(granularity, observer).update(series)
 
-    _feed(model, layers, inputs, hidden, observe)
-    trials = {
-        site.name: _trial_site(
-            model,
-            site,
-            candidates,
-            observers[site.name],
-            everything[site.name],
-            settings,
-            precisions.get(site.name, settings.precision),
+    _feed(layers, inputs, hidden, observe)
+    found = {
+        site.name: _quantized_site(
+            calibration, site, ranges, even[site.name], everything[site.name]
         )
         for site in sites
     }
-    starts = [
-        i
-        for i, candidate in enumerate(candidates)
-        if candidate.granularity == settings.start_granularity(component)
-    ]
+    start = settings.start_granularity(component)
+    starts = [i for i, candidate in enumerate(ranges) if candidate.granularity == start]
     errors = {
-        name: LpError([trial.qparams[i] for i in starts], trial.schemes[0].activation_bits)
-        for name, trial in trials.items()
+        site.name: LpError(
+            [found[site.name].candidates[i].grid for i in starts],
+            calibration.precision(site).activation_bits,
+        )
+        for site in sites
     }
 
-    def measure(name: str, x: Tensor, entry: LayerInput) -> None:
-        # positions stay in place for per-position grids; only they need the shape
-        errors[name].update(
-            x if entry.keep is None or x.shape[:2] != entry.keep.shape else x[entry.keep]
-        )
+    def measure(site: Site, x: Tensor, entry: LayerInput) -> None:
+        # positions stay in place for grids per position; only they need the shape
+        padded = entry.valid is not None and x.shape[:2] == entry.valid.shape
+        errors[site.name].update(x[entry.valid] if padded else x)
 
     if len(starts) > 1:
-        _feed(model, layers, judging(inputs), judging(hidden), measure)
-    for name, trial in trials.items():
-        trial.active = starts[min(range(len(starts)), key=errors[name].totals.__getitem__)]
-        if learned and name in learned:
-            trial.add_learned(learned[name])
-    return [[trials[site.name] for site in layer.sites] for layer in layers]
+        _feed(layers, held_out_half(inputs), held_out_half(hidden), measure)
+    for name, site in found.items():
+        site.active = starts[min(range(len(starts)), key=errors[name].totals.__getitem__)]
+        if name in calibration.learned:
+            site.add_learned(calibration.learned[name])
+    return [[found[site.name] for site in layer.sites] for layer in layers]
 
 
-def _trial_site(
-    model: nn.Module,
+def _quantized_site(
+    calibration: Calibration,
     site: Site,
-    candidates: Sequence[RangeCandidate],
-    observers: dict[str, TailObserver],
-    everything: dict[str, TailObserver],
-    settings: CalibrationSettings,
-    precision: Precision,
-) -> TrialSite:
-    if any(candidate.static for candidate in candidates) and not everything:
+    ranges: Sequence[RangeCandidate],
+    even: _Tails,
+    everything: _Tails,
+) -> QuantizedSite:
+    if any(candidate.static for candidate in ranges) and not everything:
         raise ValueError(
             f"calibration did not reach {site.name}: no sample has what it reads (pictures for a "
             f"vision module)."
         )
-    tried, final = (
-        [candidate_qparams(candidate, group, precision.activation_bits) for candidate in candidates]
-        for group in (observers, everything)
-    )
-    schemes = [
-        settings.module_scheme(candidate.granularity, site.hadamard, precision)
-        for candidate in candidates
+    precision = calibration.precision(site)
+    bits = precision.activation_bits
+    candidates = [
+        SiteCandidate(
+            candidate,
+            calibration.settings.module_scheme(candidate.granularity, site.hadamard, precision),
+            candidate_qparams(candidate, even, bits),
+            candidate_qparams(candidate, everything, bits),
+        )
+        for candidate in ranges
     ]
-    linears = [get_linear(model, name) for name in site.modules]
-    return TrialSite(site, linears, candidates, tried, schemes, final)
-
-
-def _series(x: Tensor, entry: LayerInput, granularity: str) -> Tensor:
-    """[B, T, C] -> the series that share a range: [C, tokens kept] or [T, B * C]."""
-    if granularity == "token":
-        x = x if x.dim() == 3 else x.unsqueeze(0)
-        return x.transpose(0, 1).flatten(1)
-    if entry.keep is not None and x.shape[:2] == entry.keep.shape:
-        x = x[entry.keep]
-    return x.flatten(0, -2).T
+    return QuantizedSite(site, list(site.linears), candidates)
 
 
 def _feed(
-    model: nn.Module,
     layers: Sequence[Layer],
     inputs: Sequence[LayerInput],
     hidden: Sequence[Tensor],
-    see: Callable[[str, Tensor, LayerInput], None],
+    see: Callable[[Site, Tensor, LayerInput], None],
 ) -> None:
     """Runs the layers batch by batch and shows `see` the input of every site."""
+    sites = {site: site.linears[0] for layer in layers for site in layer.sites}
     for entry, h in zip(inputs, hidden, strict=True):
-        with _site_hooks(model, layers, partial(_see_entry, see, entry)):
+
+        def show(site: Site, args: tuple[Any, ...], _: Any, entry: LayerInput = entry) -> None:
+            see(site, site_input(site, args[0].detach()), entry)
+
+        with observe_inputs(sites, show):
             state = [h]
             for layer in layers:
-                state = run_layer(model.get_submodule(layer.name), [entry], state)
-
-
-def _see_entry(
-    see: Callable[[str, Tensor, LayerInput], None], entry: LayerInput, name: str, x: Tensor
-) -> None:
-    see(name, x, entry)
-
-
-@contextmanager
-def _site_hooks(
-    model: nn.Module, layers: Sequence[Layer], see: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    def hook(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: see(site.name, site_input(site, args[0].detach()))
-
-    with ExitStack() as stack:
-        for site in (site for layer in layers for site in layer.sites):
-            stack.callback(
-                model.get_submodule(site.name).register_forward_pre_hook(hook(site)).remove
-            )
-        yield
+                state = run_layer(layer.module, [entry], state)

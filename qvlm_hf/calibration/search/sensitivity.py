@@ -1,113 +1,115 @@
-"""Which sites can bear few bits: the answers' divergence when one site alone is quantized, and what follows from it.
+"""Sensitivity: which sites can bear few bits, by the divergence of the answers.
 
-Forward passes only. Every site is tried by itself, everything else in full precision, ranges of the
-even calibration batches on the odd ones; what counts is the KL divergence of the answers (nats),
-because the error of hidden states is dominated by picture tokens that no answer depends on. Two
-decisions are made of it:
+Forward passes only. Every site is tried by itself, everything else in full precision, with ranges
+of the even calibration batches on the odd ones. The measure is the KL divergence of the answers
+(nats): the error of hidden states is dominated by picture tokens that no answer depends on.
 
-- the guard lifts sites that few bits break, the worst first: inputs to 8 bits, and weights too
-  where that is not enough;
-- a precision budget spreads weight bits over the sites so that their average holds, where they
+- The guard raises sites that few bits break, the worst first: inputs to 8 bits, and weights too
+  where that is not enough.
+- A precision budget spreads weight bits over the sites so that their average holds, where they
   lower the divergence most.
 
 Left out: interactions between sites; the search that follows sees them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from qvlm_hf.calibration.layers import LayerInput, calibrating
+from qvlm_hf.calibration.layers import live_layers, working_precision
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
-from qvlm_hf.calibration.report import Lift
-from qvlm_hf.calibration.samples import Batch
-from qvlm_hf.calibration.search.ranges import initialize_sites, judging
+from qvlm_hf.calibration.report import PrecisionRaise
+from qvlm_hf.calibration.run import Calibration
+from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision
-from qvlm_hf.models.graph import Segment, get_linear
+from qvlm_hf.calibration.settings import Precision
 
-__all__ = ["SensitivityProbe", "allocate_bits", "guard_sites", "measure_widths", "site_parameters"]
+__all__ = ["allocate_bits", "choose_precisions", "site_parameters"]
 
+_GUARDED_BITS = 4  # schemes with more bits than this break no site
 # A site that alone moves the answers by more than this is broken, whatever the others do. On the
 # demo model at W4A4 the worst of 42 sites moved them by 0.07 nats at its starting range, the fifth
 # by 0.002, the median by 0.0006.
 _BROKEN = 1e-3
-_MOST_LIFTED = 0.1  # share of the sites: a scheme that breaks more is the wrong scheme, not a matter for exceptions
-_LIFTED_BITS = 8
+_MOST_RAISED = 0.1  # share of the sites: a scheme that breaks more is the wrong scheme
+_RAISED_BITS = 8
 _WIDTHS = (2, 3, 4, 5, 6, 8)  # weight bits that a budget chooses from
 
 
-class SensitivityProbe:
-    """Measures sites one at a time.
+def choose_precisions(calibration: Calibration) -> dict[str, Precision]:
+    """The bits of the sites that differ from the scheme: guard, then budget.
+
+    Adds `sensitivities` and `lifts` to what `calibration` found.
 
     Args:
-        model: in full precision (rotated, if it will be).
-        segments: what will be quantized.
-        inputs: first layer's name -> what enters it, per batch.
-        data: the calibration batches, with answers.
-        settings: candidates and schemes.
-        advance: called after every forward pass over the judging batches.
+        calibration: with inputs and data; its model in full precision (rotated, if it will be).
     """
+    settings = calibration.settings
+    few_bits = min(settings.weight_bits, settings.activation_bits) <= _GUARDED_BITS
+    guarded = settings.guard and few_bits
+    if not guarded and settings.precision_budget is None:
+        return {}
+    parameters = site_parameters(calibration)
+    probe = _Probe(calibration, len(parameters))
+    precisions: dict[str, Precision] = {}
+    if guarded:
+        sensitivities, raises = _guard(probe, settings.precision)
+        calibration.found |= {"sensitivities": sensitivities, "lifts": tuple(raises)}
+        precisions = {
+            found.site: Precision(
+                weight_bits=found.weight_bits, activation_bits=found.activation_bits
+            )
+            for found in raises
+        }
+    if settings.precision_budget is not None:
+        widths = allocate_bits(_measure_widths(probe), parameters, settings.precision_budget)
+        for name, bits in widths.items():
+            precisions[name] = replace(precisions.get(name, settings.precision), weight_bits=bits)
+    return precisions
 
-    def __init__(
-        self,
-        model: nn.Module,
-        segments: Sequence[Segment],
-        inputs: Mapping[str, Sequence[LayerInput]],
-        data: Sequence[Batch],
-        settings: CalibrationSettings,
-        advance: Callable[[], None],
-    ) -> None:
-        self._model, self._segments, self._inputs, self._settings, self._advance = (
-            model,
-            segments,
-            inputs,
-            settings,
-            advance,
-        )
-        self._data = judging(data)
+
+class _Probe:
+    """Measures sites one at a time."""
+
+    def __init__(self, calibration: Calibration, sites: int) -> None:
+        self._calibration = calibration
+        self._steps = calibration.steps("sensitivity", sites)
+        self._data = held_out_half(calibration.data)
         self._reference = self._answers()
 
     def divergences(
         self, precision: Precision, sites: Sequence[str] | None = None
     ) -> dict[str, float]:
-        """Site name -> mean KL(full precision || that site at `precision`) over answer tokens, in nats.
+        """Site name -> mean KL(full precision || that site at `precision`) of the answers, in nats.
 
-        Args:
-            precision: 16 activation bits leave the inputs alone.
-            sites: which; None is every live one.
+        16 activation bits leave the inputs alone; `sites` None is every live one.
         """
-        settings = replace(
-            self._settings, weight_bits=precision.weight_bits, activation_bits=precision.activation_bits,
-            activation_granularity=None if precision.activation_bits == 16 else self._settings.activation_granularity,
-        )  # fmt: skip
+        settings = self._calibration.settings
+        granularity = settings.activation_granularity if precision.activation_bits < 16 else None
+        settings = replace(settings, **asdict(precision), activation_granularity=granularity)
+        trial = replace(self._calibration, settings=settings, precisions={}, learned={})
         found = {}
-        for segment in self._segments:
-            live = [layer for layer in segment.layers if not layer.dead]
-            wanted = [
-                site
-                for layer in live
-                for site in layer.sites
-                if sites is None or site.name in sites
-            ]
-            if not wanted:
+        for segment in trial.segments:
+            live = live_layers(segment)
+            names = {site.name for layer in live for site in layer.sites}
+            names &= names if sites is None else set(sites)
+            if not names:
                 continue
-            inputs = self._inputs[live[0].name]
+            inputs = trial.inputs[segment.component]
             hidden = [entry.hidden for entry in inputs]
-            with calibrating(self._model, live, inputs):
-                trials = initialize_sites(
-                    self._model, live, segment.component, inputs, hidden, settings
-                )
-            for trial in (trial for row in trials for trial in row if trial.site in wanted):
-                with installed([trial]):
-                    found[trial.site.name] = self._divergence(self._answers())
-                trial.settle()
-                self._advance()
+            with working_precision(live, inputs):
+                rows = initialize_sites(trial, segment.component, live, inputs, hidden)
+            for site in (site for row in rows for site in row if site.site.name in names):
+                with installed([site]):
+                    found[site.site.name] = self._divergence(self._answers())
+                site.free_memory()
+                self._steps.advance()
         return found
 
     def _answers(self) -> list[Tensor]:
-        return [logits for batch in self._data for logits in answer_logits(self._model, batch)]
+        model = self._calibration.model
+        return [logits for batch in self._data for logits in answer_logits(model, batch)]
 
     def _divergence(self, answers: Sequence[Tensor]) -> float:
         total = tokens = 0.0
@@ -117,38 +119,30 @@ class SensitivityProbe:
         return total / tokens if tokens else 0.0
 
 
-def guard_sites(
-    probe: SensitivityProbe, settings: CalibrationSettings
-) -> tuple[dict[str, float], list[Lift]]:
-    """Finds the sites that the scheme breaks and the cheapest precision that mends them.
-
-    Returns:
-        The divergence of every site at the scheme, and the lifted ones, worst first.
-    """
-    scheme = settings.precision
+def _guard(probe: _Probe, scheme: Precision) -> tuple[dict[str, float], list[PrecisionRaise]]:
+    """Every site's divergence at the scheme, and the cheapest raises that mend the worst."""
     measured = probe.divergences(scheme)
-    worst = sorted(
-        (name for name, kl in measured.items() if kl > _BROKEN), key=lambda name: -measured[name]
-    )
-    worst = worst[: int(_MOST_LIFTED * len(measured))]
-    activation_bits = max(settings.activation_bits, _LIFTED_BITS)
-    lifts: dict[str, Lift] = {}
+    broken = (name for name, kl in measured.items() if kl > _BROKEN)
+    worst = sorted(broken, key=lambda name: -measured[name])
+    worst = worst[: int(_MOST_RAISED * len(measured))]
+    activation_bits = max(scheme.activation_bits, _RAISED_BITS)
+    raises: dict[str, PrecisionRaise] = {}
     for precision in (
         replace(scheme, activation_bits=activation_bits),
-        Precision(weight_bits=_LIFTED_BITS, activation_bits=activation_bits),
+        Precision(weight_bits=_RAISED_BITS, activation_bits=activation_bits),
     ):
-        pending = [name for name in worst if name not in lifts]
+        pending = [name for name in worst if name not in raises]
         if precision != scheme and pending:
             for name, after in probe.divergences(precision, pending).items():
-                last = precision.weight_bits == _LIFTED_BITS
+                last = precision.weight_bits == _RAISED_BITS
                 if after <= _BROKEN or (last and after < measured[name]):
-                    lifts[name] = Lift(
+                    raises[name] = PrecisionRaise(
                         site=name, before=measured[name], after=after, **asdict(precision)
                     )
-    return measured, [lifts[name] for name in worst if name in lifts]
+    return measured, [raises[name] for name in worst if name in raises]
 
 
-def measure_widths(probe: SensitivityProbe) -> dict[str, dict[int, float]]:
+def _measure_widths(probe: _Probe) -> dict[str, dict[int, float]]:
     """Site -> weight bits -> divergence with floating-point inputs, never rising with the bits."""
     curves: dict[str, dict[int, float]] = {}
     for bits in _WIDTHS:
@@ -158,12 +152,13 @@ def measure_widths(probe: SensitivityProbe) -> dict[str, dict[int, float]]:
     return curves
 
 
-def site_parameters(model: nn.Module, segments: Sequence[Segment]) -> dict[str, int]:
+def site_parameters(calibration: Calibration) -> dict[str, int]:
     """Site name -> weights in its modules, dead layers' included."""
-    sites = (site for segment in segments for layer in segment.layers for site in layer.sites)
     return {
-        site.name: sum(get_linear(model, name).weight.numel() for name in site.modules)
-        for site in sites
+        site.name: sum(linear.weight.numel() for linear in site.linears)
+        for segment in calibration.segments
+        for layer in segment.layers
+        for site in layer.sites
     }
 
 

@@ -1,9 +1,10 @@
-"""Scales moved out of a site's input into the weights that read it: the model computes the same, its inputs quantize better.
+"""Equalization: scales move out of a site's input into the weights that read it.
 
-An input channel that is larger than its neighbours takes the whole range of a token. Dividing it by
-s and multiplying its weight column by s changes nothing in full precision (SmoothQuant, arXiv
-2211.10438). The division is folded into what writes the channel: the norm before the site, v_proj
-(attention mixes positions, not channels), up_proj (which gating multiplies). Here
+The model computes the same and its inputs quantize better. An input channel that is larger
+than its neighbours takes the whole range of a token. Dividing it by s and multiplying its weight
+column by s changes nothing in full precision (SmoothQuant, arXiv 2211.10438). The division is
+folded into what writes the channel: the norm before the site, v_proj (attention mixes positions,
+not channels), up_proj (which gating multiplies). Here
 
     s = rms(x)^alpha / rms(w)^(1 - alpha), its geometric mean over the site 1.
 
@@ -15,18 +16,21 @@ they left 18 % more divergence (W4A4, four seeds), which is hardly beyond the sp
 Legend: I in_features of the readers.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qvlm_hf.calibration.layers import observe_inputs, run_model, valid_tokens
 from qvlm_hf.calibration.samples import Batch
-from qvlm_hf.models.graph import ScalePath, get_linear
+from qvlm_hf.models.folds import ScalePath
 
 __all__ = ["equalize"]
 
-_ALPHA = 0.35  # lowest divergence at W4A4 on the demo model, in a prototype: 0.0051 (five seeds); 0.25: 0.0058 (five); 0.5: 0.0057 (three)
+# Lowest divergence at W4A4 on the demo model, in a prototype: 0.0051 (five seeds); 0.25 gave 0.0058
+# (five), 0.5 gave 0.0057 (three).
+_ALPHA = 0.35
 _MOST = 8.0  # powers of two, either way: beyond that 16-bit weights would lose range
 
 
@@ -35,71 +39,51 @@ def equalize(model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
 
     Args:
         model: in full precision (rotated, if it will be).
-        paths: from `architectures.scale_paths`.
+        paths: from `scale_paths`.
         data: calibration batches; paths that none of them reaches stay as they are.
     """
     squares = _square_sums(model, paths, data)
     for path in paths:
         if path.readers[0] in squares:
-            _fold(model, path, _scales(model, path, squares[path.readers[0]]))
+            _fold(path, _scales(path, squares[path.readers[0]]))
 
 
-def _fold(model: nn.Module, path: ScalePath, scale: Tensor) -> None:
-    """Divides the channels that the source writes by their scales, [heads, width], and undoes it in the readers."""
-    for reader in (get_linear(model, name) for name in path.readers):
+def _fold(path: ScalePath, scale: Tensor) -> None:
+    """Divides the channels that the source writes by [heads, width]; the readers undo it."""
+    for reader in path.readers:
         repeats = reader.in_features // scale.numel()
         columns = scale.unsqueeze(1).expand(-1, repeats, -1).flatten()
         reader.weight.data = (reader.weight.detach().float() * columns).to(reader.weight.dtype)
-    for parameter in model.get_submodule(path.source).parameters(recurse=False):
+    for parameter in path.source.parameters(recurse=False):
         rows = scale.flatten().view(-1, *[1] * (parameter.dim() - 1))
         parameter.data = (parameter.detach().float() / rows).to(parameter.dtype)
 
 
-def _scales(model: nn.Module, path: ScalePath, inputs: Tensor) -> Tensor:
-    """s of the channels that the source writes, [heads, width]; readers that share a channel share its scale."""
-    weights = (
-        torch.cat([get_linear(model, name).weight.detach().float() for name in path.readers])
-        .square()
-        .mean(0)
-    )
+def _scales(path: ScalePath, inputs: Tensor) -> Tensor:
+    """s of the channels that the source writes, [heads, width]; readers share a channel's scale."""
+    readers = [reader.weight.detach().float() for reader in path.readers]
+    weights = torch.cat(readers).square().mean(0)
     logs = 0.5 * (_ALPHA * inputs.log2() - (1 - _ALPHA) * weights.log2())
     silent = (inputs == 0) | (weights == 0)
     logs = (logs - logs[~silent].mean()).masked_fill(silent, 0.0)
-    written = next(model.get_submodule(path.source).parameters(recurse=False)).shape[0]
+    written = next(path.source.parameters(recurse=False)).shape[0]
     heads = logs.unflatten(0, (-1, inputs.numel() // written, path.width)).mean(1)
     return heads.clamp(-_MOST, _MOST).exp2()
 
 
 def _square_sums(
     model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
-) -> dict[str, Tensor]:
-    """First reader -> sum of squares of its input per channel, float32 [I], over tokens that count; `_scales` cancels their number."""
-    sums: dict[str, Tensor] = {}
-    device = next(model.parameters()).device
+) -> dict[nn.Module, Tensor]:
+    """First reader -> sum of squares of its input per channel, float32 [I], over valid tokens."""
+    sums: dict[nn.Module, Tensor] = {}
+    readers = {path.readers[0]: path.readers[0] for path in paths}
     for batch in data:
-        mask = batch.inputs["attention_mask"].bool().to(device)
-        with _observed(model, paths, mask, sums), torch.no_grad():
-            model(**{key: value.to(device) for key, value in batch.inputs.items()}, use_cache=False)
+
+        def add(reader: nn.Module, args: tuple[Any, ...], _: Any, batch: Batch = batch) -> None:
+            mask = batch.inputs["attention_mask"].bool().to(args[0].device)
+            square = valid_tokens(args[0].detach(), mask).float().square().sum(0)
+            sums[reader] = sums[reader] + square if reader in sums else square
+
+        with observe_inputs(readers, add), torch.no_grad():
+            run_model(model, batch)
     return sums
-
-
-@contextmanager
-def _observed(
-    model: nn.Module, paths: Sequence[ScalePath], mask: Tensor, sums: dict[str, Tensor]
-) -> Iterator[None]:
-    def observe(name: str, x: Tensor) -> None:
-        x = x.detach()[mask] if x.shape[:2] == mask.shape else x.detach().flatten(0, -2)
-        square = x.float().square().sum(0)
-        sums[name] = sums[name] + square if name in sums else square
-
-    handles = [
-        model.get_submodule(path.readers[0]).register_forward_pre_hook(
-            lambda _module, args, name=path.readers[0]: observe(name, args[0])
-        )
-        for path in paths
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,15 +1,15 @@
-"""Rotations that spread outliers over all channels, folded into the weights: the model computes what it did, its inputs quantize better.
+"""Rotations that spread outliers over all channels, folded into the weights.
 
-Three function-preserving changes (QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406), made
-before anything is calibrated:
+The model computes the same and its inputs quantize better. Three function-preserving changes
+(QuaRot, arXiv 2404.00456; SpinQuant, arXiv 2405.16406) are made before anything is calibrated:
 
 1. the affine part of every norm moves into the linear modules that read it, so that a norm only
-normalises;
+   normalises;
 2. the language model's residual stream is multiplied by an orthogonal R: what writes it
    (embeddings, projector, o_proj, down_proj) gets R on its outputs, what reads it (q/k/v, gate/up,
    head) gets R on its inputs, and a root-mean-square norm does not notice;
 3. attention values are multiplied head by head by a Hadamard matrix, v_proj's outputs and o_proj's
-inputs.
+   inputs.
 
 Inputs that no fold reaches go through an online Hadamard transform instead (`input_transform` of
 the format): of down_proj, behind a nonlinearity, and of the sites of vision encoder and projector.
@@ -19,49 +19,48 @@ cannot be rotated in place; transforming the inputs of its sites gives them the 
 Legend: O out_features, I in_features, H hidden size of the language model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qvlm_hf.format.hadamard import block_hadamard, largest_block
-from qvlm_hf.models.graph import RotationPlan, ValuePath, get_linear, why_empty
+from qvlm_hf.models.folds import RotationPlan, ValuePath
+from qvlm_hf.models.graph import why_empty
 
 __all__ = ["residual_rotation", "rotate", "undone_on_error"]
 
 
 def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
-    """Folds all three into the weights; every parameter it changes gets a new tensor, computed in float64 and rounded once.
+    """Folds all three into the weights, in float64 and rounded once.
+
+    Changed parameters get new tensors.
 
     Args:
         model: in full precision.
-        plan: from `architectures.rotation_plan`.
+        plan: from `rotation_plan`.
         seed: of the rotation's signs.
 
     Raises:
-        ValueError: a module of the plan is missing, no nn.Linear, or on the meta device.
+        ValueError: a module of the plan is on the meta device.
     """
-    embeddings: Any = model.get_submodule(plan.embeddings)
-    head = get_linear(model, plan.head)
-    if head.weight is embeddings.weight:
-        _untie(model, head)
-    for norm, readers in plan.norms.items():
-        _fold_norm(model.get_submodule(norm), [get_linear(model, name) for name in readers])
-    turn = residual_rotation(embeddings.weight.shape[1], seed)
-    _change(embeddings, "weight", turn)
-    for name in plan.readers:
-        _change(get_linear(model, name), "weight", turn)
-    for name in plan.writers:
-        _change_outputs(get_linear(model, name), turn)
+    if plan.head.weight is plan.embeddings.weight:
+        _untie(model, plan.head)
+    for norm, readers in plan.norms:
+        _fold_norm(norm, readers)
+    turn = residual_rotation(plan.embeddings.weight.shape[1], seed)
+    for module in (plan.embeddings, *plan.readers):
+        _change(module, "weight", turn)
+    for writer in plan.writers:
+        _change_outputs(writer, turn)
     for path in plan.values:
-        _rotate_values(model, path)
+        _rotate_values(path)
 
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """If the context ends with an error, the model has the very parameters (and the same tying) that it had before."""
+    """If the context ends with an error, the model has its old parameters and tying again."""
     owners = [(module, dict(module._parameters)) for module in model.modules()]
     tensors = [
         (parameter, parameter.data)
@@ -86,7 +85,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def residual_rotation(size: int, seed: int) -> Callable[[Tensor], Tensor]:
-    """A seeded orthogonal map of the last dimension: random signs, Hadamard in blocks, an orthogonal mix of the blocks.
+    """A seeded orthogonal map: random signs, Hadamard in blocks, an orthogonal mix of the blocks.
 
     Args:
         size: H; the Hadamard blocks are the largest power of two that divides it.
@@ -108,7 +107,7 @@ def residual_rotation(size: int, seed: int) -> Callable[[Tensor], Tensor]:
     return turn
 
 
-def _fold_norm(norm: nn.Module, readers: list[nn.Linear]) -> None:
+def _fold_norm(norm: nn.Module, readers: Sequence[nn.Linear]) -> None:
     """W (g n + b) + c = (W g) n + (W b + c): g and b of the norm become 1 and 0."""
     gain: Tensor = norm.weight  # type: ignore[assignment]
     shift: Tensor | None = getattr(norm, "bias", None)
@@ -130,12 +129,12 @@ def _fold_norm(norm: nn.Module, readers: list[nn.Linear]) -> None:
         _change(norm, "bias", torch.zeros_like)
 
 
-def _rotate_values(model: nn.Module, path: ValuePath) -> None:
+def _rotate_values(path: ValuePath) -> None:
     block = largest_block(path.head_dim)
     if block == 1:
         return
-    _change_outputs(get_linear(model, path.value), lambda x: block_hadamard(x, block))
-    _change(get_linear(model, path.output), "weight", lambda x: block_hadamard(x, block))
+    _change_outputs(path.value, lambda x: block_hadamard(x, block))
+    _change(path.output, "weight", lambda x: block_hadamard(x, block))
 
 
 def _change_outputs(linear: nn.Linear, turn: Callable[[Tensor], Tensor]) -> None:
@@ -154,7 +153,7 @@ def _change(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) ->
 
 
 def _untie(model: nn.Module, head: nn.Linear) -> None:
-    """Gives the head a weight of its own: norm and rotation act on it and on the embeddings differently."""
+    """Gives the head a weight of its own: norm and rotation change it unlike the embeddings."""
     head.weight = nn.Parameter(
         head.weight.detach().clone(), requires_grad=head.weight.requires_grad
     )

@@ -55,7 +55,7 @@ def fuse(model: Any) -> None:
     """
     if next(quantized_modules(model), None) is None:
         return
-    share_inputs(model, shared_inputs(model))
+    share_inputs(shared_inputs(model))
     norms = {own: _unknown_norm(model, own, fused) for own, fused in _NORMS.items()}
     _change_classes(model, {own: _NORMS[own] for own, reason in norms.items() if reason is None})
     decoder = model.get_decoder()

@@ -1,7 +1,4 @@
-"""Cross-layer dependency (eq.
-
-4, 5): against loops over single numbers, against closed forms, and what it must not depend on.
-"""
+"""Cross-layer dependency (eq. 4, 5): against loops over numbers, closed forms, and its invariances."""
 
 import math
 
@@ -17,9 +14,10 @@ from qvlm_hf.calibration.measure import entropy
 from qvlm_hf.calibration.measure.entropy import (
     DependencyHistogram,
     conditional_entropy,
+    layer_dependencies,
     soft_assignment,
 )
-from qvlm_hf.calibration.search.segments import layer_dependencies
+from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.models.graph import Layer, Segment
 
@@ -197,22 +195,13 @@ def test_bounds(seed, levels, tokens, channels):
 # ---- what it must not depend on ------------------------------------------------------------------
 
 
-def test_chunks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("chunk", [16 * 7, 1, None])  # 7 of 300 elements; less than one; all
+@pytest.mark.parametrize("splits", [None, [1, 20, 29], [1] * 50])
+def test_chunks_and_batches_change_nothing(monkeypatch, chunk, splits):
     first, second = correlated(50, 6)
     whole = measured(first, second)
-    monkeypatch.setattr(
-        entropy, "_CHUNK", 16 * 7
-    )  # 300 elements in chunks of 7: the last one is short
-    assert measured(first, second) == pytest.approx(whole, abs=1e-6)
-    monkeypatch.setattr(entropy, "_CHUNK", 1)  # less than one element
-    assert measured(first, second) == pytest.approx(whole, abs=1e-6)
-
-
-def test_batches_change_nothing():
-    first, second = correlated(50, 6)
-    whole = measured(first, second)
-    assert measured(first, second, splits=[1, 20, 29]) == pytest.approx(whole, abs=1e-6)
-    assert measured(first, second, splits=[1] * 50) == pytest.approx(whole, abs=1e-6)
+    monkeypatch.setattr(entropy, "_CHUNK", chunk or entropy._CHUNK)
+    assert measured(first, second, splits=splits) == pytest.approx(whole, abs=1e-6)
 
 
 def test_the_scale_of_a_channel_changes_nothing():
@@ -262,31 +251,35 @@ def test_shapes_must_agree():
 # ---- from a segment ------------------------------------------------------------------------------
 
 
-def toy_segment(layers, component="language"):
+def dependencies(layers, hidden, valid=None, component="language", dead=(), **options):
+    """`layer_dependencies` of layers in a row, fed with hidden states per batch."""
     model = nn.Module()
     model.layers = nn.ModuleList(layers)
-    return model, Segment(component, tuple(Layer(f"layers.{i}", ()) for i in range(len(layers))))
+    named = tuple(Layer(f"layers.{i}", (), dead=i in dead, module=m) for i, m in enumerate(layers))
+    segment = Segment(component, named)
+    masks = valid or [None] * len(hidden)
+    inputs = [
+        LayerInput(h, (), {}, mask, (f"data.json:{i}",))
+        for i, (h, mask) in enumerate(zip(hidden, masks, strict=True))
+    ]
+    settings = CalibrationSettings(**options)
+    calibration = Calibration(model=model, settings=settings, inputs={component: inputs})
+    return layer_dependencies(calibration, segment)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_padded_tokens_do_not_count(batch_size):
     layers = [nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 6)]
-    model, segment = toy_segment(layers)
-    keep = torch.arange(10).expand(8, 10) < torch.tensor([10, 7, 9, 4, 10, 3, 8, 6])[:, None]
+    valid = torch.arange(10).expand(8, 10) < torch.tensor([10, 7, 9, 4, 10, 3, 8, 6])[:, None]
     clean = torch.randn(8, 10, 6)
-    hidden = torch.where(keep[..., None], clean, 1e4)
-    inputs = [
-        LayerInput(h, (), {}, k, ("a",) * batch_size)
-        for h, k in zip(hidden.split(batch_size), keep.split(batch_size), strict=True)
-    ]
-    values, expected = clean[keep], []
+    hidden = torch.where(valid[..., None], clean, 1e4)
+    outputs, values = [], clean[valid]
     with torch.no_grad():
         for layer in layers:
-            before, values = values, layer(values)
-            expected.append((before, values))
-    found = layer_dependencies(model, segment, inputs, CalibrationSettings())
-    ranges = [tuple(bound.expand_as(x) for bound in channel_range(x)) for _, x in expected]
-    outputs = [x for _, x in expected]
+            values = layer(values)
+            outputs.append(values)
+    found = dependencies(layers, hidden.split(batch_size), valid.split(batch_size))
+    ranges = [tuple(bound.expand_as(x) for bound in channel_range(x)) for x in outputs]
     brute = [
         brute_dependency(outputs[i], outputs[i + 1], ranges[i], ranges[i + 1], 16) for i in range(2)
     ]
@@ -295,59 +288,40 @@ def test_padded_tokens_do_not_count(batch_size):
 
 @pytest.mark.parametrize(("bits", "levels"), [(3, 8), (4, 16), (8, 256), (16, 256)])
 def test_levels_follow_the_activation_bits(bits, levels):
-    layers = [nn.Linear(4, 4), nn.Tanh()]
-    model, segment = toy_segment(layers)
-    hidden = torch.randn(2, 20, 4)
+    layers, hidden = [nn.Linear(4, 4), nn.Tanh()], torch.randn(2, 20, 4)
     with torch.no_grad():
         first = layers[0](hidden).flatten(0, 1)
-        second = layers[1](first)
-    found = layer_dependencies(
-        model,
-        segment,
-        [LayerInput(hidden, (), {}, None, ("a", "b"))],
-        CalibrationSettings(activation_bits=bits),
-    )
-    assert found == pytest.approx([measured(first, second, levels=levels)], abs=1e-5)
+        expected = measured(first, layers[1](first), levels=levels)
+    found = dependencies(layers, [hidden], activation_bits=bits)
+    assert found == pytest.approx([expected], abs=1e-5)
 
 
 def test_token_granularity_takes_ranges_per_position():
     layers = [nn.Linear(4, 4), nn.Tanh()]
-    model, segment = toy_segment(layers, "vision")
     hidden = torch.randn(6, 5, 4) * torch.arange(1, 6)[:, None]
-    inputs = [LayerInput(h, (), {}, None, ("a",)) for h in hidden.split(2)]
     with torch.no_grad():
         first = layers[0](hidden)
         second = layers[1](first)
     ranges = [
         tuple(f((0, 2))[:, None].expand(6, 5, 4) for f in (x.amin, x.amax)) for x in (first, second)
     ]
-    settings = CalibrationSettings(activation_granularity={"vision": "token"})
-    assert layer_dependencies(model, segment, inputs, settings) == pytest.approx(
-        [brute_dependency(first, second, *ranges, 16)], abs=1e-5
+    found = dependencies(
+        layers, hidden.split(2), component="vision", activation_granularity={"vision": "token"}
     )
+    assert found == pytest.approx([brute_dependency(first, second, *ranges, 16)], abs=1e-5)
 
 
 def test_dead_layers_and_single_layers_have_no_dependency():
-    model, segment = toy_segment([nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)])
-    inputs = [LayerInput(torch.randn(2, 5, 4), (), {}, None, ("a", "b"))]
-    dead = Segment("vision", (*segment.layers[:2], Layer("layers.2", (), dead=True)))
-    both = layer_dependencies(model, segment, inputs, CalibrationSettings())
-    assert layer_dependencies(model, dead, inputs, CalibrationSettings()) == both[:1]
-    assert (
-        layer_dependencies(
-            model, Segment("projector", segment.layers[:1]), inputs, CalibrationSettings()
-        )
-        == []
-    )
+    layers, hidden = [nn.Linear(4, 4) for _ in range(3)], [torch.randn(2, 5, 4)]
+    both = dependencies(layers, hidden)
+    assert len(both) == 2
+    assert dependencies(layers, hidden, dead=[2]) == both[:1]
+    assert dependencies(layers[:1], hidden) == []
 
 
 def test_an_output_that_is_not_finite_is_named():
     layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
     layers[1].weight.data[0, 0] = torch.nan
-    model, segment = toy_segment(layers)
-    inputs = [LayerInput(torch.randn(1, 5, 4), (), {}, None, (f"data.json:{i}",)) for i in (3, 4)]
-    with pytest.raises(
-        ValueError,
-        match=r"\Athe output of layers\.1 holds NaN or infinity for the samples data\.json:3: .+\Z",
-    ):
-        layer_dependencies(model, segment, inputs, CalibrationSettings())
+    message = r"\Athe output of layers\.1 holds NaN or infinity for the samples data\.json:0: .+\Z"
+    with pytest.raises(ValueError, match=message):
+        dependencies(layers, torch.randn(2, 1, 5, 4).unbind())

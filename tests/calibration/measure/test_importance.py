@@ -1,12 +1,17 @@
 """Token weights: gradients of the answers, checked against finite differences, and what they change."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny_models import tiny_llava, tiny_messages, tiny_processor
+from tiny_calibrations import tiny_batches
+from tiny_models import tiny_llava
 
 from qvlm_hf.calibration.measure import importance
 from qvlm_hf.calibration.measure.importance import token_importance
-from qvlm_hf.calibration.samples import IGNORE_INDEX, batches, load_samples
+from qvlm_hf.calibration.run import Calibration
+from qvlm_hf.calibration.samples import IGNORE_INDEX
+from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.models.graph import resolve
 
 LAYER = "model.language_model.layers.0"
@@ -18,26 +23,34 @@ def model():
 
 
 def data(count=4, batch_size=2):
-    return list(batches(load_samples(tiny_messages(count)), tiny_processor(), batch_size))
+    return tiny_batches(count, batch_size)
+
+
+def weights(model, batches=None, seed=0):
+    return token_importance(
+        Calibration(
+            model=model,
+            settings=CalibrationSettings(seed=seed),
+            segments=resolve(model),
+            data=batches or data(),
+        )
+    )
 
 
 def test_one_weight_per_token_of_every_live_layer(model):
-    batches_ = data()
-    weights = token_importance(model, resolve(model), batches_, seed=0)
+    found = weights(model)
     live = [layer.name for segment in resolve(model) for layer in segment.layers if not layer.dead]
-    assert list(weights) == live
+    assert list(found) == live
     for name in live:
-        assert len(weights[name]) == 2
-        assert min(float(w.min()) for w in weights[name]) >= 0.1
-    assert weights[LAYER][0].shape == batches_[0].inputs["input_ids"].shape
-    assert weights["model.vision_tower.encoder.layers.0"][0].shape == (2, 17)
+        assert len(found[name]) == 2
+        assert min(float(w.min()) for w in found[name]) >= 0.1
+    assert found[LAYER][0].shape == data()[0].inputs["input_ids"].shape
+    assert found["model.vision_tower.encoder.layers.0"][0].shape == (2, 17)
 
 
 def test_tokens_behind_the_answer_get_the_least(model):
     """No gradient reaches what comes after the last answer token: only the floor is left."""
-    for batch, weight in zip(
-        data(), token_importance(model, resolve(model), data(), seed=0)[LAYER], strict=True
-    ):
+    for batch, weight in zip(data(), weights(model)[LAYER], strict=True):
         last = (batch.labels != IGNORE_INDEX).float().cumsum(1).argmax(1)
         for row, end in enumerate(last.tolist()):
             assert torch.equal(weight[row, end:], torch.full_like(weight[row, end:], 0.1))
@@ -47,15 +60,9 @@ def test_tokens_behind_the_answer_get_the_least(model):
 def test_norms_equal_finite_differences(model, monkeypatch):
     monkeypatch.setattr(importance, "_DRAWS", 1)
     model = tiny_llava().double().eval()
-    batch = data(1, 1)[0]
-    batch = type(batch)(
-        **{
-            **vars(batch),
-            "inputs": {
-                k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()
-            },
-        }
-    )
+    (batch,) = data(1, 1)
+    double = {k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()}
+    batch = replace(batch, inputs=double)
     norms = importance._gradient_norms(model, [LAYER], batch, torch.Generator().manual_seed(5))[
         LAYER
     ]
@@ -92,25 +99,19 @@ def test_norms_equal_finite_differences(model, monkeypatch):
 def test_the_model_is_left_as_it_was_and_seeds_repeat(model):
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     hooks = sum(len(module._forward_hooks) for module in model.modules())
-    first = token_importance(model, resolve(model), data(), seed=1)
-    again = token_importance(model, resolve(model), data(), seed=1)
-    other = token_importance(model, resolve(model), data(), seed=2)
+    first, again, other = (weights(model, seed=seed) for seed in (1, 1, 2))
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
     assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
-    assert all(
-        torch.equal(a, b) for name in first for a, b in zip(first[name], again[name], strict=True)
+    same, different = (
+        [torch.equal(a, b) for name in first for a, b in zip(first[name], one[name], strict=True)]
+        for one in (again, other)
     )
-    assert any(
-        not torch.equal(a, b)
-        for name in first
-        for a, b in zip(first[name], other[name], strict=True)
-    )
+    assert all(same)
+    assert not all(different)
 
 
 def test_without_answers_all_tokens_count_alike(model):
-    batch = data(1, 1)[0]
-    silent = type(batch)(**{**vars(batch), "labels": torch.full_like(batch.labels, IGNORE_INDEX)})
-    weights = token_importance(model, resolve(model), [silent], seed=0)
-    assert all(
-        torch.equal(w, torch.ones_like(w)) for per_batch in weights.values() for w in per_batch
-    )
+    (batch,) = data(1, 1)
+    silent = replace(batch, labels=torch.full_like(batch.labels, IGNORE_INDEX))
+    for per_batch in weights(model, [silent]).values():
+        assert all(torch.equal(w, torch.ones_like(w)) for w in per_batch)

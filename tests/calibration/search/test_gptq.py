@@ -5,14 +5,13 @@ import itertools
 import pytest
 import torch
 
-from qvlm_hf.calibration.search import gptq as compensation
-from qvlm_hf.calibration.search.gptq import compensate
+from qvlm_hf.calibration.search import gptq
+from qvlm_hf.format.grids import group_expand, quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.format.weight_grid import group_expand, quantize_weight
 
 
-def compensated(weight, hessian, scheme):
-    return compensate(weight, hessian, quantize_weight(weight, scheme), scheme.weight_bits)
+def rounded(weight, hessian, scheme):
+    return gptq.gptq_round(weight, hessian, quantize_weight(weight, scheme), scheme.weight_bits)
 
 
 def problem(
@@ -54,9 +53,7 @@ def test_near_the_exhaustive_optimum_on_tiny_problems():
     for seed in range(12):
         weight, inputs = problem(3, 6, 200, seed)
         best = exhaustive_error(weight, inputs, scheme)
-        own = output_error(
-            weight, compensated(weight, inputs.T @ inputs, scheme).dequantize(), inputs
-        )
+        own = output_error(weight, rounded(weight, inputs.T @ inputs, scheme).dequantize(), inputs)
         assert own >= best * (1 - 1e-4)
         found, optimum = found + own, optimum + best
         plain += output_error(weight, quantize_weight(weight, scheme).dequantize(), inputs)
@@ -69,7 +66,7 @@ def test_near_the_exhaustive_optimum_on_tiny_problems():
 def test_much_better_than_rounding_to_nearest(bits, symmetric):
     scheme = QuantScheme(weight_bits=bits, activation_bits=4, group_size=32, symmetric=symmetric)
     weight, inputs = problem(24, 80, 600, bits)
-    own = output_error(weight, compensated(weight, inputs.T @ inputs, scheme).dequantize(), inputs)
+    own = output_error(weight, rounded(weight, inputs.T @ inputs, scheme).dequantize(), inputs)
     assert own < 0.7 * output_error(weight, quantize_weight(weight, scheme).dequantize(), inputs)
 
 
@@ -77,7 +74,7 @@ def test_uncorrelated_inputs_leave_nothing_to_compensate():
     scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
     weight, _ = problem(8, 40, 10, 0)
     assert torch.equal(
-        compensated(weight, torch.eye(40), scheme).values, quantize_weight(weight, scheme).values
+        rounded(weight, torch.eye(40), scheme).values, quantize_weight(weight, scheme).values
     )
 
 
@@ -85,10 +82,10 @@ def test_the_chunk_changes_only_the_speed(monkeypatch):
     scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
     weight, inputs = problem(8, 40, 300, 1)
     hessian = inputs.T @ inputs
-    expected = compensated(weight, hessian, scheme).values
-    monkeypatch.setattr(compensation, "_CHUNK", 7)
+    expected = rounded(weight, hessian, scheme).values
+    monkeypatch.setattr(gptq, "_CHUNK", 7)
     assert (
-        compensated(weight, hessian, scheme).values != expected
+        rounded(weight, hessian, scheme).values != expected
     ).float().mean() < 0.02  # float32 sums in another order
 
 
@@ -96,14 +93,14 @@ def test_a_singular_hessian_is_damped_until_it_factorises():
     scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
     weight, inputs = problem(8, 40, 3, 2)
     inputs[:, 5] = 0  # a channel that never fires
-    quantized = compensated(weight, inputs.T @ inputs, scheme)
+    quantized = rounded(weight, inputs.T @ inputs, scheme)
     assert torch.isfinite(quantized.dequantize()).all()
-    assert torch.isfinite(compensated(weight, torch.zeros(40, 40), scheme).dequantize()).all()
+    assert torch.isfinite(rounded(weight, torch.zeros(40, 40), scheme).dequantize()).all()
 
 
 def test_a_hessian_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
-        compensated(
+        rounded(
             torch.ones(2, 16),
             torch.full((16, 16), torch.nan),
             QuantScheme(weight_bits=4, activation_bits=4),

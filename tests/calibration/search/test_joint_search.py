@@ -4,18 +4,18 @@ import itertools
 
 import pytest
 import torch
-from tiny_models import tiny_llava, tiny_messages, tiny_processor
+from tiny_calibrations import tiny_batches, tiny_calibration
+from tiny_models import tiny_llava
 from torch import nn
 
-from qvlm_hf.calibration.layers import LayerInput, capture_inputs, run_layer
-from qvlm_hf.calibration.samples import batches, load_samples
+from qvlm_hf.calibration.layers import LayerInput, run_layer
 from qvlm_hf.calibration.search.joint_search import BlockSearch, search_block
 from qvlm_hf.calibration.search.ranges import initialize_sites
-from qvlm_hf.calibration.search.sites import TrialSite, installed
-from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
-from qvlm_hf.format.activation_grid import choose_qparams
+from qvlm_hf.calibration.search.sites import QuantizedSite, SiteCandidate, installed
+from qvlm_hf.calibration.settings import RangeCandidate
+from qvlm_hf.format.grids import choose_qparams
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.models.graph import Site, resolve
+from qvlm_hf.models.graph import Site
 
 
 class OneLinear(nn.Module):
@@ -41,16 +41,14 @@ def planted_block():
     x[..., 0] *= 8  # large, and useless to the second layer
     first, second = OneLinear(torch.eye(2)), OneLinear(torch.tensor([[0.001, 0.0], [0.0, 1.0]]))
     scheme = QuantScheme(weight_bits=8, activation_bits=3, group_size=-1, granularity="token")
-    candidates = [
-        RangeCandidate(granularity="token", percentile=1.0),
-        RangeCandidate(granularity="token", percentile=0.9),
-    ]
     sites = []
-    for layer, spreads in ((first, (24.0, 3.0)), (second, (24.0, 3.0))):
-        grids = [
-            choose_qparams(torch.full((400, 1), -s), torch.full((400, 1), s), 3) for s in spreads
-        ]
-        site = TrialSite(Site(("linear",)), [layer.linear], candidates, grids, [scheme, scheme])
+    for layer in (first, second):
+        candidates = []
+        for percentile, spread in ((1.0, 24.0), (0.9, 3.0)):
+            bound = torch.full((400, 1), spread)
+            given = RangeCandidate(granularity="token", percentile=percentile)
+            candidates.append(SiteCandidate(given, scheme, choose_qparams(-bound, bound, 3)))
+        site = QuantizedSite(Site(("linear",)), [layer.linear], candidates)
         site.active = 0
         sites.append([site])
     entry = LayerInput(x, (), {}, None, ("planted",))
@@ -83,24 +81,23 @@ def test_finds_the_planted_joint_optimum_that_greedy_misses():
     assert result.greedy > 1.5 * result.joint
 
 
-def language_block(seed, scheme, depth=2, count=8, batch_size=4):
+def language_block(seed, scheme, batch_size=4):
     weight_bits, activation_bits = scheme
-    settings = CalibrationSettings(
-        weight_bits=weight_bits, activation_bits=activation_bits, group_size=32
+    calibration = tiny_calibration(
+        tiny_llava(seed=seed).eval(),
+        tiny_batches(8 if batch_size < 8 else 4, batch_size, seed),
+        ["language"],
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
     )
-    model = tiny_llava(seed=seed, text_layers=depth).eval()
-    segment = resolve(model)[-1]
-    data = list(
-        batches(load_samples(tiny_messages(count, seed=seed)), tiny_processor(), batch_size)
-    )
-    inputs = capture_inputs(model, data, [segment.layers[0].name])[segment.layers[0].name]
-    hidden = [entry.hidden for entry in inputs]
-    layers = [model.get_submodule(layer.name) for layer in segment.layers]
-    targets, out = [], hidden
+    (segment,), inputs = calibration.segments, calibration.inputs["language"]
+    hidden = out = [entry.hidden for entry in inputs]
+    layers = [calibration.model.get_submodule(layer.name) for layer in segment.layers]
+    targets = []
     for layer in layers:
         out = run_layer(layer, inputs, out)
         targets.append(out)
-    sites = initialize_sites(model, segment.layers, "language", inputs, hidden, settings)
+    sites = initialize_sites(calibration, "language", segment.layers, inputs, hidden)
     return BlockSearch(layers, sites, inputs, hidden, targets)
 
 
@@ -137,7 +134,7 @@ def test_deterministic():
 
 
 def test_no_single_site_improves_the_result():
-    search = language_block(5, (4, 4), count=4, batch_size=4)  # one batch: nothing is screened away
+    search = language_block(5, (4, 4), batch_size=8)  # one batch: nothing is screened away
     with installed(site for row in search.sites for site in row):
         result = search_block(search)
         for layer, sites in enumerate(search.sites):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
 from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.format.activation_grid import QParams, choose_qparams
+from qvlm_hf.format.grids import QParams, choose_qparams
 
 PERCENTILES = (0.9, 0.95, 0.99, 0.999, 0.9999, 1.0)
 

@@ -6,28 +6,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_llava, tiny_messages, tiny_processor
+from tiny_calibrations import calibrate as run
+from tiny_calibrations import tiny_calibration
+from tiny_models import tiny_llava
 
-from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.calibration.search.sensitivity import allocate_bits, site_parameters
-from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.models.graph import resolve
 from qvlm_hf.nn.replace import quantized_modules
-from qvlm_hf.quantize import calibrate_and_pack
 
 DOWN = "model.language_model.layers.0.mlp.down_proj"
 
 
 def calibrate(model, **options):
-    fields = {"group_size": 32, "batch_size": 4, "max_block_depth": 1, "weight_rounding": "nearest", "activation_granularity": "channel",
-              "equalization": False}  # fmt: skip
-    report = calibrate_and_pack(
-        model,
-        CalibrationSettings(**{**fields, **options}),
-        load_samples(tiny_messages(8, seed=0)),
-        tiny_processor(),
-    )
-    return model, report
+    fields = {
+        "max_block_depth": 1,
+        "weight_rounding": "nearest",
+        "activation_granularity": "channel",
+        "equalization": False,
+    }
+    return run(model, **{**fields, **options})
 
 
 def broken_model():
@@ -97,24 +93,21 @@ def test_too_small_a_budget_is_refused():
 @pytest.mark.parametrize("budget", [2.5, 3.5, 4.0, 6.0])
 def test_a_calibrated_model_keeps_to_its_budget(budget):
     model, report = calibrate(tiny_llava(), precision_budget=budget, guard=False)
-    sizes = {
-        name: module.in_features * module.out_features for name, module in quantized_modules(model)
-    }
-    average = sum(
-        sizes[name] * module.scheme.weight_bits for name, module in quantized_modules(model)
-    ) / sum(sizes.values())
+    modules = dict(quantized_modules(model))
+    sizes = {name: module.in_features * module.out_features for name, module in modules.items()}
+    bits = {name: module.scheme.weight_bits for name, module in modules.items()}
+    average = sum(sizes[name] * bits[name] for name in modules) / sum(sizes.values())
     assert average <= budget
     assert average == pytest.approx(report.average_weight_bits)
-    largest = max(site_parameters(tiny_llava(), resolve(tiny_llava())).values())
-    assert budget - average < 2 * largest / sum(
-        sizes.values()
-    )  # no raise of a site that matters is left over
-    assert len({module.scheme.weight_bits for _, module in quantized_modules(model)}) > 1
-    assert {module.scheme.activation_bits for _, module in quantized_modules(model)} == {4}
+    largest = max(site_parameters(tiny_calibration()).values())
+    # no raise of a site that matters is left over
+    assert budget - average < 2 * largest / sum(sizes.values())
+    assert len(set(bits.values())) > 1
+    assert {module.scheme.activation_bits for module in modules.values()} == {4}
 
 
-def test_the_guard_lifts_what_four_bits_break_and_says_so():
-    model, report = calibrate(broken_model(), guard=True)
+def test_the_guard_raises_what_four_bits_break_and_says_so():
+    _, report = calibrate(broken_model(), guard=True)
     assert report.lifts
     worst = max(report.sensitivities, key=report.sensitivities.get)
     assert report.lifts[0].site == worst
@@ -131,7 +124,6 @@ def test_the_guard_lifts_what_four_bits_break_and_says_so():
     assert not without.sensitivities
     assert {module.scheme.activation_bits for _, module in quantized_modules(plain)} == {4}
     assert report.self_check.kl < without.self_check.kl
-    del model
 
 
 def test_eight_bits_need_no_guard():

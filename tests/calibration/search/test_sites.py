@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import tiny_trial as trial
+from tiny_calibrations import tiny_site
 
-from qvlm_hf.calibration.search import sites as simulation
+from qvlm_hf.calibration.search import sites as module
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 
@@ -12,7 +12,7 @@ from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 @pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_equals_the_packed_module(granularity, bits):
-    site, x = trial(granularity, bits)
+    site, x = tiny_site(granularity, bits)
     for linear, quantized in zip(site.linears, site.quantized_weights(), strict=True):
         packed = QVLMLinear.from_packed(
             linear, site.scheme, packed_tensors(quantized, site.scheme, site.input_qparams)
@@ -24,7 +24,7 @@ def test_equals_the_packed_module(granularity, bits):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_keeps_the_dtype_of_16_bit_models(dtype):
-    site, x = trial("channel", dtype=dtype)
+    site, x = tiny_site("channel", dtype=dtype)
     expected = site.linears[0](x)
     with installed([site]):
         found = site.linears[0](x)
@@ -33,7 +33,7 @@ def test_keeps_the_dtype_of_16_bit_models(dtype):
 
 
 def test_full_precision_when_nothing_is_active_and_restored_after_errors():
-    site, x = trial("channel")
+    site, x = tiny_site("channel")
     expected = site.linears[0](x)
     site.active = None
     with installed([site]):
@@ -46,11 +46,11 @@ def test_full_precision_when_nothing_is_active_and_restored_after_errors():
 
 
 def test_the_shared_input_is_quantized_once(monkeypatch):
-    site, x = trial("dynamic_token")
+    site, x = tiny_site("dynamic_token")
     calls = []
-    original = simulation.shift_quantize
+    original = module.shift_quantize
     monkeypatch.setattr(
-        simulation, "shift_quantize", lambda *args: (calls.append(1), original(*args))[1]
+        module, "shift_quantize", lambda *args: (calls.append(1), original(*args))[1]
     )
     with installed([site]):
         site.linears[0](x)

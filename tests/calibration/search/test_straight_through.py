@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from tiny_models import tiny_trial as trial
+from tiny_calibrations import tiny_site
 
 from qvlm_hf.calibration.search import straight_through
 from qvlm_hf.calibration.search.sites import installed
-from qvlm_hf.calibration.search.straight_through import FixedSite, RangeSite
+from qvlm_hf.calibration.search.straight_through import StraightThroughSite
 
 
 @pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
-@pytest.mark.parametrize("kind", [FixedSite, RangeSite])
-def test_forward_equals_the_simulation(granularity, kind):
-    site, x = trial(granularity)
-    with installed([kind(site)]), torch.no_grad():
+@pytest.mark.parametrize("learn", [False, True])
+def test_forward_equals_the_simulation(granularity, learn):
+    site, x = tiny_site(granularity)
+    with installed([StraightThroughSite(site, learn=learn)]), torch.no_grad():
         differentiable = [linear(x) for linear in site.linears]
     with installed([site]), torch.no_grad():
         for linear, y in zip(site.linears, differentiable, strict=True):
@@ -28,8 +28,8 @@ def test_forward_equals_the_simulation(granularity, kind):
 def test_gradients_equal_finite_differences(granularity, which, monkeypatch):
     """With rounding replaced by the identity, which is what straight-through assumes, the function is piecewise smooth."""
     monkeypatch.setattr(straight_through, "_straight_through", lambda x, rounded: x)
-    site, x = trial(granularity)
-    differentiable = RangeSite(site)
+    site, x = tiny_site(granularity)
+    differentiable = StraightThroughSite(site, learn=True)
     parameters = differentiable.parameters()
     with torch.no_grad():
         for parameter in parameters:

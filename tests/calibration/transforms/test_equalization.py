@@ -7,7 +7,8 @@ from tiny_models import tiny_llava, tiny_messages, tiny_processor
 from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
-from qvlm_hf.models.graph import resolve, rotation_plan, scale_paths
+from qvlm_hf.models.folds import rotation_plan, scale_paths
+from qvlm_hf.models.graph import resolve
 from qvlm_hf.quantize import CalibrationSettings, calibrate_and_pack
 
 MODELS = {
@@ -44,7 +45,7 @@ def logits(model):
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_the_model_computes_the_same(options):
     model = uneven_model(**options)
-    before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
+    before, weights = logits(model), {p: p.clone() for p in model.parameters()}
     paths = scale_paths(model, resolve(model))
     live = 3 if "vision_feature_layer" in options else 2
     assert (
@@ -53,10 +54,8 @@ def test_the_model_computes_the_same(options):
     equalize(model, paths, data())
     assert (logits(model) - before).abs().max() < 1e-4 * before.abs().max()
     for path in paths:
-        for name in (path.source, *path.readers):
-            assert not torch.equal(model.get_submodule(name).weight, weights[f"{name}.weight"]), (
-                name
-            )
+        for module in (path.source, *path.readers):
+            assert not torch.equal(module.weight, weights[module.weight])
 
 
 def test_channels_become_more_alike():
@@ -103,14 +102,14 @@ def test_silent_channels_and_unreached_paths_stay_as_they_are():
 
 def test_excluded_and_transformed_sites_have_no_path():
     model = tiny_llava()
-    sources = [
-        path.source
-        for path in scale_paths(
-            model, resolve(model, modules_to_not_convert=["mlp.down_proj", "vision_tower"])
-        )
-    ]
-    assert not any("vision" in source or source.endswith("up_proj") for source in sources)
-    rotated = [path.source for path in scale_paths(model, resolve(model, rotated=True))]
+    names = {module: name for name, module in model.named_modules()}
+
+    def sources(**options):
+        return [names[path.source] for path in scale_paths(model, resolve(model, **options))]
+
+    excluded = sources(modules_to_not_convert=["mlp.down_proj", "vision_tower"])
+    assert not any("vision" in source or source.endswith("up_proj") for source in excluded)
+    rotated = sources(rotated=True)
     assert not any(source.endswith(("up_proj", "layer_norm1")) for source in rotated)
 
 

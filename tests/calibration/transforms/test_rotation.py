@@ -10,7 +10,8 @@ from torch import nn
 from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.transforms.rotation import residual_rotation, rotate, undone_on_error
 from qvlm_hf.format.hadamard import largest_block
-from qvlm_hf.models.graph import resolve, rotation_plan
+from qvlm_hf.models.folds import rotation_plan
+from qvlm_hf.models.graph import resolve
 
 
 def logits(model):

@@ -1,0 +1,76 @@
+"""`Calibration`: the one object that walks through the recipe of qvlm_hf/quantize.py."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from qvlm_hf.calibration.layers import LayerInput
+from qvlm_hf.calibration.progress import Steps
+from qvlm_hf.calibration.samples import Batch
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
+from qvlm_hf.models.graph import Segment, Site
+
+__all__ = ["Calibration", "LearnedRanges"]
+
+
+@dataclass(frozen=True)
+class LearnedRanges:
+    """Factors on the ranges of a site that an optimisation found (vision_encoder.py).
+
+    Attributes:
+        start: the candidate that they apply to.
+        activations: float32, factors on the lower and the upper bound of its activation grid, of
+            the grid's shape; None without a grid.
+        weights: per module float32 [O, G], factors on the groups' ranges of W'.
+    """
+
+    start: RangeCandidate
+    activations: tuple[Tensor, ...] | None
+    weights: tuple[Tensor, ...]
+
+
+@dataclass(kw_only=True)
+class Calibration:
+    """One calibration: what it was given, and what its steps have found so far.
+
+    Attributes:
+        model: in full precision until every module is ready.
+        settings: the options.
+        segments: what is quantized, in execution order.
+        data: the calibration batches, answers included.
+        callbacks: objects with `on_step(name, done, total)`.
+        inputs: component -> per batch, what enters the segment in full precision.
+        precisions: site name -> bits, where they are not those of the settings.
+        importance: layer name -> per batch [B, T], how much a token's error counts; empty: all
+            tokens count alike.
+        learned: site name -> learned ranges, one more candidate.
+        dependencies: component -> D(k, k+1) in nats and the threshold h0, where they are not those
+            of full precision.
+        found: parts of the report, by its field.
+    """
+
+    model: nn.Module
+    settings: CalibrationSettings
+    segments: tuple[Segment, ...] = ()
+    data: Sequence[Batch] = ()
+    callbacks: Sequence[Any] = ()
+    inputs: dict[str, list[LayerInput]] = field(default_factory=dict)
+    precisions: Mapping[str, Precision] = field(default_factory=dict)
+    importance: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    learned: Mapping[str, LearnedRanges] = field(default_factory=dict)
+    dependencies: Mapping[str, tuple[list[float], float]] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def precision(self, site: Site) -> Precision:
+        """The bits of a site."""
+        return self.precisions.get(site.name, self.settings.precision)
+
+    def per_position(self, segment: Segment) -> bool:
+        """Whether the segment's ranges are per token position, else per channel."""
+        return self.settings.start_granularity(segment.component) == "token"
+
+    def steps(self, name: str, total: int) -> Steps:
+        """A counter that tells the callbacks how far the step `name` is."""
+        return Steps(name, self.callbacks, total)

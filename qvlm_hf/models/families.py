@@ -1,0 +1,165 @@
+"""Model families, one row each, and the one place that lays a row over a model.
+
+Transformers itself tells where the decoder, the vision tower, the embeddings and the head are. A
+row names the rest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qvlm_hf.models.layer_kinds import LAYER_KINDS, TWO_LINEARS, LayerKind
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Parts",
+    "component_finder",
+    "find_layers",
+    "find_parts",
+    "get_module",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What Transformers does not tell of a family.
+
+    Attributes:
+        projector: path of the projector below the model without its head.
+        projector_kind: its wiring.
+        final_norm: path of the norm before the head, below the decoder.
+    """
+
+    projector: str
+    projector_kind: LayerKind
+    final_norm: str = "norm"
+
+
+FAMILIES = {
+    "llava": Family(projector="multi_modal_projector", projector_kind=TWO_LINEARS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The modules of a model that a row and Transformers name.
+
+    Attributes:
+        vision: the vision tower.
+        projector: between tower and decoder.
+        projector_kind: its wiring.
+        language: the decoder.
+        embeddings: of tokens.
+        final_norm: before the head.
+        head: the output head; None for a model without one.
+    """
+
+    vision: Any
+    projector: nn.Module
+    projector_kind: LayerKind
+    language: Any
+    embeddings: Any
+    final_norm: nn.Module
+    head: nn.Module | None
+
+
+def find_parts(model: Any) -> Parts:
+    """Finds the parts of a model, with or without its output head.
+
+    Args:
+        model: of Transformers; its tensors may lie on the meta device.
+
+    Raises:
+        ValueError: the family is unknown, or a part is missing.
+    """
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(_unsupported(f"model_type {kind!r}", FAMILIES))
+    family, language = FAMILIES[kind], model.get_decoder()
+    return Parts(
+        vision=model.get_encoder("image"),
+        projector=get_module(model.base_model, family.projector),
+        projector_kind=family.projector_kind,
+        language=language,
+        embeddings=model.get_input_embeddings(),
+        final_norm=get_module(language, family.final_norm),
+        head=model.get_output_embeddings(),
+    )
+
+
+def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
+    """Finds the layers of a tower or decoder in execution order, and how each is wired.
+
+    Raises:
+        ValueError: none is of a known class, or some are not.
+    """
+
+    def kind(layer: nn.Module) -> LayerKind | None:
+        return LAYER_KINDS.get(type(layer).__name__)
+
+    lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+    lists = [layers for layers in lists if any(map(kind, layers))] or lists[:1]
+    found = [(layer, kind(layer)) for layers in lists for layer in layers]
+    unknown = [layer for layer, known in found if known is None]
+    if unknown or not found:
+        layer_class = type((unknown or [part])[0]).__name__
+        raise ValueError(
+            _unsupported(f"{layer_class} (of a {part.config.model_type!r})", LAYER_KINDS)
+        )
+    return [(layer, known) for layer, known in found if known]
+
+
+def component_finder(model: Any) -> Callable[[str], str]:
+    """Makes a function from a name to its component, "other" if it has none.
+
+    Args:
+        model: of a known family.
+
+    Returns:
+        It takes canonical names, and names of tensors as files hold them in other layouts.
+
+    Raises:
+        ValueError: as `find_parts`.
+    """
+    parts = find_parts(model)
+    found = {  # the first match counts: embeddings and head may lie below the decoder
+        "vision": parts.vision,
+        "projector": parts.projector,
+        "embeddings": parts.embeddings,
+        "head": parts.head,
+        "language": parts.language,
+    }
+    paths = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    marks = {paths[module]: component for component, module in found.items() if module is not None}
+
+    def component_of(name: str) -> str:
+        path = name.split(".")
+        return next((component for mark, component in marks.items() if mark in path), "other")
+
+    return component_of
+
+
+def get_module(model: nn.Module, path: str) -> nn.Module:
+    """Returns the module at a path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(model).__name__} has no module {path!r}, where this version looks for it: load "
+            f"the model with AutoModelForImageTextToText."
+        ) from error
+
+
+def _unsupported(what: str, known: Any) -> str:
+    """Says what is not in a table, for messages."""
+    return (
+        f"{what} is not supported: this version knows {', '.join(sorted(known))} "
+        f"(docs/contributing.md shows how to add one)."
+    )
