@@ -228,10 +228,7 @@ def test_a_note_names_few_of_many_keys_and_none_where_all_are_known(folder, capl
 
 NO_ANSWER = {"image": "a.png", "question": "what ?"}
 NO_PICTURE_ROW = {"image": None, "question": "what ?", "answer": "red"}
-NO_PICTURE_CHAT = {
-    "image": None,
-    "conversations": [{"from": "human", "value": "what ?"}, LLAVA[1]],
-}
+NO_PICTURE_CHAT = {"image": None, "conversations": [{"from": "human", "value": "what ?"}, LLAVA[1]]}
 PICTURES = {
     "images": ["a.png"],
     "img": "a.png",
