@@ -1,4 +1,4 @@
-"""The whole recipe on a tiny LLaVA: what it quantizes, what it refuses, what it leaves as it was."""
+"""The whole recipe on a tiny LLaVA: what it quantizes, refuses, and leaves as it was."""
 
 import json
 
@@ -156,7 +156,7 @@ def test_a_head_that_moves_the_answers_stays_in_full_precision():
         model = tiny_llava().eval()
         with torch.no_grad():
             model.lm_head.weight *= 50  # answers that are sure of themselves
-            # shifts all logits alike: no answer changes, but 8 bits cannot hold it beside the others
+            # shifts all logits alike: no answer changes, but 8 bits cannot hold it as well
             model.lm_head.weight[:, 0] = 1e4
         return model
 

@@ -1,4 +1,4 @@
-"""Visual encoder optimisation: gradients against finite differences, and when its result is kept."""
+"""Visual encoder optimisation: gradients, and when its result is kept."""
 
 from itertools import combinations
 

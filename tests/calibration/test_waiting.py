@@ -1,4 +1,4 @@
-"""When idle threads come and go, and that nothing else changes; how much faster it is, is no test."""
+"""When idle threads come and go, and that nothing else changes; speed is no test."""
 
 import os
 import subprocess

@@ -26,10 +26,7 @@ _FLOOR = 0.1  # of the mean weight: what no drawn answer looked at may matter to
 
 
 def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
-    """Weights of the tokens that leave each live layer.
-
-    Args:
-        calibration: its model, in full precision and unchanged afterwards, and its data.
+    """Weights of the tokens that leave each live layer; the model is in full precision.
 
     Returns:
         Layer name -> per batch that reached it, float32 [B, T], mean 1 over all tokens before the

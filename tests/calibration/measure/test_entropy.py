@@ -1,4 +1,4 @@
-"""Cross-layer dependency (eq. 4, 5): against loops over numbers, closed forms, and its invariances."""
+"""Cross-layer dependency (eq. 4, 5): against loops over numbers and closed forms."""
 
 import math
 
@@ -193,9 +193,7 @@ def test_subsampling_stays_close_however_the_batches_fall(monkeypatch, splits):
     """A fifth of the tokens; with batches of 4 the stride is longer than a batch."""
     first, second = correlated(6000, 4)
     ranges = channel_range(first), channel_range(second)
-    second[::4] = (
-        0.0  # the first token of every batch is special, as the attention sink of a language model is
-    )
+    second[::4] = 0.0  # every batch's first token is special, as an attention sink is
     whole = measured(first, second, *ranges, levels=8)
     monkeypatch.setattr(entropy, "_BUDGET", first.numel() * 8 // 5)
     assert measured(first, second, *ranges, levels=8, splits=splits) == pytest.approx(
@@ -204,7 +202,7 @@ def test_subsampling_stays_close_however_the_batches_fall(monkeypatch, splits):
 
 
 def test_subsampling_keeps_to_the_budget(monkeypatch):
-    """The work is bounded: the tokens that are looked at, counted where their levels are assigned."""
+    """The work is bounded: tokens are counted where their levels are assigned."""
     seen = []
     assign = entropy.soft_assignment
     monkeypatch.setattr(

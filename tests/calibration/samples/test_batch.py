@@ -11,9 +11,9 @@ from PIL import Image
 from sample_rows import RED, chat, notes, user
 from tiny_models import IMAGE_TOKENS, tiny_llava, tiny_messages, tiny_processor
 
+from qvlm_hf.calibration.samples import batch as batch_module
 from qvlm_hf.calibration.samples import (
     batches,
-    check_image_tokens,
     collate,
     load_samples,
     longest_sample,
@@ -95,7 +95,10 @@ def test_last_answer_of_several_turns(processor):
     assert labelled(batch, processor) == ["square </s>"]
 
 
-TURNS = "{% for m in messages %}{{ m['role'] + ' : ' }}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+TURNS = (
+    "{% for m in messages %}{{ m['role'] + ' : ' }}{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+)
 
 
 PROMPT = "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
@@ -180,18 +183,18 @@ def test_placeholder_in_the_users_text(processor):
         collate([sample], processor)
 
 
-def test_check_image_tokens():
+def test_picture_tokens_are_counted():
     ids = torch.tensor([1, 4, 4, 7, 4, 4])
-    assert check_image_tokens(ids, 4, 2, 2, "here") == 4
-    assert check_image_tokens(ids, 4, None, 2, "here") == 4
-    assert check_image_tokens(ids, 9, 2, 0, "here") == 0
+    assert batch_module._count_image_tokens(ids, 4, 2, 2, "here") == 4
+    assert batch_module._count_image_tokens(ids, 4, None, 2, "here") == 4
+    assert batch_module._count_image_tokens(ids, 9, 2, 0, "here") == 0
     for expected, images, token in ((3, 2, 4), (2, 1, 4), (None, 1, 9), (2, 0, 4)):
         with pytest.raises(
             ValueError,
             match=r"^here: \d picture tokens for \d pictures, .* expected; the processor does not "
             r"fit",
         ):
-            check_image_tokens(ids, token, expected, images, "here")
+            batch_module._count_image_tokens(ids, token, expected, images, "here")
 
 
 def test_unequal_expansion_is_found(monkeypatch):
@@ -248,7 +251,10 @@ def test_pixels_that_are_no_numbers_are_named_with_their_sample(monkeypatch, bad
         {"image": Image.new("RGB", (8, 8), colour), "question": "what ?"}
         for colour in ("red", "blue", "red")
     ]
-    message = r"^dataset\[1\]: LlavaProcessor makes NaN or infinity of the pictures \(pixel_values\); check them, and the processor's image_mean"
+    message = (
+        r"^dataset\[1\]: LlavaProcessor makes NaN or infinity of the pictures \(pixel_values\); "
+        r"check them, and the processor's image_mean"
+    )
     with pytest.raises(ValueError, match=message):
         collate(load_samples(rows), processor)
 

@@ -173,7 +173,8 @@ def test_pictures_without_pixels_are_named(mode, size):
 @pytest.mark.parametrize(("dtype", "kind"), [(np.float32, "floats"), (np.int32, "32-bit integers")])
 def test_pictures_without_a_known_range_are_refused(folder, dtype, kind):
     picture = Image.fromarray(np.full((4, 4), 0.5).astype(dtype))
-    expected = f'key "image": the picture holds {kind} (mode "{picture.mode}"), whose black and white are unknown; scale it to 8 bits'
+    problem = f'the picture holds {kind} (mode "{picture.mode}"), whose black and white are unknown'
+    expected = f'key "image": {problem}; scale it to 8 bits'
     assert refusal([{"image": picture, "question": "q"}]).startswith(f"dataset[0]: {expected}")
     picture.save(folder / "a.tiff")
     path = write_lines(folder, GOOD, {**GOOD, "image": "a.tiff"})

@@ -1,4 +1,4 @@
-"""Range statistics: streamed tails against torch.quantile, L_p errors against the formula, candidates to grids."""
+"""Range statistics: streamed tails against torch.quantile, L_p errors, grids of candidates."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ PERCENTILES = (0.9, 0.95, 0.99, 0.999, 0.9999, 1.0)
 
 
 def quantiles(values, percentile):
-    """(1 - p, p) quantiles of [series, n], linear, in float64 so that the place between two values is exact."""
+    """(1 - p, p) quantiles of [series, n], in float64: places between two values are exact."""
     values = values.double()
     return torch.quantile(values, 1 - percentile, dim=1), torch.quantile(values, percentile, dim=1)
 
