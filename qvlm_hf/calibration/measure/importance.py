@@ -30,7 +30,7 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
 
     Returns:
         Layer name -> per batch that reached it, float32 [B, T], mean 1 over all tokens before the
-        floor. All ones without answers.
+        floor. Each is 1 without answers.
     """
     names = [layer.name for segment in calibration.segments for layer in live_layers(segment)]
     norms: dict[str, list[Tensor]] = {name: [] for name in names}

@@ -10,7 +10,7 @@ __all__ = ["Processor", "adds_special_tokens", "check_processor", "render"]
 
 
 class Processor(Protocol):
-    """What is used of a processor; also `image_token` and `image_token_id` where it has them."""
+    """The used part of a processor; also `image_token`, `image_token_id` where it has them."""
 
     tokenizer: Any
 

@@ -37,7 +37,7 @@ _MIN_GAIN = 1e-4  # a smaller relative gain is noise of the calibration set
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a block's search found.
+    """The result of a block's search.
 
     Attributes:
         choice: candidate index per layer and site.
