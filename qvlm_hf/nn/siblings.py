@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.nn.linear import QVLMLinear
-from qvlm_hf.ops.schema import linears, transformed
+from qvlm_hf.ops.library import is_transformed
+from qvlm_hf.ops.linear import linears
 
 __all__ = ["Siblings", "share_inputs"]
 
@@ -146,22 +147,8 @@ def _records_gradient(modules: Iterable[QVLMLinear], x: Tensor) -> bool:
 
 
 def _compute(modules: Sequence[QVLMLinear], x: Tensor) -> list[Tensor]:
-    first, held = modules[0], [module.tensors for module in modules]
-    return linears(
-        x,
-        [tensors["weight"] for tensors in held],
-        [tensors["weight_scale"] for tensors in held],
-        [
-            tensors["weight_zero_point"]
-            for tensors in held
-            if tensors.get("weight_zero_point") is not None
-        ],
-        held[0].get("input_scale"),
-        held[0].get("input_zero_point"),
-        [tensors["bias"] for tensors in held if tensors["bias"] is not None],
-        first.in_features,
-        first.scheme,
-    )
+    first = modules[0]
+    return linears(x, [module.tensors for module in modules], first.in_features, first.scheme)
 
 
 def _statics(module: QVLMLinear) -> tuple[Tensor | None, ...]:
@@ -206,7 +193,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _alone(x: Tensor) -> bool:
     """Whether single calls are followed, or nothing would tell that x was written to between two: inference tensors count no writes."""
-    return not torch.compiler.is_compiling() and (x.is_inference() or transformed())
+    return not torch.compiler.is_compiling() and (x.is_inference() or is_transformed())
 
 
 def _version(x: Tensor) -> int:
