@@ -22,6 +22,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from qvlm_hf.ops import gpu, triton_kernels
+from qvlm_hf.ops.call import CallScheme, Packed
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
@@ -88,55 +89,34 @@ def compiled(
     dtype="bfloat16",
 ):
     """The kernels of one call, {name: CompiledKernel}."""
-    groups, statics = (
-        -(-in_features // group_length),
-        {"channel": in_features, "token": tokens}.get(granularity),
-    )
-    arguments = (
-        torch.empty(tokens, in_features, dtype=getattr(torch, dtype)),
-        torch.empty(out_features, -(-in_features * weight_bits // 32), dtype=torch.int32),
+    groups, words = -(-in_features // group_length), -(-in_features * weight_bits // 32)
+    statics = {"channel": in_features, "token": tokens}.get(granularity)
+    grid = (None, None)
+    if statics is not None:
+        grid = torch.empty(statics), torch.empty(statics, dtype=torch.int32)
+    packed = Packed(
+        torch.empty(out_features, words, dtype=torch.int32),
         torch.empty(out_features, groups, dtype=torch.bfloat16),
         torch.empty(out_features, groups, dtype=torch.uint8),
-        None if statics is None else torch.empty(statics),
-        None if statics is None else torch.empty(statics, dtype=torch.int32),
+        None,
     )
+    x = torch.empty(tokens, in_features, dtype=getattr(torch, dtype))
+    numbers = (in_features, weight_bits, activation_bits, group_length, granularity, 0)
     with compiling(capability) as kernels:
         device = gpu.Device(divmod(capability, 10), PROCESSORS[capability])
-        x, weight, weight_scale, weight_zero_point, *ranges = arguments
-        sizes = (in_features, weight_bits, activation_bits, group_length, granularity, 0)
-        gpu.run(
-            triton_kernels,
-            device,
-            x,
-            [(weight, weight_scale, weight_zero_point, None)],
-            *ranges,
-            *sizes,
-        )
+        gpu.compute(triton_kernels, device, x, [packed], CallScheme(*grid, *numbers))
     return kernels
 
 
 def fused(capability, source, granularity):
     """A fused quantizer of 608 tokens, {name: CompiledKernel}."""
-    layout, x, per_channel = (
-        triton_kernels.Layout.of(4096, 128, 4),
-        torch.empty(608, 4096, dtype=torch.bfloat16),
-        torch.empty(4096),
-    )
+    layout = triton_kernels.Layout.of(4096, 128, 4)
+    x, per_channel = torch.empty(608, 4096, dtype=torch.bfloat16), torch.empty(4096)
+    grid = (per_channel, per_channel.int()) if granularity == "channel" else (None, None)
     other = x if source == "swiglu" else x[0]
-    statics = (per_channel, per_channel.int()) if granularity == "channel" else (None, None)
+    options = {"source": source, "other": other, "norm_bias": other, "epsilon": 1e-5}
     with compiling(capability) as kernels:
-        triton_kernels.arrange(
-            x,
-            layout,
-            8,
-            granularity,
-            *statics,
-            rows=640,
-            source=source,
-            other=other,
-            norm_bias=other,
-            epsilon=1e-5,
-        )
+        triton_kernels.arrange(x, layout, 8, granularity, *grid, rows=640, **options)
     return {f"{source} {name}": kernel for name, kernel in kernels.items()}
 
 

@@ -16,10 +16,11 @@ from qvlm_hf.bench.shapes import SHAPES
 from qvlm_hf.cli.bench_models import bench_models
 from qvlm_hf.cli.record import benchmark_entry, shown_command
 from qvlm_hf.cli.result_file import check_result_file, write_result_file
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import CARD_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
-from qvlm_hf.ops.cpu import kernel_name
+from qvlm_hf.ops.linear import kernel_name
 
 __all__ = ["add_arguments", "run"]
 
@@ -192,7 +193,9 @@ def _bench_kernels(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             "sizes must be at least 1, --rounds at least 2, and --in-features a multiple of 128."
         )
-    device = f"{device_name(torch.device('cpu'))}, kernel: {kernel_name(4096, 4, 8, 128)}"
+    cpu = torch.device("cpu")
+    scheme = QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token")
+    device = f"{device_name(cpu)}, kernel: {kernel_name(cpu, 4096, scheme)}"
     print(
         f"{device}, {torch.get_num_threads()} threads, {options.out_features} x "
         f"{options.in_features}"

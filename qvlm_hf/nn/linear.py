@@ -14,9 +14,9 @@ from qvlm_hf.format.grids import QParams, QuantizedWeight
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.packed_weight import FloatForm, freeze, guarded, plain, read_by_adapters
-from qvlm_hf.ops import cpu, gpu
-from qvlm_hf.ops.reference import dequantize_weight
-from qvlm_hf.ops.schema import linear
+from qvlm_hf.ops.call import packed_call
+from qvlm_hf.ops.linear import kernel_name, linear
+from qvlm_hf.ops.reference import dequantize
 
 __all__ = ["Group", "QVLMLinear", "packed_tensors"]
 
@@ -157,24 +157,12 @@ class QVLMLinear(nn.Linear):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features] in the dtype of `x`, as `ops.schema.linear`."""
+        """[..., in_features] -> [..., out_features] in the dtype of `x`, as `ops.linear.linear`."""
         if self.shared is not None:
             y = self.shared[0].output(self.shared[1], self, x)
             if y is not None:
                 return y
-        tensors = self.tensors
-        return linear(
-            x,
-            tensors["weight"],
-            tensors["weight_scale"],
-            tensors.get("weight_zero_point"),
-            tensors.get("input_scale"),
-            tensors.get("input_zero_point"),
-            tensors["bias"],
-            self.in_features,
-            self.scheme,
-            reference=self.reference,
-        )
+        return linear(x, self.tensors, self.in_features, self.scheme, reference=self.reference)
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
@@ -217,29 +205,11 @@ class QVLMLinear(nn.Linear):
         """A kernel's name, or "reference" with the reason unless it was asked for."""
         if self.reference:
             return "reference"
-        scheme, device = self.scheme, self.tensors["weight"].device
-        bits = (scheme.weight_bits, scheme.activation_bits)
-        length = scheme.group_length(self.in_features)
-        if device.type == "cuda":
-            return gpu.kernel_name(device, *bits, length)
-        if device.type == "cpu":
-            return cpu.kernel_name(self.in_features, *bits, length)
-        return f"reference (no kernels for {device.type})"
+        return kernel_name(self.tensors["weight"].device, self.in_features, self.scheme)
 
     def dequantize(self) -> Tensor:
         """Returns the float weight that this module multiplies by, float32 [out, in]."""
-        scheme = self.scheme
-        return dequantize_weight(
-            self.tensors["weight"],
-            self.weight_scale,
-            self.weight_zero_point,
-            self.input_scale,
-            self.in_features,
-            scheme.weight_bits,
-            scheme.group_length(self.in_features),
-            scheme.granularity,
-            scheme.hadamard or 0,
-        )
+        return dequantize(*packed_call(self.tensors, self.in_features, self.scheme))
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """Returns an ordinary nn.Linear with the dequantized weight, in `dtype`."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.nn.linear import QVLMLinear
-from qvlm_hf.ops.schema import linears, transformed
+from qvlm_hf.ops.library import is_transformed
+from qvlm_hf.ops.linear import linears
 
 __all__ = ["Siblings", "share_inputs"]
 
@@ -134,18 +135,8 @@ def _records_gradient(modules: Iterable[QVLMLinear], x: Tensor) -> bool:
 
 
 def _compute(modules: Sequence[QVLMLinear], x: Tensor) -> list[Tensor]:
-    first, held = modules[0], [module.tensors for module in modules]
-    return linears(
-        x,
-        [t["weight"] for t in held],
-        [t["weight_scale"] for t in held],
-        [t["weight_zero_point"] for t in held if t.get("weight_zero_point") is not None],
-        held[0].get("input_scale"),
-        held[0].get("input_zero_point"),
-        [t["bias"] for t in held if t["bias"] is not None],
-        first.in_features,
-        first.scheme,
-    )
+    first = modules[0]
+    return linears(x, [module.tensors for module in modules], first.in_features, first.scheme)
 
 
 def _statics(module: QVLMLinear) -> tuple[Tensor | None, ...]:
@@ -188,7 +179,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _alone(x: Tensor) -> bool:
     """Whether single calls are followed, or nothing tells of writes to x between two."""
-    return not torch.compiler.is_compiling() and (x.is_inference() or transformed())
+    return not torch.compiler.is_compiling() and (x.is_inference() or is_transformed())
 
 
 def _version(x: Tensor) -> int:

@@ -1,12 +1,9 @@
-"""`torch.ops.qvlm_hf.*`: one schema per operator, a plain PyTorch reference, and the kernels that must agree with it."""
+"""`torch.ops.qvlm_hf.*`: a schema, a PyTorch reference and checked kernels for each operator."""
 
-from qvlm_hf.ops import cpu_operator as _cpu  # these register the implementations
-from qvlm_hf.ops import gpu as _gpu
-from qvlm_hf.ops import reference as _reference
+from qvlm_hf.ops import linear as _linear  # registers the operators of linear.py
 from qvlm_hf.ops.attention import decode_attention
-from qvlm_hf.ops.fused import rms_norm
-from qvlm_hf.ops.schema import linear, linears
+from qvlm_hf.ops.norm import rms_norm
 
-__all__ = ["decode_attention", "linear", "linears", "rms_norm"]
+__all__ = ["decode_attention", "rms_norm"]
 
-del _cpu, _gpu, _reference
+del _linear

@@ -1,9 +1,8 @@
-"""`qvlm_hf::decode_attention`: attention of one query token per sequence over cached keys and values, as decoding asks of every layer.
+"""`qvlm_hf::decode_attention`: attention of one query token over cached keys and values.
 
-On CPUs a C++ file computes it for float32 and bfloat16, compiled where it runs and checked before
-it is used, like the kernels of linear layers, and called like them by `cpu_direct`. What it does
-not take, and everything where there is no compiler, is `composed`: the fastest way that PyTorch's
-operators have.
+On CPUs a C++ file computes it for float32 and bfloat16. It is compiled where it runs and checked
+before it is used, like the kernels of linear layers. What it does not take, and everything where
+there is no compiler, is `attend_with_pytorch`: the fastest way that PyTorch's operators have.
 
 Left out: float16, head sizes below 32 and above 256, gradients and dropout in C++.
 
@@ -12,39 +11,30 @@ Legend: B sequences, H query heads, H_kv key heads (H is a multiple), S keys, D 
 
 import functools
 import logging
-import subprocess
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvlm_hf.ops import cpu_direct, cpu_operator, native
-from qvlm_hf.ops.fused import fusible
-from qvlm_hf.ops.schema import LIBRARY
+from qvlm_hf.ops import fast_path, native
+from qvlm_hf.ops.library import can_fuse, define
 
-__all__ = ["composed", "decode_attention", "load"]
+__all__ = ["attend_with_pytorch", "decode_attention", "load"]
 
-_SCHEMA = "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor"
-LIBRARY.define(
-    "decode_attention" + _SCHEMA
-)  # for inference: what torch.compile puts into its graph
-
-_SOURCES = (Path(__file__).with_suffix(".cpp"), Path(__file__).with_name("attention_call.h"))
+_SOURCES = native.sources("attention.cpp", "attention_call.h")
 _FLAGS = (
-    "-O3",
-    "-march=native",
-    "-ffp-contract=fast",
-    "-std=c++20",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
+    *("-O3", "-march=native", "-ffp-contract=fast"),
+    *("-std=c++20", "-fopenmp", "-shared", "-fPIC"),
 )
 _DTYPES = (torch.float32, torch.bfloat16)
 _SIZES = range(32, 257)  # of heads
-_CHECKED = (  # H, H_kv, S, D: groups of every tile, short and several chunks, heads that are no multiple of a vector
-    (8, 1, 300, 64, torch.bfloat16), (7, 7, 16, 33, torch.float32), (6, 2, 129, 128, torch.float32), (34, 2, 40, 80, torch.bfloat16),
-)  # fmt: skip
+# H, H_kv, S, D: groups of every tile, short and several chunks, sizes that are no whole vectors.
+_CHECKED = (
+    (8, 1, 300, 64, torch.bfloat16),
+    (7, 7, 16, 33, torch.float32),
+    (6, 2, 129, 128, torch.float32),
+    (34, 2, 40, 80, torch.bfloat16),
+)
 
 
 def decode_attention(
@@ -72,20 +62,18 @@ def decode_attention(
     if torch.compiler.is_compiling():
         # PyTorch's operators are compiled together with what surrounds them: only what the kernel
         # takes goes past that
-        taken = fusible(query) and query.dtype in _DTYPES and query.shape[-1] in _SIZES
-        return (torch.ops.qvlm_hf.decode_attention.default if taken else composed)(
-            query, key, value, mask, scale
-        )
+        taken = can_fuse(query) and query.dtype in _DTYPES and query.shape[-1] in _SIZES
+        compute = torch.ops.qvlm_hf.decode_attention.default if taken else attend_with_pytorch
+        return compute(query, key, value, mask, scale)
     # `is True`: torch.fx traces with stand-ins that are neither
-    if (
-        query.is_cpu is True
-        and (found := cpu_direct.decode_attention(query, key, value, mask, scale)) is not None
-    ):
-        return found
-    return (_computed if fusible(query) else composed)(query, key, value, mask, scale)
+    if query.is_cpu is True:
+        found = fast_path.decode_attention(query, key, value, mask, scale)
+        if found is not None:
+            return found
+    return (_compute if can_fuse(query) else attend_with_pytorch)(query, key, value, mask, scale)
 
 
-def composed(
+def attend_with_pytorch(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """`decode_attention` of PyTorch's operators; arguments as there.
@@ -99,11 +87,8 @@ def composed(
     if key_heads == heads and query.dtype in (torch.bfloat16, torch.float16):
         scores = torch.matmul(query, key.transpose(-1, -2)) * scale
         if mask is not None:
-            scores = (
-                scores.masked_fill(~mask, float("-inf"))
-                if mask.dtype == torch.bool
-                else scores + mask
-            )
+            closed = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, float("-inf")) if closed else scores + mask
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
         return torch.matmul(weights, value).transpose(1, 2).contiguous()
     rows = query.reshape(batch, key_heads, -1, size)
@@ -115,20 +100,20 @@ def composed(
 
 @functools.cache
 def load() -> str | None:
-    """Lets `cpu_direct.decode_attention` take calls, once per process; returns why it does not, or None."""
+    """Lets `fast_path.decode_attention` take calls, once per process; returns why not, or None."""
     log = logging.getLogger(__name__)
-    if wrong := cpu_operator.load():  # which has warned
+    if wrong := fast_path.load():  # which has warned
         log.info("attention of one token is computed by PyTorch: %s", wrong)
         return wrong
     try:
         library = native.load(_SOURCES, _FLAGS, native.openmp())
-    except (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+    except native.ERRORS as error:
         wrong = str(error)
     else:
-        cpu_direct.use("trial_attention", native.address(library.qvlm_attend))
-        wrong = native.apart(_self_check)
+        fast_path.use("trial_attention", native.address(library.qvlm_attend))
+        wrong = native.in_clean_thread(_self_check)
         if wrong is None:
-            cpu_direct.use("decode_attention", native.address(library.qvlm_attend))
+            fast_path.use("decode_attention", native.address(library.qvlm_attend))
     if wrong is not None:
         log.warning(
             "attention of one token is computed by PyTorch, 1.1 to 1.8 times slower "
@@ -140,63 +125,47 @@ def load() -> str | None:
 
 @torch.no_grad()
 def _self_check() -> str | None:
-    """The first small case that does not come out as PyTorch has it in float64, in words, or None."""
+    """The first small case that differs from PyTorch in float64, in words, or None."""
     generator = torch.Generator().manual_seed(0)
     for heads, key_heads, keys, size, dtype in _CHECKED:
-        shapes = (
-            (2, heads, 1, size),
-            (2, key_heads, keys, size),
-            (2, key_heads, keys, size),
-            (2, 1, 1, keys),
-        )
+        cached = (2, key_heads, keys, size)
         query, key, value, noise = (
-            torch.randn(shape, generator=generator).to(dtype) for shape in shapes
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((2, heads, 1, size), cached, cached, (2, 1, 1, keys))
         )
+        atol = 0.01 if dtype == torch.bfloat16 else 1e-5
         for mask in (None, noise > -1, noise):
-            taken = cpu_direct.trial_attention(query, key, value, mask, 0.3)
-            exact = composed(
-                query.double(),
-                key.double(),
-                value.double(),
-                noise.double() if mask is noise else mask,
-                0.3,
+            y = fast_path.trial_attention(query, key, value, mask, 0.3)
+            exact_mask = noise.double() if mask is noise else mask
+            exact = attend_with_pytorch(
+                query.double(), key.double(), value.double(), exact_mask, 0.3
             )
-            if taken is None or not torch.allclose(
-                taken.double(), exact, rtol=0.01, atol=0.01 if dtype == torch.bfloat16 else 1e-5
-            ):
-                return f"the compiled kernel is wrong for {heads} heads, {key_heads} key heads of {size}, {keys} keys, {dtype}"
+            if y is None or not torch.allclose(y.double(), exact, rtol=0.01, atol=atol):
+                return (
+                    f"the compiled kernel is wrong for {heads} heads, {key_heads} key heads of "
+                    f"{size}, {keys} keys, {dtype}"
+                )
     return None
 
 
-def _computed(
+def _compute(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """By the kernel if it takes the call."""
     if load() is None:
         with torch.no_grad():  # the operator stands below what records gradients
-            found = cpu_direct.decode_attention(query, key, value, mask, scale)
+            found = fast_path.decode_attention(query, key, value, mask, scale)
         if found is not None:
             return found
-    return composed(query, key, value, mask, scale)
+    return attend_with_pytorch(query, key, value, mask, scale)
 
 
-def _no_gradient(*_: object, **__: object) -> None:
-    raise ValueError(
-        "qvlm_hf::decode_attention has no gradient: call it under torch.no_grad(), or "
-        "qvlm_hf.ops.decode_attention."
-    )
-
-
-LIBRARY.impl("decode_attention", composed, "CompositeExplicitAutograd")
-LIBRARY.impl("decode_attention", _computed, "CPU")
-# Only reached where a gradient is wanted: the call itself raises, so that no result is silently
-# detached.
-torch.library.register_autograd(
-    "qvlm_hf::decode_attention", _no_gradient, setup_context=_no_gradient, lib=LIBRARY
+define(  # for inference: what torch.compile puts into its graph
+    "decode_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
+    fake=lambda query, *_: query.new_empty(
+        (*query.shape[:1], *query.shape[2:0:-1], query.shape[3])
+    ),
+    kernels={"CompositeExplicitAutograd": attend_with_pytorch, "CPU": _compute},
+    instead="call it under torch.no_grad(), or qvlm_hf.ops.decode_attention",
 )
-
-
-@torch.library.register_fake("qvlm_hf::decode_attention", lib=LIBRARY)
-def _fake(query: Tensor, *_: object) -> Tensor:
-    batch, heads, tokens, size = query.shape
-    return query.new_empty((batch, tokens, heads, size))

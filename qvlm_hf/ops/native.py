@@ -1,4 +1,6 @@
-"""C++ that is compiled where it runs: once per source, flags, compiler, processor and PyTorch, kept in the user's cache.
+"""C++ that is compiled where it runs and kept in the user's cache.
+
+The key is a hash of sources, flags, compiler, processor and PyTorch.
 
 Where the cache cannot be used, a private folder of the user under the temporary directories keeps
 the library. That happens when the cache is read-only, full, mounted noexec or open to others. A
@@ -28,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
@@ -36,12 +39,21 @@ from typing import Any, TextIO, TypeVar
 
 import torch
 
-__all__ = ["address", "apart", "compiled", "compiler", "load", "load_module", "openmp"]
+__all__ = ["ERRORS", "address", "compiled", "compiler", "in_clean_thread", "load", "load_module"]
+__all__ += ["openmp", "sources"]
+
+# Of `load`: no compiler or a failing one, no folder, a CXX that shlex cannot read, minutes of work.
+ERRORS = (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired)
 
 _SECONDS = 300
 _TEMPORARY = ("/tmp", "/var/tmp")  # a folder in them is made private, and checked
 _ROOM = 64 * 2**20  # bytes: the compiler's temporary files and the library
 T = TypeVar("T")
+
+
+def sources(*names: str) -> tuple[Path, ...]:
+    """Files of the package's C++, the one to compile first."""
+    return tuple(Path(__file__).with_name("csrc") / name for name in names)
 
 
 def load(
@@ -81,7 +93,7 @@ def load_module(
 
     Raises:
         ImportError: it cannot be imported.
-        OSError, RuntimeError, ValueError, subprocess.TimeoutExpired: as in `load`.
+        OSError, RuntimeError, ValueError, subprocess.TimeoutExpired: as in `load` (`ERRORS`).
     """
     return _first_that_works(lambda path: _module(name, str(path)), sources, flags, libraries)
 
@@ -93,8 +105,8 @@ def _module(name: str, path: str) -> ModuleType:
     return module
 
 
-def apart(check: Callable[[], T]) -> T:
-    """What `check` returns in a thread of its own, where the caller's modes, default device, autocast and inference mode do not reach.
+def in_clean_thread(check: Callable[[], T]) -> T:
+    """What `check` returns in a thread that the caller's modes, autocast and defaults do not reach.
 
     A check that one of them changed would speak against a kernel for the rest of the process.
     """
@@ -103,7 +115,7 @@ def apart(check: Callable[[], T]) -> T:
 
 
 def compiled(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
-    """The library for these sources, compiler and processor, from a cache or compiled now; arguments and errors as in `load`."""
+    """The library, from a cache or compiled now; arguments and errors as in `load`."""
     return _first_that_works(lambda path: path, sources, flags, libraries)
 
 
@@ -119,49 +131,38 @@ def _first_that_works(
     command = compiler()
     version = _output(*command, "--version")
     words = (*command, *flags, torch.__version__)
-    identity = [
-        *(path.read_bytes() for path in sources),
-        " ".join(words).encode(),
-        version,
-        _processor(),
-    ]
+    contents = (path.read_bytes() for path in sources)
+    identity = [*contents, " ".join(words).encode(), version, _processor()]
     name = f"{sources[0].stem}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
     refused: list[str] = []
+    compile_to = partial(_compile, [*command, *flags], sources[0], libraries, refused)
     for folder in _folders():
         try:
             target = _private(folder) / name
-            new = _keep(target, [*command, *flags], sources[0], libraries, refused)
+            new = _keep(target, compile_to)
             try:
                 return use(target)
             except (OSError, ImportError):  # damaged, or of another machine: once more
                 target.unlink(missing_ok=True)  # another process may have found it damaged too
                 if new:
                     raise
-                _keep(target, [*command, *flags], sources[0], libraries, refused)
+                _keep(target, compile_to)
                 return use(target)
-        except (
-            OSError,
-            ImportError,
-        ) as error:  # read-only, full, noexec, open to others: the next folder
+        # read-only, full, noexec, open to others: the next folder
+        except (OSError, ImportError) as error:
             refused.append(str(error) if str(folder) in str(error) else f"{folder}: {error}")
     raise OSError(
-        "; ".join(refused)
-        + " (name a directory of yours in XDG_CACHE_HOME that can be written and executed from)"
+        f"{'; '.join(refused)} (name a directory of yours in XDG_CACHE_HOME that can be written "
+        f"and executed from)"
     )
 
 
-def _keep(
-    target: Path,
-    command: Sequence[str],
-    source: Path,
-    libraries: Sequence[str],
-    refused: Sequence[str],
-) -> bool:
+def _keep(target: Path, compile_to: Callable[[Path], None]) -> bool:
     """Compiles the library if it is not there; returns whether it did."""
     if not _intact(target):
         with _alone(target):
             if not _intact(target):  # now, another process may have made it
-                _compile(command, source, libraries, target, refused)
+                compile_to(target)
                 return True
     return False
 
@@ -170,23 +171,17 @@ def _compile(
     command: Sequence[str],
     source: Path,
     libraries: Sequence[str],
-    target: Path,
     refused: Sequence[str],
+    target: Path,
 ) -> None:
     if shutil.disk_usage(target.parent).free < _ROOM:
-        raise OSError(
-            errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)}, compiling takes {_ROOM >> 20} MiB",
-            str(target.parent),
-        )
+        reason = f"{os.strerror(errno.ENOSPC)}, compiling takes {_ROOM >> 20} MiB"
+        raise OSError(errno.ENOSPC, reason, str(target.parent))
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         why = f", because of {'; '.join(refused)}" if refused else ""
-        log = logging.getLogger(__name__)
-        log.warning(
+        logging.getLogger(__name__).warning(
             "compiling %s for this machine, once: up to a minute (kept in %s%s)",
-            source.stem,
-            target.parent,
-            why,
+            *(source.stem, target.parent, why),
         )
         made = Path(folder) / target.name
         # gcc and cc, which PEFT's BOFT leaves in CXX, compile C++ and link without its library
@@ -197,19 +192,16 @@ def _compile(
         if not made.exists():
             raise RuntimeError(f"{command[0]} reported success and wrote nothing")
         code = made.read_bytes()
-        made.write_bytes(
-            code + hashlib.sha256(code).digest()
-        )  # the loader reads what the headers name, not what follows
+        # the loader reads what the headers name, not what follows
+        made.write_bytes(code + hashlib.sha256(code).digest())
         made.chmod(0o755)  # whatever the umask is: what others can write is not loaded
         os.replace(made, target)
 
 
 def _alone(target: Path) -> AbstractContextManager[object]:
-    """Keeps other processes from compiling the same library; after `_SECONDS`, or where there are no locks, it goes on without."""
+    """Keeps other processes from compiling the same, for `_SECONDS`, where there are locks."""
     try:
-        lock = target.with_suffix(".lock").open(
-            "w"
-        )  # closing it lets go, as the end of a process does
+        lock = target.with_suffix(".lock").open("w")  # closed when it is dropped: that lets go
     except OSError:  # where nothing can be written, the compiler says so
         return nullcontext()
     end = time.monotonic() + _SECONDS
@@ -232,7 +224,7 @@ def _taken(lock: TextIO) -> bool:
 
 
 def compiler() -> list[str]:
-    """The command that compiles: CXX, with its flags if it has some, or the first of the usual names.
+    """The command that compiles: CXX, with its flags if it has some, or the first usual name.
 
     Raises:
         RuntimeError: there is none.
@@ -241,19 +233,16 @@ def compiler() -> list[str]:
     for name in asked[:1] or ("c++", "g++", "clang++"):
         if found := shutil.which(name):
             return [found, *asked[1:]]
-    raise RuntimeError(
-        f"CXX={asked[0]} is not there" if asked else "no C++ compiler found: install g++ or set CXX"
-    )
+    if asked:
+        raise RuntimeError(f"CXX={asked[0]} is not there")
+    raise RuntimeError("no C++ compiler found: install g++ or set CXX")
 
 
 def openmp() -> list[str]:
-    """The OpenMP runtime that PyTorch has loaded: a second one would be a second pool of threads."""
+    """The OpenMP runtime that PyTorch has loaded: another would be a second pool of threads."""
     maps = Path("/proc/self/maps").read_text().splitlines()
-    return [
-        path
-        for path in dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps)
-        if "libgomp" in path or "libiomp" in path
-    ][:1]
+    paths = (line.split(maxsplit=5)[-1] for line in maps)
+    return [path for path in paths if "libgomp" in path or "libiomp" in path][:1]
 
 
 def _intact(path: Path) -> bool:
@@ -270,22 +259,18 @@ def _intact(path: Path) -> bool:
 
 
 def _output(*command: str, temporary: str | None = None) -> bytes:
-    """What a command prints; its temporary files go into `temporary`, because the usual folder may be read-only or full."""
+    """What a command prints; temporary files go to `temporary`: /tmp may be read-only or full."""
     environment = None if temporary is None else {**os.environ, "TMPDIR": temporary}
-    done = subprocess.run(
-        command, capture_output=True, timeout=_SECONDS, check=False, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, timeout=_SECONDS, env=environment)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise RuntimeError(
-            f"{Path(command[0]).name} failed: "
-            f"{next((line for line in lines if 'error' in line), lines[-1])}"
-        )
+        first = next((line for line in lines if "error" in line), lines[-1])
+        raise RuntimeError(f"{Path(command[0]).name} failed: {first}")
     return done.stdout
 
 
 def _folders() -> Iterator[Path]:
-    """Where libraries may be kept, the user's cache first; relative paths are ignored, as the XDG specification says."""
+    """Where libraries may be kept, the user's cache first; the XDG rules ignore relative paths."""
     asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
     home = Path(os.path.expanduser("~"))  # Path.home() raises for a user that has no home
     if asked.is_absolute():
@@ -298,7 +283,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _private(folder: Path) -> Path:
-    """The folder without symbolic links, made if need be, when nobody else can change what lies in it.
+    """The folder without symbolic links, made if need be, if nobody else can change what is in it.
 
     Raises:
         OSError: it cannot be made, nothing is loaded from it, or others can write to it or to a
@@ -335,15 +320,13 @@ def _stranger(path: Path) -> str | None:
         return f"it belongs to another user (uid {found.st_uid})"
     sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
     group = found.st_mode & stat.S_IWGRP and not _alone_in(found.st_gid)
-    return (
-        "others can write to it (chmod go-w mends that)"
-        if (found.st_mode & stat.S_IWOTH or group) and not sticky
-        else None
-    )
+    if (found.st_mode & stat.S_IWOTH or group) and not sticky:
+        return "others can write to it (chmod go-w mends that)"
+    return None
 
 
 def _alone_in(group: int) -> bool:
-    """Whether this is the user's private group, as many systems make one for each user and let it write."""
+    """Whether this is the user's private group, which many systems make and let write."""
     import grp  # not at the top: Windows has neither
     import pwd
 
@@ -357,6 +340,4 @@ def _alone_in(group: int) -> bool:
 def _processor() -> bytes:
     """What -march=native depends on."""
     lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    return b"|".join(
-        dict.fromkeys(line for line in lines if line.startswith((b"model name", b"flags")))
-    )
+    return b"|".join(dict.fromkeys(x for x in lines if x.startswith((b"model name", b"flags"))))

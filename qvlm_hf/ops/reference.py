@@ -3,8 +3,8 @@
 The oracle that each kernel is tested against.
 
 It multiplies true integers. They travel in float32 as long as every partial sum stays below 2^24,
-where float32 holds each integer exactly, and in float64 (exact up to 2^53) beyond; so the
-accumulators equal int32 ones bit for bit. Not built for speed: it unpacks the weight at every call.
+where float32 holds each integer exactly, and in float64 (exact up to 2^53) beyond. So the
+accumulators equal int32 ones bit for bit. It is slow: it unpacks the weight at every call.
 
 Legend: M tokens, K in_features, N out_features, G groups of `group_length` inputs, the last one may
 be short.
@@ -17,126 +17,60 @@ from torch import Tensor
 
 from qvlm_hf.format.grids import QParams, QuantizedWeight, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.hadamard import block_hadamard
-from qvlm_hf.format.packing import unpack
-from qvlm_hf.ops.schema import LIBRARY, check_sizes
+from qvlm_hf.format.packing import pack, unpack
+from qvlm_hf.ops.call import CallScheme, Compute, Packed
 
 __all__ = [
-    "dequantize_weight",
+    "dequantize",
     "exact_products",
-    "linear",
-    "linear_input_grad",
+    "find_wrong_case",
+    "input_gradient",
     "linears",
-    "per_module",
     "rms_norm",
 ]
 
 _EXACT_FLOAT32 = 2**24
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    weight_bits: int,
-    activation_bits: int,
-    group_length: int,
-    granularity: str,
-    hadamard: int,
-) -> Tensor:
-    """The reference of `qvlm_hf::linear`; arguments and errors as in `ops.schema.linear`."""
-    check_sizes(in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
-    if not x.dim() or x.shape[-1] != in_features:
-        raise ValueError(
-            f"an input of shape {tuple(x.shape)} does not end in in_features={in_features}."
-        )
-    shape = (weight.shape[0], -(-in_features // group_length))
-    for name, tensor in (("weight_scale", weight_scale), ("weight_zero_point", weight_zero_point)):
+def linears(x: Tensor, weights: Sequence[Packed], scheme: CallScheme) -> list[Tensor]:
+    """The outputs of modules that read the same input; errors as in `ops.linear.linear`."""
+    return [_linear(x, packed, scheme) for packed in weights]
+
+
+def _linear(x: Tensor, packed: Packed, scheme: CallScheme) -> Tensor:
+    k, bits, length = scheme.in_features, scheme.weight_bits, scheme.group_length
+    if not x.dim() or x.shape[-1] != k:
+        raise ValueError(f"an input of shape {tuple(x.shape)} does not end in in_features={k}.")
+    shape = (packed.weight.shape[0], -(-k // length))
+    for name in ("weight_scale", "weight_zero_point"):
+        tensor = getattr(packed, name)
         if tensor is not None and tensor.shape != shape:
             raise ValueError(
                 f"{name} has the shape {tuple(tensor.shape)}, not [out_features, groups] = {shape}."
             )
-    values = block_hadamard(x.float(), hadamard) if hadamard else x.float()
-    a, row_scale = _quantize_input(
-        values, input_scale, input_zero_point, activation_bits, granularity
-    )
-    weight_zero_point = _zero_point(weight_scale, weight_zero_point, weight_bits)
-    integers = unpack(weight, weight_bits, in_features)
+    a, row_scale = _quantize_input(_transform(x.float(), scheme), scheme)
+    zero_point = _zero_point(packed, bits)
+    integers = unpack(packed.weight, bits, k)
     # A floating point input has no exact sums to keep.
-    bound = group_length * (2**activation_bits - 1) * (2**weight_bits - 1)
-    dtype = torch.float64 if granularity != "none" and bound >= _EXACT_FLOAT32 else torch.float32
-    y = a.new_zeros((*a.shape[:-1], weight.shape[0]))
-    for group in range(weight_scale.shape[1]):
-        part = slice(group * group_length, (group + 1) * group_length)
-        shifted = integers[:, part].to(dtype) - weight_zero_point[:, group, None].to(dtype)
+    bound = length * (2**scheme.activation_bits - 1) * (2**bits - 1)
+    exact64 = scheme.granularity != "none" and bound >= _EXACT_FLOAT32
+    dtype = torch.float64 if exact64 else torch.float32
+    y = a.new_zeros((*a.shape[:-1], shape[0]))
+    for group in range(shape[1]):
+        part = slice(group * length, (group + 1) * length)
+        shifted = integers[:, part].to(dtype) - zero_point[:, group, None].to(dtype)
         with exact_products(x):
             sums = a[..., part].to(dtype) @ shifted.T
-        y += sums.float() * weight_scale[:, group].float()
+        y += sums.float() * packed.weight_scale[:, group].float()
     if row_scale is not None:
         y *= row_scale
-    if bias is not None:
-        y += bias.float()
+    if packed.bias is not None:
+        y += packed.bias.float()
     return y.to(x.dtype)
 
 
-def linears(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    weight_scale: Sequence[Tensor],
-    weight_zero_point: Sequence[Tensor],
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bias: Sequence[Tensor],
-    in_features: int,
-    weight_bits: int,
-    activation_bits: int,
-    group_length: int,
-    granularity: str,
-    hadamard: int,
-) -> list[Tensor]:
-    """The reference of `qvlm_hf::linears`, one module after the other; arguments and errors as in `ops.schema.linears`."""
-    modules = per_module(weight, weight_scale, weight_zero_point, bias)
-    sizes = (in_features, weight_bits, activation_bits, group_length, granularity, hadamard)
-    return [
-        linear(x, one, scale, zero, input_scale, input_zero_point, offset, *sizes)
-        for one, scale, zero, offset in modules
-    ]
-
-
-def per_module(
-    weight: Sequence[Tensor],
-    weight_scale: Sequence[Tensor],
-    weight_zero_point: Sequence[Tensor],
-    bias: Sequence[Tensor],
-) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """The tensors of each module from lists of them, an empty list being None for every module.
-
-    Raises:
-        ValueError: the lists have different lengths.
-    """
-    count = len(weight)
-    if (
-        len(weight_scale) != count
-        or len(weight_zero_point) not in (0, count)
-        or len(bias) not in (0, count)
-    ):
-        raise ValueError(
-            f"{count} weights, {len(weight_scale)} weight_scales, {len(weight_zero_point)} "
-            f"weight_zero_points and {len(bias)} biases:"
-            " each list must have one tensor per module (the last two may be empty)."
-        )
-    nothing = (None,) * count
-    return list(
-        zip(weight, weight_scale, weight_zero_point or nothing, bias or nothing, strict=True)
-    )
-
-
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """RMSNorm of the last dimension in float32, rounded to x's dtype before and after `weight`, as LlamaRMSNorm does.
+    """RMSNorm in float32, rounded to x's dtype before and after `weight`, as LlamaRMSNorm does.
 
     Args:
         x: [..., K].
@@ -144,104 +78,132 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         epsilon: added to the mean square.
     """
     values = x.float()
-    return weight * (values * torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)).to(
-        x.dtype
-    )
+    factor = torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
+    return weight * (values * factor).to(x.dtype)
 
 
-def linear_input_grad(
-    grad: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    in_features: int,
-    weight_bits: int,
-    group_length: int,
-    granularity: str,
-    hadamard: int,
-) -> Tensor:
-    """grad [..., N] times the dequantized weight, [..., K] in grad's dtype: the straight-through gradient of the input."""
-    dequantized = dequantize_weight(
-        weight,
-        weight_scale,
-        weight_zero_point,
-        input_scale,
-        in_features,
-        weight_bits,
-        group_length,
-        granularity,
-        hadamard,
-    )
+def input_gradient(grad: Tensor, packed: Packed, scheme: CallScheme) -> Tensor:
+    """grad [..., N] times the dequantized weight, [..., K] in grad's dtype: straight-through."""
+    dequantized = dequantize(packed, scheme)
     with exact_products(grad):
         return (grad.float() @ dequantized).to(grad.dtype)
 
 
 def exact_products(x: Tensor) -> torch.autocast:
-    """Products in the dtype they are written in on x's device: the caller's `torch.autocast` would make them bfloat16 or float16."""
+    """Switches the caller's `torch.autocast` off on x's device: it would make products 16-bit."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def dequantize_weight(
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    input_scale: Tensor | None,
-    in_features: int,
-    weight_bits: int,
-    group_length: int,
-    granularity: str,
-    hadamard: int,
-) -> Tensor:
-    """float32 [N, K]: weight_scale (w - zero_point), a folded input scale divided out, the input transform undone."""
-    zero_point = _zero_point(weight_scale, weight_zero_point, weight_bits)
-    dequantized = QuantizedWeight(
-        unpack(weight, weight_bits, in_features), weight_scale, zero_point, group_length
-    ).dequantize()
-    if input_scale is not None and granularity in ("channel", "none"):
-        dequantized = dequantized / input_scale
-    return block_hadamard(dequantized, hadamard) if hadamard else dequantized
+def dequantize(packed: Packed, scheme: CallScheme) -> Tensor:
+    """float32 [N, K]: weight_scale (w - zero_point), input scale divided out, transform undone."""
+    integers = unpack(packed.weight, scheme.weight_bits, scheme.in_features)
+    zero_point = _zero_point(packed, scheme.weight_bits)
+    quantized = QuantizedWeight(integers, packed.weight_scale, zero_point, scheme.group_length)
+    dequantized = quantized.dequantize()
+    if scheme.input_scale is not None and scheme.granularity in ("channel", "none"):
+        dequantized = dequantized / scheme.input_scale
+    return _transform(dequantized, scheme)
 
 
-def _quantize_input(
-    x: Tensor,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bits: int,
-    granularity: str,
-) -> tuple[Tensor, Tensor | None]:
-    """a (integers as float32, or `x` itself) of x's shape, and r, broadcastable against [..., N], or None for 1."""
-    if granularity == "none":
-        return (x if input_scale is None else x / input_scale), None
-    if granularity == "dynamic_token":
+def _transform(values: Tensor, scheme: CallScheme) -> Tensor:
+    """Times the block Hadamard matrix, which is its own inverse."""
+    return block_hadamard(values, scheme.hadamard) if scheme.hadamard else values
+
+
+def _quantize_input(x: Tensor, scheme: CallScheme) -> tuple[Tensor, Tensor | None]:
+    """a of x's shape (integers as float32, or `x`); r, broadcastable to [..., N], or None for 1."""
+    scale, zero_point, bits = scheme.input_scale, scheme.input_zero_point, scheme.activation_bits
+    if scheme.granularity == "none":
+        return (x if scale is None else x / scale), None
+    if scheme.granularity == "dynamic_token":
         qparams = dynamic_token_qparams(x, bits)
         return shift_quantize(x, qparams), qparams.scale
-    if input_scale is None or input_zero_point is None:
+    if scale is None or zero_point is None:
         raise ValueError(
-            f"granularity {granularity!r} needs input_scale and input_zero_point: the module was "
-            f"not calibrated."
+            f"granularity {scheme.granularity!r} needs input_scale and input_zero_point: the "
+            f"module was not calibrated."
         )
-    if granularity == "channel":
-        return shift_quantize(x, QParams(input_scale, input_zero_point, bits)), None
-    if x.dim() < 2 or x.shape[-2] != input_scale.shape[0]:
+    if scheme.granularity == "channel":
+        return shift_quantize(x, QParams(scale, zero_point, bits)), None
+    if x.dim() < 2 or x.shape[-2] != scale.shape[0]:
         raise ValueError(
-            f"an input of shape {tuple(x.shape)} does not have the {input_scale.shape[0]} "
-            f"positions that 'token' was calibrated for."
+            f"an input of shape {tuple(x.shape)} does not have the {scale.shape[0]} positions that "
+            f"'token' was calibrated for."
         )
-    return shift_quantize(
-        x, QParams(input_scale[:, None], input_zero_point[:, None], bits)
-    ), input_scale[:, None]
+    qparams = QParams(scale[:, None], zero_point[:, None], bits)
+    return shift_quantize(x, qparams), qparams.scale
 
 
-def _zero_point(weight_scale: Tensor, weight_zero_point: Tensor | None, bits: int) -> Tensor:
-    if weight_zero_point is not None:
-        return weight_zero_point
-    return torch.full(
-        weight_scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=weight_scale.device
-    )
+def _zero_point(packed: Packed, bits: int) -> Tensor:
+    if packed.weight_zero_point is not None:
+        return packed.weight_zero_point
+    return torch.full_like(packed.weight_scale, 2 ** (bits - 1), dtype=torch.uint8)
 
 
-LIBRARY.impl("linear", linear, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_reference", linear, "CompositeExplicitAutograd")
-LIBRARY.impl("linears", linears, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_input_grad", linear_input_grad, "CompositeExplicitAutograd")
+def find_wrong_case(
+    compute: Compute,
+    cases: Sequence[tuple[int, int, str, int]],
+    *,
+    device: torch.device | str = "cpu",
+    floating: torch.dtype = torch.float32,
+) -> str | None:
+    """Checks a kernel: the first small random call that it computes otherwise, in words, or None.
+
+    Args:
+        compute: the kernel.
+        cases: weight bits, activation bits, granularity and tokens of each call.
+        device: where the kernel computes.
+        floating: dtype of inputs that are not quantized.
+    """
+
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    generator = torch.Generator().manual_seed(0)
+    for weight_bits, activation_bits, granularity, tokens in cases:
+        x, weights, scheme = _random_call(
+            weight_bits, activation_bits, granularity, tokens, generator
+        )
+        x = x.to(floating if granularity == "none" else torch.float32)
+        there = CallScheme._make((*map(move, scheme[:2]), *scheme[2:]))
+        found = compute(x.to(device), [Packed._make(map(move, one)) for one in weights], there)
+        rtol = 1e-4 if x.dtype == torch.float32 else 2**-7
+        for y, expected in zip(found, linears(x.float(), weights, scheme), strict=True):
+            atol = 1e-5 * float(expected.abs().max())
+            if not torch.allclose(y.float().cpu(), expected, rtol=rtol, atol=atol):
+                return f"W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
+    return None
+
+
+def _random_call(
+    weight_bits: int,
+    activation_bits: int,
+    granularity: str,
+    tokens: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, list[Packed], CallScheme]:
+    """Two modules of 300 inputs in groups of 128."""
+
+    def integers(bits: int, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.randint(0, 2**bits, shape, generator=generator, dtype=dtype)
+
+    def floats(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, dtype=torch.float32)
+
+    weights = [
+        Packed(
+            pack(integers(weight_bits, rows, 300), weight_bits),
+            floats(rows, 3).add(0.5).bfloat16(),
+            integers(weight_bits, rows, 3),
+            floats(rows) - 0.5,
+        )
+        for rows in (70, 5)
+    ]
+    length = {"channel": 300, "token": tokens}.get(granularity)
+    scale = zero_point = None
+    if length is not None:
+        scale = floats(length).add(0.1)
+        zero_point = integers(activation_bits, length, dtype=torch.int32)
+    numbers = (300, weight_bits, activation_bits, 128, granularity, 0)
+    x = torch.randn(tokens, 300, generator=generator, dtype=torch.float32)
+    return x, weights, CallScheme(scale, zero_point, *numbers)

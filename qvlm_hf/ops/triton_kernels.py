@@ -58,7 +58,7 @@ class Layout:
 
     @staticmethod
     def of(in_features: int, group_length: int, weight_bits: int) -> "Layout":
-        """The layout of a module: blocks of 128 inputs, smaller ones for small groups (a slice has at least 32)."""
+        """The layout of a module: blocks of 128 inputs, smaller for small groups (slices >= 32)."""
         least = 32 * _slices(weight_bits, _bytewise(group_length, in_features, weight_bits))
         return Layout(
             in_features,
@@ -89,7 +89,10 @@ class Layout:
 
     @property
     def runs(self) -> bool:
-        """Whether slices are cut out of whole runs of 32 values: a group begins at a word and a row has at least one run."""
+        """Whether slices are cut out of whole runs of 32 values.
+
+        A group begins at a word then, and a row has at least one run.
+        """
         return (
             not self.bytewise
             and (self.groups == 1 or self.group_length % 32 == 0)
@@ -211,10 +214,11 @@ def arrange(
     # the token's statistics by itself.
     parts = max(1, min(8 if tokens <= 64 else 1, number // at_once))
     _arrange[(tokens, parts)](
-        x, other, norm_bias, input_scale, input_zero_point, arranged.values, arranged.sums, arranged.more, arranged.more_sums,
-        arranged.shift, arranged.row_scale, layout.in_features, layout.group_length, number, rows,
-        1 if input_scale is None else input_scale.shape[0], epsilon,
-        BITS=bits, GRANULARITY=granularity, SOURCE=source, HAS_SCALE=input_scale is not None, TERMS=terms, EXTRA=extra, ROUND=_ROUND,
+        x, other, norm_bias, input_scale, input_zero_point, arranged.values, arranged.sums,
+        arranged.more, arranged.more_sums, arranged.shift, arranged.row_scale, layout.in_features,
+        layout.group_length, number, rows, 1 if input_scale is None else input_scale.shape[0],
+        epsilon, BITS=bits, GRANULARITY=granularity, SOURCE=source,
+        HAS_SCALE=input_scale is not None, TERMS=terms, EXTRA=extra, ROUND=_ROUND,
         BLOCK=layout.block, BLOCKS=layout.blocks, SLICES=layout.slices, AT_ONCE=at_once,
         CHUNK=min(2048, triton.next_power_of_2(layout.in_features)), num_warps=4,
     )  # fmt: skip
@@ -256,16 +260,19 @@ def multiply(
         else y
     )
     bytes_ = layout.bytewise
-    _multiply[(triton.cdiv(out_features, tile.out_features), triton.cdiv(tokens, tile.tokens), splits)](
+    grid = (triton.cdiv(out_features, tile.out_features), triton.cdiv(tokens, tile.tokens), splits)
+    _multiply[grid](
         inputs.values, inputs.sums, inputs.more, inputs.more_sums, inputs.shift, inputs.row_scale,
-        weight.view(torch.uint8) if bytes_ else weight, weight_scale, weight_zero_point, bias, partial,
-        tokens, out_features, weight.shape[1] * (4 if bytes_ else 1), layout.groups,
+        weight.view(torch.uint8) if bytes_ else weight, weight_scale, weight_zero_point, bias,
+        partial, tokens, out_features, weight.shape[1] * (4 if bytes_ else 1), layout.groups,
         layout.group_length * layout.weight_bits // (8 if bytes_ else 1), inputs.values.shape[1],
         triton.cdiv(layout.groups if layout.groups > 1 else layout.blocks, splits),
-        BITS=layout.weight_bits, SLICES=layout.slices, BYTEWISE=bytes_, RUNS=layout.runs, WHOLE=layout.whole, BLOCK=layout.block,
-        BLOCKS=layout.blocks, ONE_GROUP=layout.groups == 1, EXTRA=0 if inputs.more is None else inputs.more.shape[0],
-        TERMS=inputs.values.shape[0], FLOATING=inputs.sums is None, SMALL=inputs.bound < 2**22, FLOAT_START=_ROUND, SPLIT=splits > 1,
-        EVEN=out_features % tile.out_features == 0, TN=tile.out_features, TM=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
+        BITS=layout.weight_bits, SLICES=layout.slices, BYTEWISE=bytes_, RUNS=layout.runs,
+        WHOLE=layout.whole, BLOCK=layout.block, BLOCKS=layout.blocks, ONE_GROUP=layout.groups == 1,
+        EXTRA=0 if inputs.more is None else inputs.more.shape[0], TERMS=inputs.values.shape[0],
+        FLOATING=inputs.sums is None, SMALL=inputs.bound < 2**22, FLOAT_START=_ROUND,
+        SPLIT=splits > 1, EVEN=out_features % tile.out_features == 0, TN=tile.out_features,
+        TM=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
         columns = 256
@@ -293,7 +300,7 @@ def _slices(bits: int, bytewise: bool) -> int:
 
 @triton.jit
 def _source(x_ptr, other_ptr, norm_bias_ptr, row, k, exists, mean, factor, SOURCE: tl.constexpr):
-    """Values k of a token before quantizing, as float32, rounded to the inputs' dtype where the model would."""
+    """Float32 values k of a token before quantizing, rounded to its dtype where the model would."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     x = tl.load(x_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
     if SOURCE == "rms_norm":
@@ -341,37 +348,13 @@ def _norm_statistics(x_ptr, row, K, epsilon, SOURCE: tl.constexpr, CHUNK: tl.con
 
 @triton.jit(do_not_specialize=["number", "positions"])
 def _arrange(
-    x_ptr,
-    other_ptr,
-    norm_bias_ptr,
-    input_scale_ptr,
-    input_zero_point_ptr,
-    values_ptr,
-    sums_ptr,
-    more_ptr,
-    more_sums_ptr,
-    shift_ptr,
-    row_scale_ptr,
-    K,
-    L,
-    number,
-    rows,
-    positions,
-    epsilon,
-    BITS: tl.constexpr,
-    GRANULARITY: tl.constexpr,
-    SOURCE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    TERMS: tl.constexpr,
-    EXTRA: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SLICES: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROUND: tl.constexpr,
-):
-    """Program (m, part): statistics of token m, then every `parts`-th run of AT_ONCE of its blocks."""
+    x_ptr, other_ptr, norm_bias_ptr, input_scale_ptr, input_zero_point_ptr, values_ptr, sums_ptr,
+    more_ptr, more_sums_ptr, shift_ptr, row_scale_ptr, K, L, number, rows, positions, epsilon,
+    BITS: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    TERMS: tl.constexpr, EXTRA: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    SLICES: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """Program (m, part): statistics of token m, then every `parts`-th run of AT_ONCE blocks."""
     m = tl.program_id(0)
     row = m.to(tl.int64) * K
     mean, factor = 0.0, 1.0
@@ -486,7 +469,7 @@ def _four_bytes(packed, CODE: tl.constexpr):
 
 @triton.jit
 def _four_values(weight_ptr, run, BITS: tl.constexpr, i: tl.constexpr):
-    """Values 4 i ... 4 i + 3 of runs of 32 values, which are BITS words, in the low bits of a word."""
+    """Values 4 i ... 4 i + 3 of runs of 32 values (BITS words), in the low bits of a word."""
     WORD: tl.constexpr = 4 * BITS * i // 32
     SHIFT: tl.constexpr = 4 * BITS * i % 32
     values = tl.load(weight_ptr + run + WORD).to(tl.uint32, bitcast=True) >> SHIFT
@@ -499,29 +482,11 @@ def _four_values(weight_ptr, run, BITS: tl.constexpr, i: tl.constexpr):
 
 @triton.jit
 def _products(
-    sums,
-    more_sums,
-    zero_point,
-    values_ptr,
-    more_ptr,
-    weight_ptr,
-    n_offset,
-    m_offset,
-    term_stride,
-    row_size,
-    padded,
-    start,
-    block,
-    BITS: tl.constexpr,
-    SLICES: tl.constexpr,
-    BYTEWISE: tl.constexpr,
-    RUNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXTRA: tl.constexpr,
-    TERMS: tl.constexpr,
-    FLOATING: tl.constexpr,
-):
+    sums, more_sums, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset, term_stride,
+    row_size, padded, start, block, BITS: tl.constexpr, SLICES: tl.constexpr,
+    BYTEWISE: tl.constexpr, RUNS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    EXTRA: tl.constexpr, TERMS: tl.constexpr, FLOATING: tl.constexpr,
+):  # fmt: skip
     """Adds one block's products: weights [TN, slice] x inputs [slice, TM] for each slice.
 
     The block starts at `start` in a row, in bytes where slices are cut out of bytes, else in bits.
@@ -597,43 +562,18 @@ def _products(
 
 @triton.jit(do_not_specialize=["M", "per_split"])
 def _multiply(
-    values_ptr,
-    sums_ptr,
-    more_ptr,
-    more_sums_ptr,
-    shift_ptr,
-    row_scale_ptr,
-    weight_ptr,
-    weight_scale_ptr,
-    weight_zero_point_ptr,
-    bias_ptr,
-    y_ptr,
-    M,
-    N,
-    row_size,
-    G,
-    group_start,
-    rows,
-    per_split,
-    BITS: tl.constexpr,
-    SLICES: tl.constexpr,
-    BYTEWISE: tl.constexpr,
-    RUNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    ONE_GROUP: tl.constexpr,
-    EXTRA: tl.constexpr,
-    TERMS: tl.constexpr,
-    FLOATING: tl.constexpr,
-    SMALL: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EVEN: tl.constexpr,
-    FLOAT_START: tl.constexpr,
-    TN: tl.constexpr,
+    values_ptr, sums_ptr, more_ptr, more_sums_ptr, shift_ptr, row_scale_ptr, weight_ptr,
+    weight_scale_ptr, weight_zero_point_ptr, bias_ptr, y_ptr, M, N, row_size, G, group_start, rows,
+    per_split, BITS: tl.constexpr, SLICES: tl.constexpr, BYTEWISE: tl.constexpr, RUNS: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ONE_GROUP: tl.constexpr,
+    EXTRA: tl.constexpr, TERMS: tl.constexpr, FLOATING: tl.constexpr, SMALL: tl.constexpr,
+    SPLIT: tl.constexpr, EVEN: tl.constexpr, FLOAT_START: tl.constexpr, TN: tl.constexpr,
     TM: tl.constexpr,
-):
-    """Program (n, m, split): TN rows of the weight, TM tokens, `per_split` groups, or blocks where there is one group."""
+):  # fmt: skip
+    """Program (n, m, split): TN rows of the weight, TM tokens, `per_split` groups.
+
+    Where there is one group, it is `per_split` blocks.
+    """
     first_n = tl.program_id(0) * TN
     first_m = tl.program_id(1) * TM
     n = first_n + tl.arange(0, TN)
@@ -679,8 +619,9 @@ def _multiply(
         more_inputs = 0
         if BLOCKS == 1:
             sums, more = _products(
-                sums, more, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset, term_stride, row_size, padded,
-                g * group_start, g, BITS, SLICES, BYTEWISE, RUNS, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
+                sums, more, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset,
+                term_stride, row_size, padded, g * group_start, g, BITS, SLICES, BYTEWISE, RUNS,
+                WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
             )  # fmt: skip
             if EXTRA > 0:
                 more_inputs = tl.load(more_sums_ptr + g)
@@ -688,9 +629,10 @@ def _multiply(
             for b in range(first_b, last_b):
                 block = g * BLOCKS + b
                 sums, more = _products(
-                    sums, more, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset, term_stride, row_size, padded,
-                    g * group_start + b * (BLOCK * BITS // (8 if BYTEWISE else 1)), block,
-                    BITS, SLICES, BYTEWISE, RUNS, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
+                    sums, more, zero_point, values_ptr, more_ptr, weight_ptr, n_offset, m_offset,
+                    term_stride, row_size, padded,
+                    g * group_start + b * (BLOCK * BITS // (8 if BYTEWISE else 1)), block, BITS,
+                    SLICES, BYTEWISE, RUNS, WHOLE, BLOCK, EXTRA, TERMS, FLOATING,
                 )  # fmt: skip
                 if not FLOATING:
                     input_sums += tl.load(sums_ptr + block * rows + m)

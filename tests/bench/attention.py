@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.hf.runtime.attention import attend
-from qvlm_hf.ops.attention import composed
+from qvlm_hf.ops.attention import attend_with_pytorch
 
 SIZES = {"LLaVA-1.5-7B": (32, 32, 128), "TinyLlama": (32, 4, 64)}  # heads, key heads, head size
 LAYERS, BYTES = 22, 2**29
@@ -37,7 +37,7 @@ def by_operators(
     scaling: float,
     **_: float,
 ) -> tuple[Tensor, None]:
-    return composed(query, key, value, mask, scaling), None
+    return attend_with_pytorch(query, key, value, mask, scaling), None
 
 
 WAYS = {

@@ -9,17 +9,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from linear_calls import arguments
+from linear_calls import arguments, cpu_kernel
 
-from qvlm_hf.ops import cpu, reference
+import qvlm_hf.ops  # noqa: F401 - registers the operators
 
-WAYS = {"kernels": cpu.linear, "plain PyTorch": reference.linear}
+OPS = torch.ops.qvlm_hf
+WAYS = {"kernels": OPS.linear, "plain PyTorch": OPS.linear_reference}
 
 
 def main() -> None:
     """Prints milliseconds of both ways and their ratio, for layers of two sizes, one token and 64."""
     print(
-        cpu.kernel_name(4096, 4, 8, 128),
+        cpu_kernel(4096, 4, 8, 128),
         f"{torch.get_num_threads()} threads",
         f"torch {torch.__version__}",
     )

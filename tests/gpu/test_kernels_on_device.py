@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+from linear_calls import NAMES, TIGHT, agree, arguments
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -13,7 +14,9 @@ from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.siblings import share_inputs
-from qvlm_hf.ops import gpu, linear, reference
+from qvlm_hf.ops import gpu
+from qvlm_hf.ops.call import numbers_of
+from qvlm_hf.ops.linear import linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,15 +24,14 @@ pytestmark = [
         not torch.cuda.is_available(), reason="needs a CUDA device: PyTorch finds none"
     ),
 ]
-TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 
 @pytest.fixture(scope="module")
 def kernels():
     """The module of kernels, after its self-check on this device."""
-    found = gpu._kernels(torch.cuda.current_device())
-    assert found.module is not None, found.name
-    return found.module
+    name, found, _ = gpu._kernels(torch.cuda.current_device())
+    assert found is not None, name
+    return found
 
 
 def module(
@@ -58,27 +60,12 @@ def module(
         positions=positions,
         device="cuda",
     )
-    groups = scheme.groups(in_features)
-    made.tensors["weight"].data = pack(
-        torch.randint(0, 2**weight_bits, (out_features, in_features)), weight_bits
-    ).cuda()
-    made.weight_scale.data = (
-        ((torch.rand(out_features, groups) + 0.5) / 2 ** (weight_bits + activation_bits))
-        .bfloat16()
-        .cuda()
-    )
-    if not symmetric:
-        made.weight_zero_point.data = torch.randint(
-            0, 2**weight_bits, (out_features, groups), dtype=torch.uint8
-        ).cuda()
-    if made.input_zero_point is not None:
-        made.input_scale.data = (
-            torch.rand(made.input_scale.shape) * 8 / 2**activation_bits + 0.01
-        ).cuda()
-        made.input_zero_point.data = torch.randint(
-            0, 2**activation_bits, made.input_scale.shape, dtype=torch.int32
-        ).cuda()
-    made.bias.data = torch.randn(out_features, dtype=dtype, device="cuda")
+    length = scheme.group_length(in_features)
+    sizes = out_features, in_features, length, positions, symmetric, dtype
+    call = arguments(weight_bits, activation_bits, granularity, *sizes)
+    for name, tensor in zip(NAMES, call, strict=False):
+        if tensor is not None:
+            made.tensors[name].data = tensor.cuda()
     return made
 
 
@@ -87,10 +74,7 @@ def compare(made, x):
     made.reference = True
     expected = made(x)
     made.reference = False
-    assert (y.shape, y.dtype) == (expected.shape, x.dtype)
-    assert (y.float() - expected.float()).abs().max() <= TIGHT[
-        x.dtype
-    ] * expected.float().abs().max()
+    agree(y, expected)
 
 
 def test_the_kernels_run_here_and_are_named(kernels):
@@ -265,22 +249,16 @@ def test_the_same_call_gives_the_same_bits(kernels):
 @pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
 def test_what_pytorch_asks_of_an_operator(kernels, granularity):
     made = module(4, 8, granularity, 96, 128, 64, positions=3, dtype=torch.float32)
-    s = made.scheme
-    arguments = (
-        torch.randn(2, 3, 128, device="cuda", requires_grad=True), made.weight, made.weight_scale, made.weight_zero_point, made.input_scale,
-        made.input_zero_point, made.bias, 128, s.weight_bits, s.activation_bits, s.group_length(128), s.granularity, 0,
-    )  # fmt: skip
+    x = torch.randn(2, 3, 128, device="cuda", requires_grad=True)
+    tensors = (made.tensors.get(name) for name in NAMES)
+    arguments = x, *tensors, *numbers_of(128, made.scheme)
     torch.library.opcheck(torch.ops.qvlm_hf.linear.default, arguments)
 
 
 def test_shapes_strides_and_empty_batches(kernels):
     made = module(4, 8, "dynamic_token", 30, 64, 64, dtype=torch.float32)
-    for x in (
-        torch.randn(64),
-        torch.randn(0, 64),
-        torch.randn(64, 5).T,
-        torch.randn(3, 2, 128)[..., ::2],
-    ):
+    inputs = torch.randn(64), torch.randn(0, 64), torch.randn(64, 5).T
+    for x in (*inputs, torch.randn(3, 2, 128)[..., ::2]):
         y = made(x.cuda())
         assert y.shape == (*x.shape[:-1], 30)
         if y.numel():
@@ -322,10 +300,6 @@ def test_what_the_kernels_do_not_take_the_reference_computes(kernels):
     made = module(8, 8, "channel", 8, 2**15, -1, dtype=torch.float32)
     assert made.kernel == f"reference (a sum over {2**15} inputs can leave int32)"
     x = torch.randn(2, 2**15, device="cuda")
-    made_by_reference = reference.linear(
-        x, made.weight, made.weight_scale, made.weight_zero_point, made.input_scale, made.input_zero_point, made.bias,
-        2**15, 8, 8, 2**15, "channel", 0,
-    )  # fmt: skip
-    assert torch.equal(made(x), made_by_reference)
+    assert torch.equal(made(x), linear(x, made.tensors, 2**15, made.scheme, reference=True))
     with pytest.raises(ValueError, match="does not end in in_features"):
-        linear(x[:, :5], made.weight, made.weight_scale, None, None, None, None, 2**15, made.scheme)
+        linear(x[:, :5], made.tensors, 2**15, made.scheme)

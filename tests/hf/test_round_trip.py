@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from linear_calls import cpu_kernel
 from safetensors import safe_open
 from tiny_models import save_tiny
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
 from qvlm_hf import CalibrationReport, QVLMConfig, QVLMLinear, quantize_model, save_quantized
-from qvlm_hf.ops.cpu import kernel_name
 
 TESTS = Path(__file__).parents[1]
 
@@ -63,7 +63,7 @@ def test_a_fresh_process_answers_bit_for_bit_the_same(
     assert after["report"] is None
     assert after["trainable"] == []
     # "rounded" has an 8-bit head, so nothing is left in full precision
-    kernel = kernel_name(128, 4, 4, 64).split()[0]
+    kernel = cpu_kernel().split()[0]
     assert after["rows"] == ({kernel} if kind == "rounded" else {kernel, "torch"})
 
 
@@ -296,7 +296,7 @@ def test_precision_table_and_backends(saved: dict) -> None:
         kernels[name] = {
             row.kernel for row in qvlm_hf.precision_table(model) if row.module != "lm_head"
         }
-    assert kernels == {"reference": {"reference"}, "auto": {kernel_name(128, 4, 4, 64)}}
+    assert kernels == {"reference": {"reference"}, "auto": {cpu_kernel()}}
 
 
 @pytest.mark.parametrize("kind", ["rounded", "dynamic", "searched", "rotated", "paper"])

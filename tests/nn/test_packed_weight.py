@@ -12,7 +12,7 @@ from torch import nn
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.packed_weight import FloatForm, PackedWeight
-from qvlm_hf.ops import cpu_direct
+from qvlm_hf.ops import fast_path
 
 SCHEME = QuantScheme(weight_bits=4, activation_bits=8, group_size=32, granularity="dynamic_token")
 REFUSED = (
@@ -149,13 +149,13 @@ def test_the_forward_pass_never_meets_it(module, monkeypatch):
     with torch.no_grad():
         expected = module(x)
     monkeypatch.setattr(PackedWeight, "__torch_function__", None)
-    seen, direct = [], cpu_direct.linears
+    seen, direct = [], fast_path.linears
 
     def linears(*arguments):
         seen.append([type(tensor) for tensor in arguments[1]])
         return direct(*arguments)
 
-    monkeypatch.setattr(cpu_direct, "linears", linears)
+    monkeypatch.setattr(fast_path, "linears", linears)
     with torch.no_grad():
         assert torch.equal(module(x), expected)
     assert seen == [[nn.Parameter]]

@@ -7,66 +7,31 @@ Not collected by itself: test_triton.py runs it in a process of its own. By hand
 import pytest
 import torch
 from interpreted_triton import kernels
+from linear_calls import OPS, TIGHT, agree, arguments, lists
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qvlm_hf.format.grids import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.packing import pack
-from qvlm_hf.ops import gpu, reference
+from qvlm_hf.ops import gpu
+from qvlm_hf.ops.call import parse
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
 )  # rows that nobody reads hold anything, infinities too
 
-TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 CPU = torch.device("cpu")
 HOPPER = gpu.Device((9, 0), 8)
 
 
-def arguments(
-    weight_bits,
-    activation_bits,
-    granularity,
-    out_features,
-    in_features,
-    group_length,
-    positions,
-    symmetric=False,
-    dtype=torch.float32,
-):
-    groups = -(-in_features // group_length)
-    statics = {"channel": in_features, "token": positions}.get(granularity)
-    return [
-        pack(torch.randint(0, 2**weight_bits, (out_features, in_features)), weight_bits),
-        ((torch.rand(out_features, groups) + 0.5) / 2 ** (weight_bits + activation_bits)).bfloat16(),
-        None if symmetric else torch.randint(0, 2**weight_bits, (out_features, groups), dtype=torch.uint8),
-        None if statics is None else torch.rand(statics) * 8 / 2**activation_bits + 0.01,
-        None if statics is None else torch.randint(0, 2**activation_bits, (statics,), dtype=torch.int32),
-        torch.randn(out_features).to(dtype),
-        in_features, weight_bits, 16 if granularity == "none" else activation_bits, group_length, granularity, 0,
-    ]  # fmt: skip
+def computed(x, *calls, device=HOPPER):
+    """The outputs for flat arguments of modules that share an input."""
+    _, weights, scheme = parse((x, *lists(*calls)))
+    return gpu.compute(kernels, device, x, weights, scheme)
 
 
-def computed(x, rest, device=HOPPER):
-    weight, weight_scale, weight_zero_point, input_scale, input_zero_point, bias, *sizes = rest
-    return gpu.run(
-        kernels,
-        device,
-        x,
-        [(weight, weight_scale, weight_zero_point, bias)],
-        input_scale,
-        input_zero_point,
-        *sizes,
-    )[0]
-
-
-def compare(x, rest, device=HOPPER):
-    expected, y = reference.linear(x, *rest), computed(x, rest, device)
-    assert (y.shape, y.dtype) == (expected.shape, x.dtype)
-    if y.numel():
-        assert (y.float() - expected.float()).abs().max() <= TIGHT[
-            x.dtype
-        ] * expected.float().abs().max()
+def compare(x, rest):
+    agree(computed(x, rest)[0], OPS.linear_reference(x, *rest))
 
 
 # K, L, tokens, N, dtype: a short last group, of whole runs of 32 values and not, groups at odd bits, whole rows and groups of several
@@ -94,17 +59,8 @@ def test_equals_the_reference(weight_bits, activation_bits):
             (weight_bits + activation_bits + turn) % len(SIZES)
         ]
         symmetric = (weight_bits + turn) % 2 == 0
-        rest = arguments(
-            weight_bits,
-            activation_bits,
-            granularity,
-            out_features,
-            in_features,
-            length,
-            tokens,
-            symmetric,
-            dtype,
-        )
+        bits, sizes = (weight_bits, activation_bits), (out_features, in_features, length)
+        rest = arguments(*bits, granularity, *sizes, tokens, symmetric, dtype)
         compare((torch.randn(2, tokens, in_features) * 2).to(dtype), rest)
 
 
@@ -112,7 +68,7 @@ def test_equals_the_reference(weight_bits, activation_bits):
 @pytest.mark.parametrize("scaled", [False, True])
 def test_floating_inputs(dtype, scaled):
     """A scaled 16-bit input is two terms of 8 bits each: more than its own dtype holds."""
-    rest = arguments(4, 16, "none", 40, 264, 128, 3, dtype=dtype)
+    rest = list(arguments(4, 16, "none", 40, 264, 128, 3, dtype=dtype))
     rest[3] = torch.rand(264) + 0.1 if scaled else None
     x = torch.randn(3, 264).to(dtype)
     compare(x, rest)
@@ -142,22 +98,18 @@ def test_sums_are_exact(weight_bits, activation_bits, granularity, tokens):
             None, 512, weight_bits, activation_bits, length, granularity, 0,
         )  # fmt: skip
         layout = kernels.Layout.of(512, length, weight_bits)
-        assert (
-            gpu.splits_of(HOPPER, layout, tokens, 96, gpu.tile_of(HOPPER, tokens, torch.int8)) > 1
-        )
+        tile = gpu.tile_of(HOPPER, tokens, torch.int8)
+        assert gpu.splits_of(HOPPER, layout, tokens, 96, tile) > 1
         exact = x.long() @ (integers - 1).T
-        assert torch.equal(computed(x, rest).long(), exact)
+        assert torch.equal(computed(x, rest)[0].long(), exact)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 20])
 def test_modules_of_one_input_are_computed_as_each_by_itself(tokens):
     x = torch.randn(tokens, 200)
-    cases = [
-        arguments(4, 8, "dynamic_token", out_features, 200, 64, tokens) for out_features in (35, 8)
-    ]
-    modules = [(rest[0], rest[1], rest[2], rest[5]) for rest in cases]
-    together = gpu.run(kernels, HOPPER, x, modules, None, None, *cases[0][6:])
-    assert all(torch.equal(y, computed(x, rest)) for y, rest in zip(together, cases, strict=True))
+    cases = [arguments(4, 8, "dynamic_token", n, 200, 64, tokens, seed=n) for n in (35, 8)]
+    alone = [computed(x, rest)[0] for rest in cases]
+    assert all(torch.equal(y, one) for y, one in zip(computed(x, *cases), alone, strict=True))
 
 
 def order(layout):
@@ -210,24 +162,15 @@ def fused_cases(dtype):
     x, up = torch.randn(3, 200, dtype=dtype) * 2, torch.randn(3, 200, dtype=dtype)
     rms = LlamaRMSNorm(200, eps=1e-5).to(dtype)
     layer = torch.nn.LayerNorm(200, eps=1e-5, dtype=dtype)
-    mlp = LlamaMLP(LlamaConfig(hidden_size=200, intermediate_size=200, num_attention_heads=4)).to(
-        dtype
-    )
-    mlp.gate_proj, mlp.up_proj, mlp.down_proj = (
-        torch.nn.Identity(),
-        torch.nn.Identity(),
-        torch.nn.Identity(),
-    )
+    config = LlamaConfig(hidden_size=200, intermediate_size=200, num_attention_heads=4)
+    mlp = LlamaMLP(config).to(dtype)
+    mlp.gate_proj, mlp.down_proj = torch.nn.Identity(), torch.nn.Identity()
     with torch.no_grad():
         for parameter in (rms.weight, layer.weight, layer.bias):
             parameter.copy_(torch.randn(200))
     yield "rms_norm", x, rms(x), {"other": rms.weight, "epsilon": 1e-5}
-    yield (
-        "layer_norm",
-        x,
-        layer(x),
-        {"other": layer.weight, "norm_bias": layer.bias, "epsilon": 1e-5},
-    )
+    fused = {"other": layer.weight, "norm_bias": layer.bias, "epsilon": 1e-5}
+    yield "layer_norm", x, layer(x), fused
     mlp.up_proj = torch.nn.Linear(200, 200, bias=False, dtype=dtype)
     mlp.up_proj.forward = lambda _: up
     yield "swiglu", x, mlp(x), {"other": up}
@@ -239,44 +182,32 @@ def test_fused_quantizers_round_where_the_model_rounds(dtype):
     """In 16 bits what is quantized must be the values of the model, in float32 up to its last places."""
     layout = kernels.Layout.of(200, 64, 8)
     for source, x, expected, fused in fused_cases(dtype):
-        values = kernels.arrange(x, layout, 16, "none", rows=16, source=source, **fused).values[
-            0, :3, order(layout)
-        ]
+        arranged = kernels.arrange(x, layout, 16, "none", rows=16, source=source, **fused)
+        values = arranged.values[0, :3, order(layout)]
         if dtype == torch.float32:
             torch.testing.assert_close(values, expected, rtol=3e-6, atol=3e-6)
         else:
             # the variance is a sum without an order: its last place may move a value across a
             # rounding boundary, one in a thousand here
             assert (values != expected).float().mean() <= 0.003, source
-            assert ((values - expected).abs() <= torch.finfo(dtype).eps * expected.abs()).all(), (
-                source
-            )
-        for granularity in (
-            ("channel", "dynamic_token") if dtype == torch.bfloat16 else ("dynamic_token",)
-        ):
-            scale = torch.rand(200) * 0.05 + 0.01 if granularity == "channel" else None
-            zero = (
-                torch.randint(0, 256, (200,), dtype=torch.int32)
-                if granularity == "channel"
-                else None
-            )
-            one = kernels.arrange(
-                x, layout, 8, granularity, scale, zero, rows=16, source=source, **fused
-            )
-            two = kernels.arrange(values.contiguous(), layout, 8, granularity, scale, zero, rows=16)
+            allowed = torch.finfo(dtype).eps * expected.abs()
+            assert ((values - expected).abs() <= allowed).all(), source
+        for granularity in ("channel", "dynamic_token"):
+            grid = None, None
+            if granularity == "channel":
+                zero_point = torch.randint(0, 256, (200,), dtype=torch.int32)
+                grid = torch.rand(200) * 0.05 + 0.01, zero_point
+            sizes = layout, 8, granularity, *grid
+            one = kernels.arrange(x, *sizes, rows=16, source=source, **fused)
+            two = kernels.arrange(values.contiguous(), *sizes, rows=16)
             assert torch.equal(one.values[0, :3], two.values[0, :3])
             assert torch.equal(one.sums[:, :3], two.sums[:, :3])
 
 
 def test_shapes_and_strides():
-    rest = arguments(4, 8, "dynamic_token", 30, 64, 64, 1)
-    for x in (
-        torch.randn(64),
-        torch.randn(0, 64),
-        torch.randn(2, 0, 64),
-        torch.randn(64, 5).T,
-        torch.randn(3, 2, 128)[..., ::2],
-    ):
+    rest = list(arguments(4, 8, "dynamic_token", 30, 64, 64, 1))
+    inputs = [torch.randn(shape) for shape in ((64,), (0, 64), (2, 0, 64))]
+    for x in (*inputs, torch.randn(64, 5).T, torch.randn(3, 2, 128)[..., ::2]):
         compare(x, rest)
     positions = arguments(4, 4, "token", 30, 64, 64, 3)
     compare(torch.randn(3, 2, 64).transpose(0, 1), positions)
@@ -312,23 +243,16 @@ def test_more_tokens_than_offsets_reach(monkeypatch):
 
 
 def test_parts_of_k_are_never_empty():
-    for in_features, length in (
-        (4096, 128),
-        (4096, 4096),
-        (11008, 128),
-        (13824, 64),
-        (200, 13),
-        (5120, 256),
-    ):
+    sizes = ((4096, 128), (4096, 4096), (11008, 128), (13824, 64), (200, 13), (5120, 256))
+    for in_features, length in sizes:
         for weight_bits in (2, 4, 5, 8):
             layout = kernels.Layout.of(in_features, length, weight_bits)
             units = layout.groups if layout.groups > 1 else layout.blocks
             for processors in (1, 8, 108, 170):
                 device = gpu.Device((8, 0), processors)
                 for tokens in (1, 16, 64, 608):
-                    splits = gpu.splits_of(
-                        device, layout, tokens, 4096, gpu.tile_of(device, tokens, torch.int8)
-                    )
+                    tile = gpu.tile_of(device, tokens, torch.int8)
+                    splits = gpu.splits_of(device, layout, tokens, 4096, tile)
                     each = -(-units // splits)
                     assert splits >= 1
                     assert (splits - 1) * each < units <= splits * each

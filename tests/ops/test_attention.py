@@ -1,103 +1,74 @@
 """`decode_attention`: the kernel against attention in float64, and who gets PyTorch's operators instead."""
 
-import importlib
-import os
 import shutil
-import subprocess
-import sys
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
 from attention_calls import compare, exact, tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from linear_calls import NO_COMPILER, OPS, needs_compiler, run_python, with_threads
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn import functional
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from qvlm_hf.ops import attention, cpu_direct, cpu_operator, decode_attention
+from qvlm_hf.ops import attention, decode_attention, fast_path
 
-OPS = torch.ops.qvlm_hf
+pytestmark = needs_compiler
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def loaded():
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no compiler")
     assert attention.load() is None
 
 
 @torch.no_grad()
 def direct(*arguments):
-    return cpu_direct.decode_attention(*arguments)
+    return fast_path.decode_attention(*arguments)
 
 
 @pytest.fixture
 def by_pytorch(monkeypatch):
     """A list that grows by one with every call that PyTorch's operators compute."""
     calls = []
-    composed = attention.composed
-    monkeypatch.setattr(
-        attention, "composed", lambda *arguments: calls.append(1) or composed(*arguments)
-    )
+    compute = attention.attend_with_pytorch
+    counted = lambda *arguments: calls.append(1) or compute(*arguments)  # noqa: E731
+    monkeypatch.setattr(attention, "attend_with_pytorch", counted)
     return calls
+
+
+VIEWS = {
+    "contiguous": lambda t: t,
+    "static cache": lambda t: pad(t, (0, 0, 0, 5), value=torch.nan)[:, :, : t.shape[2]],
+    "positions first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "part of a row": lambda t: pad(t, (3, 4), value=torch.nan)[..., 3:-4],
+}
 
 
 @st.composite
 def calls(draw):
     """Arguments with the strides of caches and views, and every form of mask."""
-    key_heads, group, batch = (
-        draw(st.integers(1, 3)),
-        draw(st.sampled_from([1, 2, 3, 4, 7, 8, 17])),
-        draw(st.integers(1, 2)),
-    )
-    keys, size = (
-        draw(st.sampled_from([1, 2, 15, 16, 17, 127, 128, 129, 300])),
-        draw(st.sampled_from([32, 33, 40, 64, 72, 80, 128, 200, 256])),
-    )
-    dtype, seed, heads = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99)), key_heads * group
-    query, key, value = tensors(heads, key_heads, keys, size, dtype, batch, seed)
-    view = draw(
-        st.sampled_from(
-            [
-                "contiguous",
-                "static cache",
-                "positions first",
-                "one sequence for all",
-                "part of a row",
-            ]
-        )
-    )
-    if view == "static cache":
-        key, value = (
-            torch.nn.functional.pad(t, (0, 0, 0, 5), value=torch.nan)[:, :, :keys]
-            for t in (key, value)
-        )
-    if view == "positions first":
-        query, key, value = (
-            t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)
-        )
-    if view == "one sequence for all":
+    key_heads, batch = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    heads = key_heads * draw(st.sampled_from([1, 2, 3, 4, 7, 8, 17]))
+    keys = draw(st.sampled_from([1, 2, 15, 16, 17, 127, 128, 129, 300]))
+    size = draw(st.sampled_from([32, 33, 40, 64, 72, 80, 128, 200, 256]))
+    seed = draw(st.integers(0, 99))
+    given = tensors(heads, key_heads, keys, size, draw(st.sampled_from(DTYPES)), batch, seed)
+    query, key, value = map(draw(st.sampled_from(list(VIEWS.values()))), given)
+    if draw(st.booleans()):  # one sequence for all
         key, value = (t[:1].expand(batch, -1, -1, -1) for t in (key, value))
-    if view == "part of a row":
-        query, key, value = (
-            torch.nn.functional.pad(t, (3, 4), value=torch.nan)[..., 3:-4]
-            for t in (query, key, value)
-        )
     form = draw(st.sampled_from([None, torch.bool, torch.float32, torch.bfloat16]))
     mask = None
     if form is not None:
         shape = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads])), 1, keys
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        mask = (
-            noise > draw(st.sampled_from([-1.0, 1.0]))
-            if form == torch.bool
-            else noise.masked_fill(noise > 1, -torch.inf).to(form)
-        )
+        mask = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        if form == torch.bool:
+            mask = mask > draw(st.sampled_from([-1.0, 1.0]))
+        else:
+            mask = mask.masked_fill(mask > 1, -torch.inf).to(form)
         if draw(st.booleans()):
             mask = mask.expand(batch, heads, 1, keys)
     return query, key, value, mask, draw(st.sampled_from([size**-0.5, 1.0]))
@@ -117,9 +88,7 @@ def test_no_further_from_it_than_pytorch(dtype, heads, key_heads, size):
         expected, _ = exact(query, key, value, None, size**-0.5)
         every = (t.repeat_interleave(heads // key_heads, 1) for t in (key, value))
         ours.append(decode_without_gradient(query, key, value) - expected)
-        theirs.append(
-            functional.scaled_dot_product_attention(query, *every).transpose(1, 2) - expected
-        )
+        theirs.append(scaled_dot_product_attention(query, *every).transpose(1, 2) - expected)
     ours, theirs = (torch.stack(errors).abs() for errors in (ours, theirs))
     assert ours.mean() <= theirs.mean()
     assert ours.max() <= theirs.max()
@@ -137,7 +106,7 @@ def test_rows_without_a_key_are_zero_and_the_lowest_number_is_no_infinity(dtype)
     lowest = torch.full((2, 1, 1, 200), torch.finfo(dtype).min, dtype=dtype)
     for mask in (closed, torch.full_like(lowest, -torch.inf), lowest):
         ours = direct(query, key, value, mask, 0.2)
-        theirs = functional.scaled_dot_product_attention(
+        theirs = scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=0.2
         ).transpose(1, 2)
         torch.testing.assert_close(ours, theirs, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
@@ -176,13 +145,7 @@ def test_scores_far_apart_and_far_from_zero():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_with_any_number_of_threads(dtype):
     query, key, value = tensors(8, 2, 1000, 64, dtype)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(direct(query, key, value, None, 0.1))
-    finally:
-        torch.set_num_threads(threads)
+    found = with_threads(lambda: direct(query, key, value, None, 0.1))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -214,12 +177,7 @@ def test_nothing_for_what_is_not_ordinary(call):
 def test_pytorch_computes_what_the_kernel_does_not_take(mask, dtype, key_heads, by_pytorch):
     query, key, value = tensors(4, key_heads, 9, 16, dtype)
     noise = torch.randn(2, 4 if mask == "per head" else 1, 1, 9)
-    given = {
-        None: None,
-        "boolean": noise > 0,
-        "additive": noise.to(dtype),
-        "per head": noise.to(dtype),
-    }[mask]
+    given = {None: None, "boolean": noise > 0}.get(mask, noise.to(dtype))
     ours = decode_without_gradient(query, key, value, given, 0.3)
     expected, _ = exact(query, key, value, given, 0.3)
     assert by_pytorch == [1]
@@ -253,25 +211,18 @@ def test_gradients_and_transformations_see_the_operators_of_pytorch(by_pytorch):
         torch.testing.assert_close(
             torch.jit.trace(lambda q: decode_attention(q, key, value), query)(query), expected
         )
-        nodes = [
-            node.target
-            for node in make_fx(lambda q: decode_attention(q, key, value))(query).graph.nodes
-        ]
+        graph = make_fx(lambda q: decode_attention(q, key, value))(query).graph
+        nodes = [node.target for node in graph.nodes]
         assert not any("qvlm_hf" in str(target) for target in nodes)
         assert any("attention" in str(target) for target in nodes)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = decode_attention(mode.from_tensor(query), key, value)
-        assert (fake.shape, fake.stride(), fake.dtype) == (
-            expected.shape,
-            expected.stride(),
-            expected.dtype,
-        )
+        assert (fake.shape, fake.dtype) == (expected.shape, expected.dtype)
+        assert fake.stride() == expected.stride()
         count = len(by_pytorch)
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(query.detach(), torch.ones_like(query))
-            with suppress(
-                NotImplementedError
-            ):  # PyTorch's own attention may have no such derivative
+            with suppress(NotImplementedError):  # PyTorch's own attention may have none
                 decode_attention(dual, key, value)
         assert len(by_pytorch) == count + 1
 
@@ -315,9 +266,9 @@ def test_a_gradient_through_the_operator_is_refused():
 
 @pytest.fixture
 def fresh():
-    assert cpu_operator.load() is None  # kept: what a test changes shall not fail this for good
+    assert fast_path.load() is None  # kept: what a test changes shall not fail this for good
     attention.load.cache_clear()
-    cpu_direct.use("decode_attention", 0)
+    fast_path.use("decode_attention", 0)
     yield
     attention.load.cache_clear()
     assert attention.load() is None  # the kernel takes calls again
@@ -326,13 +277,14 @@ def fresh():
 def test_without_a_compiler_pytorch_computes(monkeypatch, tmp_path, fresh, by_pytorch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert attention.load() == "no C++ compiler found: install g++ or set CXX"
+    assert attention.load() == NO_COMPILER
     with torch.no_grad():
         torch.testing.assert_close(
             decode_attention(Q, K, V), exact(Q, K, V, None, 32**-0.5)[0].float()
         )
         assert torch.equal(
-            OPS.decode_attention(Q, K, V, None, 0.2), attention.composed(Q, K, V, None, 0.2)
+            OPS.decode_attention(Q, K, V, None, 0.2),
+            attention.attend_with_pytorch(Q, K, V, None, 0.2),
         )
     assert len(by_pytorch) == 3
     monkeypatch.undo()
@@ -340,7 +292,7 @@ def test_without_a_compiler_pytorch_computes(monkeypatch, tmp_path, fresh, by_py
 
 def test_a_wrong_kernel_takes_no_calls(monkeypatch, fresh, caplog):
     monkeypatch.setattr(
-        attention, "composed", lambda query, *_: torch.zeros_like(query).transpose(1, 2)
+        attention, "attend_with_pytorch", lambda query, *_: torch.zeros_like(query).transpose(1, 2)
     )
     assert (
         attention.load()
@@ -355,7 +307,7 @@ def test_a_wrong_kernel_takes_no_calls(monkeypatch, fresh, caplog):
 
 
 def test_a_kernel_that_cannot_be_compiled_is_spoken_of(monkeypatch, fresh, caplog):
-    assert cpu_operator.load() is None  # these can
+    assert fast_path.load() is None  # these can
     monkeypatch.setattr(attention, "_FLAGS", ("-std=c++1",))
     assert "failed" in attention.load()
     (record,) = [record for record in caplog.records if record.name == attention.__name__]
@@ -369,21 +321,4 @@ def test_lesser_processors_compute_the_same(flags, tmp_path):
     """SSE2, and AVX2 where this processor has it, compiled for the purpose."""
     if flags and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         pytest.skip("no AVX2 here")
-    script = Path(__file__).with_name("narrow_attention.py")
-    path = os.pathsep.join(
-        [str(Path(importlib.import_module("qvlm_hf").__file__).parents[1]), str(script.parents[1])]
-    )
-    done = subprocess.run(
-        [sys.executable, str(script), *flags],
-        env={**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_source_travels_with_the_package():
-    for source in attention._SOURCES:
-        assert source.is_file()
-        assert source.parent == Path(attention.__file__).parent
+    run_python("import narrow_attention", *flags, XDG_CACHE_HOME=str(tmp_path))

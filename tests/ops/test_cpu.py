@@ -4,142 +4,116 @@ import errno
 import hashlib
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_calls import arguments
+from linear_calls import (
+    DTYPES,
+    GRANULARITIES,
+    NO_COMPILER,
+    OPS,
+    agree,
+    arguments,
+    cpu_kernel,
+    has_compiler,
+    lists,
+    needs_compiler,
+    run_python,
+    with_threads,
+)
 
 from qvlm_hf.format.packing import pack
-from qvlm_hf.ops import cpu, cpu_operator, native, reference
+from qvlm_hf.ops import attention, cpu, fast_path, native
 
-SOON_COMPILED = (
-    "-O0",
-    *(flag for flag in cpu._FLAGS[1:] if flag != "-march=native"),
-)  # portable: 2 seconds instead of 10
-TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+# portable: 2 seconds instead of 10
+SOON_COMPILED = ("-O0", *(flag for flag in cpu._FLAGS[1:] if flag != "-march=native"))
 
 
 def compare(x, rest):
-    expected, y = reference.linear(x, *rest).float(), cpu.linear(x, *rest).float()
-    assert y.shape == expected.shape
-    if y.numel():
-        assert (y - expected).abs().max() <= TIGHT[x.dtype] * expected.abs().max()
+    agree(OPS.linear(x, *rest), OPS.linear_reference(x, *rest))
 
 
 @pytest.fixture
-def fresh_kernels():
-    """Whatever a test finds out about kernels, others find out again."""
+def fresh_kernels(monkeypatch, tmp_path):
+    """An empty cache; whatever a test finds out about kernels, others find out again."""
+    fast_path.load()  # kept: what a test changes shall not fail this for good
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cpu._kernels.cache_clear()
-    yield
+    yield tmp_path
     cpu._kernels.cache_clear()
+
+
+@pytest.fixture
+def soon_compiled(monkeypatch, fresh_kernels):
+    """Compiles the library as the kernels do, but fast."""
+    if not has_compiler:
+        pytest.skip("no compiler")
+    monkeypatch.setattr(cpu, "_FLAGS", SOON_COMPILED)
+    return lambda: native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
 
 
 def test_this_machine_has_kernels():
     """Where there is a compiler the kernels must compile and pass their self-check; where there is none, the name says so."""
-    name = cpu.kernel_name(128, 4, 4, 64)
-    if any(map(shutil.which, ("c++", "g++", "clang++"))):
-        assert name in ("cpu avx512-vnni", "cpu portable")
-    else:
-        assert name == "reference (no C++ compiler found: install g++ or set CXX)"
+    expected = (
+        ("cpu avx512-vnni", "cpu portable") if has_compiler else (f"reference ({NO_COMPILER})",)
+    )
+    assert cpu_kernel() in expected
 
 
 @given(
     weight_bits=st.integers(2, 8),
     activation_bits=st.integers(3, 8),
-    granularity=st.sampled_from(["channel", "token", "dynamic_token", "none"]),
+    granularity=st.sampled_from(GRANULARITIES),
     tokens=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 13, 17, 64, 193]),
     out_features=st.sampled_from([1, 15, 16, 17, 64, 65, 130]),
     sizes=st.sampled_from(
         [
-            (64, 64),
-            (43, 43),
-            (520, 128),
-            (256, 64),
-            (96, 32),
-            (344, 344),
-            (200, 8),
-            (1030, 256),
-            (128, 16),
+            *((64, 64), (43, 43), (520, 128), (256, 64), (96, 32)),
+            *((344, 344), (200, 8), (1030, 256), (128, 16)),
         ]
     ),
     symmetric=st.booleans(),
-    dtype=st.sampled_from(list(TIGHT)),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 3),
 )
 def test_equals_the_reference(
     weight_bits, activation_bits, granularity, tokens, out_features, sizes, symmetric, dtype, seed
 ):
-    in_features, length = sizes
-    rest = arguments(
-        weight_bits,
-        activation_bits,
-        granularity,
-        out_features,
-        in_features,
-        length,
-        tokens,
-        symmetric,
-        dtype,
-        seed,
-    )
-    compare(
-        (torch.randn(2, tokens, in_features, generator=torch.Generator().manual_seed(seed)) * 2).to(
-            dtype
-        ),
-        rest,
-    )
+    bits = weight_bits, activation_bits
+    rest = arguments(*bits, granularity, out_features, *sizes, tokens, symmetric, dtype, seed)
+    x = torch.randn(2, tokens, sizes[0], generator=torch.Generator().manual_seed(seed)) * 2
+    compare(x.to(dtype), rest)
 
 
 @pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
-@pytest.mark.parametrize("tokens", [1, 8, 40, 1000])
-def test_sums_are_exact(granularity, tokens):
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize(
+    ("tokens", "zero_point"),
+    [*((1, z) for z in (0, 1, 127, 128, 255)), *((tokens, 128) for tokens in (8, 40, 1000))],
+)
+def test_sums_are_exact(granularity, weight_bits, tokens, zero_point):
     """Scales of one: outputs are integers, and equal bit for bit.
 
-    1000 tokens are more than the kernel takes at once.
+    One token is multiplied as two halves of q - z, which do not hold 255: at zero point 0 another
+    way must be taken. 1000 tokens are more than the kernel takes at once.
     """
-    x = torch.randint(-128, 128, (tokens, 512)).float()
-    x[:, 0], x[:, 1] = -128, 127  # the range of a token is 255 steps of one
-    integers = torch.randint(0, 256, (96, 512), dtype=torch.uint8)
-    statics = granularity == "channel"
-    rest = (
-        pack(integers, 8), torch.ones(96, 4, dtype=torch.bfloat16), torch.full((96, 4), 128, dtype=torch.uint8),
-        torch.ones(512) if statics else None, torch.full((512,), 128, dtype=torch.int32) if statics else None,
-        None, 512, 8, 8, 128, granularity, 0,
-    )  # fmt: skip
-    exact = x.long() @ (integers.long() - 128).T
-    assert torch.equal(cpu.linear(x, *rest).long(), exact)
-
-
-@pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
-@pytest.mark.parametrize("zero_point", [0, 1, 127, 128, 255])
-@pytest.mark.parametrize("weight_bits", [4, 8])
-def test_one_token_of_8_bits_is_exact_at_every_zero_point(granularity, zero_point, weight_bits):
-    """One token is multiplied as two halves of q - z, which do not hold 255: at zero point 0 another way must be taken."""
-    x = torch.randint(-zero_point, 256 - zero_point, (1, 512)).float()
-    x[:, 0], x[:, 1] = -zero_point, 255 - zero_point
-    integers = torch.randint(0, 2**weight_bits, (96, 512), dtype=torch.uint8)
-    statics = (
-        (torch.ones(512), torch.full((512,), zero_point, dtype=torch.int32))
-        if granularity == "channel"
-        else (None, None)
-    )
-    middle = torch.full((96, 4), 2 ** (weight_bits - 1), dtype=torch.uint8)
-    sizes = (512, weight_bits, 8, 128, granularity, 0)
-    y = cpu.linear(
+    x = torch.randint(-zero_point, 256 - zero_point, (tokens, 512)).float()
+    x[:, 0], x[:, 1] = -zero_point, 255 - zero_point  # the range of a token is 255 steps of one
+    integers, middle = torch.randint(0, 2**weight_bits, (96, 512)), 2 ** (weight_bits - 1)
+    grid = torch.ones(512), torch.full((512,), zero_point, dtype=torch.int32)
+    y = OPS.linear(
         x,
-        pack(integers, weight_bits),
+        pack(integers.to(torch.uint8), weight_bits),
         torch.ones(96, 4, dtype=torch.bfloat16),
-        middle,
-        *statics,
+        torch.full((96, 4), middle, dtype=torch.uint8),
+        *(grid if granularity == "channel" else (None, None)),
         None,
-        *sizes,
+        *(512, weight_bits, 8, 128, granularity, 0),
     )
-    assert torch.equal(y.long(), x.long() @ (integers.long() - 2 ** (weight_bits - 1)).T)
+    assert torch.equal(y.long(), x.long() @ (integers - middle).T)
 
 
 @pytest.mark.parametrize("weight_bits", range(2, 9))
@@ -147,80 +121,62 @@ def test_one_token_of_8_bits_is_exact_at_every_zero_point(granularity, zero_poin
 @pytest.mark.parametrize("length", [64, 128, 512])
 def test_weights_meet_floating_point_inputs_exactly(weight_bits, tokens, length):
     """Small integers as inputs, powers of two as scales: every product and sum is exact, so every way must give the same bits."""
-    rest = arguments(weight_bits, 16, "none", 83, 512, length, None, False, torch.float32)
+    rest = arguments(weight_bits, 16, "none", 83, 512, length, None)
     scale = torch.tensor([0.5, 1.0, 4.0]).bfloat16()[torch.randint(0, 3, (83, 512 // length))]
-    x, rest = (
-        torch.randint(-64, 65, (tokens, 512)).float(),
-        (rest[0], scale, rest[2], None, None, None, *rest[6:]),
-    )
-    assert torch.equal(cpu.linear(x, *rest), reference.linear(x, *rest))
+    x = torch.randint(-64, 65, (tokens, 512)).float()
+    rest = (rest[0], scale, rest[2], None, None, None, *rest[6:])
+    assert torch.equal(OPS.linear(x, *rest), OPS.linear_reference(x, *rest))
 
 
 def test_every_float16_comes_in_and_out():
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)[:, None]
-    sizes = (1, 8, 16, 1, "none", 0)
+    weight, one = torch.tensor([[2]], dtype=torch.int32), torch.ones(1, 1, dtype=torch.uint8)
     for factor in (1.0, 0.25, 1.0078125):  # as it is, down to subnormal numbers, with a rounding
         scale = torch.full((1, 1), factor).bfloat16()
-        weight, zero_point = (
-            torch.tensor([[2]], dtype=torch.int32),
-            torch.ones(1, 1, dtype=torch.uint8),
-        )
-        y = cpu.linear(x, weight, scale, zero_point, None, None, None, *sizes)
+        y = OPS.linear(x, weight, scale, one, None, None, None, 1, 8, 16, 1, "none", 0)
         assert torch.equal(y.nan_to_num(nan=7.0), (x.float() * factor).half().nan_to_num(nan=7.0))
 
 
 IMPOSSIBLE_NUMBERS = """
-import os, torch
-from linear_calls import IMPOSSIBLE, arguments
-from qvlm_hf.ops import cpu, cpu_direct, cpu_operator
+import torch
+from linear_calls import IMPOSSIBLE, OPS, arguments, cpu_kernel, lists
+from qvlm_hf.ops import cpu, fast_path
 from test_cpu import SOON_COMPILED
 
 cpu._FLAGS = SOON_COMPILED
-assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
-assert cpu_operator.load() is None
-x, ops = torch.randn(2, 64), torch.ops.qvlm_hf
+assert cpu_kernel() == "cpu portable"
+assert fast_path.load() is None
+x = torch.randn(2, 64)
 for place, value, message in IMPOSSIBLE:
-    rest = list(arguments(4, 4, "channel", 8, 64, 32, None, False, torch.float32))
+    rest = list(arguments(4, 4, "channel", 8, 64, 32, None))
     rest[place] = value
-    lists = [[tensor] if i in (0, 1, 2, 5) else tensor for i, tensor in enumerate(rest)]
     with torch.no_grad():
-        assert cpu_direct.linears(x, *lists) is None
-    for operator, given in ((ops.linear, rest), (ops.linears, lists)):
+        assert fast_path.linears(x, *lists(rest)) is None
+    for operator, given in ((OPS.linear, rest), (OPS.linears, lists(rest))):
         try:
             operator(x, *given)
         except ValueError as error:
             assert str(error).startswith(message)
         else:
             raise AssertionError(message)
-rest = arguments(4, 16, "none", 8, 64, 32, None, False, torch.float32)
-lists = [[tensor] if i in (0, 1, 2, 5) else tensor for i, tensor in enumerate(rest)]
+rest = arguments(4, 16, "none", 8, 64, 32, None)
 with torch.no_grad():  # more tokens are PyTorch's with floating-point inputs
-    assert cpu_direct.linears(torch.randn(33, 64), *lists) is None
-    assert torch.equal(cpu_direct.linears(torch.randn(32, 64).fill_(0.5), *lists)[0], cpu.linear(torch.full((32, 64), 0.5), *rest))
+    assert fast_path.linears(torch.randn(33, 64), *lists(rest)) is None
+    x = torch.full((32, 64), 0.5)
+    assert torch.equal(fast_path.linears(x, *lists(rest))[0], OPS.linear(x, *rest))
 print("refused")
 """
 
 
+@needs_compiler
 def test_impossible_numbers_do_not_reach_portable_kernels(tmp_path):
     """In a process of its own: they end it there."""
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no compiler")
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", IMPOSSIBLE_NUMBERS],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
+    assert run_python(IMPOSSIBLE_NUMBERS, XDG_CACHE_HOME=str(tmp_path)) == "refused\n"
 
 
 BEHIND = """
-import ctypes, mmap, sys, torch
-from qvlm_hf.ops import cpu, reference
-from linear_calls import arguments
+import ctypes, mmap, torch
+from linear_calls import OPS, arguments
 
 def at_the_end(tensor):  # of a page behind which nothing may be read
     size = tensor.numel() * tensor.itemsize
@@ -234,280 +190,208 @@ def at_the_end(tensor):  # of a page behind which nothing may be read
 
 for granularity, activation_bits in (("none", 16), ("dynamic_token", 8), ("channel", 4)):
     for weight_bits in range(2, 9):
-        for rows, in_features, length in ((1, 32, 32), (3, 256, 128), (70, 136, 64)):
-            rest = arguments(weight_bits, activation_bits, granularity, rows, in_features, length, 1, False, torch.float32)
-            packed = tuple(at_the_end(t) if t is not None else None for t in rest[:3]) + rest[3:]
+        for sizes in ((1, 32, 32), (3, 256, 128), (70, 136, 64)):
+            rest = arguments(weight_bits, activation_bits, granularity, *sizes, 1)
+            packed = (*map(at_the_end, rest[:3]), *rest[3:])
             for tokens in (1, 2, 4, 8, 30):
-                x = at_the_end(torch.randn(tokens, in_features))
-                assert torch.allclose(cpu.linear(x, *packed), reference.linear(x, *rest), rtol=1e-4, atol=1e-4)
+                x = at_the_end(torch.randn(tokens, sizes[1]))
+                y, expected = OPS.linear(x, *packed), OPS.linear_reference(x, *rest)
+                assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
 print("kept inside")
 """
 
 
 def test_nothing_is_read_behind_a_tensor():
     """In a process of its own: reading there ends it."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", BEHIND], capture_output=True, text=True, env=environment, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "kept inside\n"), done.stderr
+    assert run_python(BEHIND) == "kept inside\n"
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_threads_do_not_change_the_result(tokens):
-    rest = arguments(4, 8, "dynamic_token", 300, 512, 128, tokens, False, torch.float32)
-    x, threads = torch.randn(tokens, 512), torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(cpu.linear(x, *rest))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], result) for result in results)
+    rest = arguments(4, 8, "dynamic_token", 300, 512, 128, tokens)
+    x = torch.randn(tokens, 512)
+    first, *others = with_threads(lambda: OPS.linear(x, *rest))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_what_does_not_fit_is_named_and_left_to_the_reference():
-    assert (
-        cpu.kernel_name(26, 5, 4, 13) == "reference (groups of 13 x 5 bits do not start at a byte)"
-    )
-    assert (
-        cpu.kernel_name(2**16, 8, 8, 2**16)
-        == f"reference (a sum over {2**16} inputs can leave int32)"
-    )
-    compare(torch.randn(3, 26), arguments(5, 4, "channel", 7, 26, 13, 3, False, torch.float32))
+    reason = "groups of 13 x 5 bits do not start at a byte"
+    assert cpu_kernel(26, 5, 4, 13) == f"reference ({reason})"
+    reason = f"a sum over {2**16} inputs can leave int32"
+    assert cpu_kernel(2**16, 8, 8, 2**16) == f"reference ({reason})"
+    compare(torch.randn(3, 26), arguments(5, 4, "channel", 7, 26, 13, 3))
 
 
+# place in `arguments`, the change, whether the reference computes it all the same
 CHANGES = {
-    "weight of another width": lambda t: (t[0].float(), *t[1:]),
-    "scale of another dtype": lambda t: (t[0], t[1].float(), *t[2:]),
-    "zero point of another dtype": lambda t: (*t[:2], t[2].int(), *t[3:]),
-    "grid of another dtype": lambda t: (*t[:3], t[3].double(), *t[4:]),
-}
-WRONG = {
-    "bias": lambda t: (*t[:5], torch.zeros(3), *t[6:]),
-    "zero point": lambda t: (*t[:2], t[2][:3], *t[3:]),
-    "scale": lambda t: (t[0], t[1][:3], *t[2:]),
-    "grid": lambda t: (*t[:3], t[3][:5], *t[4:]),
+    "weight of another dtype": (0, lambda weight: weight.float(), False),
+    "scale of another dtype": (1, lambda scale: scale.float(), True),
+    "zero point of another dtype": (2, lambda zero_point: zero_point.int(), True),
+    "grid of another dtype": (3, lambda scale: scale.double(), True),
+    "short scale": (1, lambda scale: scale[:3], False),
+    "short zero point": (2, lambda zero_point: zero_point[:3], False),
+    "short grid": (3, lambda scale: scale[:5], False),
+    "short bias": (5, lambda _: torch.zeros(3), False),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
-def test_tensors_of_other_dtypes_are_left_to_the_reference(change):
-    x, rest = torch.randn(2, 64), arguments(4, 8, "channel", 8, 64, 32, 1, False, torch.float32)
-    rest = change(rest)
-    if rest[0].dtype != torch.int32:
+@pytest.mark.parametrize(("place", "change", "computed"), CHANGES.values(), ids=list(CHANGES))
+def test_no_kernel_reads_tensors_of_another_form(place, change, computed):
+    x, rest = torch.randn(2, 64), list(arguments(4, 8, "channel", 8, 64, 32, 1))
+    rest[place] = change(rest[place])
+    if computed:
+        assert torch.equal(OPS.linear(x, *rest), OPS.linear_reference(x, *rest))
+    else:
         with pytest.raises((ValueError, RuntimeError)):
-            cpu.linear(x, *rest)
-        return
-    assert torch.equal(cpu.linear(x, *rest), reference.linear(x, *rest))
-
-
-@pytest.mark.parametrize("change", WRONG.values(), ids=list(WRONG))
-def test_no_kernel_reads_beyond_a_tensor(change):
-    x, rest = torch.randn(2, 64), arguments(4, 8, "channel", 8, 64, 32, 1, False, torch.float32)
-    with pytest.raises((ValueError, RuntimeError)):
-        cpu.linear(x, *change(rest))
+            OPS.linear(x, *rest)
 
 
 def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch, fresh_kernels, caplog):
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    assert (
-        cpu.kernel_name(64, 4, 4, 64) == "reference (no C++ compiler found: install g++ or set CXX)"
-    )
-    rest = arguments(4, 4, "channel", 8, 64, 64, 3, False, torch.float32)
-    x = torch.randn(3, 64)
-    assert torch.equal(cpu.linear(x, *rest), reference.linear(x, *rest))
-    (record,) = caplog.records
-    text = record.getMessage()
+    assert cpu_kernel() == f"reference ({NO_COMPILER})"
+    x, rest = torch.randn(3, 64), arguments(4, 4, "channel", 8, 64, 64, 3)
+    assert torch.equal(OPS.linear(x, *rest), OPS.linear_reference(x, *rest))
+    (text,) = [one.getMessage() for one in caplog.records if one.name == cpu.__name__]
     assert "plain PyTorch, correct but 20 to 130 times slower per token" in text
-    assert text.endswith(": no C++ compiler found: install g++ or set CXX")
+    assert text.endswith(f": {NO_COMPILER}")
 
 
-def test_a_compiler_that_fails_is_reported_in_its_own_words(monkeypatch, fresh_kernels, tmp_path):
-    compiler = tmp_path / "cxx"
-    script = (
-        "#!/bin/sh",
-        'if [ "$1" = --version ]; then exit 0; fi',
-        'echo "x.cpp:3: error: no such instruction" >&2',
-        "exit 1",
-    )
-    compiler.write_text("\n".join(script))
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert (
-        cpu.kernel_name(64, 4, 4, 64)
-        == "reference (cxx failed: x.cpp:3: error: no such instruction)"
-    )
-    assert not [
-        path for path in (tmp_path / "cache" / "qvlm_hf").iterdir() if path.suffix != ".lock"
-    ]
+def script(path, *lines):
+    """A compiler: a shell script that has no version."""
+    path.write_text("\n".join(("#!/bin/sh", 'if [ "$1" = --version ]; then exit 0; fi', *lines)))
+    path.chmod(0o755)
+    return str(path)
 
 
+def test_a_compiler_that_fails_is_reported_in_its_own_words(monkeypatch, fresh_kernels):
+    lines = 'echo "x.cpp:3: error: no such instruction" >&2', "exit 1"
+    monkeypatch.setenv("CXX", script(fresh_kernels / "cxx", *lines))
+    assert cpu_kernel() == "reference (cxx failed: x.cpp:3: error: no such instruction)"
+    left = (fresh_kernels / "qvlm_hf").iterdir()
+    assert not [path for path in left if path.suffix != ".lock"]
+
+
+@needs_compiler
 def test_without_a_place_to_write_the_reference_computes_and_says_so(
-    monkeypatch, fresh_kernels, tmp_path, caplog
+    monkeypatch, fresh_kernels, caplog
 ):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))
+    file = fresh_kernels / "file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    monkeypatch.setenv("TMPDIR", str(file))
     monkeypatch.setattr(native, "_TEMPORARY", ())
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no compiler")
-    name = cpu.kernel_name(64, 4, 4, 64)
-    assert name.startswith(
-        f"reference ({tmp_path}/file/qvlm_hf: [Errno {errno.EEXIST}] File exists: '{tmp_path}/file'"
-    )
+    name = cpu_kernel()
+    error = f"[Errno {errno.EEXIST}] File exists: '{file}'"
+    assert name.startswith(f"reference ({file}/qvlm_hf: {error}")
     assert "name a directory of yours in XDG_CACHE_HOME" in name
-    cpu.kernel_name(64, 4, 8, 64)
+    cpu_kernel(64, 4, 8)
     (record,) = caplog.records  # once
     assert record.getMessage().endswith(name.removeprefix("reference (").removesuffix(")"))
 
 
 def test_kernels_are_kept_elsewhere_where_the_cache_cannot_be_written(
-    monkeypatch, fresh_kernels, tmp_path, caplog
+    monkeypatch, soon_compiled, tmp_path, caplog
 ):
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no compiler")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(cpu, "_FLAGS", SOON_COMPILED)
-    assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
+    assert cpu_kernel() == "cpu portable"
     (record,) = caplog.records
-    assert (
-        f"because of {tmp_path}/file/qvlm_hf: [Errno {errno.EEXIST}] File exists"
-        in record.getMessage()
-    )
+    reason = f"because of {file}/qvlm_hf: [Errno {errno.EEXIST}] File exists"
+    assert reason in record.getMessage()
 
 
-def test_a_compiler_that_hangs_or_is_misspelt_is_no_disaster(monkeypatch, fresh_kernels, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", 'g++ "')
-    assert cpu.kernel_name(64, 4, 4, 64) == "reference (No closing quotation)"
-    cpu._kernels.cache_clear()
-    compiler = tmp_path / "slow"
-    compiler.write_text("#!/bin/sh\nexec sleep 5\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+def test_a_compiler_that_hangs_is_no_disaster(monkeypatch, fresh_kernels):
+    monkeypatch.setenv("CXX", script(fresh_kernels / "slow", "exec sleep 5"))
     monkeypatch.setattr(native, "_SECONDS", 0.2)
-    assert "timed out" in cpu.kernel_name(64, 4, 4, 64)
+    assert "timed out" in cpu_kernel()
 
 
-def test_cxx_is_taken_at_its_word(monkeypatch, fresh_kernels, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", "/nope/g++")
-    assert cpu.kernel_name(64, 4, 4, 64) == "reference (CXX=/nope/g++ is not there)"
-    cpu._kernels.cache_clear()
-    monkeypatch.setenv("CXX", "true")
-    assert (
-        cpu.kernel_name(64, 4, 4, 64)
-        == f"reference ({shutil.which('true')} reported success and wrote nothing)"
-    )
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ('g++ "', "No closing quotation"),
+        ("/nope/g++", "CXX=/nope/g++ is not there"),
+        ("true", f"{shutil.which('true')} reported success and wrote nothing"),
+    ],
+)
+def test_cxx_is_taken_at_its_word(monkeypatch, fresh_kernels, asked, reason):
+    monkeypatch.setenv("CXX", asked)
+    assert cpu_kernel() == f"reference ({reason})"
+
+
+def test_cxx_may_have_flags(monkeypatch):
     if compiler := shutil.which("g++"):
         monkeypatch.setenv("CXX", f"{compiler} -DASKED=1")
         assert native.compiler() == [compiler, "-DASKED=1"]
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "one byte"])
-def test_a_damaged_library_is_compiled_again(monkeypatch, fresh_kernels, tmp_path, caplog, damage):
+NOT_OF_THIS_MACHINE = b"not a library"
+DAMAGES = {
+    "empty": lambda code: b"",
+    "cut": lambda code: code[: len(code) // 2],
+    "one byte": lambda code: code[:999] + bytes([code[999] ^ 1]) + code[1000:],
+    "whole, but not for this machine": lambda code: (
+        NOT_OF_THIS_MACHINE + hashlib.sha256(NOT_OF_THIS_MACHINE).digest()
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_a_damaged_library_is_compiled_again(soon_compiled, caplog, damage):
     """A library that lost its end loads, and kills the process at the first call: it must not be loaded."""
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no compiler")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "_FLAGS", SOON_COMPILED)
-    library = native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
+    library = soon_compiled()
     whole = library.read_bytes()
-    middle = len(whole) // 2
-    damaged = {
-        "empty": b"",
-        "cut": whole[:middle],
-        "one byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
-    }[damage]
-    library.write_bytes(damaged)
-    assert cpu.kernel_name(64, 4, 4, 64).startswith("cpu ")
+    library.write_bytes(damage(whole))
+    assert cpu_kernel().startswith("cpu ")
     assert len(library.read_bytes()) == len(whole)
     assert not [record for record in caplog.records if "plain PyTorch" in record.getMessage()]
 
 
-def test_a_library_that_cannot_be_loaded_is_compiled_again(monkeypatch, fresh_kernels, tmp_path):
-    """Whole, but not for this machine."""
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no compiler")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "_FLAGS", SOON_COMPILED)
-    library = native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
-    text = b"not a library"
-    library.write_bytes(text + hashlib.sha256(text).digest())
-    assert cpu.kernel_name(64, 4, 4, 64).startswith("cpu ")
-    assert library.stat().st_size > 1000
-
-
-def test_a_wrong_kernel_is_not_used(monkeypatch, fresh_kernels):
-    if cpu._kernels().library is None:
-        pytest.skip("no kernels on this machine")
+@needs_compiler
+def test_a_wrong_kernel_is_not_used(monkeypatch):
     cpu._kernels.cache_clear()
-    monkeypatch.setattr(
-        cpu.reference, "linear", lambda x, weight, *_: torch.ones(*x.shape[:-1], weight.shape[0])
-    )
-    assert (
-        cpu.kernel_name(64, 4, 4, 64)
-        == "reference (the compiled kernel is wrong for W4A4 channel, 1 tokens)"
-    )
+    wrong = lambda x, weights, _: [torch.ones(*x.shape[:-1], len(one.weight)) for one in weights]  # noqa: E731
+    monkeypatch.setattr(cpu.reference, "linears", wrong)
+    try:
+        reason = "the compiled kernel is wrong for W4A4 channel, 1 tokens"
+        assert cpu_kernel() == f"reference ({reason})"
+    finally:
+        cpu._kernels.cache_clear()
 
 
-def test_compiled_once_per_source_and_machine(monkeypatch, fresh_kernels, tmp_path):
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no compiler")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu, "_FLAGS", SOON_COMPILED)
-    first = native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
+def test_compiled_once_per_source_and_machine(monkeypatch, soon_compiled, tmp_path):
+    first = soon_compiled()
     assert first.parent == tmp_path / "qvlm_hf"
-    assert {path.name for path in first.parent.iterdir()} == {
-        first.name,
-        first.with_suffix(".lock").name,
-    }
+    assert set(first.parent.iterdir()) == {first, first.with_suffix(".lock")}
     stamp = os.stat(first).st_mtime_ns
-    assert native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp()) == first
+    assert soon_compiled() == first
     assert os.stat(first).st_mtime_ns == stamp
     monkeypatch.setattr(cpu, "_FLAGS", (*cpu._FLAGS, "-DX=1"))
-    assert native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp()) != first
+    assert soon_compiled() != first
 
 
-def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels, tmp_path):
+@needs_compiler
+def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels):
     """What a CPU without AVX-512 runs, compiled here without it."""
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no compiler")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        cpu, "_FLAGS", tuple(flag for flag in cpu._FLAGS if flag != "-march=native")
-    )
+    flags = tuple(flag for flag in cpu._FLAGS if flag != "-march=native")
+    monkeypatch.setattr(cpu, "_FLAGS", flags)
     with torch.autocast("cpu", torch.bfloat16):  # the self-check does not see it
-        assert cpu.kernel_name(64, 4, 4, 64) == "cpu portable"
-    for granularity in ("channel", "token", "dynamic_token", "none"):
-        for weight_bits, activation_bits in ((4, 4), (3, 8), (6, 6), (8, 8)):
+        assert cpu_kernel() == "cpu portable"
+    for granularity in GRANULARITIES:
+        for bits in ((4, 4), (3, 8), (6, 6), (8, 8)):
             for tokens, dtype in ((1, torch.float32), (12, torch.float16), (70, torch.bfloat16)):
-                rest = arguments(
-                    weight_bits, activation_bits, granularity, 35, 200, 64, tokens, False, dtype
-                )
+                rest = arguments(*bits, granularity, 35, 200, 64, tokens, False, dtype)
                 x = torch.randn(tokens, 200).to(dtype)
                 compare(x, rest)
-                twice = cpu.linears(
-                    x,
-                    *[[t, t] if t is not None else [] for t in rest[:3]],
-                    *rest[3:5],
-                    [rest[5]] * 2,
-                    *rest[6:],
-                )
-                assert all(torch.equal(y, cpu.linear(x, *rest)) for y in twice)
+                expected = OPS.linear(x, *rest)
+                assert all(torch.equal(y, expected) for y in OPS.linears(x, *lists(rest, rest)))
                 with torch.autocast("cpu", torch.bfloat16):
-                    assert torch.equal(cpu.linear(x, *rest), twice[0])
+                    assert torch.equal(OPS.linear(x, *rest), expected)
 
 
-def test_the_source_travels_with_the_package():
-    for source in (*cpu._SOURCES, *cpu_operator._SOURCES):
-        assert source.is_file()
-        assert source.parent == Path(cpu.__file__).parent
+@pytest.mark.parametrize("module", [cpu, fast_path, attention])
+def test_the_source_travels_with_the_package(module):
+    folder = Path(module.__file__).with_name("csrc")
+    assert all(source.is_file() and source.parent == folder for source in module._SOURCES)

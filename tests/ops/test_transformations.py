@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from linear_calls import arguments
+from linear_calls import OWN, arguments
 from torch import nn
 from torch.autograd import forward_ad
 
@@ -18,10 +18,8 @@ def modules(request):
     )
     made = []
     for rows in (16, 8):
-        weight, scale, zero_point, *_ = arguments(
-            4, 8, "dynamic_token", rows, 64, 32, None, False, torch.float32, seed=rows
-        )
-        tensors = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
+        call = arguments(4, 8, "dynamic_token", rows, 64, 32, None, seed=rows)
+        tensors = dict(zip(OWN, call, strict=False))
         made.append(QVLMLinear.from_packed(nn.Linear(64, rows, bias=False), scheme, tensors))
     if request.param == "shared":
         Siblings(made)

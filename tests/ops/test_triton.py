@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qvlm_hf.ops import gpu
+from qvlm_hf.ops.call import CallScheme
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,19 +25,8 @@ def test_under_the_interpreter():
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     # -P: the package that the other tests import, not the tree's where another one is installed
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "--no-cov",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=--import-mode=importlib",
-    ]
-    command += ["tests/ops/interpreted_kernels.py"]
+    command = [sys.executable, "-P", "-m", "pytest", "--no-cov", "-q", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=--import-mode=importlib", "tests/ops/interpreted_kernels.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
@@ -45,8 +35,9 @@ def test_under_the_interpreter():
 def test_what_does_not_run_is_named():
     with pytest.raises(RuntimeError, match=r"no kernels for compute capability 7\.5"):
         gpu._load(gpu.Device((7, 5), 40))
-    assert gpu._misfit(8, 8, 2**16) == f"reference (a sum over {2**16} inputs can leave int32)"
-    assert gpu._misfit(8, 16, 2**16) is None
+    scheme = CallScheme(None, None, 2**16, 8, 8, 2**16, "channel", 0)
+    assert gpu.misfit(scheme) == f"a sum over {2**16} inputs can leave int32"
+    assert gpu.misfit(scheme._replace(activation_bits=16, granularity="none")) is None
 
 
 def test_triton_is_imported_only_where_it_is_used():

@@ -29,7 +29,7 @@ from qvlm_hf.models.graph import shared_inputs
 from qvlm_hf.nn.fused import FusedRMSNorm, SteppedAside
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.nn.siblings import share_inputs
-from qvlm_hf.ops.attention import composed
+from qvlm_hf.ops.attention import attend_with_pytorch
 
 __all__ = ["FusedLlamaRMSNorm", "fuse", "leave_to_transformers", "unfuse"]
 
@@ -213,7 +213,7 @@ def _same_attention(module: Any) -> bool:
         for mask in (None, shown, added):
             arguments, scale = (query, key, value, mask), module.scaling
             found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](module, *arguments, scaling=scale)
-            expected = composed(*arguments, scale)
+            expected = attend_with_pytorch(*arguments, scale)
             if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance / 10):
                 return False
     return True

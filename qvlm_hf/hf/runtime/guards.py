@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import quantized_modules
-from qvlm_hf.ops.schema import watched
+from qvlm_hf.ops.library import is_traced
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -148,7 +148,7 @@ def _finite(values: Any) -> bool:
     """False if a tensor that may be looked at holds NaN or infinity. On a GPU this waits for it."""
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.is_meta:
         return True
-    if watched() or (values.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if is_traced() or (values.is_cuda and torch.cuda.is_current_stream_capturing()):
         return True
     # a sum takes a fortieth of the time; it is infinite by itself only for huge numbers
     total = values.detach().sum(dtype=torch.float32)

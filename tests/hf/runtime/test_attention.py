@@ -127,7 +127,7 @@ def kernel_only(monkeypatch):
         raise AssertionError("a call went past the kernel")
 
     assert ops.load() is None
-    monkeypatch.setattr(ops, "composed", refuse)
+    monkeypatch.setattr(ops, "attend_with_pytorch", refuse)
 
 
 def wide(directory, kv_heads, dtype=torch.float32):

@@ -1,35 +1,31 @@
 """RMSNorm as one operator: Transformers' numbers, on every way to call it."""
 
-import shutil
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_calls import DTYPES, needs_compiler, with_threads
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qvlm_hf.ops import cpu_direct, cpu_operator, reference, rms_norm
+from qvlm_hf.ops import fast_path, reference, rms_norm
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = needs_compiler
 
 
 @pytest.fixture(autouse=True, scope="module")
 def loaded():
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("no compiler")
-    assert cpu_operator.load() is None
+    assert fast_path.load() is None
 
 
 @torch.no_grad()
 def direct_norm(*arguments):
-    return cpu_direct.rms_norm(*arguments)
+    return fast_path.rms_norm(*arguments)
 
 
 def norm_inputs(shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).mul(3).to(dtype), torch.randn(
-        shape[-1], generator=generator
-    ).to(dtype)
+    x, weight = (torch.randn(one, generator=generator) for one in (shape, shape[-1:]))
+    return x.mul(3).to(dtype), weight.to(dtype)
 
 
 @settings(max_examples=40, deadline=None)
@@ -61,14 +57,7 @@ def test_norms_of_real_sizes_have_transformers_bits(dtype, shape):
 @pytest.mark.parametrize("tokens", [1, 600])
 def test_threads_change_no_bit(tokens):
     x, weight = norm_inputs((tokens, 512), torch.bfloat16)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(direct_norm(x, weight, 1e-5))
-    finally:
-        torch.set_num_threads(before)
+    results = with_threads(lambda: direct_norm(x, weight, 1e-5), (1, 3))
     assert torch.equal(*results)
 
 
@@ -139,21 +128,17 @@ def test_a_compiled_graph_has_the_same_bits():
 def test_what_pytorch_asks_of_operators():
     x, weight = norm_inputs((3, 40), torch.float32)
     checks = ("test_schema", "test_faketensor")
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(
-            torch.ops.qvlm_hf.rms_norm.default, (x.to(dtype), weight, 1e-5), test_utils=checks
-        )
     permuted = torch.randn(40, 3, 8).permute(1, 2, 0)
-    torch.library.opcheck(
-        torch.ops.qvlm_hf.rms_norm.default, (permuted, weight, 1e-5), test_utils=checks
-    )
+    for values in (x, x.bfloat16(), permuted):
+        operator = torch.ops.qvlm_hf.rms_norm.default
+        torch.library.opcheck(operator, (values, weight, 1e-5), test_utils=checks)
 
 
 def test_the_first_call_has_the_bits_of_all_later_ones(monkeypatch):
     """Kernels that came with the second call would change the last bits of an answer that is asked for twice."""
     calls = []
-    monkeypatch.setattr(cpu_operator, "load", lambda: calls.append(1))
-    monkeypatch.setattr(cpu_direct, "rms_norm", lambda *_: None)  # as before the first call
+    monkeypatch.setattr(fast_path, "load", lambda: calls.append(1))
+    monkeypatch.setattr(fast_path, "rms_norm", lambda *_: None)  # as before the first call
     with torch.no_grad():
         rms_norm(*norm_inputs((3, 40), torch.float32), 1e-5)
     assert len(calls) == 1
