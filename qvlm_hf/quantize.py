@@ -28,7 +28,7 @@ from qvlm_hf.calibration.measure.answers import answer_logits
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import collapse_warning, compare_answers, head_warning
 from qvlm_hf.calibration.progress import Steps
-from qvlm_hf.calibration.provenance import provenance, versions
+from qvlm_hf.calibration.provenance import provenance
 from qvlm_hf.calibration.report import (
     BlockReport,
     CalibrationReport,
@@ -37,6 +37,7 @@ from qvlm_hf.calibration.report import (
     SiteReport,
     settings_dict,
 )
+from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.samples import (
     Batch,
     Processor,
@@ -213,24 +214,11 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
             "activation_granularity='dynamic_token'."
         )
     segments = _resolve(model, settings)
+    schemes = rounding_schemes(model, segments, settings)
     with _transformed(model, settings):
-        modules = _pack_head(model, settings)
-        for segment in segments:
-            for site in (site for layer in segment.layers for site in layer.sites):
-                scheme = settings.scheme(
-                    settings.start_granularity(segment.component), site.hadamard
-                )
-                modules |= {name: _round(model, name, scheme) for name in site.modules}
+        modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
     replace_modules(model, modules)
-    return CalibrationReport(
-        settings=settings_dict(settings),
-        provenance={"versions": versions()},
-        modules={name: module.scheme for name, module in modules.items()},
-        dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
-        full_precision=tuple(
-            name for name in full_precision_modules(model, segments) if name not in modules
-        ),
-    )
+    return rounding_report(model, segments, schemes, settings)
 
 
 @contextmanager

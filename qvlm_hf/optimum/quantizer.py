@@ -23,7 +23,7 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.quantizer import quantize_model
+from qvlm_hf.hf.in_memory import quantize_model
 from qvlm_hf.hf.registry import QUANT_METHOD
 from qvlm_hf.hf.saving import check_output, save_quantized
 

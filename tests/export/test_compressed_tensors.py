@@ -72,8 +72,8 @@ def test_stored_input_scales_are_refused():
 def test_other_quantized_inputs_are_refused(weight_bits, activation_bits):
     with pytest.raises(
         ValueError,
-        match=f"no consumer runs W{weight_bits}A{activation_bits} with group_size=-1 and "
-        f"symmetric=True",
+        match=f"no consumer runs W{weight_bits}A{activation_bits} with one scale per row and no "
+        "zero points: quantize with scheme='W8A8', group_size=-1 and symmetric=True",
     ):
         stored_as(
             "m",

@@ -230,7 +230,7 @@ def test_equal_models_are_equal_files(cases, tmp_path):
         ({"scheme": "W3A8", "activation_granularity": "dynamic_token"}, "no consumer runs W3A8"),
         (
             {**ROW_W8A8, "symmetric": False},
-            "symmetric=False: they take W8A8 with group_size=-1 and symmetric=True",
+            "W8A8 with one scale per row and zero points: quantize with scheme='W8A8'",
         ),
         ({**ROW_W8A8, "group_size": 32}, "no consumer runs W8A8 with a scale per 32 inputs"),
         (

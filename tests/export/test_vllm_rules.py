@@ -12,7 +12,8 @@ from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, save_quantized
 from qvlm_hf.export.checkpoint import export
-from qvlm_hf.export.vllm_rules import RULES, check_for_vllm
+from qvlm_hf.export.vllm_check import check_for_vllm
+from qvlm_hf.export.vllm_rules import RULES
 
 WIDE = {
     "vision_hidden_size": 128,

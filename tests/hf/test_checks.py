@@ -218,7 +218,7 @@ def test_files_that_are_no_safetensors(damaged: Path) -> None:
     weights.write_bytes(content[:-100])
     refused(
         damaged,
-        r"model.safetensors: is no readable safetensors file \(.*\): download or quantize it again",
+        r"model.safetensors: is no readable safetensors file \(.*\): download or quantize the model again",
     )
     weights.write_bytes(b"\xff" * 64)
     refused(damaged, "is no readable safetensors file")

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model, save_quantized
 from qvlm_hf.cli import main
-from qvlm_hf.hf.directory import check_directory, weight_files
+from qvlm_hf.format.files import weight_files
+from qvlm_hf.hf.checkpoint import check_directory
 
 INDEX = "model.safetensors.index.json"
 

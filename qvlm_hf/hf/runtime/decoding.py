@@ -28,14 +28,16 @@ from qvlm_hf.calibration.measure.answers import eval_mode
 from qvlm_hf.calibration.report import DecodeCheck
 from qvlm_hf.calibration.samples import Sample, collate
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.hf.runtime.fusion import leave_to_transformers
 from qvlm_hf.nn.linear import QVLMLinear
 
-__all__ = ["check_decoding", "decoding_problem", "probe_inputs"]
+__all__ = ["check_decoding", "check_new_model", "decoding_problem", "probe_inputs"]
 
 ModuleState = tuple[QuantScheme, dict[str, Any]]  # scheme and parameters
 
 _TOKENS = 8  # the first one comes from the prompt; the cache makes the others
 _NATS = 1e-3  # rounding in float32 gave 1e-8, a forgotten cache .01 and more
+_REASON = 200  # characters of a foreign error in a warning
 
 
 @torch.no_grad()
@@ -73,6 +75,37 @@ def decoding_problem(check: DecodeCheck | None) -> str | None:
         f"{torch.__version__} do not go together with this qvlm_hf: take versions of "
         "docs/compatibility.md, or generate with use_cache=False."
     )
+
+
+def check_new_model(
+    model: Any, sample: Sample, processor: Any
+) -> tuple[DecodeCheck | None, str | None]:
+    """Checks a model that was just quantized; parts that plug into Transformers go if that mends it.
+
+    Returns:
+        The comparison with these parts, and a warning unless all is well.
+
+    Raises:
+        RuntimeError: the answers differ all the same; the model is quantized and complete.
+    """
+    check = None
+    try:
+        inputs = collate([sample], processor).inputs
+        check = check_decoding(model, inputs)
+        problem = decoding_problem(check)
+        if problem is None:
+            return check, None
+        leave_to_transformers(model, problem)
+        still = decoding_problem(check_decoding(model, inputs))
+    except Exception as error:  # of the check alone: it takes no hours of work away
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON]
+        return (
+            check,
+            f"decoding with a key-value cache was not checked ({reason}): run qvlm check.",
+        )
+    if still is not None:
+        raise RuntimeError(still)
+    return check, problem
 
 
 def probe_inputs(processor: Any) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import qvlm_hf
 from qvlm_hf import QVLMConfig
 from qvlm_hf.calibration.report import CalibrationReport, DecodeCheck
 from qvlm_hf.cli import main
+from qvlm_hf.hf.runtime import growing_cache
 from qvlm_hf.hf.runtime.decoding import check_decoding, decoding_problem, probe_inputs
 from qvlm_hf.hf.runtime.growing_cache import GrowingLayer
 from qvlm_hf.nn.linear import QVLMLinear
@@ -111,12 +112,16 @@ def test_a_part_of_ours_that_fails_is_given_up(source, processor, monkeypatch):
         return key_states, value_states
 
     monkeypatch.setattr(GrowingLayer, "update", lost)
-    monkeypatch.setattr("qvlm_hf.hf.runtime.fusion.unknown_cache", lambda: None)
+    monkeypatch.setattr(growing_cache, "difference", lambda model: None)
     with pytest.warns(UserWarning, match="which is slower"):
         model = quantize(source, processor)
     (warning,) = [w for w in model.hf_quantizer.report.warnings if "key-value cache" in w]
     rows = [row for row in qvlm_hf.precision_table(model) if row.kernel.startswith("transformers")]
-    assert [row.module for row in rows] == ["norms", "key-value cache", "attention of one token"]
+    assert [row.module for row in rows] == [
+        "LlamaRMSNorm",
+        "key-value cache",
+        "attention of one token",
+    ]
     assert all(warning in row.kernel for row in rows)
     inputs = probe_inputs(processor)
     assert decoding_problem(check_decoding(model, inputs)) is None
@@ -215,7 +220,7 @@ def test_the_command_on_what_it_was_not_made_for(saved, source, tmp_path, capsys
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"patch_size": 16}))
     assert main(["check", str(folder)]) == 1
-    assert "check that the processor's files are this model's" in capsys.readouterr().err
+    assert 'set "patch_size": 8 in the model' in capsys.readouterr().err
 
 
 def test_offloaded_models_are_left_out(saved, processor, tmp_path):

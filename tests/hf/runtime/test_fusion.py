@@ -17,9 +17,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import qvlm_hf
 from qvlm_hf import QVLMConfig
-from qvlm_hf.hf.runtime import fusion
-from qvlm_hf.hf.runtime.fusion import FusedLlamaRMSNorm, fuse, leave_to_transformers, unfuse
+from qvlm_hf.hf.runtime import attention
+from qvlm_hf.hf.runtime import norms as norm_part
+from qvlm_hf.hf.runtime.fusion import fuse, leave_to_transformers, unfuse
 from qvlm_hf.hf.runtime.growing_cache import GrowingLayer
+from qvlm_hf.hf.runtime.norms import FusedLlamaRMSNorm
 from qvlm_hf.nn.report import format_precision_table
 
 IDS = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 8, 7, 6]])
@@ -459,15 +461,12 @@ def test_probing_a_large_model_is_quick():
     with torch.device("meta"):
         decoder = LlamaModel(config)
     calls = []
-    for name in ("_same_norm", "_same_attention"):
-        own = getattr(fusion, name)
+    for part, probe in ((norm_part, "_same_bits"), (attention, "_same_as_sdpa")):
+        own = getattr(part, probe)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                fusion, name, lambda *args, own=own: calls.append(own.__name__) or own(*args)
-            )
-            assert fusion._unknown_norm(decoder, LlamaRMSNorm, FusedLlamaRMSNorm) is None
-            assert fusion._unknown_attention(decoder) is None
-    assert sorted(calls) == ["_same_attention", "_same_norm"]  # once, of 65 norms and 32 attentions
+            patch.setattr(part, probe, lambda one, own=own: calls.append(own.__name__) or own(one))
+            assert part.difference(decoder) is None
+    assert calls == ["_same_bits", "_same_as_sdpa"]  # once, of 65 norms and 32 attentions
 
 
 def test_nothing_is_said_where_all_is_known(directory):
