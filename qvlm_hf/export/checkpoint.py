@@ -84,7 +84,7 @@ def export(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Exported:
-    """Writes a saved quantized model in a format that other programs load; the processor's files are copied.
+    """Writes a saved quantized model, and its processor, in a format of other programs.
 
     Args:
         directory: what `save_quantized` or `qvlm quantize` wrote.

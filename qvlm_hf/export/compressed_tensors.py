@@ -1,4 +1,4 @@
-"""One quantized module in compressed-tensors' format, which Transformers and vLLM load by themselves.
+"""One quantized module in compressed-tensors' format, which Transformers and vLLM load alone.
 
     W{2-8}A16            "pack-quantized": weight_packed, weight_scale, weight_shape, and
                          weight_zero_point if asymmetric
@@ -185,7 +185,7 @@ def convert(
 
 
 def _widened(packed: Tensor, scheme: QuantScheme, bits: int, in_features: int) -> Tensor:
-    """The packed integers in `bits` bits; without zero points they stay centred on half the grid."""
+    """Packed integers in `bits` bits; without zero points centred on half the new grid."""
     if bits == scheme.weight_bits:
         return packed
     shift = 2 ** (bits - 1) - 2 ** (scheme.weight_bits - 1) if scheme.symmetric else 0
@@ -231,7 +231,8 @@ def _group(kind: Stored, targets: list[str]) -> dict[str, Any]:
     grouped = kind.group_size != _WHOLE_ROW
     weights = {
         "num_bits": kind.weight_bits, "type": "int", "symmetric": kind.symmetric, "dynamic": False,
-        "strategy": "group" if grouped else "channel", "group_size": kind.group_size if grouped else None,
+        "strategy": "group" if grouped else "channel",
+        "group_size": kind.group_size if grouped else None,
     }  # fmt: skip
     inputs = {
         "num_bits": 8,
@@ -251,7 +252,7 @@ def _group(kind: Stored, targets: list[str]) -> dict[str, Any]:
 
 
 def _pattern(name: str) -> str:
-    """Fits a module's names in Transformers and in vLLM (`vision_tower.vision_model.encoder...`)."""
+    """Fits a name of Transformers and of vLLM, as `vision_tower.vision_model.encoder...`."""
     part, _, rest = name.removeprefix("model.").partition(".")
     inside = rf"\.(\w*model\.)?{re.escape(rest)}" if rest else ""
     return f"re:.*{part}{inside}$"

@@ -9,7 +9,7 @@ VLLM_VERSION = "0.33.0"
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One rule: its name, the files below vllm/model_executor it was read from, and what they say."""
+    """One rule, and the files below vllm/model_executor that it was read from."""
 
     name: str
     source: str

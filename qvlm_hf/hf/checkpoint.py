@@ -1,4 +1,4 @@
-"""What a quantized checkpoint must satisfy: before a weight is read (files, headers) and after (values).
+"""What a quantized checkpoint must satisfy, before a weight is read (headers) and after (values).
 
 Transformers alone loads a packed tensor of the wrong dtype, a missing scale or a NaN in silence. It
 opens a file outside the directory if the shard index says so. Every finding here is a ValueError
@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qvlm_hf.format.files import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    TensorHeader,
-    tensor_headers,
-    weight_files,
-)
+from qvlm_hf.format.files import INDEX_NAME, SINGLE_NAME, TensorHeader, tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.registry import QUANT_METHOD
 from qvlm_hf.models.graph import canonical_name

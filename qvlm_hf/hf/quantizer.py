@@ -42,7 +42,7 @@ from qvlm_hf.hf.checkpoint import (
 )
 from qvlm_hf.hf.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.hf.origin import origin
-from qvlm_hf.hf.processor_fit import check_processor_fits
+from qvlm_hf.hf.processor_fit import check_processor_fits, pictured
 from qvlm_hf.hf.registry import quantizer_class
 from qvlm_hf.hf.round_on_load import (
     RoundOnLoad,
@@ -62,7 +62,7 @@ from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-# Modules that import Transformers' modeling code, which takes a second, are imported inside methods.
+# Methods import what imports Transformers' modeling code, because that takes a second.
 __all__ = ["QVLMHfQuantizer"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -300,8 +300,8 @@ class QVLMHfQuantizer(HfQuantizer):
             return report
         from qvlm_hf.hf.runtime.decoding import check_new_model
 
-        sample = next((one for one in self._samples if one.pictures()), self._samples[0])
-        check, warning = check_new_model(model, sample, self.quantization_config.processor)
+        processor = self.quantization_config.processor
+        check, warning = check_new_model(model, pictured(self._samples), processor)
         warnings = report.warnings if warning is None else (*report.warnings, warning)
         return replace(report, decode_check=check, warnings=warnings)
 

@@ -1,4 +1,4 @@
-"""`attn_implementation="qvlm"`: the CPU kernel for one query token, Transformers' `sdpa` for the rest."""
+"""`attn_implementation="qvlm"`: a CPU kernel for one token, Transformers' `sdpa` for the rest."""
 
 import inspect
 from typing import Any

@@ -17,10 +17,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,6 +26,7 @@ from qvlm_hf.calibration.measure.answers import eval_mode
 from qvlm_hf.calibration.report import DecodeCheck
 from qvlm_hf.calibration.samples import Sample, collate
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.hf.processor_fit import sample_of_noise
 from qvlm_hf.hf.runtime.fusion import leave_to_transformers
 from qvlm_hf.nn.linear import QVLMLinear
 
@@ -80,7 +79,7 @@ def decoding_problem(check: DecodeCheck | None) -> str | None:
 def check_new_model(
     model: Any, sample: Sample, processor: Any
 ) -> tuple[DecodeCheck | None, str | None]:
-    """Checks a model that was just quantized; parts that plug into Transformers go if that mends it.
+    """Checks a new model; parts that plug into Transformers are given up if that mends it.
 
     Returns:
         The comparison with these parts, and a warning unless all is well.
@@ -109,14 +108,8 @@ def check_new_model(
 
 
 def probe_inputs(processor: Any) -> dict[str, Tensor]:
-    """What the model is called with for one question about one picture of noise."""
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
-    content = [
-        {"type": "image", "image": Image.fromarray(pixels)},
-        {"type": "text", "text": "What is in this picture?"},
-    ]
-    messages = ({"role": "user", "content": content},)
-    return collate([Sample(messages=messages, origin="a test picture")], processor).inputs
+    """Inputs of the model: a question about a picture of noise."""
+    return collate([sample_of_noise()], processor).inputs
 
 
 @contextmanager
@@ -150,11 +143,7 @@ def _unrounded(model: nn.Module) -> Iterator[None]:
 
 
 def _decode(
-    model: Any,
-    inputs: Mapping[str, Tensor],
-    *,
-    use_cache: bool,
-    tokens: list[int] | None = None,
+    model: Any, inputs: Mapping[str, Tensor], *, use_cache: bool, tokens: list[int] | None = None
 ) -> tuple[Tensor, list[int]]:
     """Logits [tokens, vocabulary] in float32, and the tokens: the most likely ones, or given."""
     start = inputs["input_ids"].shape[1]

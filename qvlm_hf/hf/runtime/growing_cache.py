@@ -37,16 +37,12 @@ class Room(NamedTuple):
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` with room behind its keys and values; the same values, the same interface."""
+    """A `DynamicLayer` with room behind its keys and values."""
 
     _rooms: tuple[Room, Room] | None = None  # of keys and values
 
     def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends [B, H, T, D] to the layer; returns all keys and values, [B, H, S, D]."""
         rooms, self._rooms = self._rooms, None
