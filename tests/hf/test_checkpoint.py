@@ -26,18 +26,18 @@ INDEX = "model.safetensors.index.json"
 Change = Callable[[Any], Any]
 
 
-def load(path: Path, **options: Any) -> torch.nn.Module:
+def load(path, **options):
     return AutoModelForImageTextToText.from_pretrained(path, **options)
 
 
-def refused(path: Path, message: str, **options: Any) -> str:
+def refused(path, message, **options):
     with pytest.raises(ValueError, match=message) as caught:
         load(path, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def ask(folder: Path, capsys: Any) -> tuple[int, str]:
+def ask(folder, capsys):
     """The status of `qvlm ask`, and what it says on stderr."""
     picture = str(folder.parent / "0.png")
     Image.new("RGB", (8, 8)).save(picture)
@@ -46,18 +46,18 @@ def ask(folder: Path, capsys: Any) -> tuple[int, str]:
 
 
 @pytest.fixture
-def damaged(saved: dict, tmp_path: Path) -> Path:
+def damaged(saved, tmp_path):
     """A copy of a model with "token" and "channel" modules, to be damaged."""
     return Path(shutil.copytree(saved["paper", "float32"].path, tmp_path / "damaged"))
 
 
 @pytest.fixture
-def sharded(saved: dict, tmp_path: Path) -> Path:
+def sharded(saved, tmp_path):
     """A copy of a model in several files, to be damaged."""
     return Path(shutil.copytree(saved["searched", "float32"].path, tmp_path / "sharded"))
 
 
-def change_tensor(path: Path, name: str, change: Change | None) -> None:
+def change_tensor(path, name, change):
     """Replaces a tensor by what `change` makes of it, or takes it out."""
     tensors = load_file(path / "model.safetensors")
     old = tensors.pop(name, None)
@@ -66,21 +66,21 @@ def change_tensor(path: Path, name: str, change: Change | None) -> None:
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
-def change_json(file: Path, change: Change) -> None:
+def change_json(file, change):
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
 
 
-def at(position: Any, value: float) -> Change:
-    def change(tensor: Tensor) -> Tensor:
+def at(position, value):
+    def change(tensor):
         tensor[position] = value
         return tensor
 
     return change
 
 
-def new(*shape: int) -> Change:
+def new(*shape):
     return lambda old: torch.ones(shape)
 
 
@@ -118,12 +118,12 @@ TENSORS = [
 
 
 @pytest.mark.parametrize(("name", "change", "message"), TENSORS)
-def test_damaged_tensors(damaged: Path, name: str, change: Change | None, message: str) -> None:
+def test_damaged_tensors(damaged, name, change, message):
     change_tensor(damaged, name, change)
     refused(damaged, message)
 
 
-def test_no_option_waves_damage_through(damaged: Path, tmp_path: Path) -> None:
+def test_no_option_waves_damage_through(damaged, tmp_path):
     change_tensor(damaged, f"{UP}.weight_scale", at((0, 0), torch.nan))
     offloaded = {"device_map": {"": "disk"}, "offload_folder": tmp_path / "offload"}
     refused(damaged, f"weight_scale: {POSITIVE}", **offloaded)
@@ -152,8 +152,8 @@ FIELDS = [  # of quantization_config
 
 
 @pytest.mark.parametrize(("change", "message"), [*ENTRIES, *FIELDS])
-def test_a_damaged_configuration(damaged: Path, change: Any, message: str) -> None:
-    def damage(config: dict[str, Any]) -> None:
+def test_a_damaged_configuration(damaged, change, message):
+    def damage(config):
         saved = config["quantization_config"]
         if callable(change):
             change(saved)
@@ -164,13 +164,13 @@ def test_a_damaged_configuration(damaged: Path, change: Any, message: str) -> No
     refused(damaged, message)
 
 
-def test_a_configuration_of_more_layers(damaged: Path) -> None:
+def test_a_configuration_of_more_layers(damaged):
     more = lambda config: config["text_config"].update(num_hidden_layers=40)  # noqa: E731
     change_json(damaged / "config.json", more)
     refused(damaged, r"\d+ tensors are missing, among them model.language_model.layers.2")
 
 
-def test_files_that_are_no_safetensors(damaged: Path) -> None:
+def test_files_that_are_no_safetensors(damaged):
     weights = damaged / "model.safetensors"
     for content in (weights.read_bytes()[:-100], b"\xff" * 64):
         weights.write_bytes(content)
@@ -183,7 +183,7 @@ def test_files_that_are_no_safetensors(damaged: Path) -> None:
         LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
 
 
-def test_a_shard_index_stays_in_its_directory(sharded: Path, tmp_path: Path) -> None:
+def test_a_shard_index_stays_in_its_directory(sharded, tmp_path):
     files = json.loads((sharded / INDEX).read_text())["weight_map"]
     first = min(files.values())
     (sharded / "sub").mkdir()
@@ -200,7 +200,7 @@ def test_a_shard_index_stays_in_its_directory(sharded: Path, tmp_path: Path) -> 
     refused(sharded, r"the tensor is also in .*: the directory mixes two models")
 
 
-def test_extra_tensors_are_only_reported(damaged: Path, saved: dict, inputs: dict) -> None:
+def test_extra_tensors_are_only_reported(damaged, saved, inputs):
     change_tensor(damaged, "unrelated", new(3))
     model, info = load(damaged, output_loading_info=True)
     assert list(info["unexpected_keys"]) == ["unrelated"]
@@ -211,31 +211,31 @@ def test_extra_tensors_are_only_reported(damaged: Path, saved: dict, inputs: dic
 # What Transformers would report with a KeyError, or a page of tensor names
 
 
-def test_a_damaged_index(sharded: Path, capsys: Any) -> None:
+def test_a_damaged_index(sharded, capsys):
     (sharded / INDEX).write_text("{")
     found = refused(sharded, f"^{sharded / INDEX}: is no JSON: download or quantize the model")
     assert ask(sharded, capsys) == (1, f"qvlm: error: {found}\n")
 
 
-def test_a_damaged_index_of_a_model_to_be_quantized(tmp_path: Path) -> None:
+def test_a_damaged_index_of_a_model_to_be_quantized(tmp_path):
     tiny_llava().save_pretrained(tmp_path / "model", max_shard_size="100KB")
     index = tmp_path / "model" / INDEX
     index.write_text(index.read_text()[:-20])
     refused(index.parent, "is no JSON", quantization_config=QVLMConfig(scheme="W4A16"))
 
 
-def test_an_index_beside_the_single_file_is_not_read(tmp_path: Path) -> None:
+def test_an_index_beside_the_single_file_is_not_read(tmp_path):
     save_tiny(tmp_path)
     (tmp_path / INDEX).write_text("{")
     assert load(tmp_path, quantization_config=QVLMConfig(scheme="W4A16")).is_quantized
 
 
-def test_a_whole_directory_passes(sharded: Path) -> None:
+def test_a_whole_directory_passes(sharded):
     check_directory(sharded, AutoConfig.from_pretrained(sharded))
     assert len(weight_files(sharded)) > 1
 
 
-def test_a_quantized_directory_without_weights(damaged: Path) -> None:
+def test_a_quantized_directory_without_weights(damaged):
     (damaged / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no model\.safetensors: download"):
         check_directory(damaged, AutoConfig.from_pretrained(damaged))
@@ -243,10 +243,8 @@ def test_a_quantized_directory_without_weights(damaged: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, {}, ...], ids=["null", "empty", "missing"])
-def test_packed_weights_without_their_configuration(
-    sharded: Path, capsys: Any, value: object
-) -> None:
-    def configure(config: dict[str, Any]) -> None:
+def test_packed_weights_without_their_configuration(sharded, capsys, value):
+    def configure(config):
         config["quantization_config"] = value
         if value is ...:
             del config["quantization_config"]
@@ -258,7 +256,7 @@ def test_packed_weights_without_their_configuration(
     assert ".weight_scale is of a quantized model: download or quantize the model again." in said
 
 
-def test_null_is_harmless_in_a_full_precision_model(tmp_path: Path, capsys: Any) -> None:
+def test_null_is_harmless_in_a_full_precision_model(tmp_path, capsys):
     save_tiny(tmp_path / "model")
     change_json(tmp_path / "model" / "config.json", lambda c: c.update(quantization_config=None))
     assert ask(tmp_path / "model", capsys)[0] == 0

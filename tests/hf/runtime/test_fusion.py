@@ -24,6 +24,8 @@ from qvlm_hf.hf.runtime.growing_cache import GrowingLayer
 from qvlm_hf.hf.runtime.norms import FusedLlamaRMSNorm
 from qvlm_hf.nn.report import format_precision_table
 
+load = AutoModelForImageTextToText.from_pretrained
+
 IDS = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 8, 7, 6]])
 
 
@@ -36,9 +38,7 @@ def directory(tmp_path_factory):
 
 def quantized(directory, dtype=torch.float32, **options):
     config = QVLMConfig(scheme="W4A8", activation_granularity="dynamic_token")
-    return AutoModelForImageTextToText.from_pretrained(
-        directory, quantization_config=config, dtype=dtype, **options
-    )
+    return load(directory, quantization_config=config, dtype=dtype, **options)
 
 
 def norms(model):
@@ -64,7 +64,7 @@ def text(model, **options):
 
 
 def test_quantized_models_are_fused_and_others_are_not(directory, tmp_path):
-    assert norms(AutoModelForImageTextToText.from_pretrained(directory)) == {LlamaRMSNorm}
+    assert norms(load(directory)) == {LlamaRMSNorm}
     plain = tiny_llava()
     fuse(plain)
     assert norms(plain) == {LlamaRMSNorm}
@@ -77,7 +77,7 @@ def test_quantized_models_are_fused_and_others_are_not(directory, tmp_path):
         assert len(model.get_decoder()._forward_pre_hooks) == 1
         fuse(model)  # again: the same
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    loaded = load(tmp_path)
     assert norms(loaded) == {FusedLlamaRMSNorm}
     assert torch.equal(logits(loaded), logits(model))
     assert set(loaded.state_dict()) == names
