@@ -6,19 +6,23 @@ hand may not have. Left out: memory, other architectures than LLaVA, attention b
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from qvlm_hf.export.checkpoint import has_nested_vision, hub_name
+from qvlm_hf.export.vllm_layout import (
+    Linear,
+    Wanted,
+    fused_parts,
+    read_layout,
+    read_quantization,
+    renamed,
+)
 from qvlm_hf.format.files import tensor_headers, weight_files
 
 __all__ = ["DEVICES", "Finding", "check_for_vllm"]
@@ -26,22 +30,8 @@ __all__ = ["DEVICES", "Finding", "check_for_vllm"]
 DEVICES = ("cuda", "cpu")
 
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-_SPLIT_INPUTS = ("o_proj", "down_proj", "out_proj", "fc2", "linear_2")
-_FLOATS = ("F32", "F16", "BF16")
 _VISION = ("clip_vision_model", "siglip_vision_model", "pixtral")
-_WEIGHTS = {"num_bits", "type", "symmetric", "strategy"}
 _MARLIN_GROUPS = (-1, 32, 64, 128)
-# Layouts that models/llava.py renames, before any rule looks at a name.
-_RENAMED = (
-    ("model.language_model.", "language_model.model."),
-    ("model.vision_tower.", "vision_tower."),
-    ("model.multi_modal_projector.", "multi_modal_projector."),
-    ("lm_head.", "language_model.lm_head."),
-)
-
-
-_Wanted = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]  # tensor -> dtypes it may have, shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,36 +61,6 @@ class _Setting:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Linear:
-    """A linear module under vLLM's name, and its share of one device.
-
-    `group` is its config group, None if it is not quantized.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    group: Mapping[str, Any] | None
-    devices: int
-
-    @property
-    def last(self) -> str:
-        return self.name.rpartition(".")[2]
-
-    @property
-    def split_inputs(self) -> bool:
-        return self.last in _SPLIT_INPUTS
-
-    @property
-    def inputs(self) -> int:
-        return self.in_features // (self.devices if self.split_inputs else 1)
-
-    @property
-    def outputs(self) -> int:
-        return self.out_features // (1 if self.split_inputs else self.devices)
-
-
 def check_for_vllm(
     directory: str | os.PathLike[str], *, device: str = DEVICES[0], tensor_parallel: int = 1
 ) -> list[Finding]:
@@ -123,7 +83,7 @@ def check_for_vllm(
             f"{', '.join(DEVICES)} and at least 1."
         )
     source = Path(directory).resolve()
-    saved = _quantization(source)
+    saved = read_quantization(source)
     config = AutoConfig.from_pretrained(source)
     vision = getattr(getattr(config, "vision_config", None), "model_type", None)
     if "LlavaForConditionalGeneration" not in (config.architectures or ()) or vision not in _VISION:
@@ -152,106 +112,13 @@ def _broken(
     source: Path, model: Any, saved: Mapping[str, Any], setting: _Setting
 ) -> Iterator[_Broken]:
     """Every rule of `RULES` on every module of a model on the meta device."""
-    nested = has_nested_vision(model.config)
-    names = {name: hub_name(name, nested_vision=nested) for name in model.state_dict()}
-    linears = []
-    for own, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            name = names[f"{own}.weight"].removesuffix(".weight")
-            linears.append(
-                _Linear(
-                    name=name,
-                    in_features=module.in_features,
-                    out_features=module.out_features,
-                    group=_group_of(name, saved),
-                    devices=setting.devices,
-                )
-            )
+    linears, wanted = read_layout(model, saved, setting.devices)
     yield from _check_heads(model.config, setting.devices)
     for linear in linears:
         yield from _check_linear(linear)
-    for parts in _fused_parts(linears):
+    for parts in fused_parts(linears):
         yield from _check_fused(parts, setting)
-    wanted: _Wanted = {
-        names[own]: (_FLOATS, tuple(tensor.shape)) for own, tensor in model.state_dict().items()
-    }
-    for linear in linears:
-        if linear.group is not None:
-            del wanted[f"{linear.name}.weight"]
-            wanted |= {f"{linear.name}.{part}": kind for part, kind in _parts(linear).items()}
     yield from _check_tensors(source, wanted)
-
-
-def _quantization(source: Path) -> Mapping[str, Any]:
-    """`quantization_config` of an exported model.
-
-    Raises:
-        ValueError: it has none, or an incomplete one.
-    """
-    if not (source / "config.json").is_file():
-        raise ValueError(
-            f"{source}: holds no config.json: name the directory that qvlm export wrote."
-        )
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    saved = config.get("quantization_config")
-    method = saved.get("quant_method") if isinstance(saved, Mapping) else None
-    if method != "compressed-tensors":
-        raise ValueError(
-            f"{source}: quant_method is {method!r}, which vLLM does not run as it is: qvlm export "
-            "writes what it runs."
-        )
-    groups = saved.get("config_groups")
-    for group in groups.values() if isinstance(groups, Mapping) and groups else [{}]:
-        if not set(group.get("weights") or ()) >= _WEIGHTS or not group.get("targets"):
-            raise ValueError(
-                f"{source}: quantization_config has no config_groups with targets and "
-                f"{sorted(_WEIGHTS)}: export it again."
-            )
-    return saved
-
-
-def _group_of(name: str, saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The config group of a module: by its name first, by its class then.
-
-    The output head has a class of its own.
-    """
-    if any(_fits(pattern, name) for pattern in saved.get("ignore") or ()):
-        return None
-    targets = [
-        (target, {**group, "format": group.get("format") or saved.get("format")})
-        for group in saved["config_groups"].values()
-        for target in group["targets"]
-    ]
-    by_name = [group for target, group in targets if _fits(target, name)]
-    by_class = [
-        group
-        for target, group in targets
-        if target.lower() in "parallellinear" and not name.endswith("lm_head")
-    ]
-    return next(iter(by_name + by_class), None)
-
-
-def _fits(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], name) is not None
-    return _renamed(pattern) == name
-
-
-def _renamed(name: str) -> str:
-    for old, new in _RENAMED:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
-
-
-def _fused_parts(linears: list[_Linear]) -> Iterator[list[_Linear]]:
-    """What vLLM makes one module of: trios, pairs and single modules."""
-    by_name = {linear.name: linear for linear in linears}
-    for linear in linears:
-        family = next((family for family in _FUSED if linear.last in family), (linear.last,))
-        if linear.last == family[0]:
-            parent = linear.name.removesuffix(linear.last)
-            yield [by_name[parent + last] for last in family if parent + last in by_name]
 
 
 def _check_heads(config: Any, devices: int) -> Iterator[_Broken]:
@@ -266,7 +133,7 @@ def _check_heads(config: Any, devices: int) -> Iterator[_Broken]:
         yield _Broken("parallel", "language model", reason)
 
 
-def _check_linear(linear: _Linear) -> Iterator[_Broken]:
+def _check_linear(linear: Linear) -> Iterator[_Broken]:
     name, inputs, devices = linear.name, linear.inputs, linear.devices
     length = linear.in_features if linear.split_inputs else linear.out_features
     if length % devices and linear.last != "lm_head":  # the head is padded
@@ -316,7 +183,7 @@ def _no_scheme(group: Mapping[str, Any]) -> str | None:
     )
 
 
-def _check_fused(parts: list[_Linear], setting: _Setting) -> Iterator[_Broken]:
+def _check_fused(parts: list[Linear], setting: _Setting) -> Iterator[_Broken]:
     """The rules for what vLLM runs as one module; `parts` share their inputs."""
     first, names = parts[0], ", ".join(part.last for part in parts)
     if any((part.group is None) != (first.group is None) for part in parts):
@@ -367,10 +234,10 @@ def _kernel_problem(
     return None
 
 
-def _check_tensors(source: Path, wanted: _Wanted) -> Iterator[_Broken]:
+def _check_tensors(source: Path, wanted: Wanted) -> Iterator[_Broken]:
     """Compares the headers of the files with what vLLM makes room for."""
     headers = (header for file in weight_files(source) for header in tensor_headers(file))
-    found = {_renamed(header.key): header for header in headers}
+    found = {renamed(header.key): header for header in headers}
     for name in sorted(wanted.keys() - found.keys()):
         yield _Broken("names", name, "the tensor is missing")
     for name in sorted(found.keys() - wanted.keys()):
@@ -380,22 +247,3 @@ def _check_tensors(source: Path, wanted: _Wanted) -> Iterator[_Broken]:
         if header.dtype not in dtypes or header.shape != shape:
             must = f"must be {' or '.join(dtypes)} {list(shape)}"
             yield _Broken("tensors", name, f"is {header.dtype} {list(header.shape)}, {must}")
-
-
-def _parts(linear: _Linear) -> _Wanted:
-    """Part -> dtypes and shape of a quantized module."""
-    group: Any = linear.group
-    weights, rows, length = group["weights"], linear.out_features, linear.in_features
-    if (inputs := group.get("input_activations")) is not None:
-        scale = (1,) if weights["strategy"] == "tensor" else (rows, 1)
-        parts: _Wanted = {"weight": (("I8",), (rows, length)), "weight_scale": (_FLOATS, scale)}
-        return parts if inputs.get("dynamic") else parts | {"input_scale": (_FLOATS, (1,))}
-    bits = weights["num_bits"]
-    groups = length // weights["group_size"] if weights["strategy"] == "group" else 1
-    parts = {
-        "weight_packed": (("I32",), (rows, -(-length * bits // 32))),
-        "weight_scale": (_FLOATS, (rows, groups)),
-        "weight_shape": (("I64",), (2,)),
-    }
-    zero_points = {"weight_zero_point": (("I32",), (-(-rows * bits // 32), groups))}
-    return parts if weights["symmetric"] else parts | zero_points

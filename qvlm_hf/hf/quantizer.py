@@ -21,18 +21,10 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
-from qvlm_hf.calibration.progress import ProgressBar
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.calibration.samples import (
-    Sample,
-    dataset_name,
-    hold_out,
-    load_samples,
-    longest_sample,
-    without_too_long,
-)
-from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
+from qvlm_hf.calibration.samples import Sample
 from qvlm_hf.format.files import INDEX_NAME, weight_files
+from qvlm_hf.hf.calibrate import calibrate, read_samples
 from qvlm_hf.hf.checkpoint import (
     check_complete,
     check_files,
@@ -57,7 +49,6 @@ from qvlm_hf.models.graph import why_empty
 from qvlm_hf.nn.footprint import count_parameters
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
-from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -106,13 +97,11 @@ class QVLMHfQuantizer(HfQuantizer):
         May be called twice.
 
         Raises:
-            ValueError: the scheme needs data and there is none, the processor is missing, a sample
-                is wrong, a model that is to be quantized would lie on disk, or `hub_model_id`
-                cannot be published to.
+            ValueError: a model that is to be quantized would lie on disk, `hub_model_id` cannot be
+                published to, or as `read_samples`.
             OSError: the Hub refuses, or cannot be reached, and `push_to_hub` is True.
         """
         del args, kwargs
-        config, settings = self.quantization_config, self.quantization_config.settings()
         if self.pre_quantized:
             return
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -122,28 +111,12 @@ class QVLMHfQuantizer(HfQuantizer):
             )
         if self._samples is not None:
             return
+        config = self.quantization_config
         if config.push_to_hub and self._target is None:
             from qvlm_hf.hf.publishing import check_push
 
             self._target = check_push(config)
-        if config.dataset is None:
-            if settings.needs_data:
-                raise ValueError(
-                    f"scheme={config.scheme!r} has activation ranges to calibrate: give samples "
-                    "(dataset='samples.jsonl'), or take activation_granularity='dynamic_token' or "
-                    "16-bit activations, which need no data."
-                )
-            config.settle_without_data()
-        elif config.processor is None:
-            raise ValueError(
-                "dataset needs the model's processor: pass QVLMConfig(..., "
-                "processor=AutoProcessor.from_pretrained(model_id))."
-            )
-        elif config.dataset != SYNTHETIC:  # which is drawn when the model is there to answer
-            # a few more than asked for: they check the result
-            self._samples = load_samples(
-                config.dataset, num_samples=config.num_samples + CHECK_SAMPLES, seed=config.seed
-            )
+        self._samples = read_samples(config)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of everything in full precision, unchanged.
@@ -253,24 +226,9 @@ class QVLMHfQuantizer(HfQuantizer):
         self.finish(model)
 
     def calibrate(self, model: PreTrainedModel) -> CalibrationReport:
-        """Quantizes the loaded model, with data or without."""
-        config, settings = self.quantization_config, self.quantization_config.settings()
-        if config.dataset is None:
-            return round_and_pack(model, settings)
-        if config.dataset == SYNTHETIC:
-            self._samples = synthesize(
-                model, config.processor, config.num_samples + CHECK_SAMPLES, seed=config.seed
-            )
-        self._samples = without_too_long(
-            self._samples or (), config.processor, longest_sample(model)
-        )
-        samples, held_out = hold_out(self._samples, config.num_samples, config.seed)
-        callbacks = config.callbacks or (ProgressBar(),)
-        report = calibrate_and_pack(
-            model, settings, samples, config.processor, held_out=held_out, callbacks=callbacks
-        )
-        dataset = {"dataset": dataset_name(config.dataset)}
-        return replace(report, provenance=dataset | report.provenance)
+        """Quantizes the loaded model and keeps the samples that it has positions for."""
+        report, self._samples = calibrate(model, self.quantization_config, self._samples)
+        return report
 
     def finish(self, model: PreTrainedModel) -> None:
         """Fuses, checks and announces the model, and lets go of the data, even after an error."""
