@@ -18,7 +18,8 @@ import qvlm_hf.interruption  # noqa: F401 - first, because what follows takes se
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.settings import VisionOptimization
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.quantizer import QVLMHfQuantizer, quantize_model
+from qvlm_hf.hf.in_memory import quantize_model
+from qvlm_hf.hf.quantizer import QVLMHfQuantizer
 from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.hub.publish import Published
 from qvlm_hf.nn.linear import QVLMLinear

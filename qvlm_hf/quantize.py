@@ -28,8 +28,9 @@ from qvlm_hf.calibration.layers import capture_inputs
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
-from qvlm_hf.calibration.provenance import provenance, versions
+from qvlm_hf.calibration.provenance import provenance
 from qvlm_hf.calibration.report import CalibrationReport, SegmentReport, SiteReport, settings_dict
+from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,
@@ -160,16 +161,11 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
     calibration = Calibration(
         model=model, settings=settings, segments=_resolve_segments(model, settings)
     )
+    schemes = rounding_schemes(model, calibration.segments, settings)
     with _transformed(calibration):
-        modules = _round_head(model, settings)
-        for segment in calibration.segments:
-            granularity = settings.start_granularity(segment.component)
-            for site in (site for layer in segment.layers for site in layer.sites):
-                scheme = settings.module_scheme(granularity, site.hadamard)
-                modules |= {name: _round(model, name, scheme) for name in site.modules}
+        modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
     replace_modules(model, modules)
-    calibration.found["provenance"] = {"versions": versions()}
-    return _report(calibration, modules)
+    return rounding_report(model, calibration.segments, schemes, settings)
 
 
 def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:

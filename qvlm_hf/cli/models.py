@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from qvlm_hf.calibration.samples.errors import first_line
+from qvlm_hf.hf.checkpoint import check_directory
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.directory import check_directory
 from qvlm_hf.hf.processor_fit import check_processor_fits
 from qvlm_hf.hub.errors import one_line
 from qvlm_hf.models.graph import shared_inputs

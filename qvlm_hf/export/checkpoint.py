@@ -30,20 +30,15 @@ from qvlm_hf.export.compressed_tensors import (
     stored_as,
     with_one_group_size,
 )
-from qvlm_hf.hf.checks import (
-    TensorHeader,
-    check_complete,
-    check_files,
-    check_modules,
-    check_values,
-    read_headers,
-)
+from qvlm_hf.format.files import TensorHeader, weight_files
+from qvlm_hf.hf.checkpoint import check_complete, check_values, empty_modules, read_headers
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.directory import weight_files
 from qvlm_hf.hf.registry import QUANT_METHOD
 from qvlm_hf.hf.saving import REPORT_NAME, check_output, written_whole
 from qvlm_hf.hub.payload import FILES
 from qvlm_hf.models.graph import canonical_name
+from qvlm_hf.nn.linear import QVLMLinear
+from qvlm_hf.nn.replace import replace_modules
 
 __all__ = ["EXPORT_FORMATS", "Exported", "export", "has_nested_vision", "hub_name"]
 
@@ -70,13 +65,12 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """Everything that can be decided without reading a weight; names are those of the modules in Transformers' model."""
+    """Everything that can be decided without reading a weight; names are those in Transformers."""
 
-    files: list[str]
+    files: list[Path]
     headers: dict[str, TensorHeader]
-    schemes: dict[str, Any]
+    modules: dict[str, QVLMLinear]  # without memory
     stored: dict[str, Stored]
-    in_features: dict[str, int]
     full_precision: list[str]
     dtype: torch.dtype
     nested_vision: bool
@@ -90,7 +84,7 @@ def export(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Exported:
-    """Writes a saved quantized model in a format that other programs load; the processor's files are copied.
+    """Writes a saved quantized model, and its processor, in a format of other programs.
 
     Args:
         directory: what `save_quantized` or `qvlm quantize` wrote.
@@ -166,30 +160,31 @@ def _plan(source: Path) -> _Plan:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     files = weight_files(source)
-    check_files(files, str(source))
     headers = read_headers(model, files)
-    layouts = check_modules(model, QVLMConfig.from_dict(saved).modules, headers)
+    modules = empty_modules(model, QVLMConfig.from_dict(saved).modules, headers)
+    full_precision = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in modules
+    ]
+    replace_modules(model, modules)
     check_complete(model, headers)
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    in_features = {name: linears[name].in_features for name in layouts}
     stored = {
         name: stored_as(
             canonical_name(name),
-            layout.scheme,
-            in_features[name],
-            has_input_scale=layout.scheme.granularity == "none" and layout.has_input_scale,
+            module.scheme,
+            module.in_features,
+            has_input_scale=module.input_scale is not None,
         )
-        for name, layout in layouts.items()
+        for name, module in modules.items()
     }
+    in_features = {name: module.in_features for name, module in modules.items()}
     return _Plan(
         files=files,
         headers=headers,
-        schemes={name: layout.scheme for name, layout in layouts.items()},
+        modules=modules,
         stored=with_one_group_size(stored, in_features),
-        in_features=in_features,
-        full_precision=[name for name in linears if name not in layouts],
+        full_precision=full_precision,
         dtype=config.dtype or torch.float32,
         nested_vision=has_nested_vision(config),
     )
@@ -199,8 +194,7 @@ def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the export under its name there."""
     with ExitStack() as stack:
         opened = {
-            os.path.basename(file): stack.enter_context(safe_open(file, framework="pt"))
-            for file in plan.files
+            file.name: stack.enter_context(safe_open(file, framework="pt")) for file in plan.files
         }
 
         def read(name: str) -> Tensor:
@@ -209,27 +203,15 @@ def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
 
         for name in plan.headers:
             module, _, part = name.rpartition(".")
-            if module not in plan.stored:
-                tensor = read(name)
-                check_values(module, {part: tensor}, None)
-                yield hub_name(name, nested_vision=plan.nested_vision), tensor
+            packed, parts = plan.modules.get(module), {}
+            if packed is None:
+                parts = {part: read(name)}
+                check_values(module, parts, None)
             elif part == "weight":
-                parts = {other.rpartition(".")[2]: read(other) for other in _parts(plan, module)}
-                check_values(module, parts, plan.schemes[module])
-                converted = convert(
-                    parts,
-                    plan.schemes[module],
-                    plan.stored[module],
-                    plan.in_features[module],
-                    plan.dtype,
+                parts = {own: read(f"{module}.{own}") for own, _ in packed.named_parameters()}
+                check_values(module, parts, packed.scheme)
+                parts = convert(
+                    parts, packed.scheme, plan.stored[module], packed.in_features, plan.dtype
                 )
-                for converted_part, tensor in converted.items():
-                    yield (
-                        hub_name(f"{module}.{converted_part}", nested_vision=plan.nested_vision),
-                        tensor,
-                    )
-
-
-def _parts(plan: _Plan, module: str) -> list[str]:
-    names = (f"{module}.{part}" for part in ("weight", "weight_scale", "weight_zero_point", "bias"))
-    return [name for name in names if name in plan.headers]
+            for one, tensor in parts.items():
+                yield hub_name(f"{module}.{one}", nested_vision=plan.nested_vision), tensor

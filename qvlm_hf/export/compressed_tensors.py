@@ -1,7 +1,9 @@
-"""One quantized module in the format of compressed-tensors, which Transformers and vLLM load without this package.
+"""One quantized module in compressed-tensors' format, which Transformers and vLLM load alone.
 
-    W{2-8}A16            "pack-quantized": weight_packed, weight_scale, weight_shape, weight_zero_point if asymmetric
-    W8A8 dynamic_token   "int-quantized": weight int8, weight_scale; the input is quantized per token, asymmetric, as here
+    W{2-8}A16            "pack-quantized": weight_packed, weight_scale, weight_shape, and
+                         weight_zero_point if asymmetric
+    W8A8 dynamic_token   "int-quantized": weight int8, weight_scale; the input is quantized per
+                         token, asymmetric, as here
 
 Nothing is quantized again: the same integers on the same scales. Weights are stored in 2, 4 or 8
 bits, where all versions of the format agree with format/packing.py; other widths move into the next
@@ -67,59 +69,54 @@ def stored_as(
     Raises:
         ValueError: no consumer of the format runs the scheme; says which setting one does.
     """
-    if scheme.hadamard is not None:
-        raise ValueError(
-            f"{name}: a Hadamard transform of its input is computed at run time, which no consumer "
-            f"does: quantize with rotation=None."
-        )
-    if has_input_scale:
-        raise ValueError(
-            f"{name}: its input is divided by stored scales, which no consumer does: quantize "
-            f"again, which stores none."
-        )
-    if scheme.granularity in ("channel", "token"):
-        where = "input channel" if scheme.granularity == "channel" else "position"
-        raise ValueError(
-            f"{name}: its static activation ranges have a zero point per {where}, which no "
-            f"consumer reads: "
-            "quantize with activation_granularity='dynamic_token' and 8 bits, or to 16-bit "
-            "activations."
-        )
     one_group = scheme.groups(in_features) == 1
-    eight_bits = scheme.activation_bits == scheme.weight_bits == 8
-    if scheme.granularity == "dynamic_token" and not (
-        eight_bits and one_group and scheme.symmetric
-    ):
-        raise ValueError(
-            f"{name}: no consumer runs W{scheme.weight_bits}A{scheme.activation_bits} "
-            f"{_grouping(scheme)}: "
-            "quantize with scheme='W8A8', group_size=-1 and symmetric=True, or to 16-bit "
-            "activations."
-        )
-    group_size = _WHOLE_ROW if one_group else math.gcd(scheme.group_size, in_features)
-    width = next(width for width in _WIDTHS if width >= scheme.weight_bits)
+    if (reason := _refusal(scheme, one_group, has_input_scale)) is not None:
+        raise ValueError(f"{name}: {reason}.")
     return Stored(
-        weight_bits=width,
-        group_size=group_size,
+        weight_bits=next(width for width in _WIDTHS if width >= scheme.weight_bits),
+        group_size=_WHOLE_ROW if one_group else math.gcd(scheme.group_size, in_features),
         symmetric=scheme.symmetric,
         quantized_input=scheme.granularity == "dynamic_token",
     )
 
 
-def _grouping(scheme: QuantScheme) -> str:
-    """How the weights of a scheme are rounded, for messages."""
-    groups = (
-        "one scale per row"
-        if scheme.group_size == _WHOLE_ROW
-        else f"a scale per {scheme.group_size} inputs"
+def _refusal(scheme: QuantScheme, one_group: bool, has_input_scale: bool) -> str | None:
+    """Why no consumer runs a scheme, and what one runs; None if one does."""
+    bits = (scheme.weight_bits, scheme.activation_bits)
+    if scheme.hadamard is not None:
+        return (
+            "a Hadamard transform of its input is computed at run time, which no consumer does: "
+            "quantize with rotation=None"
+        )
+    if scheme.granularity in ("channel", "token"):
+        where = "input channel" if scheme.granularity == "channel" else "position"
+        return (
+            f"its static activation ranges have a zero point per {where}, which no consumer reads: "
+            "quantize with activation_granularity='dynamic_token' and 8 bits, or to 16-bit "
+            "activations"
+        )
+    if has_input_scale:
+        return (
+            "its input is divided by stored scales, which no consumer does: quantize again, which "
+            "stores none"
+        )
+    if scheme.granularity == "none" or (bits == (8, 8) and one_group and scheme.symmetric):
+        return None
+    size = scheme.group_size
+    groups = "one scale per row" if size == _WHOLE_ROW else f"a scale per {size} inputs"
+    return (
+        f"no consumer runs W{bits[0]}A{bits[1]} with {groups} and "
+        f"{'no zero points' if scheme.symmetric else 'zero points'}: quantize with scheme='W8A8', "
+        "group_size=-1 and symmetric=True, or to 16-bit activations"
     )
-    return f"with {groups} and {'no zero points' if scheme.symmetric else 'zero points'}"
 
 
 def with_one_group_size(
     stored: Mapping[str, Stored], in_features: Mapping[str, int]
 ) -> dict[str, Stored]:
-    """Cuts asymmetric modules into groups of one size: Transformers unpacks zero points with the settings of the first config group.
+    """Cuts asymmetric modules into groups of one size.
+
+    Transformers unpacks zero points with the settings of the first config group.
 
     Args:
         stored: module name -> how it is stored.
@@ -131,21 +128,18 @@ def with_one_group_size(
     kinds = set(stored.values())
     if len(kinds) == 1 or all(kind.symmetric for kind in kinds):
         return dict(stored)
-    if len({kind.weight_bits for kind in kinds}) > 1 or len({kind.symmetric for kind in kinds}) > 1:
+    widths = sorted({kind.weight_bits for kind in kinds})
+    if len(widths) > 1 or any(kind.symmetric for kind in kinds):
         raise ValueError(
-            f"weights of {sorted({kind.weight_bits for kind in kinds})} bits with zero points "
-            f"cannot be loaded side by side: "
-            "quantize with symmetric=True, or all weights to one width."
+            f"weights of {widths} bits with zero points cannot be loaded side by side: quantize "
+            "with symmetric=True, or all weights to one width."
         )
-    size = math.gcd(
-        *(
-            in_features[name] if kind.group_size == _WHOLE_ROW else kind.group_size
-            for name, kind in stored.items()
-        )
+    sizes = (
+        in_features[name] if kind.group_size == _WHOLE_ROW else kind.group_size
+        for name, kind in stored.items()
     )
-    first = next(iter(kinds))
     one = Stored(
-        weight_bits=first.weight_bits, group_size=size, symmetric=False, quantized_input=False
+        weight_bits=widths[0], group_size=math.gcd(*sizes), symmetric=False, quantized_input=False
     )
     return dict.fromkeys(stored, one)
 
@@ -167,39 +161,31 @@ def convert(
         dtype: of the model's other tensors, which scales get too: consumers multiply in the dtype
             of the scale.
     """
-    out_features = tensors["weight"].shape[0]
-    repeats = (
-        1
-        if stored.group_size == _WHOLE_ROW
-        else scheme.group_length(in_features) // stored.group_size
-    )
-    groups = 1 if stored.group_size == _WHOLE_ROW else in_features // stored.group_size
+    repeats = groups = 1
+    if stored.group_size != _WHOLE_ROW:
+        repeats = scheme.group_length(in_features) // stored.group_size
+        groups = in_features // stored.group_size
 
     def regroup(per_group: Tensor) -> Tensor:
         return per_group.repeat_interleave(repeats, dim=1)[:, :groups].contiguous()
 
+    weight = tensors["weight"]
     result = {"weight_scale": regroup(tensors["weight_scale"]).to(dtype)}
     if stored.quantized_input:
-        result["weight"] = (unpack(tensors["weight"], 8, in_features).to(torch.int16) - 128).to(
-            torch.int8
-        )
+        integers = unpack(weight, 8, in_features).to(torch.int16)
+        result["weight"] = (integers - 128).to(torch.int8)
     else:
-        result["weight_packed"] = _widened(
-            tensors["weight"], scheme, stored.weight_bits, in_features
-        )
-        result["weight_shape"] = torch.tensor([out_features, in_features], dtype=torch.int64)
+        result["weight_packed"] = _widened(weight, scheme, stored.weight_bits, in_features)
+        result["weight_shape"] = torch.tensor([weight.shape[0], in_features], dtype=torch.int64)
     if not stored.symmetric:
         # packed along the outputs, where weights are packed along the inputs
-        result["weight_zero_point"] = pack(
-            regroup(tensors["weight_zero_point"]).T, stored.weight_bits
-        ).T.contiguous()
-    if "bias" in tensors:
-        result["bias"] = tensors["bias"]
-    return result
+        zero_points = regroup(tensors["weight_zero_point"]).T
+        result["weight_zero_point"] = pack(zero_points, stored.weight_bits).T.contiguous()
+    return result | ({"bias": tensors["bias"]} if "bias" in tensors else {})
 
 
 def _widened(packed: Tensor, scheme: QuantScheme, bits: int, in_features: int) -> Tensor:
-    """The packed integers in `bits` bits; without zero points they stay centred on half the grid."""
+    """Packed integers in `bits` bits; without zero points centred on half the new grid."""
     if bits == scheme.weight_bits:
         return packed
     shift = 2 ** (bits - 1) - 2 ** (scheme.weight_bits - 1) if scheme.symmetric else 0
@@ -221,16 +207,12 @@ def quantization_config(modules: Mapping[str, Stored], full_precision: list[str]
     members: dict[Stored, list[str]] = {}
     for name, kind in modules.items():
         members.setdefault(kind, []).append(name)
-    ordered = sorted(members.items(), key=lambda item: -len(item[1]))
     groups: dict[str, Any] = {}
-    for index, (kind, names) in enumerate(ordered):
-        # vLLM does not take its output head for a "Linear"
-        targets = (
-            [*(_pattern(name) for name in names if name == "lm_head"), "Linear"]
-            if index == 0
-            else [_pattern(name) for name in names]
-        )
-        groups[f"group_{index}"] = _group(kind, targets)
+    for kind, names in sorted(members.items(), key=lambda item: -len(item[1])):
+        targets = [_pattern(name) for name in names]
+        if not groups:  # vLLM does not take its output head for a "Linear"
+            targets = [*(_pattern(name) for name in names if name == "lm_head"), "Linear"]
+        groups[f"group_{len(groups)}"] = _group(kind, targets)
     formats = {kind.format for kind in members}
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
@@ -240,9 +222,8 @@ def quantization_config(modules: Mapping[str, Stored], full_precision: list[str]
         "ignore": [_pattern(name) for name in full_precision],
     }
     if not all(kind.symmetric for kind in members):
-        config["dequantize"] = (
-            True  # Transformers loads packed zero points in no other way; vLLM does not read this
-        )
+        # Transformers loads packed zero points in no other way; vLLM does not read this
+        config["dequantize"] = True
     return config
 
 
@@ -250,7 +231,8 @@ def _group(kind: Stored, targets: list[str]) -> dict[str, Any]:
     grouped = kind.group_size != _WHOLE_ROW
     weights = {
         "num_bits": kind.weight_bits, "type": "int", "symmetric": kind.symmetric, "dynamic": False,
-        "strategy": "group" if grouped else "channel", "group_size": kind.group_size if grouped else None,
+        "strategy": "group" if grouped else "channel",
+        "group_size": kind.group_size if grouped else None,
     }  # fmt: skip
     inputs = {
         "num_bits": 8,
@@ -270,7 +252,7 @@ def _group(kind: Stored, targets: list[str]) -> dict[str, Any]:
 
 
 def _pattern(name: str) -> str:
-    """A module for Transformers (`model.vision_tower.encoder...`) and for vLLM (`vision_tower.vision_model.encoder...`)."""
+    """Fits a name of Transformers and of vLLM, as `vision_tower.vision_model.encoder...`."""
     part, _, rest = name.removeprefix("model.").partition(".")
     inside = rf"\.(\w*model\.)?{re.escape(rest)}" if rest else ""
     return f"re:.*{part}{inside}$"

@@ -39,7 +39,7 @@ def find(finder):
 
 
 def teach(module):
-    """Enters "qvlm" into the table of configurations in `module`, unless qvlm_hf is not installed or has entered it."""
+    """Enters "qvlm" into the table of `module`, if qvlm_hf is installed and has not done so."""
 
     class Promise:
         """Stands for QVLMConfig until a configuration is read; importing qvlm_hf replaces it."""

@@ -1,4 +1,4 @@
-"""Where the full-precision weights of a model came from: a Hub id with its commit, or a directory's own name; never a path.
+"""Where full-precision weights came from: a Hub id and commit, or a directory's name, never a path.
 
 A name that looks like a Hub id may be a directory that is gone by now, so it counts as one only
 with evidence: weights read from a snapshot of the Hub cache, or at least a configuration in that

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -20,13 +21,15 @@ from qvlm_hf.calibration.samples.errors import first_line
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["check_processor_fits"]
+__all__ = ["check_processor_fits", "pictured", "sample_of_noise"]
+
+_OWN = "take the processor that was saved with the model"
 
 
 def check_processor_fits(
     model: PreTrainedModel, processor: Any, samples: Sequence[Sample] | None
 ) -> None:
-    """Puts one sample, with a picture if there is one, through the processor and compares with the model.
+    """Puts one sample through the processor, with a picture if possible, and asks the model.
 
     A model that cannot be asked, for example because it knows no `get_image_features`, is let
     through.
@@ -41,11 +44,7 @@ def check_processor_fits(
             know, or another number of image tokens than the model makes features.
     """
     processor = copy.deepcopy(processor)  # a tokenizer keeps how it padded, and would be saved so
-    sample = (
-        _drawn()
-        if samples is None
-        else next((sample for sample in samples if sample.pictures()), samples[0])
-    )
+    sample = sample_of_noise() if samples is None else pictured(samples)
     name = type(processor).__name__
     try:
         inputs = _make_inputs(sample, processor)
@@ -75,13 +74,17 @@ def check_processor_fits(
         )
 
 
-_OWN = "take the processor that was saved with the model"
+def pictured(samples: Sequence[Sample]) -> Sample:
+    """The first sample with a picture, or the first."""
+    return next((sample for sample in samples if sample.pictures()), samples[0])
 
 
-def _drawn() -> Sample:
+def sample_of_noise() -> Sample:
+    """A question about a picture of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     content = [
-        {"type": "image", "image": Image.new("RGB", (128, 96))},
-        {"type": "text", "text": "What is this?"},
+        {"type": "image", "image": Image.fromarray(pixels)},
+        {"type": "text", "text": "What is in this picture?"},
     ]
     return Sample(messages=({"role": "user", "content": content},), origin="a test picture")
 
@@ -124,11 +127,10 @@ def _count_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
 
 def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> str | None:
     """Settings with which the processor fits, as they were tried; None if there are none."""
+    config = model.config
     asked = {
-        "patch_size": getattr(getattr(model.config, "vision_config", None), "patch_size", None),
-        "vision_feature_select_strategy": getattr(
-            model.config, "vision_feature_select_strategy", None
-        ),
+        "patch_size": getattr(getattr(config, "vision_config", None), "patch_size", None),
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", None),
     }
     changes = {
         name: value for name, value in asked.items()
@@ -145,7 +147,10 @@ def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> st
                 shown = ", ".join(
                     f"{json.dumps(name)}: {json.dumps(value)}" for name, value in change.items()
                 )
-                return f"set {shown} in the model's processor_config.json, or the same on the processor"
+                return (
+                    f"set {shown} in the model's processor_config.json, or the same on the "
+                    "processor"
+                )
         except Exception:
             continue  # no remedy
     return None

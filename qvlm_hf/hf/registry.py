@@ -1,4 +1,4 @@
-"""Entering the package's classes into Transformers' tables of quantization methods, any number of times."""
+"""Enters the package's classes into Transformers' tables, any number of times."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,12 +17,12 @@ T = TypeVar("T", bound=type)
 
 
 def config_class(cls: T) -> T:
-    """Registers `cls` as the configuration of "qvlm". A reloaded module replaces its former class."""
+    """Registers `cls` as the configuration of "qvlm"; a reloaded one replaces the former."""
     return _enter(cls, AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config)
 
 
 def quantizer_class(cls: T) -> T:
-    """Registers `cls` as the quantizer of "qvlm". A reloaded module replaces its former class."""
+    """Registers `cls` as the quantizer of "qvlm"; a reloaded one replaces the former."""
     return _enter(cls, AUTO_QUANTIZER_MAPPING, register_quantizer)
 
 

@@ -1,25 +1,25 @@
-"""Rounding while loading: each weight is quantized as it comes from the file, so the float model is never in memory as a whole.
+"""Rounding while loading: the float model is never in memory as a whole.
 
 For schemes that need no data. The skeleton holds quantized modules whose `weight` still has the
-float shape; Transformers hands every such weight to `RoundOnLoad` and puts what comes back into the
-module. The result is that of `round_and_pack` on the loaded model.
+float shape. Transformers hands every such weight to `RoundOnLoad` and puts the packed tensors into
+the module. The plan and the result are those of `round_and_pack` on the loaded model.
 """
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from qvlm_hf.calibration.report import CalibrationReport, settings_dict
+from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.models.graph import Segment, full_precision_modules, output_head, resolve
+from qvlm_hf.models.graph import Segment, output_head, resolve
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules
 
@@ -46,7 +46,7 @@ class RoundOnLoad(ConversionOps):
     def __init__(self, errors: list[str]) -> None:
         self.errors = errors
 
-    def convert(  # type: ignore[override]  # the base class takes what it does not name as keywords too
+    def convert(  # type: ignore[override]  # the base class takes more as keywords
         self,
         input_dict: dict[str, Any],
         *,
@@ -64,10 +64,8 @@ class RoundOnLoad(ConversionOps):
         except ValueError as error:
             self.errors.append(f"{name}: {error}")
             quantized = quantize_weight(torch.zeros_like(weight), scheme)
-        return {
-            f"{name}.{part}": tensor
-            for part, tensor in packed_tensors(quantized, scheme, None).items()
-        }
+        tensors = packed_tensors(quantized, scheme, None)
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
 
 def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
@@ -87,57 +85,28 @@ def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[S
 
 
 def planned_modules(model: nn.Module, settings: CalibrationSettings) -> dict[str, QuantScheme]:
-    """Canonical module name -> the scheme that it gets without a search, the starting granularity of its component.
-
-    Raises:
-        ValueError: as `resolve_segments`.
-    """
-    head = settings.head_scheme()
-    modules = {} if head is None else {output_head(model): head}
-    for segment in resolve_segments(model, settings):
-        scheme = settings.module_scheme(settings.start_granularity(segment.component))
-        modules |= {
-            name: scheme
-            for layer in segment.layers
-            for site in layer.sites
-            for name in site.modules
-        }
-    return modules
+    """Canonical module name -> its scheme without a search; errors as of `resolve_segments`."""
+    return rounding_schemes(model, resolve_segments(model, settings), settings)
 
 
 def planned_report(model: nn.Module, settings: CalibrationSettings) -> CalibrationReport:
     """The report that `round_and_pack` gives, made before the weights are there."""
-    segments, modules = resolve_segments(model, settings), planned_modules(model, settings)
-    versions = {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("qvlm_hf", "torch", "transformers")},
-    }
-    return CalibrationReport(
-        settings=settings_dict(settings),
-        provenance={"versions": versions},
-        modules=modules,
-        dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
-        full_precision=tuple(
-            name for name in full_precision_modules(model, segments) if name not in modules
-        ),
-    )
+    segments = resolve_segments(model, settings)
+    schemes = rounding_schemes(model, segments, settings)
+    return rounding_report(model, segments, schemes, settings)
 
 
-def rounding_skeleton(model: nn.Module, modules: dict[str, QuantScheme]) -> None:
-    """Replaces the modules (on the meta device) by quantized ones that wait for a float weight."""
+def rounding_skeleton(model: nn.Module, modules: Mapping[str, QuantScheme]) -> None:
+    """Replaces modules (on the meta device) by quantized ones that wait for a float weight."""
     replaced = {}
     for name, scheme in modules.items():
         linear: Any = model.get_submodule(name)
         module = QVLMLinear(
-            linear.in_features,
-            linear.out_features,
-            scheme,
-            bias=linear.bias is not None,
-            dtype=linear.weight.dtype,
-            device="meta",
-        )
+            linear.in_features, linear.out_features, scheme, bias=linear.bias is not None,
+            dtype=linear.weight.dtype, device="meta",
+        )  # fmt: skip
         weight = nn.Parameter(torch.empty_like(linear.weight), requires_grad=False)
-        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as every tensor of a quantized module
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as every tensor of ours
         module.register_parameter("weight", weight)
         replaced[name] = module
     replace_modules(model, replaced)

@@ -1,4 +1,4 @@
-"""Saving a quantized model so that a full disk, an error or Ctrl-C leaves nothing half-written and nothing old destroyed.
+"""Saving a quantized model, so that an error or Ctrl-C leaves nothing half-written or destroyed.
 
 Only what an earlier result listed as its own is ever replaced (hub/file_list.py), and a directory
 that exists stays itself.
@@ -19,7 +19,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.hf.directory import INDEX_NAME
+from qvlm_hf.format.files import INDEX_NAME
 from qvlm_hf.hf.earlier_result import OLD, PARTIAL, check_replaceable
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.file_list import list_files, written_entries
@@ -87,17 +87,14 @@ def save_quantized(
 
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A directory to write into, whose content is that of `target` when the block ends without an error.
+    """A directory to write into; `target` gets its content when the block ends without an error.
 
     A new target is written beside its place and renamed, in one step. An existing one stays the
-    same directory, so that whoever stands in it, or mounted it, sees the result: everything is
-    written into a folder inside it and then moved up by renames. config.json goes first of what was
-    there before and comes last of the new, so a machine that stops in between leaves no model that
-    loads and is neither. Both are then whole, in `.qvlm-old-...` and in `.qvlm-partial-...` with
-    what was moved up. What was there is deleted when everything new is on the disk.
-
-    Files get the permissions of any new file, so that whoever may read the directory can load the
-    model.
+    same directory, for whoever stands in it or mounted it: a folder inside is written, and its
+    content moved up by renames. The old config.json goes first and the new one comes last. So a
+    machine that stops in between leaves no model that loads and is neither; both are whole, in
+    `.qvlm-old-...` and in `.qvlm-partial-...` with what was moved up. The old one is deleted when
+    everything new is on the disk.
 
     Args:
         target: from `check_output`.
@@ -142,7 +139,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
-    """Checks, before hours of work, that a directory can be written and that nothing of another's is lost.
+    """Checks that a directory can be written and holds nothing that would be lost.
 
     The check makes the directory and a file of a long name in it, and removes them again.
 
@@ -179,7 +176,7 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
 
 def _try_writing(target: Path) -> None:
-    """Makes, and removes, what a save would make: the directory, a folder of ours in it, a file there.
+    """Makes, and removes, what a save would make: a directory, a folder in it, a file there.
 
     Raises:
         OSError: it cannot be made.
@@ -206,10 +203,9 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def _forget_configuration(processor: Any) -> None:
-    """Takes a quantization configuration out of a processor, which could not be written to JSON with it.
+    """Takes a quantization configuration out of a tokenizer, whose JSON could not hold it.
 
-    `transformers.pipeline` hands `model_kwargs` to the processor too, and the tokenizer keeps what
-    it does not know.
+    `transformers.pipeline` hands it `model_kwargs` too, and it keeps what it does not know.
     """
     getattr(getattr(processor, "tokenizer", None), "init_kwargs", {}).pop(
         "quantization_config", None
@@ -217,7 +213,7 @@ def _forget_configuration(processor: Any) -> None:
 
 
 def _correct_index(folder: Path, parameters: int) -> None:
-    """Writes the true parameter count into a shard index; Transformers counts packed words and scales."""
+    """Corrects the parameter count of a shard index: Transformers counts packed words."""
     index = folder / INDEX_NAME
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))
@@ -226,7 +222,7 @@ def _correct_index(folder: Path, parameters: int) -> None:
 
 
 def _sort_metadata(file: Path) -> None:
-    """Orders a safetensors header's metadata by key: safetensors writes it in random order, and equal models shall be equal files."""
+    """Orders a header's metadata by key: safetensors writes it in random order."""
     with file.open("r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
@@ -238,22 +234,20 @@ def _sort_metadata(file: Path) -> None:
 
 
 def _follow_umask(folder: Path) -> None:
-    """Gives every file the permissions that a new one gets here: safetensors writes through temporary files, which nobody else may read."""
-    new = (
-        folder / f".new-{uuid4().hex[:8]}"
-    )  # os.umask could only be asked by changing it, for every thread
+    """Gives every file the permissions of a new one: those of safetensors are private."""
+    # os.umask could only be asked by changing it, for every thread
+    new = folder / f".new-{uuid4().hex[:8]}"
     new.touch()
     mode = new.stat().st_mode
     new.unlink()
     for file in folder.rglob("*"):
-        if (
-            file.is_file() and file.stat().st_mode != mode
-        ):  # some file systems have one mode for all, and no chmod
+        # some file systems have one mode for all, and no chmod
+        if file.is_file() and file.stat().st_mode != mode:
             file.chmod(mode)
 
 
 def _write_through(path: Path) -> None:
-    """Waits until a file or directory is on the disk; some file systems cannot do that for a directory."""
+    """Waits until a file is on the disk, or a directory, which some file systems cannot."""
     with suppress(OSError) if path.is_dir() else nullcontext():
         opened = os.open(path, os.O_RDONLY)
         try:

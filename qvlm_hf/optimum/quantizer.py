@@ -1,8 +1,8 @@
 """What Optimum's users expect of a quantization library; they import it as `optimum.qvlm`.
 
-    QVLMOptimumQuantizer.from_pretrained(model).quantize(directory, config=QVLMConfig(...))     Optimum's quantizer interface
-    pipeline("image-text-to-text", model=directory)                      beside optimum.onnxruntime.pipeline and optimum.intel.pipeline
-    enable()                                                      optimum.pipelines.pipeline(..., accelerator="qvlm") means the same
+    QVLMOptimumQuantizer    Optimum's quantizer interface
+    pipeline                as optimum.onnxruntime.pipeline and optimum.intel.pipeline
+    enable                  optimum.pipelines.pipeline(..., accelerator="qvlm") means the same
 
 Optimum's dispatcher knows "ort" and "ov" and has no registry, so `enable` replaces it by one that
 asks here first. That happens on request alone, never at import, and `disable` takes it back.
@@ -23,24 +23,17 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.quantizer import quantize_model
+from qvlm_hf.hf.in_memory import quantize_model
 from qvlm_hf.hf.registry import QUANT_METHOD
 from qvlm_hf.hf.saving import check_output, save_quantized
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import (
-        BaseImageProcessor,
-        FeatureExtractionMixin,
-        Pipeline,
-        PreTrainedConfig,
-        PreTrainedTokenizerBase,
-        ProcessorMixin,
-    )
+    from transformers import Pipeline
 
 __all__ = ["QVLMOptimumQuantizer", "disable", "enable", "pipeline"]
 
 _TASK = "image-text-to-text"
+_HUB = ("revision", "token", "trust_remote_code", "cache_dir")  # the first three in pipelines
 
 
 class QVLMOptimumQuantizer(OptimumQuantizer):
@@ -51,14 +44,7 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
     """
 
     def __init__(self, model: str | PreTrainedModel, processor: Any, **options: Any) -> None:
-        """Takes what `from_pretrained` found.
-
-        Args:
-            model: directory, Hub id, or a model in full precision.
-            processor: of the model; saved with it, and used for calibration unless the
-                configuration has one.
-            **options: of `AutoModelForImageTextToText.from_pretrained`, for a model given by name.
-        """
+        """Takes what `from_pretrained` found; arguments as there."""
         self.model, self.processor, self.options = model, processor, options
 
     @classmethod
@@ -74,11 +60,10 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
 
         Args:
             model_or_path: directory, Hub id, or a model in full precision.
-            file_name: of Optimum's interface; must be None, because a checkpoint's files have fixed
-                names.
-            processor: of the model; None reads the one beside it.
-            **options: of `AutoModelForImageTextToText.from_pretrained` (dtype, revision, token,
-            device_map and so on).
+            file_name: of Optimum's interface; must be None.
+            processor: saved with the model, and used for calibration unless the configuration has
+                one; None reads the one beside the model.
+            **options: of `AutoModelForImageTextToText.from_pretrained`: dtype, revision, token ...
 
         Raises:
             ValueError: `file_name` is given, or `options` with a model object.
@@ -91,16 +76,10 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
                     f"the options {sorted(options)} are for loading a model: leave them out with a "
                     f"model object."
                 )
-            return cls(
-                model_or_path,
-                processor or AutoProcessor.from_pretrained(model_or_path.name_or_path),
-            )
+            name = model_or_path.name_or_path
+            return cls(model_or_path, processor or AutoProcessor.from_pretrained(name))
         name = str(model_or_path)
-        hub = {
-            key: options[key]
-            for key in ("revision", "token", "cache_dir", "trust_remote_code")
-            if key in options
-        }
+        hub = {name: options[name] for name in _HUB if name in options}
         return cls(name, processor or AutoProcessor.from_pretrained(name, **hub), **options)
 
     def quantize(
@@ -116,8 +95,7 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
 
         Args:
             save_dir: the directory to make.
-            file_prefix: of Optimum's interface; must be None, because a checkpoint's files have
-                fixed names.
+            file_prefix: of Optimum's interface; must be None.
             config: how to quantize; None is `QVLMConfig()`, which needs a dataset.
             overwrite: replace an earlier result.
             max_shard_size: of one safetensors file.
@@ -148,61 +126,42 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
                 )
         else:
             model, report = self.model, quantize_model(self.model, config)
-        return save_quantized(
-            model,
-            self.processor,
-            save_dir,
-            report=report,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-        )
+        options: Any = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+        return save_quantized(model, self.processor, save_dir, report=report, **options)
 
 
-def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
-    task: str | None = None,
-    model: str | PreTrainedModel | None = None,
-    config: str | PreTrainedConfig | None = None,
-    tokenizer: str | PreTrainedTokenizerBase | None = None,
-    feature_extractor: str | FeatureExtractionMixin | None = None,
-    image_processor: str | BaseImageProcessor | None = None,
-    processor: str | ProcessorMixin | None = None,
-    framework: str | None = None,
-    revision: str | None = None,
-    use_fast: bool = True,
-    token: str | bool | None = None,
-    device: int | str | torch.device | None = None,
-    device_map: str | dict[str, int | str] | None = None,
-    torch_dtype: str | torch.dtype | None = "auto",
-    trust_remote_code: bool | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-    pipeline_class: Any | None = None,
-    accelerator: str | None = None,
-    **kwargs: Any,
-) -> Pipeline:
-    """A Transformers pipeline on a quantized model; the signature is that of `optimum.pipelines.pipeline`.
+_SIGNATURE = inspect.signature(optimum.pipelines.pipeline)
+
+
+@functools.wraps(optimum.pipelines.pipeline, assigned=())  # gives it that signature
+def pipeline(*args: Any, **kwargs: Any) -> Pipeline:
+    """A Transformers pipeline on a quantized model, called as `optimum.pipelines.pipeline`.
 
     Unlike `transformers.pipeline`, it reads the model once: an error is the model's own, and is not
     answered by a second try in float32. Arguments that are not listed mean what they mean there.
 
     Args:
-        task: None is "image-text-to-text".
-        model: directory or Hub id of a quantized model, of a full-precision one with
-            `quantization_config` in `model_kwargs`, or an object.
-        processor: None reads the one beside the model.
-        framework: "pt" or None.
-        torch_dtype: of what is not quantized.
-        model_kwargs: for `from_pretrained`; not changed.
-        accelerator: "qvlm" or None.
+        *args: as Optimum orders them.
+        **kwargs: task: None is "image-text-to-text". model: directory or Hub id of a quantized
+            model, of a full-precision one with `quantization_config` in `model_kwargs`, or an
+            object. processor: None reads the one beside the model. framework: "pt" or None.
+            torch_dtype: of everything in full precision. model_kwargs: for `from_pretrained`; not
+            changed. accelerator: "qvlm" or None.
 
     Raises:
         ValueError: no model, or one that is not quantized; another framework or accelerator; or as
             `from_pretrained`.
         OSError: there is no such model, or no processor beside it.
     """
+    bound = _SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given: dict[str, Any] = bound.arguments
+    names = ("accelerator", "framework", "task", "model", "model_kwargs", "kwargs")
+    accelerator, framework, task, model, model_kwargs, more = (given.pop(name) for name in names)
     if accelerator not in (None, QUANT_METHOD):
         raise ValueError(
             f"accelerator={accelerator!r} must be {QUANT_METHOD!r} here: "
-            f"optimum.pipelines.pipeline has the others."
+            "optimum.pipelines.pipeline has the others."
         )
     if framework not in (None, "pt"):
         raise ValueError(f"framework={framework!r} must be 'pt': quantized models run in PyTorch.")
@@ -214,36 +173,23 @@ def pipeline(  # noqa: D417 - the rest is as in transformers.pipeline
         raise ValueError(
             "model=None: there is no default model; give a directory, a Hub id or a model."
         )
-    hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    options = {"device_map": given.pop("device_map"), "dtype": given.pop("torch_dtype")}
     if isinstance(model, str | Path):
-        options = {"config": config, "device_map": device_map, "dtype": torch_dtype, **hub}
-        given = {key: value for key, value in options.items() if value is not None}
-        model = AutoModelForImageTextToText.from_pretrained(model, **given | (model_kwargs or {}))
+        options |= {name: given[name] for name in ("config", *_HUB[:3])}
+        asked = {name: value for name, value in options.items() if value is not None}
+        model = AutoModelForImageTextToText.from_pretrained(model, **asked | (model_kwargs or {}))
     if getattr(model, "quantization_method", None) != QUANT_METHOD:
         raise ValueError(
             f"{model.name_or_path}: is not quantized with {QUANT_METHOD}: give such a checkpoint, "
-            f"or "
-            "model_kwargs={'quantization_config': QVLMConfig(...)}."
+            "or model_kwargs={'quantization_config': QVLMConfig(...)}."
         )
+    given["processor"] = given["processor"] or model.name_or_path or None
     make: Any = transformers.pipeline  # declared for each task by name; ours is any string
-    return make(
-        _TASK,
-        model=model,
-        config=config,
-        tokenizer=tokenizer,
-        feature_extractor=feature_extractor,
-        image_processor=image_processor,
-        processor=processor or model.name_or_path or None,
-        use_fast=use_fast,
-        device=device,
-        pipeline_class=pipeline_class,
-        **hub,
-        **kwargs,
-    )
+    return make(_TASK, model=model, **given, **more)
 
 
 def enable() -> None:
-    """Teaches `optimum.pipelines.pipeline` the value accelerator="qvlm"; everything else stays with Optimum.
+    """Teaches `optimum.pipelines.pipeline` the value accelerator="qvlm", and nothing else.
 
     A `pipeline` that was imported from optimum.pipelines before is the old one: call this first.
     """

@@ -29,8 +29,7 @@ from qvlm_hf.bench.machine import device_name
 from qvlm_hf.bench.random_models import random_model
 from qvlm_hf.bench.shapes import shape_config, shape_model
 from qvlm_hf.hf.round_on_load import planned_modules
-from qvlm_hf.hf.runtime import fusion
-from qvlm_hf.hf.runtime.growing_cache import leave_caches
+from qvlm_hf.hf.runtime import fusion, growing_cache
 
 SHAPE = "demo-1b"
 
@@ -50,7 +49,7 @@ def prepared(model: Any, way: str) -> Iterator[None]:
     if way == "kernels":
         fusion.unfuse(model)
     if way in ("kernels", "norms"):
-        leave_caches(model.get_decoder())
+        growing_cache.take_back(model)
     try:
         yield
     finally:

@@ -18,32 +18,26 @@ from transformers import AutoModelForImageTextToText
 from qvlm_hf import QVLMConfig, save_quantized
 from qvlm_hf.export.checkpoint import Exported, export, hub_name
 
+load = AutoModelForImageTextToText.from_pretrained
+
 LAYER = "model.language_model.layers.1.mlp.down_proj"
-ROW_W8A8 = {
-    "scheme": "W8A8",
-    "symmetric": True,
-    "group_size": -1,
-    "activation_granularity": "dynamic_token",
-}
+DYNAMIC = {"activation_granularity": "dynamic_token"}
+ROW_W8A8 = {"scheme": "W8A8", "symmetric": True, "group_size": -1} | DYNAMIC
+W4 = {"scheme": "W4A16", "symmetric": True, "group_size": 32}
 SCHEMES = {
-    "4 bits": {"scheme": "W4A16", "symmetric": True, "group_size": 32},
+    "4 bits": W4,
     "4 bits with zero points": {"scheme": "W4A16", "group_size": 32},
-    "3 bits in 4": {"scheme": "W3A16", "symmetric": True, "group_size": 32},
+    "3 bits in 4": W4 | {"scheme": "W3A16"},
     "5 bits in 8, with zero points": {"scheme": "W5A16", "group_size": 32},
     "2 bits by row, with zero points": {"scheme": "W2A16", "group_size": -1},
-    "4 bits, head in 8": {
-        "scheme": "W4A16",
-        "symmetric": True,
-        "group_size": 32,
-        "lm_head_bits": 8,
-    },
+    "4 bits, head in 8": W4 | {"lm_head_bits": 8},
     "8 bits, projector in full": {
         "scheme": "W8A16",
         "symmetric": True,
         "quantize_projector": False,
     },
     "W8A8": ROW_W8A8,
-    "W8A8 with its head": {**ROW_W8A8, "lm_head_bits": 8},
+    "W8A8 with its head": ROW_W8A8 | {"lm_head_bits": 8},
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,51 +52,34 @@ class Case:
     weight: torch.Tensor
 
 
-def make(source, folder, processor, inputs, config, dtype=torch.float32):
-    model = AutoModelForImageTextToText.from_pretrained(
-        source, dtype=dtype, quantization_config=config
-    )
-    save_quantized(model, processor, folder / "qvlm", report=model.hf_quantizer.report)
-    fed = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in inputs.items()
-    }
-    with torch.no_grad():
-        logits = model(**fed).logits
-    exported = export(folder / "qvlm", folder / "exported", max_shard_size="60KB")
-    return Case(folder / "qvlm", exported, logits, model.get_submodule(LAYER).dequantize())
+@pytest.fixture(scope="module")
+def make(processor, inputs, tmp_path_factory):
+    """A function: makes a case."""
+
+    def made(source, config, dtype=torch.float32):
+        folder = tmp_path_factory.mktemp("export")
+        options = {"dtype": dtype, "quantization_config": config}
+        model = load(source, **options)
+        save_quantized(model, processor, folder / "qvlm", report=model.hf_quantizer.report)
+        fed = {key: t.to(dtype) if t.is_floating_point() else t for key, t in inputs.items()}
+        with torch.no_grad():
+            logits = model(**fed).logits
+        exported = export(folder / "qvlm", folder / "exported", max_shard_size="60KB")
+        return Case(folder / "qvlm", exported, logits, model.get_submodule(LAYER).dequantize())
+
+    return made
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory, source, hub_layout, processor, inputs):
+def cases(make, source, hub_layout, processor):
     """Name -> case; the ones that end in a dtype are of that dtype."""
-    root = tmp_path_factory.mktemp("export")
-    made = {
-        name: make(source, root / name, processor, inputs, QVLMConfig(**fields))
-        for name, fields in SCHEMES.items()
-    }
-    made["from the Hub's layout"] = make(
-        hub_layout, root / "hub", processor, inputs, QVLMConfig(**SCHEMES["4 bits"])
-    )
-    search = {
-        "num_samples": 4,
-        "batch_size": 4,
-        "dataset": tiny_messages(4),
-        "processor": processor,
-    }
-    budget = QVLMConfig(
-        scheme="W4A16", symmetric=True, group_size=32, precision_budget=4.5, **search
-    )
-    made["budget"] = make(source, root / "budget", processor, inputs, budget)
+    made = {name: make(source, QVLMConfig(**fields)) for name, fields in SCHEMES.items()}
+    made["from the Hub's layout"] = make(hub_layout, QVLMConfig(**W4))
+    search = {"num_samples": 4, "batch_size": 4, "dataset": tiny_messages(4)}
+    budget = QVLMConfig(**W4, precision_budget=4.5, processor=processor, **search)
+    made["budget"] = make(source, budget)
     for name, dtype in DTYPES.items():
-        made[name] = make(
-            source,
-            root / name,
-            processor,
-            inputs,
-            QVLMConfig(**SCHEMES["4 bits with zero points"]),
-            dtype,
-        )
+        made[name] = make(source, QVLMConfig(**SCHEMES["4 bits with zero points"]), dtype)
     return made
 
 
@@ -178,30 +155,20 @@ def test_names_are_those_of_llava_on_the_hub(cases):
     assert tensors(cases["4 bits"]).keys() == tensors(cases["from the Hub's layout"]).keys()
 
 
-@pytest.mark.parametrize(
-    ("name", "nested", "expected"),
-    [
-        ("lm_head.weight", True, "language_model.lm_head.weight"),
-        ("model.language_model.norm.weight", True, "language_model.model.norm.weight"),
-        (
-            "model.vision_tower.encoder.layers.0.mlp.fc1.bias",
-            True,
-            "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
-        ),
-        (
-            "model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
-            True,
-            "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
-        ),
-        ("model.vision_tower.patch_conv.weight", False, "vision_tower.patch_conv.weight"),
-        (
-            "model.multi_modal_projector.linear_1.weight",
-            True,
-            "multi_modal_projector.linear_1.weight",
-        ),
-        ("model.image_newline", True, "image_newline"),
-    ],
-)
+FC1 = "encoder.layers.0.mlp.fc1.bias"
+LINEAR = "multi_modal_projector.linear_1.weight"
+HUB_NAMES = [
+    ("lm_head.weight", True, "language_model.lm_head.weight"),
+    ("model.language_model.norm.weight", True, "language_model.model.norm.weight"),
+    (f"model.vision_tower.{FC1}", True, f"vision_tower.vision_model.{FC1}"),
+    (f"model.vision_tower.vision_model.{FC1}", True, f"vision_tower.vision_model.{FC1}"),
+    ("model.vision_tower.patch_conv.weight", False, "vision_tower.patch_conv.weight"),
+    (f"model.{LINEAR}", True, LINEAR),
+    ("model.image_newline", True, "image_newline"),
+]
+
+
+@pytest.mark.parametrize(("name", "nested", "expected"), HUB_NAMES)
 def test_hub_name(name, nested, expected):
     assert hub_name(name, nested_vision=nested) == expected
 
@@ -223,28 +190,21 @@ def test_equal_models_are_equal_files(cases, tmp_path):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"scheme": "W4A16", "rotation": "hadamard"}, "quantize with rotation=None"),
-        ({"scheme": "W3A8", "activation_granularity": "dynamic_token"}, "no consumer runs W3A8"),
-        (
-            {**ROW_W8A8, "symmetric": False},
-            "one scale per row and zero points: quantize with scheme='W8A8', group_size=-1 and symmetric=True",
-        ),
-        ({**ROW_W8A8, "group_size": 32}, "no consumer runs W8A8 with a scale per 32 inputs"),
-        (
-            {"scheme": "W4A16", "group_size": 32, "lm_head_bits": 8},
-            r"weights of \[4, 8\] bits with zero points cannot be loaded side by side",
-        ),
-    ],
-)
+REFUSED = [
+    (W4 | {"rotation": "hadamard"}, "quantize with rotation=None"),
+    ({"scheme": "W3A8"} | DYNAMIC, "no consumer runs W3A8"),
+    (ROW_W8A8 | {"symmetric": False}, "W8A8 with one scale per row and zero points: quantize with"),
+    (ROW_W8A8 | {"group_size": 32}, "no consumer runs W8A8 with a scale per 32 inputs"),
+    (W4 | {"symmetric": False, "lm_head_bits": 8}, r"of \[4, 8\] bits with zero points cannot be"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
 def test_a_scheme_that_nobody_runs_is_refused_and_nothing_written(
     source, processor, tmp_path, fields, message
 ):
-    model = AutoModelForImageTextToText.from_pretrained(
-        source, quantization_config=QVLMConfig(**fields)
-    )
+    config = QVLMConfig(**fields)
+    model = load(source, quantization_config=config)
     save_quantized(model, processor, tmp_path / "qvlm", report=None)
     with pytest.raises(ValueError, match=message) as caught:
         export(tmp_path / "qvlm", tmp_path / "exported")
@@ -253,19 +213,18 @@ def test_a_scheme_that_nobody_runs_is_refused_and_nothing_written(
 
 
 def test_refusals_of_directories(cases, source, tmp_path):
-    with pytest.raises(ValueError, match="format='gguf' must be one of compressed-tensors"):
-        export(cases["4 bits"].path, tmp_path / "x", format="gguf")
-    for inside in (cases["4 bits"].path, cases["4 bits"].path / "export"):
-        with pytest.raises(ValueError, match="is, or lies in, the model that is read"):
-            export(cases["4 bits"].path, inside, overwrite=True)
-    with pytest.raises(ValueError, match="is not quantized by qvlm_hf"):
-        export(source, tmp_path / "x")
-    with pytest.raises(ValueError, match="is not quantized by qvlm_hf"):
-        export(cases["4 bits"].exported.path, tmp_path / "x")
-    with pytest.raises(ValueError, match="holds no config"):
-        export(tmp_path, tmp_path / "x")
-    with pytest.raises(ValueError, match="exists and is not empty"):
-        export(cases["4 bits"].path, cases["W8A8"].exported.path)
+    ours, other = cases["4 bits"], cases["W8A8"].exported.path
+    for read, written, message, options in (
+        (ours.path, tmp_path / "x", "format='gguf' must be one of comp", {"format": "gguf"}),
+        (ours.path, ours.path, "is, or lies in, the model that is read", {"overwrite": True}),
+        (ours.path, ours.path / "x", "is, or lies in, the model that is read", {"overwrite": True}),
+        (source, tmp_path / "x", "is not quantized by qvlm_hf", {}),
+        (ours.exported.path, tmp_path / "x", "is not quantized by qvlm_hf", {}),
+        (tmp_path, tmp_path / "x", "holds no config", {}),
+        (ours.path, other, "exists and is not empty", {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(read, written, **options)
     assert not (tmp_path / "x").exists()
 
 
@@ -324,7 +283,7 @@ def test_exports_of_other_programs_are_never_deleted(cases, tmp_path):
 
 
 def test_a_sharded_checkpoint_is_read(processor, tmp_path, cases):
-    model = AutoModelForImageTextToText.from_pretrained(cases["4 bits"].path)
+    model = load(cases["4 bits"].path)
     save_quantized(model, processor, tmp_path / "shards", report=None, max_shard_size="60KB")
     again = export(tmp_path / "shards", tmp_path / "exported")
     expected = tensors(cases["4 bits"])
@@ -335,12 +294,12 @@ def test_a_sharded_checkpoint_is_read(processor, tmp_path, cases):
     assert not expected
 
 
-def test_a_tied_head_stays_tied(processor, inputs, tmp_path):
+def test_a_tied_head_stays_tied(make, inputs, tmp_path):
     source = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
-    case = make(source, tmp_path, processor, inputs, QVLMConfig(**SCHEMES["4 bits"]))
+    case = make(source, QVLMConfig(**W4))
     assert case.exported.full_precision == ("lm_head",)
     with torch.no_grad():
-        logits = AutoModelForImageTextToText.from_pretrained(case.exported.path)(**inputs).logits
+        logits = load(case.exported.path)(**inputs).logits
     torch.testing.assert_close(logits, case.logits, rtol=0, atol=1e-3)
 
 

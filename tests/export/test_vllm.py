@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from qvlm_hf import QVLMConfig, save_quantized
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.export.checkpoint import export
-from qvlm_hf.export.vllm_rules import check_for_vllm
+from qvlm_hf.export.vllm_check import check_for_vllm
 
 PYTHON = os.environ.get("VLLM_PYTHON", "")
 W8A8 = {

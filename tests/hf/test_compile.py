@@ -13,6 +13,8 @@ from transformers import AutoModelForImageTextToText, CompileConfig, LlavaForCon
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.hf.runtime.compiling import round_as_eager
 
+load = AutoModelForImageTextToText.from_pretrained
+
 IDS = torch.tensor([[1, 5, 6, 7, 8]])
 
 
@@ -36,9 +38,7 @@ def quantized(directory, scheme, **options):
         activation_granularity=None if scheme.endswith("16") else "dynamic_token",
         lm_head_bits=8,
     )
-    return AutoModelForImageTextToText.from_pretrained(
-        directory, quantization_config=config, **options
-    )
+    return load(directory, quantization_config=config, **options)
 
 
 def text(model, **options):
@@ -126,8 +126,8 @@ def test_generate_compiles_with_the_rounding_of_eager(directory, tmp_path, monke
     assert options_of(calls, pickle.loads(pickle.dumps(quantized(directory, "W4A16")))) == ours
     model.save_pretrained(tmp_path)
     assert "compile" not in (tmp_path / "generation_config.json").read_text()
-    assert options_of(calls, AutoModelForImageTextToText.from_pretrained(tmp_path)) == ours
-    in_memory = AutoModelForImageTextToText.from_pretrained(directory)
+    assert options_of(calls, load(tmp_path)) == ours
+    in_memory = load(directory)
     assert options_of(calls, in_memory) == CompileConfig().to_dict()
     quantize_model(in_memory, QVLMConfig(scheme="W4A16"))
     del in_memory._compiled_call

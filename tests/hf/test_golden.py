@@ -19,12 +19,12 @@ from qvlm_hf.calibration.samples import collate, load_samples
 SAVED = Path(__file__).parent.parent / "golden" / "saved"
 
 
-def digest(tensor: torch.Tensor) -> str:
+def digest(tensor):
     return hashlib.sha256(tensor.detach().contiguous().float().numpy().tobytes()).hexdigest()[:16]
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SAVED.iterdir()))
-def test_files_of_an_earlier_revision_load_with_every_bit(name: str, tmp_path: Path) -> None:
+def test_files_of_an_earlier_revision_load_with_every_bit(name, tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(SAVED / name, dtype=torch.float32)
     batch = collate(load_samples(tiny_messages(4, seed=7)), tiny_processor())
     with torch.no_grad():

@@ -1,7 +1,6 @@
 """The full-precision model's name in the provenance: a Hub id only with evidence, never a path."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 from tiny_models import tiny_llava
@@ -15,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def cache(tmp_path: Path, source: Path) -> Path:
+def cache(tmp_path, source):
     """A cache as the Hub's client leaves it, with one model."""
     snapshot = tmp_path / "models--me--tiny" / "snapshots" / COMMIT
     shutil.copytree(source, snapshot)
@@ -24,7 +23,7 @@ def cache(tmp_path: Path, source: Path) -> Path:
     return tmp_path
 
 
-def test_a_model_of_the_hub_is_named_with_its_commit(cache: Path) -> None:
+def test_a_model_of_the_hub_is_named_with_its_commit(cache):
     config = QVLMConfig(scheme="W4A16")
     model = AutoModelForImageTextToText.from_pretrained(
         "me/tiny", cache_dir=cache, quantization_config=config
@@ -34,7 +33,7 @@ def test_a_model_of_the_hub_is_named_with_its_commit(cache: Path) -> None:
     assert model.hf_quantizer.report.provenance == found
 
 
-def test_a_directory_is_named_without_its_path(source: Path) -> None:
+def test_a_directory_is_named_without_its_path(source):
     model = AutoModelForImageTextToText.from_pretrained(
         source, quantization_config=QVLMConfig(scheme="W4A16")
     )
@@ -42,9 +41,7 @@ def test_a_directory_is_named_without_its_path(source: Path) -> None:
     assert "base_model" not in model.hf_quantizer.report.provenance
 
 
-def test_a_model_in_memory_needs_evidence_for_a_hub_id(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_in_memory_needs_evidence_for_a_hub_id(cache, monkeypatch):
     model = tiny_llava()
     assert "base_model" not in quantize_model(model, QVLMConfig(scheme="W4A16")).provenance
     other = tiny_llava()
@@ -57,7 +54,7 @@ def test_a_model_in_memory_needs_evidence_for_a_hub_id(
     assert origin(other) == {"base_model": "me/tiny"}
 
 
-def test_data_sets_are_named_without_their_path(tmp_path: Path) -> None:
+def test_data_sets_are_named_without_their_path(tmp_path):
     (tmp_path / "scienceqa").mkdir()
     (tmp_path / "a.jsonl").write_text("{}")
     assert dataset_name(tmp_path / "a.jsonl") == "a.jsonl"

@@ -72,12 +72,22 @@ def adapted(model, targets="all-linear", **options):
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, **options))
 
 
+def cast(batch, dtype):
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
+
+
+def gradients_of(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(gradients):
+    assert gradients[0].keys() == gradients[1].keys() != set()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+
+
 def train(model, batch, steps=10):
     """The loss before each step, and after the last."""
-    batch = {
-        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in batch.items()
-    }
+    batch = cast(batch, model.dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     losses = []
@@ -137,25 +147,11 @@ def test_a_fresh_process_loads_the_adapter_in_three_ways(directory, batch, train
     _, path, expected = trained
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     torch.save(inputs, tmp_path / "inputs.pt")
-    script = [
-        sys.executable,
-        TESTS / "hf" / "fresh_adapter.py",
-        tmp_path / "inputs.pt",
-        tmp_path / "out.pt",
-        directory,
-        path,
-    ]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    }
-    done = subprocess.run(
-        list(map(str, script)),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    files = (tmp_path / "inputs.pt", tmp_path / "out.pt", directory, path)
+    command = [sys.executable, *map(str, (TESTS / "hf" / "fresh_adapter.py", *files))]
+    paths = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     answers = torch.load(tmp_path / "out.pt")
     assert set(answers) == {"PeftModel", "load_adapter", "from_pretrained"}
@@ -177,19 +173,16 @@ def test_without_its_adapter_the_model_is_bit_for_bit_the_old_one(directory, bat
 def test_save_quantized_wants_the_model_without_its_adapter(directory, batch, trained, tmp_path):
     model = load(directory)
     model.load_adapter(trained[1])
+    message = (
+        "save_quantized saves no PEFT adapter: save it with its own save_pretrained, and unload"
+    )
     for wrapped in (model, adapted(load(directory)), adapted(load(directory)).get_base_model()):
-        with pytest.raises(
-            ValueError,
-            match="save_quantized saves no PEFT adapter: save it with its own save_pretrained, and "
-            "unload",
-        ):
+        with pytest.raises(ValueError, match=message):
             save_quantized(wrapped, None, tmp_path / "with", report=None)
         assert not list(tmp_path.iterdir())
     model = adapted(load(directory)).unload()
-    assert torch.equal(
-        logits(load(save_quantized(model, None, tmp_path / "without", report=None)), batch),
-        logits(model, batch),
-    )
+    again = load(save_quantized(model, None, tmp_path / "without", report=None))
+    assert torch.equal(logits(again, batch), logits(model, batch))
 
 
 def test_modules_of_one_input_are_computed_together_except_where_a_gradient_is_wanted(
@@ -226,11 +219,8 @@ def test_computing_together_changes_no_gradient(directory, batch):
             if dissolved and isinstance(module, QVLMLinear) and module.shared is not None:
                 module.shared[0].dissolve()
         train(model, batch, steps=2)
-        gradients.append(
-            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        )
-    assert gradients[0].keys() == gradients[1].keys() != set()
-    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+        gradients.append(gradients_of(model))
+    assert_equal(gradients)
 
 
 def test_each_row_of_a_batch_may_have_its_own_adapter(directory, batch):
@@ -271,15 +261,10 @@ def test_gradient_checkpointing_changes_no_gradient(directory, batch, reentrant)
         model.enable_input_require_grads()  # the reentrant kind sends gradients only to layers whose input has one
         model = adapted(model, r"model\.language_model\..*(q_proj|v_proj|down_proj)")
         train(model, batch, steps=2)
-        gradients.append(
-            {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        )
-    assert list(map(len, runs)) == [
-        3,
-        5,
-    ]  # two steps and a look at the loss; two forward passes are repeated
-    assert gradients[0].keys() == gradients[1].keys() != set()
-    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+        gradients.append(gradients_of(model))
+    # two steps and a look at the loss; two forward passes are repeated
+    assert list(map(len, runs)) == [3, 5]
+    assert_equal(gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -405,23 +390,12 @@ OPTIONS = {
     "WAVEFT": {"n_frequency": 16},
 }
 MATRIX = {kind.value: {} for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-LORA_OPTIONS = (
-    *(
-        {"init_lora_weights": name}
-        for name in ("gaussian", "eva", "olora", "pissa", "corda", "orthogonal")
-    ),
-    *({"init_lora_weights": name} for name in ("pissa_niter_4", "mica", "lora_ga")),
-    *({name: True} for name in ("use_dora", "use_qalora", "use_rslora", "lora_bias")),
-)
-MATRIX |= {
-    f"LORA {value}" if value is not True else f"LORA {name}": {name: value}
-    for one in LORA_OPTIONS
-    for name, value in one.items()
-}
-MATRIX["LORA target_parameters"] = {
-    "target_modules": ["none"],
-    "target_parameters": ["self_attn.q_proj.weight"],
-}
+INITS = ("gaussian", "eva", "olora", "pissa", "corda", "orthogonal", "pissa_niter_4", "mica")
+MATRIX |= {f"LORA {name}": {"init_lora_weights": name} for name in (*INITS, "lora_ga")}
+FLAGS = ("use_dora", "use_qalora", "use_rslora", "lora_bias")
+MATRIX |= {f"LORA {name}": {name: True} for name in FLAGS}
+BY_PARAMETER = {"target_modules": ["none"], "target_parameters": ["self_attn.q_proj.weight"]}
+MATRIX["LORA target_parameters"] = BY_PARAMETER
 MATRIX["MISS bat"] = {"r": 8, "init_weights": "bat"}
 READS_WEIGHTS = {  # to begin with, or in each forward pass
     *("ADAMSS", "DEFT", "DELORA", "FROD", "HIRA", "HRA", "OSF", "PEANUT", "PSOFT", "SHIRA"),
@@ -434,12 +408,8 @@ def made(name):
     """A configuration, on the attention of the language model unless the kind wants something else."""
     kind, *_ = name.split()
     config = next(own for key, own in PEFT_TYPE_TO_CONFIG_MAPPING.items() if key.value == kind)
-    usual = {
-        "target_modules": ATTENTION,
-        "num_virtual_tokens": 4,
-        "num_tasks": 2,
-        "task_type": "CAUSAL_LM",
-    }
+    usual = {"target_modules": ATTENTION, "num_virtual_tokens": 4, "num_tasks": 2}
+    usual["task_type"] = "CAUSAL_LM"
     fields = {field.name for field in dataclasses.fields(config)}
     usual = {name: value for name, value in usual.items() if name in fields}
     return config(**(usual | OPTIONS.get(kind, {}) | MATRIX[name]))
@@ -460,9 +430,7 @@ def tried(model, name, batch):
         torch.manual_seed(2)
         adapter.train()
         adapter(**batch).loss.backward()
-        results.append(
-            [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
-        )
+        results.append(list(gradients_of(adapter).values()))
         if hasattr(adapter.base_model, "merge_and_unload"):
             results.append([logits(adapter.eval().merge_and_unload(), batch)])
     except Exception as error:
@@ -516,10 +484,7 @@ def test_what_reads_the_form_alone_is_saved_loaded_and_trained(directory, batch,
     assert losses[-1] < 0.8 * losses[0]
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(load(directory, dtype=torch.bfloat16), tmp_path)
-    fed = {
-        name: value.bfloat16() if value.is_floating_point() else value
-        for name, value in batch.items()
-    }
+    fed = cast(batch, torch.bfloat16)
     assert torch.equal(logits(again, fed), logits(model, fed))
 
 
@@ -527,9 +492,8 @@ def test_a_packed_projector_is_not_trained_and_a_float_one_is(directory, source,
     options = {"targets": ["q_proj", "v_proj"], "modules_to_save": ["multi_modal_projector"]}
     with pytest.raises(ValueError, match=UNTRAINABLE):
         adapted(load(directory), **options)
-    config = QVLMConfig(
-        scheme="W4A8", activation_granularity="dynamic_token", quantize_projector=False
-    )
+    options_of_model = {"activation_granularity": "dynamic_token", "quantize_projector": False}
+    config = QVLMConfig(scheme="W4A8", **options_of_model)
     load(source, quantization_config=config).save_pretrained(tmp_path / "model")
     model = adapted(load(tmp_path / "model"), **options)
     before = load(tmp_path / "model").model.multi_modal_projector.linear_1.weight
@@ -538,10 +502,8 @@ def test_a_packed_projector_is_not_trained_and_a_float_one_is(directory, source,
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "adapter")
     assert torch.equal(logits(again, batch), logits(model, batch))
-    trained = again.get_submodule(
-        "base_model.model.model.multi_modal_projector.modules_to_save.default.linear_1"
-    ).weight
-    assert not torch.allclose(trained, before)
+    name = "base_model.model.model.multi_modal_projector.modules_to_save.default.linear_1"
+    assert not torch.allclose(again.get_submodule(name).weight, before)
 
 
 def test_a_packed_head_is_not_trained(source):
@@ -561,9 +523,8 @@ def test_dequantize_then_merge(source, batch, tmp_path, scheme):
     dequantized = logits(model, batch)
     merged = model.merge_and_unload()
     assert not any(isinstance(module, QVLMLinear) for module in merged.modules())
-    torch.testing.assert_close(
-        logits(merged, batch), dequantized, rtol=1e-4, atol=1e-4 * dequantized.std().item()
-    )
+    near = {"rtol": 1e-4, "atol": 1e-4 * dequantized.std().item()}
+    torch.testing.assert_close(logits(merged, batch), dequantized, **near)
     # weight-only: the same weights in another order of sums; 8-bit activations: rounded inputs, 2 %
     # of the answers' spread
     assert (dequantized - quantized).std() < (1e-5 if scheme == "W4A16" else 0.05) * quantized.std()
@@ -571,20 +532,15 @@ def test_dequantize_then_merge(source, batch, tmp_path, scheme):
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert torch.equal(logits(load(tmp_path), batch), logits(merged, batch))
     report = quantize_model(merged, CONFIG)
-    assert (
-        len(report.modules)
-        == sum(isinstance(module, QVLMLinear) for module in merged.modules())
-        > 0
-    )
+    count = sum(isinstance(module, QVLMLinear) for module in merged.modules())
+    assert len(report.modules) == count > 0
     assert (logits(merged, batch) - dequantized).std() < 0.3 * dequantized.std()
 
 
 def test_a_module_is_copied_and_saved_without_its_siblings(directory, batch):
     model = load(directory)
-    module, size = (
-        q_proj(model),
-        sum(t.numel() * t.element_size() for t in q_proj(model).state_dict().values()),
-    )
+    module = q_proj(model)
+    size = sum(tensor.nbytes for tensor in module.state_dict().values())
     lone = copy.deepcopy(module)
     file = io.BytesIO()
     torch.save(module, file)
@@ -595,9 +551,6 @@ def test_a_module_is_copied_and_saved_without_its_siblings(directory, batch):
     assert lone.shared is None
     twin = copy.deepcopy(model)
     attention = twin.model.language_model.layers[0].self_attn
-    assert attention.q_proj.shared[0].modules == [
-        attention.q_proj,
-        attention.k_proj,
-        attention.v_proj,
-    ]
+    members = [attention.q_proj, attention.k_proj, attention.v_proj]
+    assert attention.q_proj.shared[0].modules == members
     assert torch.equal(logits(twin, batch), logits(model, batch))

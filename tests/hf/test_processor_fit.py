@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +12,8 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.hf.processor_fit import check_processor_fits
+
+load = AutoModelForImageTextToText.from_pretrained
 
 SET = {
     "patch_size": PATCH_SIZE,
@@ -42,21 +43,21 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def wrong_processor(settings: dict[str, Any]) -> Any:
+def wrong_processor(settings):
     processor = tiny_processor()
     for name, value in settings.items():
         setattr(processor, name, value)
     return processor
 
 
-def on_meta() -> LlavaForConditionalGeneration:
+def on_meta():
     model = tiny_llava()
     with torch.device("meta"):
         return LlavaForConditionalGeneration(model.config)
 
 
 @pytest.fixture
-def no_weights(source: Path, tmp_path: Path) -> Path:
+def no_weights(source, tmp_path):
     """A checkpoint whose weights cannot be read: an error about anything else came first."""
     (tmp_path / "model").mkdir()
     for file in source.iterdir():
@@ -66,7 +67,7 @@ def no_weights(source: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def samples(tmp_path: Path) -> str:
+def samples(tmp_path):
     """The second line has the first picture."""
     tiny_messages(1)[0]["messages"][0]["content"][0]["image"].save(tmp_path / "1.png")
     lines = [
@@ -78,9 +79,7 @@ def samples(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_wrong_settings_are_found_before_a_weight_is_read(
-    no_weights: Path, samples: str, kind: str
-) -> None:
+def test_wrong_settings_are_found_before_a_weight_is_read(no_weights, samples, kind):
     settings, problem = WRONG[kind]
     processor = wrong_processor(settings)
     remedy = {name: value for name, value in SET.items() if name in settings}
@@ -88,7 +87,7 @@ def test_wrong_settings_are_found_before_a_weight_is_read(
     message = f"samples.jsonl:2: {problem}: {said}"
     config = QVLMConfig(dataset=samples, processor=processor)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
+        load(no_weights, quantization_config=config)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         quantize_model(tiny_llava(), config)
     assert {name: getattr(processor, name) for name in settings} == settings  # it was only tried
@@ -97,13 +96,13 @@ def test_wrong_settings_are_found_before_a_weight_is_read(
     check_processor_fits(on_meta(), processor, load_samples(samples))
 
 
-def test_drawn_samples_are_checked_too(no_weights: Path) -> None:
+def test_drawn_samples_are_checked_too(no_weights):
     config = QVLMConfig(dataset="synthetic", processor=wrong_processor({"patch_size": None}))
     with pytest.raises(
         ValueError,
         match=r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model',
     ):
-        AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
+        load(no_weights, quantization_config=config)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +113,11 @@ def test_drawn_samples_are_checked_too(no_weights: Path) -> None:
         {"scheme": "W4A16", "rotation": "hadamard"},
     ],
 )
-def test_without_data_a_processor_that_is_given_is_checked_too(
-    no_weights: Path, options: dict[str, Any]
-) -> None:
+def test_without_data_a_processor_that_is_given_is_checked_too(no_weights, options):
     config = QVLMConfig(**options, processor=wrong_processor({"patch_size": None}))
     message = r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model\'s processor_config.json'
     with pytest.raises(ValueError, match=message):
-        AutoModelForImageTextToText.from_pretrained(no_weights, quantization_config=config)
+        load(no_weights, quantization_config=config)
     model = tiny_llava()
     with pytest.raises(ValueError, match=message):
         quantize_model(model, config)
@@ -129,7 +126,7 @@ def test_without_data_a_processor_that_is_given_is_checked_too(
     assert quantize_model(model, config).modules
 
 
-def test_a_check_leaves_no_trace_in_the_files_of_the_processor(tmp_path: Path) -> None:
+def test_a_check_leaves_no_trace_in_the_files_of_the_processor(tmp_path):
     processor = tiny_processor()
     processor.save_pretrained(tmp_path / "before")
     check_processor_fits(on_meta(), processor, None)
@@ -138,7 +135,7 @@ def test_a_check_leaves_no_trace_in_the_files_of_the_processor(tmp_path: Path) -
         assert (tmp_path / "after" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_pictures_of_another_size_and_unknown_tokens(samples: str) -> None:
+def test_pictures_of_another_size_and_unknown_tokens(samples):
     processor = tiny_processor()
     processor.image_processor.crop_size = processor.image_processor.size = {
         "height": 48,
@@ -163,9 +160,7 @@ def test_pictures_of_another_size_and_unknown_tokens(samples: str) -> None:
         check_processor_fits(model, tiny_processor(), load_samples(samples))
 
 
-def test_what_fits_or_cannot_be_known_is_let_through(
-    samples: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fits_or_cannot_be_known_is_let_through(samples, monkeypatch):
     chosen = load_samples(samples)
     for model in (on_meta(), tiny_llava()):
         check_processor_fits(model, tiny_processor(), chosen)
@@ -180,7 +175,7 @@ def test_what_fits_or_cannot_be_known_is_let_through(
     ):
         model = on_meta()
 
-        def ask(*_: object, error: Exception = error, **__: object) -> None:
+        def ask(*_, error=error, **__):
             raise error
 
         monkeypatch.setattr(model, "get_image_features", ask)
@@ -190,9 +185,9 @@ def test_what_fits_or_cannot_be_known_is_let_through(
     check_processor_fits(model, wrong, chosen)
 
 
-def test_a_processor_that_nothing_mends_is_named(samples: str) -> None:
+def test_a_processor_that_nothing_mends_is_named(samples):
     class Broken(type(tiny_processor())):
-        def __call__(self, *_: object, **__: object) -> None:
+        def __call__(self, *_, **__):
             raise KeyError("pixel_values\nand more")
 
     processor = tiny_processor()

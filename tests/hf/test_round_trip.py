@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,12 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 import qvlm_hf
 from qvlm_hf import CalibrationReport, QVLMConfig, QVLMLinear, quantize_model, save_quantized
 
+load = AutoModelForImageTextToText.from_pretrained
+
 TESTS = Path(__file__).parents[1]
 
 
-def fresh_process(script: str, *arguments: object) -> str:
+def fresh_process(script, *arguments):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     }
@@ -33,9 +34,7 @@ def fresh_process(script: str, *arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def reloaded(
-    tmp_path_factory: pytest.TempPathFactory, saved: dict, inputs: dict[str, torch.Tensor]
-) -> dict:
+def reloaded(tmp_path_factory, saved, inputs):
     folder = tmp_path_factory.mktemp("fresh")
     torch.save(inputs, folder / "inputs.pt")
     fresh_process(
@@ -51,9 +50,7 @@ def reloaded(
 @pytest.mark.parametrize(
     "kind", ["rounded", "dynamic", "searched", "rotated", "budgeted", "rotated, rounded", "paper"]
 )
-def test_a_fresh_process_answers_bit_for_bit_the_same(
-    saved: dict, reloaded: dict, kind: str, dtype: str
-) -> None:
+def test_a_fresh_process_answers_bit_for_bit_the_same(saved, reloaded, kind, dtype):
     before, after = saved[kind, dtype], reloaded[str(saved[kind, dtype].path)]
     assert after["logits"].dtype == getattr(torch, dtype)
     assert torch.isfinite(before.logits).all()
@@ -67,7 +64,7 @@ def test_a_fresh_process_answers_bit_for_bit_the_same(
     assert after["rows"] == ({kernel} if kind == "rounded" else {kernel, "torch"})
 
 
-def test_a_model_rounded_without_data_records_nothing_that_did_not_happen(saved: dict) -> None:
+def test_a_model_rounded_without_data_records_nothing_that_did_not_happen(saved):
     config = json.loads((saved["rounded", "float32"].path / "config.json").read_text())[
         "quantization_config"
     ]
@@ -77,19 +74,19 @@ def test_a_model_rounded_without_data_records_nothing_that_did_not_happen(saved:
     )
 
 
-def test_a_pipeline_runs_on_a_saved_directory(reloaded: dict) -> None:
+def test_a_pipeline_runs_on_a_saved_directory(reloaded):
     assert isinstance(reloaded["pipeline"], str)
     assert reloaded["pipeline"].strip()
 
 
-def test_the_search_used_static_and_dynamic_ranges(saved: dict) -> None:
+def test_the_search_used_static_and_dynamic_ranges(saved):
     config = json.loads((saved["paper", "float32"].path / "config.json").read_text())[
         "quantization_config"
     ]
     assert {entry["granularity"] for entry in config["modules"].values()} >= {"token", "channel"}
 
 
-def test_sharded_and_single_files_hold_what_they_should(saved: dict, source: Path) -> None:
+def test_sharded_and_single_files_hold_what_they_should(saved, source):
     sharded, single = saved["searched", "float32"].path, saved["rounded", "float32"].path
     assert len(list(sharded.glob("model-*.safetensors"))) > 2
     with safe_open(source / "model.safetensors", "pt") as file:
@@ -109,7 +106,7 @@ def test_sharded_and_single_files_hold_what_they_should(saved: dict, source: Pat
         }
 
 
-def test_config_json_and_report_agree(saved: dict) -> None:
+def test_config_json_and_report_agree(saved):
     path = saved["searched", "bfloat16"].path
     config = json.loads((path / "config.json").read_text())
     report = CalibrationReport.from_dict(json.loads((path / "qvlm_report.json").read_text()))
@@ -120,15 +117,11 @@ def test_config_json_and_report_agree(saved: dict) -> None:
     assert not {"dataset", "processor", "callbacks", "strict"} & set(config["quantization_config"])
 
 
-def test_without_the_plugin_loading_fails_at_every_width(
-    tmp_path: Path, source: Path, hub_layout: Path, saved: dict
-) -> None:
+def test_without_the_plugin_loading_fails_at_every_width(tmp_path, source, hub_layout, saved):
     paths = [saved["searched", "float32"].path, saved["paper", "float16"].path]
     for bits in (2, 3, 4, 6, 8):
         origin = hub_layout if bits in (4, 8) else source
-        model = AutoModelForImageTextToText.from_pretrained(
-            origin, quantization_config=QVLMConfig(scheme=f"W{bits}A16")
-        )
+        model = load(origin, quantization_config=QVLMConfig(scheme=f"W{bits}A16"))
         model.save_pretrained(tmp_path / f"w{bits}")
         paths.append(tmp_path / f"w{bits}")
     outcomes = json.loads(fresh_process("fresh_without_plugin.py", *paths).splitlines()[-1])
@@ -137,11 +130,9 @@ def test_without_the_plugin_loading_fails_at_every_width(
     assert all(outcome.startswith("RuntimeError") for outcome in outcomes.values()), outcomes
 
 
-def test_the_key_layout_of_the_source_is_kept(
-    tmp_path: Path, hub_layout: Path, source: Path, inputs: dict[str, torch.Tensor], ask: Callable
-) -> None:
+def test_the_key_layout_of_the_source_is_kept(tmp_path, hub_layout, source, inputs, ask):
     config = QVLMConfig(scheme="W4A16")
-    model = AutoModelForImageTextToText.from_pretrained(hub_layout, quantization_config=config)
+    model = load(hub_layout, quantization_config=config)
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         keys = set(file.keys())
@@ -150,17 +141,17 @@ def test_the_key_layout_of_the_source_is_kept(
         "model.vision_tower.encoder.layers.0.mlp.fc1"
         in model.hf_quantizer.quantization_config.modules
     )
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    other = AutoModelForImageTextToText.from_pretrained(source, quantization_config=config)
+    again = load(tmp_path)
+    other = load(source, quantization_config=config)
     assert torch.equal(ask(again, inputs)[0], ask(model, inputs)[0])
     assert torch.equal(ask(other, inputs)[0], ask(model, inputs)[0])
 
 
 def test_loading_can_cast_and_take_the_models_own_config_and_a_device_map(
-    saved: dict, tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable
-) -> None:
+    saved, tmp_path, inputs, ask
+):
     path = saved["paper", "float32"].path
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.bfloat16)
+    model = load(path, dtype=torch.bfloat16)
     layer = model.model.language_model.layers[0].mlp.up_proj
     assert (layer.weight_scale.dtype, layer.input_scale.dtype) == (torch.bfloat16, torch.float32)
     assert (
@@ -168,13 +159,9 @@ def test_loading_can_cast_and_take_the_models_own_config_and_a_device_map(
         == model.model.multi_modal_projector.linear_1.bias.dtype
         == torch.bfloat16
     )
-    same_config = AutoModelForImageTextToText.from_pretrained(
-        path, config=model.config, dtype=torch.float32
-    )
-    mapped = AutoModelForImageTextToText.from_pretrained(path, device_map={"": "cpu"})
-    offloaded = AutoModelForImageTextToText.from_pretrained(
-        path, device_map={"": "disk"}, offload_folder=tmp_path
-    )
+    same_config = load(path, config=model.config, dtype=torch.float32)
+    mapped = load(path, device_map={"": "cpu"})
+    offloaded = load(path, device_map={"": "disk"}, offload_folder=tmp_path)
     for other in (same_config, mapped, offloaded):
         assert torch.equal(ask(other, inputs)[0], saved["paper", "float32"].logits)
     with pytest.raises(ValueError, match="is offloaded: load the model without offloading"):
@@ -184,42 +171,27 @@ def test_loading_can_cast_and_take_the_models_own_config_and_a_device_map(
     assert mapped.lm_head.weight.dtype == torch.bfloat16
 
 
-def test_saving_again_keeps_every_byte(saved: dict, tmp_path: Path) -> None:
+def test_saving_again_keeps_every_byte(saved, tmp_path):
     for index in range(4):  # safetensors orders metadata at random: one file could be equal by luck
         first = saved["rounded", "float16"].path
-        second = save_quantized(
-            AutoModelForImageTextToText.from_pretrained(first),
-            None,
-            tmp_path / str(index),
-            report=None,
-        )
+        second = save_quantized(load(first), None, tmp_path / str(index), report=None)
         for name in ("model.safetensors", "config.json", "generation_config.json"):
             assert (second / name).read_bytes() == (first / name).read_bytes()
 
 
-def test_the_base_model_alone_loads(saved: dict, inputs: dict[str, torch.Tensor]) -> None:
+def test_the_base_model_alone_loads(saved, inputs):
     for kind in ("rounded", "paper"):
         path = saved[kind, "float32"].path
-        base, whole = (
-            AutoModel.from_pretrained(path),
-            AutoModelForImageTextToText.from_pretrained(path),
-        )
+        base, whole = (AutoModel.from_pretrained(path), load(path))
         with torch.no_grad():
             assert torch.equal(
                 base(**inputs).last_hidden_state, whole.model(**inputs).last_hidden_state
             )
 
 
-def test_in_memory_and_on_load_give_the_same_model(
-    source: Path,
-    saved: dict,
-    processor: object,
-    inputs: dict,
-    ask: Callable,
-    kinds: dict[str, Callable],
-) -> None:
+def test_in_memory_and_on_load_give_the_same_model(source, saved, processor, inputs, ask, kinds):
     for kind in ("rounded", "searched"):
-        model = AutoModelForImageTextToText.from_pretrained(source)
+        model = load(source)
         config = kinds[kind](processor)
         report = quantize_model(model, config)
         assert model.hf_quantizer.report is report
@@ -229,28 +201,22 @@ def test_in_memory_and_on_load_give_the_same_model(
         assert CalibrationReport.from_dict(stored) == report
 
 
-def test_a_rotated_model_with_tied_embeddings_is_saved_untied(
-    tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable
-) -> None:
+def test_a_rotated_model_with_tied_embeddings_is_saved_untied(tmp_path, inputs, ask):
     source = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
-    full = AutoModelForImageTextToText.from_pretrained(source)
-    model = AutoModelForImageTextToText.from_pretrained(
-        source, quantization_config=QVLMConfig(scheme="W8A16", rotation="hadamard")
-    )
+    full = load(source)
+    model = load(source, quantization_config=QVLMConfig(scheme="W8A16", rotation="hadamard"))
     logits = ask(model, inputs)[0]
     assert (logits - ask(full, inputs)[0]).abs().max() < 0.1 * logits.std()
     save_quantized(model, None, tmp_path / "saved", report=None)
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
     assert torch.equal(ask(again, inputs)[0], logits)
     assert not again.config.tie_word_embeddings
     assert not torch.equal(again.lm_head.weight, again.model.language_model.embed_tokens.weight)
 
 
-def test_dequantize_gives_an_ordinary_model(
-    saved: dict, tmp_path: Path, inputs: dict[str, torch.Tensor], ask: Callable, kinds: dict
-) -> None:
+def test_dequantize_gives_an_ordinary_model(saved, tmp_path, inputs, ask, kinds):
     for kind in kinds:
-        model = AutoModelForImageTextToText.from_pretrained(saved[kind, "float32"].path)
+        model = load(saved[kind, "float32"].path)
         model.dequantize()
         assert not any(isinstance(module, QVLMLinear) for module in model.modules())
         assert not hasattr(model, "hf_quantizer")
@@ -263,7 +229,7 @@ def test_dequantize_gives_an_ordinary_model(
         assert "quantization_config" not in json.loads(
             (tmp_path / kind / "config.json").read_text()
         )
-        plain = AutoModelForImageTextToText.from_pretrained(tmp_path / kind)
+        plain = load(tmp_path / kind)
         assert torch.equal(ask(plain, inputs)[0], logits)
     outcomes = json.loads(
         fresh_process("fresh_without_plugin.py", *(tmp_path / kind for kind in kinds)).splitlines()[
@@ -275,14 +241,14 @@ def test_dequantize_gives_an_ordinary_model(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_dequantize_takes_a_dtype(saved: dict, dtype: torch.dtype) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(saved["paper", "float32"].path)
+def test_dequantize_takes_a_dtype(saved, dtype):
+    model = load(saved["paper", "float32"].path)
     model.dequantize(dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_precision_table_and_backends(saved: dict) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(saved["paper", "bfloat16"].path)
+def test_precision_table_and_backends(saved):
+    model = load(saved["paper", "bfloat16"].path)
     rows = {row.module: row for row in qvlm_hf.precision_table(model)}
     assert str(rows["lm_head"]) == "lm_head: W16A16 none (torch bfloat16)"
     assert rows["model.vision_tower.encoder.layers.0.mlp.fc1"].granularity == "token"
@@ -300,10 +266,8 @@ def test_precision_table_and_backends(saved: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rounded", "dynamic", "searched", "rotated", "paper"])
-def test_kernels_and_reference_answer_alike(
-    saved: dict, inputs: dict[str, torch.Tensor], kind: str
-) -> None:
-    model = AutoModelForImageTextToText.from_pretrained(saved[kind, "float32"].path)
+def test_kernels_and_reference_answer_alike(saved, inputs, kind):
+    model = load(saved[kind, "float32"].path)
     logits = {}
     for name in ("auto", "reference"):
         qvlm_hf.set_backend(model, name)
@@ -324,5 +288,5 @@ def test_kernels_and_reference_answer_alike(
         qvlm_hf.set_backend(torch.nn.Linear(2, 2), "auto")
 
 
-def test_the_processor_is_saved_with_the_model(saved: dict) -> None:
+def test_the_processor_is_saved_with_the_model(saved):
     assert AutoProcessor.from_pretrained(saved["paper", "float16"].path).patch_size == 8

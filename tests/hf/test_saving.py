@@ -19,24 +19,34 @@ from qvlm_hf.hub.record import record_measurement
 
 
 @pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
+def model():
     model = tiny_llava()
     quantize_model(model, QVLMConfig(scheme="W4A16"))
     return model
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+@pytest.fixture
+def save(model, processor):
+    """`save_quantized` of the model and its processor; without a report unless one is given."""
+    usual = {"report": None}
+    return lambda folder, **more: save_quantized(model, processor, folder, **usual | more)
 
 
-def fail_at_second_shard(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.fixture
+def output(save, tmp_path):
+    """An earlier result."""
+    return save(tmp_path / "out")
+
+
+def snapshot(folder):
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def fail_at_second_shard(monkeypatch, error):
     real, calls = modeling_utils.safe_save_file, []
 
-    def write(*arguments: object, **options: object) -> None:
+    def write(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:
             raise error
@@ -54,51 +64,34 @@ def fail_at_second_shard(monkeypatch: pytest.MonkeyPatch, error: Exception) -> N
         ),
     ],
 )
-def test_a_full_disk_leaves_nothing(
-    model: torch.nn.Module,
-    processor: object,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-) -> None:
+def test_a_full_disk_leaves_nothing(save, model, tmp_path, monkeypatch, error):
     fail_at_second_shard(monkeypatch, error)
     with pytest.raises(
         OSError,
         match=r"out: could not be saved \(.*No space left on device.*\); nothing was changed there",
     ) as caught:
-        save_quantized(
-            model,
-            processor,
-            tmp_path / "out",
-            report=model.hf_quantizer.report,
-            max_shard_size="60KB",
-        )
+        save(tmp_path / "out", report=model.hf_quantizer.report, max_shard_size="60KB")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_keeps_the_old_model(
-    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = save_quantized(model, processor, tmp_path / "out", report=model.hf_quantizer.report)
+def test_a_full_disk_keeps_the_old_model(save, model, tmp_path, monkeypatch):
+    output = save(tmp_path / "out", report=model.hf_quantizer.report)
     before = snapshot(output)
     fail_at_second_shard(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="nothing was changed"):
-        save_quantized(model, processor, output, report=None, overwrite=True, max_shard_size="60KB")
+        save(output, overwrite=True, max_shard_size="60KB")
     assert snapshot(output) == before
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_an_interrupt_leaves_the_old_model(
-    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = save_quantized(model, processor, tmp_path / "out", report=None)
+def test_an_interrupt_leaves_the_old_model(save, output, processor, tmp_path, monkeypatch):
     before = snapshot(output)
     monkeypatch.setattr(
         type(processor), "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     with pytest.raises(KeyboardInterrupt):
-        save_quantized(model, processor, output, report=None, overwrite=True)
+        save(output, overwrite=True)
     assert snapshot(output) == before
     assert list(tmp_path.iterdir()) == [output]
 
@@ -106,18 +99,12 @@ def test_an_interrupt_leaves_the_old_model(
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 @pytest.mark.parametrize("failing", [0, 1, 7, 8, 9, 16])
 def test_a_failing_move_is_taken_back_and_the_new_result_kept(
-    model: torch.nn.Module,
-    processor: object,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    failing: int,
-    error: BaseException,
-) -> None:
-    output = save_quantized(model, processor, tmp_path / "out", report=None)
+    save, output, model, monkeypatch, failing, error
+):
     before, names = snapshot(output), sorted(os.listdir(output))
     rename, calls = Path.rename, []
 
-    def fail(self: Path, target: Path) -> Path:
+    def fail(self, target):
         calls.append(self)
         if len(calls) == failing + 1:
             raise error
@@ -125,33 +112,28 @@ def test_a_failing_move_is_taken_back_and_the_new_result_kept(
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(type(error)) as caught:
-        save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
+        save(output, report=model.hf_quantizer.report, overwrite=True)
     assert len(calls) > failing
     partial = next(output.glob(".qvlm-partial-*"))
     assert sorted([*names, partial.name]) == sorted(os.listdir(output))
-    assert {
-        name: content for name, content in snapshot(output).items() if not name.startswith(".")
-    } == before
+    kept = {name: held for name, held in snapshot(output).items() if not name.startswith(".")}
+    assert kept == before
     assert sorted(os.listdir(partial)) == sorted([*names, "qvlm_report.json"])
     if isinstance(error, OSError):
         expected = f"is as it was, the last step failed ([Errno 5] Input/output error); the new result is whole in {partial}."
         assert str(caught.value) == f"{output}: {expected}"
     with pytest.raises(
         ValueError,
-        match=rf"holds {partial.name} of a save that was interrupted or still runs: move what you "
-        rf"need",
+        match=rf"holds {partial.name} of a save that was interrupted or still runs: if none",
     ):
         saving.check_output(output, overwrite=True)
 
 
-def test_while_files_are_moved_no_model_loads_that_is_neither(
-    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = save_quantized(model, processor, tmp_path / "out", report=None)
+def test_while_files_are_moved_no_model_loads_that_is_neither(save, output, monkeypatch):
     old = (output / "config.json").read_bytes()
     rename, seen = Path.rename, []
 
-    def watch(self: Path, target: Path) -> Path:
+    def watch(self, target):
         if (output / "config.json").exists():
             seen.append(
                 (output / "config.json").read_bytes() == old
@@ -160,17 +142,15 @@ def test_while_files_are_moved_no_model_loads_that_is_neither(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", watch)
-    save_quantized(model, processor, output, report=None, overwrite=True)
+    save(output, overwrite=True)
     assert seen == [True]  # at the first move alone
 
 
-def test_overwriting_replaces_the_whole_directory(
-    model: torch.nn.Module, processor: object, tmp_path: Path
-) -> None:
-    output = save_quantized(model, processor, tmp_path / "out", report=None, max_shard_size="60KB")
+def test_overwriting_replaces_the_whole_directory(save, model, processor, tmp_path):
+    output = save(tmp_path / "out", max_shard_size="60KB")
     assert (output / "model.safetensors.index.json").is_file()
     assert not (output / "qvlm_report.json").exists()
-    save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
+    save(output, report=model.hf_quantizer.report, overwrite=True)
     assert (output / "model.safetensors").is_file()
     assert not list(output.glob("model-*"))
     assert set(json.loads((output / "qvlm_report.json").read_text())["modules"]) == set(
@@ -184,38 +164,36 @@ def test_overwriting_replaces_the_whole_directory(
     assert (output / "model.safetensors").read_bytes() == before
 
 
-def test_directories_that_are_refused(
-    model: torch.nn.Module, processor: object, tmp_path: Path
-) -> None:
+def test_directories_that_are_refused(save, model, processor, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file, must be a directory"):
-        save_quantized(model, processor, tmp_path / "file", report=None, overwrite=True)
+        save(tmp_path / "file", overwrite=True)
     with pytest.raises(
         ValueError, match="exists and is not empty: choose another directory, or overwrite it"
     ):
-        save_quantized(model, processor, tmp_path, report=None)
+        save(tmp_path)
     for content in ("{}", "[]", "no JSON", '{"quantization_config": {"quant_method": "gptq"}}'):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(
             ValueError,
             match="holds no earlier result of qvlm_hf that lists its files, so nothing there is",
         ):
-            save_quantized(model, processor, tmp_path, report=None, overwrite=True)
+            save(tmp_path, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "file"]
     with pytest.raises(ValueError, match="needs a quantized model"):
         save_quantized(tiny_llava(), processor, tmp_path / "new", report=None)
 
 
-def a_file(path: Path) -> None:
+def a_file(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("kept")
 
 
-def changed(path: Path) -> None:
+def changed(path):
     path.write_bytes(path.read_bytes() + b" ")
 
 
-def more_of(file: Path) -> None:
+def more_of(file):
     """Other values under the same header, as those of another training are."""
     tensors = load_file(file)
     with safe_open(file, "pt") as opened:
@@ -269,36 +247,30 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_an_earlier_result_did_not_write_is_never_deleted(
-    model: torch.nn.Module, processor: object, tmp_path: Path, kind: str
-) -> None:
-    output = save_quantized(model, processor, tmp_path / "out", report=None)
+def test_what_an_earlier_result_did_not_write_is_never_deleted(save, output, kind):
     FOREIGN[kind](output)
     before, names = snapshot(output), sorted(os.listdir(output))
     with pytest.raises(
         ValueError,
         match=r"holds \S+, which no earlier result of qvlm_hf wrote like that: move that away, or",
     ) as caught:
-        save_quantized(model, processor, output, report=None, overwrite=True)
+        save(output, overwrite=True)
     assert "\n" not in str(caught.value)
     assert (snapshot(output), sorted(os.listdir(output))) == (before, names)
 
 
-def test_a_file_that_comes_while_saving_stays(
-    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = save_quantized(model, processor, tmp_path / "out", report=None)
+def test_a_file_that_comes_while_saving_stays(save, output, model, monkeypatch):
     before, write = snapshot(output), saving.write_card
 
-    def meanwhile(name: str) -> None:
-        def written(*arguments: object, **options: object) -> None:
+    def meanwhile(name):
+        def written(*arguments, **options):
             (output / name).write_text("mine")
             write(*arguments, **options)
 
         monkeypatch.setattr(saving, "write_card", written)
 
     meanwhile("notes.txt")
-    save_quantized(model, processor, output, report=None, overwrite=True)
+    save(output, overwrite=True)
     assert snapshot(output) == before | {"notes.txt": b"mine"}
     (output / "notes.txt").unlink()
     meanwhile("qvlm_report.json")
@@ -306,96 +278,79 @@ def test_a_file_that_comes_while_saving_stays(
         OSError,
         match=r"is as it was, the last step failed \(.*File exists.*\); the new result is whole in",
     ):
-        save_quantized(model, processor, output, report=model.hf_quantizer.report, overwrite=True)
+        save(output, report=model.hf_quantizer.report, overwrite=True)
     assert (output / "qvlm_report.json").read_text() == "mine"
     assert before.items() <= snapshot(output).items()
 
 
-def test_what_lists_no_files_is_never_replaced(
-    model: torch.nn.Module, processor: object, tmp_path: Path
-) -> None:
+def test_what_lists_no_files_is_never_replaced(save, model, tmp_path):
     """As of `save_pretrained`, a download, or a result whose list is damaged."""
     model.save_pretrained(tmp_path / "out")
-    saved = save_quantized(model, processor, tmp_path / "damaged", report=None)
+    saved = save(tmp_path / "damaged")
     (saved / "qvlm_files.json").write_text('{"config.json"')
-    linked = save_quantized(model, processor, tmp_path / "linked", report=None)
+    linked = save(tmp_path / "linked")
     (linked / "qvlm_files.json").rename(tmp_path / "list")
     (linked / "qvlm_files.json").symlink_to(tmp_path / "list")
     for folder in (tmp_path / "out", saved, linked):
         before = snapshot(folder)
         with pytest.raises(ValueError, match=r"that lists its files, .*: delete it yourself, or"):
-            save_quantized(model, processor, folder, report=None, overwrite=True)
+            save(folder, overwrite=True)
         assert snapshot(folder) == before
 
 
-def test_a_result_with_folders_can_be_overwritten(
-    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = type(processor).save_pretrained
+def test_a_result_with_folders_can_be_overwritten(save, processor, tmp_path, monkeypatch):
+    write = type(processor).save_pretrained
 
-    def with_templates(self: object, folder: Path) -> None:
-        save(self, folder)
+    def with_templates(self, folder):
+        write(self, folder)
         a_file(Path(folder) / "additional_chat_templates" / "rag.jinja")
 
-    output = save_quantized(model, processor, tmp_path / "plain" / "out", report=None)
+    output = save(tmp_path / "plain" / "out")
     plain = snapshot(output)
     with monkeypatch.context() as patched:
         patched.setattr(type(processor), "save_pretrained", with_templates)
-        save_quantized(model, processor, output, report=None, overwrite=True)
+        save(output, overwrite=True)
     assert (output / "additional_chat_templates" / "rag.jinja").is_file()
-    save_quantized(model, processor, output, report=None, overwrite=True)
+    save(output, overwrite=True)
     assert snapshot(output) == plain
     assert not (output / "additional_chat_templates").exists()
 
 
-def test_what_was_recorded_later_is_still_ours(
-    model: torch.nn.Module, processor: object, tmp_path: Path
-) -> None:
-    output = save_quantized(model, processor, tmp_path / "out", report=None)
+def test_what_was_recorded_later_is_still_ours(save, output):
     listed = (output / "qvlm_files.json").read_bytes()
     record_measurement(output)
     assert (output / "qvlm_report.json").is_file()
     assert (output / "qvlm_files.json").read_bytes() != listed
-    save_quantized(model, processor, output, report=None, overwrite=True)
+    save(output, overwrite=True)
     assert (output / "qvlm_files.json").read_bytes() == listed
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_existing_directory_stays_itself(
-    model: torch.nn.Module,
-    processor: object,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    overwrite: bool,
-) -> None:
+def test_an_existing_directory_stays_itself(save, tmp_path, monkeypatch, overwrite):
     folder = tmp_path / "here"
     folder.mkdir()
     (tmp_path / "link").symlink_to(folder)
     if overwrite:
-        save_quantized(model, processor, folder, report=None)
+        save(folder)
     inode = folder.stat().st_ino
     monkeypatch.chdir(folder)
-    assert save_quantized(model, processor, ".", report=None, overwrite=overwrite) == folder
+    assert save(".", report=None, overwrite=overwrite) == folder
     assert (folder.stat().st_ino, Path.cwd()) == (inode, folder)
     assert "config.json" in os.listdir(".")
     assert not [name for name in os.listdir(".") if name.startswith(".")]
-    save_quantized(model, processor, tmp_path / "link", report=None, overwrite=True)
+    save(tmp_path / "link", overwrite=True)
     assert (folder.stat().st_ino, (tmp_path / "link").is_symlink()) == (inode, True)
     assert AutoModelForImageTextToText.from_pretrained(folder).is_quantized
 
 
 @pytest.mark.parametrize("length", [1, 236, 237, 255])
-def test_a_name_of_any_length_that_the_file_system_takes(
-    model: torch.nn.Module, processor: object, tmp_path: Path, length: int
-) -> None:
-    output = save_quantized(model, processor, tmp_path / ("x" * length), report=None)
-    save_quantized(model, processor, output, report=None, overwrite=True)
+def test_a_name_of_any_length_that_the_file_system_takes(save, tmp_path, length):
+    output = save(tmp_path / ("x" * length))
+    save(output, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["x" * length]
 
 
-def test_a_directory_that_cannot_be_written_is_found_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"
     ):
@@ -432,30 +387,18 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_work(
     assert os.listdir(tmp_path / "empty") == []
 
 
-def test_a_failed_save_takes_the_folders_above_it_away_again(
-    model: torch.nn.Module, processor: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_takes_the_folders_above_it_away_again(save, tmp_path, monkeypatch):
     fail_at_second_shard(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="nothing was changed"):
-        save_quantized(
-            model, processor, tmp_path / "a" / "b" / "out", report=None, max_shard_size="60KB"
-        )
+        save(tmp_path / "a" / "b" / "out", max_shard_size="60KB")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_files_follow_the_umask(
-    model: torch.nn.Module, processor: object, tmp_path: Path, umask: int, mode: int
-) -> None:
+def test_files_follow_the_umask(save, model, tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        output = save_quantized(
-            model,
-            processor,
-            tmp_path / "out",
-            report=model.hf_quantizer.report,
-            max_shard_size="60KB",
-        )
+        output = save(tmp_path / "out", report=model.hf_quantizer.report, max_shard_size="60KB")
     finally:
         os.umask(before)
     modes = {file.name: file.stat().st_mode & 0o777 for file in output.iterdir()}
@@ -463,9 +406,7 @@ def test_files_follow_the_umask(
     assert modes == dict.fromkeys(modes, mode)
 
 
-def test_an_empty_directory_is_taken_and_permissions_are_ordinary(
-    model: torch.nn.Module, tmp_path: Path
-) -> None:
+def test_an_empty_directory_is_taken_and_permissions_are_ordinary(model, tmp_path):
     (tmp_path / "empty").mkdir()
     output = save_quantized(model, None, tmp_path / "empty", report=None)
     (tmp_path / "other").mkdir()

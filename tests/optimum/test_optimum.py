@@ -21,6 +21,9 @@ from transformers import AutoModelForImageTextToText
 import qvlm_hf
 from qvlm_hf.cli import main
 
+load = AutoModelForImageTextToText.from_pretrained
+
+TASK = "image-text-to-text"
 GOLDEN = Path(__file__).parent.parent / "golden"
 QUESTION = tiny_messages(1, seed=5)[0]["messages"][:1]
 
@@ -64,7 +67,7 @@ def test_is_optimums_quantizer():
 
 
 def test_quantizes_as_from_pretrained_does(source, quantized, processor, config, tmp_path):
-    model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=config)
+    model = load(source, quantization_config=config)
     expected = qvlm_hf.save_quantized(
         model, processor, tmp_path / "expected", report=model.hf_quantizer.report
     )
@@ -76,7 +79,7 @@ def test_quantizes_as_from_pretrained_does(source, quantized, processor, config,
 
 
 def test_quantizes_a_model_object_in_place(source, quantized, config, tmp_path):
-    model = AutoModelForImageTextToText.from_pretrained(source)
+    model = load(source)
     quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(model)
     assert weights(quantizer.quantize(tmp_path / "out", config=config)) == weights(quantized)
     assert model.is_quantized
@@ -94,26 +97,12 @@ def test_never_replaces_the_full_precision_model(source, config, tmp_path):
 
 
 def test_calibrates_with_the_processor_beside_the_model(source, tmp_path):
-    search = {
-        "num_samples": 4,
-        "batch_size": 4,
-        "percentiles": (1.0,),
-        "margins": (),
-        "max_block_depth": 1,
-        "weight_rounding": "nearest",
-    }
-    config = qvlm_hf.QVLMConfig(
-        scheme="W4A8",
-        dataset=tiny_messages(6),
-        rotation=None,
-        guard=False,
-        token_importance=False,
-        **search,
-    )
+    search = {"num_samples": 4, "batch_size": 4, "percentiles": (1.0,), "margins": ()}
+    search |= {"max_block_depth": 1, "weight_rounding": "nearest", "rotation": None}
+    search |= {"guard": False, "token_importance": False}
+    config = qvlm_hf.QVLMConfig(scheme="W4A8", dataset=tiny_messages(6), **search)
     quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(str(source), dtype=torch.float32)
-    model = AutoModelForImageTextToText.from_pretrained(
-        quantizer.quantize(tmp_path / "out", config=config)
-    )
+    model = load(quantizer.quantize(tmp_path / "out", config=config))
     assert config.processor is None  # the caller's object stays as it is
     assert model.config.quantization_config.provenance["dataset"] == "list in memory"
     assert model.dtype == torch.float32
@@ -130,9 +119,7 @@ def test_what_has_no_meaning_is_refused(source, quantized, config, tmp_path):
             tmp_path / "out", file_prefix="x", config=config
         )
     with pytest.raises(ValueError, match=r"^the options \['dtype'\] are for loading a model"):
-        quantizer_class.from_pretrained(
-            AutoModelForImageTextToText.from_pretrained(source), dtype=torch.bfloat16
-        )
+        quantizer_class.from_pretrained(load(source), dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"^config='W4A16' must be a QVLMConfig"):
         quantizer_class.from_pretrained(source).quantize(tmp_path / "out", config="W4A16")
     with pytest.raises(ValueError, match="has activation ranges to calibrate"):
@@ -162,18 +149,10 @@ def test_the_signature_is_optimums():
 
 def test_pipeline_by_directory_object_and_on_the_way_in(source, quantized, processor, config):
     by_directory = optimum.qvlm.pipeline(model=str(quantized))
-    by_object = optimum.qvlm.pipeline(
-        "image-text-to-text",
-        AutoModelForImageTextToText.from_pretrained(quantized),
-        processor=processor,
-    )
+    by_object = optimum.qvlm.pipeline(TASK, load(quantized), processor=processor)
     options = {"quantization_config": config}
     on_the_way_in = optimum.qvlm.pipeline(
-        "image-text-to-text",
-        str(source),
-        model_kwargs=options,
-        torch_dtype="float32",
-        framework="pt",
+        TASK, str(source), model_kwargs=options, torch_dtype="float32", framework="pt"
     )
     assert tokens(by_directory) == tokens(by_object) == tokens(on_the_way_in)
     assert options == {"quantization_config": config}
@@ -186,12 +165,8 @@ def test_pipeline_takes_dtype_device_and_map(quantized):
         ).model.dtype
         == torch.bfloat16
     )
-    places = {
-        "lm_head": "cpu",
-        "model.language_model": "cpu",
-        "model.multi_modal_projector": "cpu",
-        "model.vision_tower": "disk",
-    }
+    on_cpu = ("lm_head", "model.language_model", "model.multi_modal_projector")
+    places = dict.fromkeys(on_cpu, "cpu") | {"model.vision_tower": "disk"}
     split = optimum.qvlm.pipeline(model=str(quantized), device_map=places)
     assert split.model.hf_device_map == places
     assert tokens(split) == tokens(optimum.qvlm.pipeline(model=str(quantized)))
@@ -232,7 +207,7 @@ def test_a_pipeline_can_be_saved(source, config, tmp_path):
 )
 def test_pipeline_errors_are_one_line(source, arguments, message):
     with pytest.raises(ValueError, match=message) as raised:
-        optimum.qvlm.pipeline(**{"task": "image-text-to-text", "model": str(source)} | arguments)
+        optimum.qvlm.pipeline(**{"task": TASK, "model": str(source)} | arguments)
     assert "\n" not in str(raised.value)
 
 
@@ -241,15 +216,13 @@ def test_pipeline_errors_are_one_line(source, arguments, message):
 
 def test_without_enable_optimum_refuses(quantized):
     with pytest.raises(ValueError, match="Accelerator qvlm not recognized"):
-        optimum.pipelines.pipeline("image-text-to-text", model=str(quantized), accelerator="qvlm")
+        optimum.pipelines.pipeline(TASK, model=str(quantized), accelerator="qvlm")
 
 
 def test_with_enable_optimum_takes_it(quantized, enabled):
-    by_keyword = optimum.pipelines.pipeline(
-        "image-text-to-text", model=str(quantized), accelerator="qvlm"
-    )
+    by_keyword = optimum.pipelines.pipeline(TASK, model=str(quantized), accelerator="qvlm")
     signature = inspect.signature(optimum.pipelines.pipeline)
-    fields = signature.bind(task="image-text-to-text", model=str(quantized), accelerator="qvlm")
+    fields = signature.bind(task=TASK, model=str(quantized), accelerator="qvlm")
     fields.apply_defaults()
     by_position = optimum.pipelines.pipeline(*fields.args)
     assert (
@@ -261,7 +234,7 @@ def test_with_enable_optimum_takes_it(quantized, enabled):
 
 def test_the_other_accelerators_stay_with_optimum(quantized, enabled):
     with pytest.raises(ValueError, match="Accelerator magic not recognized"):
-        optimum.pipelines.pipeline("image-text-to-text", model=str(quantized), accelerator="magic")
+        optimum.pipelines.pipeline(TASK, model=str(quantized), accelerator="magic")
 
 
 def test_enable_is_reversible_and_idempotent():

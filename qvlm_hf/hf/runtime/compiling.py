@@ -28,14 +28,13 @@ _DEFAULT = "_default_compile_config"  # what generate asks where the user gave n
 
 
 def round_as_eager(model: PreTrainedModel) -> None:
-    """Makes `generate` compile this model with `ROUND_AS_EAGER`, where it compiles with inductor and the user says nothing.
+    """Makes `generate` compile with `ROUND_AS_EAGER`, unless the user says how to compile.
 
     Not through `generation_config.compile_config`: with one, Transformers warns wherever it does
     not compile, as with an ordinary cache.
     """
-    default = getattr(
-        model, _DEFAULT, None
-    )  # private: a Transformers without it compiles as it likes
+    # private: a Transformers without it compiles as it likes
+    default = getattr(model, _DEFAULT, None)
     if default is not None and default().backend == "inductor":
         setattr(model, _DEFAULT, rounding_config)
 
@@ -46,7 +45,8 @@ def compile_as_transformers_does(model: PreTrainedModel) -> None:
 
 
 def rounding_config() -> CompileConfig:
-    """Transformers' default with `ROUND_AS_EAGER`; a mode and options exclude each other, so the mode is spelled out in options."""
+    """Transformers' default with `ROUND_AS_EAGER`."""
     default = CompileConfig()
+    # a mode and options exclude each other, so the mode is spelled out in options
     options = {**torch._inductor.list_mode_options()[default.mode], **ROUND_AS_EAGER}
     return CompileConfig(mode=None, options=options)  # type: ignore[arg-type]  # torch.compile takes None

@@ -17,10 +17,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,14 +26,17 @@ from qvlm_hf.calibration.measure.answers import eval_mode
 from qvlm_hf.calibration.report import DecodeCheck
 from qvlm_hf.calibration.samples import Sample, collate
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.hf.processor_fit import sample_of_noise
+from qvlm_hf.hf.runtime.fusion import leave_to_transformers
 from qvlm_hf.nn.linear import QVLMLinear
 
-__all__ = ["check_decoding", "decoding_problem", "probe_inputs"]
+__all__ = ["check_decoding", "check_new_model", "decoding_problem", "probe_inputs"]
 
 ModuleState = tuple[QuantScheme, dict[str, Any]]  # scheme and parameters
 
 _TOKENS = 8  # the first one comes from the prompt; the cache makes the others
 _NATS = 1e-3  # rounding in float32 gave 1e-8, a forgotten cache .01 and more
+_REASON = 200  # characters of a foreign error in a warning
 
 
 @torch.no_grad()
@@ -75,15 +76,40 @@ def decoding_problem(check: DecodeCheck | None) -> str | None:
     )
 
 
+def check_new_model(
+    model: Any, sample: Sample, processor: Any
+) -> tuple[DecodeCheck | None, str | None]:
+    """Checks a new model; parts that plug into Transformers are given up if that mends it.
+
+    Returns:
+        The comparison with these parts, and a warning unless all is well.
+
+    Raises:
+        RuntimeError: the answers differ all the same; the model is quantized and complete.
+    """
+    check = None
+    try:
+        inputs = collate([sample], processor).inputs
+        check = check_decoding(model, inputs)
+        problem = decoding_problem(check)
+        if problem is None:
+            return check, None
+        leave_to_transformers(model, problem)
+        still = decoding_problem(check_decoding(model, inputs))
+    except Exception as error:  # of the check alone: it takes no hours of work away
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON]
+        return (
+            check,
+            f"decoding with a key-value cache was not checked ({reason}): run qvlm check.",
+        )
+    if still is not None:
+        raise RuntimeError(still)
+    return check, problem
+
+
 def probe_inputs(processor: Any) -> dict[str, Tensor]:
-    """What the model is called with for one question about one picture of noise."""
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
-    content = [
-        {"type": "image", "image": Image.fromarray(pixels)},
-        {"type": "text", "text": "What is in this picture?"},
-    ]
-    messages = ({"role": "user", "content": content},)
-    return collate([Sample(messages=messages, origin="a test picture")], processor).inputs
+    """Inputs of the model: a question about a picture of noise."""
+    return collate([sample_of_noise()], processor).inputs
 
 
 @contextmanager
@@ -117,11 +143,7 @@ def _unrounded(model: nn.Module) -> Iterator[None]:
 
 
 def _decode(
-    model: Any,
-    inputs: Mapping[str, Tensor],
-    *,
-    use_cache: bool,
-    tokens: list[int] | None = None,
+    model: Any, inputs: Mapping[str, Tensor], *, use_cache: bool, tokens: list[int] | None = None
 ) -> tuple[Tensor, list[int]]:
     """Logits [tokens, vocabulary] in float32, and the tokens: the most likely ones, or given."""
     start = inputs["input_ids"].shape[1]

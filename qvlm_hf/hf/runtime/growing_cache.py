@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-__all__ = ["GrowingLayer", "grow_caches", "leave_caches", "unknown_cache"]
+from qvlm_hf.hf.runtime.probing import FLOATS, longest
 
+__all__ = ["NAME", "GrowingLayer", "compare_caches", "difference", "plug_in", "take_back"]
+
+NAME = "key-value cache"
 _LEAST = 64  # positions of room at least
 _SHARE = 8  # and an eighth of the length: a position is copied about eight times, however long
 
@@ -34,16 +37,12 @@ class Room(NamedTuple):
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` with room behind its keys and values; the same values, the same interface."""
+    """A `DynamicLayer` with room behind its keys and values."""
 
     _rooms: tuple[Room, Room] | None = None  # of keys and values
 
     def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        *args: Any,
-        **kwargs: Any,
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends [B, H, T, D] to the layer; returns all keys and values, [B, H, S, D]."""
         rooms, self._rooms = self._rooms, None
@@ -73,17 +72,19 @@ class GrowingLayer(DynamicLayer):
         return {name: value for name, value in vars(self).items() if name != "_rooms"}
 
 
-def grow_caches(decoder: nn.Module) -> None:
-    """Lets every `DynamicCache` that `decoder` is called with grow in place.
+def plug_in(model: Any) -> None:
+    """Lets every `DynamicCache` that the decoder is called with grow in place.
 
     The cache is found among the arguments by its class, so its name there does not matter.
     """
+    decoder = model.get_decoder()
     if _prepare not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_prepare, with_kwargs=True)
 
 
-def leave_caches(decoder: nn.Module) -> None:
-    """Takes `grow_caches` back; found by the hook itself, since a copied model has no handle."""
+def take_back(model: Any) -> None:
+    """Takes the hook away; found by itself, since a copied model has no handle."""
+    decoder = model.get_decoder()
     for key in [key for key, hook in decoder._forward_pre_hooks.items() if hook is _prepare]:
         del decoder._forward_pre_hooks[key], decoder._forward_pre_hooks_with_kwargs[key]
 
@@ -98,28 +99,29 @@ def _prepare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
                     layer.__class__ = GrowingLayer
 
 
-@torch.no_grad()
-def unknown_cache(longest: int = 256) -> str | None:
-    """How Transformers' cache differs from the one that `GrowingLayer` knows, or None.
+def difference(model: Any) -> str | None:
+    """How Transformers' cache differs from the one that `GrowingLayer` knows, or None."""
+    return compare_caches(longest(model.config))
 
-    Both get the same keys and values, up to `longest` positions, in several dtypes. They are
-    reordered and shortened in between, and must agree on everything.
+
+@torch.no_grad()
+def compare_caches(positions: int = 256) -> str | None:
+    """Gives Transformers' cache and a growing one the same, in several dtypes, up to `positions`.
+
+    They are reordered and shortened in between, and must agree on everything.
     """
-    try:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            own, grown = DynamicCache(), DynamicCache()
-            for step, tokens in enumerate((1, 2, 1, 0, longest, 1, 0, 1)):
-                keys = torch.arange(4 * tokens, device="cpu").view(2, 1, tokens, 2).to(dtype) + step
-                _prepare(nn.Identity(), (grown,), {})
-                results = [_changed(cache, keys) for cache in (own, grown)]
-                if not all(map(torch.equal, *results)):
-                    return "DynamicCache.update returns something else"
-                if (problem := _unlike(own, grown)) is not None:
-                    return problem
-            if type(grown.layers[0]) is not GrowingLayer:
-                return "DynamicCache has no layers that can grow"
-    except Exception as error:  # another version of Transformers: whatever it raises is the reason
-        return f"{type(error).__name__}: {error}"
+    for dtype in FLOATS:
+        own, grown = DynamicCache(), DynamicCache()
+        for step, tokens in enumerate((1, 2, 1, 0, positions, 1, 0, 1)):
+            keys = torch.arange(4 * tokens, device="cpu").view(2, 1, tokens, 2).to(dtype) + step
+            _prepare(nn.Identity(), (grown,), {})
+            results = [_changed(cache, keys) for cache in (own, grown)]
+            if not all(map(torch.equal, *results)):
+                return "DynamicCache.update returns something else"
+            if (problem := _unlike(own, grown)) is not None:
+                return problem
+        if type(grown.layers[0]) is not GrowingLayer:
+            return "DynamicCache has no layers that can grow"
     return None
 
 
@@ -134,22 +136,22 @@ def _changed(cache: DynamicCache, keys: Tensor) -> tuple[Tensor, ...]:
 
 def _unlike(own: DynamicCache, grown: DynamicCache) -> str | None:
     """What a grown cache holds, or says, that Transformers' own does not."""
-    layers: tuple[Any, Any] = (own.layers[0], grown.layers[0])
-    if type(layers[0]) is not DynamicLayer:
-        return f"DynamicCache has layers of class {type(layers[0]).__name__}"
-    counts = [(layer.get_seq_length(), layer.get_mask_sizes(1)) for layer in layers]
+    layer: Any = own.layers[0]
+    ours: Any = grown.layers[0]
+    if type(layer) is not DynamicLayer:
+        return f"DynamicCache has layers of class {type(layer).__name__}"
+    counts = [(one.get_seq_length(), one.get_mask_sizes(1)) for one in (layer, ours)]
     if counts[0] != counts[1]:
         return "DynamicLayer counts its positions in another way"
-    state, ours = vars(layers[0]), dict(vars(layers[1]))
-    ours.pop("_rooms", None)
-    tensors = {name for name, value in state.items() if isinstance(value, Tensor)}
+    held, found = vars(layer), {name: one for name, one in vars(ours).items() if name != "_rooms"}
+    tensors = {name for name, value in held.items() if isinstance(value, Tensor)}
     if (
-        state.keys() != ours.keys()
+        held.keys() != found.keys()
         or tensors != {"keys", "values"}
-        or any(state[name] != ours[name] for name in state.keys() - tensors)
-        or not all(torch.equal(state[name], ours[name]) for name in tensors)
+        or any(held[name] != found[name] for name in held.keys() - tensors)
+        or not all(torch.equal(held[name], found[name]) for name in tensors)
     ):
-        return f"DynamicLayer holds {', '.join(sorted(state))}"
+        return f"DynamicLayer holds {', '.join(sorted(held))}"
     return None
 
 

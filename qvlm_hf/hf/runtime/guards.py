@@ -111,10 +111,7 @@ def _check_embeddings(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _check_hidden_states(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Any,
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     hidden = output[0]
     if hidden.shape[-2] == 1 or module.training or _finite(hidden):

@@ -12,6 +12,8 @@ from qvlm_hf import QVLMConfig
 from qvlm_hf.hf.runtime.attention import ATTENTION, attend
 from qvlm_hf.ops import attention as ops
 
+load = AutoModelForImageTextToText.from_pretrained
+
 ROUNDED = {"scheme": "W4A8", "activation_granularity": "dynamic_token"}
 
 
@@ -75,9 +77,7 @@ def test_one_token_equals_that_of_transformers(mask, dtype):
 
 def test_the_default_of_quantized_language_models_and_of_nothing_else(tmp_path):
     tiny_llava().save_pretrained(tmp_path / "full")
-    model = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "full", quantization_config=QVLMConfig(**ROUNDED)
-    )
+    model = load(tmp_path / "full", quantization_config=QVLMConfig(**ROUNDED))
     assert model.config.text_config._attn_implementation == ATTENTION
     assert model.config.vision_config._attn_implementation == "sdpa"
     model.save_pretrained(tmp_path / "quantized")
@@ -88,7 +88,7 @@ def test_the_default_of_quantized_language_models_and_of_nothing_else(tmp_path):
         ].items()
         if "attn" in key
     }
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "quantized")
+    loaded = load(tmp_path / "quantized")
     assert loaded.config.text_config._attn_implementation == ATTENTION
     loaded.set_attn_implementation("sdpa")
     assert loaded.config.text_config._attn_implementation == "sdpa"
@@ -96,11 +96,11 @@ def test_the_default_of_quantized_language_models_and_of_nothing_else(tmp_path):
 
 def test_a_dequantized_model_attends_as_any_other(tmp_path):
     tiny_llava().save_pretrained(tmp_path)
-    full = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    full = load(tmp_path)
     usual = full.config.text_config._attn_implementation
     for asked in (None, "eager"):
         options = {"quantization_config": QVLMConfig(**ROUNDED), "attn_implementation": asked}
-        model = AutoModelForImageTextToText.from_pretrained(tmp_path, **options)
+        model = load(tmp_path, **options)
         assert model.dequantize().config.text_config._attn_implementation == (asked or usual)
         attention = model.model.language_model.layers[0].self_attn
         assert attention.config._attn_implementation == (asked or usual)
@@ -109,9 +109,7 @@ def test_a_dequantized_model_attends_as_any_other(tmp_path):
 @pytest.mark.parametrize("asked", ["eager", "sdpa", {"text_config": "eager"}])
 def test_what_the_user_asks_for_stays(tmp_path, asked):
     tiny_llava().save_pretrained(tmp_path)
-    model = AutoModelForImageTextToText.from_pretrained(
-        tmp_path, quantization_config=QVLMConfig(**ROUNDED), attn_implementation=asked
-    )
+    model = load(tmp_path, quantization_config=QVLMConfig(**ROUNDED), attn_implementation=asked)
     assert model.config.text_config._attn_implementation == (
         asked if isinstance(asked, str) else asked["text_config"]
     )
@@ -133,9 +131,7 @@ def kernel_only(monkeypatch):
 def wide(directory, kv_heads, dtype=torch.float32):
     """Heads of 32, the smallest of the kernel."""
     tiny_llava(text_hidden_size=128, key_value_heads=kv_heads).save_pretrained(directory)
-    return AutoModelForImageTextToText.from_pretrained(
-        directory, quantization_config=QVLMConfig(**ROUNDED), dtype=dtype
-    )
+    return load(directory, quantization_config=QVLMConfig(**ROUNDED), dtype=dtype)
 
 
 BATCH = {  # left-padded: the second question is shorter

@@ -15,9 +15,12 @@ import qvlm_hf
 from qvlm_hf import QVLMConfig
 from qvlm_hf.calibration.report import CalibrationReport, DecodeCheck
 from qvlm_hf.cli import main
+from qvlm_hf.hf.runtime import growing_cache
 from qvlm_hf.hf.runtime.decoding import check_decoding, decoding_problem, probe_inputs
 from qvlm_hf.hf.runtime.growing_cache import GrowingLayer
 from qvlm_hf.nn.linear import QVLMLinear
+
+load = AutoModelForImageTextToText.from_pretrained
 
 KINDS = ("rounded", "dynamic", "searched", "rotated", "paper")
 
@@ -35,7 +38,7 @@ def state(model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sound_models_pass_and_stay_as_they_were(saved, processor, kind, dtype):
-    model = AutoModelForImageTextToText.from_pretrained(saved[kind, dtype].path)
+    model = load(saved[kind, dtype].path)
     before = state(model)
     check = check_decoding(model, probe_inputs(processor))
     assert state(model) == before
@@ -47,7 +50,7 @@ def test_sound_models_pass_and_stay_as_they_were(saved, processor, kind, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_not_rounded_meanwhile(saved, processor, monkeypatch, kind):
     """What is compared are the logits of the dequantized model."""
-    model = AutoModelForImageTextToText.from_pretrained(saved[kind, "float32"].path)
+    model = load(saved[kind, "float32"].path)
     inputs, seen = probe_inputs(processor), []
     hook = model.register_forward_hook(lambda *args: seen.append(args[-1].logits))
     check_decoding(model, inputs)
@@ -72,7 +75,7 @@ def forget(monkeypatch):
 
 
 def test_an_attention_that_forgets_is_found(saved, processor, monkeypatch):
-    model = AutoModelForImageTextToText.from_pretrained(saved["dynamic", "bfloat16"].path)
+    model = load(saved["dynamic", "bfloat16"].path)
     forget(monkeypatch)
     check = check_decoding(model, probe_inputs(processor))
     assert check.kl > 0.01
@@ -89,9 +92,7 @@ def config(processor):
 
 
 def quantize(source, processor):
-    return AutoModelForImageTextToText.from_pretrained(
-        source, quantization_config=config(processor)
-    )
+    return load(source, quantization_config=config(processor))
 
 
 def test_calibration_records_the_check(source, processor):
@@ -111,12 +112,16 @@ def test_a_part_of_ours_that_fails_is_given_up(source, processor, monkeypatch):
         return key_states, value_states
 
     monkeypatch.setattr(GrowingLayer, "update", lost)
-    monkeypatch.setattr("qvlm_hf.hf.runtime.fusion.unknown_cache", lambda: None)
+    monkeypatch.setattr(growing_cache, "difference", lambda model: None)
     with pytest.warns(UserWarning, match="which is slower"):
         model = quantize(source, processor)
     (warning,) = [w for w in model.hf_quantizer.report.warnings if "key-value cache" in w]
     rows = [row for row in qvlm_hf.precision_table(model) if row.kernel.startswith("transformers")]
-    assert [row.module for row in rows] == ["norms", "key-value cache", "attention of one token"]
+    assert [row.module for row in rows] == [
+        "LlamaRMSNorm",
+        "key-value cache",
+        "attention of one token",
+    ]
     assert all(warning in row.kernel for row in rows)
     inputs = probe_inputs(processor)
     assert decoding_problem(check_decoding(model, inputs)) is None
@@ -145,7 +150,7 @@ def test_a_check_that_cannot_run_loses_nothing(source, processor, monkeypatch, e
 
 
 def test_a_model_that_fails_the_check_can_be_saved(source, processor, monkeypatch, tmp_path):
-    model = AutoModelForImageTextToText.from_pretrained(source)
+    model = load(source)
     with monkeypatch.context() as patched:
         forget(patched)
         with (
@@ -154,7 +159,7 @@ def test_a_model_that_fails_the_check_can_be_saved(source, processor, monkeypatc
         ):
             qvlm_hf.quantize_model(model, config(processor))
     output = qvlm_hf.save_quantized(model, processor, tmp_path / "out", report=None)
-    loaded = AutoModelForImageTextToText.from_pretrained(output)
+    loaded = load(output)
     inputs = probe_inputs(processor)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
@@ -174,7 +179,7 @@ GENERATION = {
 
 @pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION)
 def test_the_models_own_way_to_generate_is_left_out(saved, processor, options):
-    model = AutoModelForImageTextToText.from_pretrained(saved["dynamic", "bfloat16"].path)
+    model = load(saved["dynamic", "bfloat16"].path)
     own = model.generation_config
     for name, value in options.items():
         setattr(own, name, value)
@@ -185,7 +190,7 @@ def test_the_models_own_way_to_generate_is_left_out(saved, processor, options):
 
 
 def test_dropout_is_off_meanwhile(saved, processor):
-    model = AutoModelForImageTextToText.from_pretrained(saved["dynamic", "float32"].path)
+    model = load(saved["dynamic", "float32"].path)
     for module in model.modules():
         if isinstance(module, LlamaAttention):
             module.attention_dropout = 0.3
@@ -215,11 +220,11 @@ def test_the_command_on_what_it_was_not_made_for(saved, source, tmp_path, capsys
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"patch_size": 16}))
     assert main(["check", str(folder)]) == 1
-    assert "check that the processor's files are this model's" in capsys.readouterr().err
+    assert 'set "patch_size": 8 in the model' in capsys.readouterr().err
 
 
 def test_offloaded_models_are_left_out(saved, processor, tmp_path):
-    model = AutoModelForImageTextToText.from_pretrained(
+    model = load(
         saved["dynamic", "float32"].path, device_map={"model": "cpu", "lm_head": "disk"},
         offload_folder=tmp_path,
     )  # fmt: skip

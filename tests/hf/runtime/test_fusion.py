@@ -17,10 +17,14 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 import qvlm_hf
 from qvlm_hf import QVLMConfig
-from qvlm_hf.hf.runtime import fusion
-from qvlm_hf.hf.runtime.fusion import FusedLlamaRMSNorm, fuse, leave_to_transformers, unfuse
+from qvlm_hf.hf.runtime import attention
+from qvlm_hf.hf.runtime import norms as norm_part
+from qvlm_hf.hf.runtime.fusion import fuse, leave_to_transformers, unfuse
 from qvlm_hf.hf.runtime.growing_cache import GrowingLayer
+from qvlm_hf.hf.runtime.norms import FusedLlamaRMSNorm
 from qvlm_hf.nn.report import format_precision_table
+
+load = AutoModelForImageTextToText.from_pretrained
 
 IDS = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 8, 7, 6]])
 
@@ -34,9 +38,7 @@ def directory(tmp_path_factory):
 
 def quantized(directory, dtype=torch.float32, **options):
     config = QVLMConfig(scheme="W4A8", activation_granularity="dynamic_token")
-    return AutoModelForImageTextToText.from_pretrained(
-        directory, quantization_config=config, dtype=dtype, **options
-    )
+    return load(directory, quantization_config=config, dtype=dtype, **options)
 
 
 def norms(model):
@@ -62,7 +64,7 @@ def text(model, **options):
 
 
 def test_quantized_models_are_fused_and_others_are_not(directory, tmp_path):
-    assert norms(AutoModelForImageTextToText.from_pretrained(directory)) == {LlamaRMSNorm}
+    assert norms(load(directory)) == {LlamaRMSNorm}
     plain = tiny_llava()
     fuse(plain)
     assert norms(plain) == {LlamaRMSNorm}
@@ -75,7 +77,7 @@ def test_quantized_models_are_fused_and_others_are_not(directory, tmp_path):
         assert len(model.get_decoder()._forward_pre_hooks) == 1
         fuse(model)  # again: the same
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    loaded = load(tmp_path)
     assert norms(loaded) == {FusedLlamaRMSNorm}
     assert torch.equal(logits(loaded), logits(model))
     assert set(loaded.state_dict()) == names
@@ -459,15 +461,12 @@ def test_probing_a_large_model_is_quick():
     with torch.device("meta"):
         decoder = LlamaModel(config)
     calls = []
-    for name in ("_same_norm", "_same_attention"):
-        own = getattr(fusion, name)
+    for part, probe in ((norm_part, "_same_bits"), (attention, "_same_as_sdpa")):
+        own = getattr(part, probe)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                fusion, name, lambda *args, own=own: calls.append(own.__name__) or own(*args)
-            )
-            assert fusion._unknown_norm(decoder, LlamaRMSNorm, FusedLlamaRMSNorm) is None
-            assert fusion._unknown_attention(decoder) is None
-    assert sorted(calls) == ["_same_attention", "_same_norm"]  # once, of 65 norms and 32 attentions
+            patch.setattr(part, probe, lambda one, own=own: calls.append(own.__name__) or own(one))
+            assert part.difference(decoder) is None
+    assert calls == ["_same_bits", "_same_as_sdpa"]  # once, of 65 norms and 32 attentions
 
 
 def test_nothing_is_said_where_all_is_known(directory):

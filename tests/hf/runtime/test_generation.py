@@ -149,11 +149,7 @@ def test_a_cache_that_is_passed_in_can_be_continued(pair, make):
     assert torch.equal(found, expected)
 
 
-MODES = {
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "gradients": nullcontext,
-}
+MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "gradients": nullcontext}
 
 
 @pytest.mark.parametrize("mode", MODES)

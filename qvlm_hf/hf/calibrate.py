@@ -1,0 +1,84 @@
+"""The calibration that a `QVLMConfig` asks for: samples, read before any weight, and the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qvlm_hf.calibration.progress import ProgressBar
+from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.samples import (
+    Sample,
+    dataset_name,
+    hold_out,
+    load_samples,
+    longest_sample,
+    without_too_long,
+)
+from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
+
+if TYPE_CHECKING:  # transformers' modeling code takes a second to import
+    from transformers import PreTrainedModel
+
+__all__ = ["calibrate", "read_samples"]
+
+
+def read_samples(config: QVLMConfig) -> list[Sample] | None:
+    """Reads the samples, a few more than asked for: they check the result.
+
+    Returns:
+        None without a dataset, or where the model draws it.
+
+    Raises:
+        ValueError: the scheme needs data and there is none, the processor is missing, or a sample
+            is wrong.
+    """
+    if config.dataset is None:
+        if config.settings().needs_data:
+            raise ValueError(
+                f"scheme={config.scheme!r} has activation ranges to calibrate: give samples "
+                "(dataset='samples.jsonl'), or take activation_granularity='dynamic_token' or "
+                "16-bit activations, which need no data."
+            )
+        config.settle_without_data()
+        return None
+    if config.processor is None:
+        raise ValueError(
+            "dataset needs the model's processor: pass QVLMConfig(..., "
+            "processor=AutoProcessor.from_pretrained(model_id))."
+        )
+    if config.dataset == SYNTHETIC:
+        return None
+    count = config.num_samples + CHECK_SAMPLES
+    return load_samples(config.dataset, num_samples=count, seed=config.seed)
+
+
+def calibrate(
+    model: PreTrainedModel, config: QVLMConfig, samples: Sequence[Sample] | None
+) -> tuple[CalibrationReport, list[Sample]]:
+    """Quantizes a loaded model in place, with data or without.
+
+    Args:
+        model: in full precision.
+        config: of the result.
+        samples: from `read_samples`.
+
+    Returns:
+        The report, and the samples that the model has positions for.
+    """
+    if config.dataset is None:
+        return round_and_pack(model, config.settings()), []
+    if config.dataset == SYNTHETIC:
+        count = config.num_samples + CHECK_SAMPLES
+        samples = synthesize(model, config.processor, count, seed=config.seed)
+    fitting = without_too_long(samples or (), config.processor, longest_sample(model))
+    chosen, held_out = hold_out(fitting, config.num_samples, config.seed)
+    report = calibrate_and_pack(
+        model, config.settings(), chosen, config.processor,
+        held_out=held_out, callbacks=config.callbacks or (ProgressBar(),),
+    )  # fmt: skip
+    dataset = {"dataset": dataset_name(config.dataset)}
+    return replace(report, provenance=dataset | report.provenance), fitting
