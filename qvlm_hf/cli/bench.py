@@ -14,8 +14,12 @@ from qvlm_hf.bench.kernels import KernelRow, measure_kernels
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.bench.shapes import SHAPES
 from qvlm_hf.cli.bench_models import bench_models
-from qvlm_hf.cli.record import benchmark_entry, shown_command
-from qvlm_hf.cli.result_file import check_result_file, write_result_file
+from qvlm_hf.cli.record import (
+    benchmark_entry,
+    check_result_file,
+    shown_command,
+    write_result_file,
+)
 from qvlm_hf.cli.wording import command_arguments, shown_name
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import CARD_NAME

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qvlm_hf.cli import main
-from qvlm_hf.cli.result_file import check_result_file, write_result_file
+from qvlm_hf.cli.record import check_result_file, write_result_file
 
 
 @pytest.mark.parametrize(
