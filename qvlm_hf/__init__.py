@@ -4,8 +4,9 @@
     from transformers import AutoModelForImageTextToText
 
     config = qvlm_hf.QVLMConfig(scheme="W4A4", dataset="samples.jsonl", processor=processor)
-    model = AutoModelForImageTextToText.from_pretrained("llava-hf/llava-1.5-7b-hf",
-    quantization_config=config)
+    model = AutoModelForImageTextToText.from_pretrained(
+        "llava-hf/llava-1.5-7b-hf", quantization_config=config
+    )
 
 Importing the package registers "qvlm" with Transformers, which is its only side effect; a program
 that loads a quantized checkpoint must import it first. Read quantize.py first.
@@ -48,14 +49,12 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "publish": "qvlm_hf.hf.publishing",
-    "publish_folder": "qvlm_hf.hf.publishing",
-}  # Transformers' modeling code
+# Transformers' modeling code takes a second to import.
+_LAZY = {"publish": "qvlm_hf.hf.publishing", "publish_folder": "qvlm_hf.hf.publishing"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what only some programs need, when it is asked for."""
+    """Imports the names that only some programs need, when they are asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

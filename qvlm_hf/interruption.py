@@ -1,8 +1,8 @@
 """Ctrl-C ends the command line with one line and status 130, at any moment of its life.
 
-While modules are imported the process ends at once: nothing has begun, and nobody is there to
-catch it. While a command works KeyboardInterrupt is raised, so that what was begun is cleared away.
-Behind it the process ends at once, without what Python would still take apart.
+imports     the process ends at once: nothing has begun
+command     KeyboardInterrupt is raised, so that the command clears away its beginnings
+exit        the process ends at once, before Python takes apart what it holds
 """
 
 import atexit
@@ -21,7 +21,7 @@ _ending: int | None = None  # the exit status, when the work is done
 
 
 def quit_at_once() -> None:
-    """Lets Ctrl-C end the process with one line, if this process is the command line and nobody else looks after it."""
+    """Lets Ctrl-C end the process with one line, if it is the command line and not handled yet."""
     if _is_command_line() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _quit)
         sys.excepthook = _quit_or_show
@@ -29,13 +29,13 @@ def quit_at_once() -> None:
 
 
 def raise_again() -> None:
-    """Ends `quit_at_once`: from here on Ctrl-C raises KeyboardInterrupt, so that what was begun is cleared away."""
+    """Ends `quit_at_once`: from here on Ctrl-C raises KeyboardInterrupt."""
     if signal.getsignal(signal.SIGINT) is _quit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_with(status: int) -> None:
-    """The work is done and everything is said: Ctrl-C ends the process at once, as `quit_at_once`."""
+    """The work is done: Ctrl-C ends the process at once again."""
     global _ending
     if _is_ours():
         signal.signal(signal.SIGINT, _quit)
@@ -43,11 +43,7 @@ def end_with(status: int) -> None:
 
 
 def stop() -> int:
-    """Says that Ctrl-C ended the work, which is cleared away; a second one adds no second line.
-
-    Returns:
-        The exit status.
-    """
+    """Says that Ctrl-C ended the work; a second one adds no line. Returns the exit status."""
     global _ending
     ours = _is_ours()
     if ours:
@@ -61,7 +57,7 @@ def stop() -> int:
 
 
 def _quit(_signal: int, _frame: FrameType | None) -> None:
-    # A library may swallow an exception while it is imported, and one at the end is a traceback.
+    # no exception: a library may swallow it while it is imported, and at the end it is a traceback
     os.write(2, f"{MESSAGE}\n".encode())
     os._exit(STATUS)
 
@@ -69,14 +65,14 @@ def _quit(_signal: int, _frame: FrameType | None) -> None:
 def _quit_or_show(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """Python's hook for an exception that nobody caught: one that came between two of ours."""
+    """Python's hook for exceptions that nobody caught: one came between two handlers of ours."""
     if issubclass(kind, KeyboardInterrupt):
         _quit(signal.SIGINT, None)
     sys.__excepthook__(kind, error, trace)
 
 
 def _leave() -> None:
-    """Ends the process before Python takes apart what it holds: that can last a second, in which no handler runs."""
+    """Ends the process before Python's own end, a second long, in which no handler runs."""
     if _ending is not None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # nobody reads it any more
@@ -85,18 +81,14 @@ def _leave() -> None:
 
 
 def _is_ours() -> bool:
-    return _is_command_line() and signal.getsignal(signal.SIGINT) in (
-        _quit,
-        signal.default_int_handler,
-    )
+    ours = (_quit, signal.default_int_handler)
+    return _is_command_line() and signal.getsignal(signal.SIGINT) in ours
 
 
 def _is_command_line() -> bool:
     program, *words = getattr(sys, "argv", None) or [""]
     name = os.path.basename(program).removesuffix(".exe")
-    if (
-        name == "-m" or name == "__main__.py"
-    ):  # the first while the package is imported, the second afterwards
+    if name in ("-m", "__main__.py"):  # while the package is imported, and afterwards
         return "qvlm_hf" in sys.orig_argv
     return name == "qvlm" or (name == "optimum-cli" and words[:1] == ["qvlm"])
 

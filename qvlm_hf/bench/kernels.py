@@ -1,24 +1,25 @@
-"""One linear layer, many ways: this package's kernels beside PyTorch's, in turns in one run.
+"""One linear layer: this package's kernels beside PyTorch's, in turns in one run.
 
-Every way computes the same thing from a bfloat16 input to an output: quantizing the input is part
-of it. Weights are taken in turns from copies that together exceed the processor's caches, as the
-layers of a model do. A figure is the median over rounds; the spread is that of the middle half.
-Only ratios of one run mean anything: other programs slow all ways down together.
-
-Legend: M tokens, N out_features, K in_features.
+Every contender computes from a bfloat16 input to an output; quantizing the input is part of it.
+Each takes its weights in turns from copies that together exceed the processor's caches, as the
+layers of a model do. Only ratios of one run mean anything.
 """
 
+import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from statistics import median, quantiles
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from qvlm_hf.bench.machine import Reading
+from qvlm_hf.bench.turns import summarize
 from qvlm_hf.format.grids import QParams, quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
@@ -26,40 +27,36 @@ from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 __all__ = ["KernelRow", "measure_kernels"]
 
 BASELINE = "torch bfloat16"
-_SCHEMES = (
-    ("W4A4", "channel"),
-    ("W4A8", "dynamic_token"),
-    ("W6A6", "channel"),
-    ("W8A8", "dynamic_token"),
-    ("W4A16", "none"),
-)
-_CACHES = (
-    96 * 2**20
-)  # bytes of weights that one way goes through before it meets the same copy again
+_SCHEMES = {
+    "W4A4, channel": (4, 4, "channel"),
+    "W4A8, dynamic_token": (4, 8, "dynamic_token"),
+    "W6A6, channel": (6, 6, "channel"),
+    "W8A8, dynamic_token": (8, 8, "dynamic_token"),
+    "W4A16, none": (4, 16, "none"),
+}
+_CACHES = 96 * 2**20  # bytes of weights before a contender meets the same copy again
 _MOST_COPIES = 64  # of a layer so small that the caches hold it all the same
 _INT_MM_TOKENS = 17  # torch._int_mm takes no fewer
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelRow:
-    """One way at one number of tokens.
+    """One contender at one number of tokens."""
 
-    Attributes:
-        way: its name.
-        tokens: M.
-        milliseconds: median of one call.
-        spread: interquartile range over the median.
-        speedup: the baseline's median over this one's.
-        bandwidth: bytes of weights read per second over what the machine reads (median of readings
-            in the same turns); what limits few tokens of layers beyond the caches.
-    """
+    way: str  # name of the contender
+    tokens: int  # per call
+    milliseconds: float  # median of one call
+    spread: float  # interquartile range over the median
+    speedup: float  # the baseline's median over this one
+    bandwidth: float  # bytes of weights per second over those that the machine reads
 
-    way: str
-    tokens: int
-    milliseconds: float
-    spread: float
-    speedup: float
-    bandwidth: float
+
+@dataclass(frozen=True)
+class _Contender:
+    multiply: Callable[[Tensor, Any], Tensor]
+    weights: list[Any]  # copies, or modules that hold them
+    bytes: int  # of one copy
+    fewest_tokens: int = 1
 
 
 @torch.no_grad()  # as `generate` calls layers
@@ -71,151 +68,126 @@ def measure_kernels(
     rounds: int = 9,
     group_size: int = 128,
     cache_bytes: int = _CACHES,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], object] = lambda: None,
 ) -> list[KernelRow]:
-    """Times every way at every number of tokens.
+    """Times every contender at every number of tokens.
 
     Args:
-        out_features: N.
-        in_features: K, a multiple of `group_size`.
-        tokens: the values of M.
-        rounds: turns that every way gets.
-        group_size: inputs per weight scale of the quantized ways.
-        cache_bytes: how many bytes of weights count as more than the caches hold.
+        out_features: of the layer.
+        in_features: of the layer, a multiple of `group_size`.
+        tokens: numbers of tokens per call.
+        rounds: turns per contender.
+        group_size: inputs per weight scale of the quantized contenders.
+        cache_bytes: of weights that the caches cannot hold.
         advance: called after every number of tokens.
 
     Returns:
         Rows by number of tokens, the baseline first.
     """
-    ways = _ways(out_features, in_features, group_size, cache_bytes)
+    contenders = _contenders(out_features, in_features, group_size, cache_bytes)
     reading, rows = Reading(), []
     for count in tokens:
         x = torch.randn(count, in_features).bfloat16()
-        eligible = {name: way for name, way in ways.items() if count >= way.tokens}
+        eligible = {name: one for name, one in contenders.items() if count >= one.fewest_tokens}
         times: dict[str, list[float]] = {name: [] for name in eligible}
         readings: list[float] = []
         calls = 1 if count > 16 else 8
         for turn in range(rounds + 1):
             readings.append(reading.bandwidth())
-            for name, way in eligible.items():
+            for name, one in eligible.items():
                 start = time.perf_counter()
-                for call in range(calls):
-                    way.run(x, (turn * calls + call) % way.copies)
+                for call in range(turn * calls, (turn + 1) * calls):
+                    one.multiply(x, one.weights[call % len(one.weights)])
                 if turn:  # the first turn warms up
                     times[name].append((time.perf_counter() - start) / calls)
-        base, limit = median(times[BASELINE]), median(readings)
-        for name, values in times.items():
-            middle, (low, _, high) = median(values), quantiles(values, n=4, method="inclusive")
+        for name, one in eligible.items():
+            found = summarize(times[name], times[BASELINE])
             rows.append(
                 KernelRow(
-                    way=name, tokens=count, milliseconds=middle * 1e3, spread=(high - low) / middle, speedup=base / middle,
-                    bandwidth=eligible[name].bytes / middle / limit,
+                    way=name,
+                    tokens=count,
+                    milliseconds=found.seconds * 1e3,
+                    spread=found.spread,
+                    speedup=found.speedup,
+                    bandwidth=one.bytes / found.seconds / median(readings),
                 )
-            )  # fmt: skip
+            )
         advance()
     return rows
 
 
-@dataclass(frozen=True)
-class _Way:
-    run: Callable[[Tensor, int], Tensor]
-    copies: int
-    bytes: int  # of one copy's weights
-    tokens: int = 1  # fewest that it takes
-
-
-@torch.no_grad()
-def _ways(
+def _contenders(
     out_features: int, in_features: int, group_size: int, cache_bytes: int
-) -> dict[str, _Way]:
-    size = out_features * in_features
+) -> dict[str, _Contender]:
     weight = torch.randn(out_features, in_features)
+    size = weight.numel()
 
-    def copies(tensor_bytes: float) -> int:
-        return _copies(tensor_bytes, cache_bytes)
+    def contender(
+        multiply: Callable[[Tensor, Any], Tensor],
+        make: Callable[[], Any],
+        size: int,
+        fewest: int = 1,
+    ) -> _Contender:
+        copies = min(_MOST_COPIES, 1 + cache_bytes // size)
+        return _Contender(multiply, [make() for _ in range(copies)], size, fewest)
 
-    half = [weight.bfloat16() for _ in range(copies(2 * size))]
-    single = [weight.clone() for _ in range(copies(4 * size))]
-    bytes_ = [torch.randint(-127, 128, weight.shape, dtype=torch.int8) for _ in range(copies(size))]
-    ways = {
-        BASELINE: _Way(lambda x, i: functional.linear(x, half[i]), len(half), 2 * size),
-        "torch float32": _Way(
-            lambda x, i: functional.linear(x.float(), single[i]).bfloat16(), len(single), 4 * size
-        ),
-        "torch int8 (_int_mm), W8A8": _Way(
-            lambda x, i: _int_mm(x, bytes_[i]), len(bytes_), size, _INT_MM_TOKENS
-        ),
+    random_bytes = partial(torch.randint, -127, 128, weight.shape, dtype=torch.int8)
+    found = {
+        BASELINE: contender(functional.linear, weight.bfloat16, 2 * size),
+        "torch float32": contender(_float32, weight.clone, 4 * size),
+        "torch int8 (_int_mm), W8A8": contender(_int_mm, random_bytes, size, _INT_MM_TOKENS),
     }
-    if (int4 := _int4pack(weight, group_size, copies(size / 2))) is not None:
-        ways["torch int4 (int4pack), W4A16"] = int4
-    for bits, granularity in _SCHEMES:
-        modules = _modules(weight, bits, granularity, group_size, cache_bytes)
-        packed = sum(
-            parameter.numel() * parameter.itemsize for parameter in modules[0].parameters()
+    with suppress(RuntimeError, AttributeError, NotImplementedError):  # not in every build
+        multiply, make = _int4pack(weight, group_size)
+        multiply(torch.ones(1, in_features, dtype=torch.bfloat16), make())
+        found["torch int4 (int4pack), W4A16"] = contender(multiply, make, size // 2)
+    for name, (weight_bits, activation_bits, granularity) in _SCHEMES.items():
+        scheme = QuantScheme(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            group_size=group_size,
+            granularity=granularity,
         )
-        ways[f"qvlm_hf {bits}, {granularity}"] = _Way(partial(_call, modules), len(modules), packed)
-    return ways
+        module = _module(weight, scheme)
+        packed = sum(parameter.nbytes for parameter in module.parameters())
+        found[f"qvlm_hf {name}"] = contender(_call, partial(copy.deepcopy, module), packed)
+    return found
 
 
-def _copies(tensor_bytes: float, cache_bytes: int) -> int:
-    return min(_MOST_COPIES, 1 + int(cache_bytes // tensor_bytes))
+def _call(x: Tensor, module: nn.Module) -> Tensor:
+    return module(x)
 
 
-def _call(modules: Sequence[QVLMLinear], x: Tensor, copy: int) -> Tensor:
-    return modules[copy](x)
-
-
-def _modules(
-    weight: Tensor, bits: str, granularity: str, group_size: int, cache_bytes: int
-) -> list[QVLMLinear]:
-    weight_bits, activation_bits = (int(part) for part in bits[1:].split("A"))
-    scheme = QuantScheme(
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        group_size=group_size,
-        granularity=granularity,
-    )
-    statics = None
-    if granularity == "channel":
-        scale = torch.full((weight.shape[1],), 8 / 2**activation_bits)
-        statics = QParams(
-            scale,
-            torch.full(scale.shape, 2 ** (activation_bits - 1), dtype=torch.int32),
-            activation_bits,
-        )
-    linear = nn.Linear(
-        weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=torch.bfloat16
-    )
-    tensors = packed_tensors(quantize_weight(weight, scheme), scheme, statics)
-    count = _copies(tensors["weight"].numel() * 4, cache_bytes)
-    return [
-        QVLMLinear.from_packed(
-            linear, scheme, {name: tensor.clone() for name, tensor in tensors.items()}
-        )
-        for _ in range(count)
-    ]
+def _float32(x: Tensor, weight: Tensor) -> Tensor:
+    return functional.linear(x.float(), weight).bfloat16()
 
 
 def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
     values = x.float()
     scale = values.abs().amax(-1, keepdim=True) / 127
-    return (
-        torch._int_mm((values / scale).round().to(torch.int8), weight.T).float() * scale
-    ).bfloat16()
+    integers = (values / scale).round().to(torch.int8)
+    return (torch._int_mm(integers, weight.T).float() * scale).bfloat16()
 
 
-def _int4pack(weight: Tensor, group_size: int, copies: int) -> _Way | None:
-    """PyTorch's weight-only int4 product; None where this build has none."""
+def _int4pack(
+    weight: Tensor, group_size: int
+) -> tuple[Callable[[Tensor, Any], Tensor], Callable[[], Tensor]]:
+    """PyTorch's weight-only int4 product, and what packs weights for it."""
     integers = torch.randint(0, 16, weight.shape, dtype=torch.int32)
     scales = torch.ones(weight.shape[1] // group_size, weight.shape[0], 2, dtype=torch.bfloat16)
-    try:
-        packed = [
-            torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers, 1) for _ in range(copies)
-        ]
-        torch.ops.aten._weight_int4pack_mm_for_cpu(
-            torch.ones(1, weight.shape[1], dtype=torch.bfloat16), packed[0], group_size, scales
-        )
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return None
-    run = lambda x, i: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed[i], group_size, scales)  # noqa: E731
-    return _Way(run, len(packed), weight.numel() // 2)
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    pack = partial(torch.ops.aten._convert_weight_to_int4pack_for_cpu, integers, 1)
+    return lambda x, packed: multiply(x, packed, group_size, scales), pack
+
+
+def _module(weight: Tensor, scheme: QuantScheme) -> QVLMLinear:
+    out_features, in_features = weight.shape
+    statics = None
+    if scheme.granularity == "channel":
+        levels = 2**scheme.activation_bits
+        zero_point = torch.full((in_features,), levels // 2, dtype=torch.int32)
+        scale = torch.full((in_features,), 8 / levels)
+        statics = QParams(scale, zero_point, scheme.activation_bits)
+    tensors = packed_tensors(quantize_weight(weight, scheme), scheme, statics)
+    linear = nn.Linear(in_features, out_features, False, device="meta", dtype=torch.bfloat16)
+    return QVLMLinear.from_packed(linear, scheme, tensors)

@@ -1,12 +1,13 @@
-"""Whole models, many ways: first token, further tokens, memory, and what limits each phase.
+"""Whole models beside each other: first token, further tokens, memory, and the limit of each phase.
 
-Takes ready modules and inputs: it knows of Transformers only how a model is called
-(`generation.py`). All ways are in memory together and take turns; where they do not fit, they run
-one after the other, and the result says so.
+Takes ready models and inputs; all contenders are in memory together and take turns. Where they do
+not fit, they run one after the other, and the result says so.
 
-    compute   2 x inputs x outputs of every linear module of the decoder, per token, against PyTorch's matrix product in the same type
-    memory    bytes of the decoder's weights and of the key-value cache, per call, against reading memory
-    regime    the limit of which a phase reaches more, if that is at least half of it; else "overhead": launches, Python, attention
+    compute     2 x inputs x outputs of every linear module of the decoder, per token,
+                against PyTorch's matrix product in the same type
+    memory      bytes of the decoder's weights and of the key-value cache, per call,
+                against reading memory
+    overhead    the phase reaches half of neither: launches, Python, attention
 
 Left out: the products of attention itself, a few percent of a prompt of 600 tokens.
 """
@@ -14,7 +15,6 @@ Left out: the products of attention itself, a few percent of a prompt of 600 tok
 import gc
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -25,111 +25,59 @@ from torch import Tensor, nn
 from qvlm_hf.bench.generation import Pass, generate
 from qvlm_hf.bench.machine import Clock, Limits
 from qvlm_hf.bench.memory import decoder_bytes, peak_bytes, stored_bytes
-from qvlm_hf.bench.rounds import Figure, figure, one_line, take_turns
+from qvlm_hf.bench.turns import Timing, one_line, summarize, take_turns
 from qvlm_hf.nn.replace import quantized_modules
 
-__all__ = ["ModelRow", "Phase", "Way", "fits_together", "measure_models", "phase"]
+__all__ = ["Contender", "ModelRow", "Phase", "fits_together", "measure_models", "phase"]
 
 _HALF = 0.5  # of a limit, from which on it is the limit
 _RESERVE = 1.1  # times the stored bytes: activations and caches
-_COMPILED_WARM_UPS = 2  # importing one package can void the code that was compiled for another way
-_COMPILED = (
-    256  # variants that torch.compile may keep of one function: ways share the code of their models
-)
+_COMPILED_WARM_UPS = 2  # importing one package can void the code that was compiled before
+_VARIANTS = 256  # that torch.compile may keep of one function: contenders share their models' code
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
-    """One way to run the model.
-
-    Attributes:
-        name: of the row.
-        build: makes the model on its device, in eval mode.
-        inputs: batch size -> what the model is called with.
-        new_cache: batch size, length -> an empty key-value cache.
-        compute: the type that its matrix products could run in, a key of `Limits.operations`.
-        compile_options: of inductor, where it is compiled, besides those of the device.
-        size: bytes of the weights, estimated.
-        building: bytes that `build` needs besides, for a while.
-        missing: why it cannot run here, or None.
-    """
+class Contender:
+    """One way to run the model."""
 
     name: str
-    build: Callable[[], Any]
-    inputs: Callable[[int], Mapping[str, Tensor]]
-    new_cache: Callable[[int, int], Any]
-    compute: str = "bfloat16"
-    compile_options: Mapping[str, bool] = field(default_factory=dict)
-    size: int = 0
-    building: int = 0
-    missing: str | None = None
+    build: Callable[[], Any]  # the model on its device, in eval mode
+    inputs: Callable[[int], Mapping[str, Tensor]]  # batch size -> arguments of the model
+    new_cache: Callable[[int, int], Any]  # batch size, length -> an empty key-value cache
+    compute: str = "bfloat16"  # type that its products could run in, of `Limits.operations`
+    compile_options: Mapping[str, bool] = field(default_factory=dict)  # of inductor
+    size: int = 0  # bytes of the weights, estimated
+    building: int = 0  # bytes that `build` needs besides, for a while
+    missing: str | None = None  # why it cannot run here
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One phase of one way.
+    """One phase of one contender."""
 
-    Attributes:
-        time: per phase; decode: per token.
-        regime: "memory", "compute" or "overhead".
-        of_limit: the share that it reaches of that limit; for "overhead" of the nearer one.
-    """
-
-    time: Figure
-    regime: str
-    of_limit: float
+    time: Timing  # decode: of a token
+    regime: str  # "memory", "compute" or "overhead"
+    of_limit: float  # share of that limit that it reaches; for "overhead" of the nearer one
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRow:
-    """One way at one batch size; with an `error` nothing else is known.
+    """One contender at one batch size; with an `error` nothing else is known."""
 
-    Attributes:
-        way: its name.
-        batch: prompts at once.
-        error: why there are no figures.
-        first_token: vision encoder and prefill.
-        prefill: the decoder over the prompt.
-        decode: one further token.
-        tokens_per_second: of all prompts, while decoding.
-        weight_bytes: stored.
-        peak_bytes: the weights and the most that the first pass takes besides (compiling included);
-            None where that cannot be measured.
-        kernel: what computes most of the quantized modules, None where there are none.
-    """
-
-    way: str
-    batch: int
+    way: str  # name of the contender
+    batch: int  # prompts at once
     error: str | None = None
-    first_token: Figure | None = None
+    first_token: Timing | None = None  # vision encoder and prefill
     prefill: Phase | None = None
     decode: Phase | None = None
-    tokens_per_second: float | None = None
-    weight_bytes: int | None = None
-    peak_bytes: int | None = None
-    kernel: str | None = None
-
-
-@dataclass
-class _Built:
-    """A way whose model is there."""
-
-    way: Way
-    model: Any
-    step: Callable[..., Any]
-
-
-@dataclass
-class _Measured:
-    passes: list[Pass] | str
-    peak: int | None = None
-    weights: int = 0
-    read: int = 0
-    kernel: str | None = None
+    tokens_per_second: float | None = None  # of all prompts, while decoding
+    weight_bytes: int | None = None  # stored
+    peak_bytes: int | None = None  # weights and the most that the first pass takes besides
+    kernel: str | None = None  # of most quantized modules
 
 
 def measure_models(
-    ways: Sequence[Way],
+    contenders: Sequence[Contender],
     batches: Sequence[int],
     limits: Callable[[], Limits],
     device: torch.device,
@@ -141,72 +89,49 @@ def measure_models(
     clock: Clock | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[list[ModelRow], Limits]:
-    """Measures every way at every batch size.
+    """Measures every contender at every batch size.
 
     Args:
-        ways: the first is the baseline.
+        contenders: the first is the baseline.
         batches: batch sizes.
-        limits: measures those of the device; called before and after everything else, and the
-            higher ones count.
+        limits: measures those of the device, before and after all else; the higher ones count.
         device: where the models are.
         new_tokens: generated per prompt, at least 2.
         rounds: turns that count, at least 2.
         compiled: decode with torch.compile, on CUDA with CUDA graphs; the caches must be static.
-        together: all ways in memory, in turns; else one after the other.
+        together: all contenders in memory, in turns; else one after the other.
         clock: default: the device's own.
         advance: called after every pass.
 
     Returns:
-        Rows by batch size, in the order of `ways`; and the limits.
+        Rows by batch size, in the order of `contenders`; and the limits.
 
     Raises:
         ValueError: the baseline failed.
     """
-    clock, operations = clock or Clock(device), 0
-    measured: dict[tuple[str, int], _Measured] = {}
+    stage = _Stage(device, clock or Clock(device), new_tokens, rounds, compiled, advance)
+    measured: dict[tuple[str, int], _Measured | str] = {}
     before = limits()
-    with _many_variants() if compiled else nullcontext():
-        for group in [list(ways)] if together else [[way] for way in ways]:
-            built = {way.name: _build(way, compiled) for way in group}
-            baseline = built.get(ways[0].name)
-            if isinstance(baseline, _Built):
-                operations = _operations(baseline.model)
-            for batch in batches:
-                if compiled:
-                    torch._dynamo.reset()
-                found = _turns(
-                    built,
-                    batch,
-                    new_tokens,
-                    rounds,
-                    _COMPILED_WARM_UPS if compiled else 1,
-                    device,
-                    clock,
-                    advance,
-                )
-                measured |= {(name, batch): result for name, result in found.items()}
-            built.clear()
-            baseline = None
-            _release(device)
+    for group in [contenders] if together else [[one] for one in contenders]:
+        measured |= stage.measure(group, batches)
+        stage.clear()
     highest = before.highest(limits())
-    return [
-        _row(way, batch, ways[0], measured, highest, operations)
+    rows = [
+        _row(one, batch, contenders[0], measured, highest)
         for batch in batches
-        for way in ways
-    ], highest
+        for one in contenders
+    ]
+    return rows, highest
 
 
-def fits_together(ways: Sequence[Way], available: int | None) -> bool:
-    """Whether all ways fit into memory at once, with room to build each beside the others."""
-    here = [way for way in ways if way.missing is None]
-    return (
-        available is None
-        or sum(way.size for way in here) * _RESERVE + max((way.building for way in here), default=0)
-        < available
-    )
+def fits_together(contenders: Sequence[Contender], available: int | None) -> bool:
+    """Whether all fit into memory at once, with room to build each beside the others."""
+    here = [one for one in contenders if one.missing is None]
+    needed = sum(one.size for one in here) * _RESERVE + max((c.building for c in here), default=0)
+    return available is None or needed < available
 
 
-def phase(time: Figure, moved: float, computed: float, limits: Limits, compute: str) -> Phase:
+def phase(time: Timing, moved: float, computed: float, limits: Limits, compute: str) -> Phase:
     """Says what limits a phase.
 
     Args:
@@ -224,15 +149,109 @@ def phase(time: Figure, moved: float, computed: float, limits: Limits, compute: 
     return Phase(time=time, regime=nearer if share >= _HALF else "overhead", of_limit=share)
 
 
-def _build(way: Way, compiled: bool) -> _Built | str:
-    if way.missing is not None:
-        return way.missing
-    try:
-        model = way.build()
-        step = _compiled_step(model, way.compile_options) if compiled else model
-        return _Built(way, model, step)
-    except Exception as error:  # another package's model: whatever it raises is its row
-        return one_line(error)
+@dataclass(frozen=True)
+class _Ready:
+    """A contender that is built."""
+
+    contender: Contender
+    model: Any
+    step: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    passes: list[Pass]
+    peak: int | None  # of the first pass, beside the weights
+    weights: int
+    read: int  # bytes of weights that a step of the decoder reads
+    operations: int  # multiplications and additions per token in the decoder's nn.Linear
+    kernel: str | None
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Where contenders are built and take their turns."""
+
+    device: torch.device
+    clock: Clock
+    new_tokens: int
+    rounds: int
+    compiled: bool
+    advance: Callable[[], object]
+
+    def measure(
+        self, group: Sequence[Contender], batches: Sequence[int]
+    ) -> dict[tuple[str, int], _Measured | str]:
+        """Builds a group; (name, batch size) -> figures or an error."""
+        built = {one.name: self._build(one) for one in group}
+        ready = {name: one for name, one in built.items() if isinstance(one, _Ready)}
+        found: dict[tuple[str, int], _Measured | str] = {}
+        for batch in batches:
+            results = self._take_turns(ready, batch)
+            for name, one in built.items():
+                found[name, batch] = one if isinstance(one, str) else results[name]
+        return found
+
+    def clear(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _build(self, contender: Contender) -> _Ready | str:
+        if contender.missing is not None:
+            return contender.missing
+        try:
+            model = contender.build()
+            step = _compiled_step(model, contender.compile_options) if self.compiled else model
+            return _Ready(contender, model, step)
+        except Exception as error:  # another package's model: its error is its row
+            return one_line(error)
+
+    def _take_turns(self, ready: Mapping[str, _Ready], batch: int) -> dict[str, _Measured | str]:
+        peaks: dict[str, int | None] = {}
+
+        def run(name: str, _turn: int) -> Pass:
+            one, passes = ready[name], []
+            inputs = one.contender.inputs(batch)
+            cache = one.contender.new_cache(batch, inputs["input_ids"].shape[1] + self.new_tokens)
+
+            def answer() -> None:
+                found = generate(one.model, inputs, self.new_tokens, cache, self.clock, one.step)
+                passes.append(found)
+
+            if name in peaks:
+                answer()
+            else:  # the first pass also makes what stays, such as weights in another order
+                peaks[name] = peak_bytes(answer, self.device)
+            self.advance()
+            return passes[0]
+
+        if not self.compiled:
+            results = take_turns(ready, self.rounds, run)
+        else:
+            torch._dynamo.reset()
+            with torch._dynamo.config.patch(
+                recompile_limit=_VARIANTS, accumulated_recompile_limit=_VARIANTS
+            ):
+                results = take_turns(ready, self.rounds, run, warm_ups=_COMPILED_WARM_UPS)
+        return {
+            # weights are counted now: some packages quantize or reorder at the first call
+            name: passes if isinstance(passes, str) else _figures(ready[name], passes, peaks[name])
+            for name, passes in results.items()
+        }
+
+
+def _figures(one: _Ready, passes: list[Pass], peak: int | None) -> _Measured:
+    kernels = Counter(module.kernel for _, module in quantized_modules(one.model))
+    linears = (m for m in one.model.get_decoder().modules() if isinstance(m, nn.Linear))
+    return _Measured(
+        passes=passes,
+        peak=peak,
+        weights=stored_bytes(one.model),
+        read=decoder_bytes(one.model),
+        operations=sum(2 * linear.in_features * linear.out_features for linear in linears),
+        kernel=kernels.most_common(1)[0][0] if kernels else None,
+    )
 
 
 def _compiled_step(model: Any, options: Mapping[str, bool]) -> Callable[..., Any]:
@@ -250,99 +269,37 @@ def _compiled_step(model: Any, options: Mapping[str, bool]) -> Callable[..., Any
     return step
 
 
-def _many_variants() -> AbstractContextManager[None]:
-    return torch._dynamo.config.patch(
-        recompile_limit=_COMPILED, accumulated_recompile_limit=_COMPILED
-    )
-
-
-def _turns(
-    built: Mapping[str, _Built | str],
-    batch: int,
-    new_tokens: int,
-    rounds: int,
-    warm_ups: int,
-    device: torch.device,
-    clock: Clock,
-    advance: Callable[[], object],
-) -> dict[str, _Measured]:
-    ready = {name: entry for name, entry in built.items() if isinstance(entry, _Built)}
-    peaks: dict[str, int | None] = {}
-
-    def run(name: str, _: int) -> Pass:
-        entry, passes = ready[name], []
-        inputs = entry.way.inputs(batch)
-        cache = entry.way.new_cache(batch, inputs["input_ids"].shape[1] + new_tokens)
-
-        def once() -> None:
-            passes.append(generate(entry.model, inputs, new_tokens, cache, clock, entry.step))
-
-        if name in peaks:
-            once()
-        else:  # the first pass also makes what a way keeps, such as weights in another order
-            peaks[name] = peak_bytes(once, device)
-        advance()
-        return passes[0]
-
-    passes = take_turns(ready, rounds, run, warm_ups=warm_ups)
-    found = {name: _Measured(entry) for name, entry in built.items() if isinstance(entry, str)}
-    for name, result in passes.items():
-        entry, peak = ready[name], peaks.get(name)
-        # counted after the passes: some packages quantize or reorder at the first call
-        weights, read = stored_bytes(entry.model), decoder_bytes(entry.model)
-        found[name] = _Measured(
-            result, None if peak is None else weights + peak, weights, read, _kernel(entry.model)
-        )
-    return found
-
-
 def _row(
-    way: Way,
+    contender: Contender,
     batch: int,
-    base: Way,
-    measured: Mapping[tuple[str, int], _Measured],
+    baseline: Contender,
+    measured: Mapping[tuple[str, int], _Measured | str],
     limits: Limits,
-    operations: int,
 ) -> ModelRow:
-    own, baseline = measured[way.name, batch], measured[base.name, batch]
-    if isinstance(baseline.passes, str):
+    own, base = measured[contender.name, batch], measured[baseline.name, batch]
+    if isinstance(base, str):
         raise ValueError(
-            f"the baseline {base.name} failed, so there is nothing to compare with: "
-            f"{baseline.passes}"
+            f"the baseline {baseline.name} failed, so there is nothing to compare with: {base}"
         )
-    if isinstance(own.passes, str):
-        return ModelRow(way=way.name, batch=batch, error=own.passes)
+    if isinstance(own, str):
+        return ModelRow(way=contender.name, batch=batch, error=own)
 
-    def timed(part: str) -> Figure:
-        return figure(
-            [getattr(p, part) for p in own.passes], [getattr(p, part) for p in baseline.passes]
-        )
+    def timing(part: str) -> Timing:
+        return summarize(*([getattr(p, part) for p in one.passes] for one in (own, base)))
 
-    decode, cached = timed("decode"), median(p.cache_bytes for p in own.passes)
-    prompt = batch * way.inputs(batch)["input_ids"].shape[1]
+    def limited(part: str, cached: float, tokens: int) -> Phase:
+        operations = base.operations * tokens
+        return phase(timing(part), own.read + cached, operations, limits, contender.compute)
+
+    decode = limited("decode", median(p.cache_bytes for p in own.passes), batch)
     return ModelRow(
-        way=way.name, batch=batch, first_token=timed("first_token"),
-        prefill=phase(timed("prefill"), own.read, operations * prompt, limits, way.compute),
-        decode=phase(decode, own.read + cached, operations * batch, limits, way.compute),
-        tokens_per_second=batch / decode.seconds, weight_bytes=own.weights, peak_bytes=own.peak, kernel=own.kernel,
-    )  # fmt: skip
-
-
-def _operations(model: Any) -> int:
-    """Multiplications and additions of the decoder's linear modules for one token; the head, which sees one of many, is not counted."""
-    return sum(
-        2 * module.in_features * module.out_features
-        for module in model.get_decoder().modules()
-        if isinstance(module, nn.Linear)
+        way=contender.name,
+        batch=batch,
+        first_token=timing("first_token"),
+        prefill=limited("prefill", 0, contender.inputs(batch)["input_ids"].numel()),
+        decode=decode,
+        tokens_per_second=batch / decode.time.seconds,
+        weight_bytes=own.weights,
+        peak_bytes=None if own.peak is None else own.weights + own.peak,
+        kernel=own.kernel,
     )
-
-
-def _kernel(model: nn.Module) -> str | None:
-    counts = Counter(module.kernel for _, module in quantized_modules(model))
-    return counts.most_common(1)[0][0] if counts else None
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -1,9 +1,8 @@
-"""What users would take instead, where it is installed: bitsandbytes, torchao and gptqmodel, applied to a float model module by module.
+"""Other packages, where they are installed: bitsandbytes, torchao and gptqmodel.
 
-Each peer quantizes what it would quantize inside Transformers: every nn.Linear but the output head;
-gptqmodel those of the decoder. Left
-out: gptqmodel's calibration, which changes values and no time; and its QQQ (W4A8), which unpacks
-all weights at every call on a CPU without AVX512-BF16.
+Each quantizes a float model as it would inside Transformers: every nn.Linear but the output head;
+gptqmodel those of the decoder. Left out: gptqmodel's calibration, which changes values and no time;
+and its QQQ (W4A8), which unpacks all weights at every call on a CPU without AVX512-BF16.
 """
 
 import logging
@@ -21,27 +20,18 @@ from qvlm_hf.nn.replace import replace_modules
 
 __all__ = ["PEERS", "Peer"]
 
-
 _GROUP = 128
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Peer:
-    """Another package's way.
+    """Another package's way to quantize."""
 
-    Attributes:
-        name: of the row.
-        package: to import.
-        quantize: changes a model in place.
-        compute: type of its products.
-        share: bytes of its weights over those of bfloat16, roughly.
-    """
-
-    name: str
-    package: str
-    quantize: Callable[[Any], None]
-    compute: str
-    share: float
+    name: str  # of the row
+    package: str  # to import
+    quantize: Callable[[Any], None]  # changes a model in place
+    compute: str  # type of its products
+    share: float  # bytes of its weights over those of bfloat16, roughly
 
     @property
     def missing(self) -> str | None:
@@ -51,21 +41,19 @@ class Peer:
 
 def _bitsandbytes_8bit(model: Any) -> None:
     _silence()
-    import bitsandbytes
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     def quantized(linear: nn.Linear) -> nn.Module:
-        module = bitsandbytes.nn.Linear8bitLt(
+        module = Linear8bitLt(
             linear.in_features,
             linear.out_features,
-            bias=linear.bias is not None,
             has_fp16_weights=False,
             threshold=6.0,
             device="meta",
         )
         # from the CPU: bitsandbytes quantizes 8-bit weights only on their way to another place
-        module.weight = bitsandbytes.nn.Int8Params(
-            linear.weight.data.cpu(), has_fp16_weights=False, requires_grad=False
-        )
+        weight = linear.weight.data.cpu()
+        module.weight = Int8Params(weight, has_fp16_weights=False, requires_grad=False)
         module.bias = linear.bias
         return module
 
@@ -74,20 +62,15 @@ def _bitsandbytes_8bit(model: Any) -> None:
 
 def _bitsandbytes_4bit(model: Any) -> None:
     _silence()
-    import bitsandbytes
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    options: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
 
     def quantized(linear: nn.Linear) -> nn.Module:
-        module = bitsandbytes.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=linear.bias is not None, compute_dtype=linear.weight.dtype, quant_type="nf4",
-            compress_statistics=False, device="meta",
-        )  # fmt: skip
-        module.weight = bitsandbytes.nn.Params4bit(
-            linear.weight.data,
-            requires_grad=False,
-            quant_type="nf4",
-            compress_statistics=False,
-            module=module,
-        )
+        sizes, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+        module = Linear4bit(*sizes, compute_dtype=dtype, device="meta", **options)
+        weight = linear.weight.data
+        module.weight = Params4bit(weight, requires_grad=False, module=module, **options)
         module.bias = linear.bias
         return module
 
@@ -116,35 +99,24 @@ def _torchao_int4(model: Any) -> None:
 def _torchao_int8(model: Any) -> None:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-    quantize_(
-        model,
-        Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
-        filter_fn=_chosen(model),
-    )
+    config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    quantize_(model, config, filter_fn=_chosen(model))
 
 
 def _gptqmodel_int4(model: Any) -> None:
+    chosen = {"bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}
+    loading = {"format": "gptq", "quant_method": "gptq", "pack": False, "backend": "auto"}
     with redirect_stdout(StringIO()):  # a banner, and a line for every kernel considered
         from gptqmodel.utils.importer import hf_select_quant_linear_v2
 
-        chosen = {"bits": 4, "group_size": _GROUP, "desc_act": False, "sym": True}
+        # as Transformers' loader of GPTQ checkpoints asks
         kernel = hf_select_quant_linear_v2(
-            **chosen,
-            format="gptq",
-            quant_method="gptq",
-            dtype=model.dtype,
-            pack=False,
-            device_map={"": str(model.device)},
-            backend="auto",
-        )  # as Transformers' loader of GPTQ checkpoints asks
+            **chosen, **loading, dtype=model.dtype, device_map={"": str(model.device)}
+        )
 
         def quantized(linear: nn.Linear) -> nn.Module:
-            sizes = {
-                "in_features": linear.in_features,
-                "out_features": linear.out_features,
-                "bias": linear.bias is not None,
-            }
-            module = kernel(**chosen, **sizes, pack_dtype=torch.int32)
+            sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+            module = kernel(**chosen, **sizes, bias=linear.bias is not None, pack_dtype=torch.int32)
             for name, tensor in _gptq_tensors(linear, v2=kernel.REQUIRES_FORMAT_V2).items():
                 getattr(module, name).copy_(tensor)
             module.to(linear.weight.device).post_init()
@@ -154,63 +126,33 @@ def _gptqmodel_int4(model: Any) -> None:
 
 
 def _gptq_tensors(linear: nn.Linear, *, v2: bool) -> dict[str, Tensor]:
-    """What a GPTQ checkpoint holds of a symmetric 4-bit module, eight codes to a word; version 1 stores zero points minus one."""
+    """A symmetric 4-bit module in a GPTQ checkpoint, eight codes to a word.
+
+    Version 1 stores zero points minus one.
+    """
     groups = linear.weight.data.float().unflatten(-1, (-1, _GROUP))
     scale = groups.abs().amax(-1) / 7
     codes = ((groups / scale.unsqueeze(-1)).round() + 8).flatten(1).to(torch.int64)  # [out, in]
     shifts = torch.arange(0, 32, 4, device=codes.device)
     words = (codes.T.unflatten(0, (-1, 8)) << shifts[:, None]).sum(1).to(torch.int32)
-    zero = torch.full(
-        (scale.shape[1], linear.out_features // 8),
-        -0x77777778 if v2 else 0x77777777,
-        dtype=torch.int32,
-    )
+    zeros = (scale.shape[1], linear.out_features // 8)
+    zero = torch.full(zeros, -0x77777778 if v2 else 0x77777777, dtype=torch.int32)
     tensors = {"qweight": words, "qzeros": zero, "scales": scale.T}
     return tensors if linear.bias is None else tensors | {"bias": linear.bias.data}
 
 
 PEERS = (
-    Peer(
-        name="bitsandbytes 8-bit",
-        package="bitsandbytes",
-        quantize=_bitsandbytes_8bit,
-        compute="int8",
-        share=0.5,
-    ),
-    Peer(
-        name="bitsandbytes 4-bit (nf4)",
-        package="bitsandbytes",
-        quantize=_bitsandbytes_4bit,
-        compute="bfloat16",
-        share=0.28,
-    ),
-    Peer(
-        name="torchao int4 weight-only",
-        package="torchao",
-        quantize=_torchao_int4,
-        compute="bfloat16",
-        share=0.28,
-    ),
-    Peer(
-        name="torchao int8 dynamic",
-        package="torchao",
-        quantize=_torchao_int8,
-        compute="int8",
-        share=0.5,
-    ),
+    Peer("bitsandbytes 8-bit", "bitsandbytes", _bitsandbytes_8bit, "int8", 0.5),
+    Peer("bitsandbytes 4-bit (nf4)", "bitsandbytes", _bitsandbytes_4bit, "bfloat16", 0.28),
+    Peer("torchao int4 weight-only", "torchao", _torchao_int4, "bfloat16", 0.28),
+    Peer("torchao int8 dynamic", "torchao", _torchao_int8, "int8", 0.5),
     # last: importing it patches Transformers, Triton and the environment
-    Peer(
-        name="gptqmodel int4 weight-only",
-        package="gptqmodel",
-        quantize=_gptqmodel_int4,
-        compute="bfloat16",
-        share=0.45,
-    ),
+    Peer("gptqmodel int4 weight-only", "gptqmodel", _gptqmodel_int4, "bfloat16", 0.45),
 )
 
 
 def _silence() -> None:
-    """Stops the line at every call of every module, which would be timed too."""
+    """Stops bitsandbytes' line at every call of every module, which would be timed too."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 

@@ -1,8 +1,8 @@
-"""Models with random weights, and prompts for them: enough to measure speed and memory, which depend on shapes and not on values.
+"""Models with random weights, and prompts for them: speed and memory depend on shapes alone.
 
-A tensor is made where it will stay, packed ones as packed bytes, so that a model of 13 billion
-parameters never takes more than its quantized size. Values come from one block of a million that is
-repeated: drawing each of billions would take minutes and change no time.
+Each tensor is made where it will stay, packed ones as packed bytes, so that a model of 13 billion
+parameters never takes more than its quantized size. Values repeat one block of a million: drawing
+billions would take minutes and change no time.
 """
 
 import copy
@@ -58,36 +58,24 @@ def random_model(
 
 
 def skeleton(config: Any, *, dtype: torch.dtype, modules: Mapping[str, QuantScheme]) -> Any:
-    """The model with parameters on the meta device, quantized modules in their place, and real buffers."""
+    """The model with quantized modules: parameters on the meta device, real buffers."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    linears = {
-        canonical_name(name): (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    replaced: dict[str, nn.Module] = {}
-    for canonical, scheme in modules.items():
-        name, linear = linears[canonical]
-        replaced[name] = QVLMLinear(
-            linear.in_features,
-            linear.out_features,
-            scheme,
-            bias=linear.bias is not None,
-            dtype=dtype,
-            device="meta",
-        )
-    replace_modules(model, replaced)
+    for name, linear in list(model.named_modules()):
+        scheme = modules.get(canonical_name(name))
+        if scheme is not None:
+            sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+            packed = QVLMLinear(*sizes, scheme, bias=bias, dtype=dtype, device="meta")
+            replace_modules(model, {name: packed})
     return model
 
 
 def random_tensors(model: nn.Module, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Name and new tensor of every parameter of a `skeleton`, one after the other; shared ones once."""
+    """Name and new tensor of every parameter of a `skeleton`; shared ones once."""
     generator = torch.Generator(device).manual_seed(0)
     normal = torch.randn(_BLOCK, device=device, generator=generator)
-    words = torch.randint(
-        -(2**31), 2**31, (_BLOCK,), device=device, dtype=torch.int32, generator=generator
-    )
+    bounds: tuple[int, int] = (-(2**31), 2**31)
+    words = torch.randint(*bounds, (_BLOCK,), device=device, dtype=torch.int32, generator=generator)
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
@@ -111,7 +99,7 @@ def random_prompt(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Inputs of a model: prompts of one length, each with its pictures first, noise as pictures and random words as text.
+    """Prompts of one length: noise as pictures, then random words.
 
     Args:
         config: of the model.
@@ -125,30 +113,21 @@ def random_prompt(
         ValueError: the pictures do not fit into the prompt, or the prompt not into the model's
             context.
     """
-    placeholders, longest = (
-        images * config.image_seq_length,
-        config.text_config.max_position_embeddings,
-    )
-    if not placeholders < prompt_tokens <= longest:
+    placeholders, text = images * config.image_seq_length, config.text_config
+    if not placeholders < prompt_tokens <= text.max_position_embeddings:
         raise ValueError(
             f"--prompt-tokens {prompt_tokens} must be more than the {placeholders} that {images} "
-            f"pictures take, and at most {longest}."
+            f"pictures take, and at most {text.max_position_embeddings}."
         )
     generator = torch.Generator().manual_seed(0)
-    special = {config.image_token_id}
-    words = torch.tensor(
-        [token for token in range(min(1000, config.text_config.vocab_size)) if token not in special]
-    )
-    text = words[
-        torch.randint(len(words), (batch, prompt_tokens - placeholders), generator=generator)
-    ]
-    ids = torch.cat([torch.full((batch, placeholders), config.image_token_id), text], 1)
-    inputs = {"input_ids": ids.to(device)}
+    words = [token for token in range(min(1000, text.vocab_size)) if token != config.image_token_id]
+    drawn = torch.randint(len(words), (batch, prompt_tokens - placeholders), generator=generator)
+    pictures = torch.full((batch, placeholders), config.image_token_id)
+    inputs = {"input_ids": torch.cat([pictures, torch.tensor(words)[drawn]], 1).to(device)}
     if images:
         side = config.vision_config.image_size
-        inputs["pixel_values"] = torch.randn(batch * images, 3, side, side, generator=generator).to(
-            device, dtype
-        )
+        pixels = torch.randn(batch * images, 3, side, side, generator=generator)
+        inputs["pixel_values"] = pixels.to(device, dtype)
     return inputs
 
 
@@ -158,14 +137,12 @@ def _fill_float(tensor: Tensor, part: str, normal: Tensor) -> None:
     elif part == "bias":
         tensor.zero_()
     else:
-        _repeat(
-            tensor,
-            (normal * tensor[0].numel() ** -0.5 if tensor.dim() > 1 else normal).to(tensor.dtype),
-        )
+        scale = tensor[0].numel() ** -0.5 if tensor.dim() > 1 else 1
+        _repeat(tensor, (normal * scale).to(tensor.dtype))
 
 
 def _fill_packed(tensor: Tensor, part: str, module: QVLMLinear, words: Tensor) -> None:
-    """Integers uniform on their grids, scales such that inputs of variance 1 give outputs of about variance 1."""
+    """Integers uniform on their grids; scales such that outputs keep the inputs' variance."""
     scheme = module.scheme
     grid = 2**scheme.weight_bits
     input_scale = _RANGE / 2**scheme.activation_bits if scheme.granularity == "channel" else 1.0

@@ -1,6 +1,5 @@
-"""Models by name, as shapes without weights: enough to size them, plan their quantization and benchmark their layers."""
+"""Models by name, as shapes without weights: enough to size, plan and benchmark them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,8 +8,36 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 __all__ = ["SHAPES", "shape_config", "shape_model", "token_positions"]
 
 
-def _llava_15(**text: Any) -> LlavaConfig:
-    """LLaVA-1.5 as llava-hf publishes it: CLIP ViT-L/14 at 336 pixels and a Vicuna, vocabulary padded to 32064."""
+# Transformers' defaults are Vicuna-7B's sizes.
+_LANGUAGE: dict[str, dict[str, Any]] = {
+    # TinyLlama-1.1B
+    "demo-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_key_value_heads": 4,
+    },
+    "llava-1.5-7b": {},
+    "llava-1.5-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+    },
+}
+SHAPES = tuple(_LANGUAGE)
+
+
+def shape_config(name: str) -> LlavaConfig:
+    """The configuration behind a name: LLaVA-1.5 as llava-hf publishes it.
+
+    CLIP ViT-L/14 at 336 pixels and a Llama with its vocabulary padded to 32064.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name not in _LANGUAGE:
+        raise ValueError(f"shape {name!r} is unknown: this version has {', '.join(SHAPES)}.")
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -25,41 +52,17 @@ def _llava_15(**text: Any) -> LlavaConfig:
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
         pad_token_id=32001,
-        **text,
+        **_LANGUAGE[name],
     )
     return LlavaConfig(
-        vision_config=vision, text_config=language, image_token_index=32000, image_seq_length=576, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", tie_word_embeddings=False,
-    )  # fmt: skip
-
-
-SHAPES: dict[str, Callable[[], LlavaConfig]] = {
-    # the sizes of TinyLlama-1.1B behind LLaVA-1.5's vision encoder
-    "demo-1b": lambda: _llava_15(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-    ),
-    "llava-1.5-7b": lambda: _llava_15(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
-    ),
-    "llava-1.5-13b": lambda: _llava_15(
-        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
-    ),
-}
-
-
-def shape_config(name: str) -> LlavaConfig:
-    """The configuration behind a name.
-
-    Raises:
-        ValueError: no such name.
-    """
-    if name not in SHAPES:
-        raise ValueError(f"shape {name!r} is unknown: this version has {', '.join(SHAPES)}.")
-    return SHAPES[name]()
+        vision_config=vision,
+        text_config=language,
+        image_token_index=32000,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
 
 
 def shape_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LlavaForConditionalGeneration:
@@ -75,7 +78,7 @@ def shape_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LlavaForCondi
 
 
 def token_positions(config: Any) -> dict[str, int]:
-    """Component -> positions that granularity "token" is calibrated for: patches with the class token, and those the projector sees."""
+    """Component -> positions of granularity "token": patches and class token, or projected."""
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     projected = patches if config.vision_feature_select_strategy == "default" else patches + 1
     return {"vision": patches + 1, "projector": projected}

@@ -24,8 +24,8 @@ _COMMANDS = {
     "publish": "put a saved model on the Hugging Face Hub",
     "inspect": "show what a saved model holds, or size a named shape",
     "export": "write a saved model in a format that other programs load",
-    "check": "decode with a saved model to check it here, or see whether vLLM will run an exported "
-    "one",
+    "check": "decode with a saved model to check it here, "
+    "or see whether vLLM will run an exported one",
     "autoload": "let programs that never import qvlm_hf load quantized models",
 }
 
@@ -62,10 +62,10 @@ def _run(arguments: Sequence[str]) -> int:
         debug = options.debug
         interruption.raise_again()
         status = _run_command(options)
-        sys.stdout.flush()  # here, where an error of it is one line
+        sys.stdout.flush()  # here, where its error is one line
         return status
     except BrokenPipeError:
-        # the reader of our output has gone; Python would complain again while it exits
+        # nobody reads our output any more; Python would complain again while it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -82,7 +82,8 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qvlm", description="Q-VLM quantization of vision-language models."
     )
-    parser.add_argument("--version", action="version", version=f"qvlm {_version()}")
+    version = importlib.import_module("qvlm_hf").__version__
+    parser.add_argument("--version", action="version", version=f"qvlm {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(
@@ -97,12 +98,12 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    return importlib.import_module("qvlm_hf").__version__
-
-
 def _run_command(options: argparse.Namespace) -> int:
-    _refuse_empty(options)
+    for action in command_arguments(options.command).values():
+        given = getattr(options, action.dest)
+        # as a path it would be the working directory: a script's variable was not set
+        if "" in (given if isinstance(given, list) else [given]):
+            raise ValueError(f"{shown_name(action)} is empty: give it a value ({action.help}).")
     command = importlib.import_module(f"qvlm_hf.cli.{options.command}")
     if options.threads is not None:
         if options.threads < 1:
@@ -112,16 +113,7 @@ def _run_command(options: argparse.Namespace) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """The first line of a message, and what a colon at its end leads to: only libraries of others write more."""
-    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [
-        type(error).__name__
-    ]
+    """The first line of a message, and the second behind a colon: only others write more."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first, *rest = lines or [type(error).__name__]
     return f"{first} {rest[0]}" if rest and first.endswith(":") else first
-
-
-def _refuse_empty(options: argparse.Namespace) -> None:
-    """An empty word names nothing, but as a path it would be the working directory: a script's variable was not set."""
-    for action in command_arguments(options.command).values():
-        given = getattr(options, action.dest)
-        if "" in (given if isinstance(given, list) else [given]):
-            raise ValueError(f"{shown_name(action)} is empty: give it a value ({action.help}).")

@@ -14,18 +14,12 @@ __all__ = ["add_arguments", "answer", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument(
-        "model", metavar="DIR", help="directory or Hub id of a model, quantized or not"
-    )
-    parser.add_argument("question", help="what to ask")
-    parser.add_argument("--image", metavar="F", required=True, help="the picture")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=64,
-        metavar="N",
-        help="length of the answer at most (default: 64)",
-    )
+    add = parser.add_argument
+    add("model", metavar="DIR", help="directory or Hub id of a model, quantized or not")
+    add("question", help="what to ask")
+    add("--image", metavar="F", required=True, help="the picture")
+    length = "length of the answer at most (default: 64)"
+    add("--max-new-tokens", type=int, default=64, metavar="N", help=length)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,18 +46,18 @@ def _sample(image: str, question: str) -> Sample:
 
 
 def answer(model: Any, processor: Any, sample: Sample, *, max_new_tokens: int = 64) -> str:
-    """The model's greedy answer to the question of a sample (its own answer, if it has one, is not shown)."""
+    """The model's greedy answer to the question of a sample, without the sample's own answer."""
+    messages = sample.messages if sample.answer is None else sample.messages[:-1]
     pictures = iter(sample.images())
     question = [
         {
-            **m,
+            **message,
             "content": [
                 {**part, "image": next(pictures)} if part["type"] == "image" else part
-                for part in m["content"]
+                for part in message["content"]
             ],
         }
-        for m in sample.messages
-        if m is not sample.messages[-1] or m["role"] != "assistant"
+        for message in messages
     ]
     inputs = processor.apply_chat_template(
         question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
@@ -71,6 +65,5 @@ def answer(model: Any, processor: Any, sample: Sample, *, max_new_tokens: int = 
     inputs = inputs.to(model.device, dtype=model.dtype)
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return processor.tokenizer.decode(
-        tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    ).strip()
+    made = tokens[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(made, skip_special_tokens=True).strip()

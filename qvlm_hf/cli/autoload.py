@@ -1,7 +1,7 @@
-"""`qvlm autoload install|remove|status`: a `.pth` file by which every Python of the environment knows quantized models.
+"""`qvlm autoload install|remove|status`: every Python of the environment knows quantized models.
 
-The file holds the text of hf/autoload_hook.py. It is written here and nowhere else: installing the
-package alone changes nothing.
+A `.pth` file holds the text of hf/autoload_hook.py. It is written here and nowhere else: installing
+the package alone changes nothing.
 """
 
 import argparse
@@ -20,7 +20,7 @@ __all__ = ["PTH_NAME", "add_arguments", "pth_text", "run"]
 
 PTH_NAME = "qvlm_hf_autoload.pth"
 
-# What a program does that has never heard of qvlm_hf, without a checkpoint.
+# A program that never heard of qvlm_hf reads a configuration.
 _CHECK = """
 import sys
 from importlib.util import find_spec
@@ -33,16 +33,11 @@ AutoQuantizationConfig.from_dict({"quant_method": "qvlm"})
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument(
-        "action",
-        choices=("install", "remove", "status"),
-        help="status: 0 if it is installed and works, else 1",
-    )
-    parser.add_argument(
-        "--user",
-        action="store_true",
-        help="install or remove in the user's own directory, not the environment's",
-    )
+    add = parser.add_argument
+    status = "status: 0 if it is installed and works, else 1"
+    add("action", choices=("install", "remove", "status"), help=status)
+    user = "install or remove in the user's own directory, not the environment's"
+    add("--user", action="store_true", help=user)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -66,14 +61,15 @@ def run(options: argparse.Namespace) -> int:
 def pth_text() -> str:
     """The file: a remark and the one line that Python executes at its start.
 
-    The line compiles no more than a finder that keeps the hook as a string until it is asked for
-    the one module: parsing the hook at every start took three times as long. In a virtual
-    environment Python executes it twice, so it looks for its own finder first. It is ASCII, because
-    Python reads the file in the encoding of the locale.
+    The line compiles a finder alone, and the hook when Transformers' table is imported: parsing the
+    hook at every start took three times as long. A virtual environment executes it twice, so it
+    looks for its own finder first. It is ASCII: Python reads the file in the locale's encoding.
     """
     hook = Path(autoload_hook.__file__).read_text(encoding="utf-8")
-    find = f"(space := {{}}, exec({hook!a}, space), space['find'](cls))[-1] if name == {autoload_hook.TABLE!r} and not cls.asking else None"
-    members = f"{{'asking': False, 'find_spec': classmethod(lambda cls, name, path=None, target=None: {find})}}"
+    teach = f"(space := {{}}, exec({hook!a}, space), space['find'](cls))[-1]"
+    find = f"{teach} if name == {autoload_hook.TABLE!r} and not cls.asking else None"
+    arguments = "cls, name, path=None, target=None"
+    members = f"{{'asking': False, 'find_spec': classmethod(lambda {arguments}: {find})}}"
     there = "any(getattr(finder, '__name__', '') == 'QVLMFinder' for finder in sys.meta_path)"
     line = f"import sys; {there} or sys.meta_path.insert(0, type('QVLMFinder', (), {members}))"
     return f"# Written by `qvlm autoload install`, deleted by `qvlm autoload remove`.\n{line}\n"
@@ -84,17 +80,16 @@ def _target(user: bool) -> Path:
         return Path(sysconfig.get_path("purelib")) / PTH_NAME
     if not site.ENABLE_USER_SITE:
         raise ValueError(
-            "--user: this Python reads no user directory, as in every virtual environment: leave "
-            "--user out."
+            "--user: this Python reads no user directory, as in every virtual environment: "
+            "leave --user out."
         )
     return Path(site.getusersitepackages()) / PTH_NAME
 
 
 def _change(target: Path, text: str | None) -> None:
     """Writes or deletes the file, wholly or not at all: Python may start at any moment."""
-    partial = target.with_name(
-        f"{target.name}.{uuid4().hex[:8]}"
-    )  # no .pth at the end: Python does not read it
+    # without .pth at the end: Python does not read it
+    partial = target.with_name(f"{target.name}.{uuid4().hex[:8]}")
     try:
         if text is None:
             target.unlink(missing_ok=True)
@@ -105,10 +100,9 @@ def _change(target: Path, text: str | None) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        reason = error.strerror or error
         raise ValueError(
-            f"{target.parent}: may not be written ({reason}): use an environment of your own, or "
-            f"--user."
+            f"{target.parent}: may not be written ({error.strerror or error}): "
+            "use an environment of your own, or --user."
         ) from error
 
 
@@ -120,25 +114,14 @@ def _status() -> int:
         print(f"not installed in {' or '.join(str(place.parent) for place in places)}")
         return 1
     for place in installed:
-        old = (
-            ""
-            if place.read_bytes() == pth_text().encode()
-            else ", from another version: run qvlm autoload install"
-        )
-        print(f"installed: {place}{old}")
-    failure = _failure()
-    print(
-        f"does not work: {failure}"
-        if failure
-        else "works: programs load quantized models without importing qvlm_hf"
-    )
-    return 1 if failure else 0
-
-
-def _failure() -> str | None:
-    """What keeps a new Python process from knowing "qvlm"; None if nothing does."""
+        current = place.read_bytes() == pth_text().encode()
+        note = "" if current else ", from another version: run qvlm autoload install"
+        print(f"installed: {place}{note}")
     # -P: a qvlm_hf that merely lies in the working directory is not installed
     done = subprocess.run([sys.executable, "-P", "-c", _CHECK], capture_output=True, text=True)
     if done.returncode == 0:
-        return None
-    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        print("works: programs load quantized models without importing qvlm_hf")
+        return 0
+    reasons = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    print(f"does not work: {reasons[-1]}")
+    return 1

@@ -1,8 +1,8 @@
-"""`qvlm bench DIR`, `qvlm bench --shape NAME` and `qvlm bench --kernels`: how fast this machine is, beside full precision and others."""
+"""`qvlm bench DIR`, `--shape NAME` or `--kernels`: speed here, beside full precision and peers."""
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -10,12 +10,17 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from qvlm_hf.bench import KernelRow, measure_kernels
+from qvlm_hf.bench.kernels import KernelRow, measure_kernels
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.bench.shapes import SHAPES
 from qvlm_hf.cli.bench_models import bench_models
-from qvlm_hf.cli.record import benchmark_entry, shown_command
-from qvlm_hf.cli.result_file import check_result_file, write_result_file
+from qvlm_hf.cli.record import (
+    benchmark_entry,
+    check_result_file,
+    shown_command,
+    write_result_file,
+)
+from qvlm_hf.cli.wording import command_arguments, shown_name
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import CARD_NAME
@@ -24,158 +29,112 @@ from qvlm_hf.ops.linear import kernel_name
 
 __all__ = ["add_arguments", "run"]
 
-# Options of one kind of measurement and what they are if not given; those of the other kind are
-# refused.
+# Options of one kind of measurement and their defaults; the other kind refuses them.
 _KERNELS: dict[str, Any] = {"out_features": 4096, "in_features": 4096, "tokens": [1, 8, 64, 608]}
 _MODELS: dict[str, Any] = {
-    "against": None, "scheme": None, "lm_head_bits": None, "batch": [1], "prompt_tokens": None, "images": 1, "new_tokens": 32,
-    "device": "cpu", "compile": False, "peers": True, "record": False,
-}  # fmt: skip
+    "against": None,
+    "scheme": None,
+    "lm_head_bits": None,
+    "batch": [1],
+    "prompt_tokens": None,
+    "images": 1,
+    "new_tokens": 32,
+    "device": "cpu",
+    "compile": False,
+    "peers": True,
+    "record": False,
+}
 _KERNEL_ROUNDS, _MODEL_ROUNDS = 9, 5
-_RECORDED = (
-    "batch",
-    "prompt_tokens",
-    "images",
-    "new_tokens",
-    "device",
-    "rounds",
-    "compile",
-)  # options that a recorded command repeats
+# Options that a recorded command repeats.
+_RECORDED = ("batch", "prompt_tokens", "images", "new_tokens", "device", "rounds", "compile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument(
-        "directory", nargs="?", metavar="DIR", help="time a saved quantized model, end to end"
-    )
-    parser.add_argument(
-        "--shape",
-        metavar="NAME",
-        help=f"time a model with random weights instead: {', '.join(SHAPES)}",
-    )
-    parser.add_argument("--kernels", action="store_true", help="time single linear layers instead")
-    parser.add_argument(
-        "--rounds", type=int, metavar="R", help="turns of every way (default: 5; --kernels: 9)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the rows there too")
-    models = parser.add_argument_group("models (DIR or --shape)")
-    models.add_argument(
-        "--against",
-        metavar="MODEL",
-        help="DIR: the full-precision model (default: DIR dequantized)",
-    )
-    models.add_argument(
-        "--scheme",
-        nargs="+",
-        metavar="S",
-        help="--shape: bits of weights and activations (default: W4A8)",
-    )
-    models.add_argument(
-        "--lm-head-bits",
-        type=int,
-        choices=(8,),
-        help="--shape: quantize the output head too (default: leave it)",
-    )
-    models.add_argument(
-        "--batch", type=int, nargs="+", metavar="B", help="prompts at once (default: 1)"
-    )
-    models.add_argument(
-        "--prompt-tokens",
-        type=int,
-        metavar="N",
-        help="of each prompt (default: those of the pictures and 32 more)",
-    )
-    models.add_argument("--images", type=int, metavar="N", help="pictures per prompt (default: 1)")
-    models.add_argument(
-        "--new-tokens", type=int, metavar="N", help="generated per prompt (default: 32)"
-    )
-    models.add_argument("--device", choices=("cpu", "cuda"), help="where (default: cpu)")
-    models.add_argument(
-        "--compile",
-        action="store_true",
-        default=None,
-        help="decode with torch.compile and a static cache, every way",
-    )
-    models.add_argument(
-        "--no-peers",
-        dest="peers",
-        action="store_false",
-        default=None,
-        help="leave out bitsandbytes, torchao, gptqmodel",
-    )
-    models.add_argument(
-        "--record",
-        action="store_true",
-        default=None,
-        help="DIR: keep the result there: in its report and model card",
-    )
-    kernels = parser.add_argument_group("single layers (--kernels)")
-    kernels.add_argument(
-        "--out-features", type=int, metavar="N", help="outputs of the layer (default: 4096)"
-    )
-    kernels.add_argument(
-        "--in-features",
-        type=int,
-        metavar="K",
-        help="inputs of the layer, a multiple of 128 (default: 4096)",
-    )
-    kernels.add_argument(
-        "--tokens", type=int, nargs="+", metavar="M", help="tokens per call (default: 1 8 64 608)"
-    )
+    shapes, add = ", ".join(SHAPES), parser.add_argument
+    add("directory", nargs="?", metavar="DIR", help="time a saved quantized model, end to end")
+    add("--shape", metavar="NAME", help=f"time a model with random weights instead: {shapes}")
+    add("--kernels", action="store_true", help="time single linear layers instead")
+    rounds = "turns of every way (default: 5; --kernels: 9)"
+    add("--rounds", type=int, metavar="R", help=rounds)
+    add("--json", metavar="FILE", help="write the rows there too")
+    add = parser.add_argument_group("models (DIR or --shape)").add_argument
+    against = "DIR: the full-precision model (default: DIR dequantized)"
+    add("--against", metavar="MODEL", help=against)
+    scheme = "--shape: bits of weights and activations (default: W4A8)"
+    add("--scheme", nargs="+", metavar="S", help=scheme)
+    head = "--shape: quantize the output head too (default: leave it)"
+    add("--lm-head-bits", type=int, choices=(8,), help=head)
+    add("--batch", type=int, nargs="+", metavar="B", help="prompts at once (default: 1)")
+    prompt = "of each prompt (default: those of the pictures and 32 more)"
+    add("--prompt-tokens", type=int, metavar="N", help=prompt)
+    add("--images", type=int, metavar="N", help="pictures per prompt (default: 1)")
+    add("--new-tokens", type=int, metavar="N", help="generated per prompt (default: 32)")
+    add("--device", choices=("cpu", "cuda"), help="where (default: cpu)")
+    compiled = "decode with torch.compile and a static cache, every way"
+    add("--compile", action="store_true", default=None, help=compiled)
+    peers = "leave out bitsandbytes, torchao, gptqmodel"
+    add("--no-peers", dest="peers", action="store_false", default=None, help=peers)
+    record = "DIR: keep the result there: in its report and model card"
+    add("--record", action="store_true", default=None, help=record)
+    add = parser.add_argument_group("single layers (--kernels)").add_argument
+    add("--out-features", type=int, metavar="N", help="outputs of the layer (default: 4096)")
+    inputs = "inputs of the layer, a multiple of 128 (default: 4096)"
+    add("--in-features", type=int, metavar="K", help=inputs)
+    tokens = "tokens per call (default: 1 8 64 608)"
+    add("--tokens", type=int, nargs="+", metavar="M", help=tokens)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    if (options.directory is not None) + (options.shape is not None) + options.kernels != 1:
-        _wrong_usage("name exactly one of DIR, --shape NAME and --kernels: see qvlm bench --help.")
-    defaults, foreign = (_KERNELS, _MODELS) if options.kernels else (_MODELS, _KERNELS)
-    _refuse(options, foreign, "--kernels" if not options.kernels else "DIR and --shape")
-    if options.directory is None:
-        _refuse(options, ("against", "record"), "DIR")
-    if options.shape is None:
-        _refuse(options, ("scheme", "lm_head_bits"), "--shape")
-    for name, value in defaults.items():
+    _check_usage(options)
+    for name, value in (_KERNELS if options.kernels else _MODELS).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    for name in ("batch", "scheme", "tokens"):
-        _refuse_twice(name, getattr(options, name))
-    if options.json:
-        check_result_file(options.json)
     if options.rounds is None:
         options.rounds = _KERNEL_ROUNDS if options.kernels else _MODEL_ROUNDS
+    for name in ("batch", "scheme", "tokens"):
+        _refuse_twice(name, getattr(options, name) or ())
+    if options.json:
+        check_result_file(options.json)
     folder = check_recordable(options.directory) if options.record else None
     result = _bench_kernels(options) if options.kernels else bench_models(options)
     if options.json:
         write_result_file(options.json, result)
     if folder is not None:
-        asked = {
-            name: getattr(options, name)
-            for name in _RECORDED
-            if getattr(options, name) != _MODELS.get(name, _MODEL_ROUNDS)
-        }
-        command = shown_command(
-            "bench",
-            folder,
-            against=options.against,
-            **asked,
-            no_peers=not options.peers,
-            record=True,
-        )
+        defaults = _MODELS | {"rounds": _MODEL_ROUNDS}
+        given = {name: getattr(options, name) for name in _RECORDED}
+        given = {name: value for name, value in given.items() if value != defaults[name]}
+        given |= {"no_peers": not options.peers, "record": True}
+        command = shown_command("bench", folder, against=options.against, **given)
         record_measurement(folder, benchmark=benchmark_entry(result, command=command))
         print(f"recorded in {REPORT_NAME} and {CARD_NAME}")
     return 0
 
 
-def _refuse(options: argparse.Namespace, names: Sequence[str] | dict[str, Any], owner: str) -> None:
+def _check_usage(options: argparse.Namespace) -> None:
+    if (options.directory is not None) + (options.shape is not None) + options.kernels != 1:
+        _wrong_usage("name exactly one of DIR, --shape NAME and --kernels: see qvlm bench --help.")
+    if options.kernels:
+        _refuse(options, _MODELS, "DIR and --shape")
+    else:
+        _refuse(options, _KERNELS, "--kernels")
+    if options.directory is None:
+        _refuse(options, ("against", "record"), "DIR")
+    if options.shape is None:
+        _refuse(options, ("scheme", "lm_head_bits"), "--shape")
+
+
+def _refuse(options: argparse.Namespace, names: Iterable[str], owner: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
-            option = "--no-peers" if name == "peers" else f"--{name.replace('_', '-')}"
+            option = shown_name(command_arguments("bench")[name])
             _wrong_usage(f"{option} belongs to {owner}: leave it out.")
 
 
-def _refuse_twice(name: str, values: Sequence[int | str] | None) -> None:
+def _refuse_twice(name: str, values: Iterable[int | str]) -> None:
     """Refuses a value that is named twice: its rows could not be told apart."""
-    shown = [str(value) for value in values or ()]
+    shown = [str(value) for value in values]
     if len({value.upper() for value in shown}) < len(shown):
         raise ValueError(f"--{name} {' '.join(shown)} names a value twice: name each once.")
 
@@ -186,45 +145,36 @@ def _wrong_usage(message: str) -> NoReturn:
 
 
 def _bench_kernels(options: argparse.Namespace) -> dict[str, Any]:
-    if (
-        min(options.out_features, options.in_features, options.rounds - 1, *options.tokens) < 1
-        or options.in_features % 128
-    ):
+    sizes, rounds = (options.out_features, options.in_features), options.rounds
+    if min(*sizes, rounds - 1, *options.tokens) < 1 or options.in_features % 128:
         raise ValueError(
             "sizes must be at least 1, --rounds at least 2, and --in-features a multiple of 128."
         )
-    cpu = torch.device("cpu")
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
     scheme = QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token")
     device = f"{device_name(cpu)}, kernel: {kernel_name(cpu, 4096, scheme)}"
-    print(
-        f"{device}, {torch.get_num_threads()} threads, {options.out_features} x "
-        f"{options.in_features}"
-    )
+    print(f"{device}, {threads} threads, {sizes[0]} x {sizes[1]}")
     with tqdm(total=len(options.tokens), disable=None, leave=False) as bar:
-        rows = measure_kernels(
-            options.out_features,
-            options.in_features,
-            options.tokens,
-            rounds=options.rounds,
-            advance=bar.update,
-        )
+        rows = measure_kernels(*sizes, options.tokens, rounds=rounds, advance=bar.update)
     for line in _table(rows):
         print(line)
     return {
-        "device": device, "threads": torch.get_num_threads(), "out_features": options.out_features, "in_features": options.in_features,
-        "rounds": options.rounds, "versions": {name: version(name) for name in ("qvlm_hf", "torch")}, "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
+        "device": device,
+        "threads": threads,
+        "out_features": options.out_features,
+        "in_features": options.in_features,
+        "rounds": rounds,
+        "versions": {name: version(name) for name in ("qvlm_hf", "torch")},
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 def _table(rows: Sequence[KernelRow]) -> list[str]:
-    """One line per row; times are of this run alone, the speedup is what may be compared."""
-    lines = [
-        f"{'tokens':>6}  "
-        f"{'':<30}{'ms':>9}{'spread':>8}{'against bfloat16':>18}{'of read bandwidth':>19}"
-    ]
+    """One line per row; times are of this run alone, the speedup is comparable."""
+    columns = f"{'ms':>9}{'spread':>8}{'against bfloat16':>18}{'of read bandwidth':>19}"
+    lines = [f"{'tokens':>6}  {'':<30}{columns}"]
     for row in rows:
         limit = f"{row.bandwidth:.0%}" if row.tokens == 1 else ""
-        lines.append(
-            f"{row.tokens:>6}  {row.way:<30}{row.milliseconds:>9.2f}{row.spread:>8.0%}{row.speedup:>17.2f}x{limit:>19}"
-        )
+        figures = f"{row.milliseconds:>9.2f}{row.spread:>8.0%}{row.speedup:>17.2f}x{limit:>19}"
+        lines.append(f"{row.tokens:>6}  {row.way:<30}{figures}")
     return lines

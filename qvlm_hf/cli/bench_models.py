@@ -1,9 +1,10 @@
-"""Whole models for `qvlm bench`: which ways there are, how each is built, and the table."""
+"""Whole models for `qvlm bench`: the contenders, how each is built, and the table."""
 
 import argparse
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +22,7 @@ from qvlm_hf.bench.machine import (
     has_bfloat16_units,
     measure_limits,
 )
-from qvlm_hf.bench.models import ModelRow, Phase, Way, fits_together, measure_models
+from qvlm_hf.bench.models import Contender, ModelRow, Phase, fits_together, measure_models
 from qvlm_hf.bench.peers import PEERS
 from qvlm_hf.bench.random_models import random_model, random_prompt
 from qvlm_hf.bench.shapes import shape_config, shape_model, token_positions
@@ -36,19 +37,27 @@ from qvlm_hf.nn.replace import dequantize_modules
 
 __all__ = ["bench_models"]
 
-_BEHIND_PICTURES = 32  # tokens of a short question
+_QUESTION = 32  # tokens of a short question
 _VERSIONS = ("qvlm_hf", "torch", "transformers", "bitsandbytes", "torchao", "gptqmodel", "triton")
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    name: str
+    build: Callable[[], Any]
+    activation_bits: int
+    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
-    """What is measured: a configuration, the full-precision model, and the quantized ones (name, bits of inputs, build, bytes)."""
+    """A model in full precision and quantized, saved or of a named shape."""
 
     title: str
     config: Any
     full_precision: Callable[[torch.dtype], Any]
     bfloat16_bytes: int
-    quantized: tuple[tuple[str, int, Callable[[], Any], int], ...]
+    quantized: Sequence[_Quantized]
 
 
 def bench_models(options: argparse.Namespace) -> dict[str, Any]:
@@ -68,111 +77,118 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
     subject = _shape(options, device) if options.directory is None else _saved(options, device)
     prompt_tokens = options.prompt_tokens
     if prompt_tokens is None:
-        prompt_tokens = options.images * subject.config.image_seq_length + _BEHIND_PICTURES
-    inputs = partial(
+        prompt_tokens = options.images * subject.config.image_seq_length + _QUESTION
+    settings = {
+        "model": subject.title,
+        "batch": options.batch,
+        "prompt_tokens": prompt_tokens,
+        "images": options.images,
+        "new_tokens": options.new_tokens,
+        "rounds": options.rounds,
+        "compile": options.compile,
+    }
+    prompt = partial(
         random_prompt,
         subject.config,
         prompt_tokens=prompt_tokens,
         images=options.images,
         device=device,
     )
-    inputs(1, dtype=torch.bfloat16)  # a wrong length should not wait for the models
-    ways = _ways(subject, inputs, device, static=options.compile, peers=options.peers)
-    together = fits_together(ways, available_bytes(device))
+    prompt(1, dtype=torch.bfloat16)  # a wrong length should not wait for the models
+    contenders = list(
+        _contenders(subject, prompt, device, static=options.compile, peers=options.peers)
+    )
+    together = fits_together(contenders, available_bytes(device))
     print(
-        f"{subject.title}; prompt tokens: {prompt_tokens}, pictures: {options.images}, new tokens: "
-        f"{options.new_tokens}"
+        f"{subject.title}; prompt tokens: {prompt_tokens}, pictures: {options.images}, "
+        f"new tokens: {options.new_tokens}"
     )
-    passes = (
-        len(options.batch)
-        * (options.rounds + 1 + options.compile)
-        * sum(way.missing is None for way in ways)
-    )
-    with tqdm(total=passes, disable=None, leave=False) as bar:
+    turns = len(options.batch) * (options.rounds + 1 + options.compile)
+    total = turns * sum(one.missing is None for one in contenders)
+    with tqdm(total=total, disable=None, leave=False) as bar:
         rows, limits = measure_models(
-            ways, options.batch, partial(measure_limits, device), device, new_tokens=options.new_tokens, rounds=options.rounds,
-            compiled=options.compile, together=together, advance=bar.update,
-        )  # fmt: skip
-    order = f"median of {options.rounds} rounds, " + (
-        "every way in turns" if together else "one way after the other: memory holds one"
-    )
-    print(order + (", torch.compile and a static cache" if options.compile else ""))
+            contenders,
+            options.batch,
+            partial(measure_limits, device),
+            device,
+            new_tokens=options.new_tokens,
+            rounds=options.rounds,
+            compiled=options.compile,
+            together=together,
+            advance=bar.update,
+        )
+    order = "every way in turns" if together else "one way after the other: memory holds one"
+    compiled = ", torch.compile and a static cache" if options.compile else ""
+    print(f"median of {options.rounds} rounds, {order}{compiled}")
     for line in _table(rows):
         print(line)
     print(_machine(device, limits))
-    settings = {
-        "model": subject.title, "batch": options.batch, "prompt_tokens": prompt_tokens, "images": options.images,
-        "new_tokens": options.new_tokens, "rounds": options.rounds, "compile": options.compile,
-    }  # fmt: skip
     return {
-        "device": device_name(device), "device_type": device.type, "bfloat16_units": has_bfloat16_units(device),
-        "threads": torch.get_num_threads(), "python": platform.python_version(), "versions": _versions(), "settings": settings,
-        "limits": asdict(limits), "together": together, "rows": [asdict(row) for row in rows],
-    }  # fmt: skip
+        "device": device_name(device),
+        "device_type": device.type,
+        "bfloat16_units": has_bfloat16_units(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "settings": settings,
+        "limits": asdict(limits),
+        "together": together,
+        "rows": [asdict(row) for row in rows],
+    }
 
 
 def _shape(options: argparse.Namespace, device: torch.device) -> _Subject:
     """A named shape with random weights."""
     name, config = options.shape, shape_config(options.shape)
-    model = shape_model(name)
+    model, head = shape_model(name), options.lm_head_bits
     quantized, full = [], 0
     for scheme in options.scheme or ["W4A8"]:
-        modules = planned_modules(
-            model, QVLMConfig(scheme=scheme, lm_head_bits=options.lm_head_bits).settings()
-        )
+        settings = QVLMConfig(scheme=scheme, lm_head_bits=head).settings()
+        modules = planned_modules(model, settings)
         sizes = footprint(model, modules, positions=token_positions(config)).total
         full = sizes.full_precision_bytes
+        title = f"qvlm_hf {scheme.upper()}{f', head W{head}' if head else ''}"
         build = partial(random_model, config, dtype=torch.bfloat16, device=device, modules=modules)
-        head = f", head W{options.lm_head_bits}" if options.lm_head_bits else ""
-        quantized.append(
-            (
-                f"qvlm_hf {scheme.upper()}{head}",
-                parse_scheme(scheme)[1],
-                build,
-                sizes.quantized_bytes,
-            )
-        )
+        bits = parse_scheme(scheme)[1]
+        quantized.append(_Quantized(title, build, bits, sizes.quantized_bytes))
     return _Subject(
-        title=f"{name}, random weights", config=config, bfloat16_bytes=full, quantized=tuple(quantized),
+        title=f"{name}, random weights",
+        config=config,
         full_precision=lambda dtype: random_model(config, dtype=dtype, device=device),
-    )  # fmt: skip
+        bfloat16_bytes=full,
+        quantized=quantized,
+    )
 
 
 def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
     """A saved model beside its full-precision one."""
-    directory = options.directory
+    directory, base = options.directory, options.against
     quantization, sizes = saved_footprint(directory)
     config = AutoConfig.from_pretrained(directory)
-    base = options.against
     if base is not None:
         _check_baseline(base)
 
     def full_precision(dtype: torch.dtype) -> Any:
-        if base is not None:
-            return load_model(base, dtype=dtype).to(device)
-        model = load_model(directory, dtype=dtype)
+        model = load_model(base or directory, dtype=dtype)
         dequantize_modules(model, dtype)
         return model.to(device)
 
-    def quantized() -> Any:
+    def build() -> Any:
         return load_model(directory, dtype=torch.bfloat16).to(device)
 
-    parameters = sum(row.parameters for row in sizes.rows)
+    name, bits = f"qvlm_hf {quantization.scheme}", quantization.activation_bits
     against = "its own weights, dequantized" if base is None else Path(base).name
-    entry = (
-        f"qvlm_hf {quantization.scheme}",
-        quantization.activation_bits,
-        quantized,
-        sizes.total.quantized_bytes,
-    )
     return _Subject(
-        title=f"{Path(directory).resolve().name} against {against}", config=config, bfloat16_bytes=2 * parameters, quantized=(entry,),
+        title=f"{Path(directory).resolve().name} against {against}",
+        config=config,
         full_precision=full_precision,
-    )  # fmt: skip
+        bfloat16_bytes=2 * sizes.total.parameters,
+        quantized=[_Quantized(name, build, bits, sizes.total.quantized_bytes)],
+    )
 
 
 def _check_baseline(base: str) -> None:
-    """Looks for the full-precision model, which should not wait until something is measured.
+    """Looks for the full-precision model before anything is measured.
 
     Raises:
         ValueError: it is neither here nor on the Hub, or is quantized.
@@ -192,76 +208,73 @@ def _check_baseline(base: str) -> None:
         raise ValueError(f"--against {base}: is quantized itself: give the full-precision model.")
 
 
-def _ways(
+def _contenders(
     subject: _Subject,
-    inputs: Callable[..., Mapping[str, Tensor]],
+    prompt: Callable[..., Mapping[str, Tensor]],
     device: torch.device,
     *,
     static: bool,
     peers: bool,
-) -> list[Way]:
+) -> Iterator[Contender]:
     """The baseline first."""
-    size = subject.bfloat16_bytes
+    size, bfloat16 = subject.bfloat16_bytes, torch.bfloat16
 
-    def way(
+    def contender(
         name: str,
         build: Callable[[], Any],
         compute: str,
-        share: float,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> Way:
-        return Way(
-            name=name, build=build, inputs=partial(inputs, dtype=dtype), new_cache=_caches(subject.config, static=static), compute=compute,
-            size=int(size * share),
-        )  # fmt: skip
+        dtype: torch.dtype = bfloat16,
+        **more: Any,
+    ) -> Contender:
+        inputs, caches = partial(prompt, dtype=dtype), _caches(subject.config, static=static)
+        return Contender(
+            name=name, build=build, inputs=inputs, new_cache=caches, compute=compute, **more
+        )
 
-    ways = [way("bfloat16", partial(subject.full_precision, torch.bfloat16), "bfloat16", 1)]
+    full = subject.full_precision
+    yield contender("bfloat16", partial(full, bfloat16), "bfloat16", size=size)
     if not has_bfloat16_units(device):
-        ways.append(
-            way(
-                "float32",
-                partial(subject.full_precision, torch.float32),
-                "float32",
-                2,
-                torch.float32,
-            )
+        build = partial(full, torch.float32)
+        yield contender("float32", build, "float32", torch.float32, size=2 * size)
+    floating = "bfloat16" if device.type == "cuda" else "float32"  # of products with float inputs
+    for one in subject.quantized:
+        compute = "int8" if one.activation_bits <= 8 else floating
+        yield contender(
+            one.name, one.build, compute, size=one.bytes, compile_options=ROUND_AS_EAGER
         )
-    floating = (
-        "bfloat16" if device.type == "cuda" else "float32"
-    )  # of products with floating-point inputs
-    for name, bits, build, packed in subject.quantized:
-        quantized = way(name, build, "int8" if bits <= 8 else floating, packed / size)
-        ways.append(replace(quantized, compile_options=ROUND_AS_EAGER))
+
+    def quantized_by(quantize: Callable[[Any], None]) -> Any:
+        model = full(bfloat16)
+        quantize(model)
+        return model
+
     for peer in PEERS if peers else ():
-
-        def build_peer(quantize: Callable[[Any], None] = peer.quantize) -> Any:
-            model = subject.full_precision(torch.bfloat16)
-            quantize(model)
-            return model
-
-        ways.append(
-            replace(
-                way(peer.name, build_peer, peer.compute, peer.share),
-                building=size,
-                missing=peer.missing,
-            )
+        yield contender(
+            peer.name,
+            partial(quantized_by, peer.quantize),
+            peer.compute,
+            size=int(size * peer.share),
+            building=size,
+            missing=peer.missing,
         )
-    return ways
 
 
 def _caches(config: Any, *, static: bool) -> Callable[[int, int], Any]:
-    """Batch size, length -> an empty cache; a static one is used again, because compiled code is tied to its memory."""
-    kept: dict[tuple[int, int], Any] = {}
+    """Batch size, length -> an empty cache.
+
+    A static one is used again: compiled code is tied to its memory.
+    """
+    if not static:
+        return lambda _batch, _length: DynamicCache(config=config.get_text_config(decoder=True))
+    latest: dict[tuple[int, int], Any] = {}
 
     def new_cache(batch: int, length: int) -> Any:
-        if not static:
-            return DynamicCache(config=config.get_text_config(decoder=True))
-        if (batch, length) not in kept:
-            kept.clear()
-            kept[batch, length] = StaticCache(config=config, max_cache_len=length)
+        if (batch, length) in latest:
+            latest[batch, length].reset()
         else:
-            kept[batch, length].reset()
-        return kept[batch, length]
+            latest.clear()
+            latest[batch, length] = StaticCache(config=config, max_cache_len=length)
+        return latest[batch, length]
 
     return new_cache
 
@@ -271,21 +284,20 @@ def _machine(device: torch.device, limits: Limits) -> str:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     units = "" if has_bfloat16_units(device) else ", no bfloat16 unit"
     verb = "copies" if device.type == "cuda" else "reads"
-    return f"{device_name(device)}{threads}{units}: {verb} {limits.bandwidth / 1e9:.1f} GB/s, multiplies {speeds}"
+    bandwidth = f"{limits.bandwidth / 1e9:.1f} GB/s"
+    return f"{device_name(device)}{threads}{units}: {verb} {bandwidth}, multiplies {speeds}"
 
 
 def _versions() -> dict[str, str]:
     found = {}
     for name in _VERSIONS:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
 def _table(rows: Sequence[ModelRow]) -> list[str]:
-    """A block per batch size. "x" is against the baseline of the run; the last columns of a phase are its limit and the share reached."""
+    """A block per batch size; "x" is against the run's baseline, "limit" as in `Phase`."""
     lines = []
     for batch in dict.fromkeys(row.batch for row in rows):
         lines += [
@@ -300,12 +312,7 @@ def _table(rows: Sequence[ModelRow]) -> list[str]:
 
 
 def _line(row: ModelRow) -> str:
-    if (
-        row.first_token is None
-        or row.prefill is None
-        or row.decode is None
-        or row.weight_bytes is None
-    ):
+    if not (row.first_token and row.prefill and row.decode and row.weight_bytes):
         return f"{row.way:<27}{row.error}"
     first, prefill, decode = row.first_token, row.prefill.time, row.decode.time
     peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"

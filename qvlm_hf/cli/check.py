@@ -1,4 +1,4 @@
-"""`qvlm check DIR`: does a model answer with its cache as without; will vLLM run an exported one?"""
+"""`qvlm check DIR`: a model's answers with its cache and without; `--vllm`: will vLLM run it?"""
 
 import argparse
 
@@ -15,21 +15,13 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("directory", metavar="DIR", help="a saved model")
-    parser.add_argument(
-        "--vllm",
-        action="store_true",
-        help=f"what qvlm export wrote, against the rules of vLLM {VLLM_VERSION}, instead",
-    )
-    parser.add_argument(
-        "--device", choices=DEVICES, help=f"that vLLM runs on (default: {DEVICES[0]})"
-    )
-    parser.add_argument(
-        "--tensor-parallel",
-        type=int,
-        metavar="N",
-        help="devices that share the model in vLLM (default: 1)",
-    )
+    add = parser.add_argument
+    add("directory", metavar="DIR", help="a saved model")
+    vllm = f"what qvlm export wrote, against the rules of vLLM {VLLM_VERSION}, instead"
+    add("--vllm", action="store_true", help=vllm)
+    add("--device", choices=DEVICES, help=f"that vLLM runs on (default: {DEVICES[0]})")
+    devices = "devices that share the model in vLLM (default: 1)"
+    add("--tensor-parallel", type=int, metavar="N", help=devices)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -62,13 +54,13 @@ def _check_decoding(directory: str) -> int:
     if problem is not None:
         print(f"error: {problem}")
         return 1
-    versions = f"Transformers {transformers.__version__}"
+    loads = f"loads with Transformers {transformers.__version__}"
     if check is None:
-        print(f"loads with {versions}; decoding was not checked, parts of the model are offloaded")
+        print(f"{loads}; decoding was not checked, parts of the model are offloaded")
     else:
         print(
-            f"loads with {versions}; {check.tokens} tokens decoded with a key-value cache as "
-            f"without one (KL {max(check.kl, 0):.1g})"
+            f"{loads}; {check.tokens} tokens decoded with a key-value cache as without one "
+            f"(KL {max(check.kl, 0):.1g})"
         )
     return 0
 

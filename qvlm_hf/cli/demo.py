@@ -1,6 +1,7 @@
 """`qvlm demo`: the embedded LLaVA, quantized before your eyes."""
 
 import argparse
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,13 @@ _BATCH = 16  # questions per forward pass
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     add_scheme_arguments(parser)
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="also measure plain rounding (--method rtn) on the same questions",
-    )
-    parser.add_argument(
-        "--output",
-        default="qvlm-demo",
-        metavar="DIR",
-        help="where to save the result (default: qvlm-demo)",
-    )
-    parser.add_argument(
-        "--questions",
-        default="1000",
-        metavar="N",
-        help="test questions to ask, or all (default: 1000)",
-    )
+    add = parser.add_argument
+    compare = "also measure plain rounding (--method rtn) on the same questions"
+    add("--compare", action="store_true", help=compare)
+    output = "where to save the result (default: qvlm-demo)"
+    add("--output", default="qvlm-demo", metavar="DIR", help=output)
+    questions = "test questions to ask, or all (default: 1000)"
+    add("--questions", default="1000", metavar="N", help=questions)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,16 +49,14 @@ def run(options: argparse.Namespace) -> int:
     parameters = sum(parameter.numel() for parameter in full.parameters())
     print(
         f"{type(full).__name__}, {parameters:,} parameters, trained for this purpose on drawn "
-        f"pictures with handwritten digits;"
-    )
-    print(
-        "its norms and MLPs carry the outlier channels that large language models have (see its "
-        "README.md)."
+        "pictures with handwritten digits;\n"
+        "its norms and MLPs carry the outlier channels that large language models have "
+        "(see its README.md)."
     )
     print(f"{len(test)} test questions, for example: {_question(test[0])!r} -> {test[0].answer!r}")
 
     _title(f"Quantizing to {options.scheme} ({options.method})")
-    quantized = _quantize(options, processor)
+    quantized = _quantize(options, options.method, processor)
     report = quantized.hf_quantizer.report
     for line in story(report):
         print(line)
@@ -81,26 +70,19 @@ def run(options: argparse.Namespace) -> int:
     _title("Answers")
     reloaded = load_model(str(path))
     base = evaluate(full, test, processor, batch_size=_BATCH, keep_logits=True)
-    rows = [
-        (
-            f"{options.scheme} {options.method}",
-            evaluate(reloaded, test, processor, batch_size=_BATCH, reference=base),
-        )
-    ]
+
+    def measure(model: Any) -> Evaluation:
+        return evaluate(model, test, processor, batch_size=_BATCH, reference=base)
+
+    results = {options.method: measure(reloaded)}
     if options.compare and options.method != "rtn":
-        plain = argparse.Namespace(**{**vars(options), "method": "rtn"})
-        rows.append(
-            (
-                f"{options.scheme} rtn",
-                evaluate(
-                    _quantize(plain, processor), test, processor, batch_size=_BATCH, reference=base
-                ),
-            )
-        )
-    for line in _table(base, rows):
+        results["rtn"] = measure(_quantize(options, "rtn", processor))
+    for line in _table(
+        base, {f"{options.scheme} {name}": found for name, found in results.items()}
+    ):
         print(line)
     entry = evaluation_entry(
-        rows[0][1],
+        results[options.method],
         dataset=str(dataset_path("test")),
         seed=0,
         batch_size=_BATCH,
@@ -113,40 +95,39 @@ def run(options: argparse.Namespace) -> int:
     print(f"  quantized:      {answer(reloaded, processor, test[0])}")
 
     _title("Yours to repeat")
-    print(f"files    {_shown(path)}")
-    print(f"card     {_shown(path / CARD_NAME)}")
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    load = f"AutoModelForImageTextToText.from_pretrained({options.output!r})"
+    print(f"files    {shown}")
+    print(f"card     {shown / CARD_NAME}")
     print(f"command  {_command(options)}")
-    print(
-        f"python   import qvlm_hf; AutoModelForImageTextToText.from_pretrained({options.output!r})"
-    )
+    print(f"python   import qvlm_hf; {load}")
     return 0
 
 
-def _quantize(options: argparse.Namespace, processor: Any) -> Any:
-    config = make_config(
-        options, search={"dataset": str(dataset_path("calibration")), "processor": processor}
-    )
-    return load_model(str(model_dir()), config, torch.float32)
+def _quantize(options: argparse.Namespace, method: str, processor: Any) -> Any:
+    options = argparse.Namespace(**(vars(options) | {"method": method}))
+    data = {"dataset": str(dataset_path("calibration")), "processor": processor}
+    return load_model(str(model_dir()), make_config(options, search=data), torch.float32)
 
 
 def _command(options: argparse.Namespace) -> str:
-    grouping = "" if options.group_size == 128 else f" --group-size {options.group_size}"
-    return f"qvlm demo --scheme {options.scheme} --method {options.method}{grouping} --questions {options.questions} --seed {options.seed}"
+    names = ["scheme", "method", *(["group_size"] if options.group_size != 128 else [])]
+    words = [
+        f"--{n.replace('_', '-')} {getattr(options, n)}" for n in (*names, "questions", "seed")
+    ]
+    return " ".join(["qvlm demo", *words])
 
 
-def _table(base: Evaluation, rows: list[tuple[str, Evaluation]]) -> list[str]:
+def _table(base: Evaluation, rows: Mapping[str, Evaluation]) -> Iterator[str]:
     counts = f"{'right: both':>12}{'only full':>11}{'only this':>11}"
-    lines = [f"{'':<16}{'accuracy':>10}  {'95 % interval':<16}{counts}{'McNemar p':>11}{'KL':>9}"]
-    lines.append(f"{'full precision':<16}{_accuracy(base)}")
-    for name, result in rows:
-        found = result.comparison
-        if found is not None:
+    yield f"{'':<16}{'accuracy':>10}  {'95 % interval':<16}{counts}{'McNemar p':>11}{'KL':>9}"
+    yield f"{'full precision':<16}{_accuracy(base)}"
+    for name, result in rows.items():
+        if (found := result.comparison) is not None:
             same = found.counts
-            paired = f"{same.both_right:>12}{same.only_first:>11}{same.only_second:>11}"
-            lines.append(
-                f"{name:<16}{_accuracy(result)}{paired}{found.p_value:>11.3g}{found.kl:>9.4f}"
-            )
-    return lines
+            counts = f"{same.both_right:>12}{same.only_first:>11}{same.only_second:>11}"
+            tests = f"{found.p_value:>11.3g}{found.kl:>9.4f}"
+            yield f"{name:<16}{_accuracy(result)}{counts}{tests}"
 
 
 def _accuracy(result: Evaluation) -> str:
@@ -156,17 +137,8 @@ def _accuracy(result: Evaluation) -> str:
 
 
 def _question(sample: Sample) -> str:
-    parts = [
-        part
-        for message in sample.messages
-        if message["role"] == "user"
-        for part in message["content"]
-    ]
+    parts = [p for m in sample.messages if m["role"] == "user" for p in m["content"]]
     return " ".join(part["text"] for part in parts if part["type"] == "text")
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _title(text: str) -> None:

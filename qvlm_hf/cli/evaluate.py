@@ -7,8 +7,12 @@ from tqdm import tqdm
 
 from qvlm_hf.calibration.samples import load_samples, longest_sample, without_too_long
 from qvlm_hf.cli.models import check_fits, load_model, load_with_processor, read_config
-from qvlm_hf.cli.record import evaluation_entry, shown_command
-from qvlm_hf.cli.result_file import check_result_file, write_result_file
+from qvlm_hf.cli.record import (
+    check_result_file,
+    evaluation_entry,
+    shown_command,
+    write_result_file,
+)
 from qvlm_hf.evaluation import evaluate, format_comparison
 from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.model_card import CARD_NAME
@@ -19,37 +23,19 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument(
-        "model", metavar="DIR", help="directory or Hub id of a model, quantized or not"
-    )
-    parser.add_argument(
-        "--dataset",
-        required=True,
-        metavar="F",
-        help="questions with answers: .jsonl, .json, ScienceQA folder or Hub id",
-    )
-    parser.add_argument(
-        "--against",
-        metavar="MODEL",
-        help="full-precision model to compare with, on the same questions",
-    )
-    parser.add_argument(
-        "--num-samples", type=int, metavar="N", help="questions to ask (default: all)"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=16,
-        metavar="N",
-        help="questions per forward pass (default: 16)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the choice of questions (default: 0)"
-    )
-    parser.add_argument("--json", metavar="F", help="write the result there as JSON")
-    parser.add_argument(
-        "--record", action="store_true", help="keep the result in DIR: in its report and model card"
-    )
+    add = parser.add_argument
+    add("model", metavar="DIR", help="directory or Hub id of a model, quantized or not")
+    questions = "questions with answers: .jsonl, .json, ScienceQA folder or Hub id"
+    add("--dataset", required=True, metavar="F", help=questions)
+    against = "full-precision model to compare with, on the same questions"
+    add("--against", metavar="MODEL", help=against)
+    add("--num-samples", type=int, metavar="N", help="questions to ask (default: all)")
+    batch = "questions per forward pass (default: 16)"
+    add("--batch-size", type=int, default=16, metavar="N", help=batch)
+    add("--seed", type=int, default=0, help="of the choice of questions (default: 0)")
+    add("--json", metavar="F", help="write the result there as JSON")
+    record = "keep the result in DIR: in its report and model card"
+    add("--record", action="store_true", help=record)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -79,18 +65,18 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         write_result_file(options.json, result.to_dict())
     if folder is not None:
+        asked = {name: getattr(options, name) for name in ("dataset", "batch_size", "seed")}
         command = shown_command(
-            "evaluate", folder, dataset=options.dataset, against=options.against, num_samples=options.num_samples,
-            batch_size=options.batch_size, seed=options.seed, record=True,
-        )  # fmt: skip
-        entry = evaluation_entry(
-            result,
+            "evaluate",
+            folder,
             dataset=options.dataset,
-            seed=options.seed,
+            against=options.against,
+            num_samples=options.num_samples,
             batch_size=options.batch_size,
-            reference=options.against,
-            command=command,
+            seed=options.seed,
+            record=True,
         )
+        entry = evaluation_entry(result, reference=options.against, command=command, **asked)
         record_measurement(folder, evaluation=entry)
         print(f"recorded in {REPORT_NAME} and {CARD_NAME}")
     return 0

@@ -11,17 +11,13 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("directory", metavar="DIR", help="a saved quantized model")
-    parser.add_argument(
-        "--format",
-        default=EXPORT_FORMATS[0],
-        choices=EXPORT_FORMATS,
-        help=f"to write (default: {EXPORT_FORMATS[0]})",
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to save the result")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier result in the output directory"
-    )
+    add, default = parser.add_argument, EXPORT_FORMATS[0]
+    add("directory", metavar="DIR", help="a saved quantized model")
+    formats = f"to write (default: {default})"
+    add("--format", default=default, choices=EXPORT_FORMATS, help=formats)
+    add("--output", required=True, metavar="DIR", help="where to save the result")
+    overwrite = "replace an earlier result in the output directory"
+    add("--overwrite", action="store_true", help=overwrite)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,19 +26,12 @@ def run(options: argparse.Namespace) -> int:
     exported = export(
         options.directory, options.output, format=options.format, overwrite=options.overwrite
     )
-    kinds = Counter(exported.modules.values())
-    for kind, count in sorted(kinds.items(), key=lambda item: -item[1]):
-        groups = (
-            "one scale per output"
-            if kind.group_size == -1
-            else f"a scale per {kind.group_size} inputs"
-        )
+    for kind, count in Counter(exported.modules.values()).most_common():
+        size = kind.group_size
+        groups = "one scale per output" if size == -1 else f"a scale per {size} inputs"
         inputs = "8 bits per token" if kind.quantized_input else "floating point"
-        print(
-            f"{count:5} modules {kind.format}: {kind.weight_bits} bits, {groups}, inputs {inputs}"
-        )
-    print(
-        f"{len(exported.full_precision):5} linear modules in full precision; saved in "
-        f"{exported.path.name}"
-    )
+        bits = f"{kind.weight_bits} bits, {groups}, inputs {inputs}"
+        print(f"{count:5} modules {kind.format}: {bits}")
+    left, name = len(exported.full_precision), exported.path.name
+    print(f"{left:5} linear modules in full precision; saved in {name}")
     return 0

@@ -20,49 +20,43 @@ __all__ = ["add_arguments", "run", "saved_footprint"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("directory", nargs="?", metavar="DIR", help="a saved quantized model")
-    parser.add_argument(
-        "--shape", metavar="NAME", help=f"size a model by name instead: {', '.join(SHAPES)}"
-    )
-    parser.add_argument(
-        "--scheme", help="for --shape: bits of weights and activations (default: W4A4)"
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help="for --shape: inputs per weight scale (default: 128)",
-    )
+    add, shapes = parser.add_argument, ", ".join(SHAPES)
+    add("directory", nargs="?", metavar="DIR", help="a saved quantized model")
+    add("--shape", metavar="NAME", help=f"size a model by name instead: {shapes}")
+    add("--scheme", help="for --shape: bits of weights and activations (default: W4A4)")
+    group = "for --shape: inputs per weight scale (default: 128)"
+    add("--group-size", type=int, metavar="N", help=group)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     if (options.directory is None) == (options.shape is None):
         raise ValueError("name either a directory or a --shape: see qvlm inspect --help.")
-    asked = {
-        name: value
-        for name in ("scheme", "group_size")
-        if (value := getattr(options, name)) is not None
-    }
-    if asked and options.directory is not None:
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
-        raise ValueError(f"{given}: is for --shape, {options.directory} has its own: leave it out.")
+    asked = {name: getattr(options, name) for name in ("scheme", "group_size")}
+    asked = {name: value for name, value in asked.items() if value is not None}
     silence()
     if options.shape is not None:
-        config = QVLMConfig(**{"scheme": "W4A4", **asked})
-        model = shape_model(options.shape)
-        sizes = footprint(
-            model,
-            planned_modules(model, config.settings()),
-            positions=token_positions(model.config),
-        )
-        print(f"{options.shape}, {config.scheme}, group size {config.group_size}, against bfloat16")
-        print(sizes)
+        _print_shape(options.shape, QVLMConfig(**{"scheme": "W4A4", **asked}))
         return 0
-    config, sizes = saved_footprint(options.directory)
+    if asked:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise ValueError(f"{given}: is for --shape, {options.directory} has its own: leave it out.")
+    _print_saved(options.directory)
+    return 0
+
+
+def _print_shape(shape: str, config: QVLMConfig) -> None:
+    model = shape_model(shape)
+    modules, positions = planned_modules(model, config.settings()), token_positions(model.config)
+    print(f"{shape}, {config.scheme}, group size {config.group_size}, against bfloat16")
+    print(footprint(model, modules, positions=positions))
+
+
+def _print_saved(directory: str) -> None:
+    config, sizes = saved_footprint(directory)
     print(
-        f"{config.scheme}, {len(config.modules)} modules quantized, sizes against full precision "
-        f"in the same dtype"
+        f"{config.scheme}, {len(config.modules)} modules quantized, "
+        "sizes against full precision in the same dtype"
     )
     print(sizes)
     kinds = Counter(
@@ -70,11 +64,10 @@ def run(options: argparse.Namespace) -> int:
     )
     for (bits, granularity), count in sorted(kinds.items()):
         print(f"{count:5} modules {bits}, activations {granularity}")
-    report = Path(options.directory) / REPORT_NAME
+    report = Path(directory) / REPORT_NAME
     if report.is_file():
         for line in story(read_report_file(report)):
             print(line)
-    return 0
 
 
 def saved_footprint(directory: str) -> tuple[QVLMConfig, Footprint]:
@@ -89,14 +82,12 @@ def saved_footprint(directory: str) -> tuple[QVLMConfig, Footprint]:
     saved = getattr(config, "quantization_config", None)
     if not isinstance(saved, dict) or saved.get("quant_method") != "qvlm":
         raise ValueError(
-            f"{directory}: is not quantized by qvlm_hf: name the directory that qvlm quantize "
-            f"wrote."
+            f"{directory}: is not quantized by qvlm_hf: "
+            "name the directory that qvlm quantize wrote."
         )
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     quantization = QVLMConfig.from_dict(saved)
-    dtype = config.dtype or torch.float32
-    return quantization, footprint(
-        model, quantization.modules, positions=token_positions(config), dtype=dtype
-    )
+    dtype, positions = config.dtype or torch.float32, token_positions(config)
+    return quantization, footprint(model, quantization.modules, positions=positions, dtype=dtype)

@@ -11,30 +11,18 @@ __all__ = ["add_arguments", "describe", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument(
-        "directory", metavar="DIR", help="a saved quantized model; its README.md is written anew"
-    )
-    parser.add_argument(
-        "repo_id", metavar="REPO", help="where to: owner/name, made where it is missing"
-    )
-    parser.add_argument("--private", action="store_true", help="make a private repository")
-    parser.add_argument(
-        "--revision",
-        metavar="R",
-        help="branch, made where it is missing, or refs/pr/N (default: main)",
-    )
-    parser.add_argument(
-        "--create-pr", action="store_true", help="open a pull request instead of writing to main"
-    )
-    parser.add_argument("--message", dest="commit_message", metavar="M", help="of the commit")
-    parser.add_argument(
-        "--base-model",
-        metavar="ID",
-        help="Hub id of the full-precision model (default: what quantizing recorded)",
-    )
-    parser.add_argument(
-        "--license", metavar="L", help="identifier of a licence (default: that of the base model)"
-    )
+    add = parser.add_argument
+    add("directory", metavar="DIR", help="a saved quantized model; its README.md is written anew")
+    add("repo_id", metavar="REPO", help="where to: owner/name, made where it is missing")
+    add("--private", action="store_true", help="make a private repository")
+    revision = "branch, made where it is missing, or refs/pr/N (default: main)"
+    add("--revision", metavar="R", help=revision)
+    add("--create-pr", action="store_true", help="open a pull request instead of writing to main")
+    add("--message", dest="commit_message", metavar="M", help="of the commit")
+    base = "Hub id of the full-precision model (default: what quantizing recorded)"
+    add("--base-model", metavar="ID", help=base)
+    license_ = "identifier of a licence (default: that of the base model)"
+    add("--license", metavar="L", help=license_)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,8 +45,6 @@ def run(options: argparse.Namespace) -> int:
 
 def describe(published: Published) -> list[str]:
     """What is on the Hub now."""
-    lines = [
-        f"published {len(published.files)} files to {published.repo_id}: "
-        f"{published.pull_request_url or published.commit_url}"
-    ]
+    url = published.pull_request_url or published.commit_url
+    lines = [f"published {len(published.files)} files to {published.repo_id}: {url}"]
     return lines + ([f"not sent: {', '.join(published.left_out)}"] if published.left_out else [])

@@ -1,9 +1,8 @@
 """Messages of the library in the words of the command line.
 
-The library names an argument as `name=value`, as `name=` alone, or, if it is of several words, as
-the `several_words: ` that a message begins with. Where the command has an option, or an argument,
-of that name, it stands instead. Behind "quantize with" stand those of `qvlm quantize`, whichever
-command runs.
+The library names an argument as `name=value` or `name=`, or, if it is of several words, in front:
+`several_words: `. An option of that name takes its place. Behind "quantize with" the options of
+`qvlm quantize` are meant, whichever command runs.
 """
 
 import argparse
@@ -22,17 +21,16 @@ _VALUE = r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|[^\s,;:()/]*[^\s,;:()./](?![\w/])|(?=[\
 
 
 def in_options(message: str, command: str | None) -> str:
-    """A message of the library, in one line, with the options of a command for Python's arguments."""
+    """A message of the library, in one line, with a command's options for Python's arguments."""
     text = " ".join(message.split())
     if command is None:
         return text
     own, (first, words, rest) = command_arguments(command), text.partition(_ELSEWHERE)
-    behind = _translate(rest, command_arguments("quantize") | own) if rest else ""
-    return _translate(first, own) + words + behind
+    return _translate(first, own) + words + _translate(rest, command_arguments("quantize") | own)
 
 
 def shown_name(action: argparse.Action) -> str:
-    """What the command line calls an argument: `--option`, or the name of a place, as in help."""
+    """The command line's name for an argument: `--option`, or the metavar of a place."""
     return action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
 
 

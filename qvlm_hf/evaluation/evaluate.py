@@ -1,17 +1,16 @@
-"""Asks a model the questions of a data set and counts the right answers; compares it with another model question by question.
+"""Asks a model the questions of a data set, and compares it with another question by question.
 
 One teacher-forced forward pass answers a whole batch: the model reads question and expected answer,
-and its prediction at every answer position is compared with what stands there. Greedy decoding
-would produce exactly this answer, end of sequence included, if and only if all of these predictions
-agree: up to the first that does not, decoding and the forward pass have read the same tokens. So
-this is the exact-match accuracy of greedy decoding at a small part of its cost. (A numerical tie
-between two tokens is the one exception.)
+and its prediction at every answer position is compared with the token there. Greedy decoding gives
+this answer, end of sequence included, exactly if all these predictions agree: up to the first that
+does not, it has read the same tokens. So this is the exact-match accuracy of greedy decoding, at a
+small part of its cost. (A numerical tie between two tokens is the one exception.)
 
 Left out: free-form answers. A model that says "a cat" where "cat" is expected is wrong here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,30 +40,35 @@ __all__ = ["Comparison", "Evaluation", "evaluate", "format_comparison"]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A model (the second) beside its reference (the first) on the same questions.
-
-    Attributes:
-        reference_accuracy: of the reference.
-        counts: "first" is the reference, "second" the model.
-        p_value: exact two-sided McNemar test.
-        difference: accuracy of the model minus that of the reference.
-        difference_interval: of it, 95 %.
-        kl: KL(reference || model) per answer token, nats, averaged over all answer tokens.
-        answer_tokens: how many those are.
-    """
+    """A model (the second) beside its reference (the first) on the same questions."""
 
     reference_accuracy: Proportion
-    counts: PairedCounts
-    p_value: float
-    difference: float
-    difference_interval: Interval
-    kl: float
+    counts: PairedCounts  # "first" is the reference, "second" the model
+    p_value: float  # exact two-sided McNemar test
+    difference: float  # accuracy of the model minus that of the reference
+    difference_interval: Interval  # 95 %
+    kl: float  # KL(reference || model) in nats, mean of all answer tokens
     answer_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "reference_accuracy": _proportion_dict(self.reference_accuracy),
+            "both_right": self.counts.both_right,
+            "only_reference": self.counts.only_first,
+            "only_model": self.counts.only_second,
+            "both_wrong": self.counts.both_wrong,
+            "mcnemar_p_value": self.p_value,
+            "difference": self.difference,
+            "difference_interval": [self.difference_interval.low, self.difference_interval.high],
+            "answer_kl_nats": self.kl,
+            "answer_tokens": self.answer_tokens,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a model answered.
+    """The answers of a model.
 
     Attributes:
         correct: per question, in input order.
@@ -95,17 +99,15 @@ class Evaluation:
         for kind, right in zip(self.kinds, self.correct, strict=True):
             if kind is not None:
                 groups.setdefault(kind, []).append(right)
-        return {
-            kind: Proportion(successes=sum(group), total=len(group))
-            for kind, group in sorted(groups.items())
-        }
+        shares = {k: Proportion(successes=sum(g), total=len(g)) for k, g in groups.items()}
+        return dict(sorted(shares.items()))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the logits, for JSON."""
         return {
             "accuracy": _proportion_dict(self.accuracy),
             "by_kind": {kind: _proportion_dict(share) for kind, share in self.by_kind.items()},
-            "comparison": None if self.comparison is None else _comparison_dict(self.comparison),
+            "comparison": None if self.comparison is None else self.comparison.to_dict(),
             "data_fingerprint": self.data_fingerprint,
             "questions": [
                 {"origin": origin, "kind": kind, "correct": right}
@@ -128,17 +130,17 @@ def evaluate(
     """Measures exact-match accuracy, and compares with a reference if there is one.
 
     Args:
-        model: called with the processor's tensors, returns `.logits`; runs where its parameters
-            are.
+        model: called with the processor's tensors, returns `.logits`; runs on its own device.
         samples: with answers; of a chat with several turns the last answer counts.
         processor: of both models.
-        batch_size: questions per forward pass; they are sorted by length, and reported in input
-            order.
+        batch_size: questions per forward pass, which are sorted by length.
         reference: the full-precision model, run on the same batches, or its `Evaluation` on the
             same samples with `keep_logits=True`.
-        keep_logits: keep the logits at answer positions, so that other models can be compared
-            without running this one again.
+        keep_logits: keep the logits at answer positions, for comparing other models later.
         progress: called with (questions done, questions in all) after every batch.
+
+    Returns:
+        Answers in input order.
 
     Raises:
         ValueError: for no samples, a sample without an answer, a reference that belongs to other
@@ -156,33 +158,31 @@ def evaluate(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = collate([samples[index] for index in indices], processor, max_tokens=longest)
-        answers |= zip(
-            indices, _batch_answers(model, batch, reference, indices, keep_logits), strict=True
-        )
+        found = _batch_answers(model, batch, reference, indices, keep_logits)
+        answers |= zip(indices, found, strict=True)
         if progress is not None:
             progress(len(answers), len(samples))
     in_order = [answers[index] for index in range(len(samples))]
-    evaluation = Evaluation(
+    logits = tuple(answer.logits for answer in in_order if answer.logits is not None)
+    return Evaluation(
         correct=tuple(answer.correct for answer in in_order),
         kinds=tuple(sample.kind for sample in samples),
         origins=tuple(sample.origin for sample in samples),
         data_fingerprint=data,
-        answer_logits=tuple(answer.logits for answer in in_order if answer.logits is not None)
-        if keep_logits
-        else None,
+        answer_logits=logits if keep_logits else None,
+        comparison=None if reference is None else _compare(in_order),
     )
-    return evaluation if reference is None else replace(evaluation, comparison=_compare(in_order))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """One question's result; the divergence is the mean over its `tokens`."""
+    """One question's result."""
 
     correct: bool
     tokens: int
-    logits: torch.Tensor | None = None
-    reference_correct: bool = False
-    kl: float = 0.0
+    logits: torch.Tensor | None
+    reference_correct: bool
+    kl: float  # mean over its tokens
 
 
 def _check_samples(samples: Sequence[Sample]) -> None:
@@ -198,21 +198,20 @@ def _check_samples(samples: Sequence[Sample]) -> None:
 def _check_reference(reference: Evaluation, data: str) -> None:
     if reference.data_fingerprint != data:
         raise ValueError(
-            "the reference was evaluated on other samples; evaluate both models on the same "
-            "samples in the same order"
+            "the reference was evaluated on other samples; "
+            "evaluate both models on the same samples in the same order"
         )
     if reference.answer_logits is None:
         raise ValueError(
-            "the reference kept no logits; evaluate it with keep_logits=True, or pass the "
-            "reference model itself"
+            "the reference kept no logits; "
+            "evaluate it with keep_logits=True, or pass the reference model itself"
         )
 
 
 def _length(sample: Sample) -> int:
-    """A stand-in for the number of tokens, good enough to put samples of like length side by side."""
+    """A stand-in for the number of tokens, to put samples of like length side by side."""
     parts = [part for message in sample.messages for part in message["content"]]
-    # A picture is hundreds of tokens: count it as more than any question has characters in common
-    # use.
+    # a picture is hundreds of tokens: more than a question has characters
     return sum(len(part["text"]) if part["type"] == "text" else 2000 for part in parts)
 
 
@@ -226,23 +225,19 @@ def _batch_answers(
     logits = answer_logits(model, batch)
     expected: Sequence[torch.Tensor] | None = None
     if isinstance(reference, Evaluation):
-        kept = reference.answer_logits or ()
-        expected = [kept[index] for index in indices]
+        expected = [(reference.answer_logits or ())[index] for index in indices]
     elif reference is not None:
         expected = answer_logits(reference, batch)
     for row, own in enumerate(logits):
         labels = batch.labels[row][batch.labels[row] != IGNORE_INDEX]
-        answer = _Answer(
+        other = own if expected is None else expected[row].to(own.device)
+        yield _Answer(
             correct=_is_right(own, labels),
             tokens=len(labels),
             logits=own.cpu() if keep_logits else None,
+            reference_correct=_is_right(other, labels),
+            kl=0.0 if expected is None else answer_kl(other, own),
         )
-        if expected is not None:
-            other = expected[row].to(own.device)
-            answer = replace(
-                answer, reference_correct=_is_right(other, labels), kl=answer_kl(other, own)
-            )
-        yield answer
 
 
 def _is_right(logits: torch.Tensor, labels: torch.Tensor) -> bool:
@@ -253,12 +248,11 @@ def _compare(answers: Sequence[_Answer]) -> Comparison:
     counts = PairedCounts.of(
         [answer.reference_correct for answer in answers], [answer.correct for answer in answers]
     )
+    right = counts.both_right + counts.only_first
     difference, interval = paired_difference(counts)
     tokens = sum(answer.tokens for answer in answers)
     return Comparison(
-        reference_accuracy=Proportion(
-            successes=counts.both_right + counts.only_first, total=counts.total
-        ),
+        reference_accuracy=Proportion(successes=right, total=counts.total),
         counts=counts,
         p_value=mcnemar_p_value(counts),
         difference=difference,
@@ -268,27 +262,22 @@ def _compare(answers: Sequence[_Answer]) -> Comparison:
     )
 
 
-# ---- output --------------------------------------------------------------------------------------
-
-
 def format_comparison(
     evaluation: Evaluation, *, name: str = "quantized", reference_name: str = "full precision"
 ) -> list[str]:
-    """Writes an evaluation as lines of text for a terminal: accuracy, kinds and, if there is a reference, the comparison."""
+    """An evaluation as lines of text: accuracy, kinds and the comparison with the reference."""
     lines = [f"{name}: accuracy {_percent(evaluation.accuracy)}"]
     lines += [f"  {kind}: {_percent(share)}" for kind, share in evaluation.by_kind.items()]
-    if evaluation.comparison is None:
+    if (found := evaluation.comparison) is None:
         return lines
-    found = evaluation.comparison
     counts, ends = found.counts, found.difference_interval
     return [
         f"{reference_name}: accuracy {_percent(found.reference_accuracy)}",
         *lines,
         f"difference {100 * found.difference:+.1f} points [{100 * ends.low:+.1f}, "
         f"{100 * ends.high:+.1f}], McNemar p = {found.p_value:.3g}",
-        f"both right {counts.both_right}, only {reference_name} {counts.only_first}, only {name} "
-        f"{counts.only_second}, "
-        f"both wrong {counts.both_wrong}",
+        f"both right {counts.both_right}, only {reference_name} {counts.only_first}, "
+        f"only {name} {counts.only_second}, both wrong {counts.both_wrong}",
         f"KL({reference_name} || {name}) {found.kl:.4g} nats per answer token "
         f"({found.answer_tokens} tokens)",
     ]
@@ -305,20 +294,4 @@ def _proportion_dict(share: Proportion) -> dict[str, Any]:
         "interval": [share.interval.low, share.interval.high],
         "correct": share.successes,
         "total": share.total,
-    }
-
-
-def _comparison_dict(found: Comparison) -> dict[str, Any]:
-    counts = found.counts
-    return {
-        "reference_accuracy": _proportion_dict(found.reference_accuracy),
-        "both_right": counts.both_right,
-        "only_reference": counts.only_first,
-        "only_model": counts.only_second,
-        "both_wrong": counts.both_wrong,
-        "mcnemar_p_value": found.p_value,
-        "difference": found.difference,
-        "difference_interval": [found.difference_interval.low, found.difference_interval.high],
-        "answer_kl_nats": found.kl,
-        "answer_tokens": found.answer_tokens,
     }

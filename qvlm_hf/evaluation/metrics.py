@@ -1,9 +1,8 @@
-"""Accuracy with intervals, paired comparison of two models on the same questions, divergence of their answers.
+"""Accuracy with intervals, and the paired comparison of two models on the same questions.
 
-Two models that answer the same questions are compared question by question: most of the difference
-between two test sets cancels, and a quantized model that is right 942 times of 1000 where the
-original is right 945 times is told apart from chance by the questions on which they disagree, not
-by the two accuracies.
+A pair of models is compared question by question: most of the difference between test sets cancels.
+Whether 942 right answers of 1000 differ from 945 by more than chance is told by the questions on
+which the models disagree, not by the two accuracies.
 
 Sources: E. B. Wilson, JASA 22 (1927) 209; R. G. Newcombe, Statistics in Medicine 17 (1998) 2635
 (method 10); Q. McNemar, Psychometrika 12 (1947) 153, in its exact (binomial) form.
@@ -47,8 +46,8 @@ class Proportion:
     def __post_init__(self) -> None:
         if self.total < 1 or not 0 <= self.successes <= self.total:
             raise ValueError(
-                f"{self.successes} of {self.total} is no proportion; it takes 0 <= successes <= "
-                f"total and total >= 1"
+                f"{self.successes} of {self.total} is no proportion; "
+                "it takes 0 <= successes <= total and total >= 1"
             )
 
     @property
@@ -80,8 +79,8 @@ class PairedCounts:
         """
         if len(first) != len(second):
             raise ValueError(
-                f"{len(first)} and {len(second)} answers cannot be paired; evaluate both models on "
-                f"the same samples"
+                f"{len(first)} and {len(second)} answers cannot be paired; "
+                "evaluate both models on the same samples"
             )
         pairs = list(zip(first, second, strict=True))
         return cls(
@@ -98,7 +97,7 @@ class PairedCounts:
 
 
 def wilson_interval(successes: int, total: int) -> Interval:
-    """Wilson's score interval, 95 %: never outside [0, 1], and honest at 0 and at `total` successes, where p +- 2 sigma is empty.
+    """Wilson's score interval, 95 %: within [0, 1], and not empty at 0 and at `total` successes.
 
     Raises:
         ValueError: unless 0 <= successes <= total and total > 0.
@@ -107,38 +106,35 @@ def wilson_interval(successes: int, total: int) -> Interval:
     center = share + square / (2 * total)
     spread = _Z95 * sqrt(share * (1 - share) / total + square / (4 * total**2))
     scale = 1 + square / total
-    # The ends are exact in theory where nothing or everything succeeded; rounding would leave
-    # 1e-17.
+    # exact where nothing or everything succeeded: rounding would leave 1e-17
     low = 0.0 if successes == 0 else (center - spread) / scale
     high = 1.0 if successes == total else (center + spread) / scale
     return Interval(low=low, high=high)
 
 
 def mcnemar_p_value(counts: PairedCounts) -> float:
-    """Exact two-sided McNemar test: how likely is a split of the disagreements at least this uneven if both models are equally good.
+    """Exact two-sided McNemar test, in integers.
 
-    Binomial(only_first + only_second, 1/2); 1.0 if they never disagree. Exact integers, so any
-    number of questions is fine.
+    The probability of disagreements at least this uneven if both models are equally good:
+    Binomial(only_first + only_second, 1/2); 1.0 if they never disagree.
     """
-    disagreements, fewer = (
-        counts.only_first + counts.only_second,
-        min(counts.only_first, counts.only_second),
-    )
+    only_first, only_second = counts.only_first, counts.only_second
+    disagreements = only_first + only_second
     tail = ways = 1
-    for k in range(fewer):
+    for k in range(min(only_first, only_second)):
         ways = ways * (disagreements - k) // (k + 1)  # binomial coefficient (disagreements, k + 1)
         tail += ways
     return min(1.0, 2 * tail / (1 << disagreements))
 
 
 def paired_difference(counts: PairedCounts) -> tuple[float, Interval]:
-    """Accuracy of the second model minus that of the first, with Newcombe's 95 % interval for paired proportions (his method 10).
+    """Accuracy of the second model minus that of the first, with Newcombe's 95 % interval.
 
-    The interval joins the two Wilson intervals and takes the correlation of the answers into
-    account; unlike Wald's it does not shrink to a point when the models never disagree.
+    His method 10 joins the two Wilson intervals with the correlation of the answers. Unlike Wald's
+    it does not shrink to a point when the models never disagree.
 
     Raises:
-        ValueError: if there are no questions.
+        ValueError: there are no questions.
     """
     total = counts.total
     first = Proportion(successes=counts.both_right + counts.only_first, total=total)
@@ -146,19 +142,21 @@ def paired_difference(counts: PairedCounts) -> tuple[float, Interval]:
     difference, phi = (counts.only_second - counts.only_first) / total, _correlation(counts)
     down_first, up_first = first.value - first.interval.low, first.interval.high - first.value
     down_second, up_second = second.value - second.interval.low, second.interval.high - second.value
-    # The radicand is a square plus (1 - phi) times a product of lengths; max() drops a rounding
-    # error below zero.
-    low = difference - sqrt(
-        max(0.0, down_second**2 - 2 * phi * down_second * up_first + up_first**2)
-    )
-    high = difference + sqrt(
-        max(0.0, up_second**2 - 2 * phi * up_second * down_first + down_first**2)
-    )
+    low = difference - _joined(down_second, up_first, phi)
+    high = difference + _joined(up_second, down_first, phi)
     return difference, Interval(low=max(-1.0, low), high=min(1.0, high))
 
 
+def _joined(one: float, other: float, phi: float) -> float:
+    """Length of the difference of two errors with correlation `phi`; rounding may fall below 0."""
+    return sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
+
+
 def _correlation(counts: PairedCounts) -> float:
-    """Phi coefficient of the two answers with Newcombe's continuity correction; 0 where a model is always right or always wrong."""
+    """Phi coefficient of the two answers with Newcombe's continuity correction.
+
+    0 where a model is always right or always wrong.
+    """
     a, b, c, d = counts.both_right, counts.only_first, counts.only_second, counts.both_wrong
     scale = (a + b) * (c + d) * (a + c) * (b + d)
     if scale == 0:

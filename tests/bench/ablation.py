@@ -1,11 +1,11 @@
-"""What each part of the method is worth on the demo model: accuracy and answer KL over calibration seeds.
+r"""The worth of each part of the method on the demo model: accuracy and answer KL over seeds.
 
 Every line adds one part to the line above it (`LINES`), those below "+ equalization" to that one;
 `greedy` and `paper` stand beside them. Seconds are processor time, which other programs on the
 machine do not change.
 
-python tests/bench/ablation.py --seeds 5 --questions 1000 --json
-tests/bench/results/ablation_w4a4.json
+    python tests/bench/ablation.py --seeds 5 --questions 1000 \
+        --json tests/bench/results/ablation_w4a4.json
 """
 
 import argparse
@@ -24,9 +24,13 @@ from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.evaluation import evaluate
 
 _BARE = {
-    "weight_rounding": "nearest", "rotation": None, "guard": False, "token_importance": False, "equalization": False,
+    "weight_rounding": "nearest",
+    "rotation": None,
+    "guard": False,
+    "token_importance": False,
+    "equalization": False,
     "optimize_vision": False,
-}  # fmt: skip
+}
 _GUARDED = _BARE | {"weight_rounding": "gptq", "guard": True}
 _BEST = _GUARDED | {"token_importance": True, "equalization": True}
 LINES = {
@@ -40,12 +44,20 @@ LINES = {
 }
 VARIANTS = LINES | {
     "rtn": {"activation_granularity": "dynamic_token", "dataset": None, "rotation": None},
-    "paper": {"activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"}, "margins": (),
-              "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98)} | _BARE,
+    "paper": {
+        "activation_granularity": {
+            "vision": "token",
+            "projector": "channel",
+            "language": "channel",
+        },
+        "margins": (),
+        "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
+        **_BARE,
+    },
     "greedy": _BARE | {"max_block_depth": 1},
     "defaults": {},
     "defaults, greedy": {"max_block_depth": 1},
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -61,21 +73,14 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     processor = AutoProcessor.from_pretrained(options.model)
     test = load_samples(f"{options.data}/test.jsonl", num_samples=options.questions)
-    base = evaluate(
-        AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32),
-        test,
-        processor,
-        keep_logits=True,
-    )
+    full = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
+    base = evaluate(full, test, processor, keep_logits=True)
     print(f"full precision {base.accuracy.value:.4f}", flush=True)
     rows = []
     for name in options.variants:
         for seed in range(options.seeds if name != "rtn" else 1):
-            fields = {
-                "dataset": f"{options.data}/calibration.jsonl",
-                "processor": processor,
-                **VARIANTS[name],
-            }
+            fields = {"dataset": f"{options.data}/calibration.jsonl", "processor": processor}
+            fields |= VARIANTS[name]
             start = time.process_time()
             config = qvlm_hf.QVLMConfig(scheme=options.scheme, seed=seed, **fields)
             model = AutoModelForImageTextToText.from_pretrained(
@@ -83,22 +88,12 @@ def main() -> None:
             )
             seconds = time.process_time() - start
             found = evaluate(model, test, processor, reference=base)
-            rows.append(
-                {
-                    "variant": name,
-                    "seed": seed,
-                    "accuracy": found.accuracy.value,
-                    "kl": found.comparison.kl,
-                    "seconds": seconds,
-                }
-            )
+            figures = {"accuracy": found.accuracy.value, "kl": found.comparison.kl}
+            rows.append({"variant": name, "seed": seed, **figures, "seconds": seconds})
             print(rows[-1], flush=True)
         own = [row for row in rows if row["variant"] == name]
-        print(
-            f"{name:<14} accuracy {mean(r['accuracy'] for r in own):.4f}  KL "
-            f"{mean(r['kl'] for r in own):.5f}",
-            flush=True,
-        )
+        accuracy, kl = (mean(row[key] for row in own) for key in ("accuracy", "kl"))
+        print(f"{name:<14} accuracy {accuracy:.4f}  KL {kl:.5f}", flush=True)
     if options.json:
         versions = {
             "torch": torch.__version__,

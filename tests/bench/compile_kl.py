@@ -1,6 +1,7 @@
-"""How far compiled answers of a saved model are from eager ones: inductor's defaults beside `ROUND_AS_EAGER`, teacher-forced.
+r"""KL of a compiled saved model to the eager one: inductor's defaults beside `ROUND_AS_EAGER`.
 
-python tests/bench/compile_kl.py DIR... --questions 128 --json tests/bench/results/compile_kl.json
+    python tests/bench/compile_kl.py DIR... --questions 128 \
+        --json tests/bench/results/compile_kl.json
 """
 
 import argparse
@@ -35,7 +36,7 @@ class Compiled(nn.Module):
 
 
 def measure(directory: str, questions: int) -> list[dict]:
-    """One row per way: KL(eager || compiled) per question, and how many questions are answered with the same bits."""
+    """One row per way: KL(eager || compiled) of a question, and questions with the same bits."""
     processor = AutoProcessor.from_pretrained(directory)
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.bfloat16)
     samples = load_samples(dataset_path("test"), num_samples=questions, seed=1)
@@ -49,24 +50,18 @@ def measure(directory: str, questions: int) -> list[dict]:
         compiled = [
             row for batch in batches for row in answer_logits(Compiled(model, options), batch)
         ]
-        kl = [answer_kl(a, b) for a, b in zip(eager, compiled, strict=True)]
-        equal = sum(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
-        other = sum(
-            not torch.equal(a.argmax(-1), b.argmax(-1))
-            for a, b in zip(eager, compiled, strict=True)
-        )
-        scheme = model.config.quantization_config.scheme
-        rows.append(
-            {
-                "scheme": scheme,
-                "way": way,
-                "kl": mean(kl),
-                "highest": max(kl),
-                "equal": equal,
-                "other_answers": other,
-            }
-        )
-        print(rows[-1], flush=True)
+        pairs = list(zip(eager, compiled, strict=True))
+        kl = [answer_kl(a, b) for a, b in pairs]
+        row = {
+            "scheme": model.config.quantization_config.scheme,
+            "way": way,
+            "kl": mean(kl),
+            "highest": max(kl),
+            "equal": sum(torch.equal(a, b) for a, b in pairs),
+            "other_answers": sum(not torch.equal(a.argmax(-1), b.argmax(-1)) for a, b in pairs),
+        }
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
@@ -85,18 +80,8 @@ def main() -> None:
     ]
     if options.json:
         versions = {name: version(name) for name in ("qvlm_hf", "torch", "transformers")}
-        options.json.write_text(
-            json.dumps(
-                {
-                    "dtype": "bfloat16",
-                    "questions": options.questions,
-                    "versions": versions,
-                    "rows": rows,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        result = {"dtype": "bfloat16", "questions": options.questions, "versions": versions}
+        options.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

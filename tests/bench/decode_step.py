@@ -1,33 +1,30 @@
-"""One decoded token on a CPU, and what makes it fast: demo-1b in bfloat16, W4A8 with an 8-bit head and random weights, all ways in turns.
+"""One decoded token on a CPU, and where its speed comes from: demo-1b in bfloat16 and W4A8.
 
     bfloat16     Transformers as it is
-    kernels      the quantized model without what follows
+    kernels      quantized, with an 8-bit head and random weights, without the following
     norms        and norms as one operator each
-    all          and a cache that grows in place: what a user gets
+    all          and a cache that grows in place: a user's model
 
-Before each step the cache holds `--positions` tokens and as many more as there were turns.
+All take turns. Before each step the cache holds `--positions` tokens and one more per turn.
 
-python tests/bench/decode_step.py --threads 2 --positions 640 2048 --json
-tests/bench/results/decode_step_cpu.json
+    cd tests/bench
+    python decode_step.py --threads 2 --positions 640 2048 --json results/decode_step_cpu.json
 """
 
-import argparse
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
+from results_file import options_of, write
 from transformers import DynamicCache
 
 from qvlm_hf import QVLMConfig
 from qvlm_hf.bench.generation import cache_argument
-from qvlm_hf.bench.machine import device_name
 from qvlm_hf.bench.random_models import random_model
 from qvlm_hf.bench.shapes import shape_config, shape_model
+from qvlm_hf.bench.turns import summarize, take_turns
 from qvlm_hf.hf.round_on_load import planned_modules
 from qvlm_hf.hf.runtime import fusion, growing_cache
 
@@ -59,49 +56,36 @@ def prepared(model: Any, way: str) -> Iterator[None]:
 def filled(model: Any, positions: int) -> DynamicCache:
     text = model.config.text_config
     cache, head = DynamicCache(), text.hidden_size // text.num_attention_heads
+    shape = (1, text.num_key_value_heads, positions, head)
     for layer in range(text.num_hidden_layers):
-        cache.update(
-            *(
-                torch.randn(1, text.num_key_value_heads, positions, head, dtype=torch.bfloat16)
-                for _ in range(2)
-            ),
-            layer,
-        )
+        cache.update(*(torch.randn(shape, dtype=torch.bfloat16) for _ in range(2)), layer)
     return cache
 
 
 @torch.no_grad()
 def measure(ways: dict[str, Any], positions: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Way -> median of a step in milliseconds, its interquartile range over it, and how many times as fast as bfloat16 it is."""
+    """Way -> milliseconds of a step, spread, and times bfloat16."""
     caches = {way: filled(model, positions) for way, model in ways.items()}
-    times: dict[str, list[float]] = {way: [] for way in ways}
     token = torch.tensor([[5]])
-    for turn in range(rounds + 2):
-        for way, model in ways.items():
-            with prepared(model, way):
-                start = time.perf_counter()
-                model(input_ids=token, **{cache_argument(model): caches[way]}, use_cache=True)
-                if turn > 1:
-                    times[way].append(time.perf_counter() - start)
-    found = {}
-    for way, values in times.items():
-        low, middle, high = quantiles(values, n=4)
-        found[way] = {
-            "milliseconds": 1e3 * middle,
-            "spread": (high - low) / middle,
-            "speedup": median(times["bfloat16"]) / median(values),
-        }
+
+    def run(way: str, _turn: int) -> float:
+        model = ways[way]
+        with prepared(model, way):
+            start = time.perf_counter()
+            model(input_ids=token, **{cache_argument(model): caches[way]}, use_cache=True)
+            return time.perf_counter() - start
+
+    times, found = take_turns(ways, rounds, run, warm_ups=2), {}
+    for way in ways:
+        timing = summarize(times[way], times["bfloat16"])
+        figures = {"spread": timing.spread, "speedup": timing.speedup}
+        found[way] = {"milliseconds": 1e3 * timing.seconds, **figures}
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=25)
+    parser = options_of(__doc__, rounds=25)
     parser.add_argument("--positions", type=int, nargs="+", default=[640])
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     ways, rows = models(), []
@@ -109,17 +93,10 @@ def main() -> None:
         rows.append({"positions": positions, "ways": measure(ways, positions, options.rounds)})
         for way, row in rows[-1]["ways"].items():
             print(
-                f"{positions:>6} {way:<10}{row['milliseconds']:>8.1f} ms, spread "
-                f"{row['spread']:.0%}, {row['speedup']:.2f} x"
+                f"{positions:>6} {way:<10}{row['milliseconds']:>8.1f} ms, "
+                f"spread {row['spread']:.0%}, {row['speedup']:.2f} x"
             )
-    if options.json:
-        result = {
-            "device": device_name(torch.device("cpu")),
-            "threads": options.threads,
-            "torch": torch.__version__,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.json, rows=rows)
 
 
 if __name__ == "__main__":

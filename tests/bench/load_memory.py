@@ -1,13 +1,12 @@
-"""What loading a saved model costs: highest resident memory over the size of the files, and time over reading the files twice.
+r"""Cost of loading a saved model: peak memory over the files' size, time over reading them twice.
 
 Writes a checkpoint with random packed weights in a named shape, tensor by tensor into shards of a
 gigabyte, then loads it in a process of its own. The files are in the page cache in both cases;
 PyTorch and Transformers are imported before anything is timed. On a CPU the weights stay mapped
-from the files, so that memory is counted twice: when the model is loaded, and when every page of it
-was read.
+from the files, so memory is counted twice: behind loading, and when every page was read.
 
-python tests/bench/load_memory.py --shape llava-1.5-7b --scheme W4A4 --json
-tests/bench/results/load_memory_7b_w4a4.json
+    python tests/bench/load_memory.py --shape llava-1.5-7b --scheme W4A4 \
+        --json tests/bench/results/load_memory_7b_w4a4.json
 """
 
 import argparse
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
 import qvlm_hf
-from qvlm_hf.bench.machine import device_name
+from qvlm_hf.bench.machine import device_name, proc_bytes
 from qvlm_hf.bench.memory import stored_bytes
 from qvlm_hf.bench.random_models import random_tensors, skeleton
 from qvlm_hf.bench.shapes import shape_config, shape_model
@@ -80,12 +79,16 @@ def load(folder: Path) -> dict:
     _read(files)
     _read(files)
     reading = time.perf_counter() - start
-    before, parts, stop = _status("VmRSS"), {"RssAnon": 0, "RssFile": 0}, threading.Event()
+    before, parts, stop = (
+        proc_bytes("self/status", "VmRSS"),
+        {"RssAnon": 0, "RssFile": 0},
+        threading.Event(),
+    )
 
     def watch():
         while not stop.wait(_EVERY):
             for part in parts:
-                parts[part] = max(parts[part], _status(part))
+                parts[part] = max(parts[part], proc_bytes("self/status", part))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -94,19 +97,24 @@ def load(folder: Path) -> dict:
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
     stop.set()
     watcher.join()
-    loaded, highest = _status("VmRSS"), _status("VmHWM")
-    for tensor in (
-        *model.parameters(),
-        *model.buffers(),
-    ):  # mapped pages count only when they are read: read them all
+    loaded, highest = proc_bytes("self/status", "VmRSS"), proc_bytes("self/status", "VmHWM")
+    # mapped pages count only when they are read: read them all
+    for tensor in (*model.parameters(), *model.buffers()):
         tensor.reshape(-1)[:: max(1, _PAGE // tensor.element_size())].sum()
     return {
-        "seconds": seconds, "processor_seconds": processor, "reading_twice_seconds": reading, "rss_before": before,
-        "rss_after": loaded, "peak_rss": highest, "peak_rss_all_read": _status("VmHWM"),
-        "peak_anonymous": parts["RssAnon"], "peak_mapped": parts["RssFile"],
-        "stored_bytes": stored_bytes(model), "quantized_modules": sum(1 for _ in quantized_modules(model)),
+        "seconds": seconds,
+        "processor_seconds": processor,
+        "reading_twice_seconds": reading,
+        "rss_before": before,
+        "rss_after": loaded,
+        "peak_rss": highest,
+        "peak_rss_all_read": proc_bytes("self/status", "VmHWM"),
+        "peak_anonymous": parts["RssAnon"],
+        "peak_mapped": parts["RssFile"],
+        "stored_bytes": stored_bytes(model),
+        "quantized_modules": sum(1 for _ in quantized_modules(model)),
         "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt,
-    }  # fmt: skip
+    }
 
 
 def _read(files: list[Path]) -> None:
@@ -115,11 +123,6 @@ def _read(files: list[Path]) -> None:
         with file.open("rb", buffering=0) as opened:
             while opened.readinto(buffer):
                 pass
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def main() -> None:
@@ -148,14 +151,24 @@ def main() -> None:
                 sys.exit(done.stderr)
             loads.append(json.loads(done.stdout.splitlines()[-1]))
     best = min(loads, key=lambda found: found["seconds"] / found["reading_twice_seconds"])
+    packages = ("qvlm_hf", "torch", "transformers", "safetensors")
+
+    def highest(part: str, less: str | None = None) -> float:
+        return max(found[part] - (found[less] if less else 0) for found in loads) / size
+
     result = {
-        "device": device_name(torch.device("cpu")), "threads": options.threads, "shape": options.shape, "scheme": options.scheme,
-        "versions": {name: version(name) for name in ("qvlm_hf", "torch", "transformers", "safetensors")}, "packed_bytes": size,
-        "peak_over_packed": max(found["peak_rss"] for found in loads) / size,
-        "peak_all_read_over_packed": max(found["peak_rss_all_read"] for found in loads) / size,
-        "peak_all_read_less_imports_over_packed": max(found["peak_rss_all_read"] - found["rss_before"] for found in loads) / size,
-        "seconds_over_reading_twice": best["seconds"] / best["reading_twice_seconds"], "loads": loads,
-    }  # fmt: skip
+        "device": device_name(torch.device("cpu")),
+        "threads": options.threads,
+        "shape": options.shape,
+        "scheme": options.scheme,
+        "versions": {name: version(name) for name in packages},
+        "packed_bytes": size,
+        "peak_over_packed": highest("peak_rss"),
+        "peak_all_read_over_packed": highest("peak_rss_all_read"),
+        "peak_all_read_less_imports_over_packed": highest("peak_rss_all_read", "rss_before"),
+        "seconds_over_reading_twice": best["seconds"] / best["reading_twice_seconds"],
+        "loads": loads,
+    }
     text = json.dumps(result, indent=1)
     print(text)
     if options.json:

@@ -1,10 +1,10 @@
-"""What `qvlm autoload install` adds to a start of Python: `python -c pass` in two virtual environments, with it and without, in turns.
+"""Cost of `qvlm autoload install` at a start of Python: `python -c pass` with it and without.
 
-A virtual environment reads the file twice, as Python's site module goes through its site-packages
-twice; that is in the figures. Wall time and processor time (user and system) of the whole process,
-in milliseconds. The interval is a bootstrap of the median of the paired differences, 95 %.
+Two virtual environments take turns; each reads the file twice, as Python's site module goes through
+its site-packages twice. Wall time and processor time (user and system) of the process, in
+milliseconds. The interval is a bootstrap of the median of the paired differences, 95 %.
 
-python tests/bench/startup.py --rounds 400 --json tests/bench/results/startup.json
+    python tests/bench/startup.py --rounds 400 --json tests/bench/results/startup.json
 """
 
 import argparse

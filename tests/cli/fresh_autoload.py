@@ -1,4 +1,4 @@
-"""Run in a fresh process that never imports qvlm_hf: asks a saved model about a picture, directly and by a pipeline."""
+"""In a fresh process without qvlm_hf: asks a saved model about a picture, also by a pipeline."""
 
 import json
 import sys
@@ -9,12 +9,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 directory, picture, question = sys.argv[1:]
 torch.set_num_threads(2)  # as in the tests: sums depend on how they are split
 spared = "qvlm_hf" not in sys.modules
-messages = [
-    {
-        "role": "user",
-        "content": [{"type": "image", "path": picture}, {"type": "text", "text": question}],
-    }
-]
+content = [{"type": "image", "path": picture}, {"type": "text", "text": question}]
+messages = [{"role": "user", "content": content}]
 model = AutoModelForImageTextToText.from_pretrained(directory)
 inputs = AutoProcessor.from_pretrained(directory).apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""`qvlm autoload` in a throw-away virtual environment: programs that never import qvlm_hf load quantized models; nothing else changes."""
+"""`qvlm autoload` in a new environment: programs load quantized models, nothing else changes."""
 
 import importlib
 import json
@@ -21,11 +21,8 @@ from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.hf import autoload_hook
 
 HERE = Path(__file__).parent
-BEFORE = {
-    "PYTHONPATH",
-    "PYTHONNOUSERSITE",
-    "PYTHONUSERBASE",
-}  # would let the tests' own environment in
+# Would let the tests' own environment in.
+BEFORE = {"PYTHONPATH", "PYTHONNOUSERSITE", "PYTHONUSERBASE"}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in BEFORE}
 REACHABLE = [str(Path(qvlm_hf.__file__).parents[1]), *site.getsitepackages()]
 
@@ -49,13 +46,11 @@ class Environment:
         self.pth = self.packages / autoload.PTH_NAME
 
     def run(self, *arguments):
-        return subprocess.run(
+        words, place = (
             [self.python, *map(str, arguments)],
-            env=ENVIRONMENT,
-            cwd=self.packages,
-            capture_output=True,
-            text=True,
+            {"env": ENVIRONMENT, "cwd": self.packages},
         )
+        return subprocess.run(words, **place, capture_output=True, text=True)
 
     def commands(self, *commands):
         done = self.run("-c", COMMANDS, *commands)
@@ -98,31 +93,30 @@ def test_programs_load_quantized_models_without_importing_qvlm_hf(tmp_path, inst
     installed.pth.unlink()
     done = installed.run(*program)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith(
-        "RuntimeError"
-    )  # weights do not fit: no wrong answers
+    # weights do not fit: no wrong answers
+    assert done.stderr.splitlines()[-1].startswith("RuntimeError")
 
 
 def test_install_status_and_remove(environment):
     environment.pth.write_text("# the hook of an older version, without effect\nimport sys\n")
-    out, err = environment.commands(
-        "status", "install", "remove", "remove", "status", "install --user"
-    )
+    commands = ("status", "install", "remove", "remove", "status", "install --user")
+    out, err = environment.commands(*commands)
     refused = out.pop(1)
     assert refused.startswith("does not work: ValueError: Unknown quantization type, got qvlm")
+    absent = f"not installed in {environment.packages}"
     assert out == [
-        f"installed: {environment.pth}, from another version: run qvlm autoload install", "status 1",
-        f"installed: {environment.pth}", "works: programs load quantized models without importing "
-                                         "qvlm_hf", "status 0",
-        f"removed {environment.pth}", "status 0",
-        f"not installed in {environment.packages}", "status 0",
-        f"not installed in {environment.packages}", "status 1",
+        f"installed: {environment.pth}, from another version: run qvlm autoload install",
         "status 1",
-    ]  # fmt: skip
-    assert err == [
-        "qvlm: error: --user: this Python reads no user directory, as in every virtual "
-        "environment: leave --user out."
+        f"installed: {environment.pth}",
+        "works: programs load quantized models without importing qvlm_hf",
+        "status 0",
+        *(f"removed {environment.pth}", "status 0"),
+        *(absent, "status 0"),
+        *(absent, "status 1"),
+        "status 1",
     ]
+    told = "this Python reads no user directory, as in every virtual environment: leave --user out."
+    assert err == [f"qvlm: error: --user: {told}"]
     assert not [name for name in os.listdir(environment.packages) if "autoload" in name]
 
 
@@ -143,10 +137,8 @@ sys.exit(main(["autoload", "install"]))
     environment.packages.chmod(0o755)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert (
-        "may not be written (Permission denied): use an environment of your own, or --user."
-        in done.stderr
-    )
+    told = "may not be written (Permission denied): use an environment of your own, or --user."
+    assert told in done.stderr
     assert not environment.pth.exists()
 
 
@@ -156,10 +148,8 @@ sys.exit(main(["autoload", "install"]))
     reason="user directories are switched off",
 )
 def test_the_users_directory(tmp_path):
-    variables = ENVIRONMENT | {
-        "PYTHONUSERBASE": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join(REACHABLE),
-    }
+    reachable = os.pathsep.join(REACHABLE)
+    variables = ENVIRONMENT | {"PYTHONUSERBASE": str(tmp_path), "PYTHONPATH": reachable}
     command = [sys._base_executable, "-c", COMMANDS, "install --user", "remove --user"]
     done = subprocess.run(command, env=variables, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -208,7 +198,7 @@ assert "qvlm" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A module that stands where Transformers' table stands, and the file's line watching for it; twice, as in a virtual environment."""
+    """A module in place of Transformers' table; the file's line runs twice, as in environments."""
     (tmp_path / "some_table.py").write_text("AUTO_QUANTIZATION_CONFIG_MAPPING = {}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))

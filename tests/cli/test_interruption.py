@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qvlm_hf.cli import inspect, main
+
 ROOT = Path(__file__).parents[2]
 
 # Python runs this first: Ctrl-C as soon as a named module is imported, or later.
@@ -46,36 +48,43 @@ MODULES = (
     "qvlm_hf.cli.inspect",
     "qvlm_hf.hub.contents",
 )
+LINE = "qvlm: interrupted\n"
+WRONG = "qvlm: error: {}: holds no config.json: name the directory of a saved model.\n"
 
 
-def run(tmp_path, program, module):
-    (tmp_path / "sitecustomize.py").write_text(SITE)
-    (tmp_path / "qvlm").write_text(SCRIPT)
+def start(tmp_path, *words, script=SCRIPT, **options):
+    """Runs a script named qvlm, or `-m qvlm_hf`, in a process of its own."""
+    (tmp_path / "qvlm").write_text(script)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    words = [str(tmp_path / "qvlm")] if program == "qvlm" else ["-m", "qvlm_hf"]
-    return subprocess.run(
-        [sys.executable, *words, "inspect", str(tmp_path)],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path, "INTERRUPTED": module},
-    )  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": path} | options.pop("environment", {})
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.run([sys.executable, *words], text=True, env=environment, **options)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_while_importing(tmp_path, module):
-    done = run(tmp_path, "qvlm", module)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "qvlm: interrupted\n")
+def interrupted(tmp_path, moment, *program):
+    """Status, output and errors of `qvlm inspect` of an empty folder with Ctrl-C at a moment."""
+    (tmp_path / "sitecustomize.py").write_text(SITE)
+    words = [*(program or [str(tmp_path / "qvlm")]), "inspect", str(tmp_path)]
+    done = start(tmp_path, *words, environment={"INTERRUPTED": moment})
+    return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("module", ["torch", "qvlm_hf.cli.inspect"])
-def test_while_importing_as_a_module(tmp_path, module):
-    done = run(tmp_path, "python -m qvlm_hf", module)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "qvlm: interrupted\n")
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [*(((), module) for module in MODULES)]
+    + [(("-m", "qvlm_hf"), module) for module in ("torch", "qvlm_hf.cli.inspect")],
+)
+def test_while_importing(tmp_path, program, module):
+    assert interrupted(tmp_path, module, *program) == (130, "", LINE)
 
 
 @pytest.mark.parametrize("moment", ["at exit", "behind main"])
 def test_while_ending(tmp_path, moment):
-    done = run(tmp_path, "qvlm", moment)
-    said = f"qvlm: error: {tmp_path}: holds no config.json: name the directory of a saved model.\nqvlm: interrupted\n"
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", said)
+    assert interrupted(tmp_path, moment) == (130, "", WRONG.format(tmp_path) + LINE)
+
+
+def test_without_an_interruption_the_command_says_what_is_wrong(tmp_path):
+    assert interrupted(tmp_path, "none") == (1, "", WRONG.format(tmp_path))
 
 
 TWICE = """
@@ -105,72 +114,42 @@ sys.exit(status)
 
 
 def test_a_second_one_adds_no_line(tmp_path):
-    (tmp_path / "qvlm").write_text(TWICE)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    words = [sys.executable, str(tmp_path / "qvlm"), "inspect", str(tmp_path)]
-    done = subprocess.run(
-        words, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "qvlm: interrupted\n")
+    done = start(tmp_path, str(tmp_path / "qvlm"), "inspect", str(tmp_path), script=TWICE)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", LINE)
 
 
 @pytest.mark.parametrize(
-    ("target", "status", "said"),
-    [("/dev/full", 1, "No space left on device"), ("closed pipe", 1, "")],
+    ("target", "said"), [("/dev/full", "No space left on device"), ("pipe", "")]
 )
-def test_output_that_cannot_be_written_is_no_traceback(tmp_path, target, status, said):
-    (tmp_path / "qvlm").write_text(SCRIPT)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    words = [sys.executable, str(tmp_path / "qvlm"), "inspect", "--shape", "llava-1.5-7b"]
+def test_output_that_cannot_be_written_is_no_traceback(tmp_path, target, said):
     if target == "/dev/full":
         output = os.open(target, os.O_WRONLY)
     else:
         reader, output = os.pipe()
         os.close(reader)
-    done = subprocess.run(
-        words,
-        stdout=output,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path},
-    )
+    words = (str(tmp_path / "qvlm"), "inspect", "--shape", "llava-1.5-7b")
+    done = start(tmp_path, *words, stdout=output)
     os.close(output)
-    assert done.returncode == status
+    assert done.returncode == 1
     assert said in done.stderr
     assert done.stderr.count("\n") == bool(said)
 
 
-def test_without_an_interruption_the_command_says_what_is_wrong(tmp_path):
-    done = run(tmp_path, "qvlm", "none")
-    expected = (
-        f"qvlm: error: {tmp_path}: holds no config.json: name the directory of a saved model.\n"
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
-
-
 def test_while_a_command_runs_what_it_began_is_cleared_away(monkeypatch, capsys):
-    from qvlm_hf.cli import inspect, main
-
     cleared = []
 
-    def interrupted(_options):
+    def stopped(_options):
         try:
             raise KeyboardInterrupt
         finally:
             cleared.append(True)
 
-    monkeypatch.setattr(inspect, "run", interrupted)
+    monkeypatch.setattr(inspect, "run", stopped)
     assert main(["inspect", "x"]) == 130
-    assert (capsys.readouterr().err, cleared) == ("qvlm: interrupted\n", [True])
+    assert (capsys.readouterr().err, cleared) == (LINE, [True])
 
 
 def test_programs_that_import_the_package_keep_their_own_handling(tmp_path):
-    code = "import signal, qvlm_hf; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    (tmp_path / "program.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert done.stdout == "True\n"
+    handler = "signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    (tmp_path / "program.py").write_text(f"import signal, qvlm_hf; print({handler})")
+    assert start(tmp_path, str(tmp_path / "program.py")).stdout == "True\n"

@@ -1,4 +1,4 @@
-"""Names of models that are not here: one quick line, and nothing asked of the Hub that the cache knows."""
+"""Names of models that are not here: one quick line, and no question to the Hub that is cached."""
 
 import pytest
 from huggingface_hub import close_session, constants
@@ -12,21 +12,17 @@ from qvlm_hf.cli.models import read_config
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """Online by its settings, an empty cache, nobody at the Hub's address; waiting for a second try is an error."""
+    """Online by its settings, an empty cache, nobody at the Hub's address; a second try fails."""
 
     class Clock:
         sleep = staticmethod(lambda seconds: pytest.fail(f"waits {seconds} s"))
 
     endpoint = "http://127.0.0.1:9"
     template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    settings = {
-        "HF_HUB_OFFLINE": False,
-        "ENDPOINT": endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": template,
-        "HF_HUB_CACHE": str(tmp_path),
-    }
-    for name, value in settings.items():
-        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(_http, "time", Clock)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     close_session()
@@ -35,25 +31,22 @@ def no_network(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "words",
     [
-        ["evaluate", "here", "--dataset", "none.jsonl", "--against", "me/missing"],
-        ["evaluate", "me/missing", "--dataset", "{f}/samples.jsonl"],
-        ["quantize", "me/missing", "--method", "rtn", "--output", "{f}/out"],
-        ["ask", "me/missing", "what ?", "--image", "{f}/0.png"],
+        "evaluate here --dataset none.jsonl --against me/missing",
+        "evaluate me/missing --dataset {f}/samples.jsonl",
+        "quantize me/missing --method rtn --output {f}/out",
+        "ask me/missing what? --image {f}/0.png",
     ],
-    ids=["against", "evaluate", "quantize", "ask"],
 )
-def test_a_hub_out_of_reach_is_asked_once(no_network, capsys, arguments):
+def test_a_hub_out_of_reach_is_asked_once(no_network, capsys, words):
     Image.new("RGB", (8, 8)).save(no_network / "0.png")
-    (no_network / "samples.jsonl").write_text(
-        '{"image": "0.png", "question": "what ?", "answer": "red"}'
-    )
-    assert main([word.replace("{f}", str(no_network)) for word in arguments]) == 1
+    record = '{"image": "0.png", "question": "what ?", "answer": "red"}'
+    (no_network / "samples.jsonl").write_text(record)
+    assert main(words.replace("{f}", str(no_network)).split()) == 1
     said = capsys.readouterr().err
-    assert said.startswith(
-        "qvlm: error: me/missing: is no directory here, and the Hub cannot be reached ("
-    )
+    told = "me/missing: is no directory here, and the Hub cannot be reached ("
+    assert said.startswith(f"qvlm: error: {told}")
     assert said.endswith("): check the name and the network.\n")
     assert said.count("\n") == 1
 

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 
 from qvlm_hf.calibration.samples import collate, load_samples, longest_sample, without_too_long
-from qvlm_hf.evaluation import Evaluation, evaluate, format_comparison
+from qvlm_hf.evaluation import evaluate, format_comparison
 
 PICTURE = Image.new("RGB", (32, 32), "green")
 TEXT_ONLY = [
@@ -30,7 +30,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def trained(samples, processor):
-    """A model that knows the even-numbered answers by heart, and the others but for a lucky guess not."""
+    """A model that knows the even-numbered answers by heart, and few others."""
     torch.manual_seed(0)
     model = tiny_llava()
     batch = collate(samples[::2] + samples[-1:], processor)
@@ -49,10 +49,8 @@ def greedy_is_right(model, sample, processor):
     labels = collate([sample], processor).labels[0]
     answer = labels[labels != -100]
     inputs = collate([dataclasses.replace(sample, messages=sample.messages[:-1])], processor).inputs
-    made = model.generate(**inputs, do_sample=False, max_new_tokens=len(answer))[
-        0, inputs["input_ids"].shape[1] :
-    ]
-    return made.tolist() == answer.tolist()
+    made = model.generate(**inputs, do_sample=False, max_new_tokens=len(answer))[0]
+    return made[inputs["input_ids"].shape[1] :].tolist() == answer.tolist()
 
 
 def test_agrees_with_greedy_generation(trained, samples, processor):
@@ -120,9 +118,8 @@ def test_kl_is_the_mean_over_tokens(trained, samples, processor):
             )
             total += (first.exp() * (first - second)).sum().item()
             tokens += len(positions)
-    assert evaluate(
-        trained, samples, processor, reference=reference
-    ).comparison.kl == pytest.approx(total / tokens, rel=1e-4)
+    found = evaluate(trained, samples, processor, reference=reference).comparison
+    assert found.kl == pytest.approx(total / tokens, rel=1e-4)
 
 
 def test_model_against_itself(trained, samples, processor):
@@ -164,28 +161,20 @@ def test_training_mode_is_restored_module_by_module(samples, processor):
 
 def test_progress(trained, samples, processor):
     steps = []
-    evaluate(
-        trained,
-        samples,
-        processor,
-        batch_size=4,
-        progress=lambda done, total: steps.append((done, total)),
-    )
+    evaluate(trained, samples, processor, batch_size=4, progress=lambda *step: steps.append(step))
     assert steps == [(4, 10), (8, 10), (10, 10)]
 
 
 def test_refuses(trained, samples, processor):
     (silent,) = load_samples([{"image": PICTURE, "question": "what ?"}])
-    with pytest.raises(
-        ValueError,
-        match=r"^dataset\[0\]: has no answer to compare with; add one or leave the sample out$",
-    ):
+    without = evaluate(trained, samples, processor)
+    silence = r"^dataset\[0\]: has no answer to compare with; add one or leave the sample out$"
+    with pytest.raises(ValueError, match=silence):
         evaluate(trained, [*samples, silent], processor)
     with pytest.raises(ValueError, match="evaluate got no samples"):
         evaluate(trained, [], processor)
     with pytest.raises(ValueError, match="batch_size=0 must be"):
         evaluate(trained, samples, processor, batch_size=0)
-    without = evaluate(trained, samples, processor)
     with pytest.raises(ValueError, match="kept no logits; evaluate it with keep_logits=True"):
         evaluate(trained, samples, processor, reference=without)
     with pytest.raises(ValueError, match="evaluated on other samples"):
@@ -194,21 +183,16 @@ def test_refuses(trained, samples, processor):
 
 def test_questions_without_positions_are_refused_and_can_be_left_out(samples, processor):
     model = tiny_llava()
-    lengths = [
-        int(collate([sample], processor).inputs["attention_mask"].sum()) for sample in samples
-    ]
-    model.config.text_config.max_position_embeddings = limit = max(lengths) - 1
+    masks = [collate([sample], processor).inputs["attention_mask"] for sample in samples]
+    limit = max(int(mask.sum()) for mask in masks) - 1
+    model.config.text_config.max_position_embeddings = limit
     assert longest_sample(model) == limit
-    with pytest.raises(
-        ValueError,
-        match=rf"^dataset\[\d\]: {limit + 1} tokens are more than the model's {limit} positions; "
-        rf"leave it out",
-    ):
+    told = rf"{limit + 1} tokens are more than the model's {limit} positions; leave it out"
+    with pytest.raises(ValueError, match=rf"^dataset\[\d\]: {told}"):
         evaluate(model, samples, processor)
     fitting = without_too_long(samples, processor, limit)
-    assert [sample.origin for sample in fitting] == [
-        s.origin for s, length in zip(samples, lengths, strict=True) if length <= limit
-    ]
+    expected = [s.origin for s, mask in zip(samples, masks, strict=True) if mask.sum() <= limit]
+    assert [sample.origin for sample in fitting] == expected
     assert len(evaluate(model, fitting, processor).correct) == len(fitting)
 
 
@@ -221,19 +205,15 @@ def test_broken_model_is_named(samples, processor):
 
 
 def test_to_dict_is_json_without_logits(trained, samples, processor):
-    evaluation = evaluate(
-        trained, samples, processor, reference=tiny_llava(seed=3), keep_logits=True
-    )
+    options = {"reference": tiny_llava(seed=3), "keep_logits": True}
+    evaluation = evaluate(trained, samples, processor, **options)
     data = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
     assert set(data) == {"accuracy", "by_kind", "comparison", "data_fingerprint", "questions"}
     assert data["accuracy"]["correct"] == evaluation.accuracy.successes
     assert data["comparison"]["only_model"] == evaluation.comparison.counts.only_second
-    assert data["questions"][1] == {
-        "origin": "dataset[1]",
-        "kind": "shape",
-        "correct": evaluation.correct[1],
-    }
-    assert Evaluation.to_dict(evaluate(trained, samples[:1], processor))["comparison"] is None
+    second = {"origin": "dataset[1]", "kind": "shape", "correct": evaluation.correct[1]}
+    assert data["questions"][1] == second
+    assert evaluate(trained, samples[:1], processor).to_dict()["comparison"] is None
 
 
 def test_format_comparison(trained, samples, processor):

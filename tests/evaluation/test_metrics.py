@@ -32,18 +32,14 @@ COUNTS = st.builds(counts, *[st.integers(0, 300)] * 4).filter(lambda c: c.total 
 
 
 # R. G. Newcombe, Statistics in Medicine 17 (1998) 857, table I, method 3.
-@pytest.mark.parametrize(
-    ("successes", "total", "low", "high"),
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
-def test_wilson_published_values(successes, total, low, high):
-    interval = wilson_interval(successes, total)
-    assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
+WILSON = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605)}
+WILSON |= {(0, 20): (0.0, 0.1611), (1, 29): (0.0061, 0.1718)}
+
+
+@pytest.mark.parametrize(("pair", "ends"), WILSON.items())
+def test_wilson_published_values(pair, ends):
+    interval = wilson_interval(*pair)
+    assert (interval.low, interval.high) == pytest.approx(ends, abs=5e-5)
 
 
 @given(PROPORTIONS)
@@ -52,10 +48,9 @@ def test_wilson_ends_solve_the_score_equation(pair):
     interval, share = wilson_interval(successes, total), successes / total
     assert 0 <= interval.low <= share <= interval.high <= 1
     for end in (interval.low, interval.high):
-        # |share - end| = z * standard error at the end: what makes it a score interval.
-        assert abs(share - end) == pytest.approx(
-            1.959963984540054 * math.sqrt(end * (1 - end) / total), abs=1e-9
-        )
+        # a score interval: |share - end| = z * standard error at the end
+        error = 1.959963984540054 * math.sqrt(end * (1 - end) / total)
+        assert abs(share - end) == pytest.approx(error, abs=1e-9)
     mirrored = wilson_interval(total - successes, total)
     assert (1 - mirrored.high, 1 - mirrored.low) == pytest.approx((interval.low, interval.high))
 
@@ -104,23 +99,17 @@ def test_mcnemar_many_questions():
 
 def test_paired_difference_by_hand():
     """Method 10 written out for 1000 questions, 4 lost and 1 won."""
-    table = counts(941, 4, 1, 54)
-    difference, interval = paired_difference(table)
+    difference, interval = paired_difference(counts(941, 4, 1, 54))
     assert difference == pytest.approx(-0.003)
-    (l1, u1), (l2, u2) = (
-        (i.low, i.high) for i in (wilson_interval(945, 1000), wilson_interval(942, 1000))
-    )
+    first, second = wilson_interval(945, 1000), wilson_interval(942, 1000)
     phi = (941 * 54 - 4 * 1 - 500) / math.sqrt(945 * 55 * 942 * 58)
-    low = -0.003 - math.sqrt(
-        (0.942 - l2) ** 2 - 2 * phi * (0.942 - l2) * (u1 - 0.945) + (u1 - 0.945) ** 2
-    )
-    high = -0.003 + math.sqrt(
-        (u2 - 0.942) ** 2 - 2 * phi * (u2 - 0.942) * (0.945 - l1) + (0.945 - l1) ** 2
-    )
+    down, up = 0.942 - second.low, first.high - 0.945
+    low = -0.003 - math.sqrt(down**2 - 2 * phi * down * up + up**2)
+    up, down = second.high - 0.942, 0.945 - first.low
+    high = -0.003 + math.sqrt(up**2 - 2 * phi * up * down + down**2)
     assert (interval.low, interval.high) == pytest.approx((low, high))
-    assert (
-        -0.01 < interval.low < interval.high < 0.005
-    )  # pairing helps: unpaired, it would be 4 points wide
+    # pairing helps: unpaired, it would be 4 points wide
+    assert -0.01 < interval.low < interval.high < 0.005
 
 
 @given(COUNTS)
@@ -136,11 +125,8 @@ def test_paired_difference_properties(table):
 
 def test_paired_difference_covers_the_truth():
     """Of 400 simulated comparisons about 95 % contain the true difference of -0.04."""
-    generator, outcomes = (
-        random.Random(0),
-        [(True, True), (True, False), (False, True), (False, False)],
-    )
-    inside = 0
+    generator, inside = random.Random(0), 0
+    outcomes = [(True, True), (True, False), (False, True), (False, False)]
     for _ in range(400):
         drawn = generator.choices(outcomes, weights=(0.80, 0.07, 0.03, 0.10), k=200)
         _, interval = paired_difference(PairedCounts.of(*zip(*drawn, strict=True)))
@@ -149,15 +135,12 @@ def test_paired_difference_covers_the_truth():
 
 
 def test_answer_kl_by_hand():
-    reference, model = (
-        torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]]),
-        torch.tensor([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]),
-    )
+    reference = torch.tensor([[0.5, 0.25, 0.25], [0.8, 0.1, 0.1]])
+    model = torch.tensor([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]])
     expected = (0.5 * math.log(2) + 0.25 * math.log(0.5)) / 2
-    # Logits are defined up to a constant per token; the direction matters: the other way round
-    # gives the same here, so use a third.
+    # logits are defined up to a constant per token
     assert answer_kl(reference.log() + 3, model.log() - 7) == pytest.approx(expected, rel=1e-6)
-    skewed = torch.tensor([[0.9, 0.05, 0.05]])
+    skewed = torch.tensor([[0.9, 0.05, 0.05]])  # tells the direction, which the pair above does not
     forward = 0.5 * math.log(0.5 / 0.9) + 2 * 0.25 * math.log(0.25 / 0.05)
     assert answer_kl(reference[:1].log(), skewed.log()) == pytest.approx(forward, rel=1e-6)
 
@@ -173,12 +156,8 @@ def test_answer_kl_properties(seed, tokens, vocabulary, dtype):
     first, second = (5 * torch.randn(2, tokens, vocabulary, generator=generator)).to(dtype)
     assert answer_kl(first, first) == 0.0
     assert answer_kl(first, second) > 0
-    expected = torch.nn.functional.kl_div(
-        second.float().log_softmax(-1),
-        first.float().log_softmax(-1),
-        reduction="sum",
-        log_target=True,
-    )
+    logs = (logits.float().log_softmax(-1) for logits in (second, first))
+    expected = torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True)
     assert answer_kl(first, second) == pytest.approx(expected.item() / tokens, rel=1e-3, abs=1e-5)
 
 

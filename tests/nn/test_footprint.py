@@ -9,7 +9,7 @@ from tiny_models import tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.bench.shapes import SHAPES, shape_config, shape_model, token_positions
+from qvlm_hf.bench.shapes import shape_config, shape_model, token_positions
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.files import tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
@@ -129,4 +129,4 @@ def test_mistakes() -> None:
         match=r"shape 'gpt' is unknown: this version has demo-1b, llava-1.5-7b, llava-1.5-13b",
     ):
         shape_config("gpt")
-    assert token_positions(SHAPES["llava-1.5-7b"]()) == {"vision": 577, "projector": 576}
+    assert token_positions(shape_config("llava-1.5-7b")) == {"vision": 577, "projector": 576}

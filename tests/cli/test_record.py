@@ -1,4 +1,7 @@
-"""`--json FILE` of `qvlm bench` and `qvlm evaluate`: refused before anything is loaded or measured, and never touched by the look."""
+"""`--json FILE` of `qvlm bench` and `qvlm evaluate`: refused before anything is loaded or measured.
+
+The look never touches the file.
+"""
 
 import errno
 import json
@@ -8,63 +11,51 @@ from pathlib import Path
 import pytest
 
 from qvlm_hf.cli import main
-from qvlm_hf.cli.result_file import check_result_file, write_result_file
+from qvlm_hf.cli.record import check_result_file, write_result_file
 
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["bench", "--kernels"],
-        ["bench", "--shape", "demo-1b"],
-        ["evaluate", "none", "--dataset", "none.jsonl"],
-    ],
-)
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("", ": is a directory: name a file."),
-        ("/nowhere/rows.json", ": the directory does not exist: create it or name another."),
-        ("/file/rows.json", ": cannot be written (Not a directory): name another file."),
-        (f"/{'x' * 300}", ": cannot be written (File name too long): name another file."),
-    ],
-)
-def test_refused_before_measuring(command, name, message, tmp_path, capsys):
-    (tmp_path / "file").write_text("kept")
-    assert main([*command, "--json", f"{tmp_path}{name}"]) == 1
-    captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", f"qvlm: error: --json {tmp_path}{name}{message}\n")
-
-
+COMMANDS = ["bench --kernels", "bench --shape demo-1b", "evaluate none --dataset none.jsonl"]
 RESULTS = (
     '{"accuracy": 1, "questions": []}',
     '{"threads": 2, "versions": {}, "rows": [], "device": "cpu"}',
     "",
 )
+REFUSED = ["kept", "[1]", '{"image": "a.png", "question": "?"}', '{"accuracy": 1}', "\u00ff"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "is a directory: name a file."),
+        ("/nowhere/rows.json", "the directory does not exist: create it or name another."),
+        ("/file/rows.json", "cannot be written (Not a directory): name another file."),
+        (f"/{'x' * 300}", "cannot be written (File name too long): name another file."),
+    ],
+)
+def test_refused_before_measuring(command, name, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    assert main([*command.split(), "--json", f"{tmp_path}{name}"]) == 1
+    assert capsys.readouterr() == ("", f"qvlm: error: --json {tmp_path}{name}: {message}\n")
 
 
 @pytest.mark.parametrize("text", RESULTS)
-def test_what_is_there_is_kept_and_nothing_is_left(tmp_path, text):
+def test_an_earlier_result_is_kept_by_the_look_and_nothing_is_left(tmp_path, text):
     (tmp_path / "old.json").write_text(text)
-    check_result_file(f"{tmp_path}/old.json")
-    check_result_file(f"{tmp_path}/new.json")
-    check_result_file(f"{tmp_path}/{'x' * 255}")
+    for name in ("old.json", "new.json", "x" * 255):
+        check_result_file(f"{tmp_path}/{name}")
     assert (tmp_path / "old.json").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
 
 
-@pytest.mark.parametrize(
-    "text", ["kept", "[1]", '{"image": "a.png", "question": "?"}', '{"accuracy": 1}', "\u00ff"]
-)
-@pytest.mark.parametrize(
-    "command", [["bench", "--kernels"], ["evaluate", "none", "--dataset", "none.jsonl"]]
-)
-def test_what_is_no_result_is_never_replaced(tmp_path, capsys, text, command):
+@pytest.mark.parametrize("text", REFUSED)
+@pytest.mark.parametrize("command", COMMANDS[::2])
+@pytest.mark.parametrize("name", ["samples.jsonl", "link.json"])
+def test_what_is_no_result_is_never_replaced(tmp_path, capsys, text, command, name):
     (tmp_path / "samples.jsonl").write_text(text, encoding="latin-1")
     (tmp_path / "link.json").symlink_to(tmp_path / "samples.jsonl")
-    for name in ("samples.jsonl", "link.json"):
-        assert main([*command, "--json", f"{tmp_path}/{name}"]) == 1
-        expected = f"--json {tmp_path}/{name}: holds no earlier result, so it is not replaced: name another file.\n"
-        assert capsys.readouterr().err == f"qvlm: error: {expected}"
+    assert main([*command.split(), "--json", f"{tmp_path}/{name}"]) == 1
+    told = "holds no earlier result, so it is not replaced: name another file.\n"
+    assert capsys.readouterr().err == f"qvlm: error: --json {tmp_path}/{name}: {told}"
     assert (tmp_path / "samples.jsonl").read_text(encoding="latin-1") == text
 
 
