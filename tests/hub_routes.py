@@ -15,7 +15,6 @@ rules of `_card_problems`.
 
 import base64
 import hashlib
-import itertools
 import json
 import re
 import secrets
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 import yaml
 from hub_storage import Blob, Commit, PullRequest, Repo
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROUTES", "Call", "HubError", "Reply", "User"]
 
+LICENSES = ("mit", "apache-2.0", "llama2", "other")  # of ninety
 LFS_SIZE = 10 * 2**20  # a larger file is never regular; nor is a binary one
 LFS_PATTERNS = (
     "*.safetensors",
@@ -147,7 +147,7 @@ class Call:
         )
         if not self.flag("create_pr") and not mine:
             self.repo("write")
-        if ref is None or ref.startswith("refs/tags/"):
+        if ref is None:
             raise _no_revision(revision)
         return repo, ref
 
@@ -221,43 +221,10 @@ def create_repo(call: Call) -> Reply:
     return Reply(body=answer)
 
 
-@route("DELETE", "/api/repos/delete")
-def delete_repo(call: Call) -> Reply:
-    user, wanted = call.signed_in(), call.json()
-    call.args["repo"] = f"{wanted.get('organization') or user.name}/{wanted['name']}"
-    del call.hub.repos[call.repo("write").id]
-    return Reply()
-
-
-@route("PUT", f"{API}/settings")
-def settings(call: Call) -> Reply:
-    repo, wanted = call.repo("write"), call.json()
-    if "visibility" in wanted:
-        repo.private = wanted["visibility"] == "private"
-    repo.gated = wanted.get("gated", repo.gated)
-    return Reply(body={"private": repo.private, "gated": repo.gated})
-
-
 @route("GET", f"{API}/auth-check(?P<write>/write)?")
 def auth_check(call: Call) -> Reply:
     call.repo("write" if call.args["write"] else "read")
     return Reply()
-
-
-@route("GET", "/api/models")
-def list_models(call: Call) -> Reply:
-    """Those that one may see, of an `author`, with all tags of `filter`."""
-    visible = [
-        repo
-        for repo in call.hub.repos.values()
-        if not repo.private or (call.user and call.user.owns(repo))
-    ]
-    found = [_describe(call, repo, repo.history()[0]) for repo in visible]
-    tags = set(call.query.get("filter", []))
-    authors = call.query.get("author") or [one["author"] for one in found]
-    return Reply(
-        body=[one for one in found if tags <= set(one["tags"]) and one["author"] in authors]
-    )
 
 
 @route("GET", f"{API}(/revision/{REV})?")
@@ -272,10 +239,9 @@ def _describe(call: Call, repo: Repo, commit: Commit) -> dict:
         "id": repo.id,
         "author": repo.namespace,
         "sha": commit.oid,
-        "createdAt": repo.created,
         "lastModified": repo.history()[0].date,
         "private": repo.private,
-        "gated": repo.gated,
+        "gated": False,
         "usedStorage": sum(blob.size for blob in commit.files.values()),
         "siblings": [
             _sibling(path, call.hub.shown(path, blob), call.flag("blobs"))
@@ -364,46 +330,14 @@ def _card_problems(text: str) -> list[str]:
                 f'"base_model" with value "{base}" is not valid. Use a model id from '
                 f"https://hf.co/models."
             )
+    if card.get("license", "mit") not in LICENSES:
+        found.append(f'"license" must be one of [{", ".join(LICENSES)}]')
     if card.get("base_model_relation") not in (None, "adapter", "finetune", "merge", "quantized"):
         found.append('"base_model_relation" must be one of [adapter, finetune, merge, quantized]')
     return found
 
 
 # Refs and pull requests
-
-
-@route("GET", f"{API}/refs")
-def refs(call: Call) -> Reply:
-    repo, kinds = (
-        call.repo(),
-        {"branches": "refs/heads/", "tags": "refs/tags/", "converts": "refs/convert/"},
-    )
-    if call.flag("include_prs"):
-        kinds["pullRequests"] = "refs/pr/"
-    answer: dict[str, list[dict]] = {kind: [] for kind in kinds}
-    for kind, prefix in kinds.items():
-        for ref, oid in repo.refs.items():
-            if ref.startswith(prefix):
-                answer[kind].append(
-                    {"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid}
-                )
-    return Reply(body=answer)
-
-
-@route("GET", f"{API}/commits/{REV}")
-def commits(call: Call) -> Reply:
-    repo, commit = call.commit()
-    return Reply(body=[_commit_entry(one) for one in repo.history(commit.oid)])
-
-
-def _commit_entry(commit: Commit) -> dict:
-    return {
-        "id": commit.oid,
-        "title": commit.title,
-        "message": commit.description,
-        "date": commit.date,
-        "authors": [{"user": commit.author}],
-    }
 
 
 @route("POST", f"{API}/branch/{REV}")
@@ -415,29 +349,6 @@ def create_branch(call: Call) -> Reply:
         raise HubError(409, f"Reference already exists: refs/heads/{name}")
     call.args["rev"] = call.json().get("startingPoint", "main")
     repo.refs[f"refs/heads/{name}"] = call.commit()[1].oid
-    return Reply()
-
-
-@route("POST", f"{API}/tag/{REV}")
-def create_tag(call: Call) -> Reply:
-    repo, name = call.repo("write"), f"refs/tags/{call.json()['tag']}"
-    if name in repo.refs:
-        raise HubError(409, f"Reference already exists: {name}")
-    repo.refs[name] = call.commit()[1].oid
-    return Reply()
-
-
-@route("DELETE", f"{API}/(?P<kind>branch|tag)/{REV}")
-def delete_ref(call: Call) -> Reply:
-    repo, name = (
-        call.repo("write"),
-        f"refs/{'heads' if call.args['kind'] == 'branch' else 'tags'}/{call.args['rev']}",
-    )
-    if name == "refs/heads/main":
-        raise HubError(403, "The default branch cannot be deleted")
-    if name not in repo.refs:
-        raise _no_revision(call.args["rev"])
-    del repo.refs[name]
     return Reply()
 
 
@@ -456,76 +367,27 @@ def open_pull_request(call: Call) -> Reply:
     )
 
 
-@route("GET", f"{API}/discussions")
-def pull_requests(call: Call) -> Reply:
-    repo = call.repo()
-    found = [_pull_entry(repo, pull) for pull in repo.pull_requests.values()]
-    return Reply(body={"discussions": found, "count": len(found), "start": 0})
-
-
 @route("GET", f"{API}/discussions/{NUM}")
 def pull_request(call: Call) -> Reply:
-    return Reply(body=_pull_entry(*_pull_request(call)))
-
-
-@route("POST", f"{API}/discussions/{NUM}/status")
-def change_status(call: Call) -> Reply:
-    _, pull = _pull_request(call, "write")
-    pull.status = call.json()["status"]
+    repo = call.repo()
     return Reply(
-        body={"newStatus": _event(pull, "status", "status-change", {"status": pull.status})}
+        body=_pull_entry(repo.pull_requests[int(call.args["num"])])
+        | {"repo": {"name": repo.id, "type": "model"}}
     )
 
 
-@route("POST", f"{API}/discussions/{NUM}/merge")
-def merge(call: Call) -> Reply:
-    repo, pull = _pull_request(call, "write")
-    if pull.status != "open":
-        raise HubError(400, f"This pull request is {pull.status}; only an open one can be merged")
-    if conflicts := repo.conflicts(pull):
-        raise HubError(409, f"Merge conflicts in {', '.join(conflicts)}")
-    repo.merge(pull, call.user.name)
-    return Reply()
-
-
-def _pull_request(call: Call, need: str = "read") -> tuple[Repo, PullRequest]:
-    repo = call.repo(need)
-    pull = repo.pull_requests.get(int(call.args["num"]))
-    if pull is None:
-        raise HubError(404, f"{repo.id} has no pull request {call.args['num']}")
-    return repo, pull
-
-
-def _pull_entry(repo: Repo, pull: PullRequest) -> dict:
-    comment = {"edited": False, "hidden": False, "latest": {"raw": pull.description}}
-    base = repo.history(pull.base)
-    own = [commit for commit in repo.history(pull.ref) if commit not in base]
+def _pull_entry(pull: PullRequest) -> dict:
     return {
         "title": pull.title,
         "num": pull.num,
-        "status": pull.status,
+        "status": "draft",
         "author": {"name": pull.author},
         "createdAt": pull.date,
-        "repo": {"name": repo.id, "type": "model"},
         "isPullRequest": True,
-        "changes": {"base": "refs/heads/main", "mergeCommitId": pull.merged},
-        "filesWithConflicts": repo.conflicts(pull),
+        "changes": {"base": "refs/heads/main"},
+        "filesWithConflicts": [],
         "diff": "",
-        "events": [_event(pull, "opened", "comment", comment)]
-        + [
-            _event(pull, one.oid, "commit", {"subject": one.title, "oid": one.oid})
-            for one in reversed(own)
-        ],
-    }
-
-
-def _event(pull: PullRequest, id_: str, kind: str, data: dict) -> dict:
-    return {
-        "id": id_,
-        "type": kind,
-        "createdAt": pull.date,
-        "author": {"name": pull.author},
-        "data": data,
+        "events": [],
     }
 
 
@@ -627,7 +489,7 @@ def commit(call: Call) -> Reply:
         _apply(call.hub, files, operation["key"], operation["value"])
     answer = {"success": True}
     if call.flag("create_pr"):
-        pull = repo.open_pull_request(summary, description, call.user.name, status="open")
+        pull = repo.open_pull_request(summary, description, call.user.name)
         ref, answer["pullRequestUrl"] = (
             pull.ref,
             f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}",
@@ -669,29 +531,14 @@ def _apply(hub: "HubServer", files: dict[str, Blob], key: str, value: dict) -> N
 
 @route("GET", f"{API}/tree/{REV}(/(?P<path>.+))?")
 def tree(call: Call) -> Reply:
-    repo, commit = call.commit()
+    _, commit = call.commit()
     below = f"{call.args['path']}/" if call.args["path"] else ""
     paths = [path for path in [*commit.files, *_folders(commit)] if path.startswith(below)]
     if below and not paths:
         raise _missing(call.args["path"], commit)
     if not call.flag("recursive"):
         paths = [path for path in paths if "/" not in path.removeprefix(below)]
-    return Reply(
-        body=[_entry(call, repo, commit, path, call.flag("expand")) for path in sorted(paths)]
-    )
-
-
-@route("POST", f"{API}/paths-info/{REV}")
-def paths_info(call: Call) -> Reply:
-    repo, commit = call.commit()
-    form = parse_qs(call.read().decode())
-    found = [path for path in form.get("paths", []) if path in [*commit.files, *_folders(commit)]]
-    return Reply(
-        body=[
-            _entry(call, repo, commit, path, form.get("expand", [""])[0].lower() == "true")
-            for path in found
-        ]
-    )
+    return Reply(body=[_entry(call, commit, path) for path in sorted(paths)])
 
 
 def _folders(commit: Commit) -> set[str]:
@@ -702,7 +549,7 @@ def _folders(commit: Commit) -> set[str]:
     }
 
 
-def _entry(call: Call, repo: Repo, commit: Commit, path: str, expand: bool) -> dict:
+def _entry(call: Call, commit: Commit, path: str) -> dict:
     """A line of a listing: a file or a folder."""
     inside = {name: blob.oid for name, blob in commit.files.items() if name.startswith(f"{path}/")}
     if path in commit.files:
@@ -717,17 +564,7 @@ def _entry(call: Call, repo: Repo, commit: Commit, path: str, expand: bool) -> d
             "size": 0,
             "oid": hashlib.sha1(json.dumps(inside).encode()).hexdigest(),
         }
-    if expand:
-        last = _last_change(repo.history(commit.oid), [path, *inside])
-        entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": last.date}
     return entry
-
-
-def _last_change(history: list[Commit], paths: list[str]) -> Commit:
-    for newer, older in itertools.pairwise(history):
-        if any(newer.files.get(path) != older.files.get(path) for path in paths):
-            return newer
-    return history[-1]
 
 
 def _missing(path: str, commit: Commit) -> HubError:
@@ -742,10 +579,6 @@ def _missing(path: str, commit: Commit) -> HubError:
 def resolve(call: Call) -> Reply:
     repo, commit = call.commit()
     path = call.args["path"]
-    if repo.gated and not (call.user and call.user.owns(repo)):
-        raise HubError(
-            403 if call.user else 401, f"Access to model {repo.id} is restricted.", "GatedRepo"
-        )
     if path not in commit.files:
         raise _missing(path, commit)
     blob = commit.files[path]

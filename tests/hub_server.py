@@ -33,7 +33,6 @@ import signal
 import socket
 import string
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -69,7 +68,6 @@ class _Fault:
     times: int | None  # None: always
     status: int | None = None
     after_bytes: int | None = None
-    seconds: float = 0
     answer_lost: bool = False
 
 
@@ -160,10 +158,6 @@ class HubServer:
     def lose_answer(self, method: str, path: str, times: int | None = 1) -> None:
         """Does what was asked and closes the connection instead of answering."""
         self._faults.append(_Fault(method, path, times, answer_lost=True))
-
-    def slow(self, path: str, seconds: float, times: int | None = 1, method: str = ".*") -> None:
-        """Waits before it answers."""
-        self._faults.append(_Fault(method, path, times, seconds=seconds))
 
     def wrong_etag(self, path: str) -> None:
         """From now on reports, everywhere, another hash than the content's for files whose path in the repository matches."""
@@ -284,8 +278,6 @@ class _Handler(BaseHTTPRequestHandler):
         blocks = self._body()
         call = Call(hub, self.command, url.path, parse_qs(url.query), blocks)
         try:
-            if self._fault.seconds and hub.spend(self._fault):
-                time.sleep(self._fault.seconds)
             if self._fault.status and hub.spend(self._fault):
                 reply = HubError(self._fault.status, "A fault of the tests").reply
             else:

@@ -16,8 +16,8 @@ from qvlm_hf.bench.shapes import SHAPES
 from qvlm_hf.cli.bench_models import bench_models
 from qvlm_hf.cli.record import benchmark_entry, shown_command
 from qvlm_hf.cli.result_file import check_result_file, write_result_file
+from qvlm_hf.hub.card import CARD_NAME
 from qvlm_hf.hub.contents import REPORT_NAME
-from qvlm_hf.hub.model_card import CARD_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
 from qvlm_hf.ops.cpu import kernel_name
 

@@ -10,8 +10,8 @@ from qvlm_hf.cli.models import check_fits, load_model, load_with_processor, read
 from qvlm_hf.cli.record import evaluation_entry, shown_command
 from qvlm_hf.cli.result_file import check_result_file, write_result_file
 from qvlm_hf.evaluation import evaluate, format_comparison
+from qvlm_hf.hub.card import CARD_NAME
 from qvlm_hf.hub.contents import REPORT_NAME
-from qvlm_hf.hub.model_card import CARD_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
 
 __all__ = ["add_arguments", "run"]
