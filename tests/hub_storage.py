@@ -11,7 +11,6 @@ commit's is a hash of the same facts.
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 import tempfile
@@ -189,12 +188,7 @@ class Repo:
         ref = self.ref(revision)
         if ref is not None:
             return self.commits[self.refs[ref]]
-        found = [
-            oid
-            for oid in self.commits
-            if re.fullmatch("[0-9a-f]{7,40}", revision) and oid.startswith(revision)
-        ]
-        return self.commits[found[0]] if len(found) == 1 else None
+        return self.commits.get(revision)
 
     def history(self, revision: str = "main") -> list[Commit]:
         """Commits, newest first."""
@@ -211,10 +205,8 @@ class Repo:
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         """Path -> content."""
-        return {
-            path: self.store.path(blob.sha256).read_bytes()
-            for path, blob in self.tree(revision).items()
-        }
+        tree = self.tree(revision).items()
+        return {path: self.store.path(blob.sha256).read_bytes() for path, blob in tree}
 
     def advance(
         self, ref: str, files: dict[str, Blob], title: str, description: str, author: str

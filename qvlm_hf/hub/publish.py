@@ -27,15 +27,7 @@ from qvlm_hf.hub.contents import read_quantization
 from qvlm_hf.hub.errors import explained, one_line
 from qvlm_hf.hub.payload import STALE, Payload, check_secrets, check_text
 
-__all__ = [
-    "Published",
-    "Target",
-    "check_repo_id",
-    "check_target",
-    "fetch_card",
-    "upload",
-    "verify",
-]
+__all__ = ["Published", "Target", "check_repo_id", "check_target", "fetch_card", "upload", "verify"]
 
 # What git refuses (git-check-ref-format), and what git or the Hub would take for a commit or for a
 # reference that is no branch.

@@ -142,8 +142,7 @@ def library_messages():
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).parts[0]
         if room in ("cli", "demo", "nn", "ops") or path.name in (
-            "reproduce.py",
-            "card_text.py",
+            "repeat.py",
             "guards.py",
             "optimum.py",
         ):

@@ -469,6 +469,5 @@ def test_a_panel_per_segment_with_blocks_as_bands(layers):
     assert both.shape[0] > 1.8 * single.shape[0]
     colours, counts = np.unique(single.reshape(-1, 3), axis=0, return_counts=True)
     large = {tuple(map(int, colour)) for colour in colours[counts > 0.05 * counts.sum()]}
-    assert {(0xDF, 0xE8, 0xF3), (0xF3, 0xEA, 0xD9)} - large == (
-        set() if layers > 2 else {(0xF3, 0xEA, 0xD9)}
-    )
+    bands = [(0xDF, 0xE8, 0xF3), (0xF3, 0xEA, 0xD9)]
+    assert set(bands if layers > 2 else bands[:1]) <= large

@@ -1,4 +1,4 @@
-"""The Hub of the tests, asked by the real client: what the tests of publishing rely on."""
+"""The Hub of the tests, asked by the real client: what test_publish.py relies on and does not see."""
 
 import os
 import signal
@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from safetensors.torch import save_file
 
@@ -53,25 +51,6 @@ def local(folder):
 def content(hub, revision="main"):
     files = hub.repo(REPO).files(revision)
     return {path: data for path, data in files.items() if path != ".gitattributes"}
-
-
-def test_a_folder_arrives_in_one_commit_and_a_second_push_sends_nothing(hub, api, folder, transfer):
-    done = api.upload_folder(repo_id=REPO, folder_path=folder, commit_message="First")
-    assert content(hub) == local(folder)
-    lfs = {path for path, blob in hub.repo(REPO).tree().items() if blob.lfs}
-    assert lfs == {"model.safetensors", "pictures/partition.png"}
-    first, initial = hub.repo(REPO).history()
-    assert (first.oid, first.title, first.author, initial.parent) == (done.oid, "First", "me", None)
-    assert len(hub.calls("PUT", "^/upload/")) == (2 if transfer == "lfs" else 0)
-    assert len(hub.calls("GET", "xet-write-token")) == (1 if transfer == "xet" else 0)
-    hub.requests.clear()
-    assert api.upload_folder(repo_id=REPO, folder_path=folder).oid == done.oid
-    assert not hub.calls("PUT", "") + hub.calls("POST", "/commit/")
-    (folder / "model.safetensors").rename(folder / "other.safetensors")
-    api.upload_folder(repo_id=REPO, folder_path=folder, delete_patterns="*.safetensors")
-    assert not hub.calls("PUT", "")  # the content is there
-    assert content(hub) == local(folder)
-    assert len(hub.repo(REPO).history()) == 3
 
 
 def test_what_is_pushed_is_described_and_downloaded(hub, api, folder, transfer):
@@ -113,23 +92,6 @@ def test_ranges(hub, api, asked, got, said):
     assert (answer.status, answer.read(), answer.headers["Content-Range"]) == (206, got, said)
 
 
-def test_branches_and_pull_requests(hub, api, folder, transfer):
-    stranger = HfApi(endpoint=hub.endpoint, token=hub.add_user("you"))
-    with pytest.raises(HfHubHTTPError, match="no right to write to me/model"):
-        stranger.upload_folder(repo_id=REPO, folder_path=folder)
-    done = stranger.upload_folder(repo_id=REPO, folder_path=folder, create_pr=True)
-    assert (done.pr_num, done.pr_revision, content(hub)) == (1, "refs/pr/1", {})
-    assert content(hub, "refs/pr/1") == local(folder)
-    api.create_branch(REPO, branch="w4a4/test")
-    api.upload_folder(repo_id=REPO, folder_path=folder, revision="w4a4/test")
-    assert (content(hub), content(hub, "w4a4/test")) == ({}, local(folder))
-    downloaded = api.hf_hub_download(REPO, "config.json", revision="w4a4/test")
-    assert Path(downloaded).read_bytes() == local(folder)["config.json"]
-    for revision, kind in (("nowhere", RevisionNotFoundError), ("main", RemoteEntryNotFoundError)):
-        with pytest.raises(kind):
-            api.hf_hub_download(REPO, "config.json", revision=revision)
-
-
 def test_access(hub, api, folder):
     read, org = hub.add_user("me", role="read"), hub.add_user("me", orgs=("lab",))
     reader, member = (HfApi(endpoint=hub.endpoint, token=token) for token in (read, org))
@@ -164,39 +126,6 @@ def test_the_second_origin_takes_no_token_and_no_unsigned_address(hub, api, fold
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(request)
         assert caught.value.code == status
-
-
-@pytest.mark.parametrize("fault", ["passing", "commit", "cut upload", "cut commit", "lost answer"])
-def test_a_fault_leaves_the_branch_whole_and_a_repeat_completes_it(
-    hub, api, folder, no_waiting, fault
-):
-    if fault == "passing":  # the client repeats it
-        hub.fail("POST", "/preupload/", status=503, times=2)
-        hub.fail("PUT", "^/upload/", times=1)
-    else:
-        {
-            "commit": lambda: hub.fail("POST", "/commit/main"),
-            "cut upload": lambda: hub.cut("^/upload/", after_bytes=100_000, times=None),
-            "cut commit": lambda: hub.cut("/commit/main", after_bytes=50),
-            "lost answer": lambda: hub.lose_answer("POST", "/commit/main"),
-        }[fault]()
-        with pytest.raises(Exception, match=r"500|Error while uploading|disconnected|reset|Broken"):
-            api.upload_folder(repo_id=REPO, folder_path=folder)
-        assert content(hub) == (local(folder) if fault == "lost answer" else {})
-    hub.heal()
-    api.upload_folder(repo_id=REPO, folder_path=folder)
-    assert content(hub) == local(folder)
-    assert len(hub.repo(REPO).history()) == 2
-
-
-def test_a_download_that_is_cut_goes_on_where_it_stopped(hub, api, folder, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
-    api.upload_folder(repo_id=REPO, folder_path=folder)
-    hub.cut("model.safetensors", after_bytes=150_000)
-    loaded = Path(api.hf_hub_download(REPO, "model.safetensors"))
-    assert loaded.read_bytes() == local(folder)["model.safetensors"]
-    first, second = hub.calls("GET", "^/objects/")
-    assert (first.status, first.sent, second.status) == (None, 150_000, 206)
 
 
 def test_what_no_route_knows_is_reported(hub):
