@@ -14,8 +14,6 @@ rules of `_card_problems`.
 """
 
 import base64
-import hashlib
-import itertools
 import json
 import re
 import secrets
@@ -24,31 +22,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 import yaml
-from hub_storage import Blob, Commit, PullRequest, Repo
+from hub_storage import Blob, Commit, Repo
 
 if TYPE_CHECKING:
     from hub_server import HubServer
 
 __all__ = ["ROUTES", "Call", "HubError", "Reply", "User"]
 
+LICENSES = ("mit", "apache-2.0", "llama2", "other")  # of ninety
+ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LFS_SIZE = 10 * 2**20  # a larger file is never regular; nor is a binary one
-LFS_PATTERNS = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.onnx",
-    "*.gguf",
-    "*.npz",
-    "*.npy",
-    "*.parquet",
-    "*.zip",
-    "*.gz",
-    "*.model",
-)
+LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.onnx", "*.gguf", "*.npz", "*.zip", "*.model")
 ATTRIBUTES = "".join(
     f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS
 ).encode()
@@ -96,9 +83,8 @@ class Call:
     query: dict[str, list[str]]
     blocks: Iterator[bytes]  # the body
     user: User | None = None
-    args: dict[str, str] = field(
-        default_factory=dict
-    )  # the groups of the route's pattern, unquoted
+    # the groups of the route's pattern, unquoted
+    args: dict[str, str] = field(default_factory=dict)
 
     def read(self) -> bytes:
         return b"".join(self.blocks)
@@ -147,7 +133,7 @@ class Call:
         )
         if not self.flag("create_pr") and not mine:
             self.repo("write")
-        if ref is None or ref.startswith("refs/tags/"):
+        if ref is None:
             raise _no_revision(revision)
         return repo, ref
 
@@ -180,62 +166,24 @@ def whoami(call: Call) -> Reply:
     user = call.signed_in()
     orgs = [{"type": "org", "name": name, "roleInOrg": "admin"} for name in user.orgs]
     auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": user.role}}
-    return Reply(
-        body={
-            "type": "user",
-            "id": user.name,
-            "name": user.name,
-            "fullname": user.name,
-            "orgs": orgs,
-            "auth": auth,
-        }
-    )
+    return Reply(body={"type": "user", "name": user.name, "orgs": orgs, "auth": auth})
 
 
 @route("POST", "/api/repos/create")
 def create_repo(call: Call) -> Reply:
     user, wanted = call.signed_in(), call.json()
-    repo = Repo(
-        f"{wanted.get('organization') or user.name}/{wanted['name']}",
-        wanted.get("visibility") == "private",
-        call.hub.store,
-    )
+    id_ = f"{wanted.get('organization') or user.name}/{wanted['name']}"
+    repo = Repo(id_, wanted.get("visibility") == "private", call.hub.store)
     if user.role != "write" or not user.owns(repo):
-        raise HubError(
-            403,
-            f'You don\'t have the rights to create a model under the namespace "{repo.namespace}"',
-        )
-    if wanted.get("type", "model") != "model":
-        raise HubError(400, "This server has models only")
+        message = "You don't have the rights to create a model under the namespace"
+        raise HubError(403, f'{message} "{repo.namespace}"')
     answer = {"url": f"{call.hub.endpoint}/{repo.id}", "name": repo.id, "id": repo.id}
     if repo.id in call.hub.repos:
         raise HubError(409, "You already created this model repo", **answer)
-    repo.advance(
-        "refs/heads/main",
-        {".gitattributes": repo.store.regular(ATTRIBUTES)},
-        "initial commit",
-        "",
-        user.name,
-    )
+    files = {".gitattributes": repo.store.regular(ATTRIBUTES)}
+    repo.advance("refs/heads/main", files, "initial commit", "", user.name)
     call.hub.repos[repo.id] = repo
     return Reply(body=answer)
-
-
-@route("DELETE", "/api/repos/delete")
-def delete_repo(call: Call) -> Reply:
-    user, wanted = call.signed_in(), call.json()
-    call.args["repo"] = f"{wanted.get('organization') or user.name}/{wanted['name']}"
-    del call.hub.repos[call.repo("write").id]
-    return Reply()
-
-
-@route("PUT", f"{API}/settings")
-def settings(call: Call) -> Reply:
-    repo, wanted = call.repo("write"), call.json()
-    if "visibility" in wanted:
-        repo.private = wanted["visibility"] == "private"
-    repo.gated = wanted.get("gated", repo.gated)
-    return Reply(body={"private": repo.private, "gated": repo.gated})
 
 
 @route("GET", f"{API}/auth-check(?P<write>/write)?")
@@ -244,60 +192,23 @@ def auth_check(call: Call) -> Reply:
     return Reply()
 
 
-@route("GET", "/api/models")
-def list_models(call: Call) -> Reply:
-    """Those that one may see, of an `author`, with all tags of `filter`."""
-    visible = [
-        repo
-        for repo in call.hub.repos.values()
-        if not repo.private or (call.user and call.user.owns(repo))
-    ]
-    found = [_describe(call, repo, repo.history()[0]) for repo in visible]
-    tags = set(call.query.get("filter", []))
-    authors = call.query.get("author") or [one["author"] for one in found]
-    return Reply(
-        body=[one for one in found if tags <= set(one["tags"]) and one["author"] in authors]
-    )
-
-
 @route("GET", f"{API}(/revision/{REV})?")
 def model_info(call: Call) -> Reply:
-    return Reply(body=_describe(call, *call.commit()))
-
-
-def _describe(call: Call, repo: Repo, commit: Commit) -> dict:
+    repo, commit = call.commit()
     readme = commit.files.get("README.md")
     card = _front_matter(repo.store.path(readme.sha256).read_text()) if readme else {}
-    described = {
-        "id": repo.id,
-        "author": repo.namespace,
-        "sha": commit.oid,
-        "createdAt": repo.created,
-        "lastModified": repo.history()[0].date,
-        "private": repo.private,
-        "gated": repo.gated,
-        "usedStorage": sum(blob.size for blob in commit.files.values()),
-        "siblings": [
-            _sibling(path, call.hub.shown(path, blob), call.flag("blobs"))
-            for path, blob in commit.files.items()
-        ],
-        "cardData": card,
-        "tags": _tags(card),
-    }
-    return described | {
-        name: card[name] for name in ("pipeline_tag", "library_name") if name in card
-    }
-
-
-def _sibling(path: str, blob: Blob, blobs: bool) -> dict:
-    if not blobs:
-        return {"rfilename": path}
-    lfs = (
-        {"lfs": {"sha256": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}}
-        if blob.lfs
-        else {}
+    return Reply(
+        body={
+            "id": repo.id,
+            "author": repo.namespace,
+            "sha": commit.oid,
+            "lastModified": repo.history()[0].date,
+            "private": repo.private,
+            "siblings": [{"rfilename": path} for path in commit.files],
+            "cardData": card,
+            "tags": _tags(card),
+        }
     )
-    return {"rfilename": path, "size": blob.size, "blobId": blob.oid} | lfs
 
 
 # Cards
@@ -328,16 +239,8 @@ def _front_matter(text: str) -> dict:
 
 @route("POST", "/api/validate-yaml")
 def validate_yaml(call: Call) -> Reply:
-    text = call.json()["content"]
-    problems = _card_problems(text)
-    if problems:
-        return Reply(
-            400, {"errors": [{"message": message} for message in problems], "warnings": []}
-        )
-    warnings = (
-        [] if _front_matter(text) else [{"message": "empty or missing yaml metadata in repo card"}]
-    )
-    return Reply(body={"errors": [], "warnings": warnings})
+    errors = [{"message": message} for message in _card_problems(call.json()["content"])]
+    return Reply(400 if errors else 200, {"errors": errors, "warnings": []})
 
 
 def _card_problems(text: str) -> list[str]:
@@ -347,63 +250,23 @@ def _card_problems(text: str) -> list[str]:
         return [f"YAML: {error}"]
     if not isinstance(card, dict):
         return ["YAML must be an object"]
+    strings = ("tags", "datasets", "metrics", "license", "pipeline_tag", "library_name")
     found = [
-        f'"{key}" must be a string'
-        for key in ("license", "pipeline_tag", "library_name")
-        if not isinstance(card.get(key, ""), str)
+        f'"{key}" must hold strings'
+        for key in strings
+        if not all(isinstance(value, str) for value in _listed(card.get(key)))
     ]
-    for key in ("tags", "datasets", "metrics"):
-        found += [
-            f'"{key}" must hold strings'
-            for value in _listed(card.get(key))
-            if not isinstance(value, str)
-        ][:1]
-    for base in _listed(card.get("base_model")):
-        if not (isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
-            found.append(
-                f'"base_model" with value "{base}" is not valid. Use a model id from '
-                f"https://hf.co/models."
-            )
+    bases = _listed(card.get("base_model"))
+    if not all(isinstance(base, str) and ID.fullmatch(base) for base in bases):
+        found.append(f'"base_model" with value "{bases}" is not valid. Use a model id')
+    if card.get("license", "mit") not in LICENSES:
+        found.append(f'"license" must be one of [{", ".join(LICENSES)}]')
     if card.get("base_model_relation") not in (None, "adapter", "finetune", "merge", "quantized"):
         found.append('"base_model_relation" must be one of [adapter, finetune, merge, quantized]')
     return found
 
 
 # Refs and pull requests
-
-
-@route("GET", f"{API}/refs")
-def refs(call: Call) -> Reply:
-    repo, kinds = (
-        call.repo(),
-        {"branches": "refs/heads/", "tags": "refs/tags/", "converts": "refs/convert/"},
-    )
-    if call.flag("include_prs"):
-        kinds["pullRequests"] = "refs/pr/"
-    answer: dict[str, list[dict]] = {kind: [] for kind in kinds}
-    for kind, prefix in kinds.items():
-        for ref, oid in repo.refs.items():
-            if ref.startswith(prefix):
-                answer[kind].append(
-                    {"name": ref.removeprefix(prefix), "ref": ref, "targetCommit": oid}
-                )
-    return Reply(body=answer)
-
-
-@route("GET", f"{API}/commits/{REV}")
-def commits(call: Call) -> Reply:
-    repo, commit = call.commit()
-    return Reply(body=[_commit_entry(one) for one in repo.history(commit.oid)])
-
-
-def _commit_entry(commit: Commit) -> dict:
-    return {
-        "id": commit.oid,
-        "title": commit.title,
-        "message": commit.description,
-        "date": commit.date,
-        "authors": [{"user": commit.author}],
-    }
 
 
 @route("POST", f"{API}/branch/{REV}")
@@ -418,115 +281,24 @@ def create_branch(call: Call) -> Reply:
     return Reply()
 
 
-@route("POST", f"{API}/tag/{REV}")
-def create_tag(call: Call) -> Reply:
-    repo, name = call.repo("write"), f"refs/tags/{call.json()['tag']}"
-    if name in repo.refs:
-        raise HubError(409, f"Reference already exists: {name}")
-    repo.refs[name] = call.commit()[1].oid
-    return Reply()
-
-
-@route("DELETE", f"{API}/(?P<kind>branch|tag)/{REV}")
-def delete_ref(call: Call) -> Reply:
-    repo, name = (
-        call.repo("write"),
-        f"refs/{'heads' if call.args['kind'] == 'branch' else 'tags'}/{call.args['rev']}",
-    )
-    if name == "refs/heads/main":
-        raise HubError(403, "The default branch cannot be deleted")
-    if name not in repo.refs:
-        raise _no_revision(call.args["rev"])
-    del repo.refs[name]
-    return Reply()
-
-
 @route("POST", f"{API}/discussions")
 def open_pull_request(call: Call) -> Reply:
     repo, wanted = call.repo("propose"), call.json()
     if not wanted.get("pullRequest"):
         raise HubError(400, "This server has pull requests only")
     pull = repo.open_pull_request(wanted["title"], wanted["description"], call.user.name)
-    return Reply(
-        body={
-            "num": pull.num,
-            "pullRequest": True,
-            "url": f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}",
-        }
-    )
-
-
-@route("GET", f"{API}/discussions")
-def pull_requests(call: Call) -> Reply:
-    repo = call.repo()
-    found = [_pull_entry(repo, pull) for pull in repo.pull_requests.values()]
-    return Reply(body={"discussions": found, "count": len(found), "start": 0})
+    url = f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}"
+    return Reply(body={"num": pull.num, "pullRequest": True, "url": url})
 
 
 @route("GET", f"{API}/discussions/{NUM}")
 def pull_request(call: Call) -> Reply:
-    return Reply(body=_pull_entry(*_pull_request(call)))
-
-
-@route("POST", f"{API}/discussions/{NUM}/status")
-def change_status(call: Call) -> Reply:
-    _, pull = _pull_request(call, "write")
-    pull.status = call.json()["status"]
-    return Reply(
-        body={"newStatus": _event(pull, "status", "status-change", {"status": pull.status})}
-    )
-
-
-@route("POST", f"{API}/discussions/{NUM}/merge")
-def merge(call: Call) -> Reply:
-    repo, pull = _pull_request(call, "write")
-    if pull.status != "open":
-        raise HubError(400, f"This pull request is {pull.status}; only an open one can be merged")
-    if conflicts := repo.conflicts(pull):
-        raise HubError(409, f"Merge conflicts in {', '.join(conflicts)}")
-    repo.merge(pull, call.user.name)
-    return Reply()
-
-
-def _pull_request(call: Call, need: str = "read") -> tuple[Repo, PullRequest]:
-    repo = call.repo(need)
-    pull = repo.pull_requests.get(int(call.args["num"]))
-    if pull is None:
-        raise HubError(404, f"{repo.id} has no pull request {call.args['num']}")
-    return repo, pull
-
-
-def _pull_entry(repo: Repo, pull: PullRequest) -> dict:
-    comment = {"edited": False, "hidden": False, "latest": {"raw": pull.description}}
-    base = repo.history(pull.base)
-    own = [commit for commit in repo.history(pull.ref) if commit not in base]
-    return {
-        "title": pull.title,
-        "num": pull.num,
-        "status": pull.status,
-        "author": {"name": pull.author},
-        "createdAt": pull.date,
-        "repo": {"name": repo.id, "type": "model"},
-        "isPullRequest": True,
-        "changes": {"base": "refs/heads/main", "mergeCommitId": pull.merged},
-        "filesWithConflicts": repo.conflicts(pull),
-        "diff": "",
-        "events": [_event(pull, "opened", "comment", comment)]
-        + [
-            _event(pull, one.oid, "commit", {"subject": one.title, "oid": one.oid})
-            for one in reversed(own)
-        ],
-    }
-
-
-def _event(pull: PullRequest, id_: str, kind: str, data: dict) -> dict:
-    return {
-        "id": id_,
-        "type": kind,
-        "createdAt": pull.date,
-        "author": {"name": pull.author},
-        "data": data,
-    }
+    repo = call.repo()
+    pull = repo.pull_requests[int(call.args["num"])]
+    facts = {"title": pull.title, "num": pull.num, "status": "draft", "createdAt": pull.date}
+    facts |= {"author": {"name": pull.author}, "repo": {"name": repo.id, "type": "model"}}
+    facts |= {"isPullRequest": True, "changes": {"base": "refs/heads/main"}}
+    return Reply(body=facts | {"filesWithConflicts": [], "diff": "", "events": []})
 
 
 # Uploads
@@ -537,26 +309,13 @@ def preupload(call: Call) -> Reply:
     repo, ref = call.target()
     files, answers = repo.tree(ref), []
     for file in call.json()["files"]:
-        binary = b"\0" in base64.b64decode(file["sample"])
-        lfs = (
-            binary
-            or file["size"] > LFS_SIZE
-            or any(fnmatch(file["path"].rpartition("/")[2], pattern) for pattern in LFS_PATTERNS)
-        )
-        answer = {
-            "path": file["path"],
-            "uploadMode": "lfs" if lfs else "regular",
-            "shouldIgnore": False,
-        }
-        there = files.get(file["path"])
-        answers.append(
-            answer
-            | (
-                {"oid": call.hub.shown(file["path"], there).etag}
-                if there and there.lfs == lfs
-                else {}
-            )
-        )
+        name, there = file["path"].rpartition("/")[2], files.get(file["path"])
+        lfs = b"\0" in base64.b64decode(file["sample"]) or file["size"] > LFS_SIZE
+        lfs = lfs or any(fnmatch(name, pattern) for pattern in LFS_PATTERNS)
+        mode = {"uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+        known = there and there.lfs == lfs
+        oid = {"oid": call.hub.shown(file["path"], there).etag} if known else {}
+        answers.append({"path": file["path"]} | mode | oid)
     return Reply(body={"files": answers})
 
 
@@ -567,11 +326,9 @@ def lfs_batch(call: Call) -> Reply:
     for wanted in call.json()["objects"]:
         entry = {"oid": wanted["oid"], "size": wanted["size"]}
         if not call.hub.store.has(wanted["oid"]):
-            upload = {"href": call.hub.signed(f"/upload/{repo.id}/{wanted['oid']}")}
-            entry["actions"] = {
-                "upload": upload,
-                "verify": {"href": f"{call.hub.endpoint}/{repo.id}.git/info/lfs/objects/verify"},
-            }
+            verify = f"{call.hub.endpoint}/{repo.id}.git/info/lfs/objects/verify"
+            upload = call.hub.signed(f"/upload/{repo.id}/{wanted['oid']}")
+            entry["actions"] = {"upload": {"href": upload}, "verify": {"href": verify}}
         objects.append(entry)
     return Reply(body={"transfer": "basic", "objects": objects})
 
@@ -587,12 +344,9 @@ def upload(call: Call) -> Reply:
 @route("POST", rf"/{REPO}\.git/info/lfs/objects/verify")
 def lfs_verify(call: Call) -> Reply:
     call.repo("propose")
-    wanted = call.json()
-    if (
-        not call.hub.store.has(wanted["oid"])
-        or call.hub.store.pointed(wanted["oid"]).size != wanted["size"]
-    ):
-        raise HubError(404, f"Object {wanted['oid']} was not uploaded")
+    oid = call.json()["oid"]
+    if not call.hub.store.has(oid):
+        raise HubError(404, f"Object {oid} was not uploaded")
     return Reply()
 
 
@@ -602,14 +356,8 @@ def xet_write_token(call: Call) -> Reply:
         call.repo("propose")
     else:
         call.target()
-    url = f"local://{call.hub.store.xet_directory()}"
-    return Reply(
-        body={
-            "casUrl": url,
-            "exp": int(time.time()) + 24 * 3600,
-            "accessToken": secrets.token_hex(),
-        }
-    )
+    url, expires = f"local://{call.hub.store.xet_directory()}", int(time.time()) + 24 * 3600
+    return Reply(body={"casUrl": url, "exp": expires, "accessToken": secrets.token_hex()})
 
 
 @route("POST", f"{API}/commit/{REV}")
@@ -617,21 +365,15 @@ def commit(call: Call) -> Reply:
     """All operations on a copy of the tree; then one ref moves."""
     repo, ref = call.target()
     header, *operations = [json.loads(line) for line in call.read().splitlines() if line]
-    summary, description, parent = (
-        header["value"].get(key, "") for key in ("summary", "description", "parentCommit")
-    )
-    if not repo.refs[ref].startswith(parent):
-        raise HubError(412, "A commit has happened since. Please refresh and try again.")
+    summary, description = (header["value"].get(key, "") for key in ("summary", "description"))
     files = dict(repo.tree(ref))
     for operation in operations:
         _apply(call.hub, files, operation["key"], operation["value"])
     answer = {"success": True}
     if call.flag("create_pr"):
-        pull = repo.open_pull_request(summary, description, call.user.name, status="open")
-        ref, answer["pullRequestUrl"] = (
-            pull.ref,
-            f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}",
-        )
+        pull = repo.open_pull_request(summary, description, call.user.name)
+        ref, url = pull.ref, f"{call.hub.endpoint}/{repo.id}/discussions/{pull.num}"
+        answer["pullRequestUrl"] = url
     oid = repo.advance(ref, files, summary, description, call.user.name).oid
     return Reply(
         body=answer | {"commitOid": oid, "commitUrl": f"{call.hub.endpoint}/{repo.id}/commit/{oid}"}
@@ -650,16 +392,9 @@ def _apply(hub: "HubServer", files: dict[str, Blob], key: str, value: dict) -> N
         if not hub.store.has(value["oid"]):
             raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
         files[path] = hub.store.pointed(value["oid"])
-    elif key in ("deletedFile", "deletedFolder"):
-        gone = [
-            name
-            for name in files
-            if name == path or (key == "deletedFolder" and name.startswith(path.rstrip("/") + "/"))
-        ]
-        if not gone:
+    elif key == "deletedFile":
+        if files.pop(path, None) is None:
             raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-        for name in gone:
-            del files[name]
     else:
         raise HubError(400, f"Unknown operation {key}")
 
@@ -669,72 +404,26 @@ def _apply(hub: "HubServer", files: dict[str, Blob], key: str, value: dict) -> N
 
 @route("GET", f"{API}/tree/{REV}(/(?P<path>.+))?")
 def tree(call: Call) -> Reply:
-    repo, commit = call.commit()
+    _, commit = call.commit()
     below = f"{call.args['path']}/" if call.args["path"] else ""
-    paths = [path for path in [*commit.files, *_folders(commit)] if path.startswith(below)]
+    paths = [path for path in commit.files if path.startswith(below)]
     if below and not paths:
         raise _missing(call.args["path"], commit)
     if not call.flag("recursive"):
         paths = [path for path in paths if "/" not in path.removeprefix(below)]
-    return Reply(
-        body=[_entry(call, repo, commit, path, call.flag("expand")) for path in sorted(paths)]
-    )
-
-
-@route("POST", f"{API}/paths-info/{REV}")
-def paths_info(call: Call) -> Reply:
-    repo, commit = call.commit()
-    form = parse_qs(call.read().decode())
-    found = [path for path in form.get("paths", []) if path in [*commit.files, *_folders(commit)]]
-    return Reply(
-        body=[
-            _entry(call, repo, commit, path, form.get("expand", [""])[0].lower() == "true")
-            for path in found
-        ]
-    )
-
-
-def _folders(commit: Commit) -> set[str]:
-    return {
-        "/".join(path.split("/")[:depth])
-        for path in commit.files
-        for depth in range(1, path.count("/") + 1)
-    }
-
-
-def _entry(call: Call, repo: Repo, commit: Commit, path: str, expand: bool) -> dict:
-    """A line of a listing: a file or a folder."""
-    inside = {name: blob.oid for name, blob in commit.files.items() if name.startswith(f"{path}/")}
-    if path in commit.files:
+    entries = []
+    for path in paths:
         blob = call.hub.shown(path, commit.files[path])
+        lfs = {"oid": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}
         entry = {"type": "file", "path": path, "size": blob.size, "oid": blob.oid}
-        if blob.lfs:
-            entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": len(blob.pointer)}
-    else:
-        entry = {
-            "type": "directory",
-            "path": path,
-            "size": 0,
-            "oid": hashlib.sha1(json.dumps(inside).encode()).hexdigest(),
-        }
-    if expand:
-        last = _last_change(repo.history(commit.oid), [path, *inside])
-        entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": last.date}
-    return entry
-
-
-def _last_change(history: list[Commit], paths: list[str]) -> Commit:
-    for newer, older in itertools.pairwise(history):
-        if any(newer.files.get(path) != older.files.get(path) for path in paths):
-            return newer
-    return history[-1]
+        entries.append(entry | ({"lfs": lfs} if blob.lfs else {}))
+    return Reply(body=entries)
 
 
 def _missing(path: str, commit: Commit) -> HubError:
     error = HubError(404, f"{path} does not exist", "EntryNotFound")
-    error.reply.headers["X-Repo-Commit"] = (
-        commit.oid
-    )  # the client keeps what is missing in its cache, by commit
+    # the client keeps what is missing in its cache, by commit
+    error.reply.headers["X-Repo-Commit"] = commit.oid
     return error
 
 
@@ -742,10 +431,6 @@ def _missing(path: str, commit: Commit) -> HubError:
 def resolve(call: Call) -> Reply:
     repo, commit = call.commit()
     path = call.args["path"]
-    if repo.gated and not (call.user and call.user.owns(repo)):
-        raise HubError(
-            403 if call.user else 401, f"Access to model {repo.id} is restricted.", "GatedRepo"
-        )
     if path not in commit.files:
         raise _missing(path, commit)
     blob = commit.files[path]
@@ -754,11 +439,8 @@ def resolve(call: Call) -> Reply:
     if not blob.lfs:
         return Reply(200, repo.store.path(blob.sha256), headers)
     location = call.hub.signed(f"/objects/{blob.sha256}/{quote(path, safe='')}")
-    return Reply(
-        302,
-        b"",
-        headers | {"X-Linked-Etag": etag, "X-Linked-Size": str(blob.size), "Location": location},
-    )
+    linked = {"X-Linked-Etag": etag, "X-Linked-Size": str(blob.size), "Location": location}
+    return Reply(302, b"", headers | linked)
 
 
 @route("HEAD|GET", "/objects/(?P<oid>[0-9a-f]{64})/.+", origin="storage")

@@ -33,7 +33,6 @@ import signal
 import socket
 import string
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -69,7 +68,6 @@ class _Fault:
     times: int | None  # None: always
     status: int | None = None
     after_bytes: int | None = None
-    seconds: float = 0
     answer_lost: bool = False
 
 
@@ -100,9 +98,8 @@ class HubServer:
 
     def __enter__(self) -> "HubServer":
         for server in self._servers:
-            threading.Thread(
-                target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-            ).start()
+            serve, often = server.serve_forever, {"poll_interval": 0.02}
+            threading.Thread(target=serve, kwargs=often, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -121,26 +118,14 @@ class HubServer:
         self._users[token] = User(name, role, orgs)
         return token
 
-    def environment(
-        self, home: Path, token: str | None = None, *, xet: bool = False
-    ) -> dict[str, str]:
-        """All variables for another process: this one's, less what speaks to huggingface_hub, and ours. `token` "" means none."""
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
-        }
-        return kept | {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(home),
-            "HF_TOKEN": self.token if token is None else token,
-            "HF_HUB_DISABLE_XET": str(int(not xet)),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
+    def environment(self, home: Path) -> dict[str, str]:
+        """All variables for another process: this one's, less huggingface_hub's, and ours."""
+        theirs = ("HF_", "HUGGING", "TRANSFORMERS_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+        switches = ("HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS")
+        ours = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_TOKEN": self.token}
+        ours |= dict.fromkeys(switches, "1")
+        return kept | ours | dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
 
     def fail(self, method: str, path: str, status: int = 500, times: int | None = 1) -> None:
         """Answers matching requests with an error and does nothing else.
@@ -151,7 +136,7 @@ class HubServer:
         self._faults.append(_Fault(method, path, times, status=status))
 
     def cut(self, path: str, after_bytes: int, times: int | None = 1, method: str = ".*") -> None:
-        """Closes the connection after that much of a body has come in or, in a GET, gone out.
+        """Closes the connection after that much of a body has come in.
 
         Shorter bodies pass and are not counted.
         """
@@ -160,10 +145,6 @@ class HubServer:
     def lose_answer(self, method: str, path: str, times: int | None = 1) -> None:
         """Does what was asked and closes the connection instead of answering."""
         self._faults.append(_Fault(method, path, times, answer_lost=True))
-
-    def slow(self, path: str, seconds: float, times: int | None = 1, method: str = ".*") -> None:
-        """Waits before it answers."""
-        self._faults.append(_Fault(method, path, times, seconds=seconds))
 
     def wrong_etag(self, path: str) -> None:
         """From now on reports, everywhere, another hash than the content's for files whose path in the repository matches."""
@@ -176,11 +157,8 @@ class HubServer:
 
     def calls(self, method: str, path: str) -> list[Request]:
         """The part of the log that matches two patterns."""
-        return [
-            request
-            for request in self.requests
-            if re.fullmatch(method, request.method) and re.search(path, request.path)
-        ]
+        found = (request for request in self.requests if re.fullmatch(method, request.method))
+        return [request for request in found if re.search(path, request.path)]
 
     # What routes and the handler use
 
@@ -197,14 +175,10 @@ class HubServer:
         return hmac.new(self._secret, path.encode(), "sha256").hexdigest()
 
     def fault(self, method: str, path: str) -> _Fault | None:
-        return next(
-            (
-                one
-                for one in list(self._faults)
-                if re.fullmatch(one.method, method) and re.search(one.path, path)
-            ),
-            None,
-        )
+        for fault in list(self._faults):
+            if re.fullmatch(fault.method, method) and re.search(fault.path, path):
+                return fault
+        return None
 
     def spend(self, fault: _Fault) -> bool:
         """Whether a fault may happen now; counts it."""
@@ -284,8 +258,6 @@ class _Handler(BaseHTTPRequestHandler):
         blocks = self._body()
         call = Call(hub, self.command, url.path, parse_qs(url.query), blocks)
         try:
-            if self._fault.seconds and hub.spend(self._fault):
-                time.sleep(self._fault.seconds)
             if self._fault.status and hub.spend(self._fault):
                 reply = HubError(self._fault.status, "A fault of the tests").reply
             else:
@@ -354,16 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(status, headers | {"Accept-Ranges": "bytes"}, file.read(stop - start))
 
     def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        limit = self._fault.after_bytes
-        cut = (
-            limit is not None
-            and self.command == "GET"
-            and len(body) > limit
-            and self.server.hub.spend(self._fault)
-        )
-        self._sent = 0 if self.command == "HEAD" else limit if cut else len(body)
-        if not cut:
-            self._log(status)  # before the answer: who has it may read the log
+        self._sent = 0 if self.command == "HEAD" else len(body)
+        self._log(status)  # before the answer: who has it may read the log
         self.send_response(status)
         for name, value in (
             headers | {"Content-Length": str(len(body)), "X-Request-Id": secrets.token_hex(8)}
@@ -371,8 +335,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body[: self._sent])
-        if cut:
-            raise _Cut
 
     def _log(self, status: int | None) -> None:
         authorized = "Authorization" in self.headers
@@ -406,12 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="A small Hugging Face Hub on 127.0.0.1, for trying uploads by hand."
     )
-    parser.add_argument(
-        "--root",
-        type=Path,
-        required=True,
-        help="directory for the contents; the history is lost when the server ends",
-    )
+    parser.add_argument("--root", type=Path, required=True, help="directory for the contents")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--user", default="me", help="who the token belongs to")
     arguments = parser.parse_args()

@@ -11,7 +11,6 @@ commit's is a hash of the same facts.
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 import tempfile
@@ -63,9 +62,6 @@ class PullRequest:
     description: str
     author: str
     date: str
-    base: str  # the commit of main that it started from
-    status: str = "draft"
-    merged: str | None = None  # the commit that it became
 
     @property
     def ref(self) -> str:
@@ -174,8 +170,6 @@ class Repo:
     id: str
     private: bool
     store: Store
-    created: str = field(default_factory=now)
-    gated: str | bool = False
     refs: dict[str, str] = field(default_factory=dict)  # "refs/heads/main" -> commit
     commits: dict[str, Commit] = field(default_factory=dict)
     pull_requests: dict[int, PullRequest] = field(default_factory=dict)
@@ -185,26 +179,16 @@ class Repo:
         return self.id.partition("/")[0]
 
     def ref(self, revision: str) -> str | None:
-        """The full name of a branch, tag or pull request."""
+        """The full name of a branch or pull request."""
         return next(
-            (
-                name
-                for name in (f"refs/heads/{revision}", f"refs/tags/{revision}", revision)
-                if name in self.refs
-            ),
-            None,
+            (name for name in (f"refs/heads/{revision}", revision) if name in self.refs), None
         )
 
     def commit(self, revision: str = "main") -> Commit | None:
         ref = self.ref(revision)
         if ref is not None:
             return self.commits[self.refs[ref]]
-        found = [
-            oid
-            for oid in self.commits
-            if re.fullmatch("[0-9a-f]{7,40}", revision) and oid.startswith(revision)
-        ]
-        return self.commits[found[0]] if len(found) == 1 else None
+        return self.commits.get(revision)
 
     def history(self, revision: str = "main") -> list[Commit]:
         """Commits, newest first."""
@@ -221,10 +205,8 @@ class Repo:
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         """Path -> content."""
-        return {
-            path: self.store.path(blob.sha256).read_bytes()
-            for path, blob in self.tree(revision).items()
-        }
+        tree = self.tree(revision).items()
+        return {path: self.store.path(blob.sha256).read_bytes() for path, blob in tree}
 
     def advance(
         self, ref: str, files: dict[str, Blob], title: str, description: str, author: str
@@ -236,40 +218,8 @@ class Repo:
         self.refs[ref] = oid
         return self.commits[oid]
 
-    def open_pull_request(
-        self, title: str, description: str, author: str, status: str = "draft"
-    ) -> PullRequest:
-        number = len(self.pull_requests) + 1
-        pull = PullRequest(
-            number, title, description, author, now(), self.refs["refs/heads/main"], status
-        )
-        self.pull_requests[number] = pull
-        self.refs[pull.ref] = pull.base
+    def open_pull_request(self, title: str, description: str, author: str) -> PullRequest:
+        pull = PullRequest(len(self.pull_requests) + 1, title, description, author, now())
+        self.pull_requests[pull.num] = pull
+        self.refs[pull.ref] = self.refs["refs/heads/main"]
         return pull
-
-    def changes(self, pull: PullRequest) -> dict[str, Blob | None]:
-        """Path -> its new blob, None where the pull request deletes it."""
-        before, after = self.tree(pull.base), self.tree(pull.ref)
-        return {
-            path: after.get(path) for path in before | after if before.get(path) != after.get(path)
-        }
-
-    def conflicts(self, pull: PullRequest) -> list[str]:
-        """Paths that the pull request and main both changed."""
-        before, main = self.tree(pull.base), self.tree()
-        return (
-            []
-            if pull.merged
-            else [path for path in self.changes(pull) if main.get(path) != before.get(path)]
-        )
-
-    def merge(self, pull: PullRequest, author: str) -> None:
-        files = {
-            path: blob
-            for path, blob in (self.tree() | self.changes(pull)).items()
-            if blob is not None
-        }
-        commit = self.advance(
-            "refs/heads/main", files, f"{pull.title} (#{pull.num})", pull.description, author
-        )
-        pull.status, pull.merged = "merged", commit.oid

@@ -16,7 +16,7 @@ from qvlm_hf.cli.story import story
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.evaluation import Evaluation, evaluate
 from qvlm_hf.hf.saving import check_output, save_quantized
-from qvlm_hf.hub.model_card import CARD_NAME
+from qvlm_hf.hub.card import CARD_NAME
 from qvlm_hf.hub.record import record_measurement
 
 __all__ = ["add_arguments", "run"]

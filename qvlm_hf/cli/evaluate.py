@@ -14,8 +14,8 @@ from qvlm_hf.cli.record import (
     write_result_file,
 )
 from qvlm_hf.evaluation import evaluate, format_comparison
+from qvlm_hf.hub.card import CARD_NAME
 from qvlm_hf.hub.contents import REPORT_NAME
-from qvlm_hf.hub.model_card import CARD_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
 
 __all__ = ["add_arguments", "run"]

@@ -17,7 +17,7 @@ from qvlm_hf.cli.publish import describe
 from qvlm_hf.cli.story import story
 from qvlm_hf.hf.publishing import publish_folder
 from qvlm_hf.hf.saving import check_output, save_quantized
-from qvlm_hf.hub.publish import check_target
+from qvlm_hf.hub.publish import Target, check_target
 
 __all__ = ["add_arguments", "run"]
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
         modules_to_not_convert=options.modules_to_not_convert,
     )
     if options.repo_id is not None:
-        check_target(HfApi(), options.repo_id, private=options.private or None)
+        check_target(HfApi(), Target(repo_id=options.repo_id, private=options.private or None))
     config.processor = processor = load_processor(options.model, options.revision)
     model = load_model(options.model, config, options.dtype, options.revision)
     report = model.hf_quantizer.report

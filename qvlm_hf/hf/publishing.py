@@ -1,8 +1,7 @@
-"""`publish`: from a quantized model in memory, or a saved directory, to a repository on the Hub that loads.
+"""`publish`: a quantized model, or a saved directory, becomes a repository on the Hub that loads.
 
     may we? -> save -> load it again, logits equal -> card -> search for secrets -> one upload ->
-    read back what the Hub holds (hub/publish.py asks, uploads and reads back; hub/payload.py
-    chooses the files; hub/model_card.py writes the card)
+    read back what the Hub holds
 
 Whatever fails after saving, the saved directory stays and the error says how to go on. Left out:
 datasets, Spaces, anything but models.
@@ -26,11 +25,10 @@ from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.runtime.decoding import probe_inputs
 from qvlm_hf.hf.saving import save_quantized
-from qvlm_hf.hub.card_rules import check_choices
+from qvlm_hf.hub.card import write_card
 from qvlm_hf.hub.contents import REPORT_NAME, read_quantization, read_report, read_report_file
-from qvlm_hf.hub.model_card import write_card
 from qvlm_hf.hub.payload import choose_files
-from qvlm_hf.hub.publish import Published, Target, check_message, check_target, fetch_card, upload
+from qvlm_hf.hub.publish import Published, Target, check_target, fetch_card, upload
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["check_push", "publish", "publish_folder", "push_result"]
@@ -85,18 +83,11 @@ def publish(
         )
     probe_inputs(processor)  # one that makes none should not wait for the saving
     api = _api(api, token)
-    check_message(api, commit_message or "")
-    check_choices(license=license, base_model=base_model)
-    target = check_target(api, repo_id, private=private, revision=revision, create_pr=create_pr)
-    return _publish(
-        api,
-        model,
-        processor,
-        target,
-        commit_message=commit_message,
-        base_model=base_model,
-        license=license,
-    )
+    target = Target(
+        repo_id=repo_id, private=private, revision=revision, create_pr=create_pr,
+        message=commit_message, base_model=base_model, license=license,
+    )  # fmt: skip
+    return _publish(api, model, processor, check_target(api, target))
 
 
 def publish_folder(
@@ -112,7 +103,7 @@ def publish_folder(
     license: str | None = None,
     api: HfApi | None = None,
 ) -> Published:
-    """Publishes a directory that `save_quantized` or `qvlm quantize` wrote; writes its card (README.md) anew.
+    """Publishes a directory that `save_quantized` or `qvlm quantize` wrote, with a new card.
 
     Args:
         folder: with config.json, weights and processor; other files stay behind.
@@ -136,15 +127,15 @@ def publish_folder(
     folder = Path(folder)
     read_quantization(folder)
     api = _api(api, token)
-    check_message(api, commit_message or "")
-    check_choices(license=license, base_model=base_model)
-    target = check_target(api, repo_id, private=private, revision=revision, create_pr=create_pr)
+    target = Target(
+        repo_id=repo_id, private=private, revision=revision, create_pr=create_pr,
+        message=commit_message, base_model=base_model, license=license,
+    )  # fmt: skip
+    target = check_target(api, target)
     choose_files(folder, ())
     read_report(folder)
     _check_loads(folder)
-    return _send(
-        api, folder, target, commit_message=commit_message, base_model=base_model, license=license
-    )
+    return _send(api, folder, target)
 
 
 def check_push(config: QVLMConfig) -> Target:
@@ -161,31 +152,23 @@ def check_push(config: QVLMConfig) -> Target:
         )
     probe_inputs(config.processor)
     _scratch().rmdir()
-    return check_target(HfApi(), str(config.hub_model_id), private=config.hub_private)
+    return check_target(
+        HfApi(), Target(repo_id=str(config.hub_model_id), private=config.hub_private)
+    )
 
 
 def push_result(model: Any, processor: Any, target: Target) -> Published | None:
-    """Publishes what quantizing with `push_to_hub=True` made; a failure is one warning, because the model in memory took hours."""
+    """Publishes what `push_to_hub=True` made; a failure is a warning, as the model took hours."""
     try:
         return _publish(HfApi(), model, processor, target)
     except Exception as error:
-        notes = getattr(
-            error, "__notes__", ["The model is in memory: save it with qvlm_hf.save_quantized."]
-        )
+        in_memory = ["The model is in memory: save it with qvlm_hf.save_quantized."]
+        notes = getattr(error, "__notes__", in_memory)
         warnings.warn(f"push_to_hub: {error} {' '.join(notes)}", stacklevel=2)
         return None
 
 
-def _publish(
-    api: HfApi,
-    model: Any,
-    processor: Any,
-    target: Target,
-    *,
-    commit_message: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-) -> Published:
+def _publish(api: HfApi, model: Any, processor: Any, target: Target) -> Published:
     """Saves, checks and sends; the directory is deleted when all went well."""
     scratch = _scratch()
     folder = scratch / target.repo_id.split("/")[1]
@@ -197,19 +180,10 @@ def _publish(
                 f"{target.repo_id}: {difference}; nothing was sent: undo what was changed since it "
                 f"was quantized."
             )
-        published = _send(
-            api,
-            folder,
-            target,
-            commit_message=commit_message,
-            base_model=base_model,
-            license=license,
-        )
+        published = _send(api, folder, target)
     except BaseException as error:  # an interruption too
         if folder.is_dir():
-            command = _command(
-                folder, target, message=commit_message, base_model=base_model, license=license
-            )
+            command = _command(folder, target)
             error.add_note(f"The model is saved; this publishes it: {command}")
         else:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -218,16 +192,38 @@ def _publish(
     return replace(published, folder=None)
 
 
+def _send(api: HfApi, folder: Path, target: Target) -> Published:
+    """Card, choice of files, upload."""
+    base = target.base_model or read_report(folder).provenance.get("base_model")
+    card = write_card(
+        folder,
+        repo_id=target.repo_id,
+        base_model=base,
+        license=target.license,
+        author=target.user,
+        base_card=fetch_card(api, base),
+    )
+    return upload(api, folder, target, choose_files(folder, card))
+
+
+def _command(folder: Path, target: Target) -> str:
+    """What publishes a saved directory as it was asked for."""
+    words = ["qvlm", "publish", str(folder), target.repo_id]
+    for name in ("private", "create_pr", "revision", "message", "base_model", "license"):
+        value, option = getattr(target, name), f"--{name.replace('_', '-')}"
+        words += [] if value in (None, False) else [option] if value is True else [option, value]
+    return shlex.join(words)
+
+
 def _scratch() -> Path:
-    """A new directory beside the Hub's own cache, which has room for models; of a name of its own, so that no earlier result is replaced.
+    """A new directory beside the Hub's own cache, which has room for models.
 
     Raises:
         OSError: it cannot be made.
     """
     try:
-        return Path(
-            tempfile.mkdtemp(prefix="publish-", dir=cached_assets_path("qvlm_hf", "publish"))
-        )
+        root = cached_assets_path("qvlm_hf", "publish")
+        return Path(tempfile.mkdtemp(prefix="publish-", dir=root))
     except (OSError, ValueError) as error:
         raise OSError(
             f"publish saves below HF_HOME/assets, where nothing can be written ({error}): set "
@@ -257,109 +253,55 @@ def _api(api: HfApi | None, token: str | None) -> HfApi:
     return api
 
 
-def _send(
-    api: HfApi,
-    folder: Path,
-    target: Target,
-    *,
-    commit_message: str | None,
-    base_model: str | None,
-    license: str | None,
-) -> Published:
-    """Card, choice of files, upload."""
-    base = base_model or read_report(folder).provenance.get("base_model")
-    card = write_card(
-        folder,
-        repo_id=target.repo_id,
-        base_model=base,
-        license=license,
-        author=target.user,
-        base_card=fetch_card(api, base),
-    )
-    message = (
-        commit_message
-        or f"Upload a model that qvlm_hf quantized to {read_quantization(folder)['scheme']}"
-    )
-    return upload(api, folder, target, choose_files(folder, card), message=message)
-
-
 def _report(model: Any) -> CalibrationReport | None:
-    """Of this process, or beside the checkpoint that the model was loaded from; None where there is none."""
+    """Of this process, or beside the checkpoint that the model was loaded from."""
     if model.hf_quantizer.report is not None:
         return model.hf_quantizer.report
     file = cached_file(
-        model.name_or_path, REPORT_NAME, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+        model.name_or_path,
+        REPORT_NAME,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    )
     if file is None:
         return None
     report, config = read_report_file(Path(file)), model.hf_quantizer.quantization_config
-    # a branch's model finds the report of main
-    return (
-        report
-        if (report.modules, report.provenance) == (config.modules, config.provenance)
-        else None
-    )
-
-
-def _command(
-    folder: Path,
-    target: Target,
-    *,
-    message: str | None,
-    base_model: str | None,
-    license: str | None,
-) -> str:
-    """What publishes a saved directory as it was asked for."""
-    values = {
-        "--revision": target.revision,
-        "--message": message,
-        "--base-model": base_model,
-        "--license": license,
-    }
-    flags = {"--private": target.private, "--create-pr": target.create_pr}
-    words = [
-        "qvlm",
-        "publish",
-        str(folder),
-        target.repo_id,
-        *(name for name, asked in flags.items() if asked),
-    ]
-    return shlex.join(
-        words
-        + [word for name, value in values.items() if value is not None for word in (name, value)]
-    )
+    same = (report.modules, report.provenance) == (config.modules, config.provenance)
+    return report if same else None  # a branch's model finds the report of main
 
 
 def _difference(folder: Path, model: Any, processor: Any) -> str | None:
-    """Loads a saved model and compares its logits, bit by bit, with those of the model that was saved.
+    """Loads a saved model and compares its logits, bit by bit, with those of the one in memory.
 
     Returns:
         What differs, or None.
     """
-    inputs, again = (
-        probe_inputs(processor),
-        probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True)),
-    )
-    if inputs.keys() != again.keys() or any(
-        not torch.equal(inputs[name], again[name]) for name in inputs
+    inputs = probe_inputs(processor)
+    again = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
+    if inputs.keys() != again.keys() or not all(
+        torch.equal(inputs[name], again[name]) for name in inputs
     ):
-        return "the saved processor does not turn a picture and a question into the same inputs as the one in memory"
-    attention = {
-        part: getattr(model.config, part)._attn_implementation for part in model.config.sub_configs
-    }
+        return (
+            "the saved processor does not turn a picture and a question into the same inputs as "
+            "the one in memory"
+        )
+    parts = model.config.sub_configs
     reloaded = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=model.dtype, device_map=getattr(model, "hf_device_map", None) or model.device, attn_implementation=attention,
+        folder,
+        dtype=model.dtype,
+        device_map=getattr(model, "hf_device_map", None) or model.device,
+        attn_implementation={p: getattr(model.config, p)._attn_implementation for p in parts},
         local_files_only=True,
-    )  # fmt: skip
-    for (_, mine), (_, other) in zip(
-        quantized_modules(model), quantized_modules(reloaded), strict=True
-    ):
+    )
+    pairs = zip(quantized_modules(model), quantized_modules(reloaded), strict=True)
+    for (_, mine), (_, other) in pairs:
         other.reference = mine.reference  # the same kernels: `set_backend` is not saved
     expected, found = _logits(model, inputs), _logits(reloaded, inputs)
     if torch.equal(expected, found):
         return None
-    return f"the saved model's logits differ from those of the model in memory by up to {float((expected - found).abs().max()):.3g}"
+    most = float((expected - found).abs().max())
+    return f"the saved model's logits differ from those of the model in memory by up to {most:.3g}"
 
 
 def _check_loads(folder: Path) -> None:

@@ -1,12 +1,8 @@
-"""What the Hub's refusals mean, in one line that says what to do; built-in exceptions, so that callers need no class of huggingface_hub.
+"""The Hub's refusals in one line that says what to do.
 
-    401, 403             PermissionError
-    404                  FileNotFoundError
-    429, 5xx, no answer  ConnectionError
-    anything else        OSError
-
-Answers of the server are quoted, because they know more than the status; whatever looks like a
-token is blotted out of them.
+They are built-in exceptions, so that callers need no class of huggingface_hub: PermissionError for
+401 and 403, FileNotFoundError for 404, ConnectionError for 429, 5xx and no answer, else OSError.
+The server's answer is quoted, without whatever looks like a token.
 """
 
 import re
@@ -23,14 +19,16 @@ from huggingface_hub.errors import (
 __all__ = ["TOKEN", "explained", "one_line"]
 
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-
+_LOG_IN = "run `hf auth login` or set HF_TOKEN"
+_CONFLICT = (
+    OSError,
+    "something else changed the repository at the same time",
+    "repeat the command",
+)
+_REPEAT = "repeat the command; what has arrived is not sent again"
 _ANSWERS: dict[int, tuple[type[OSError], str, str]] = {
     400: (OSError, "the Hub refuses the request", "mend what it names"),
-    401: (
-        PermissionError,
-        "the Hub does not accept the token",
-        "run `hf auth login` or set HF_TOKEN",
-    ),
+    401: (PermissionError, "the Hub does not accept the token", _LOG_IN),
     403: (
         PermissionError,
         "the token may not write there",
@@ -41,12 +39,11 @@ _ANSWERS: dict[int, tuple[type[OSError], str, str]] = {
         "no such repository or revision, or a private one that the token may not see",
         "check both names",
     ),
-    409: (OSError, "something else changed the repository at the same time", "repeat the command"),
-    412: (OSError, "something else changed the repository at the same time", "repeat the command"),
+    409: _CONFLICT,
+    412: _CONFLICT,
     413: (OSError, "a file is too large for the Hub", "save with smaller shards (max_shard_size)"),
     429: (ConnectionError, "too many requests", "wait some minutes and repeat the command"),
 }
-_REPEAT = "repeat the command; what has arrived is not sent again"
 
 
 @contextmanager
@@ -54,10 +51,7 @@ def explained(repo_id: str) -> Iterator[None]:
     """Turns every error of a conversation with the Hub into one line about `repo_id`.
 
     Raises:
-        PermissionError: see the module.
-        FileNotFoundError: see the module.
-        ConnectionError: the Hub is offline, out of reach or out of order.
-        OSError: another refusal.
+        OSError: PermissionError, FileNotFoundError, ConnectionError or another; see the module.
         ValueError: as it came, in one line: what huggingface_hub refuses to send.
     """
     try:
@@ -70,7 +64,7 @@ def explained(repo_id: str) -> Iterator[None]:
 
 
 def one_line(error: object) -> str:
-    """The first line of a message, without tokens."""
+    """Cuts a message to its first line, without tokens."""
     lines = str(error).strip().splitlines()
     return TOKEN.sub("hf_***", lines[0].strip().rstrip(".:")) if lines else type(error).__name__
 
@@ -79,19 +73,16 @@ def _explanation(repo_id: str, error: BaseException | None) -> Exception | None:
     """What to raise instead of `error`; None: it is no matter of the Hub's."""
     match error:
         case LocalTokenNotFoundError():
-            return PermissionError(
-                f"{repo_id}: there is no Hub token: run `hf auth login` or set HF_TOKEN."
-            )
+            return PermissionError(f"{repo_id}: there is no Hub token: {_LOG_IN}.")
         case OfflineModeIsEnabled():
             return ConnectionError(
                 f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked: unset it to publish."
             )
         case HfHubHTTPError():
-            return _refusal(repo_id, error)
+            return _refusal(repo_id, error.response.status_code, error.server_message)
         case PermissionError() if error.errno is None:  # hf_xet's; a file's has a number
             return PermissionError(
-                f"{repo_id}: the Hub does not accept the token ({one_line(error)}): "
-                f"{_ANSWERS[401][2]}."
+                f"{repo_id}: the Hub does not accept the token ({one_line(error)}): {_LOG_IN}."
             )
         case HTTPError() | ConnectionError() | TimeoutError():
             return ConnectionError(
@@ -105,10 +96,9 @@ def _explanation(repo_id: str, error: BaseException | None) -> Exception | None:
     return None
 
 
-def _refusal(repo_id: str, error: HfHubHTTPError) -> OSError:
-    status = error.response.status_code
+def _refusal(repo_id: str, status: int, said: str | None) -> OSError:
     kind, meaning, remedy = _ANSWERS.get(status, (OSError, "the Hub refuses", "see what it says"))
     if status >= 500:
         kind, meaning, remedy = ConnectionError, "the Hub is out of order", _REPEAT
-    said = f": {one_line(error.server_message)}" if error.server_message else ""
-    return kind(f"{repo_id}: {meaning} ({status}{said}): {remedy}.")
+    answer = f"{status}: {one_line(said)}" if said else status
+    return kind(f"{repo_id}: {meaning} ({answer}): {remedy}.")

@@ -1,7 +1,7 @@
-"""qvlm_files.json: what we wrote into a saved directory, file by file.
+"""qvlm_files.json: what we wrote into a saved directory, file by file, with digests.
 
 Only a file that is on the list, and is as we wrote it, may be replaced by a later result. Names
-alone would not do: people put a README.md or a vocab.json of their own beside a model.
+would not do: people put a README.md or a vocab.json of their own beside a model.
 """
 
 import hashlib
@@ -9,18 +9,17 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from qvlm_hf.hub.payload import FILE_LIST, read_header
+from qvlm_hf.format.files import read_header
 
-__all__ = ["list_files", "relist_files", "written_entries"]
+__all__ = ["FILE_LIST", "list_files", "relist_files", "written_entries"]
 
+FILE_LIST = "qvlm_files.json"
 _END = 2**20  # bytes of weights that are read
 
 
 def list_files(folder: Path) -> None:
-    """Writes the list of all files of a directory; it belongs to the directory alone and is not published."""
-    files = (
-        path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != FILE_LIST
-    )
+    """Writes the list of all files of a directory."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE_LIST)
     _write(folder, {path.relative_to(folder).as_posix(): _digest(path) for path in files})
 
 
@@ -35,7 +34,7 @@ def relist_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def written_entries(folder: Path) -> list[Path] | None:
-    """The files and folders in a directory that are as we wrote them, whole; the list is one of them.
+    """Finds the files and folders in a directory that are as we wrote them, and the list itself.
 
     Returns:
         In order of their names; None if we wrote nothing there.

@@ -1,4 +1,4 @@
-"""The picture of a model card: how much each layer depends on the one before it, and the blocks that follow from it."""
+"""The picture of a card: how much each layer depends on the one before it, and the blocks."""
 
 import io
 from collections.abc import Sequence
@@ -13,15 +13,12 @@ __all__ = ["entropy_picture"]
 
 _PARTS = {"vision": "Vision encoder", "projector": "Projector", "language": "Language model"}
 _BANDS = ("#dfe8f3", "#f3ead9")  # of neighbouring blocks
-_LINE, _THRESHOLD, _TEXT = "#1f4e8c", "#b3412f", "#333333"
+_LINE, _THRESHOLD, _TEXT, _AXES = "#1f4e8c", "#b3412f", "#333333", "#999999"
 _TICKS = 16  # labels of layers at most
 
 
 def entropy_picture(segments: Sequence[SegmentReport]) -> bytes | None:
     """Draws one panel per segment that has pairs of layers.
-
-    Args:
-        segments: of a calibration report.
 
     Returns:
         A PNG, the same bytes for the same report and version of matplotlib; None where there is
@@ -30,92 +27,64 @@ def entropy_picture(segments: Sequence[SegmentReport]) -> bytes | None:
     drawn = [segment for segment in segments if segment.entropies]
     if not drawn:
         return None
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )  # not at the top: only cards need it, and it takes half a second
+    # not at the top: only cards need it, and it takes half a second
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(
-        figsize=(9, 3 * len(drawn) + 0.2),
-        dpi=120,
-        layout=ConstrainedLayoutEngine(h_pad=0.12, hspace=0.04),
-    )
+    layout = ConstrainedLayoutEngine(h_pad=0.12, hspace=0.04)
+    figure = Figure(figsize=(9, 3 * len(drawn) + 0.2), dpi=120, layout=layout)
     FigureCanvasAgg(figure)
-    for axes, segment in zip(
-        figure.subplots(len(drawn), 1, squeeze=False)[:, 0], drawn, strict=True
-    ):
-        _draw(axes, segment)
+    panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
+    for axes, segment in zip(panels, drawn, strict=True):
+        _draw_entropies(axes, segment)
+        _style(axes)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
 
 
-def _draw(axes: "Axes", segment: SegmentReport) -> None:
-    last_layer = len(
-        segment.entropies
-    )  # layers that nothing depends on have no entropy and are not drawn
-    inside = [True] * last_layer
+def _draw_entropies(axes: "Axes", segment: SegmentReport) -> None:
+    """Blocks as bands, entropies as points between two layers, the threshold as a line."""
+    entropies, last_layer = segment.entropies, len(segment.entropies)  # layers behind are dead
+    between = set()  # two blocks
     for number, block in enumerate(segment.blocks):
-        first, last = segment.layers.index(block.layers[0]), segment.layers.index(block.layers[-1])
-        axes.axvspan(
-            first - 0.5,
-            last + 0.5,
-            facecolor=_BANDS[number % 2],
-            edgecolor="white",
-            linewidth=3,
-            zorder=0,
-        )
-        if last < last_layer:
-            inside[last] = False
-    axes.plot(
-        [k + 0.5 for k in range(last_layer)],
-        segment.entropies,
-        color=_LINE,
-        linewidth=1.3,
-        zorder=3,
-    )
+        first, last = (segment.layers.index(block.layers[end]) for end in (0, -1))
+        fill, gap = _BANDS[number % 2], "white"
+        axes.axvspan(first - 0.5, last + 0.5, facecolor=fill, edgecolor=gap, linewidth=3, zorder=0)
+        between.add(last)
+    axes.plot([k + 0.5 for k in range(last_layer)], entropies, color=_LINE, linewidth=1.3, zorder=3)
     for fill, wanted, label in (
-        (_LINE, True, "inside a block"),
-        ("white", False, "between two blocks"),
+        (_LINE, False, "inside a block"),
+        ("white", True, "between two blocks"),
     ):
-        chosen = [k for k in range(last_layer) if inside[k] == wanted]
+        chosen = [k for k in range(last_layer) if (k in between) == wanted]
         axes.plot(
-            [k + 0.5 for k in chosen], [segment.entropies[k] for k in chosen], linestyle="", marker="o", markersize=5, color=_LINE,
-            markerfacecolor=fill, zorder=4, label=label,
+            [k + 0.5 for k in chosen],
+            [entropies[k] for k in chosen],
+            linestyle="", marker="o", markersize=5, color=_LINE, markerfacecolor=fill, zorder=4,
+            label=label,
         )  # fmt: skip
+    label = f"threshold, {segment.threshold:.3f} nats"
     axes.axhline(
-        segment.threshold,
-        color=_THRESHOLD,
-        linestyle="--",
-        linewidth=1.1,
-        zorder=2,
-        label=f"threshold, {segment.threshold:.3f} nats",
+        segment.threshold, color=_THRESHOLD, linestyle="--", linewidth=1.1, zorder=2, label=label
     )
     axes.set_xlim(-0.5, last_layer + 0.5)
     axes.set_xticks(range(0, last_layer + 1, -(-(last_layer + 1) // _TICKS)))
-    axes.margins(y=0.15)
     title = f"{_PARTS[segment.component]}: {last_layer + 1} layers in {len(segment.blocks)} blocks"
     axes.set_title(title, loc="left", fontsize=11, color=_TEXT, pad=8)
+
+
+def _style(axes: "Axes") -> None:
+    axes.margins(y=0.15)
     axes.legend(
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        ncols=3,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=_TEXT,
-        borderpad=0,
-        borderaxespad=0.6,
-    )
-    axes.set_xlabel(
-        "layer k (a point lies between the two layers that it compares; a band is a block)",
-        fontsize=9,
-        color=_TEXT,
-    )
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8.5,
+        labelcolor=_TEXT, borderpad=0, borderaxespad=0.6,
+    )  # fmt: skip
+    label = "layer k (a point lies between the two layers that it compares; a band is a block)"
+    axes.set_xlabel(label, fontsize=9, color=_TEXT)
     axes.set_ylabel("D(k, k+1) in nats", fontsize=9, color=_TEXT)
-    axes.tick_params(labelsize=8.5, colors=_TEXT, color="#999999")
+    axes.tick_params(labelsize=8.5, colors=_TEXT, color=_AXES)
     axes.grid(axis="y", color="white", linewidth=0.8, zorder=1)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_color("#999999")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["bottom", "left"]].set_color(_AXES)

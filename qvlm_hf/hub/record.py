@@ -1,4 +1,4 @@
-"""Adding a later measurement to a saved directory: into its report, and from there into its card."""
+"""Adds a later measurement to a saved directory: to its report, and from there to its card."""
 
 import json
 import os
@@ -6,18 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qvlm_hf.hub.card import write_card
 from qvlm_hf.hub.contents import REPORT_NAME, read_report
 from qvlm_hf.hub.file_list import relist_files
-from qvlm_hf.hub.model_card import write_card
 
 __all__ = ["check_recordable", "record_measurement"]
 
 
 def check_recordable(directory: str) -> Path:
-    """Checks, before a long measurement, that its result can be kept.
-
-    Returns:
-        The directory.
+    """Checks, before a long measurement, that its result can be kept in the directory.
 
     Raises:
         ValueError: it is no local directory of a model quantized by qvlm_hf, or may not be written.
@@ -42,12 +39,7 @@ def record_measurement(
     evaluation: dict[str, Any] | None = None,
     benchmark: dict[str, Any] | None = None,
 ) -> None:
-    """Puts measurements into the report, in place of earlier ones of their kind, and writes the card anew.
-
-    Args:
-        folder: a saved directory.
-        evaluation: as `qvlm evaluate` made it, or None.
-        benchmark: as `qvlm bench` made it, or None.
+    """Puts measurements into the report, in place of earlier ones, and writes the card anew.
 
     Raises:
         ValueError: as `read_report` and `write_card`.
@@ -56,9 +48,10 @@ def record_measurement(
     report = replace(
         report, evaluation=evaluation or report.evaluation, benchmark=benchmark or report.benchmark
     )
-    text = json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n"
     partial = folder / f".{REPORT_NAME}.partial"
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(
+        json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     partial.replace(folder / REPORT_NAME)  # all or nothing, as everything that is saved
     relist_files(folder, (REPORT_NAME,))
     write_card(folder)

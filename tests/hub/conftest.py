@@ -1,4 +1,4 @@
-"""The Hub of tests/hub_server.py and a huggingface_hub that talks to it, in this process and in others."""
+"""The Hub of tests/hub_server.py and a huggingface_hub that talks to it, here and in other processes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_server import HubServer
-from huggingface_hub import constants, hf_api
-from huggingface_hub.utils import _http
+from huggingface_hub import HfApi, constants, hf_api
+from huggingface_hub.utils import _cache_assets, _http
 from transformers.utils import hub as transformers_hub
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A running Hub, an empty HF_HOME and the token in HF_TOKEN: `HfApi()`, transformers' `from_pretrained` and `push_to_hub` find it.
+    """A running Hub, an empty HF_HOME and the token in HF_TOKEN: every client finds it.
 
     huggingface_hub reads its variables at import, so what it read is replaced. Large files go by
     LFS, where uploads can be seen and cut; see `transfer`.
@@ -32,10 +32,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
             "HF_TOKEN_PATH": str(home / "token"),
         }.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(
-            hf_api.api, "endpoint", server.endpoint
-        )  # of huggingface_hub.create_repo and its like
+        # of huggingface_hub.create_repo and its like
+        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
         monkeypatch.setattr(transformers_hub, "_hf_api", None)  # made at first use, and kept
+        monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
         monkeypatch.setenv("HF_HOME", str(home))
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -43,6 +43,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         yield server
         huggingface_hub.close_session()
         assert not server.problems
+
+
+@pytest.fixture
+def api(hub: HubServer) -> HfApi:
+    """The client of "me"."""
+    return HfApi(endpoint=hub.endpoint, token=hub.token)
 
 
 @pytest.fixture(params=["lfs", "xet"])

@@ -14,8 +14,8 @@ from tiny_models import save_tiny, tiny_messages
 from qvlm_hf import publish_folder
 from qvlm_hf.cli import main
 from qvlm_hf.cli.record import benchmark_entry
+from qvlm_hf.hub.card import CARD_NAME
 from qvlm_hf.hub.contents import REPORT_NAME, read_report
-from qvlm_hf.hub.model_card import CARD_NAME, check_card
 from qvlm_hf.hub.record import check_recordable, record_measurement
 
 
@@ -71,7 +71,6 @@ def test_an_evaluation_is_kept_and_repeats(folder: Path, capsys: pytest.CaptureF
     assert found["comparison"]["answer_kl_nats"] > 0
     assert {"python", "qvlm_hf", "torch", "transformers"} <= set(found["versions"])
     text = (folder / "packed" / CARD_NAME).read_text()
-    check_card(text)
     assert "| `model` in full precision |" in text
     assert f"SHA-256 `{found['sha256']}`" in text
     (result,) = ModelCard(text).data.eval_results
@@ -120,7 +119,6 @@ def test_a_benchmark_is_kept_beside_the_evaluation(folder: Path) -> None:
     assert {row["way"] for row in found["rows"]} >= {"bfloat16", "qvlm_hf W4A16"}
     assert entry(folder, "evaluation") is not None
     text = (folder / "packed" / CARD_NAME).read_text()
-    check_card(text)
     quantized = next(row for row in found["rows"] if row["way"] == "qvlm_hf W4A16")
     assert f"| qvlm_hf W4A16 ({quantized['kernel']})" in text
     assert (
@@ -164,12 +162,6 @@ def test_a_published_directory_keeps_its_name_on_the_hub(folder: Path, hub: HubS
     assert 'from_pretrained("me/tiny-w4a16")' in published
     publish_folder("packed", "me/elsewhere")
     assert 'from_pretrained("me/elsewhere")' in card.read_text()
-    card.write_text("---\nrepo_id: 7\n---\n")
-    with pytest.raises(
-        ValueError,
-        match=r"^README.md: its repo_id 7 must be 'owner/name': mend or delete the line\.$",
-    ):
-        record_measurement(folder / "packed")
 
 
 @pytest.mark.parametrize("name", ["me/nowhere", "./nowhere"])
@@ -187,19 +179,10 @@ def test_a_missing_full_precision_model_is_named_before_measuring(
 
 
 def test_a_damaged_report_is_named(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    for text, reason in (
-        ("{", "is no JSON"),
-        ("[]", "cannot be used"),
-        ('"x"', "cannot be used"),
-        ('{"modules": 3}', "cannot be used"),
-    ):
-        (folder / "packed" / REPORT_NAME).write_text(text)
-        for command in (
-            ["inspect", "packed"],
-            ["evaluate", "packed", "--dataset", "questions.jsonl", "--record"],
-        ):
-            assert main(command) == 1
-            assert capsys.readouterr().err.startswith(f"qvlm: error: {REPORT_NAME}: {reason} (")
+    (folder / "packed" / REPORT_NAME).write_text("{")
+    for words in ("inspect packed", "evaluate packed --dataset questions.jsonl --record"):
+        assert main(words.split()) == 1
+        assert capsys.readouterr().err.startswith(f"qvlm: error: {REPORT_NAME}: is no JSON (")
 
 
 def test_it_is_refused_before_measuring(
