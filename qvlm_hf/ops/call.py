@@ -9,6 +9,7 @@ words of a row.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,10 @@ __all__ = [
     "Packed",
     "has_format",
     "int32_overflow",
-    "lists_of_one",
     "numbers_of",
     "packed_call",
-    "parse",
+    "parse_many",
+    "parse_one",
 ]
 
 
@@ -78,6 +79,7 @@ Loaded = tuple[str, Compute | None]  # the kernel's name, or "reference (why)" a
 
 _OWN, _SHARED = Packed._fields, CallScheme._fields
 _ORDER = ("x", *_OWN[:3], *_SHARED[:2], "bias", *_SHARED[2:])  # the one of cpu_direct.cpp, too
+_own_of, _shared_of = (itemgetter(*map(_ORDER.index, names)) for names in (_OWN, _SHARED))
 _ONE = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", str: "str"}
 _TYPES = {"x": Tensor} | Packed.__annotations__ | CallScheme.__annotations__
 
@@ -112,22 +114,24 @@ def packed_call(
     return Packed._make(map(tensors.get, _OWN)), CallScheme._make((*grid, *numbers))
 
 
-def lists_of_one(arguments: Sequence[Any]) -> list[Any]:
-    """The flat arguments of one module as those of many: own tensors in lists, empty for None."""
-    return [
-        argument if name not in _OWN else [] if argument is None else [argument]
-        for name, argument in zip(_ORDER, arguments, strict=True)
-    ]
-
-
-def parse(arguments: Sequence[Any]) -> tuple[Tensor, list[Packed], CallScheme]:
-    """The call behind the flat arguments of many modules.
+def parse_one(arguments: Sequence[Any]) -> tuple[list[Packed], CallScheme]:
+    """The weights (one) and the scheme behind the flat arguments of one module.
 
     Raises:
-        ValueError: lists have different lengths, or the numbers are those of no scheme.
+        ValueError: the numbers are those of no scheme.
     """
-    given = dict(zip(_ORDER, arguments, strict=True))
-    x, lists = given.pop("x"), [given.pop(name) for name in _OWN]
+    scheme = CallScheme._make(_shared_of(arguments))
+    _check_numbers(scheme[2:])
+    return [Packed._make(_own_of(arguments))], scheme
+
+
+def parse_many(arguments: Sequence[Any]) -> tuple[list[Packed], CallScheme]:
+    """The same for many modules.
+
+    Raises:
+        ValueError: as `parse_one`, or the lists have different lengths.
+    """
+    lists = _own_of(arguments)
     count, scales, zero_points, biases = map(len, lists)
     if scales != count or zero_points not in (0, count) or biases not in (0, count):
         raise ValueError(
@@ -135,14 +139,11 @@ def parse(arguments: Sequence[Any]) -> tuple[Tensor, list[Packed], CallScheme]:
             f"{biases} biases: each list must have one tensor per module (the last two may be "
             f"empty)."
         )
-    scheme = CallScheme(**given)
+    scheme = CallScheme._make(_shared_of(arguments))
     _check_numbers(scheme[2:])
     nothing = [None] * count
-    return (
-        x,
-        [Packed._make(own) for own in zip(*(one or nothing for one in lists), strict=True)],
-        scheme,
-    )
+    own = zip(*(one or nothing for one in lists), strict=True)
+    return list(map(Packed._make, own)), scheme
 
 
 @functools.cache
@@ -166,32 +167,38 @@ def _check_numbers(numbers: tuple[Any, ...]) -> None:
 
 def has_format(x: Tensor, weights: Sequence[Packed], scheme: CallScheme) -> bool:
     """Whether all tensors have the dtypes and shapes of docs/format.md, on which kernels rely."""
-    k, bits, granularity = scheme.in_features, scheme.weight_bits, scheme.granularity
+    k, bits = scheme.in_features, scheme.weight_bits
     if not (x.is_floating_point() and x.dim() and x.shape[-1] == k):
         return False
     words, groups = -(-k * bits // 32), -(-k // scheme.group_length)
-
-    def has(tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> bool:
-        return tensor is not None and tensor.dtype == dtype and tensor.shape == shape
-
     for weight, scale, zero_point, bias in weights:
-        rows = weight.shape[0] if weight.dim() else 0
-        if not (
-            has(weight, torch.int32, rows, words)
-            and has(scale, torch.bfloat16, rows, groups)
-            and (zero_point is None or has(zero_point, torch.uint8, rows, groups))
-            and (bias is None or bias.shape == (rows,))
+        rows = weight.shape[0]
+        if weight.dtype != torch.int32 or weight.shape != (rows, words):
+            return False
+        if scale.dtype != torch.bfloat16 or scale.shape != (rows, groups):
+            return False
+        if zero_point is not None and (
+            zero_point.dtype != torch.uint8 or zero_point.shape != scale.shape
         ):
             return False
+        if bias is not None and bias.shape != (rows,):
+            return False
+    return _grid_has_format(x, scheme)
+
+
+def _grid_has_format(x: Tensor, scheme: CallScheme) -> bool:
+    scale, zero_point, k, granularity = *scheme[:3], scheme.granularity
     if granularity == "none":
-        return scheme.input_scale is None or scheme.input_scale.shape == (k,)
+        return scale is None or scale.shape == (k,)
     if granularity == "dynamic_token":
         return True
-    if granularity == "token" and x.dim() < 2:
+    if scale is None or zero_point is None or (granularity == "token" and x.dim() < 2):
         return False
     length = k if granularity == "channel" else x.shape[-2]
-    return has(scheme.input_scale, torch.float32, length) and has(
-        scheme.input_zero_point, torch.int32, length
+    return (
+        scale.shape == zero_point.shape == (length,)
+        and scale.dtype == torch.float32
+        and zero_point.dtype == torch.int32
     )
 
 

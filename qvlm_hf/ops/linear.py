@@ -26,9 +26,9 @@ from qvlm_hf.ops.call import (
     Loaded,
     Packed,
     has_format,
-    lists_of_one,
     numbers_of,
-    parse,
+    parse_many,
+    parse_one,
 )
 from qvlm_hf.ops.library import define, define_gradient, is_traced
 
@@ -162,19 +162,24 @@ def _dispatch(operator: Any, x: Tensor, *arguments: Any) -> Any:
         return operator(x, *arguments)
 
 
-def _compute_many(kernel: Kernel | None, *arguments: Any) -> list[Tensor]:
+def _compute(
+    kernel: Kernel | None, x: Tensor, weights: list[Packed], scheme: CallScheme
+) -> list[Tensor]:
     """By the kernel if it takes the call; the reference says what is wrong with others."""
+    compute = None
     if kernel is not None:
         kernel.prepare()
-    x, weights, scheme = parse(arguments)
-    compute = None
-    if kernel is not None and has_format(x, weights, scheme) and kernel.misfit(scheme) is None:
-        compute = kernel.load(x.device)[1]
+        if has_format(x, weights, scheme) and kernel.misfit(scheme) is None:
+            compute = kernel.load(x.device)[1]
     return (compute or reference.linears)(x, weights, scheme)
 
 
+def _compute_many(kernel: Kernel | None, *arguments: Any) -> list[Tensor]:
+    return _compute(kernel, arguments[0], *parse_many(arguments))
+
+
 def _compute_one(kernel: Kernel | None, *arguments: Any) -> Tensor:
-    return _compute_many(kernel, *lists_of_one(arguments))[0]
+    return _compute(kernel, arguments[0], *parse_one(arguments))[0]
 
 
 def _fake_one(x: Tensor, weight: Tensor, *_: object) -> Tensor:
@@ -190,9 +195,9 @@ def _fake_many(x: Tensor, weight: Sequence[Tensor], *_: object) -> list[Tensor]:
     return [_fake_one(x, one) for one in weight]
 
 
-def _input_gradient(grad: Tensor, *arguments: Any) -> Tensor:
-    _, (packed,), scheme = parse(lists_of_one((grad, *arguments)))
-    return reference.input_gradient(grad, packed, scheme)
+def _input_gradient(*arguments: Any) -> Tensor:
+    (packed,), scheme = parse_one(arguments)
+    return reference.input_gradient(arguments[0], packed, scheme)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG001 - torch's own signature

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from qvlm_hf.format.grids import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import gpu
-from qvlm_hf.ops.call import parse
+from qvlm_hf.ops.call import parse_many
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
@@ -26,7 +26,7 @@ HOPPER = gpu.Device((9, 0), 8)
 
 def computed(x, *calls, device=HOPPER):
     """The outputs for flat arguments of modules that share an input."""
-    _, weights, scheme = parse((x, *lists(*calls)))
+    weights, scheme = parse_many((x, *lists(*calls)))
     return gpu.compute(kernels, device, x, weights, scheme)
 
 
