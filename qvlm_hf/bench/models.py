@@ -132,15 +132,7 @@ def fits_together(contenders: Sequence[Contender], available: int | None) -> boo
 
 
 def phase(time: Timing, moved: float, computed: float, limits: Limits, compute: str) -> Phase:
-    """Says what limits a phase.
-
-    Args:
-        time: of the phase.
-        moved: bytes that must be read.
-        computed: multiplications and additions.
-        limits: of the device.
-        compute: the type of the products, a key of `limits.operations`.
-    """
+    """The limit of a phase that reads `moved` bytes and computes operations in type `compute`."""
     memory = moved / time.seconds / limits.bandwidth
     peak = limits.operations.get(compute)
     products = computed / time.seconds / peak if peak else 0.0

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from qvlm_hf.bench.kernels import KernelRow, measure_kernels
+from qvlm_hf.bench.kernels import measure_kernels
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.bench.shapes import SHAPES
 from qvlm_hf.cli.bench_models import bench_models
+from qvlm_hf.cli.bench_tables import kernel_table
 from qvlm_hf.cli.record import (
     benchmark_entry,
     check_result_file,
@@ -156,7 +157,7 @@ def _bench_kernels(options: argparse.Namespace) -> dict[str, Any]:
     print(f"{device}, {threads} threads, {sizes[0]} x {sizes[1]}")
     with tqdm(total=len(options.tokens), disable=None, leave=False) as bar:
         rows = measure_kernels(*sizes, options.tokens, rounds=rounds, advance=bar.update)
-    for line in _table(rows):
+    for line in kernel_table(rows):
         print(line)
     return {
         "device": device,
@@ -167,14 +168,3 @@ def _bench_kernels(options: argparse.Namespace) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("qvlm_hf", "torch")},
         "rows": [asdict(row) for row in rows],
     }
-
-
-def _table(rows: Sequence[KernelRow]) -> list[str]:
-    """One line per row; times are of this run alone, the speedup is comparable."""
-    columns = f"{'ms':>9}{'spread':>8}{'against bfloat16':>18}{'of read bandwidth':>19}"
-    lines = [f"{'tokens':>6}  {'':<30}{columns}"]
-    for row in rows:
-        limit = f"{row.bandwidth:.0%}" if row.tokens == 1 else ""
-        figures = f"{row.milliseconds:>9.2f}{row.spread:>8.0%}{row.speedup:>17.2f}x{limit:>19}"
-        lines.append(f"{row.tokens:>6}  {row.way:<30}{figures}")
-    return lines

@@ -22,10 +22,12 @@ from qvlm_hf.bench.machine import (
     has_bfloat16_units,
     measure_limits,
 )
-from qvlm_hf.bench.models import Contender, ModelRow, Phase, fits_together, measure_models
+from qvlm_hf.bench.models import Contender, fits_together, measure_models
 from qvlm_hf.bench.peers import PEERS
 from qvlm_hf.bench.random_models import random_model, random_prompt
 from qvlm_hf.bench.shapes import shape_config, shape_model, token_positions
+from qvlm_hf.calibration.samples.errors import first_line
+from qvlm_hf.cli.bench_tables import model_table
 from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import load_model, read_config, silence
 from qvlm_hf.format.scheme import parse_scheme
@@ -120,7 +122,7 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
     order = "every way in turns" if together else "one way after the other: memory holds one"
     compiled = ", torch.compile and a static cache" if options.compile else ""
     print(f"median of {options.rounds} rounds, {order}{compiled}")
-    for line in _table(rows):
+    for line in model_table(rows):
         print(line)
     print(_machine(device, limits))
     return {
@@ -199,10 +201,9 @@ def _check_baseline(base: str) -> None:
     except ConnectionError:
         raise
     except OSError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ValueError(
-            f"--against {base}: is no model's directory and no Hub id that can be read ({reason}): "
-            f"check the name."
+            f"--against {base}: is no model's directory and no Hub id that can be read "
+            f"({first_line(error).rstrip('.')}): check the name."
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"--against {base}: is quantized itself: give the full-precision model.")
@@ -294,37 +295,3 @@ def _versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _table(rows: Sequence[ModelRow]) -> list[str]:
-    """A block per batch size; "x" is against the run's baseline, "limit" as in `Phase`."""
-    lines = []
-    for batch in dict.fromkeys(row.batch for row in rows):
-        lines += [
-            f"{f'batch {batch}':<27}{'first token':^22}  {'prefill of it':^31}  "
-            f"{'a token':^38}{'tokens':>8}{'weights':>10}{'peak':>9}",
-            f"{'':<27}{'ms':>9}{'spread':>7}{'x':>6}  {'ms':>9}{'x':>6}  {'limit':<14}  "
-            f"{'ms':>9}{'spread':>7}{'x':>6}  {'limit':<14}"
-            f"{'per s':>8}{'MiB':>10}{'MiB':>9}",
-        ]
-        lines += [_line(row) for row in rows if row.batch == batch]
-    return lines
-
-
-def _line(row: ModelRow) -> str:
-    if not (row.first_token and row.prefill and row.decode and row.weight_bytes):
-        return f"{row.way:<27}{row.error}"
-    first, prefill, decode = row.first_token, row.prefill.time, row.decode.time
-    peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}"
-    return (
-        f"{row.way:<27}{first.seconds * 1e3:>9.1f}{first.spread:>7.0%}{first.speedup:>6.2f}  "
-        f"{prefill.seconds * 1e3:>9.1f}{prefill.speedup:>6.2f}  {_limit(row.prefill):<14}  "
-        f"{decode.seconds * 1e3:>9.2f}{decode.spread:>7.0%}{decode.speedup:>6.2f}  "
-        f"{_limit(row.decode):<14}"
-        f"{row.tokens_per_second:>8.1f}{row.weight_bytes / 2**20:>10.1f}{peak:>9}  "
-        f"{row.kernel or ''}".rstrip()
-    )
-
-
-def _limit(phase: Phase) -> str:
-    return f"{phase.regime} {phase.of_limit:.0%}"

@@ -180,6 +180,7 @@ def test_models_get_rows_ratios_and_errors():
     assert (base.weight_bytes, half.weight_bytes) == (stored_bytes(model), stored_bytes(other))
     assert base.decode.time == Timing(seconds=0.5, spread=0.0, speedup=1.0)
     assert base.tokens_per_second == 3 / 0.5
+    assert base.peak_bytes is None or base.peak_bytes > base.weight_bytes
     # 24 prompt tokens and the mean of one and two steps more, of 3 prompts
     cached, read = 2 * 2 * 64 * 4 * 3 * (24 + 26) / 2, decoder_bytes(model)
     assert base.decode.of_limit == pytest.approx((read + cached) / 0.5 / LIMITS.bandwidth)
