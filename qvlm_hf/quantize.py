@@ -29,12 +29,7 @@ from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
 from qvlm_hf.calibration.provenance import provenance, versions
-from qvlm_hf.calibration.report import (
-    CalibrationReport,
-    SegmentReport,
-    SiteReport,
-    settings_dict,
-)
+from qvlm_hf.calibration.report import CalibrationReport, SegmentReport, SiteReport, settings_dict
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,

@@ -1,44 +1,24 @@
-"""The whole recipe on a tiny LLaVA: what it quantizes, what it refuses, what it leaves as it was."""
+"""The whole recipe on a tiny LLaVA: what it quantizes, refuses, and leaves as it was."""
+
+import json
 
 import pytest
 import torch
-from tiny_models import tiny_llava, tiny_messages, tiny_processor
+from tiny_calibrations import calibrate, tiny_samples
+from tiny_models import tiny_llava
 from torch import nn
 
-from qvlm_hf import quantize
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.samples import load_samples
+from qvlm_hf.calibration.search import segments
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.nn.replace import quantized_modules
-from qvlm_hf.quantize import calibrate_and_pack, round_and_pack
-
-
-def settings(**options):
-    return CalibrationSettings(
-        **{"group_size": 32, "batch_size": 4, "max_block_depth": 2, **options}
-    )
-
-
-def samples(count=8, seed=0):
-    return load_samples(tiny_messages(count, seed=seed))
-
-
-def calibrate(model=None, held_out=(), callbacks=(), data=None, **options):
-    model = tiny_llava().eval() if model is None else model
-    report = calibrate_and_pack(
-        model,
-        settings(**options),
-        data or samples(),
-        tiny_processor(),
-        held_out=held_out,
-        callbacks=callbacks,
-    )
-    return model, report
+from qvlm_hf.quantize import round_and_pack
 
 
 @pytest.fixture(scope="module")
 def calibrated():
-    return calibrate(held_out=samples(4, seed=9))
+    return calibrate(held_out=tiny_samples(4, seed=9))
 
 
 def test_every_linear_but_the_head_is_quantized(calibrated):
@@ -56,8 +36,6 @@ def test_every_linear_but_the_head_is_quantized(calibrated):
 
 
 def test_the_report_survives_json(calibrated):
-    import json
-
     _, report = calibrated
     assert CalibrationReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     assert report.provenance["samples"] == 8
@@ -68,7 +46,7 @@ def test_the_report_survives_json(calibrated):
 
 
 def test_two_runs_give_the_same_tensors(calibrated):
-    again, report = calibrate(held_out=samples(4, seed=9))
+    again, report = calibrate(held_out=tiny_samples(4, seed=9))
     first, second = calibrated[0].state_dict(), again.state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -76,54 +54,44 @@ def test_two_runs_give_the_same_tensors(calibrated):
 
 
 def test_gptq_lowers_the_block_errors():
-    plain = calibrate(
-        weight_rounding="nearest", activation_granularity="channel", max_block_depth=1
-    )[1]
-    compensated = calibrate(
-        weight_rounding="gptq", activation_granularity="channel", max_block_depth=1
-    )[1]
-    # the errors are measured before a block's own compensation: the last one shows what those below
-    # have gained
-    assert compensated.segments[-1].blocks[-1].joint < 0.9 * plain.segments[-1].blocks[-1].joint
+    options = {"activation_granularity": "channel", "max_block_depth": 1}
+    # the errors are measured before a block's own GPTQ: the last one shows what those below gained
+    plain, gptq = (
+        calibrate(weight_rounding=rounding, **options)[1].segments[-1].blocks[-1].joint
+        for rounding in ("nearest", "gptq")
+    )
+    assert gptq < 0.9 * plain
 
 
 def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch):
     model = tiny_llava().eval()
-    before = {
-        name: (id(module), module.weight.data_ptr())
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-    }
-    calls = []
+
+    def linears():
+        return {
+            name: (id(module), module.weight.data_ptr())
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear
+        }
+
+    before, calls, search_block = linears(), [], segments.search_block
 
     def fail(search):
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("stop")
-        return real(search)
+        return search_block(search)
 
-    from qvlm_hf.calibration.search import segments as segment
-
-    real = segment.search_block
-    monkeypatch.setattr(segment, "search_block", fail)
+    monkeypatch.setattr(segments, "search_block", fail)
     with pytest.raises(RuntimeError, match="stop"):
         calibrate(model)
-    after = {
-        name: (id(module), module.weight.data_ptr())
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear
-    }
-    assert before == after
-    assert not any(
-        "forward" in vars(module) or module._forward_pre_hooks for module in model.modules()
-    )
+    assert linears() == before
+    assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())
 
 
 def test_text_only_data_names_the_module_and_the_remedy():
     data = load_samples([{"image": None, "question": "what colour ?", "answer": "red"}] * 4)
-    with pytest.raises(
-        ValueError, match=r"did not reach model\.vision_tower.*quantize_vision=False"
-    ):
+    message = r"did not reach model\.vision_tower.*modules_to_not_convert=\['vision_tower'"
+    with pytest.raises(ValueError, match=message):
         calibrate(data=data)
     for options in (
         {"quantize_vision": False, "quantize_projector": False},
@@ -188,13 +156,12 @@ def test_a_head_that_moves_the_answers_stays_in_full_precision():
         model = tiny_llava().eval()
         with torch.no_grad():
             model.lm_head.weight *= 50  # answers that are sure of themselves
-            model.lm_head.weight[:, 0] = (
-                1e4  # shifts all logits alike: no answer changes, but 8 bits cannot hold it beside the others
-            )
+            # shifts all logits alike: no answer changes, but 8 bits cannot hold it as well
+            model.lm_head.weight[:, 0] = 1e4
         return model
 
     quantized, report = calibrate(model(), lm_head_bits=8, max_block_depth=1)
-    assert type(quantized.lm_head) is torch.nn.Linear
+    assert type(quantized.lm_head) is nn.Linear
     assert "lm_head" not in report.modules
     assert "lm_head" in report.full_precision
     assert "the head stays in full precision" in report.warnings[0]
@@ -207,13 +174,13 @@ def test_a_head_that_moves_the_answers_stays_in_full_precision():
 
 
 def test_rounding_without_data():
-    model = tiny_llava().eval()
-    report = round_and_pack(model, settings(activation_bits=16))
+    model, weights_only = tiny_llava().eval(), CalibrationSettings(activation_bits=16)
+    report = round_and_pack(model, weights_only)
     assert {scheme.granularity for scheme in report.modules.values()} == {"none"}
-    with pytest.raises(ValueError, match="pass a dataset"):
-        round_and_pack(tiny_llava().eval(), settings())
+    with pytest.raises(ValueError, match="give dataset="):
+        round_and_pack(tiny_llava().eval(), CalibrationSettings())
     with pytest.raises(ValueError, match="quantized already"):
-        round_and_pack(model, settings(activation_bits=16))
+        round_and_pack(model, weights_only)
 
 
 def test_excluded_modules_stay_and_progress_reaches_the_end():
@@ -233,4 +200,3 @@ def test_excluded_modules_stay_and_progress_reaches_the_end():
         counts = [(done, total) for name, done, total in steps if name == step]
         assert counts == sorted(counts)
         assert counts[-1][0] == counts[-1][1]
-    assert quantize.CHECK_SAMPLES > 0

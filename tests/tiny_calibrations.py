@@ -1,4 +1,4 @@
-"""Calibrations of the tiny LLaVA for unit tests: batches, a started `Calibration`, a whole run, one site."""
+"""Calibrations of the tiny LLaVA: batches, a started `Calibration`, a whole run, one site."""
 
 import torch
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
@@ -75,7 +75,7 @@ def calibrate(model=None, data=None, held_out=(), callbacks=(), **options):
 
 
 def tiny_site(granularity, bits=4, dtype=torch.float32):
-    """A site of two linear modules with one candidate, in force, and an input [3, 7, 40] of uneven channels."""
+    """A site of two modules with one candidate, in force, and an uneven input [3, 7, 40]."""
     torch.manual_seed(1)
     linears = [nn.Linear(40, 24).to(dtype), nn.Linear(40, 16, bias=False).to(dtype)]
     x = torch.randn(3, 7, 40, dtype=dtype) * torch.linspace(0.2, 5, 40).to(dtype)

@@ -82,12 +82,8 @@ def capture_inputs(
 
     Args:
         model: in eval mode; nothing of it is changed.
-        batches: what the model is fed.
+        batches: a batch without a picture does not reach the vision encoder.
         layers: module names in execution order.
-
-    Returns:
-        Layer name -> one LayerInput for every batch that reached it. A batch without a picture
-        does not reach the vision encoder.
 
     Raises:
         ValueError: hidden states that enter a layer are not finite.
@@ -147,15 +143,9 @@ def working_precision(layers: Iterable[Layer], inputs: Sequence[LayerInput]) -> 
 def run_layer(
     layer: nn.Module, inputs: Sequence[LayerInput], hidden: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Moves hidden states through one layer.
+    """Moves hidden states, per batch [B, T, H], through one layer in the compute dtype.
 
-    Args:
-        layer: in the compute dtype (see `working_precision`).
-        inputs: per batch; masks and position embeddings are those of every layer of the segment.
-        hidden: per batch [B, T, H].
-
-    Returns:
-        Per batch [B, T, H'].
+    Masks and position embeddings of `inputs` are those of every layer of the segment.
     """
     with torch.no_grad():
         return [

@@ -103,7 +103,7 @@ class VisionReport:
 
 @dataclass(frozen=True, kw_only=True)
 class SelfCheck:
-    """The packed model against the full-precision one on a few samples.
+    """The packed model against the full-precision model on a few samples.
 
     Attributes:
         samples: how many.
@@ -202,13 +202,13 @@ class CalibrationReport:
                     for site in entry["sites"]
                 ),
                 "lifts": tuple(PrecisionRaise(**lift) for lift in entry["lifts"]),
-                "vision": entry["vision"] and VisionReport(**entry["vision"]),
-                "self_check": entry["self_check"] and SelfCheck(**entry["self_check"]),
+                "vision": _optional(VisionReport, entry["vision"]),
+                "self_check": _optional(SelfCheck, entry["self_check"]),
+                # not in reports of older versions
+                "decode_check": _optional(DecodeCheck, entry.get("decode_check")),
             }
             for name in ("dead", "full_precision", "warnings"):
                 fields[name] = tuple(entry[name])
-            decoded = entry.get("decode_check")  # not in reports of older versions
-            fields["decode_check"] = decoded and DecodeCheck(**decoded)
             return cls(**fields)
         except (KeyError, TypeError) as error:
             raise ValueError(
@@ -220,6 +220,10 @@ class CalibrationReport:
 def settings_dict(settings: CalibrationSettings) -> dict[str, Any]:
     """Every field of the settings, ready for JSON."""
     return _listed(dataclasses.asdict(settings))
+
+
+def _optional(kind: type, entry: Mapping[str, Any] | None) -> Any:
+    return None if entry is None else kind(**entry)
 
 
 def _segment(entry: Mapping[str, Any]) -> SegmentReport:

@@ -10,7 +10,7 @@ that the dataset's labels teach nothing. Everything runs quantized with ranges a
 language model stays frozen. Layers are recomputed in the backward pass, so that only one layer's
 activations and the hidden states between layers are alive.
 
-Learned on the even calibration batches; kept only if L_err on the odd ones falls.
+Learned on the even calibration batches; kept only if L_err on the odd batches falls.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -236,7 +236,7 @@ class _Loss:
     def _entropy_weights(
         self, hidden: Mapping[str, Tensor], error: tuple[Tensor, Tensor]
     ) -> list[float]:
-        """w_k of eq. 9, mean 1; all ones where the output term is off."""
+        """w_k of eq. 9, mean 1; each is 1 where the output term is off."""
         states = [hidden[name] for name in self._chain[:-1]]
         if not states or not error[1].requires_grad or self._options.output_weight == 0:
             return [1.0] * len(states)

@@ -1,45 +1,30 @@
-"""Visual encoder optimisation: gradients against finite differences, and when its result is kept."""
+"""Visual encoder optimisation: gradients, and when its result is kept."""
 
-from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
-from tiny_models import tiny_llava, tiny_messages, tiny_processor
-from tiny_models import tiny_trial as trial
+from tiny_calibrations import TEXT, calibrate, tiny_batches, tiny_calibration, tiny_site
+from tiny_models import tiny_llava
 
 from qvlm_hf.calibration import vision_encoder
-from qvlm_hf.calibration.layers import capture_inputs, frozen
+from qvlm_hf.calibration.layers import frozen, live_layers
 from qvlm_hf.calibration.measure.entropy import DependencyHistogram, value_bounds
-from qvlm_hf.calibration.samples import batches, load_samples
-from qvlm_hf.calibration.search.sites import LearnedRanges, installed
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision, VisionOptimization
+from qvlm_hf.calibration.run import LearnedRanges
+from qvlm_hf.calibration.search.sites import installed
+from qvlm_hf.calibration.settings import Precision, VisionOptimization
 from qvlm_hf.calibration.vision_encoder import optimize_vision
 from qvlm_hf.format.grids import grid_bounds
-from qvlm_hf.models.graph import resolve
 from qvlm_hf.nn.replace import quantized_modules
-from qvlm_hf.quantize import calibrate_and_pack
+
+OPTIONS = {
+    "activation_granularity": "channel",
+    "optimize_vision": VisionOptimization(epochs=3, learning_rate=0.02),
+}
 
 
-def setup(count=8, batch_size=4, **options):
-    model = tiny_llava(seed=1).eval()
-    fields = {
-        "group_size": 32,
-        "activation_granularity": "channel",
-        "optimize_vision": VisionOptimization(epochs=3, learning_rate=0.02),
-    }
-    settings = CalibrationSettings(**{**fields, **options})
-    segments = resolve(model)
-    data = list(batches(load_samples(tiny_messages(count, seed=0)), tiny_processor(), batch_size))
-    inputs = capture_inputs(model, data, [segment.layers[0].name for segment in segments])
-    return model, segments, inputs, data, settings
-
-
-def patched(model):
-    return [("forward" in vars(module), len(module._forward_hooks)) for module in model.modules()]
-
-
-def run(*parts, precisions=None):
-    return optimize_vision(*parts, precisions or {}, lambda: None)
+def setup(data=None, components=None, **options):
+    return tiny_calibration(tiny_llava(seed=1).eval(), data, components, **{**OPTIONS, **options})
 
 
 def test_entropy_gradients_equal_finite_differences():
@@ -66,35 +51,36 @@ def test_entropy_gradients_equal_finite_differences():
 
 
 def test_lowers_the_held_out_error_and_leaves_the_model_alone():
-    model, *rest = setup()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    before = patched(model)
-    result = run(model, *rest)
-    report = result.report
-    assert report.kept
-    assert report.error_after < report.error_before
-    assert 1 <= report.epochs <= 3
-    assert set(result.ranges) == {
-        site.name
-        for segment in rest[0][:2]
-        for layer in segment.layers
-        if not layer.dead
-        for site in layer.sites
-    }
+    calibration = setup()
+    model = calibration.model
+
+    def state():
+        return (
+            {name: tensor.clone() for name, tensor in model.state_dict().items()},
+            [p.requires_grad for p in model.parameters()],
+            [("forward" in vars(m), len(m._forward_hooks)) for m in model.modules()],
+        )
+
+    before = state()
+    result = optimize_vision(calibration)
+    after = state()
+    assert result.report.kept
+    assert result.report.error_after < result.report.error_before
+    assert 1 <= result.report.epochs <= 3
+    layers = [layer for segment in calibration.segments[:2] for layer in live_layers(segment)]
+    assert set(result.ranges) == {site.name for layer in layers for site in layer.sites}
     assert any(
         (learned.weights[0] != 1).any() and (learned.activations[0] != 1).any()
         for learned in result.ranges.values()
     )
     assert len(result.dependencies["vision"][0]) == 1
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
-    assert patched(model) == before
+    assert all(torch.equal(tensor, after[0][name]) for name, tensor in before[0].items())
+    assert before[1:] == after[1:]
 
 
 def test_what_does_not_help_is_not_kept():
     """A learning rate that ruins every range: the start is given back."""
-    result = run(*setup(optimize_vision=VisionOptimization(epochs=5, learning_rate=1.0)))
+    result = optimize_vision(setup(optimize_vision=VisionOptimization(epochs=5, learning_rate=1.0)))
     assert not result.report.kept
     assert result.report.error_after == result.report.error_before
     assert result.report.epochs == vision_encoder._PATIENCE
@@ -102,126 +88,98 @@ def test_what_does_not_help_is_not_kept():
     assert not result.dependencies
 
 
-def test_nothing_held_out_or_nothing_to_learn_means_nothing_is_done():
-    assert run(*setup(count=4)) is None  # one batch
-    model, segments, *rest = setup()
-    assert run(model, segments[2:], *rest) is None  # the language model alone
-    assert run(*setup(optimize_vision=None)) is None
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"data": tiny_batches(4)},  # one batch: nothing is held out
+        {"components": ["language"]},  # nothing to learn
+        {"optimize_vision": None},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_where_nothing_can_be_done_nothing_is_done(given):
+    assert optimize_vision(setup(**given)) is None
 
 
 def test_what_did_not_run_is_said():
-    model, settings = tiny_llava(seed=1).eval(), setup()[-1]
-    report = calibrate_and_pack(
-        model,
-        replace(settings, batch_size=8),
-        load_samples(tiny_messages(8, seed=0)),
-        tiny_processor(),
-    )
+    options = {**OPTIONS, "batch_size": 8}
+    _, report = calibrate(**options)
     assert report.vision is None
     assert any("optimize_vision did not run" in warning for warning in report.warnings)
     assert report.provenance["optimize_vision"] == "did not run"
-    strict = replace(settings, batch_size=8, strict=True)
     with pytest.raises(ValueError, match=r"^strict=True: optimize_vision did not run"):
-        calibrate_and_pack(
-            tiny_llava(seed=1).eval(),
-            strict,
-            load_samples(tiny_messages(8, seed=0)),
-            tiny_processor(),
-        )
+        calibrate(**options, strict=True)
 
 
 def test_batches_without_pictures_do_not_stand_in_the_way():
-    model, segments, _, data, settings = setup()
-    text = [
-        {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}]}
-    ] * 4
-    data = [*data, *batches(load_samples(text), tiny_processor(), 4)]
-    inputs = capture_inputs(model, data, [segment.layers[0].name for segment in segments])
-    assert run(model, segments, inputs, data, settings).report.epochs > 0
+    calibration = setup([*tiny_batches(), *tiny_batches(rows=TEXT)])
+    assert optimize_vision(calibration).report.epochs > 0
 
 
 def test_without_vision_encoder_the_projector_learns_alone():
-    model, segments, *rest = setup()
-    result = run(model, segments[1:], *rest)
-    assert set(result.ranges) == {site.name for layer in segments[1].layers for site in layer.sites}
+    calibration = setup(components=["projector", "language"])
+    result = optimize_vision(calibration)
+    (layer,) = calibration.segments[0].layers
+    assert set(result.ranges) == {site.name for site in layer.sites}
     assert result.report.depth_before is None
 
 
 def test_floating_point_inputs_learn_weight_ranges():
-    result = run(*setup(activation_bits=16, weight_bits=3, activation_granularity=None))
+    result = optimize_vision(setup(activation_bits=16, weight_bits=3, activation_granularity=None))
     assert result.report.kept
     assert all(learned.activations is None for learned in result.ranges.values())
 
 
+def test_raised_sites_learn_at_their_own_bits():
+    calibration = setup()
+    name = calibration.segments[0].layers[0].sites[0].name
+    calibration.precisions = {name: Precision(weight_bits=8, activation_bits=8)}
+    assert name in optimize_vision(calibration).ranges
+
+
 def test_every_term_reaches_the_ranges():
-    """L = L_reg + lambda1 L_ent + lambda2 L_err, one term at a time: each has a gradient of its own."""
-    model, segments, inputs, data, settings = setup()
-    gradients = {}
-    for name, options in {
-        "reg": VisionOptimization(entropy_weight=0, error_weight=0),
-        "ent": VisionOptimization(entropy_weight=1, error_weight=0),
-        "err": VisionOptimization(entropy_weight=0, error_weight=1),
-        "vision": VisionOptimization(entropy_weight=0, error_weight=1, output_weight=0),
-    }.items():
-        loss = vision_encoder._Loss(model, segments, data, settings, options)
-        sites = [
-            s
-            for segment in segments
-            for s in vision_encoder._sites(model, segment, inputs, settings, {}).values()
-        ]
-        parameters = sites[0].parameters()
-        with frozen(model), installed(sites), torch.enable_grad():
-            gradients[name] = torch.autograd.grad(loss(data[0]), parameters)[0]
-    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
-    keys = list(gradients)
-    assert all(
-        not torch.allclose(gradients[a], gradients[b])
-        for i, a in enumerate(keys)
-        for b in keys[i + 1 :]
-    )
+    """L = L_reg + lambda1 L_ent + lambda2 L_err, one term at a time: each has its own gradient."""
+    calibration = setup()
+    gradients = []
+    for options in (
+        VisionOptimization(entropy_weight=0, error_weight=0),
+        VisionOptimization(entropy_weight=1, error_weight=0),
+        VisionOptimization(entropy_weight=0, error_weight=1),
+        VisionOptimization(entropy_weight=0, error_weight=1, output_weight=0),
+    ):
+        loss = vision_encoder._Loss(calibration, options)
+        sites = vision_encoder._differentiable_sites(calibration)
+        with frozen(calibration.model), installed(sites), torch.enable_grad():
+            loss_value = loss(calibration.data[0])
+            gradients.append(torch.autograd.grad(loss_value, sites[0].parameters())[0])
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    assert not any(torch.allclose(a, b) for a, b in combinations(gradients, 2))
 
 
 def test_learned_ranges_are_a_candidate_and_the_start():
-    site, _ = trial("channel")
-    before = grid_bounds(site.qparams[0])
+    site, _ = tiny_site("channel")
+    before = grid_bounds(site.chosen.grid)
     factors = tuple(torch.full_like(bound, 0.5) for bound in before)
     clips = tuple(torch.full((linear.out_features, 3), 0.5) for linear in site.linears)
     plain = site.quantized_weights()
-    site.add_learned(LearnedRanges(site.chosen, factors, clips))
+    site.add_learned(LearnedRanges(site.chosen.range, factors, clips))
     assert site.choice == 1
-    assert site.chosen.learned
-    assert site.scheme == site.schemes[0]
-    after = grid_bounds(site.qparams[1])
-    assert all(
-        (new - old * 0.5).abs().max() <= site.qparams[1].scale.max()
-        for new, old in zip(after, before, strict=True)
-    )
-    assert all(
-        (a.scale.float() < b.scale.float()).all()
-        for a, b in zip(site.quantized_weights(), plain, strict=True)
-    )
+    assert site.chosen.range.learned
+    assert site.scheme == site.candidates[0].scheme
+    for new, old in zip(grid_bounds(site.chosen.grid), before, strict=True):
+        assert (new - old * 0.5).abs().max() <= site.chosen.grid.scale.max()
+    for own, wide in zip(site.quantized_weights(), plain, strict=True):
+        assert (own.scale.float() < wide.scale.float()).all()
 
 
 def test_the_whole_calibration_uses_and_reports_it():
-    model, settings = tiny_llava(seed=1).eval(), setup()[-1]
-    samples = load_samples(tiny_messages(8, seed=0))
-    report = calibrate_and_pack(model, replace(settings, batch_size=4), samples, tiny_processor())
+    model, report = calibrate(tiny_llava(seed=1).eval(), max_block_depth=3, **OPTIONS)
     assert report.vision.kept
     chosen = {site.modules[0]: site.candidate.learned for site in report.sites}
     assert any(chosen.values())
     assert not any(learned for name, learned in chosen.items() if "language" in name)
-    assert all(
-        torch.isfinite(module.weight_scale.float()).all() for _, module in quantized_modules(model)
-    )
+    for _, module in quantized_modules(model):
+        assert torch.isfinite(module.weight_scale.float()).all()
     assert report.settings["optimize_vision"]["epochs"] == 3
     assert report.provenance["optimize_vision"] == "kept"
     assert type(report).from_dict(report.to_dict()) == report
-
-
-def test_lifted_sites_learn_at_their_own_bits():
-    model, segments, *rest = setup()
-    name = segments[0].layers[0].sites[0].name
-    result = run(
-        model, segments, *rest, precisions={name: Precision(weight_bits=8, activation_bits=8)}
-    )
-    assert name in result.ranges

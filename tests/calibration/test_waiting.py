@@ -1,7 +1,4 @@
-"""When idle threads come and go, and that nothing else changes.
-
-How much faster a busy machine is with them is no test.
-"""
+"""When idle threads come and go, and that nothing else changes; speed is no test."""
 
 import os
 import subprocess
@@ -20,56 +17,35 @@ from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.evaluation.evaluate import evaluate
 
 
-class Clock:
-    """An event whose `wait` takes no time: it moves a clock by what it was asked to wait, and ends with the rates."""
+def test_idle_threads_come_when_cores_are_missed_and_go_when_they_are_not(monkeypatch):
+    """The watcher over numbers of cores that the process waits for, without real time."""
+    rates = [0, 0.01, 0.6, 1.2, 0.5, 0.1, 0, 0.4]
+    now, missed, waits, leaves, there = 0.0, 0.0, [], [], []
 
-    def __init__(self, rates):
-        self.rates, self.now, self.missed, self.waited = list(rates), 0.0, 0.0, []
-
-    def wait(self, seconds):
-        if not self.rates:
-            return True
-        self.now += seconds
-        self.missed += self.rates.pop(0) * seconds
-        self.waited.append(seconds)
-        return False
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """Runs the watcher over numbers of cores that the process waits for; returns after which of its looks idle threads were there."""
-
-    def run(rates):
-        clock, leaves, there = Clock(rates), [], []
-        monkeypatch.setattr(waiting.time, "monotonic", lambda: clock.now)
-        waits = clock.wait
-
-        def wait(seconds):
+    class Clock:
+        def wait(self, seconds):
+            nonlocal now, missed
             there.append(any(not leave.is_set() for leave in leaves))
-            return waits(seconds)
+            if len(waits) == len(rates):
+                return True
+            now, missed = now + seconds, missed + rates[len(waits)] * seconds
+            waits.append(seconds)
+            return False
 
-        clock.wait = wait
-        monkeypatch.setattr(waiting, "Thread", Now)
-        monkeypatch.setattr(waiting, "_waited", lambda: clock.missed)
-        waiting._watch(clock, leaves.append)
-        assert all(leave.is_set() for leave in leaves)
-        return there[1:], clock.waited, len(leaves)
+    class Now:
+        """A thread whose function is called at `start`."""
 
-    return run
+        def __init__(self, target, args, **_):
+            self.start = lambda: target(*args)
 
-
-class Now:
-    """A thread whose function is called at `start`."""
-
-    def __init__(self, target, args, **_):
-        self.start = lambda: target(*args)
-
-
-def test_idle_threads_come_when_cores_are_missed_and_go_when_they_are_not(watched):
-    there, waited, crowds = watched([0, 0.01, 0.6, 1.2, 0.5, 0.1, 0, 0.4])
-    assert there == [False, False, True, True, True, False, False, True]
-    assert waited == [0.5, 0.5, 0.5, 10.0, 10.0, 10.0, 0.5, 0.5]
-    assert crowds == 2
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: now)
+    monkeypatch.setattr(waiting, "Thread", Now)
+    monkeypatch.setattr(waiting, "_waited", lambda: missed)
+    waiting._watch(Clock(), leaves.append)
+    assert all(leave.is_set() for leave in leaves)
+    assert there[1:] == [False, False, True, True, True, False, False, True]
+    assert waits == [0.5, 0.5, 0.5, 10.0, 10.0, 10.0, 0.5, 0.5]
+    assert len(leaves) == 2
 
 
 def tasks():
@@ -83,7 +59,7 @@ def until(condition):
         time.sleep(0.01)
 
 
-@pytest.mark.skipif(waiting._crowd() is None, reason="another OpenMP runtime")
+@pytest.mark.skipif(waiting._idle_threads() is None, reason="another OpenMP runtime")
 def test_more_openmp_threads_than_cores_then_none_and_the_same_bits(monkeypatch):
     monkeypatch.setattr(waiting, "_LOOK", 0.01)
     waited = iter(range(0, 10**9, 1000))
@@ -102,17 +78,13 @@ def test_more_openmp_threads_than_cores_then_none_and_the_same_bits(monkeypatch)
     until(lambda: tasks() <= before)
 
 
-def test_one_thread_or_another_runtime_is_left_alone(monkeypatch):
-    started = []
-    monkeypatch.setattr(waiting, "Thread", lambda **_: started.append(1))
-    monkeypatch.setattr(waiting, "_crowd", lambda: None)
+@pytest.mark.parametrize(("runtime", "threads"), [(None, 2), (lambda _: None, 1)])
+def test_one_thread_or_another_runtime_is_left_alone(monkeypatch, runtime, threads):
+    started = threading.active_count()
+    monkeypatch.setattr(waiting, "_idle_threads", lambda: runtime)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     with yield_to_others():
-        pass
-    monkeypatch.setattr(waiting, "_crowd", lambda: lambda _: None)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    with yield_to_others():
-        pass
-    assert started == []
+        assert threading.active_count() == started
 
 
 def test_an_error_ends_the_watch():
@@ -149,19 +121,18 @@ def test_a_kernel_that_does_not_say_is_never_busy(monkeypatch, tmp_path):
     assert waiting._waited() == 2.5
 
 
-@pytest.mark.parametrize("entry", ["round_and_pack", "calibrate_and_pack"])
-def test_quantizing_yields(monkeypatch, entry):
+@pytest.mark.parametrize(
+    ("entry", "given"),
+    [
+        (quantize.round_and_pack, (CalibrationSettings(),)),
+        (quantize.calibrate_and_pack, (CalibrationSettings(), [], None)),
+        (evaluate, ([], None)),
+    ],
+    ids=["round", "calibrate", "evaluate"],
+)
+def test_what_computes_for_long_yields(monkeypatch, entry, given):
     asked = []
-    monkeypatch.setattr(waiting, "_crowd", lambda: asked.append(1))
-    rest = () if entry == "round_and_pack" else ([], None)
+    monkeypatch.setattr(waiting, "_idle_threads", lambda: asked.append(1))
     with pytest.raises((ValueError, AttributeError)):
-        getattr(quantize, entry)(torch.nn.Linear(2, 2), CalibrationSettings(), *rest)
-    assert asked == [1]
-
-
-def test_evaluating_yields(monkeypatch):
-    asked = []
-    monkeypatch.setattr(waiting, "_crowd", lambda: asked.append(1))
-    with pytest.raises(ValueError, match="sample"):
-        evaluate(torch.nn.Linear(2, 2), [], None)
+        entry(torch.nn.Linear(2, 2), *given)
     assert asked == [1]

@@ -1,1 +1,1 @@
-"""What is measured before the search and after it."""
+"""Measurements before the search and after it."""

@@ -41,24 +41,15 @@ _BUDGET = 2**26
 
 
 def soft_assignment(units: Tensor, levels: int) -> Tensor:
-    """p_m of eq. 5.
-
-    Args:
-        units: [n], values in steps of the grid, 0 ... levels - 1.
-        levels: M.
-
-    Returns:
-        [n, levels], each row sums to 1.
-    """
+    """p_m of eq. 5, [n, levels], for values [n] in steps of the grid, 0 ... levels - 1."""
     grid = torch.arange(levels, device=units.device, dtype=torch.float32)
     return torch.softmax(-((units.float().unsqueeze(-1) - grid) ** 2), dim=-1)
 
 
 def conditional_entropy(joint: Tensor) -> Tensor:
-    """D(k, k+1) of eq. 4 in nats, a float64 scalar.
+    """D(k, k+1) of eq. 4 in nats, a float64 scalar, of P[m, m'] ([M, M], first layer's rows).
 
-    Args:
-        joint: P[m, m'], [M, M]; rows are the first layer's levels. 0 log 0 is 0.
+    0 log 0 is 0.
     """
     joint = joint.double()
     marginal = joint.sum(1, keepdim=True).expand_as(joint)
@@ -69,13 +60,8 @@ def conditional_entropy(joint: Tensor) -> Tensor:
 def layer_dependencies(calibration: Calibration, segment: Segment) -> list[float]:
     """D(k, k+1) of a segment's consecutive live layers in nats (eq. 4), from one forward pass.
 
-    Args:
-        calibration: the model as it runs now, its `inputs` and settings; the activation bits give
-            the number of levels.
-        segment: of the model.
-
-    Returns:
-        One number less than there are live layers.
+    The model runs as it is now, on the `inputs` of the calibration. There is one number less than
+    live layers.
 
     Raises:
         ValueError: a layer's output is not finite.
@@ -172,15 +158,7 @@ class DependencyHistogram:
 
 
 def value_bounds(values: Sequence[Tensor], per_position: bool) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value per channel, or per position.
-
-    Args:
-        values: per batch [tokens, H], or [B, T, H] if `per_position`.
-        per_position: the axis.
-
-    Returns:
-        Two tensors [H], or [T, 1] if `per_position`.
-    """
+    """Smallest and largest value per channel, [H], or per position, [T, 1] (of [B, T, H])."""
     axes = (0, 2) if per_position else (0,)
     low = torch.stack([v.amin(axes) for v in values]).amin(0)
     high = torch.stack([v.amax(axes) for v in values]).amax(0)

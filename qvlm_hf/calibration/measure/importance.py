@@ -26,14 +26,11 @@ _FLOOR = 0.1  # of the mean weight: what no drawn answer looked at may matter to
 
 
 def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
-    """Weights of the tokens that leave each live layer.
-
-    Args:
-        calibration: its model, in full precision and unchanged afterwards, and its data.
+    """Weights of the tokens that leave each live layer; the model is in full precision.
 
     Returns:
         Layer name -> per batch that reached it, float32 [B, T], mean 1 over all tokens before the
-        floor. All ones without answers.
+        floor. Each is 1 without answers.
     """
     names = [layer.name for segment in calibration.segments for layer in live_layers(segment)]
     norms: dict[str, list[Tensor]] = {name: [] for name in names}

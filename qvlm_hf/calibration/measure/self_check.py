@@ -19,7 +19,7 @@ _HEAD_KL = 0.001
 
 
 class AnswerComparison:
-    """The full-precision answers to some samples, to compare later ones with.
+    """The full-precision answers to some samples, to compare later answers with.
 
     Args:
         model: in full precision.

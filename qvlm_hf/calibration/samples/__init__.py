@@ -21,14 +21,13 @@ from qvlm_hf.calibration.samples.batch import (
     IGNORE_INDEX,
     Batch,
     batches,
-    check_image_tokens,
     collate,
     longest_sample,
     without_too_long,
 )
 from qvlm_hf.calibration.samples.identity import by_picture, fingerprint
 from qvlm_hf.calibration.samples.loading import dataset_name, hold_out, load_samples
-from qvlm_hf.calibration.samples.rendering import Processor, Tokenizer
+from qvlm_hf.calibration.samples.rendering import Processor
 from qvlm_hf.calibration.samples.sample import Sample
 
 __all__ = [
@@ -36,10 +35,8 @@ __all__ = [
     "Batch",
     "Processor",
     "Sample",
-    "Tokenizer",
     "batches",
     "by_picture",
-    "check_image_tokens",
     "collate",
     "dataset_name",
     "fingerprint",

@@ -22,7 +22,6 @@ __all__ = [
     "IGNORE_INDEX",
     "Batch",
     "batches",
-    "check_image_tokens",
     "collate",
     "longest_sample",
     "without_too_long",
@@ -224,36 +223,18 @@ def _check_expansion(
         sizes = {picture.size for picture in own}
         size = sizes.pop() if len(sizes) == 1 else None
         expected = per_size.get(size) if size else None
-        count = check_image_tokens(ids, token, expected, len(own), origin)
+        count = _count_image_tokens(ids, token, expected, len(own), origin)
         if size:
             per_size.setdefault(size, count // len(own))
 
 
-def check_image_tokens(
-    input_ids: torch.Tensor,
-    image_token_id: int,
-    expected_per_image: int | None,
-    images: int,
-    origin: str,
+def _count_image_tokens(
+    input_ids: torch.Tensor, token: int, per_image: int | None, images: int, origin: str
 ) -> int:
-    """Counts the picture tokens of one sample and compares them with its pictures.
-
-    Args:
-        input_ids: [tokens].
-        image_token_id: the token that stands for picture features.
-        expected_per_image: tokens a picture, None if unknown: then any positive number will do.
-        images: pictures of the sample.
-        origin: for the message.
-
-    Returns:
-        The number of picture tokens.
-
-    Raises:
-        ValueError: if there are too few or too many.
-    """
-    count = int((input_ids == image_token_id).sum())
-    known = images == 0 or expected_per_image is not None
-    expected = (expected_per_image or 0) * images
+    """Picture tokens of one sample, [tokens]; `per_image` None: any positive number will do."""
+    count = int((input_ids == token).sum())
+    known = images == 0 or per_image is not None
+    expected = (per_image or 0) * images
     if (known and count != expected) or (images and not count):
         wanted = str(expected) if known else "at least one each"
         problem = f"{count} picture tokens for {images} pictures, {wanted} expected"

@@ -40,10 +40,7 @@ _PICTURES = _words("image img picture pic photo")
 # (`image_path`, `gt_answer`); a plural is the same.
 _OTHER_NAMES: dict[str, tuple[set[str], set[str]]] = {
     "choices": (_words("choices options"), _words("answer text list")),
-    "image": (
-        _PICTURES,
-        _words("path file filename name url uri src data byte base list"),
-    ),
+    "image": (_PICTURES, _words("path file filename name url uri src data byte base list")),
     "answer": (
         _words("answer response reply output completion label choice target truth caption"),
         _words(

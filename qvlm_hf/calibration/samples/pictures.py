@@ -78,7 +78,7 @@ def open_image(value: Path | Image.Image, where: str) -> Image.Image:
 
 
 def image_bytes(value: Path | Image.Image, where: str) -> bytes:
-    """What to hash: a file's bytes, or mode, size and pixels of a picture in memory.
+    """Input of a hash: a file's bytes, or mode, size and pixels of a picture in memory.
 
     Raises:
         ValueError: the file is missing or unreadable.

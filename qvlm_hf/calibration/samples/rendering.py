@@ -6,25 +6,13 @@ from typing import Any, Protocol
 from qvlm_hf.calibration.samples.errors import first_line, place, sample_error
 from qvlm_hf.calibration.samples.sample import Message, Sample
 
-__all__ = ["Processor", "Tokenizer", "adds_special_tokens", "check_processor", "render"]
-
-
-class Tokenizer(Protocol):
-    """What is used of a Transformers tokenizer."""
-
-    bos_token: str | None
-    eos_token: str | None
-    eos_token_id: int | None
-    pad_token: str | None
-
-    def __call__(self, text: str, **options: object) -> Mapping[str, Any]:
-        """Tokenizes `text`; "input_ids" holds the token ids."""
+__all__ = ["Processor", "adds_special_tokens", "check_processor", "render"]
 
 
 class Processor(Protocol):
-    """What is used of a processor; also `image_token` and `image_token_id` where it has them."""
+    """The used part of a processor; also `image_token`, `image_token_id` where it has them."""
 
-    tokenizer: Tokenizer
+    tokenizer: Any
 
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: object) -> object:
         """Renders a chat as text."""
@@ -95,11 +83,11 @@ def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def adds_special_tokens(text: str, tokenizer: Tokenizer) -> bool:
+def adds_special_tokens(text: str, tokenizer: Any) -> bool:
     """Whether to add them: not if the template wrote the beginning-of-sequence token itself."""
     return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
-def _tokens(text: str, tokenizer: Tokenizer) -> list[int]:
+def _tokens(text: str, tokenizer: Any) -> list[int]:
     special = adds_special_tokens(text, tokenizer)
     return list(tokenizer(text, add_special_tokens=special, truncation=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""Whatever the user passes as a data set -> rows, each with its place, not yet checked."""
+"""Anything that a user passes as a data set -> rows with their places, not yet checked."""
 
 import os
 import random
@@ -37,7 +37,7 @@ class Row:
     ignored: list[str] = field(default_factory=list)
 
     def error(self, key: str, problem: str, remedy: str) -> ValueError:
-        """What to raise about one of its keys, or about the whole row (key "")."""
+        """The error about one of its keys, or about the whole row (key "")."""
         return sample_error(place(self.origin, key), problem, remedy)
 
 

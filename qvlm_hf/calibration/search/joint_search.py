@@ -37,7 +37,7 @@ _MIN_GAIN = 1e-4  # a smaller relative gain is noise of the calibration set
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a block's search found.
+    """The result of a block's search.
 
     Attributes:
         choice: candidate index per layer and site.
@@ -54,33 +54,32 @@ class SearchResult:
     evaluations: float
 
 
+@dataclass
 class BlockSearch:
     """Evaluates choices on one block; keeps count of the work.
 
-    Args:
+    Attributes:
         layers: the block's layers in the compute dtype, their sites installed.
         sites: per layer, per site.
         inputs: per batch, masks and other arguments of the segment.
         hidden: per batch [B, T, H], output of the quantized layers below.
         targets: per layer, per batch [B, T, H], the full-precision output of each layer.
         weights: per layer, per batch [B, T], how much a token's error counts; none: all alike.
+        evaluations: layers run over all batches.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[nn.Module],
-        sites: Sequence[Sequence[QuantizedSite]],
-        inputs: Sequence[LayerInput],
-        hidden: Sequence[Tensor],
-        targets: Sequence[Sequence[Tensor]],
-        weights: Sequence[Sequence[Tensor]] = (),
-    ) -> None:
-        self.layers, self.sites, self.inputs = layers, sites, inputs
-        self.hidden, self.targets = hidden, targets
-        self.weights = weights or [
-            [torch.ones(h.shape[:-1], device=h.device) for h in target] for target in targets
+    layers: Sequence[nn.Module]
+    sites: Sequence[Sequence[QuantizedSite]]
+    inputs: Sequence[LayerInput]
+    hidden: Sequence[Tensor]
+    targets: Sequence[Sequence[Tensor]]
+    weights: Sequence[Sequence[Tensor]] = ()
+    evaluations: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.weights = self.weights or [
+            [torch.ones(h.shape[:-1], device=h.device) for h in target] for target in self.targets
         ]
-        self.evaluations = 0.0
 
     def run(
         self,

@@ -83,15 +83,9 @@ class LpError:
 def candidate_qparams(
     candidate: RangeCandidate, observers: Mapping[str, TailObserver], bits: int
 ) -> QParams | None:
-    """The activation grid of a candidate, None where it is found at run time.
+    """The activation grid of a candidate, broadcastable against [..., T, channels].
 
-    Args:
-        candidate: granularity, percentile and margin.
-        observers: by granularity.
-        bits: of the activations.
-
-    Returns:
-        Scales that broadcast against [..., T, channels].
+    None where it is found at run time; `observers` are by granularity.
     """
     if not candidate.static:
         return None

@@ -5,7 +5,7 @@ The first finds the tails of each site's input, the second measures the L_2.4 er
 candidate. Memory does not grow with the number of tokens.
 
 A range that is judged on the values it was taken from never clips what it has not seen, and the
-tightest always looks best. So the search tries ranges of the even batches on the odd ones
+tightest always looks best. So the search tries ranges of the even batches on the odd
 (`held_out_half`); the chosen range is taken from all of them in the end.
 """
 
@@ -69,7 +69,7 @@ def initialize_sites(
     settings = calibration.settings
     ranges = settings.candidates(component)
     sites = [site for layer in layers for site in layer.sites]
-    # by site: tails of the even batches, to try ranges, and of all, for the final ones
+    # by site: tails of the even batches, to try ranges, and of all batches, to keep
     even: dict[str, dict[str, TailObserver]] = defaultdict(dict)
     everything: dict[str, dict[str, TailObserver]] = defaultdict(dict)
     even_ids = {id(entry) for entry in inputs[::2]}

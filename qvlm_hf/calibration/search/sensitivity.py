@@ -1,7 +1,7 @@
 """Sensitivity: which sites can bear few bits, by the divergence of the answers.
 
 Forward passes only. Every site is tried by itself, everything else in full precision, with ranges
-of the even calibration batches on the odd ones. The measure is the KL divergence of the answers
+of the even calibration batches on the odd. The measure is the KL divergence of the answers
 (nats): the error of hidden states is dominated by picture tokens that no answer depends on.
 
 - The guard raises sites that few bits break, the worst first: inputs to 8 bits, and weights too

@@ -122,7 +122,7 @@ class QuantizedSite:
         return self._folded(self.linears[index], self.choice)
 
     def multiplied_input(self, x: Tensor) -> Tensor:
-        """What W' is multiplied by: the integers of x, times the token's scale if there is one."""
+        """The factor of W': the integers of x, times the token's scale if there is one."""
         a, row_scale = self._quantize_input(x, self.choice)
         return a.float() if row_scale is None else a * row_scale
 
@@ -151,7 +151,7 @@ class QuantizedSite:
         self._input = None
 
     def forward(self, index: int, x: Tensor) -> Tensor:
-        """What module `index` of the site returns for x [..., in]: [..., out] in x's dtype."""
+        """The output of module `index` for x [..., in]: [..., out] in x's dtype."""
         linear = self.linears[index]
         if self.active is None:
             return functional.linear(x, linear.weight, linear.bias)

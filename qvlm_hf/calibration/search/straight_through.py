@@ -59,7 +59,7 @@ class StraightThroughSite:
         return LearnedRanges(self.quantized.chosen.range, activations or None, weights)
 
     def forward(self, index: int, x: Tensor) -> Tensor:
-        """What module `index` of the site returns for x [..., I]: [..., O] in x's dtype."""
+        """The output of module `index` for x [..., I]: [..., O] in x's dtype."""
         linear = self.linears[index]
         a, scale = self._input(site_input(self.quantized.site, x).float())
         weight = self._weight(index, scale) if self.learn else self._fixed_weights[index]
@@ -67,7 +67,7 @@ class StraightThroughSite:
         return (y if linear.bias is None else y + linear.bias.float()).to(x.dtype)
 
     def _input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the weight is multiplied by, and the scale that is folded into it, if one is."""
+        """The factor of the weight, and the scale that is folded into the weight, if one is."""
         granularity = self.quantized.chosen.range.granularity
         top = 2**self.quantized.scheme.activation_bits - 1
         if granularity == "none":

@@ -1,4 +1,4 @@
-"""Cross-layer dependency (eq. 4, 5): against loops over numbers, closed forms, and its invariances."""
+"""Cross-layer dependency (eq. 4, 5): against loops over numbers and closed forms."""
 
 import math
 
@@ -101,18 +101,18 @@ def test_soft_assignment_is_the_formula(levels):
 # ---- eq. 4 ---------------------------------------------------------------------------------------
 
 
-def test_conditional_entropy_by_hand():
-    assert (
-        conditional_entropy(torch.eye(4) / 4) == 0.0
-    )  # the second level is known, and 0 log 0 is 0
-    assert conditional_entropy(torch.full((4, 4), 1 / 16)) == pytest.approx(math.log(4))
-    # rows are the first layer: given row 0 the second is a fair coin, given row 1 it is known
-    assert conditional_entropy(torch.tensor([[0.25, 0.25], [0.0, 0.5]])) == pytest.approx(
-        0.5 * math.log(2)
-    )
-    assert conditional_entropy(torch.tensor([[0.25, 0.0], [0.25, 0.5]])) == pytest.approx(
-        -0.25 * math.log(1 / 3) - 0.5 * math.log(2 / 3)
-    )
+@pytest.mark.parametrize(
+    ("joint", "expected"),
+    [
+        (torch.eye(4) / 4, 0.0),  # the second level is known, and 0 log 0 is 0
+        (torch.full((4, 4), 1 / 16), math.log(4)),
+        # rows are the first layer: given row 0 the second is a fair coin, given row 1 it is known
+        (torch.tensor([[0.25, 0.25], [0.0, 0.5]]), 0.5 * math.log(2)),
+        (torch.tensor([[0.25, 0.0], [0.25, 0.5]]), -0.25 * math.log(1 / 3) - 0.5 * math.log(2 / 3)),
+    ],
+)
+def test_conditional_entropy_by_hand(joint, expected):
+    assert conditional_entropy(joint) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("levels", [8, 16])
@@ -151,24 +151,6 @@ def test_independent_levels_give_the_entropy_of_the_second():
     assert 0.99 * math.log(levels) < d <= math.log(levels)
 
 
-def test_a_function_of_the_first_leaves_only_the_width_of_the_soft_assignment():
-    """Levels so far apart that their soft assignments do not touch: D is what is left when the level is known."""
-    levels = 16
-    ends = torch.tensor([0.0, levels - 1.0])
-    known = measured(
-        ends.repeat(50)[:, None], ends.repeat(50)[:, None], unit_range(levels), unit_range(levels)
-    )
-    width = marginal_entropy(assigned(0.0, levels))
-    assert known == pytest.approx(width, abs=1e-5)
-    unknown = measured(
-        ends.repeat_interleave(2).repeat(25)[:, None],
-        ends.repeat(2).repeat(25)[:, None],
-        unit_range(levels),
-        unit_range(levels),
-    )
-    assert unknown == pytest.approx(width + math.log(2), abs=1e-5)
-
-
 def test_the_second_is_conditioned_on_the_first_and_not_the_other_way_round():
     levels = 16
     first = torch.tensor([0.0, 5.0, 10.0, 15.0]).repeat(20)[:, None]
@@ -177,12 +159,6 @@ def test_the_second_is_conditioned_on_the_first_and_not_the_other_way_round():
     assert forward == pytest.approx(marginal_entropy(assigned(0.0, levels)), abs=1e-3)
     backward = measured(second, first, unit_range(levels), unit_range(levels))
     assert backward > forward + 0.9 * math.log(2)
-
-
-def test_a_constant_second_layer_holds_no_information():
-    first = torch.randn(200, 3)
-    constant = torch.full((200, 3), 7.0)
-    assert measured(first, constant) == pytest.approx(marginal_entropy(assigned(0.0, 16)), abs=1e-5)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([8, 16, 32]), st.integers(1, 30), st.integers(1, 4))
@@ -217,9 +193,7 @@ def test_subsampling_stays_close_however_the_batches_fall(monkeypatch, splits):
     """A fifth of the tokens; with batches of 4 the stride is longer than a batch."""
     first, second = correlated(6000, 4)
     ranges = channel_range(first), channel_range(second)
-    second[::4] = (
-        0.0  # the first token of every batch is special, as the attention sink of a language model is
-    )
+    second[::4] = 0.0  # every batch's first token is special, as an attention sink is
     whole = measured(first, second, *ranges, levels=8)
     monkeypatch.setattr(entropy, "_BUDGET", first.numel() * 8 // 5)
     assert measured(first, second, *ranges, levels=8, splits=splits) == pytest.approx(
@@ -228,7 +202,7 @@ def test_subsampling_stays_close_however_the_batches_fall(monkeypatch, splits):
 
 
 def test_subsampling_keeps_to_the_budget(monkeypatch):
-    """The work is bounded: the tokens that are looked at, counted where their levels are assigned."""
+    """The work is bounded: tokens are counted where their levels are assigned."""
     seen = []
     assign = entropy.soft_assignment
     monkeypatch.setattr(

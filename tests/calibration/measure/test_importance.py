@@ -1,4 +1,4 @@
-"""Token weights: gradients of the answers, checked against finite differences, and what they change."""
+"""Token weights: gradients of the answers, against finite differences."""
 
 from dataclasses import replace
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvlm_hf.calibration.search.blocks import Block, partition_layers
+from qvlm_hf.calibration.search.blocks import partition_layers
 
 dependencies = st.lists(st.floats(0, 6, allow_nan=False), max_size=40)
 thresholds = st.one_of(
@@ -58,15 +58,6 @@ def test_the_default_threshold_is_the_mean(entropies):
     assert blocks == partition_layers(entropies, max_block_depth=3, threshold=used)[0]
 
 
-@given(dependencies, st.integers(1, 5))
-def test_no_threshold_fills_the_blocks_and_an_infinite_one_leaves_single_layers(entropies, depth):
-    full, _ = partition_layers(entropies, max_block_depth=depth, threshold=-math.inf)
-    assert [block.depth for block in full[:-1]] == [depth] * (len(full) - 1)
-    assert len(full) == math.ceil((len(entropies) + 1) / depth)
-    single, _ = partition_layers(entropies, max_block_depth=depth, threshold=math.inf)
-    assert single == tuple(Block(i, i + 1) for i in range(len(entropies) + 1))
-
-
 def test_the_mean_includes_the_new_pair_and_must_exceed_the_threshold():
     # 3 > 1, (3 + 0) / 2 > 1, (3 + 0 + 0) / 3 = 1 does not exceed 1
     assert bounds(partition_layers([3.0, 0.0, 0.0, 0.0], max_block_depth=9, threshold=1.0)[0]) == [
@@ -85,18 +76,6 @@ def test_the_mean_includes_the_new_pair_and_must_exceed_the_threshold():
         (3, 4),
         (4, 5),
     ]
-
-
-def test_depth_one_is_the_greedy_baseline():
-    assert bounds(partition_layers([5.0, 5.0], max_block_depth=1, threshold=0.0)[0]) == [
-        (0, 1),
-        (1, 2),
-        (2, 3),
-    ]
-
-
-def test_one_layer():
-    assert partition_layers([], max_block_depth=3) == ((Block(0, 1),), 0.0)
 
 
 def test_errors():

@@ -70,38 +70,31 @@ def test_much_better_than_rounding_to_nearest(bits, symmetric):
     assert own < 0.7 * output_error(weight, quantize_weight(weight, scheme).dequantize(), inputs)
 
 
+SCHEME = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
+
+
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
-    scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
     weight, _ = problem(8, 40, 10, 0)
-    assert torch.equal(
-        rounded(weight, torch.eye(40), scheme).values, quantize_weight(weight, scheme).values
-    )
+    nearest = quantize_weight(weight, SCHEME).values
+    assert torch.equal(rounded(weight, torch.eye(40), SCHEME).values, nearest)
 
 
 def test_the_chunk_changes_only_the_speed(monkeypatch):
-    scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
     weight, inputs = problem(8, 40, 300, 1)
     hessian = inputs.T @ inputs
-    expected = rounded(weight, hessian, scheme).values
+    expected = rounded(weight, hessian, SCHEME).values
     monkeypatch.setattr(gptq, "_CHUNK", 7)
-    assert (
-        rounded(weight, hessian, scheme).values != expected
-    ).float().mean() < 0.02  # float32 sums in another order
+    # float32 sums in another order
+    assert (rounded(weight, hessian, SCHEME).values != expected).float().mean() < 0.02
 
 
 def test_a_singular_hessian_is_damped_until_it_factorises():
-    scheme = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
     weight, inputs = problem(8, 40, 3, 2)
     inputs[:, 5] = 0  # a channel that never fires
-    quantized = rounded(weight, inputs.T @ inputs, scheme)
-    assert torch.isfinite(quantized.dequantize()).all()
-    assert torch.isfinite(rounded(weight, torch.zeros(40, 40), scheme).dequantize()).all()
+    for hessian in (inputs.T @ inputs, torch.zeros(40, 40)):
+        assert torch.isfinite(rounded(weight, hessian, SCHEME).dequantize()).all()
 
 
 def test_a_hessian_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
-        rounded(
-            torch.ones(2, 16),
-            torch.full((16, 16), torch.nan),
-            QuantScheme(weight_bits=4, activation_bits=4),
-        )
+        rounded(torch.ones(2, 16), torch.full((16, 16), torch.nan), SCHEME)

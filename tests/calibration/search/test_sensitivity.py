@@ -27,7 +27,7 @@ def calibrate(model, **options):
 
 
 def broken_model():
-    """A model whose answers hang on a product of small numbers in one site: a channel 300 times larger than the others hides them."""
+    """Answers hang on a product of small numbers in one site; a large channel hides them."""
     model = tiny_llava(seed=1)
     layer = model.model.language_model.layers[0]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Rounding with gradients: the same values as the simulation, and the derivatives of the function without rounding."""
+"""Rounding with gradients: the simulation's values, the unrounded function's derivatives."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_forward_equals_the_simulation(granularity, learn):
 @pytest.mark.parametrize("granularity", ["channel", "token"])
 @pytest.mark.parametrize("which", ["low", "high", "clip"])
 def test_gradients_equal_finite_differences(granularity, which, monkeypatch):
-    """With rounding replaced by the identity, which is what straight-through assumes, the function is piecewise smooth."""
+    """With the identity for rounding, as straight-through assumes, it is piecewise smooth."""
     monkeypatch.setattr(straight_through, "_straight_through", lambda x, rounded: x)
     site, x = tiny_site(granularity)
     differentiable = StraightThroughSite(site, learn=True)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from tiny_models import tiny_llava, tiny_messages, tiny_processor
+from tiny_calibrations import TEXT, calibrate, tiny_batches, tiny_logits
+from tiny_models import tiny_llava
 
-from qvlm_hf.calibration.samples import batches, load_samples
+from qvlm_hf import quantize
+from qvlm_hf.calibration.measure.self_check import AnswerComparison
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import resolve
-from qvlm_hf.quantize import CalibrationSettings, calibrate_and_pack
 
 MODELS = {
     "plain": {},
@@ -19,10 +20,6 @@ MODELS = {
     "several vision layers": {"vision_feature_layer": [-2, -1]},
 }
 LANGUAGE = "model.language_model.layers.0"
-
-
-def data(count=4):
-    return list(batches(load_samples(tiny_messages(count)), tiny_processor(), 2))
 
 
 def uneven_model(**options):
@@ -37,22 +34,16 @@ def uneven_model(**options):
     return model
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(**data()[0].inputs).logits
-
-
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_the_model_computes_the_same(options):
     model = uneven_model(**options)
-    before, weights = logits(model), {p: p.clone() for p in model.parameters()}
+    before, weights = tiny_logits(model), {p: p.clone() for p in model.parameters()}
     paths = scale_paths(model, resolve(model))
     live = 3 if "vision_feature_layer" in options else 2
-    assert (
-        len(paths) == live * 3 + 2 * 4
-    )  # a CLIP layer: two norms and the values; a Llama layer also the product
-    equalize(model, paths, data())
-    assert (logits(model) - before).abs().max() < 1e-4 * before.abs().max()
+    # a CLIP layer: two norms and the values; a Llama layer also the product
+    assert len(paths) == live * 3 + 2 * 4
+    equalize(model, paths, tiny_batches(4, 2))
+    assert (tiny_logits(model) - before).abs().max() < 1e-4 * before.abs().max()
     for path in paths:
         for module in (path.source, *path.readers):
             assert not torch.equal(module.weight, weights[module.weight])
@@ -66,7 +57,7 @@ def test_channels_become_more_alike():
         handle = model.get_submodule(name).register_forward_pre_hook(
             lambda _m, args: seen.append(args[0])
         )
-        logits(model)
+        tiny_logits(model)
         handle.remove()
         rms = seen[0].flatten(0, -2).square().mean(0).sqrt()
         return float(rms.log().std())
@@ -76,7 +67,7 @@ def test_channels_become_more_alike():
         for module in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     ]
     before = {name: spread(name) for name in names}
-    equalize(model, scale_paths(model, resolve(model)), data())
+    equalize(model, scale_paths(model, resolve(model)), tiny_batches(4, 2))
     assert all(spread(name) < 0.8 * before[name] for name in names)
 
 
@@ -85,18 +76,10 @@ def test_silent_channels_and_unreached_paths_stay_as_they_are():
     with torch.no_grad():
         model.get_submodule(f"{LANGUAGE}.input_layernorm").weight[3] = 0.0
         model.get_submodule(f"{LANGUAGE}.mlp.down_proj").weight[:, 5] = 0.0
-    text = [
-        {"messages": [{"role": "user", "content": "what"}, {"role": "assistant", "content": "red"}]}
-    ]
     vision = {name: p.clone() for name, p in model.named_parameters() if "vision" in name}
-    equalize(
-        model,
-        scale_paths(model, resolve(model)),
-        list(batches(load_samples(text), tiny_processor(), 1)),
-    )
-    assert all(
-        torch.equal(p, vision[name]) for name, p in model.named_parameters() if name in vision
-    )
+    equalize(model, scale_paths(model, resolve(model)), tiny_batches(rows=TEXT))
+    for name, tensor in vision.items():
+        assert torch.equal(model.get_parameter(name), tensor)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -115,41 +98,27 @@ def test_excluded_and_transformed_sites_have_no_path():
 
 def test_after_a_rotation_too():
     model = uneven_model()
-    before = logits(model)
+    before = tiny_logits(model)
     rotate(model, rotation_plan(model), seed=0)
-    equalize(model, scale_paths(model, resolve(model, rotated=True)), data())
-    assert (logits(model) - before).abs().max() < 1e-4 * before.abs().max()
+    equalize(model, scale_paths(model, resolve(model, rotated=True)), tiny_batches(4, 2))
+    assert (tiny_logits(model) - before).abs().max() < 1e-4 * before.abs().max()
 
 
-def test_a_calibration_that_fails_leaves_the_model_alone(monkeypatch):
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [(quantize, "_search"), (AnswerComparison, "measure")],
+    ids=["search", "check"],
+)
+def test_an_interrupted_calibration_leaves_the_model_alone(monkeypatch, owner, step):
     model = uneven_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    monkeypatch.setattr("qvlm_hf.quantize._search", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        calibrate_and_pack(
-            model,
-            CalibrationSettings(batch_size=2, guard=False),
-            load_samples(tiny_messages(4)),
-            tiny_processor(),
-        )
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    kinds = [type(module) for module in model.modules()]
 
-
-def test_an_interrupted_self_check_leaves_the_model_alone(monkeypatch):
-    model = uneven_model()
-    before, kinds = (
-        {name: p.clone() for name, p in model.named_parameters()},
-        [type(module) for module in model.modules()],
-    )
-
-    def interrupted(*_, **__):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qvlm_hf.quantize.compare_answers", interrupted)
-    settings = CalibrationSettings(
-        batch_size=2, guard=False, max_block_depth=1, token_importance=False
-    )
+    monkeypatch.setattr(owner, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        calibrate_and_pack(model, settings, load_samples(tiny_messages(4)), tiny_processor())
+        calibrate(model, guard=False, max_block_depth=1, token_importance=False)
     assert [type(module) for module in model.modules()] == kinds
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

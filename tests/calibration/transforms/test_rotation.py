@@ -4,21 +4,14 @@ import copy
 
 import pytest
 import torch
-from tiny_models import tiny_llava, tiny_messages, tiny_processor
+from tiny_calibrations import tiny_batches, tiny_logits
+from tiny_models import tiny_llava
 from torch import nn
 
-from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.transforms.rotation import residual_rotation, rotate, undone_on_error
 from qvlm_hf.format.hadamard import largest_block
 from qvlm_hf.models.folds import rotation_plan
 from qvlm_hf.models.graph import resolve
-
-
-def logits(model):
-    batch = next(batches(load_samples(tiny_messages(3)), tiny_processor(), 3))
-    with torch.no_grad():
-        return model(**batch.inputs).logits
-
 
 MODELS = {
     "plain": {},
@@ -36,10 +29,10 @@ MODELS = {
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_logits_stay_within_1e_4(options):
     model = tiny_llava(**options)
-    before = logits(model)
+    before = tiny_logits(model)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     rotate(model, rotation_plan(model), seed=3)
-    after = logits(model)
+    after = tiny_logits(model)
     assert (after - before).abs().max() < 1e-4
     changed = {
         name
@@ -88,7 +81,7 @@ def test_an_outlier_channel_disappears_from_every_input_it_reached():
     with torch.no_grad():
         for layer in model.model.language_model.layers:
             layer.input_layernorm.weight[5] *= 50
-    batch = next(batches(load_samples(tiny_messages(3)), tiny_processor(), 3))
+    batch = tiny_batches(3, 3)[0]
 
     def peak():
         seen = []
@@ -108,7 +101,10 @@ def test_an_outlier_channel_disappears_from_every_input_it_reached():
 
 def test_an_error_gives_back_the_very_parameters():
     model = tiny_llava(tie_word_embeddings=True)
-    before, pointers = logits(model), {name: p.data_ptr() for name, p in model.named_parameters()}
+    before, pointers = (
+        tiny_logits(model),
+        {name: p.data_ptr() for name, p in model.named_parameters()},
+    )
 
     def interrupted():
         with undone_on_error(model):
@@ -120,7 +116,7 @@ def test_an_error_gives_back_the_very_parameters():
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert model.config.tie_word_embeddings
-    assert torch.equal(logits(model), before)
+    assert torch.equal(tiny_logits(model), before)
 
 
 def test_a_norm_bias_needs_a_reader_with_a_bias():
