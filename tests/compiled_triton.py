@@ -1,4 +1,5 @@
-"""Compiles what `qvlm_hf.ops.gpu` would launch, for devices that are not there; run as a program, prints JSON.
+"""Compiles what `qvlm_hf.ops.gpu` would launch, for devices that are not there; run as a program,
+prints JSON.
 
 A driver that only names its target takes the place of the CUDA driver, and every launch becomes a
 compilation (`JITFunction.warmup`): signature, alignment and sizes are those of a real call.
@@ -60,7 +61,9 @@ class NamedTarget(DriverBase):
 
 @contextlib.contextmanager
 def compiling(capability):
-    """Launches compile for `capability` instead; yields {name: CompiledKernel} of those that there were."""
+    """Launches compile for `capability` instead; yields {name: CompiledKernel} of those that there
+    were.
+    """
     kernels = {}
 
     def compile_only(self, grid):

@@ -1,4 +1,5 @@
-"""Computes a module's output from a saved directory: a second reader of the format, written from docs/format.md alone.
+"""Computes a module's output from a saved directory: a second reader of the format, written from
+docs/format.md alone.
 
 Needs json, struct and numpy: no qvlm_hf, no Transformers, no torch, no safetensors. It is slow and
 literal on purpose. Whatever it finds that the page does not allow (another dtype, a missing or an
@@ -77,7 +78,9 @@ def module_output(directory: str | Path, module_name: str, x: np.ndarray) -> np.
 
 
 def module_tensors(directory: str | Path, module_name: str) -> dict[str, np.ndarray]:
-    """The tensors of one module by their last name ("weight", "weight_scale", …), as float32, int32 or uint8 arrays."""
+    """The tensors of one module by their last name ("weight", "weight_scale", …), as float32, int32
+    or uint8 arrays.
+    """
     found: dict[str, dict[str, np.ndarray]] = {}
     for path in sorted(Path(directory).glob("model*.safetensors")):
         with path.open("rb") as file:
@@ -96,7 +99,9 @@ def module_tensors(directory: str | Path, module_name: str) -> dict[str, np.ndar
 
 
 def _same(prefix: str, module_name: str) -> bool:
-    """Whether a key's prefix is the module's canonical name in another layout; the head may lie below the language model."""
+    """Whether a key's prefix is the module's canonical name in another layout; the head may lie
+    below the language model.
+    """
     key, name = (
         [part for part in text.split(".") if part not in _LAYOUT] for text in (prefix, module_name)
     )
@@ -153,7 +158,9 @@ def _quantize_input(
 
 
 def _unpack(words: np.ndarray, bits: int, length: int) -> np.ndarray:
-    """float64 [out, in]: bit i of a row's stream is bit i % 32 of word i // 32, value k has bits k * bits and up."""
+    """float64 [out, in]: bit i of a row's stream is bit i % 32 of word i // 32, value k has bits k
+    * bits and up.
+    """
     if words.shape[1] != -(-length * bits // 32):
         raise ValueError(f"{words.shape[1]} words do not hold {length} values of {bits} bits.")
     stream = np.unpackbits(
@@ -165,7 +172,9 @@ def _unpack(words: np.ndarray, bits: int, length: int) -> np.ndarray:
 
 
 def _hadamard(x: np.ndarray, block: int) -> np.ndarray:
-    """x times the normalised Hadamard matrix: the sign of (i, j) is the parity of the bits that i and j share."""
+    """x times the normalised Hadamard matrix: the sign of (i, j) is the parity of the bits that i
+    and j share.
+    """
     index = np.arange(block)
     shared = index[:, None] & index[None, :]
     parity = sum((shared >> bit) & 1 for bit in range(block.bit_length())) % 2

@@ -1,4 +1,5 @@
-"""What the Hub of the tests answers: one function per request that huggingface_hub 2.4.0 and Transformers were seen to make.
+"""What the Hub of the tests answers: one function per request that huggingface_hub 2.4.0 and
+Transformers were seen to make.
 
 A route takes a `Call` and returns a `Reply` or raises `HubError`, which carries the headers that
 the client turns into its exceptions. Nothing here knows sockets: hub_server.py finds the user of
@@ -124,7 +125,9 @@ class Call:
         return repo, commit
 
     def target(self) -> tuple[Repo, str]:
-        """Repository and ref of an upload: owners write anywhere, others to a pull request that they opened or are about to open."""
+        """Repository and ref of an upload: owners write anywhere, others to a pull request that
+        they opened or are about to open.
+        """
         repo, revision = self.repo("propose"), self.args["rev"]
         ref = repo.ref(revision)
         mine = any(
@@ -321,7 +324,9 @@ def preupload(call: Call) -> Reply:
 
 @route("POST", rf"/{REPO}\.git/info/lfs/objects/batch")
 def lfs_batch(call: Call) -> Reply:
-    """Without "actions" where the content is here already: that is what makes a second attempt cheap."""
+    """Without "actions" where the content is here already: that is what makes a second attempt
+    cheap.
+    """
     repo, objects = call.repo("propose"), []
     for wanted in call.json()["objects"]:
         entry = {"oid": wanted["oid"], "size": wanted["size"]}

@@ -147,7 +147,9 @@ class HubServer:
         self._faults.append(_Fault(method, path, times, answer_lost=True))
 
     def wrong_etag(self, path: str) -> None:
-        """From now on reports, everywhere, another hash than the content's for files whose path in the repository matches."""
+        """From now on reports, everywhere, another hash than the content's for files whose path in
+        the repository matches.
+        """
         self._wrong_etags.append(path)
 
     def heal(self) -> None:

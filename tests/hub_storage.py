@@ -1,4 +1,5 @@
-"""What the Hub of the tests keeps: contents by their hash, commits that never change, refs that move.
+"""What the Hub of the tests keeps: contents by their hash, commits that never change, refs that
+move.
 
 A repository is a map from refs to commits, a commit an immutable map from paths to blobs. An upload
 works on a copy of that map and moves one ref when everything is right: one that fails leaves the
@@ -69,7 +70,9 @@ class PullRequest:
 
 
 class Store:
-    """Contents by sha256, in a directory: what came in one piece, and what came by Xet, which is put together when a commit names it."""
+    """Contents by sha256, in a directory: what came in one piece, and what came by Xet, which is
+    put together when a commit names it.
+    """
 
     def __init__(self, root: Path):
         self.objects, self.xet = root.absolute() / "objects", root.absolute() / "xet"

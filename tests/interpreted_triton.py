@@ -1,4 +1,5 @@
-"""The Triton kernels under Triton's interpreter, on CPU tensors; and what the interpreter of Triton 3.6 gets wrong, put right.
+"""The Triton kernels under Triton's interpreter, on CPU tensors; and what the interpreter of Triton
+3.6 gets wrong, put right.
 
 For a process with TRITON_INTERPRET=1: the interpreter is chosen while functions are defined, those
 of Triton itself too.
@@ -35,7 +36,9 @@ _builtins = {}
 
 
 def _patch_builtin(package, builder, scope):
-    """The same as the original, which looks through every name of a package anew at every call of every function."""
+    """The same as the original, which looks through every name of a package anew at every call of
+    every function.
+    """
     if package not in _builtins:
         _builtins[package] = [
             name for name in dir(package) if _tl.core.is_builtin(getattr(package, name))

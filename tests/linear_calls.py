@@ -83,7 +83,9 @@ def arguments(
 
 
 def lists(*calls):
-    """Flat arguments of `linears` from those of `linear` for each module; the input's are the first's."""
+    """Flat arguments of `linears` from those of `linear` for each module; the input's are the
+    first's.
+    """
     first, own = calls[0], zip(*((*one[:3], one[5]) for one in calls), strict=True)
     weight, scale, zero_point, bias = ([t for t in part if t is not None] for part in own)
     return weight, scale, zero_point, *first[3:5], bias, *first[6:]

@@ -1,4 +1,6 @@
-"""One small LLaVA on disk, quantized in several ways and saved: made once for the tests of a directory."""
+"""One small LLaVA on disk, quantized in several ways and saved: made once for the tests of a
+directory.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,7 +107,9 @@ def saved(
 
 @pytest.fixture(scope="session")
 def hub_layout(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
-    """The full-precision checkpoint with the keys of llava-hf/llava-1.5-7b-hf: `vision_tower.vision_model.` on top."""
+    """The full-precision checkpoint with the keys of llava-hf/llava-1.5-7b-hf:
+    `vision_tower.vision_model.` on top.
+    """
     path = tmp_path_factory.mktemp("hub_layout")
     for file in source.iterdir():
         if file.suffix != ".safetensors":

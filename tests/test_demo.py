@@ -1,4 +1,6 @@
-"""The embedded demo model and its data: complete, readable, disjoint, exact where exactness is claimed, and accurate."""
+"""The embedded demo model and its data: complete, readable, disjoint, exact where exactness is
+claimed, and accurate.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,6 @@
-"""What a wheel, an editable install and the sources hold; Optimum's namespace is shared, and nothing of Optimum's own is touched."""
+"""What a wheel, an editable install and the sources hold; Optimum's namespace is shared, and
+nothing of Optimum's own is touched.
+"""
 
 import shutil
 import subprocess
@@ -64,7 +66,9 @@ def test_the_sources_build_the_same(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["standard", "editable"])
 def test_installs_and_uninstalls_beside_optimum(version, tmp_path):
-    """In an environment of its own, which borrows the heavy packages of this one and has a copy of Optimum."""
+    """In an environment of its own, which borrows the heavy packages of this one and has a copy of
+    Optimum.
+    """
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"

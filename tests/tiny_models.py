@@ -1,4 +1,5 @@
-"""A LLaVA small enough for unit tests: random weights, a word-level tokenizer, pictures drawn in memory.
+"""A LLaVA small enough for unit tests: random weights, a word-level tokenizer, pictures drawn in
+memory.
 
 Everything is built from code and a seed: nothing is downloaded, and two calls with the same
 arguments give equal tensors. The sizes are
@@ -144,7 +145,9 @@ def tiny_llava(
 
 
 def _randomize(model: torch.nn.Module) -> None:
-    """Replaces the library's initial values: they are so small that every layer would be close to the identity."""
+    """Replaces the library's initial values: they are so small that every layer would be close to
+    the identity.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -158,7 +161,9 @@ def _randomize(model: torch.nn.Module) -> None:
 
 
 def tiny_processor() -> LlavaProcessor:
-    """Builds the processor that fits `tiny_llava`: `IMAGE_TOKENS` placeholders per picture, a word per token, BOS added."""
+    """Builds the processor that fits `tiny_llava`: `IMAGE_TOKENS` placeholders per picture, a word
+    per token, BOS added.
+    """
     tokenizer = Tokenizer(
         WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token="<unk>")
     )
@@ -192,7 +197,8 @@ def tiny_processor() -> LlavaProcessor:
 def tiny_messages(
     n: int, seed: int = 0, *, kinds: Sequence[str] = ("colour", "shape")
 ) -> list[dict]:
-    """Draws n pictures and asks about each: chat samples (format 1 of `load_samples`) with PIL pictures and a "kind".
+    """Draws n pictures and asks about each: chat samples (format 1 of `load_samples`) with PIL
+    pictures and a "kind".
 
     Args:
         n: number of samples.
@@ -253,7 +259,9 @@ def _picture(generator: random.Random, colour: str, background: str, shape: str)
 def save_tiny(
     directory: str | Path, dtype: torch.dtype = torch.float32, *, seed: int = 0, **overrides: object
 ) -> Path:
-    """Saves `tiny_llava(seed, **overrides)` and its processor as an ordinary checkpoint and returns the directory."""
+    """Saves `tiny_llava(seed, **overrides)` and its processor as an ordinary checkpoint and returns
+    the directory.
+    """
     path = Path(directory)
     tiny_llava(seed, dtype=dtype, **overrides).save_pretrained(path)  # type: ignore[arg-type]
     tiny_processor().save_pretrained(path)

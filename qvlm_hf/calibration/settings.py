@@ -409,7 +409,7 @@ class CalibrationSettings(Options):
         )
 
     def head_scheme(self) -> QuantScheme | None:
-        """The scheme of the output head, 8-bit inputs unless they stay floating; None: left alone."""
+        """The scheme of the output head, whose inputs get 8 bits or stay floating; None: none."""
         if self.lm_head_bits is None:
             return None
         floating = self.activation_bits == 16

@@ -162,7 +162,7 @@ def load_with_processor(name: str) -> tuple[Any, Any]:
 
 
 def check_fits(name: str, processor: Any) -> None:
-    """Checks a processor against the configuration of a model, if it is of a family that is known here.
+    """Checks a processor against the configuration of a model of a known family.
 
     Raises:
         ValueError: as `check_processor_fits`, with the model's name.
@@ -214,7 +214,10 @@ def read_config(name: str, revision: str | None = None) -> Any:
 
 
 def _check_reachable(name: str, revision: str | None) -> None:
-    """Asks the Hub once for a model that is neither here nor in the cache: Transformers asks again and again, for 23 seconds."""
+    """Asks the Hub once for a model that is neither here nor in the cache.
+
+    Transformers asks again and again, for 23 seconds.
+    """
     if Path(name).exists() or is_offline_mode():
         return
     try:

@@ -15,7 +15,7 @@ __all__ = ["Split", "dataset_path", "model_dir"]
 
 
 def model_dir() -> Path:
-    """Return the directory of the trained model: what `from_pretrained` takes, processor included."""
+    """Return the directory of the trained model and its processor, for `from_pretrained`."""
     return Path(__file__).parent / "model"
 
 

@@ -153,8 +153,8 @@ class QVLMConfig(Options, QuantizationConfigMixin):
             )
         if self.resume_dir is not None:
             raise ValueError(
-                f"resume_dir={shown(self.resume_dir)} is not available in this version; leave it at "
-                f"None."
+                f"resume_dir={shown(self.resume_dir)} is not available in this version; leave it "
+                f"at None."
             )
         given |= {
             "quant_method": QUANT_METHOD,  # a str, as in every plugin; in-tree methods have an enum
@@ -177,9 +177,10 @@ class QVLMConfig(Options, QuantizationConfigMixin):
 
     @classmethod
     def paper(cls, scheme: str = "W4A4", **overrides: Any) -> "QVLMConfig":
-        """What the Q-VLM paper (arXiv 2410.08119) has and nothing besides: percentiles, granularities, visual encoder optimisation.
+        """What the Q-VLM paper (arXiv 2410.08119) has, and nothing besides.
 
-        Rounding is to nearest; guard, token importance, equalization and rotation are off.
+        That is its percentiles, granularities and visual encoder optimisation. Rounding is to
+        nearest; guard, token importance, equalization and rotation are off.
 
         Args:
             scheme: as in `QVLMConfig`.
@@ -263,11 +264,11 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         return {name: kwargs[name] for name in kwargs.keys() - changes}
 
     def _checked(self, **changes: Any) -> "QVLMConfig":
-        """A new configuration of the same fields, except `changes`, checked: a mapping may have been changed in place."""
+        """A checked copy with `changes`: a mapping may have been changed in place."""
         return QVLMConfig(**({name: self.__dict__[name] for name in _FIELDS} | changes))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Checks a field that has a value already, as `update` does; refuses the name of none that is like a field's.
+        """Checks a field that has a value already, as `update` does, and refuses misspelt names.
 
         Other attributes are carried along: Transformers marks configurations of its own methods
         with some.
@@ -302,7 +303,7 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         )
 
     def settle_without_data(self) -> None:
-        """Sets what only calibration does to what happens without data: rounding to nearest, nothing besides.
+        """Switches off every option that needs calibration data.
 
         Raises:
             ValueError: something was asked for that needs data.
@@ -335,11 +336,11 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         }  # a whitelist: no attribute leaks into config.json
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """The same as `to_dict`: a file must not depend on the defaults of the version that reads it."""
+        """As `to_dict`: a file must not depend on the defaults of the version that reads it."""
         return self.to_dict()
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A field by name; Transformers treats `model.config.quantization_config` as a dict here and there."""
+        """A field by name: Transformers treats a quantization configuration as a dict at times."""
         return getattr(self, key, default)
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

@@ -26,9 +26,9 @@ def check_replaceable(folder: Path, shown: object) -> None:
         remedy = "move what you need out of it and delete it"
         if len({name.startswith(OLD) for name in left}) > 1:  # the move itself was cut short
             remedy = (
-                f"if none runs, both results are whole: move up what {OLD}... holds for the earlier "
-                f"one, or what {PARTIAL}... holds for the new one, over files of the same name, and "
-                f"delete both folders"
+                f"if none runs, both results are whole: move up what {OLD}... holds for the "
+                f"earlier one, or what {PARTIAL}... holds for the new one, over files of the same "
+                f"name, and delete both folders"
             )
         raise ValueError(
             f"{shown}: holds {' and '.join(left)} of a save that was interrupted or still runs: "

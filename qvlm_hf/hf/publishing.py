@@ -316,7 +316,8 @@ def _check_loads(folder: Path) -> None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         reason = first_line(error)
         raise ValueError(
-            f"{folder}: holds no processor that loads ({reason}): save the model's processor there too."
+            f"{folder}: holds no processor that loads ({reason}): save the model's processor there "
+            f"too."
         ) from error
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     if not bool(_logits(model, inputs).isfinite().all()):

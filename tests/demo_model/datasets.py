@@ -1,4 +1,5 @@
-"""The three splits of the demo data: pictures as PNGs, questions as JSON lines in the Transformers chat format.
+"""The three splits of the demo data: pictures as PNGs, questions as JSON lines in the Transformers
+chat format.
 
 One line is one single-turn question:
 
@@ -51,7 +52,9 @@ SPLITS = {
 def scene_stream(
     split: str, bank: SpriteBank, seed: int
 ) -> Iterator[tuple[SceneBatch, np.ndarray]]:
-    """Yield scenes and their pictures (uint8 [1024, 48, 48, 3]) without end; the same split and seed give the same stream."""
+    """Yield scenes and their pictures (uint8 [1024, 48, 48, 3]) without end; the same split and
+    seed give the same stream.
+    """
     rng = np.random.default_rng([seed, _STREAM[split]])
     instances = digit_instances(held_out=split != "train")
     while True:
@@ -87,7 +90,9 @@ def _line(path: str, question: Question) -> str:
 
 
 def write_split(split: str, directory: Path, bank: SpriteBank, seed: int) -> Path:
-    """Write `<split>.jsonl` and `images/<split>/*.png` under `directory`; returns the path of the former."""
+    """Write `<split>.jsonl` and `images/<split>/*.png` under `directory`; returns the path of the
+    former.
+    """
     size = SPLITS[split]
     rng = random.Random(f"{seed}-{split}")
     images = directory / "images" / split

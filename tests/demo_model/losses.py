@@ -1,4 +1,5 @@
-"""What training lowers: the loss on answers, and two auxiliary ones, on the labels of patches and on where attention looks.
+"""What training lowers: the loss on answers, and two auxiliary ones, on the labels of patches and
+on where attention looks.
 
 Legend: B sequences, L tokens, D = 192 hidden channels.
 """
@@ -20,7 +21,9 @@ __all__ = ["PatchHeads", "answer_loss", "picture_features"]
 
 
 class PatchHeads(nn.Module):
-    """Linear heads on the projected patches [B, 36, 192]; only there to train the vision tower, never saved."""
+    """Linear heads on the projected patches [B, 36, 192]; only there to train the vision tower,
+    never saved.
+    """
 
     def __init__(self, width: int) -> None:
         """Make one head for each label; `width` is the projector's output width."""
@@ -66,7 +69,8 @@ def _look_loss(
     positions: torch.Tensor,
     looks: Looks,
 ) -> torch.Tensor:
-    """Return the mean of -log(share of attention on the tokens wanted, among those to choose from); 0 where nobody looks.
+    """Return the mean of -log(share of attention on the tokens wanted, among those to choose from);
+    0 where nobody looks.
 
     Args:
         language: the decoder, for its rotary embedding.
@@ -89,7 +93,9 @@ def _look_loss(
 def answer_loss(
     model: LlavaForConditionalGeneration, features: torch.Tensor, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return over a packed batch (mean cross-entropy, share of right tokens) of the answers, and the look losses, one a layer."""
+    """Return over a packed batch (mean cross-entropy, share of right tokens) of the answers, and
+    the look losses, one a layer.
+    """
     embeds = model.get_input_embeddings()(batch.ids)
     first = int((batch.ids[0] == model.config.image_token_id).nonzero()[0])
     embeds = torch.cat([embeds[:, :first], features, embeds[:, first + features.shape[1] :]], dim=1)

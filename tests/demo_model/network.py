@@ -18,7 +18,9 @@ __all__ = ["build_model"]
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
-    """Build the untrained model: 5 CLIP layers (the last one is not used, as in LLaVA-1.5), projector, 6 Llama layers."""
+    """Build the untrained model: 5 CLIP layers (the last one is not used, as in LLaVA-1.5),
+    projector, 6 Llama layers.
+    """
     # 344 and 520 are multiples of neither 32 nor 128: short last groups are part of the demo
     vision = CLIPVisionConfig(
         image_size=SIDE,

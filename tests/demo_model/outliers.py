@@ -46,7 +46,9 @@ def _scale(tensor: torch.Tensor, channels: torch.Tensor, factor: float, dim: int
 def _plant(
     producer: nn.Module, readers: Sequence[nn.Module], channels: torch.Tensor, factor: float
 ) -> None:
-    """Scale the output channels of `producer` (a norm or a linear module) up and the input columns of `readers` down."""
+    """Scale the output channels of `producer` (a norm or a linear module) up and the input columns
+    of `readers` down.
+    """
     for parameter in producer.parameters():  # weight, and bias where there is one
         _scale(parameter, channels, factor, dim=0)
     for reader in readers:
@@ -57,7 +59,8 @@ def _plant(
 def plant_outliers(
     model: nn.Module, factor: float = 20.0, fraction: float = 0.03, seed: int = 0
 ) -> dict[str, list[int]]:
-    """Give a LLaVA (CLIP and Llama) outlier channels, in place; its logits stay the same up to rounding.
+    """Give a LLaVA (CLIP and Llama) outlier channels, in place; its logits stay the same up to
+    rounding.
 
     Args:
         model: a `LlavaForConditionalGeneration` in float32 (rounding in float16 would add its own

@@ -1,4 +1,5 @@
-"""Questions about pictures, packed into sequences: several share one, so that the picture is encoded once.
+"""Questions about pictures, packed into sequences: several share one, so that the picture is
+encoded once.
 
 Either every question sees only the picture (a block-diagonal mask, positions counted as if it were
 alone), which is exactly the single-turn form, or the questions are the turns of one conversation.
@@ -66,7 +67,9 @@ class Looks:
 
 
 class Look(NamedTuple):
-    """Where one token should look: layer, token, head, the tokens to choose from (first, end), the right ones."""
+    """Where one token should look: layer, token, head, the tokens to choose from (first, end), the
+    right ones.
+    """
 
     layer: int
     token: int
@@ -77,7 +80,9 @@ class Look(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One turn as token ids, question with "ASSISTANT:" and answer with `</s>`; the cells, and the token of the option, to look at."""
+    """One turn as token ids, question with "ASSISTANT:" and answer with `</s>`; the cells, and the
+    token of the option, to look at.
+    """
 
     question: list[int]
     answer: list[int]
@@ -133,7 +138,9 @@ class Packer:
         return turns
 
     def _option(self, question: list[int], letter: int) -> int:
-        """Return the index of the last token of the option that `letter` names: "(A) top [left] (B) ..."."""
+        """Return the index of the last token of the option that `letter` names: "(A) top [left] (B)
+        ...".
+        """
         start = question.index(letter)
         return next(i for i in range(start, len(question)) if question[i] in self.after_option) - 1
 
@@ -179,7 +186,9 @@ class Packer:
     def _row(
         self, turns: Sequence[Turn], parallel: bool
     ) -> tuple[list[int], list[int], list[int], list[int], list[Look]]:
-        """Lay out one sequence: ids, labels, positions, segments (0 is visible to all that follow it), and where to look."""
+        """Lay out one sequence: ids, labels, positions, segments (0 is visible to all that follow
+        it), and where to look.
+        """
         ids, labels = list(self.prefix), [IGNORE] * len(self.prefix)
         positions, segments = list(range(len(ids))), [0] * len(ids)
         looks: list[Look] = []

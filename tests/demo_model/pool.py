@@ -58,7 +58,9 @@ def cell_of_patch() -> np.ndarray:
 
 
 def patch_labels(scenes: SceneBatch, chosen: np.ndarray) -> dict[str, torch.Tensor]:
-    """Return the labels of every patch for the auxiliary heads; int64 [B, 36] each, 0 for an empty cell."""
+    """Return the labels of every patch for the auxiliary heads; int64 [B, 36] each, 0 for an empty
+    cell.
+    """
     kind = scenes.kind[chosen]
     labels = {
         "kind": np.where(kind == EMPTY, 0, kind + 1),

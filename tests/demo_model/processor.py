@@ -1,4 +1,5 @@
-"""Tokenizer, image processor and chat template of the demo model: small, but ordinary Transformers files.
+"""Tokenizer, image processor and chat template of the demo model: small, but ordinary Transformers
+files.
 
 The tokenizer knows whole words (`questions.vocabulary`), splits at spaces and punctuation, and
 begins every text with `<s>`. The chat template is LLaVA-1.5's:

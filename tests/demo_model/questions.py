@@ -80,7 +80,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Question:
-    """One question: its kind (an element of `KINDS`), its text, its answer, and the places that show the answer (in training only)."""
+    """One question: its kind (an element of `KINDS`), its text, its answer, and the places that
+    show the answer (in training only).
+    """
 
     kind: str
     text: str
@@ -104,7 +106,9 @@ def cells_of(scenes: SceneBatch, index: int) -> list[Cell]:
 
 
 class _Asked(NamedTuple):
-    """A question's text and answer, the places to look at, and where options can be drawn from them, all possible answers."""
+    """A question's text and answer, the places to look at, and where options can be drawn from
+    them, all possible answers.
+    """
 
     text: str
     answer: str
@@ -129,7 +133,9 @@ def _at_place(kind: str, cells: list[Cell], rng: random.Random) -> _Asked:
 
 
 def _count(cells: list[Cell], rng: random.Random) -> _Asked:
-    """Count what has a colour, or what has a shape (digits included); three times in four something that is there."""
+    """Count what has a colour, or what has a shape (digits included); three times in four something
+    that is there.
+    """
     if rng.random() < 0.5:
         name = rng.choice(cells).color if rng.random() < 0.75 else rng.choice(COLOR_NAMES)
         return _Asked(
@@ -157,7 +163,9 @@ def _where(cells: list[Cell], rng: random.Random) -> _Asked | None:
 
 
 def _exists(cells: list[Cell], rng: random.Random) -> _Asked:
-    """Ask whether something is there; where the answer is no, half of the things join a colour and a noun that are there."""
+    """Ask whether something is there; where the answer is no, half of the things join a colour and
+    a noun that are there.
+    """
     names = {c.thing for c in cells}
     places: tuple[str, ...] = ()
     if rng.random() < 0.5:
@@ -194,7 +202,9 @@ def _compare(cells: list[Cell], rng: random.Random) -> _Asked | None:
 
 
 def _choice(cells: list[Cell], rng: random.Random) -> _Asked:
-    """Put a colour, shape, digit or place question with three options; the letter of the right one is the answer."""
+    """Put a colour, shape, digit or place question with three options; the letter of the right one
+    is the answer.
+    """
     kind = rng.choice(("color", "shape", "digit", "where"))
     asked = _where(cells, rng) if kind == "where" else None
     text, answer, places, answers = asked or _at_place(
@@ -248,7 +258,9 @@ _ASK: dict[str, Callable[[list[Cell], random.Random], _Asked | None]] = {
 
 
 def vocabulary() -> list[str]:
-    """Return every text that a question or an answer is made of, for the tokenizer: templates and names, in a fixed order."""
+    """Return every text that a question or an answer is made of, for the tokenizer: templates and
+    names, in a fixed order.
+    """
     fields = dict.fromkeys(
         ("place", "other", "things", "thing", "a_thing", "larger", "question", "options"), ""
     )

@@ -109,7 +109,8 @@ class SpriteBank:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneBatch:
-    """What N pictures show; all int64 [N, 9] with cells in reading order, -1 where it does not apply.
+    """What N pictures show; all int64 [N, 9] with cells in reading order, -1 where it does not
+    apply.
 
     Attributes:
         kind: `EMPTY`, an index of `SHAPES`, or `DIGIT`.
@@ -129,7 +130,9 @@ class SceneBatch:
 
 
 def _polygon(points: int, inner: float, start: float) -> list[tuple[float, float]]:
-    """Return corners in [-1, 1]: a regular polygon, or a star where every second corner lies at radius `inner`."""
+    """Return corners in [-1, 1]: a regular polygon, or a star where every second corner lies at
+    radius `inner`.
+    """
     radii = [1.0] * points if inner == 1.0 else [1.0, inner] * points
     angles = [start + 2 * math.pi * i / len(radii) for i in range(len(radii))]
     return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
@@ -166,7 +169,9 @@ def _shape_mask(shape: str, radius: float, angle: float, shift: tuple[float, flo
 
 
 def _digit_mask(glyph: np.ndarray, size: int, angle: float, shift: tuple[int, int]) -> np.ndarray:
-    """Enlarge one 8x8 handwritten digit (values 0..16) to `size` pixels, turned by `angle` degrees; float32 [16, 16]."""
+    """Enlarge one 8x8 handwritten digit (values 0..16) to `size` pixels, turned by `angle` degrees;
+    float32 [16, 16].
+    """
     image = Image.fromarray(np.clip(glyph * 16, 0, 255).astype(np.uint8)).resize(
         (size, size), Image.Resampling.BICUBIC
     )
@@ -191,7 +196,9 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digit_instances(held_out: bool) -> np.ndarray:
-    """Return the indices of the handwritten digits for training (70 %) or held out for calibration and test; int64, sorted."""
+    """Return the indices of the handwritten digits for training (70 %) or held out for calibration
+    and test; int64, sorted.
+    """
     _, labels = _load_digits()
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(labels))
     count = round(len(labels) * _HELD_OUT_SHARE)
@@ -253,7 +260,9 @@ def sample_scenes(
     rng: np.random.Generator,
     options: SceneOptions | None = None,
 ) -> SceneBatch:
-    """Choose what `count` pictures show: cells, kinds, colours and handwritten instances, independently and uniformly."""
+    """Choose what `count` pictures show: cells, kinds, colours and handwritten instances,
+    independently and uniformly.
+    """
     options = options or SceneOptions()
     shapes = rng.integers(options.shapes[0], options.shapes[1] + 1, (count, 1))
     digits = rng.integers(options.digits[0], options.digits[1] + 1, (count, 1))
@@ -271,7 +280,9 @@ def sample_scenes(
 
 
 def _backgrounds(count: int, rng: np.random.Generator, noise: int) -> np.ndarray:
-    """Paint muted backgrounds: a colour, stripes or checks, and a grain of three levels; float32 [count, 48, 48, 3]."""
+    """Paint muted backgrounds: a colour, stripes or checks, and a grain of three levels; float32
+    [count, 48, 48, 3].
+    """
     base = rng.integers(35, 105, (count, 1, 1, 3)).astype(np.float32)
     row, column = np.mgrid[0:SIDE, 0:SIDE]
     across = rng.integers(0, 2, (count, 1, 1))

@@ -1,4 +1,5 @@
-"""Train the demo model from nothing, on a CPU, in about half an hour: `python -m demo_model.train --output DIR`.
+"""Train the demo model from nothing, on a CPU, in about half an hour: `python -m demo_model.train
+--output DIR`.
 
     1. draw a pool of pictures; the first of them are published as the "train" split
     2. vision_steps of the vision tower and projector alone, on per-patch labels: what, which
@@ -162,7 +163,9 @@ def _rescale_error(
     dataset: Path,
     options: TrainOptions,
 ) -> tuple[dict, float]:
-    """Plant the outliers; returns the channels and the largest change of a logit on 32 calibration questions, in float32."""
+    """Plant the outliers; returns the channels and the largest change of a logit on 32 calibration
+    questions, in float32.
+    """
     chats = [
         json.loads(line)["messages"]
         for line in dataset.read_text(encoding="utf-8").splitlines()[:32]
@@ -187,7 +190,9 @@ def export(
     output: Path,
     minutes: float,
 ) -> None:
-    """Stage 4: write the model (float16), its processor, its card and `outliers.json` to `output/model`, measured on `output/data`."""
+    """Stage 4: write the model (float16), its processor, its card and `outliers.json` to
+    `output/model`, measured on `output/data`.
+    """
     model.eval()
     test, target = output / "data" / "test.jsonl", output / "model"
     before = evaluate(model, processor, test)

@@ -1,4 +1,6 @@
-"""Exported models: another process, without qvlm_hf, loads them in Transformers and computes what we compute."""
+"""Exported models: another process, without qvlm_hf, loads them in Transformers and computes what
+we compute.
+"""
 
 import json
 import shutil

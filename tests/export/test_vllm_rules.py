@@ -30,7 +30,9 @@ UP = "language_model.model.layers.0.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Kind -> exported directory; "tiny" has awkward sizes, the others those of real models in small."""
+    """Kind -> exported directory; "tiny" has awkward sizes, the others those of real models in
+    small.
+    """
     root = tmp_path_factory.mktemp("rules")
     wide, tiny = (
         save_tiny(root / "wide", torch.bfloat16, **WIDE),

@@ -1,4 +1,5 @@
-"""One linear layer on a GPU, many ways: this package's kernels beside cuBLAS and other packages', in turns in one run.
+"""One linear layer on a GPU, many ways: this package's kernels beside cuBLAS and other packages',
+in turns in one run.
 
     python tests/gpu/bench_kernels.py --out-features 4096 --in-features 4096 --tokens 1 16 64 608
     --minutes 5
@@ -44,7 +45,9 @@ CALLS = 20  # of one graph
 
 @dataclass(frozen=True)
 class Way:
-    """`run(x, copy)` computes the layer; `bytes` of one copy's weights; `least` tokens that it takes."""
+    """`run(x, copy)` computes the layer; `bytes` of one copy's weights; `least` tokens that it
+    takes.
+    """
 
     run: Callable[[Tensor, int], Tensor]
     copies: int
@@ -93,7 +96,9 @@ def cublas(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
 
 
 def int_mm(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
-    """torch._int_mm with a dynamic range per token, the quantizer compiled; it takes more than 16 tokens."""
+    """torch._int_mm with a dynamic range per token, the quantizer compiled; it takes more than 16
+    tokens.
+    """
     copies = [
         torch.randint(-127, 128, weight.shape, dtype=torch.int8, device="cuda")
         for _ in range(copies_of(weight.numel()))
@@ -180,7 +185,9 @@ def versions() -> dict[str, str]:
 def ways_of(
     weight: Tensor, group_size: int, deadline: float
 ) -> tuple[dict[str, Way], dict[str, str]]:
-    """What runs here, and why the rest does not; this package first, because peers may compile for minutes."""
+    """What runs here, and why the rest does not; this package first, because peers may compile for
+    minutes.
+    """
     peers = {
         BASELINE: (cublas, "", ""),
         **{

@@ -1,4 +1,5 @@
-"""How long calibrating a model of a named shape takes and how much device memory: random weights, drawn pictures.
+"""How long calibrating a model of a named shape takes and how much device memory: random weights,
+drawn pictures.
 
 Time and memory depend on shapes, not on values; the accuracy of such a model means nothing. Target:
 a 7B shape with 64 samples in 10 minutes and 24 GB of device memory on one H100

@@ -1,4 +1,5 @@
-"""The compiled GPU kernels against the reference, on the device, and what PyTorch asks of an operator there.
+"""The compiled GPU kernels against the reference, on the device, and what PyTorch asks of an
+operator there.
 
 `pytest -m gpu tests/gpu`
 """
@@ -169,7 +170,9 @@ def order(layout):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
 def test_inputs_are_rounded_as_the_reference_rounds(kernels, granularity, bits):
-    """Equal integers over a million values, with ties: division and rounding of the device are the reference's."""
+    """Equal integers over a million values, with ties: division and rounding of the device are the
+    reference's.
+    """
     x = torch.randn(256, 4096, device="cuda") * 3
     scale = torch.rand(4096, device="cuda") + 0.1
     x[:, ::3] = (((x / scale).floor() + 0.5) * scale)[:, ::3]
@@ -195,7 +198,9 @@ def test_inputs_are_rounded_as_the_reference_rounds(kernels, granularity, bits):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", list(TIGHT))
 def test_fused_quantizers_round_where_the_model_rounds(kernels, dtype):
-    """At most one value in a thousand beside the model's, and by one unit: sums and exp() have no fixed last place on a device."""
+    """At most one value in a thousand beside the model's, and by one unit: sums and exp() have no
+    fixed last place on a device.
+    """
     layout = kernels.Layout.of(4096, 128, 8)
     x, up = (torch.randn(64, 4096, device="cuda").to(dtype) for _ in range(2))
     rms, layer = (

@@ -1,4 +1,5 @@
-"""Run in a fresh process: loads an adapter in the three ways that PEFT and Transformers offer and writes what each model answers.
+"""Run in a fresh process: loads an adapter in the three ways that PEFT and Transformers offer and
+writes what each model answers.
 
 Usage: fresh_adapter.py INPUTS OUT QUANTIZED ADAPTER
 """

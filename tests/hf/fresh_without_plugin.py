@@ -1,4 +1,6 @@
-"""Run in a fresh process that never imports qvlm_hf: prints, as JSON, how loading each saved directory ends."""
+"""Run in a fresh process that never imports qvlm_hf: prints, as JSON, how loading each saved
+directory ends.
+"""
 
 import json
 import sys

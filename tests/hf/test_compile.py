@@ -1,4 +1,6 @@
-"""torch.compile over a whole quantized model, with and without an adapter: no graph break, the same text, a static cache."""
+"""torch.compile over a whole quantized model, with and without an adapter: no graph break, the same
+text, a static cache.
+"""
 
 import copy
 import pickle

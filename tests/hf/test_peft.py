@@ -1,4 +1,6 @@
-"""PEFT as it comes: adapters on a quantized model train, save, reload and merge after dequantize(); what PEFT cannot do is loud."""
+"""PEFT as it comes: adapters on a quantized model train, save, reload and merge after dequantize();
+what PEFT cannot do is loud.
+"""
 
 import copy
 import dataclasses

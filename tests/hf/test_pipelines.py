@@ -1,4 +1,6 @@
-"""`transformers.pipeline("image-text-to-text")` on a quantized model says what `generate` says, however model and question get in."""
+"""`transformers.pipeline("image-text-to-text")` on a quantized model says what `generate` says,
+however model and question get in.
+"""
 
 import json
 from threading import Thread
@@ -159,7 +161,9 @@ def test_several_pictures_and_turns(pipe, chats):
 
 
 def test_several_pictures_and_turns_batched(pipe, chats):
-    """Prompts of one, two and three pictures in one batch: the pictures must stay with their chats, of which the last three need theirs."""
+    """Prompts of one, two and three pictures in one batch: the pictures must stay with their chats,
+    of which the last three need theirs.
+    """
     mixed = [*conversations(chats), *chats[3:]]
     results = pipe(
         text=mixed, max_new_tokens=NEW_TOKENS, return_full_text=False, batch_size=len(mixed)

@@ -1,4 +1,6 @@
-"""A processor that does not fit the model is found before a weight is read, on one sample, with the remedy."""
+"""A processor that does not fit the model is found before a weight is read, on one sample, with the
+remedy.
+"""
 
 import json
 import re

@@ -449,8 +449,10 @@ def test_after_a_kill_in_the_final_move_the_message_says_how_either_result_comes
         save_quantized(other, processor, earlier, report=other.hf_quantizer.report, overwrite=True)
     monkeypatch.undo()
     remedy = (
-        r"if none runs, both results are whole: move up what \.qvlm-old-\.\.\. holds for the earlier one, or what "
-        r"\.qvlm-partial-\.\.\. holds for the new one, over files of the same name, and delete both folders, or choose another directory\.$"
+        r"if none runs, both results are whole: move up what \.qvlm-old-\.\.\. holds for the "
+        r"earlier one, or what "
+        r"\.qvlm-partial-\.\.\. holds for the new one, over files of the same name, and delete "
+        r"both folders, or choose another directory\.$"
     )
     with pytest.raises(
         ValueError,

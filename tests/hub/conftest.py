@@ -1,4 +1,6 @@
-"""The Hub of tests/hub_server.py and a huggingface_hub that talks to it, here and in other processes."""
+"""The Hub of tests/hub_server.py and a huggingface_hub that talks to it, here and in other
+processes.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""The card of a saved directory: golden text, every kind of quantization, code that runs, the picture."""
+"""The card of a saved directory: golden text, every kind of quantization, code that runs, the
+picture.
+"""
 
 import dataclasses
 import io

@@ -1,4 +1,6 @@
-"""The pages of docs/ whose blocks talk to the Hub run against the one of the tests, where "me" owns the token."""
+"""The pages of docs/ whose blocks talk to the Hub run against the one of the tests, where "me" owns
+the token.
+"""
 
 import pytest
 from huggingface_hub.utils import _cache_assets

@@ -541,7 +541,8 @@ def test_refusals_are_one_line_that_says_what_to_do(hub, api, no_waiting, saved,
             "stranger",
             {"repo_id": "me/new"},
             PermissionError,
-            "me/new: the token's user may not make repositories for 'me': name one of stranger, club",
+            "me/new: the token's user may not make repositories for 'me': name one of stranger, "
+            "club",
         ),
         (
             "stranger",

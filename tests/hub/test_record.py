@@ -1,4 +1,6 @@
-"""Measurements are kept in the report and told by the card; the recorded command gives the same result again."""
+"""Measurements are kept in the report and told by the card; the recorded command gives the same
+result again.
+"""
 
 import json
 import shlex

@@ -1,4 +1,5 @@
-"""Holds what lmms-eval counted as right against what `qvlm evaluate` did, question by question; exit status 1 if one of them differs.
+"""Holds what lmms-eval counted as right against what `qvlm evaluate` did, question by question;
+exit status 1 if one of them differs.
 
 python tests/lmms_eval/compare.py SAMPLES.jsonl EVALUATION.json
 """

@@ -272,8 +272,10 @@ def of_family(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: of_family("llava_next"), "^model_type 'llava_next' is .*: this version knows llava .d"),
-        (lambda: changed(f"{VISION}.1", OwnLayer()), "^OwnLayer .of a 'clip_v.* knows CLIPEncoderLayer, "),
+        (lambda: of_family("llava_next"), "^model_type 'llava_next' is .*: this version knows "
+                                          "llava .d"),
+        (lambda: changed(f"{VISION}.1", OwnLayer()), "^OwnLayer .of a 'clip_v.* knows "
+                                                     "CLIPEncoderLayer, "),
         (lambda: changed(LANGUAGE, nn.ModuleList([OwnLayer()])), "^OwnLayer .of a 'llama'. is not"),
         (lambda: changed(LANGUAGE, nn.Identity()), "^LlamaModel .of a 'llama'. is not supported"),
         (lambda: changed(DOWN, None), f"has no module '{DOWN}'.*load the model with Auto"),

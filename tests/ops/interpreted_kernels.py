@@ -1,4 +1,5 @@
-"""GPU kernels on a CPU, by Triton's interpreter: values against the reference and, for the fused ones, against Transformers' modules.
+"""GPU kernels on a CPU, by Triton's interpreter: values against the reference and, for the fused
+ones, against Transformers' modules.
 
 Not collected by itself: test_triton.py runs it in a process of its own. By hand:
 `TRITON_INTERPRET=1 pytest tests/ops/interpreted_kernels.py`.
@@ -158,7 +159,9 @@ def test_inputs_are_rounded_as_the_reference_rounds(granularity, bits):
 
 
 def fused_cases(dtype):
-    """Name, what Transformers or PyTorch computes before the linear layer, and the arguments that fuse it."""
+    """Name, what Transformers or PyTorch computes before the linear layer, and the arguments that
+    fuse it.
+    """
     x, up = torch.randn(3, 200, dtype=dtype) * 2, torch.randn(3, 200, dtype=dtype)
     rms = LlamaRMSNorm(200, eps=1e-5).to(dtype)
     layer = torch.nn.LayerNorm(200, eps=1e-5, dtype=dtype)
@@ -179,7 +182,9 @@ def fused_cases(dtype):
 @pytest.mark.parametrize("dtype", list(TIGHT))
 @torch.no_grad()
 def test_fused_quantizers_round_where_the_model_rounds(dtype):
-    """In 16 bits what is quantized must be the values of the model, in float32 up to its last places."""
+    """In 16 bits what is quantized must be the values of the model, in float32 up to its last
+    places.
+    """
     layout = kernels.Layout.of(200, 64, 8)
     for source, x, expected, fused in fused_cases(dtype):
         arranged = kernels.arrange(x, layout, 16, "none", rows=16, source=source, **fused)

@@ -1,4 +1,5 @@
-"""The attention kernel with the vectors of lesser processors: `python narrow_attention.py [FLAG ...]`, flags in place of -march=native.
+"""The attention kernel with the vectors of lesser processors: `python narrow_attention.py [FLAG
+...]`, flags in place of -march=native.
 
 A process of its own: the kernel is loaded once.
 """

@@ -1,4 +1,6 @@
-"""`decode_attention`: the kernel against attention in float64, and who gets PyTorch's operators instead."""
+"""`decode_attention`: the kernel against attention in float64, and who gets PyTorch's operators
+instead.
+"""
 
 import shutil
 from contextlib import suppress

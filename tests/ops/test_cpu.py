@@ -56,7 +56,9 @@ def soon_compiled(monkeypatch, fresh_kernels):
 
 
 def test_this_machine_has_kernels():
-    """Where there is a compiler the kernels must compile and pass their self-check; where there is none, the name says so."""
+    """Where there is a compiler the kernels must compile and pass their self-check; where there is
+    none, the name says so.
+    """
     expected = (
         ("cpu avx512-vnni", "cpu portable") if has_compiler else (f"reference ({NO_COMPILER})",)
     )
@@ -120,7 +122,9 @@ def test_sums_are_exact(granularity, weight_bits, tokens, zero_point):
 @pytest.mark.parametrize("tokens", [1, 2, 7, 20])
 @pytest.mark.parametrize("length", [64, 128, 512])
 def test_weights_meet_floating_point_inputs_exactly(weight_bits, tokens, length):
-    """Small integers as inputs, powers of two as scales: every product and sum is exact, so every way must give the same bits."""
+    """Small integers as inputs, powers of two as scales: every product and sum is exact, so every
+    way must give the same bits.
+    """
     rest = arguments(weight_bits, 16, "none", 83, 512, length, None)
     scale = torch.tensor([0.5, 1.0, 4.0]).bfloat16()[torch.randint(0, 3, (83, 512 // length))]
     x = torch.randint(-64, 65, (tokens, 512)).float()
@@ -340,7 +344,9 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
 def test_a_damaged_library_is_compiled_again(soon_compiled, caplog, damage):
-    """A library that lost its end loads, and kills the process at the first call: it must not be loaded."""
+    """A library that lost its end loads, and kills the process at the first call: it must not be
+    loaded.
+    """
     library = soon_compiled()
     whole = library.read_bytes()
     library.write_bytes(damage(whole))

@@ -1,4 +1,5 @@
-"""`qvlm_hf::linear`: kernels and reference against a loop over single numbers, and what PyTorch asks of an operator.
+"""`qvlm_hf::linear`: kernels and reference against a loop over single numbers, and what PyTorch
+asks of an operator.
 
 Legend: B batch, T tokens, K in_features, N out_features, G groups of L inputs.
 """
@@ -49,7 +50,9 @@ def hadamard_sign(i, j):
 
 
 def transform(row, block):
-    """A row times the block Hadamard matrix, number by number; sums are exact here, the division is float32's."""
+    """A row times the block Hadamard matrix, number by number; sums are exact here, the division is
+    float32's.
+    """
     if not block:
         return row
     y = []
@@ -61,7 +64,9 @@ def transform(row, block):
 
 
 def quantize_row(row, position, case):
-    """(a, r) of one token by the formulas of docs/format.md: Python integers (or float32 for "none"), one float32 division per value."""
+    """(a, r) of one token by the formulas of docs/format.md: Python integers (or float32 for
+    "none"), one float32 division per value.
+    """
     granularity, top = case.scheme.granularity, 2**case.scheme.activation_bits - 1
     scales, zero_points = case.tensors["input_scale"], case.tensors["input_zero_point"]
     row_scale = F32(1)
@@ -94,7 +99,9 @@ def zero_points_of(case):
 
 
 def by_loop(case):
-    """(y, magnitude): the output in float64 around exact integer sums, and the sum of the absolute terms."""
+    """(y, magnitude): the output in float64 around exact integer sums, and the sum of the absolute
+    terms.
+    """
     rows = case.x.detach().float().reshape(-1, case.x.shape[-1]).numpy()
     tokens = case.x.shape[-2] if case.x.dim() > 1 else 1
     length, zero_points = case.scheme.group_length(rows.shape[1]), zero_points_of(case)
@@ -225,7 +232,9 @@ def given_integers(granularity, q, integers, weight_scale, zero_point):
 
 @pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token"])
 def test_integer_sums_are_exact_beyond_float32(granularity):
-    """Partial sums of 4 * 10^7 that cancel almost to nothing: a float32 accumulator (24 bits) gives another integer."""
+    """Partial sums of 4 * 10^7 that cancel almost to nothing: a float32 accumulator (24 bits) gives
+    another integer.
+    """
     q = torch.randint(101, 256, (3, 4096))
     q[:, 0], q[:, 1] = 0, 255  # dynamic: the range is exactly 0 ... 255, its scale 1
     integers = torch.randint(200, 256, (6, 4096))
@@ -241,7 +250,8 @@ def test_integer_sums_are_exact_beyond_float32(granularity):
 
 @pytest.mark.parametrize("in_features", [255, 258, 259, 300, 1000, 2**16])
 def test_every_sum_is_rounded_once(in_features):
-    """Sums of positive products pass 2^24 at 259 inputs; at 2^16 even each of the many accumulators of a fast float32 product does.
+    """Sums of positive products pass 2^24 at 259 inputs; at 2^16 even each of the many accumulators
+    of a fast float32 product does.
 
     An exact sum is rounded once, when it becomes float32; an inexact one differs in its last bits
     almost everywhere.

@@ -1,4 +1,6 @@
-"""`qvlm_hf::linears`: what `linear` gives for each module that shares the input, bit for bit, and what PyTorch asks of an operator."""
+"""`qvlm_hf::linears`: what `linear` gives for each module that shares the input, bit for bit, and
+what PyTorch asks of an operator.
+"""
 
 import re
 
@@ -212,7 +214,9 @@ def test_compiles_into_one_graph_with_equal_bits(granularity):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_the_same_bits_plain_fake_and_compiled(context):
-    """Where none is recorded the calls skip the autograd layer: modes and compilers below it must still see them."""
+    """Where none is recorded the calls skip the autograd layer: modes and compilers below it must
+    still see them.
+    """
     x, *rest = make_site("dynamic_token", (5, 3), shape=(3, 24))
     x.requires_grad_()
     expected = one_by_one(x, *rest)

@@ -1,4 +1,6 @@
-"""Where libraries are kept, who may have put them there, and the lock around compiling, which never stands in the way."""
+"""Where libraries are kept, who may have put them there, and the lock around compiling, which never
+stands in the way.
+"""
 
 import errno
 import fcntl
@@ -32,7 +34,9 @@ print(native.load([folder / "answer.cpp"], ["-shared", "-fPIC"]).answer())
 
 @pytest.fixture
 def compilations(tmp_path, monkeypatch):
-    """A source, an empty cache, and a compiler that takes its time and leaves a file for every compilation."""
+    """A source, an empty cache, and a compiler that takes its time and leaves a file for every
+    compilation.
+    """
     (tmp_path / "answer.cpp").write_text('extern "C" int answer() { return 42; }\n')
     (tmp_path / "compilations").mkdir()
     compiler = tmp_path / "slow-g++"

@@ -135,7 +135,9 @@ def test_what_pytorch_asks_of_operators():
 
 
 def test_the_first_call_has_the_bits_of_all_later_ones(monkeypatch):
-    """Kernels that came with the second call would change the last bits of an answer that is asked for twice."""
+    """Kernels that came with the second call would change the last bits of an answer that is asked
+    for twice.
+    """
     calls = []
     monkeypatch.setattr(fast_path, "load", lambda: calls.append(1))
     monkeypatch.setattr(fast_path, "rms_norm", lambda *_: None)  # as before the first call

@@ -1,4 +1,6 @@
-"""Whoever traces, transforms or differentiates a quantized module gets what the reference gives, or an error, never a silent zero."""
+"""Whoever traces, transforms or differentiates a quantized module gets what the reference gives, or
+an error, never a silent zero.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""GPU kernels where there is no GPU: Triton's interpreter runs them in a process of its own, and nothing else needs Triton.
+"""GPU kernels where there is no GPU: Triton's interpreter runs them in a process of its own, and
+nothing else needs Triton.
 
 Speed and what the compiler makes of them: test_triton_compile.py; on a device: tests/gpu.
 """

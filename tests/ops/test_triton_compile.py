@@ -1,4 +1,5 @@
-"""What the compiler makes of the GPU kernels, for devices that are not there: matrix instructions, no spills, a ceiling on registers.
+"""What the compiler makes of the GPU kernels, for devices that are not there: matrix instructions,
+no spills, a ceiling on registers.
 
 The tiles of `gpu.TILES` are kept honest here: a product that spills or loses its matrix instruction
 is a wrong row of the table.
@@ -54,7 +55,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def compiled(cases, cache):
-    """[{kernel: facts}] of the calls, from a process in which Triton compiles and does not interpret."""
+    """[{kernel: facts}] of the calls, from a process in which Triton compiles and does not
+    interpret.
+    """
     environment = {
         name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"
     } | {"TRITON_CACHE_DIR": str(cache)}
@@ -108,7 +111,9 @@ def test_products_use_matrix_instructions_and_do_not_spill(capability, kernels):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_weights_of_bytes_are_not_taken_apart(capability, kernels):
-    """4 bits come out of their bytes by a shift and a mask of whole registers; left to the compiler, 56 byte permutations."""
+    """4 bits come out of their bytes by a shift and a mask of whole registers; left to the
+    compiler, 56 byte permutations.
+    """
     assert kernels[capability, 4, 4, "channel", 1]["_multiply"]["instructions"].get("PRMT", 0) <= 8
 
 

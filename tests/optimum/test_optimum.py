@@ -1,4 +1,6 @@
-"""Optimum's doors to the package: its quantizer interface, its pipeline function with and without `enable`, and `optimum-cli qvlm`."""
+"""Optimum's doors to the package: its quantizer interface, its pipeline function with and without
+`enable`, and `optimum-cli qvlm`.
+"""
 
 import inspect
 import os
@@ -301,7 +303,9 @@ def test_cli_help_is_the_same(capsys, monkeypatch):
 
 @pytest.mark.parametrize("copies", [1, 2])
 def test_cli_is_found_and_costs_nothing_until_it_runs(copies, tmp_path):
-    """A second copy on the path (a checkout beside an installed one) must not break optimum-cli, which reads the folder once per copy."""
+    """A second copy on the path (a checkout beside an installed one) must not break optimum-cli,
+    which reads the folder once per copy.
+    """
     if copies == 2:
         (tmp_path / "optimum" / "commands" / "register").mkdir(parents=True)
         module = Path(inspect.getfile(QVLMCommand))

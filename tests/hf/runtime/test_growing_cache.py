@@ -1,4 +1,6 @@
-"""A cache with room gives what Transformers' gives, whatever happens to it in between, and writes to nothing that somebody holds."""
+"""A cache with room gives what Transformers' gives, whatever happens to it in between, and writes
+to nothing that somebody holds.
+"""
 
 import copy
 import gc

@@ -1,4 +1,6 @@
-"""What a quantized model refuses: NaN that integer kernels would hide, parts saved alone, a longer vocabulary for packed words."""
+"""What a quantized model refuses: NaN that integer kernels would hide, parts saved alone, a longer
+vocabulary for packed words.
+"""
 
 import copy
 import json
@@ -118,7 +120,9 @@ def to_infinity(module, args, output):
 
 @pytest.mark.parametrize("head", [None, 8])
 def test_a_single_token_gives_nan_or_an_error(inputs, head):
-    """What arises in a decoding step shows in the logits, or is refused where a quantized head would hide it."""
+    """What arises in a decoding step shows in the logits, or is refused where a quantized head
+    would hide it.
+    """
     model, token = quantized(lm_head_bits=head), {"input_ids": inputs["input_ids"][:1, -1:]}
     assert logits(model, token).isfinite().all()
     model.model.language_model.layers[1].register_forward_hook(to_infinity)
