@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +21,8 @@ from picture import picture  # noqa: E402
 
 from qvlm_hf import QVLMConfig, VisionOptimization  # noqa: E402
 from qvlm_hf.cli import _COMMANDS, main  # noqa: E402
-from qvlm_hf.models import graph  # noqa: E402
+from qvlm_hf.models.families import FAMILIES  # noqa: E402
+from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind  # noqa: E402
 
 WRITTEN = "Written by `python tests/write_docs.py`. Change the code, not this page."
 
@@ -80,45 +80,23 @@ def commands_page() -> str:
     )
 
 
-def layer_kinds() -> dict[str, dict[str, Any]]:
-    """Part -> model_type -> row of the table that says which modules are quantized."""
-    return {
-        "vision encoder": graph._ENCODERS,
-        "projector": graph._PROJECTORS,
-        "language model": graph._DECODERS,
-    }
-
-
-def families() -> dict[str, Any]:
-    """model_type -> row of the table that says where the parts are."""
-    return graph._FAMILIES
-
-
 def models_page() -> str:
-    places = [
-        f"| `{name}` | `{row.vision_layers}` | `{row.projector}` | `{row.language_layers}` |"
-        for name, row in families().items()
+    def sites(kind: LayerKind) -> str:
+        named = (", ".join(f"`{module}`" for module in site) for site in kind.sites)
+        return " · ".join(named)
+
+    rows = [
+        f"| `{name}` | `{row.projector}`: {sites(row.projector_kind)} |"
+        for name, row in sorted(FAMILIES.items())
     ]
-    sites = [
-        f"| {part} | `{kind}` | "
-        + " · ".join(", ".join(f"`{module}`" for module in site) for site in row.sites)
-        + " |"
-        for part, kinds in layer_kinds().items()
-        for kind, row in kinds.items()
-    ]
+    kinds = [f"| `{name}` | {sites(kind)} |" for name, kind in sorted(LAYER_KINDS.items())]
     return page(
         "Models",
-        "A model is supported when its `model_type` and those of its parts stand here. Others are "
-        "refused.\n[Contributing](contributing.md) shows how to add a family.",
-        "\n".join(
-            [
-                "| `model_type` | vision layers | projector | language layers |",
-                "|---|---|---|---|",
-                *places,
-            ]
-        ),
+        "A model is supported when its `model_type` stands here, and the classes of its layers do.\n"
+        "Others are refused. [Contributing](contributing.md) shows how to add a family.",
+        "\n".join(["| `model_type` | projector |", "|---|---|", *rows]),
         "These linear modules are quantized. Modules between two dots read one input: a *site*.",
-        "\n".join(["| part | `model_type` | sites of a layer |", "|---|---|---|", *sites]),
+        "\n".join(["| class of a layer | sites |", "|---|---|", *kinds]),
         "The output head is quantized with `lm_head_bits=8`. Every other module stays in full "
         "precision,\nand the report lists it.",
     )
