@@ -208,12 +208,12 @@ def _capture_segment_inputs(calibration: Calibration, samples: int) -> None:
         calibration.inputs[component] = captured[name]
         if captured[name]:
             continue
-        problem = f"calibration did not reach {name}: none of the {samples} samples has"
+        none = f"calibration did not reach {name}: none of the {samples}"
         if component == "language":
-            raise ValueError(f"{problem} text.")
+            raise ValueError(f"{none} samples has text.")
         raise ValueError(
-            f"{problem} a picture; add pictures to the dataset, or leave the vision side alone "
-            f"(modules_to_not_convert=['vision_tower', 'multi_modal_projector'])."
+            f"{none} samples has a picture; add pictures to the dataset, or leave the vision side "
+            f"alone (modules_to_not_convert=['vision_tower', 'multi_modal_projector'])."
         )
 
 
