@@ -73,6 +73,16 @@ def test_much_better_than_rounding_to_nearest(bits, symmetric):
 SCHEME = QuantScheme(weight_bits=4, activation_bits=4, group_size=16)
 
 
+def test_the_strongest_input_comes_first():
+    """Nothing is compensated before it, so its column is rounded to nearest wherever it stands."""
+    weight, inputs = problem(64, 40, 200, 1)
+    inputs[:, 37] *= 5
+    found = rounded(weight, inputs.T @ inputs, SCHEME).values
+    same = found == quantize_weight(weight, SCHEME).values
+    assert same[:, 37].all()
+    assert not same.all(0)[:37].any()
+
+
 def test_uncorrelated_inputs_leave_nothing_to_compensate():
     weight, _ = problem(8, 40, 10, 0)
     nearest = quantize_weight(weight, SCHEME).values
