@@ -32,7 +32,7 @@ PAGE = ROOT / "docs" / "compatibility.md"
 SHOWN = ("transformers", "torch", "huggingface-hub", "accelerate", "peft")
 # What touches Transformers: loading, saving, generating, caches, adapters, compilers, pipelines.
 TESTS = (
-    "runtime", "test_checks.py", "test_compile.py", "test_deprecations.py", "test_golden.py",
+    "runtime", "test_checkpoint.py", "test_compile.py", "test_deprecations.py", "test_golden.py",
     "test_peft.py", "test_pipelines.py", "test_quantizer.py", "test_round_trip.py",
 )  # fmt: skip
 
