@@ -138,7 +138,7 @@ def test_messages_are_found():
     assert len(found) > 60
     assert any(text.startswith("num_samples=") for text in found)  # raised
     assert any("leave out activation_granularity=." in text for text in found)  # a warning
-    assert "symmetric=7 must be True or False." in found  # whose name is put in
+    assert "num_samples=7 must be a whole number of at least 77." in found  # whose name is put in
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -124,7 +124,7 @@ def test_a_failing_move_is_taken_back_and_the_new_result_kept(
         assert str(caught.value) == f"{output}: {expected}"
     with pytest.raises(
         ValueError,
-        match=rf"holds {partial.name} of a save that was interrupted or still runs: if none",
+        match=rf"holds {partial.name} of a save that was interrupted or still runs: move",
     ):
         saving.check_output(output, overwrite=True)
 

@@ -22,7 +22,7 @@ from qvlm_hf import QVLMConfig, save_quantized
 from qvlm_hf.calibration.report import (
     BlockReport,
     CalibrationReport,
-    Lift,
+    PrecisionRaise,
     SegmentReport,
     SelfCheck,
     SiteReport,
@@ -364,7 +364,7 @@ def full_report(measured: CalibrationReport) -> CalibrationReport:
         ),
         sites=(SiteReport(modules=(f"{language}.0.mlp.down_proj",), candidate=RangeCandidate(granularity="dynamic_token")),),
         sensitivities={f"{language}.0.mlp.down_proj": 0.0123},
-        lifts=(Lift(site=f"{language}.0.mlp.down_proj", weight_bits=4, activation_bits=8, before=0.0123, after=0.0004),),
+        lifts=(PrecisionRaise(site=f"{language}.0.mlp.down_proj", weight_bits=4, activation_bits=8, before=0.0123, after=0.0004),),
         vision=VisionReport(epochs=10, error_before=0.05, error_after=0.04, kept=True, depth_before=1.5, depth_after=1.25),
         average_weight_bits=4.0,
         self_check=SelfCheck(samples=16, held_out=True, answer_tokens=33, agreement=0.97, kl=0.0017),
