@@ -36,6 +36,7 @@ from qvlm_hf.calibration.measure.entropy import (
     layer_dependencies,
     value_bounds,
 )
+from qvlm_hf.calibration.options import VisionOptimization
 from qvlm_hf.calibration.report import VisionReport
 from qvlm_hf.calibration.run import Calibration, LearnedRanges
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
@@ -43,7 +44,6 @@ from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.search.straight_through import StraightThroughSite
-from qvlm_hf.calibration.settings import VisionOptimization
 from qvlm_hf.models.graph import Segment
 
 __all__ = ["OptimizedVision", "optimize_vision"]

@@ -8,36 +8,31 @@ deeply at every call, so objects of this process are shared by reference.
 
 import copy
 import inspect
-import json
-import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from functools import wraps
-from itertools import islice
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qvlm_hf.calibration.settings import (
-    CalibrationSettings,
-    Flag,
-    Options,
-    VisionOptimization,
-    option,
-)
+from qvlm_hf.calibration.options import Flag, Options, VisionOptimization, option
+from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.values import shown, to_plain
 from qvlm_hf.format.scheme import QuantScheme, parse_scheme
+from qvlm_hf.hf.checked_fields import (
+    FORMAT_VERSION,
+    check_version,
+    checked_callbacks,
+    checked_modules,
+    checked_provenance,
+    checked_publishing,
+)
 from qvlm_hf.hf.registry import QUANT_METHOD, config_class
-from qvlm_hf.hub.publish import check_repo_id
-from qvlm_hf.models.graph import canonical_name
 
 __all__ = ["FORMAT_VERSION", "QVLMConfig"]
 
-FORMAT_VERSION = 1
-_MAX_MODULES = 100_000  # a model of 70 B parameters has about 600 linear modules
-_MAX_CALLBACKS = 1000
 _SHARED = ("dataset", "processor", "callbacks")
 _OPTIONS = tuple(each.name for each in fields(Options))
 
@@ -145,7 +140,7 @@ class QVLMConfig(Options, QuantizationConfigMixin):
 
     def __post_init__(self) -> None:
         given = self.__dict__
-        _check_version(to_plain("format_version", self.format_version))
+        check_version(to_plain("format_version", self.format_version))
         if to_plain("quant_method", self.quant_method) != QUANT_METHOD:
             raise ValueError(
                 f"quant_method={shown(self.quant_method)} must be {QUANT_METHOD!r}: this is "
@@ -159,10 +154,10 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         given |= {
             "quant_method": QUANT_METHOD,  # a str, as in every plugin; in-tree methods have an enum
             "scheme": "W{}A{}".format(*parse_scheme(to_plain("scheme", self.scheme))),
-            "callbacks": _checked_callbacks(self.callbacks),
-            "modules": _checked_modules(self.modules),
-            "provenance": _checked_provenance(self.provenance),
-            **_checked_publishing(self.push_to_hub, self.hub_model_id, self.hub_private),
+            "callbacks": checked_callbacks(self.callbacks),
+            "modules": checked_modules(self.modules),
+            "provenance": checked_provenance(self.provenance),
+            **checked_publishing(self.push_to_hub, self.hub_model_id, self.hub_private),
         }
         if self.weight_rounding == "learned" and not self.modules:
             raise ValueError(
@@ -228,7 +223,7 @@ class QVLMConfig(Options, QuantizationConfigMixin):
                 f"quantization_config={shown(config_dict)} must be a mapping of fields, as "
                 f"to_dict() gives it."
             )
-        _check_version(config_dict.get("format_version", FORMAT_VERSION))
+        check_version(config_dict.get("format_version", FORMAT_VERSION))
         unknown = sorted(set(config_dict) - set(_FIELDS), key=str)
         if unknown:
             raise ValueError(
@@ -384,97 +379,12 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _check_version(version: object) -> None:
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(
-            f"format_version={version!r} must be an integer of at least 1: the file is damaged."
-        )
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"format_version={version} is newer than {FORMAT_VERSION}, which this version reads: "
-            f"upgrade qvlm_hf (pip install -U qvlm_hf)."
-        )
-
-
 def _check_attribute(name: str) -> None:
     """Refuses a misspelt field, and what is derived from one."""
     if name in ("weight_bits", "activation_bits"):
         raise ValueError(f"{name} comes from the scheme: give scheme, as in scheme='W4A8'.")
     if not name.startswith("_") and (close := get_close_matches(name.lower(), _FIELDS, 1, 0.8)):
         raise ValueError(f"QVLMConfig has no field {name!r}: is it {close[0]!r}?")
-
-
-def _checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) -> dict[str, Any]:
-    push_to_hub, hub_private = map(
-        to_plain, ("push_to_hub", "hub_private"), (push_to_hub, hub_private)
-    )
-    hub_model_id = to_plain("hub_model_id", hub_model_id)
-    if not isinstance(push_to_hub, bool):
-        raise ValueError(f"push_to_hub={push_to_hub!r} must be True or False.")
-    if hub_private is not None and not isinstance(hub_private, bool):
-        raise ValueError(f"hub_private={hub_private!r} must be True, False or None.")
-    if push_to_hub and hub_model_id is None:
-        raise ValueError("push_to_hub=True must know where: pass hub_model_id='owner/name'.")
-    if hub_model_id is not None:
-        check_repo_id(hub_model_id, field="hub_model_id")
-    return {"push_to_hub": push_to_hub, "hub_model_id": hub_model_id, "hub_private": hub_private}
-
-
-def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
-    try:
-        kept = tuple(islice(callbacks, _MAX_CALLBACKS + 1))
-    except TypeError:  # a tensor without dimensions has __iter__ as well
-        kept = None
-    if kept is None or isinstance(callbacks, str) or len(kept) > _MAX_CALLBACKS:
-        raise ValueError(f"callbacks={shown(callbacks)} must be a list of objects.")
-    for callback in kept:
-        if not (hasattr(callback, "on_step") or hasattr(callback, "on_calibration_end")):
-            raise ValueError(
-                f"callback {shown(callback)} must have on_step(name, done, total) or "
-                f"on_calibration_end(model, report)."
-            )
-    return kept
-
-
-def _checked_modules(modules: Mapping[str, Any] | None) -> dict[str, QuantScheme]:
-    if modules is None:
-        return {}
-    if not isinstance(modules, Mapping) or len(modules) > _MAX_MODULES:
-        raise ValueError(
-            f"modules must be a mapping of at most {_MAX_MODULES} module names: the checkpoint is "
-            f"damaged."
-        )
-    checked = {}
-    for name, entry in modules.items():
-        if (
-            not isinstance(name, str)
-            or not re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII)
-            or canonical_name(name) != name
-        ):
-            raise ValueError(
-                f"modules: {shown(name)} is no canonical module name: the checkpoint is damaged."
-            )
-        try:
-            checked[name] = (
-                entry
-                if isinstance(entry, QuantScheme)
-                else QuantScheme.from_dict(to_plain("entry", entry))
-            )
-        except ValueError as error:
-            raise ValueError(f"modules: {name}: {error}") from error
-    return checked
-
-
-def _checked_provenance(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
-    if provenance is None:
-        return {}
-    if not isinstance(provenance, Mapping):
-        raise ValueError(f"provenance={shown(provenance)} must be a mapping.")
-    plain = to_plain("provenance", provenance)
-    try:
-        return json.loads(json.dumps(plain, allow_nan=False))
-    except ValueError as error:
-        raise ValueError(f"provenance must hold what JSON can: {error}.") from error
 
 
 _FIELDS = {each.name: each for each in fields(QVLMConfig)}

@@ -8,8 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from qvlm_hf.calibration.options import VisionOptimization
 from qvlm_hf.calibration.report import CalibrationReport, settings_dict
-from qvlm_hf.calibration.settings import CalibrationSettings, VisionOptimization
+from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import parse_scheme
 
 __all__ = ["config_arguments"]
