@@ -1,0 +1,121 @@
+"""A tiny random model of any image-text-to-text family: its own configuration with small sizes.
+
+`tiny_model("qwen2_vl")` takes the family's default configuration, shrinks every size in it by the
+name of the field, and builds the model with random weights. `_SPECIAL` holds what the names do not
+tell. Nothing is downloaded; two calls with the same arguments give equal tensors.
+"""
+
+import re
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+__all__ = ["FAMILIES", "tiny_config", "tiny_model"]
+
+FAMILIES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+WIDTH, HEADS, VOCABULARY, LAYERS = 64, 4, 512, 2
+_FIRST_TOKEN = 400  # special tokens with ids outside the small vocabulary come to lie behind this
+
+# field (a full match) -> value; the first that matches counts
+_SIZES = (
+    (r"vocab_size|vocab_size_per_layer_input|text_vocab_size", VOCABULARY),
+    (r"swa_num_attention_heads|num_sliding_attention_heads|linear_num_value_heads", HEADS),
+    (r"linear_num_key_heads|(swa_)?num_(key_value|kv|global_key_value)_heads", 2),
+    (r"(\w*_)?(num_)?(attention_)?(heads|n_heads)|n_head|num_(attention_)?heads", HEADS),
+    (r"(attention_|swa_|resampler_|linear_(key_|value_)?|v_|global_)?head_dim|d_kv", WIDTH // HEADS),
+    (r"(\w*_)?(num_(hidden_)?layers|n_layers|depth|num_(en|de)coder_layers)", LAYERS),
+    (r"layers|encoder_layers|decoder_layers|num_global_layers|num_query_layers", LAYERS),
+    (r"(\w*_)?moe_intermediate_size|moe_shared_expert_intermediate_size", 48),
+    (r"(\w*_)?(intermediate_size(_mlp)?|ffn_dim|d_ff|mlp_dim|share_expert_dim)", 96),
+    (r"(\w*_)?(num_experts|num_local_experts|n_routed_experts)", 4),
+    (r"num_experts_per_tok|moe_topk|moe_k", 2),
+    (r"n_group|topk_group|num_local_blocks", 1),
+    (r"(\w*_)?(hidden_size|hidden_dim|d_model|projection_dim|embed_dim|pooler_output_size)", WIDTH),
+    (r"(\w*_)?(input_dim|output_dim|output_size)|word_embed_proj_dim", WIDTH),
+    (r"q_lora_rank|kv_lora_rank", 32),
+    (r"qk_nope_head_dim|qk_rope_head_dim", 8),
+    (r"qk_head_dim", 16),
+    (r"image_size|max_image_size|min_image_size|max_img_size|resolution", 32),
+    (r"patch_size", 8),
+    (r"max_position_embeddings|max_source_positions|original_max_position_embeddings", 512),
+    (r"sliding_window(_size)?|attention_chunk_size", 64),
+)
+_SPECIAL: dict[str, dict] = {}
+
+
+def tiny_config(family: str) -> transformers.PreTrainedConfig:
+    """The family's configuration, small; `family` is a model_type."""
+    kind = CONFIG_MAPPING[family]
+    fields = _shrunk(kind().to_dict(), {})
+    _merge(fields, _SPECIAL.get(family, {}))
+    return kind.from_dict(fields)
+
+
+def tiny_model(family: str, seed: int = 0) -> nn.Module:
+    """The family's image-text-to-text model with random weights, in eval mode on the CPU."""
+    kind = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[family])
+    config = tiny_config(family)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(config).eval()
+
+
+def _shrunk(fields: dict, tokens: dict[int, int]) -> dict:
+    """The fields of a configuration with small sizes; `tokens` maps the ids of special tokens."""
+    small = {}
+    for name, value in fields.items():
+        if isinstance(value, dict) and name != "id2label":
+            small[name] = _shrunk(value, tokens)
+        elif isinstance(name, str) and re.fullmatch(r"\w*token(s|_ids?|_index)|\w*_id", name) and name != "model_type":
+            small[name] = _token(value, tokens)
+        else:
+            small[name] = _size(name, value)
+    _shorten_lists(small)
+    return small
+
+
+def _token(value, tokens: dict[int, int]):
+    if isinstance(value, list):
+        return [_token(one, tokens) for one in value]
+    if isinstance(value, bool) or not isinstance(value, int) or value < _FIRST_TOKEN:
+        return value
+    return tokens.setdefault(value, _FIRST_TOKEN + len(tokens))
+
+
+def _size(name: str, value):
+    if isinstance(value, bool) or not isinstance(value, int) or not isinstance(name, str):
+        return value
+    size = next((size for names, size in _SIZES if re.fullmatch(names, name)), value)
+    return size if value > 0 else value
+
+
+def _shorten_lists(fields: dict) -> None:
+    """Lists with an entry a layer: one layer of every kind is kept, and the number of layers follows."""
+    kinds = fields.get("layer_types")
+    count = LAYERS
+    if isinstance(kinds, list) and kinds:
+        first = [kind for i, kind in enumerate(kinds) if kinds.index(kind) == i]
+        kept = first if len(first) >= LAYERS else (kinds[:1] * LAYERS)
+        fields["layer_types"], count = kept, len(kept)
+        for name in ("num_hidden_layers", "num_layers"):
+            if name in fields:
+                fields[name] = count
+    for name, value in fields.items():
+        if isinstance(value, list) and name != "layer_types" and len(value) > 8:
+            fields[name] = value[:count]
+    if "mrope_section" in fields:
+        fields["mrope_section"] = [2, 3, 3]
+    if isinstance(fields.get("per_layer_config"), dict):
+        changes = {int(index): change for index, change in fields["per_layer_config"].items()}
+        fields["per_layer_config"] = {i: changes[i] for i in sorted(changes) if i < count}
+
+
+def _merge(fields: dict, changes: dict) -> None:
+    for name, value in changes.items():
+        if isinstance(value, dict) and isinstance(fields.get(name), dict):
+            _merge(fields[name], value)
+        else:
+            fields[name] = value
