@@ -40,16 +40,77 @@ _SIZES = (
     (r"qk_head_dim", 16),
     (r"image_size|max_image_size|min_image_size|max_img_size|resolution", 32),
     (r"patch_size", 8),
+    (r"base_channels", 32),
+    (r"codebook_size|num_embeddings", 64),
+    (r"latent_channels", WIDTH),
+    (r"num_codebooks|image_seq_len|image_seq_length|num_image_tokens", 16),
     (r"max_position_embeddings|max_source_positions|original_max_position_embeddings", 512),
     (r"sliding_window(_size)?|attention_chunk_size", 64),
 )
-_SPECIAL: dict[str, dict] = {}
+_LETTERS = "ABCDEFGHIJ"
+_PINPOINTS = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
+_GEMMA = {"mm_tokens_per_image": 4}
+_SMALL_VQ = {"num_res_blocks": 1, "channel_multiplier": [1, 2], "attn_resolutions": [16]}
+# what the names do not tell: family -> changes
+_SPECIAL: dict[str, dict] = {
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
+    "apertus1p5": {"audio_config": {"codebook_dim": WIDTH}, "vision_config": _SMALL_VQ},
+    "chameleon": {
+        "vocabulary_map": {
+            "<image>": 450,
+            **{f"IMGIMG{''.join(_LETTERS[int(d)] for d in str(i))}Z": 300 + i for i in range(64)},
+        },
+        "vq_config": _SMALL_VQ | {"num_embeddings": 64, "embed_dim": WIDTH},
+    },
+    "cohere_compass": {},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 450,
+            "<|extra_200|>": 451,
+            **{f"<|visual token {i:06}|>": 300 + i for i in range(64)},
+        },
+        "vq_config": _SMALL_VQ | {"codebook_size": 64},
+    },
+    "gemma3": _GEMMA,
+    "shieldgemma2": _GEMMA,
+    "granite4_vision": _PINPOINTS | {"deepstack_layer_map": [[-2, 0], [-1, 1]]},
+    "hunyuan_vl": {"text_config": {"head_dim": WIDTH // HEADS}},
+    "llava_next": _PINPOINTS,
+    "llava_next_video": _PINPOINTS,
+    "llava_onevision": _PINPOINTS,
+    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 16,
+            "indexer_compress_ratio": 4,
+        }
+    },
+    "step3p7": {"text_config": {"sliding_window": 64}},
+    "vipllava": {"vision_feature_layers": [-1, -2], "vision_feature_layer": [-1, -2]},
+}
+# sections of the rotary embedding where the default of the model class is larger than a head
+_MROPE = {
+    (2, 3, 3): (
+        "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm4v", "glm46v", "glmga", "glm_ocr",
+        "paddleocr_vl", "qwen3_omni_moe_thinker", "lfm3_vl",
+    ),
+    (1, 1, 2): ("glm4v_moe", "hy_v4_vl"),
+    (3, 3, 2): ("ernie4_5_vl_moe",),
+}  # fmt: skip
 
 
 def tiny_config(family: str) -> transformers.PreTrainedConfig:
     """The family's configuration, small; `family` is a model_type."""
     kind = CONFIG_MAPPING[family]
     fields = _shrunk(kind().to_dict(), {})
+    for sections, families in _MROPE.items():
+        if family in families:
+            _merge(fields, {"text_config": {"rope_parameters": {"mrope_section": list(sections)}}})
     _merge(fields, _SPECIAL.get(family, {}))
     return kind.from_dict(fields)
 
@@ -73,6 +134,10 @@ def _shrunk(fields: dict, tokens: dict[int, int]) -> dict:
             small[name] = _token(value, tokens)
         else:
             small[name] = _size(name, value)
+    if fields.get("num_key_value_heads") == fields.get("num_attention_heads") is not None:
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    if fields.get("qk_rope_head_dim") and fields.get("head_dim"):
+        small["head_dim"] = fields["head_dim"] * small["qk_rope_head_dim"] // fields["qk_rope_head_dim"]
     _shorten_lists(small)
     return small
 
@@ -86,7 +151,7 @@ def _token(value, tokens: dict[int, int]):
 
 
 def _size(name: str, value):
-    if isinstance(value, bool) or not isinstance(value, int) or not isinstance(name, str):
+    if type(value) is not int or value == 0 or not isinstance(name, str):
         return value
     size = next((size for names, size in _SIZES if re.fullmatch(names, name)), value)
     return size if value > 0 else value

@@ -49,6 +49,7 @@ class Structure:
         kept: everything with weights that no site holds.
         parameters: numbers in the whole model; shared ones count once.
         run: what was run: "inputs" (the caller's), "model" or "parts" (picture and text apart).
+        inputs: keyword arguments of the model that it ran on as a whole; empty if it did not.
     """
 
     segments: tuple[Segment, ...]
@@ -56,6 +57,7 @@ class Structure:
     kept: tuple[Kept, ...]
     parameters: int
     run: str
+    inputs: Mapping[str, Any]
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -101,7 +103,7 @@ def read_structure(
     _check_patterns(model, modules_to_not_convert)
     parts = _Parts.of(model)
     recorder = Recorder(model)
-    run, problems = _run(model, recorder, parts, inputs)
+    run, ran, problems = _run(model, recorder, parts, inputs)
     trace = recorder.trace
     reached = {parts.component(name) for name in trace.linears}
     wanted = ["language", *(["vision"] if quantize_vision and _has_linears(model, parts.vision) else [])]
@@ -120,17 +122,17 @@ def read_structure(
     held = {name for s in segments for la in s.layers for site in la.sites for name in site.modules}
     kept, total = _kept(model, trace, held, left_out)
     norms = {norm: tuple(readers) for norm, readers in trace.norms.items() if readers}
-    return Structure(segments, norms, kept, total, run)
+    return Structure(segments, norms, kept, total, run, ran)
 
 
 def _run(
     model: nn.Module, recorder: Recorder, parts: "_Parts", inputs: Mapping[str, Any] | None
-) -> tuple[str, list[str]]:
-    """Runs the model until every part was seen; returns how, and what went wrong on the way."""
+) -> tuple[str, dict[str, Any], list[str]]:
+    """Runs the model until every part was seen; returns how, on what, and what went wrong."""
     if inputs is not None:
         extra = accepted(model.forward, {"use_cache": False})
         recorder.run(lambda: model(**{**extra, **inputs}))
-        return "inputs", []
+        return "inputs", dict(inputs), []
     problems: list[str] = []
 
     def attempt(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
@@ -143,7 +145,7 @@ def _run(
     forward = model.forward
     base = getattr(model, "base_model", model)
     features = next(
-        (f for owner in (model, base) if (f := _picture_function(owner)) is not None), None
+        (f for owner in (base, model) if (f := _picture_function(owner)) is not None), None
     )
     picture: tuple[Callable[..., Any], dict[str, Any]] | None = None
     if features is not None:
@@ -156,7 +158,7 @@ def _run(
             whole = {**text_inputs(model, forward, count_rows(answer)), **accepted(forward, guess)}
             recorder.forget()
             if attempt(model, whole) is not None:
-                return "model", problems
+                return "model", whole, problems
     else:
         for guess in picture_guesses(model, forward) if parts.vision else ():
             for tokens in dict.fromkeys(_token_counts(model, guess)):
@@ -165,7 +167,7 @@ def _run(
                 if attempt(model, whole) is not None and (
                     parts.vision is None or _seen(recorder.trace, parts.vision)
                 ):
-                    return "model", problems
+                    return "model", whole, problems
         encoder = model.get_submodule(parts.vision) if parts.vision else None
         for guess in picture_guesses(model, encoder.forward) if encoder is not None else ():
             recorder.forget()
@@ -175,10 +177,12 @@ def _run(
     recorder.forget()
     if picture is not None:
         attempt(*picture)
-    if attempt(model, text_inputs(model, forward, 0)) is None:
+    text = text_inputs(model, forward, 0)
+    if attempt(model, text) is None:
+        text = {}
         decoder = model.get_submodule(parts.language) if parts.language else model
         attempt(decoder, text_inputs(model, decoder.forward, 0))
-    return "parts", problems
+    return "parts", text, problems
 
 
 def _picture_function(owner: Any) -> Callable[..., Any] | None:

@@ -105,6 +105,7 @@ class _Picture:
             "scale_factor", "pooling_kernel_size", default=2,
         )  # fmt: skip
         configured = self._field("image_size", default=0)
+        self.fine = self._side(getattr(config, "high_res_vision_config", None), configured)
         small = 4 * self.patch * max(self.merge, 1)
         self.sizes = [small, *[configured] * (configured not in (0, small))]
 
@@ -121,6 +122,10 @@ class _Picture:
                 if isinstance(value, float) and value >= 1:
                     return int(value)
         return default
+
+    @staticmethod
+    def _side(config: Any, default: int) -> int:
+        return getattr(config, "image_size", default)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.rand(
@@ -185,15 +190,11 @@ class _Picture:
         tiles = pixels.shape[2] if pixels.dim() == 6 else 1
         size = pixels.shape[-1]
         return {
-            "high_res_pixel_values": self._random(1, self.channels, 1024, 1024)
-            if pixels.dim() == 4 else None,
+            "high_res_pixel_values": self._random(1, self.channels, self.fine, self.fine),
             "aspect_ratio_ids": self._long([1]),
             "aspect_ratio_mask": torch.ones(1, 1, tiles, dtype=torch.long, device=pixels.device),
-            "image_attention_mask": None,
             "qformer_input_ids": self._long([3, 4, 5]),
-            "num_local_patches": None,
             "pixel_values_images": pixels,
-            "image_patches": None,
             "height": self._long([size // self.patch])[0],
             "width": self._long([size // self.patch])[0],
         }  # fmt: skip
