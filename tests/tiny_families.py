@@ -49,12 +49,19 @@ _SIZES = (
 )
 _LETTERS = "ABCDEFGHIJ"
 _PINPOINTS = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
+_OMNI = {"vision_start_token_id": 470, "vision_end_token_id": 471, "audio_start_token_id": 472}
+_SAM = {"sam_config": {"downsample_channels": [48, WIDTH], "global_attn_indexes": [1]}}
 _GEMMA = {"mm_tokens_per_image": 4}
 _SMALL_VQ = {"num_res_blocks": 1, "channel_multiplier": [1, 2], "attn_resolutions": [16]}
 # what the names do not tell: family -> changes
 _SPECIAL: dict[str, dict] = {
     "aria": {"projector_patch_to_query_dict": {16: 8}},
-    "apertus1p5": {"audio_config": {"codebook_dim": WIDTH}, "vision_config": _SMALL_VQ},
+    "apertus1p5": {
+        "image_token_offset": 300,
+        "audio_token_offset": 364,
+        "audio_config": {"codebook_dim": WIDTH},
+        "vision_config": _SMALL_VQ,
+    },
     "chameleon": {
         "vocabulary_map": {
             "<image>": 450,
@@ -62,8 +69,19 @@ _SPECIAL: dict[str, dict] = {
         },
         "vq_config": _SMALL_VQ | {"num_embeddings": 64, "embed_dim": WIDTH},
     },
-    "cohere_compass": {},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "cohere_compass": {
+        "text_config": {
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 10000.0,
+                    "mrope_section": [2, 3, 3],
+                }
+            }
+        }
+    },
+    "unlimited_ocr": {"vision_config": _SAM},
+    "deepseek_ocr2": {"vision_config": _SAM, "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
     "emu3": {
         "vocabulary_map": {
             "<image>": 450,
@@ -74,8 +92,22 @@ _SPECIAL: dict[str, dict] = {
     },
     "gemma3": _GEMMA,
     "shieldgemma2": _GEMMA,
-    "granite4_vision": _PINPOINTS | {"deepstack_layer_map": [[-2, 0], [-1, 1]]},
-    "hunyuan_vl": {"text_config": {"head_dim": WIDTH // HEADS}},
+    "blip-2": {"image_token_id": 450, "image_token_index": 450},
+    "instructblip": {"image_token_id": 450, "image_token_index": 450},
+    "instructblipvideo": {"video_token_id": 450, "video_token_index": 450},
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"global_attn_indexes": [1]}},
+    "kosmos-2.5": {"vision_config": {"patch_embed_hidden_size": 768}},
+    "pix2struct": {"vision_config": {"patch_embed_hidden_size": 768}},
+    "llama4": {"vision_config": {"intermediate_size": 4 * WIDTH}},
+    "mllama": {
+        "vision_config": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 3 * WIDTH},
+        "text_config": {"cross_attention_layers": [1]},
+    },
+    "nemotron_h_omni": {"image_token_id": 450},
+    "qwen2_5_omni_thinker": _OMNI,
+    "qwen3_omni_moe_thinker": _OMNI,
+    "granite4_vision": _PINPOINTS | {"downsample_rate": "2/4", "deepstack_layer_map": [[-2, 0], [-1, 1]]},
+    "hunyuan_vl": {"text_config": {"head_dim": WIDTH // HEADS, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}}},
     "llava_next": _PINPOINTS,
     "llava_next_video": _PINPOINTS,
     "llava_onevision": _PINPOINTS,
@@ -93,6 +125,12 @@ _SPECIAL: dict[str, dict] = {
     "step3p7": {"text_config": {"sliding_window": 64}},
     "vipllava": {"vision_feature_layers": [-1, -2], "vision_feature_layer": [-1, -2]},
 }
+# parts that the default configuration lacks: family -> field -> model_type of the part
+_PARTS = {
+    "gemma4": {"vision_config": "gemma4_vision"},
+    "gemma4_unified": {"vision_config": "gemma4_unified_vision"},
+    "diffusion_gemma": {"vision_config": "gemma4_vision"},
+}
 # sections of the rotary embedding where the default of the model class is larger than a head
 _MROPE = {
     (2, 3, 3): (
@@ -107,7 +145,10 @@ _MROPE = {
 def tiny_config(family: str) -> transformers.PreTrainedConfig:
     """The family's configuration, small; `family` is a model_type."""
     kind = CONFIG_MAPPING[family]
-    fields = _shrunk(kind().to_dict(), {})
+    parts = {
+        field: CONFIG_MAPPING[part]().to_dict() for field, part in _PARTS.get(family, {}).items()
+    }
+    fields = _shrunk(kind().to_dict() | parts, {})
     for sections, families in _MROPE.items():
         if family in families:
             _merge(fields, {"text_config": {"rope_parameters": {"mrope_section": list(sections)}}})

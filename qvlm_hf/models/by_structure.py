@@ -144,22 +144,20 @@ def _run(
 
     forward = model.forward
     base = getattr(model, "base_model", model)
-    features = next(
-        (f for owner in (base, model) if (f := _picture_function(owner)) is not None), None
-    )
+    features = [f for owner in dict.fromkeys((model, base)) if (f := _picture_function(owner))]
     picture: tuple[Callable[..., Any], dict[str, Any]] | None = None
-    if features is not None:
-        for guess in picture_guesses(model, features):
+    for function in features:
+        for guess in picture_guesses(model, function):
             recorder.forget()
-            answer = attempt(features, guess)
+            answer = attempt(function, guess)
             if answer is None:
                 continue
-            picture = picture or (features, guess)
+            picture = picture or (function, guess)
             whole = {**text_inputs(model, forward, count_rows(answer)), **accepted(forward, guess)}
             recorder.forget()
             if attempt(model, whole) is not None:
                 return "model", whole, problems
-    else:
+    if not features:
         for guess in picture_guesses(model, forward) if parts.vision else ():
             for tokens in dict.fromkeys(_token_counts(model, guess)):
                 recorder.forget()

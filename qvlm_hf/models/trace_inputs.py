@@ -57,6 +57,7 @@ def text_inputs(
             "moe_mm_token_type_ids": is_image,
             "token_type_ids": is_image,
             "image_embeds_position_mask": is_image,
+            "image_attention_mask": torch.ones(1, ids.shape[1], 1, dtype=torch.long, device=device),
             "qformer_input_ids": decoder,
             "decoder_input_ids": decoder,
             "bbox": torch.zeros(1, ids.shape[1], 4, dtype=torch.long, device=device),
@@ -99,7 +100,7 @@ class _Picture:
         self.parameter = next(p for p in model.parameters() if p.is_floating_point())
         self.channels = self._field("num_channels", "in_channels", "in_chans", default=3)
         self.patch = self._field("patch_size", "encoder_patch_size", default=14)
-        self.frames = self._field("temporal_patch_size", default=1)
+        self.frames = self._field("temporal_patch_size", "patch_temporal", default=1)
         self.merge = self._field(
             "spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor",
             "scale_factor", "pooling_kernel_size", default=2,
@@ -138,13 +139,15 @@ class _Picture:
     def packed(self) -> list[dict[str, Any]]:
         """Pictures as rows of patches, with the shape of the grid beside them."""
         side = 4 * max(self.merge, 1)
-        count, area = side * side, self.channels * self.patch * self.patch
+        count = side * side
+        area = self._field("patch_embed_hidden_size", default=self.channels * self.patch**2)
         grid = self._long([side, side])
         rows = [
             self._random(count, area * self.frames),
             self._random(count, area),
             self._random(count, self.channels, self.patch, self.patch),
             self._random(count, self.frames, self.channels, self.patch, self.patch),
+            self._random(count, self.merge * self.patch, self.merge * self.patch, self.channels),
             self._random(1, count, area),
             self._random(1, count, area * self.frames),
             self._random(1, count, self.channels, self.patch, self.patch),
@@ -167,7 +170,7 @@ class _Picture:
                 "target_sizes": grid,
                 "image_sizes": grid * self.patch,
                 "image_position_ids": places.to(self.parameter.device),
-                "pixel_attention_mask": self._long([1] * count),
+                "pixel_attention_mask": self._long([1] * count).bool(),
                 "image_merge_sizes": self._long([self.merge])[0],
             }
             for row in rows
@@ -177,12 +180,22 @@ class _Picture:
         """Pictures as pixels: alone, as tiles, as frames."""
         guesses = []
         for size in self.sizes:
-            shapes = [(1,), *((1, tiles) for tiles in _TILES), (1, 1, 1), (1, 1, 4)]
+            shapes: list[tuple[int, ...]] = [(1,), *((1, tiles) for tiles in _TILES), (1, 1, 1), (1, 1, 4)]
             for shape in shapes:
                 pixels = self._random(*shape, self.channels, size, size)
                 sizes = self._long([size, size])
-                guesses.append({"pixel_values": pixels, "image_sizes": sizes})
-        return guesses
+                tiles = torch.ones(pixels.shape[:-3], dtype=torch.bool, device=pixels.device)
+                guesses.append(
+                    {
+                        "pixel_values": pixels,
+                        "image_sizes": sizes,
+                        "pixel_attention_mask": tiles,
+                        "target_sizes": sizes // self.patch,
+                    }
+                )
+        side = 4 * self.merge
+        cut = self._random(side * side, self.frames, self.patch, self.patch, self.channels)
+        return [*guesses, {"pixel_values": cut}]
 
     def fixed(self, guess: Mapping[str, Any]) -> dict[str, Any]:
         """What some families want beside the pixels."""
@@ -202,7 +215,9 @@ class _Picture:
 
 def count_rows(features: Any) -> int:
     """How many rows (tokens) the tensors of a vision model's answer hold together."""
-    features = getattr(features, "pooler_output", None) if hasattr(features, "keys") else features
+    if hasattr(features, "keys"):
+        pooled = getattr(features, "pooler_output", None)
+        features = getattr(features, "last_hidden_state", None) if pooled is None else pooled
     if isinstance(features, Tensor):
         return features.numel() // features.shape[-1]
     if isinstance(features, list | tuple):

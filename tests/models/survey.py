@@ -28,6 +28,7 @@ import qvlm_hf
 from qvlm_hf.models.by_structure import Structure, read_structure
 
 NEW_TOKENS = 4
+torch.set_num_threads(1)  # tiny matrices
 
 
 def main() -> None:
