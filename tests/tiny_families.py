@@ -21,7 +21,7 @@ _FIRST_TOKEN = 400  # special tokens with ids outside the small vocabulary come 
 
 # field (a full match) -> value; the first that matches counts
 _SIZES = (
-    (r"vocab_size|vocab_size_per_layer_input|text_vocab_size", VOCABULARY),
+    (r"vocab_size|unpadded_vocab_size|vocab_size_per_layer_input|text_vocab_size", VOCABULARY),
     (r"swa_num_attention_heads|num_sliding_attention_heads|linear_num_value_heads", HEADS),
     (r"linear_num_key_heads|(swa_)?num_(key_value|kv|global_key_value)_heads", 2),
     (r"(\w*_)?(num_)?(attention_)?(heads|n_heads)|n_head|num_(attention_)?heads", HEADS),
@@ -41,6 +41,7 @@ _SIZES = (
     (r"image_size|max_image_size|min_image_size|max_img_size|resolution", 32),
     (r"patch_size", 8),
     (r"base_channels", 32),
+    (r"n_groups", 2),
     (r"codebook_size|num_embeddings", 64),
     (r"latent_channels", WIDTH),
     (r"num_codebooks|image_seq_len|image_seq_length|num_image_tokens", 16),
@@ -103,6 +104,10 @@ _SPECIAL: dict[str, dict] = {
         "vision_config": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 3 * WIDTH},
         "text_config": {"cross_attention_layers": [1]},
     },
+    "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
+    "minicpmv4_6": {"image_token_id": 450},
+    "minicpmv4_7": {"image_token_id": 450},
+    "minicpm_ocr": {"image_token_id": 450},
     "nemotron_h_omni": {"image_token_id": 450},
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": _OMNI,
@@ -112,7 +117,7 @@ _SPECIAL: dict[str, dict] = {
     "llava_next_video": _PINPOINTS,
     "llava_onevision": _PINPOINTS,
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
-    "muse_spark": {"audio_config": {"num_hidden_layers": 4}},
+    "muse_spark": {"out_hidden_size": 4 * WIDTH, "audio_config": {"num_hidden_layers": 4}},
     "qwen4_exp": {
         "text_config": {
             "indexer_n_heads": 2,

@@ -152,10 +152,10 @@ def _run(
             answer = attempt(function, guess)
             if answer is None:
                 continue
-            picture = picture or (function, guess)
+            picture, seen = picture or (function, guess), recorder.trace.linears.keys()
             whole = {**text_inputs(model, forward, count_rows(answer)), **accepted(forward, guess)}
             recorder.forget()
-            if attempt(model, whole) is not None:
+            if attempt(model, whole) is not None and seen <= recorder.trace.linears.keys():
                 return "model", whole, problems
     if not features:
         for guess in picture_guesses(model, forward) if parts.vision else ():

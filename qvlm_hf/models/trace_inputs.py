@@ -76,8 +76,13 @@ def picture_guesses(model: nn.Module, function: Callable[..., Any]) -> Iterator[
         guesses += picture.packed()
     guesses += picture.pixels()
     guesses += picture.packed() if not guesses else []
+    needed = {name for name, each in names.items() if each.default is inspect.Parameter.empty}
     for guess in guesses:
-        yield accepted(function, guess | picture.fixed(guess))
+        full = accepted(function, guess | picture.fixed(guess))
+        least = {name: value for name, value in full.items() if name in needed | {"pixel_values"}}
+        yield least
+        if least.keys() != full.keys():
+            yield full
 
 
 class _Picture:
