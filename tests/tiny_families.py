@@ -25,7 +25,10 @@ _SIZES = (
     (r"swa_num_attention_heads|num_sliding_attention_heads|linear_num_value_heads", HEADS),
     (r"linear_num_key_heads|(swa_)?num_(key_value|kv|global_key_value)_heads", 2),
     (r"(\w*_)?(num_)?(attention_)?(heads|n_heads)|n_head|num_(attention_)?heads", HEADS),
-    (r"(attention_|swa_|resampler_|linear_(key_|value_)?|v_|global_)?head_dim|d_kv", WIDTH // HEADS),
+    (
+        r"(attention_|swa_|resampler_|linear_(key_|value_)?|v_|global_)?head_dim|d_kv",
+        WIDTH // HEADS,
+    ),
     (r"(\w*_)?(num_(hidden_)?layers|n_layers|depth|num_(en|de)coder_layers)", LAYERS),
     (r"layers|encoder_layers|decoder_layers|num_global_layers|num_query_layers", LAYERS),
     (r"(\w*_)?moe_intermediate_size|moe_shared_expert_intermediate_size", 48),
@@ -82,7 +85,10 @@ _SPECIAL: dict[str, dict] = {
         }
     },
     "unlimited_ocr": {"vision_config": _SAM},
-    "deepseek_ocr2": {"vision_config": _SAM, "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "deepseek_ocr2": {
+        "vision_config": _SAM,
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    },
     "emu3": {
         "vocabulary_map": {
             "<image>": 450,
@@ -111,8 +117,14 @@ _SPECIAL: dict[str, dict] = {
     "nemotron_h_omni": {"image_token_id": 450},
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": _OMNI,
-    "granite4_vision": _PINPOINTS | {"downsample_rate": "2/4", "deepstack_layer_map": [[-2, 0], [-1, 1]]},
-    "hunyuan_vl": {"text_config": {"head_dim": WIDTH // HEADS, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}}},
+    "granite4_vision": _PINPOINTS
+    | {"downsample_rate": "2/4", "deepstack_layer_map": [[-2, 0], [-1, 1]]},
+    "hunyuan_vl": {
+        "text_config": {
+            "head_dim": WIDTH // HEADS,
+            "rope_parameters": {"mrope_section": [2, 2, 2, 2]},
+        }
+    },
     "llava_next": _PINPOINTS,
     "llava_next_video": _PINPOINTS,
     "llava_onevision": _PINPOINTS,
@@ -176,14 +188,20 @@ def _shrunk(fields: dict, tokens: dict[int, int]) -> dict:
     for name, value in fields.items():
         if isinstance(value, dict) and name != "id2label":
             small[name] = _shrunk(value, tokens)
-        elif isinstance(name, str) and re.fullmatch(r"\w*token(s|_ids?|_index)|\w*_id", name) and name != "model_type":
+        elif (
+            isinstance(name, str)
+            and re.fullmatch(r"\w*token(s|_ids?|_index)|\w*_id", name)
+            and name != "model_type"
+        ):
             small[name] = _token(value, tokens)
         else:
             small[name] = _size(name, value)
     if fields.get("num_key_value_heads") == fields.get("num_attention_heads") is not None:
         small["num_key_value_heads"] = small["num_attention_heads"]
     if fields.get("qk_rope_head_dim") and fields.get("head_dim"):
-        small["head_dim"] = fields["head_dim"] * small["qk_rope_head_dim"] // fields["qk_rope_head_dim"]
+        small["head_dim"] = (
+            fields["head_dim"] * small["qk_rope_head_dim"] // fields["qk_rope_head_dim"]
+        )
     _shorten_lists(small)
     return small
 

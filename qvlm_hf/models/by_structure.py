@@ -7,15 +7,16 @@ projector. No fold and no rotation follows from that, sites alone. What is not q
 with the reason.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from qvlm_hf.models.graph import Layer, Segment, Site, matches
+from qvlm_hf.models.parts import Parts
 from qvlm_hf.models.tracing import Recorder, Trace
-from qvlm_hf.models.trace_inputs import accepted, count_rows, picture_guesses, text_inputs
+from qvlm_hf.models.trial_runs import run_model
 
 __all__ = ["Kept", "Structure", "StructureError", "read_structure"]
 
@@ -101,12 +102,15 @@ def read_structure(
         ValueError: a pattern matches no module.
     """
     _check_patterns(model, modules_to_not_convert)
-    parts = _Parts.of(model)
+    parts = Parts.of(model)
     recorder = Recorder(model)
-    run, ran, problems = _run(model, recorder, parts, inputs)
+    run, ran, problems = run_model(model, recorder, parts, inputs)
     trace = recorder.trace
     reached = {parts.component(name) for name in trace.linears}
-    wanted = ["language", *(["vision"] if quantize_vision and _has_linears(model, parts.vision) else [])]
+    wanted = [
+        "language",
+        *(["vision"] if quantize_vision and _has_linears(model, parts.vision) else []),
+    ]
     missing = [component for component in wanted if component not in reached]
     if missing:
         raise StructureError(_message(model, parts, trace, missing, problems))
@@ -114,7 +118,7 @@ def read_structure(
         name: reason
         for name in trace.linears
         if (reason := _why_not(model, trace, name, modules_to_not_convert))
-        or (reason := _unwanted(parts.place(trace, name)[0], quantize_vision, quantize_projector))
+        or (reason := _unwanted(_place(trace, parts, name)[0], quantize_vision, quantize_projector))
     }
     segments = _segments(trace, parts, [name for name in trace.linears if name not in left_out])
     if not segments:
@@ -125,169 +129,43 @@ def read_structure(
     return Structure(segments, norms, kept, total, run, ran)
 
 
-def _run(
-    model: nn.Module, recorder: Recorder, parts: "_Parts", inputs: Mapping[str, Any] | None
-) -> tuple[str, dict[str, Any], list[str]]:
-    """Runs the model until every part was seen; returns how, on what, and what went wrong."""
-    if inputs is not None:
-        extra = accepted(model.forward, {"use_cache": False})
-        recorder.run(lambda: model(**{**extra, **inputs}))
-        return "inputs", dict(inputs), []
-    problems: list[str] = []
-
-    def attempt(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-        try:
-            return recorder.run(lambda: function(**arguments))
-        except Exception as error:  # noqa: BLE001 - a guess that does not fit fails in any way
-            problems.append(" ".join(f"{type(error).__name__}: {error}".split())[:160])
-            return None
-
-    forward = model.forward
-    base = getattr(model, "base_model", model)
-    features = [f for owner in dict.fromkeys((model, base)) if (f := _picture_function(owner))]
-    picture: tuple[Callable[..., Any], dict[str, Any]] | None = None
-    for function in features:
-        for guess in picture_guesses(model, function):
-            recorder.forget()
-            answer = attempt(function, guess)
-            if answer is None:
-                continue
-            picture, seen = picture or (function, guess), recorder.trace.linears.keys()
-            whole = {**text_inputs(model, forward, count_rows(answer)), **accepted(forward, guess)}
-            recorder.forget()
-            if attempt(model, whole) is not None and seen <= recorder.trace.linears.keys():
-                return "model", whole, problems
-    if not features:
-        for guess in picture_guesses(model, forward) if parts.vision else ():
-            for tokens in dict.fromkeys(_token_counts(model, guess)):
-                recorder.forget()
-                whole = {**guess, **text_inputs(model, forward, tokens)}
-                if attempt(model, whole) is not None and (
-                    parts.vision is None or _seen(recorder.trace, parts.vision)
-                ):
-                    return "model", whole, problems
-        encoder = model.get_submodule(parts.vision) if parts.vision else None
-        for guess in picture_guesses(model, encoder.forward) if encoder is not None else ():
-            recorder.forget()
-            if attempt(encoder, guess) is not None:
-                picture = (encoder, guess)
-                break
-    recorder.forget()
-    if picture is not None:
-        attempt(*picture)
-    text = text_inputs(model, forward, 0)
-    if attempt(model, text) is None:
-        text = {}
-        decoder = model.get_submodule(parts.language) if parts.language else model
-        attempt(decoder, text_inputs(model, decoder.forward, 0))
-    return "parts", text, problems
+def _place(trace: Trace, parts: Parts, name: str) -> tuple[str, str, str]:
+    """Component, segment and layer of a linear module that ran."""
+    component = parts.component(name)
+    if (layer := trace.layer_of.get(name)) is not None:
+        return component, layer.rpartition(".")[0], layer
+    prefix = {"vision": parts.vision, "language": parts.language}.get(
+        component, parts.between
+    ) or ""
+    rest = name[len(prefix) + 1 :] if prefix else name
+    first, *others = rest.split(".")
+    if others and others[0].isdigit() and len(others) > 1:
+        first = f"{first}.{others[0]}"
+    alone = f"{prefix}.{first}" if prefix else first
+    after = trace.first_layer.get(parts.vision or "")
+    if component == "vision" and after is not None and trace.linears[name].first > after:
+        component = "projector"  # a merger inside the tower
+    return component, alone, alone
 
 
-def _picture_function(owner: Any) -> Callable[..., Any] | None:
-    """`get_image_features` of a model, if it says what it takes."""
-    function = getattr(owner, "get_image_features", None)
-    return function if function is not None and accepted(function, {"pixel_values": 0, "flattened_patches": 0}) else None
-
-
-def _token_counts(model: nn.Module, guess: Mapping[str, Any]) -> Iterator[int]:
-    """How many tokens a picture may become."""
-    config: Any = model.config
-    for name in ("image_seq_length", "mm_tokens_per_image", "num_image_tokens", "latent_query_num", "num_query_tokens"):
-        if isinstance(value := getattr(config, name, None), int):
-            yield value
-    vision = getattr(config, "vision_config", None)
-    pixels, patch = guess.get("pixel_values"), getattr(vision, "patch_size", None)
-    if pixels is not None and isinstance(patch, int) and pixels.dim() >= 4:
-        side = pixels.shape[-1] // patch
-        yield side * side
-        yield side * side // 4
-    yield 0
-
-
-def _seen(trace: Trace, prefix: str) -> bool:
-    return any(name.startswith(f"{prefix}.") for name in trace.linears)
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Names of the vision encoder and the language model in a model, "" for the model itself."""
-
-    vision: str | None
-    language: str
-    between: str
-    others: tuple[str, ...] = field(default=())
-
-    @classmethod
-    def of(cls, model: Any) -> "_Parts":
-        names = {id(module): name for name, module in model.named_modules()}
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        encoder = model.get_encoder("image") if hasattr(model, "get_encoder") else None
-        language = names.get(id(decoder), "")
-        vision = names.get(id(encoder)) or None
-        if vision is not None and (language == vision or language.startswith(f"{vision}.")):
-            vision = None
-        if vision is None:  # a picture model is said so by its class
-            vision = next(
-                (
-                    name
-                    for name, module in model.named_modules()
-                    if name
-                    and getattr(module, "main_input_name", None) in ("pixel_values", "flattened_patches")
-                    and not (language == name or language.startswith(f"{name}."))
-                ),
-                None,
-            )
-        if vision is not None and language == "":
-            shared = ""
-        else:
-            shared = _common(vision or language, language)
-        return cls(vision, language, shared)
-
-    def component(self, name: str) -> str:
-        """The part of the model that a module lies in, by its name alone."""
-        inside = [
-            (len(prefix), part)
-            for part, prefix in (("vision", self.vision), ("language", self.language))
-            if prefix is not None and (prefix == "" or name == prefix or name.startswith(f"{prefix}."))
-        ]
-        return max(inside)[1] if inside else "projector"
-
-    def place(self, trace: Trace, name: str) -> tuple[str, str, str]:
-        """Component, segment and layer of a linear module that ran."""
-        component = self.component(name)
-        if (layer := trace.layer_of.get(name)) is not None:
-            return component, layer.rpartition(".")[0], layer
-        prefix = {"vision": self.vision, "language": self.language}.get(component, self.between) or ""
-        rest = name[len(prefix) + 1 :] if prefix else name
-        first, *others = rest.split(".")
-        if others and others[0].isdigit() and len(others) > 1:
-            first = f"{first}.{others[0]}"
-        alone = f"{prefix}.{first}" if prefix else first
-        after = trace.first_layer.get(self.vision or "")
-        if component == "vision" and after is not None and trace.linears[name].first > after:
-            component = "projector"  # a merger inside the tower
-        return component, alone, alone
-
-
-def _common(a: str, b: str) -> str:
-    """The longest path that two module names share, short of the names themselves."""
-    first, second = a.split(".")[:-1], b.split(".")[:-1]
-    shared = [x for x, y in zip(first, second, strict=False) if x == y]
-    return ".".join(shared)
-
-
-def _segments(trace: Trace, parts: _Parts, names: Sequence[str]) -> tuple[Segment, ...]:
+def _segments(trace: Trace, parts: Parts, names: Sequence[str]) -> tuple[Segment, ...]:
     """Sites in layers in segments, each in the order of their first call."""
     tree: dict[tuple[str, str], dict[str, dict[Any, list[str]]]] = {}
     for name in sorted(names, key=lambda one: trace.linears[one].first):
-        component, segment, layer = parts.place(trace, name)
+        component, segment, layer = _place(trace, parts, name)
         site = (trace.linears[name].inputs, trace.linears[name].width)
-        tree.setdefault((component, segment), {}).setdefault(layer, {}).setdefault(site, []).append(name)
+        tree.setdefault((component, segment), {}).setdefault(layer, {}).setdefault(site, []).append(
+            name
+        )
     return tuple(
         Segment(
             component,
             tuple(
-                Layer(layer, tuple(Site(tuple(group)) for group in sites.values()), layer in trace.dead)
+                Layer(
+                    layer,
+                    tuple(Site(tuple(group)) for group in sites.values()),
+                    layer in trace.dead,
+                )
                 for layer, sites in layers.items()
             ),
         )
@@ -311,9 +189,7 @@ def _has_linears(model: nn.Module, prefix: str | None) -> bool:
     )
 
 
-def _why_not(
-    model: nn.Module, trace: Trace, name: str, patterns: Sequence[str]
-) -> str | None:
+def _why_not(model: nn.Module, trace: Trace, name: str, patterns: Sequence[str]) -> str | None:
     """Why a linear module that ran stays as it is, or None."""
     if any(matches(name, pattern) for pattern in patterns):
         return "modules_to_not_convert"
@@ -323,6 +199,8 @@ def _why_not(
         return "output head"
     if name in trace.shared:
         return f"its weight is that of {trace.shared[name]} too"
+    if linear.weight is next(p for p in model.parameters() if p.is_floating_point()):
+        return "the model takes its dtype from this weight"
     if name in trace.read_directly:
         return "the model reads its weight itself"
     return None
@@ -380,7 +258,7 @@ def _bare(parameter: nn.Parameter) -> str:
 
 
 def _message(
-    model: nn.Module, parts: _Parts, trace: Trace, missing: Sequence[str], problems: Sequence[str]
+    model: nn.Module, parts: Parts, trace: Trace, missing: Sequence[str], problems: Sequence[str]
 ) -> str:
     kind = type(model).__name__
     found = ", ".join(

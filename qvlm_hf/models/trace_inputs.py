@@ -48,11 +48,14 @@ def text_inputs(
         place = _TEXT + len(start)
         is_image[:, place : place + picture_tokens] = 1
     decoder = torch.tensor([plain[:_DECODER_TOKENS]], device=device)
+    mask = (
+        {} if ids.is_meta else {"attention_mask": torch.ones_like(ids)}
+    )  # its values are looked at
     return accepted(
         function,
-        {
+        mask
+        | {
             "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": is_image,
             "moe_mm_token_type_ids": is_image,
             "token_type_ids": is_image,
@@ -134,9 +137,7 @@ class _Picture:
         return getattr(config, "image_size", default)
 
     def _random(self, *shape: int) -> Tensor:
-        return torch.rand(
-            shape, dtype=self.parameter.dtype, device=self.parameter.device
-        )
+        return torch.rand(shape, dtype=self.parameter.dtype, device=self.parameter.device)
 
     def _long(self, *rows: list[int]) -> Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self.parameter.device)
@@ -185,7 +186,12 @@ class _Picture:
         """Pictures as pixels: alone, as tiles, as frames."""
         guesses = []
         for size in self.sizes:
-            shapes: list[tuple[int, ...]] = [(1,), *((1, tiles) for tiles in _TILES), (1, 1, 1), (1, 1, 4)]
+            shapes: list[tuple[int, ...]] = [
+                (1,),
+                *((1, tiles) for tiles in _TILES),
+                (1, 1, 1),
+                (1, 1, 4),
+            ]
             for shape in shapes:
                 pixels = self._random(*shape, self.channels, size, size)
                 sizes = self._long([size, size])
@@ -232,10 +238,17 @@ def count_rows(features: Any) -> int:
 
 def _special_tokens(config: Any) -> set[int]:
     found: set[int] = set()
-    for part in (config, *(getattr(config, name) for name in ("text_config",) if hasattr(config, name))):
+    for part in (
+        config,
+        *(getattr(config, name) for name in ("text_config",) if hasattr(config, name)),
+    ):
         for name, value in vars(part).items():
             if "token" in name:
-                found |= {one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)}
+                found |= {
+                    one
+                    for one in (value if isinstance(value, list) else [value])
+                    if isinstance(one, int)
+                }
     return found
 
 

@@ -14,10 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qvlm_hf.models.parts import is_norm, layers_of, shared_weights
+
 __all__ = ["LinearCalls", "Recorder", "Trace"]
 
 _HARMLESS = {"size", "dim", "numel", "is_floating_point", "is_complex", "element_size", "data_ptr"}
-_TELLING = {"dtype", "data", "T", "mT", "H", "mH"}  # fields of a weight that hang on its being float
+_TELLING = {
+    "dtype",
+    "data",
+    "T",
+    "mT",
+    "H",
+    "mH",
+}  # fields of a weight that hang on its being float
 
 
 @dataclass
@@ -63,8 +72,8 @@ class Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._layer_of = _layers(model)
-        self._shared = _shared(model)
+        self._layer_of = layers_of(model)
+        self._shared = shared_weights(model)
         self._layers = dict.fromkeys(self._layer_of.values())
         self.forget()
 
@@ -168,9 +177,13 @@ class _Watch(TorchFunctionMode):
         handles = []
         for name, module in self._model.named_modules():
             if type(module) is nn.Linear:
-                handles.append(module.register_forward_pre_hook(self._enter(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(lambda *_: self._running.pop() and None))
-            elif _is_norm(module):
+                handles.append(
+                    module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+                )
+                handles.append(
+                    module.register_forward_hook(lambda *_: self._running.pop() and None)
+                )
+            elif is_norm(module):
                 handles.append(module.register_forward_hook(self._leave_norm(name)))
             if name in self._layers:
                 handles.append(module.register_forward_pre_hook(lambda *_: self._marks.append([])))
@@ -225,51 +238,6 @@ def _harmless(func: Any) -> bool:
     return getattr(func, "__name__", "") in _HARMLESS
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not any(
-        isinstance(part, nn.Linear) for part in module.modules()
-    )
-
-
-def _layers(model: nn.Module) -> dict[str, str]:
-    """Linear module -> the entry of a ModuleList that holds it: the innermost with a norm, else the outermost."""
-    modules = dict(model.named_modules())
-    with_norm = {
-        ".".join(parts[:i])
-        for name, module in modules.items()
-        if _is_norm(module)
-        for parts in [name.split(".")]
-        for i in range(1, len(parts))
-    }
-    found = {}
-    for name, module in modules.items():
-        if type(module) is not nn.Linear:
-            continue
-        parts = name.split(".")
-        entries = [
-            ".".join(parts[:i])
-            for i in range(2, len(parts))
-            if parts[i - 1].isdigit() and isinstance(modules[".".join(parts[: i - 1])], nn.ModuleList)
-        ]
-        normed = [entry for entry in entries if entry in with_norm]
-        if entries:
-            found[name] = normed[-1] if normed else entries[0]
-    return found
-
-
-def _shared(model: nn.Module) -> dict[str, str]:
-    """Linear module -> another parameter's module with the same weight."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    return {
-        name: next(other for other in names if other != name)
-        for names in owners.values()
-        for name in names
-        if len(set(names)) > 1
-    }
-
-
 def _first_layers(trace: Trace) -> dict[str, int]:
     first: dict[str, int] = {}
     for name, calls in trace.linears.items():
@@ -285,7 +253,8 @@ def _first_layers(trace: Trace) -> dict[str, int]:
 def _gradients(model: nn.Module) -> Iterator[None]:
     """Every float parameter asks for a gradient, and the graph keeps no tensor."""
     changed = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    drop = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
+    nothing: Any = lambda _: None  # noqa: E731
+    drop = torch.autograd.graph.saved_tensors_hooks(nothing, nothing)
     try:
         for parameter in changed:
             parameter.requires_grad_(True)

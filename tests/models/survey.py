@@ -59,7 +59,7 @@ def survey(family: str) -> dict:
         structure = read_structure(model)
         row |= {"read": "yes", "run": structure.run} | described(structure)
         row |= quantized(model, structure)
-    except Exception as error:  # noqa: BLE001 - that is what is surveyed
+    except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         row["at"] = f"{Path(frame.filename).name}:{frame.lineno}"
@@ -72,7 +72,11 @@ def described(structure: Structure) -> dict:
     for segment in structure.segments:
         count = sum(len(layer.sites) for layer in segment.layers)
         sites[segment.component] = sites.get(segment.component, 0) + count
-    held = sum(part.parameters for part in structure.kept if part.reason == "embedding" or part.reason == "output head")
+    held = sum(
+        part.parameters
+        for part in structure.kept
+        if part.reason == "embedding" or part.reason == "output head"
+    )
     reasons: dict[str, int] = {}
     for part in structure.kept:
         reasons[part.reason] = reasons.get(part.reason, 0) + part.parameters
@@ -106,7 +110,7 @@ def quantized(model: torch.nn.Module, structure: Structure) -> dict:
         row["error_of_logits"] = f"{float((after - before).norm() / before.norm()):.3f}"
         try:
             again = reloaded(model)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             row["reload"] = " ".join(str(error).split()).partition(": ")[2][:160]
             stack.enter_context(mock.patch("qvlm_hf.hf.quantizer.check_modules", whole_model))
             again = reloaded(model, save_original_format=False)
@@ -118,7 +122,11 @@ def quantized(model: torch.nn.Module, structure: Structure) -> dict:
 def reloaded(model: torch.nn.Module, **options) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory, **options)
-        return type(model).from_pretrained(directory).eval()
+        return (
+            type(model)
+            .from_pretrained(directory, attn_implementation=model.config._attn_implementation)
+            .eval()
+        )
 
 
 def whole_model(model: torch.nn.Module, *arguments) -> dict:
@@ -141,7 +149,7 @@ def patches(structure: Structure) -> list:
         for place in ("qvlm_hf.models.graph", "qvlm_hf.hf.checks", "qvlm_hf.hf.config",
                       "qvlm_hf.nn.footprint")
     ]  # fmt: skip
-    return [*identity, mock.patch("qvlm_hf.quantize.resolve", lambda *_, **__: structure.segments)]
+    return [*identity, mock.patch("qvlm_hf.quantize.resolve", return_value=structure.segments)]
 
 
 def logits(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
@@ -157,9 +165,11 @@ def same_text(model: torch.nn.Module, again: torch.nn.Module, inputs: dict) -> s
             one.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
             for one in (model, again)
         ]
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         same = logits(model, inputs).argmax(-1).equal(logits(again, inputs).argmax(-1))
-        return f"{'yes' if same else 'no'} (forward; generate: {' '.join(str(error).split())[:120]})"
+        return (
+            f"{'yes' if same else 'no'} (forward; generate: {' '.join(str(error).split())[:120]})"
+        )
     return "yes" if texts[0].equal(texts[1]) else "no"
 
 
