@@ -222,7 +222,7 @@ def _size(name: str, value):
 
 
 def _shorten_lists(fields: dict) -> None:
-    """Lists with an entry a layer: one layer of every kind is kept, and the number of layers follows."""
+    """Lists with an entry a layer: one of every kind is kept, the number of layers follows."""
     kinds = fields.get("layer_types")
     count = LAYERS
     if isinstance(kinds, list) and kinds:

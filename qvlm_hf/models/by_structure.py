@@ -1,4 +1,4 @@
-"""A model of a family without a row, read by running it once: which linear modules share an input, in which layers.
+"""A model of a family without a row, read by running it once: its segments, layers and sites.
 
 Hooks on every nn.Linear and every norm see the tensors that enter and leave them. Linear modules
 that read the very same tensor form a site, the repeated entries of a ModuleList form layers, and
@@ -22,7 +22,7 @@ __all__ = ["Kept", "Structure", "StructureError", "read_structure"]
 
 
 class StructureError(ValueError):
-    """The model could not be read by running it; the message lists what was found and what is missing."""
+    """Running the model did not reach all of it; the message lists what was found and what not."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,8 @@ def _message(
 ) -> str:
     kind = type(model).__name__
     found = ", ".join(
-        f"{sum(parts.component(name) == part for name in trace.linears)} linear modules of the {part} part"
+        f"{sum(parts.component(name) == part for name in trace.linears)} linear modules "
+        f"of the {part} part"
         for part in ("vision", "projector", "language")
     )
     where = f"vision encoder at {parts.vision!r}, language model at {parts.language!r}"

@@ -1,4 +1,4 @@
-"""Inputs that a model of an unknown family runs on, guessed from its configuration and its signatures.
+"""Inputs that a model of an unknown family runs on, guessed from configuration and signatures.
 
 A guess is a set of keyword arguments; the caller tries one after the other until the model takes
 it. Values do not matter, shapes do. Pictures are tried small first: a tower of a fixed size refuses
@@ -32,7 +32,7 @@ def accepted(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict
 def text_inputs(
     model: nn.Module, function: Callable[..., Any], picture_tokens: int
 ) -> dict[str, Any]:
-    """Keyword arguments of `function` that hold text with a place for a picture of so many tokens."""
+    """Keyword arguments of `function` that hold text with so many tokens for a picture."""
     config: Any = model.config
     special = _special_tokens(config)
     plain = [token for token in range(3, 3 + _TEXT + len(special)) if token not in special]

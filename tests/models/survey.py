@@ -1,4 +1,4 @@
-"""Every image-text-to-text family of Transformers, tiny: is it read by structure, and does a W8A8 of it work?
+"""Every image-text-to-text family of Transformers, tiny: is it read, does a W8A8 of it work?
 
     python tests/models/survey.py [FAMILY ...] [--json FILE]
 
@@ -130,7 +130,7 @@ def reloaded(model: torch.nn.Module, **options) -> torch.nn.Module:
 
 
 def whole_model(model: torch.nn.Module, *arguments) -> dict:
-    """`check_modules` that takes a model without `base_model_prefix` for a whole one all the same."""
+    """`check_modules` that takes a model without its `base_model_prefix` for a whole one."""
     prefix = model.base_model_prefix
     added = not hasattr(model, prefix)
     if added:
@@ -143,7 +143,7 @@ def whole_model(model: torch.nn.Module, *arguments) -> dict:
 
 
 def patches(structure: Structure) -> list:
-    """What the integration has to change: where segments come from, and what a canonical name is."""
+    """What the integration has to change: where segments come from, what a canonical name is."""
     identity = [
         mock.patch(f"{place}.canonical_name", lambda name: name)
         for place in ("qvlm_hf.models.graph", "qvlm_hf.hf.checks", "qvlm_hf.hf.config",
@@ -159,7 +159,7 @@ def logits(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 
 
 def same_text(model: torch.nn.Module, again: torch.nn.Module, inputs: dict) -> str:
-    """Whether greedy decoding gives equal tokens; where `generate` refuses the inputs, the forward pass."""
+    """Whether greedy decoding, or the forward pass where `generate` refuses, gives equal tokens."""
     try:
         texts = [
             one.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
