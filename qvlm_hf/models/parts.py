@@ -76,7 +76,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def layers_of(model: nn.Module) -> dict[str, str]:
-    """Linear module -> the ModuleList entry that holds it: innermost with a norm, else outermost."""
+    """Linear module -> the ModuleList entry around it: innermost with a norm, else outermost."""
     modules = dict(model.named_modules())
     with_norm = {
         ".".join(parts[:i])

@@ -88,8 +88,11 @@ def described(structure: Structure) -> dict:
         "percent_of_layers": round(
             100 * structure.percent * structure.parameters / 100 / (structure.parameters - held)
         ),
-        "kept": {k: round(100 * v / structure.parameters, 1) for k, v in sorted(reasons.items(), key=lambda i: -i[1])},
-    }  # fmt: skip
+        "kept": {
+            reason: round(100 * reasons[reason] / structure.parameters, 1)
+            for reason in sorted(reasons, key=reasons.__getitem__, reverse=True)
+        },
+    }
 
 
 def quantized(model: torch.nn.Module, structure: Structure) -> dict:
@@ -120,13 +123,13 @@ def quantized(model: torch.nn.Module, structure: Structure) -> dict:
 
 
 def reloaded(model: torch.nn.Module, **options) -> torch.nn.Module:
+    attention = model.config._attn_implementation
+    chosen = (
+        {"attn_implementation": attention} if attention == "eager" else {}
+    )  # loading forgets it
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory, **options)
-        return (
-            type(model)
-            .from_pretrained(directory, attn_implementation=model.config._attn_implementation)
-            .eval()
-        )
+        return type(model).from_pretrained(directory, **chosen).eval()
 
 
 def whole_model(model: torch.nn.Module, *arguments) -> dict:
