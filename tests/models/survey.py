@@ -1,0 +1,180 @@
+"""Every image-text-to-text family of Transformers, tiny: is it read, does a W8A8 of it work?
+
+    python tests/models/survey.py [FAMILY ...] [--json FILE]
+
+Per family: how it was run, sites, norm pairs, percent of the weights in sites; then a W8A8 with
+ranges per token found at run time, saved and loaded again: the same logits bit for bit, the same
+greedy text, and how far the answers are from full precision. Not a test: it takes minutes.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import transformers
+from tiny_families import FAMILIES, tiny_model
+
+import qvlm_hf
+from qvlm_hf.hf.checks import check_modules
+from qvlm_hf.models.by_structure import Structure, read_structure
+
+NEW_TOKENS = 4
+torch.set_num_threads(1)  # tiny matrices
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", default=FAMILIES)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    rows = {}
+    for family in options.families:
+        rows[family] = row = survey(family)
+        print(f"{family:24} " + "  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1))
+    for stage in ("built", "read", "quantized", "reloaded", "text"):
+        print(f"{stage}: {sum(str(row.get(stage)).startswith('yes') for row in rows.values())}")
+
+
+def survey(family: str) -> dict:
+    """What came of one family; the first error ends it."""
+    row: dict = {}
+    start = time.perf_counter()
+    try:
+        model = tiny_model(family)
+        row["built"] = "yes"
+        structure = read_structure(model)
+        row |= {"read": "yes", "run": structure.run} | described(structure)
+        row |= quantized(model, structure)
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        row["at"] = f"{Path(frame.filename).name}:{frame.lineno}"
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def described(structure: Structure) -> dict:
+    sites: dict[str, int] = {}
+    for segment in structure.segments:
+        count = sum(len(layer.sites) for layer in segment.layers)
+        sites[segment.component] = sites.get(segment.component, 0) + count
+    held = sum(
+        part.parameters
+        for part in structure.kept
+        if part.reason == "embedding" or part.reason == "output head"
+    )
+    reasons: dict[str, int] = {}
+    for part in structure.kept:
+        reasons[part.reason] = reasons.get(part.reason, 0) + part.parameters
+    return {
+        "sites": sites,
+        "dead": [layer.name for s in structure.segments for layer in s.layers if layer.dead],
+        "norms": len(structure.norms),
+        "percent": round(structure.percent),
+        "percent_of_layers": round(
+            100 * structure.percent * structure.parameters / 100 / (structure.parameters - held)
+        ),
+        "kept": {
+            reason: round(100 * reasons[reason] / structure.parameters, 1)
+            for reason in sorted(reasons, key=reasons.__getitem__, reverse=True)
+        },
+    }
+
+
+def quantized(model: torch.nn.Module, structure: Structure) -> dict:
+    """Quantizes, saves, loads and compares."""
+    row: dict = {}
+    config = qvlm_hf.QVLMConfig(scheme="W8A8", activation_granularity="dynamic_token")
+    inputs = {name: value for name, value in structure.inputs.items() if name != "use_cache"}
+    with torch.no_grad(), ExitStack() as stack:
+        for patch in patches(structure):
+            stack.enter_context(patch)
+        before = logits(model, inputs)
+        report = qvlm_hf.quantize_model(model, config)
+        row["modules"] = len(report.modules)
+        after = logits(model, inputs)
+        if not torch.isfinite(after).all():
+            raise ValueError("the quantized model answers NaN")
+        row["quantized"] = "yes"
+        row["error_of_logits"] = f"{float((after - before).norm() / before.norm()):.3f}"
+        try:
+            again = reloaded(model)
+        except Exception as error:
+            row["reload"] = " ".join(str(error).split()).partition(": ")[2][:160]
+            stack.enter_context(mock.patch("qvlm_hf.hf.quantizer.check_modules", whole_model))
+            again = reloaded(model, save_original_format=False)
+        row["reloaded"] = "yes" if torch.equal(logits(again, inputs), after) else "differs"
+        row["text"] = same_text(model, again, inputs)
+    return row
+
+
+def reloaded(model: torch.nn.Module, **options) -> torch.nn.Module:
+    attention = model.config._attn_implementation
+    chosen = (
+        {"attn_implementation": attention} if attention == "eager" else {}
+    )  # loading forgets it
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory, **options)
+        return type(model).from_pretrained(directory, **chosen).eval()
+
+
+def whole_model(model: torch.nn.Module, *arguments) -> dict:
+    """`check_modules` that takes a model without its `base_model_prefix` for a whole one."""
+    prefix = model.base_model_prefix
+    added = not hasattr(model, prefix)
+    if added:
+        model.__dict__[prefix] = None
+    try:
+        return check_modules(model, *arguments)
+    finally:
+        if added:
+            del model.__dict__[prefix]
+
+
+def patches(structure: Structure) -> list:
+    """What the integration has to change: where segments come from, what a canonical name is."""
+    identity = [
+        mock.patch(f"{place}.canonical_name", lambda name: name)
+        for place in ("qvlm_hf.models.graph", "qvlm_hf.hf.checks", "qvlm_hf.hf.config",
+                      "qvlm_hf.nn.footprint")
+    ]  # fmt: skip
+    return [*identity, mock.patch("qvlm_hf.quantize.resolve", return_value=structure.segments)]
+
+
+def logits(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+    torch.manual_seed(0)
+    answer = model(**inputs)
+    return (answer.logits if hasattr(answer, "logits") else answer[0]).float()
+
+
+def same_text(model: torch.nn.Module, again: torch.nn.Module, inputs: dict) -> str:
+    """Whether greedy decoding, or the forward pass where `generate` refuses, gives equal tokens."""
+    try:
+        texts = [
+            one.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            for one in (model, again)
+        ]
+    except Exception as error:
+        same = logits(model, inputs).argmax(-1).equal(logits(again, inputs).argmax(-1))
+        return (
+            f"{'yes' if same else 'no'} (forward; generate: {' '.join(str(error).split())[:120]})"
+        )
+    return "yes" if texts[0].equal(texts[1]) else "no"
+
+
+if __name__ == "__main__":
+    main()
