@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
+from qvlm_hf.hf.checks import check_modules
 from tiny_families import FAMILIES, tiny_model
 
 import qvlm_hf
-from qvlm_hf.hf.checks import check_modules
 from qvlm_hf.models.by_structure import Structure, read_structure
 
 NEW_TOKENS = 4
