@@ -7,13 +7,14 @@ projector. No fold and no rotation follows from that, sites alone. What is not q
 with the reason.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.graph import Layer, Segment, Site, matches
+from qvlm_hf.models.graph import Layer, Segment, Site, get_linear, matches
 from qvlm_hf.models.parts import Parts
 from qvlm_hf.models.tracing import Recorder, Trace
 from qvlm_hf.models.trial_runs import run_model
@@ -77,6 +78,20 @@ class Structure:
         kept = sum(part.parameters for part in self.kept)
         return 100 * (1 - kept / self.parameters) if self.parameters else 0.0
 
+    def summary(self) -> dict[str, Any]:
+        """What config.json and the report say: the run, percent quantized, and kept by reason."""
+        kept: Counter[str] = Counter()
+        for part in self.kept:
+            kept[part.reason] += part.parameters
+        return {
+            "run": self.run,
+            "percent": round(self.percent, 1),
+            "kept": {
+                reason: round(100 * count / self.parameters, 1)
+                for reason, count in kept.most_common()
+            },
+        }
+
 
 def read_structure(
     model: nn.Module,
@@ -120,7 +135,8 @@ def read_structure(
         if (reason := _why_not(model, trace, name, modules_to_not_convert))
         or (reason := _unwanted(_place(trace, parts, name)[0], quantize_vision, quantize_projector))
     }
-    segments = _segments(trace, parts, [name for name in trace.linears if name not in left_out])
+    chosen = [name for name in trace.linears if name not in left_out]
+    segments = _segments(model, trace, parts, chosen)
     if not segments:
         raise ValueError("modules_to_not_convert: leaves no module to quantize: shorten it.")
     held = {name for s in segments for la in s.layers for site in la.sites for name in site.modules}
@@ -148,7 +164,9 @@ def _place(trace: Trace, parts: Parts, name: str) -> tuple[str, str, str]:
     return component, alone, alone
 
 
-def _segments(trace: Trace, parts: Parts, names: Sequence[str]) -> tuple[Segment, ...]:
+def _segments(
+    model: nn.Module, trace: Trace, parts: Parts, names: Sequence[str]
+) -> tuple[Segment, ...]:
     """Sites in layers in segments, each in the order of their first call."""
     tree: dict[tuple[str, str], dict[str, dict[Any, list[str]]]] = {}
     for name in sorted(names, key=lambda one: trace.linears[one].first):
@@ -163,7 +181,10 @@ def _segments(trace: Trace, parts: Parts, names: Sequence[str]) -> tuple[Segment
             tuple(
                 Layer(
                     layer,
-                    tuple(Site(tuple(group)) for group in sites.values()),
+                    tuple(
+                        Site(tuple(group), linears=tuple(get_linear(model, name) for name in group))
+                        for group in sites.values()
+                    ),
                     layer in trace.dead,
                 )
                 for layer, sites in layers.items()

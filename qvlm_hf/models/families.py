@@ -10,16 +10,19 @@ from typing import Any
 
 from torch import nn
 
+from qvlm_hf.models import parts as places
 from qvlm_hf.models.layer_kinds import LAYER_KINDS, TWO_LINEARS, LayerKind
 
 __all__ = [
     "FAMILIES",
     "Family",
     "Parts",
+    "check_row",
     "component_finder",
     "find_layers",
     "find_parts",
     "get_module",
+    "has_row",
 ]
 
 
@@ -66,6 +69,25 @@ class Parts:
     head: nn.Module | None
 
 
+def has_row(model: Any) -> bool:
+    """Tells whether the table has a row for a model; others are read by structure."""
+    return model.config.model_type in FAMILIES
+
+
+def check_row(model: Any) -> None:
+    """Refuses a model without a row.
+
+    Raises:
+        ValueError: it has none; the message says what works all the same.
+    """
+    if not has_row(model):
+        raise ValueError(
+            f"family {model.config.model_type!r} has no row: only schemes without calibration, "
+            f"e.g. QVLMConfig(scheme='W8A8', activation_granularity='dynamic_token'), and no "
+            f"dataset, rotation or lm_head_bits (docs/models.md)."
+        )
+
+
 def find_parts(model: Any) -> Parts:
     """Finds the parts of a model, with or without its output head.
 
@@ -73,12 +95,10 @@ def find_parts(model: Any) -> Parts:
         model: of Transformers; its tensors may lie on the meta device.
 
     Raises:
-        ValueError: the family is unknown, or a part is missing.
+        ValueError: the family has no row, or a part is missing.
     """
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise ValueError(_unsupported(f"model_type {kind!r}", FAMILIES))
-    family, language = FAMILIES[kind], model.get_decoder()
+    check_row(model)
+    family, language = FAMILIES[model.config.model_type], model.get_decoder()
     return Parts(
         vision=model.get_encoder("image"),
         projector=get_module(model.base_model, family.projector),
@@ -116,7 +136,7 @@ def component_finder(model: Any) -> Callable[[str], str]:
     """Makes a function from a name to its component, "other" if it has none.
 
     Args:
-        model: of a known family.
+        model: of any family; a projector is found by its row alone.
 
     Returns:
         It takes canonical names, and names of tensors as files hold them in other layouts.
@@ -124,13 +144,19 @@ def component_finder(model: Any) -> Callable[[str], str]:
     Raises:
         ValueError: as `find_parts`.
     """
-    parts = find_parts(model)
+    if has_row(model):
+        parts = find_parts(model)
+        vision, projector, language = parts.vision, parts.projector, parts.language
+    else:
+        where = places.Parts.of(model)
+        vision = where.vision and model.get_submodule(where.vision)
+        projector, language = None, model.get_submodule(where.language)
     found = {  # the first match counts: embeddings and head may lie below the decoder
-        "vision": parts.vision,
-        "projector": parts.projector,
-        "embeddings": parts.embeddings,
-        "head": parts.head,
-        "language": parts.language,
+        "vision": vision,
+        "projector": projector,
+        "embeddings": model.get_input_embeddings(),
+        "head": model.get_output_embeddings(),
+        "language": language,
     }
     paths = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     marks = {paths[module]: component for component, module in found.items() if module is not None}

@@ -14,18 +14,16 @@ import tempfile
 import time
 import traceback
 import warnings
-from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-from qvlm_hf.hf.checks import check_modules
 from tiny_families import FAMILIES, tiny_model
 
 import qvlm_hf
+from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.models.by_structure import Structure, read_structure
 
 NEW_TOKENS = 4
@@ -100,9 +98,7 @@ def quantized(model: torch.nn.Module, structure: Structure) -> dict:
     row: dict = {}
     config = qvlm_hf.QVLMConfig(scheme="W8A8", activation_granularity="dynamic_token")
     inputs = {name: value for name, value in structure.inputs.items() if name != "use_cache"}
-    with torch.no_grad(), ExitStack() as stack:
-        for patch in patches(structure):
-            stack.enter_context(patch)
+    with torch.no_grad():
         before = logits(model, inputs)
         report = qvlm_hf.quantize_model(model, config)
         row["modules"] = len(report.modules)
@@ -111,48 +107,20 @@ def quantized(model: torch.nn.Module, structure: Structure) -> dict:
             raise ValueError("the quantized model answers NaN")
         row["quantized"] = "yes"
         row["error_of_logits"] = f"{float((after - before).norm() / before.norm()):.3f}"
-        try:
-            again = reloaded(model)
-        except Exception as error:
-            row["reload"] = " ".join(str(error).split()).partition(": ")[2][:160]
-            stack.enter_context(mock.patch("qvlm_hf.hf.quantizer.check_modules", whole_model))
-            again = reloaded(model, save_original_format=False)
+        again = reloaded(model)
         row["reloaded"] = "yes" if torch.equal(logits(again, inputs), after) else "differs"
         row["text"] = same_text(model, again, inputs)
     return row
 
 
-def reloaded(model: torch.nn.Module, **options) -> torch.nn.Module:
+def reloaded(model: torch.nn.Module) -> torch.nn.Module:
     attention = model.config._attn_implementation
     chosen = (
         {"attn_implementation": attention} if attention == "eager" else {}
     )  # loading forgets it
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory, **options)
+        save_quantized(model, None, directory, report=model.hf_quantizer.report)
         return type(model).from_pretrained(directory, **chosen).eval()
-
-
-def whole_model(model: torch.nn.Module, *arguments) -> dict:
-    """`check_modules` that takes a model without its `base_model_prefix` for a whole one."""
-    prefix = model.base_model_prefix
-    added = not hasattr(model, prefix)
-    if added:
-        model.__dict__[prefix] = None
-    try:
-        return check_modules(model, *arguments)
-    finally:
-        if added:
-            del model.__dict__[prefix]
-
-
-def patches(structure: Structure) -> list:
-    """What the integration has to change: where segments come from, what a canonical name is."""
-    identity = [
-        mock.patch(f"{place}.canonical_name", lambda name: name)
-        for place in ("qvlm_hf.models.graph", "qvlm_hf.hf.checks", "qvlm_hf.hf.config",
-                      "qvlm_hf.nn.footprint")
-    ]  # fmt: skip
-    return [*identity, mock.patch("qvlm_hf.quantize.resolve", return_value=structure.segments)]
 
 
 def logits(model: torch.nn.Module, inputs: dict) -> torch.Tensor:

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.models.by_structure import StructureError, read_structure
-from qvlm_hf.models.graph import get_linear, resolve, rotation_plan
+from qvlm_hf.models.folds import rotation_plan
+from qvlm_hf.models.graph import get_linear, resolve
 
 
 class Config:
@@ -61,7 +62,11 @@ def test_llava_reads_as_its_row_says(feature_layer):
     structure = read_structure(model)
     assert structure.segments == resolve(model)
     assert structure.run == "model"
-    plan = rotation_plan(model).norms
+    names = {module: name for name, module in model.named_modules()}
+    plan = {
+        names[norm]: tuple(names[linear] for linear in readers)
+        for norm, readers in rotation_plan(model).norms
+    }
     live = {name for name in structure.norms if name in plan}
     assert {name: structure.norms[name] for name in live} == {name: plan[name] for name in live}
     assert len(live) >= 2 * 2 + 1
