@@ -82,7 +82,7 @@ def rounding_report(
 ) -> CalibrationReport:
     """The report of a model that is rounded without data; arguments as of `rounding_schemes`."""
     summary = {} if structure is None else {"by_structure": structure.summary()}
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if structure is not None and structure.percent < _FEW_PERCENT:
         warnings = (_few_quantized(structure),)
     return CalibrationReport(

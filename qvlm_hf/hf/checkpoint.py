@@ -267,13 +267,12 @@ def check_complete(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) 
 
 
 def keep_names_on_saving(model: PreTrainedModel) -> None:
-    """Saves tensors as the model names them, where a family without a row would join or split them.
+    """Saves a model without a row under its own names, not those of older files.
 
-    A converter of Transformers (experts, fused qkv) expects float weights, not packed ones.
+    Transformers would join or split tensors (experts, fused qkv), which packed ones cannot be.
     """
-    rules = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model, add_legacy=False)
-    if not has_row(model) and any(isinstance(rule, WeightConverter) for rule in rules):
-        model._weight_conversions = []
+    if not has_row(model):
+        model._weight_conversions = []  # type: ignore[assignment]
 
 
 def check_loaded(model: nn.Module) -> None:

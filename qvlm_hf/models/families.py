@@ -5,7 +5,9 @@ row names the rest.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -144,19 +146,13 @@ def component_finder(model: Any) -> Callable[[str], str]:
     Raises:
         ValueError: as `find_parts`.
     """
-    if has_row(model):
-        parts = find_parts(model)
-        vision, projector, language = parts.vision, parts.projector, parts.language
-    else:
-        where = places.Parts.of(model)
-        vision = where.vision and model.get_submodule(where.vision)
-        projector, language = None, model.get_submodule(where.language)
+    parts = find_parts(model) if has_row(model) else _parts_without_row(model)
     found = {  # the first match counts: embeddings and head may lie below the decoder
-        "vision": vision,
-        "projector": projector,
-        "embeddings": model.get_input_embeddings(),
-        "head": model.get_output_embeddings(),
-        "language": language,
+        "vision": parts.vision,
+        "projector": parts.projector,
+        "embeddings": parts.embeddings,
+        "head": parts.head,
+        "language": parts.language,
     }
     paths = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     marks = {paths[module]: component for component, module in found.items() if module is not None}
@@ -166,6 +162,19 @@ def component_finder(model: Any) -> Callable[[str], str]:
         return next((component for mark, component in marks.items() if mark in path), "other")
 
     return component_of
+
+
+def _parts_without_row(model: Any) -> Any:
+    where, embeddings = places.Parts.of(model), None
+    with suppress(NotImplementedError):  # of models that read more than one kind of token
+        embeddings = model.get_input_embeddings()
+    return SimpleNamespace(
+        vision=None if where.vision is None else model.get_submodule(where.vision),
+        projector=None,
+        language=model.get_submodule(where.language),
+        embeddings=embeddings,
+        head=model.get_output_embeddings(),
+    )
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:

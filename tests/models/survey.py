@@ -1,10 +1,10 @@
 """Every image-text-to-text family of Transformers, tiny: is it read, does a W8A8 of it work?
 
-    python tests/models/survey.py [FAMILY ...] [--json FILE]
+    python tests/models/survey.py [FAMILY ...] [--json tests/models/survey.json]
 
 Per family: how it was run, sites, norm pairs, percent of the weights in sites; then a W8A8 with
 ranges per token found at run time, saved and loaded again: the same logits bit for bit, the same
-greedy text, and how far the answers are from full precision. Not a test: it takes minutes.
+greedy text, and how far the answers are from full precision. Not a test: it takes minutes. `python tests/write_docs.py` puts the file into docs/models.md.
 """
 
 import argparse
@@ -41,10 +41,24 @@ def main() -> None:
     for family in options.families:
         rows[family] = row = survey(family)
         print(f"{family:24} " + "  ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(summary(rows), indent=1) + "\n")
     for stage in ("built", "read", "quantized", "reloaded", "text"):
         print(f"{stage}: {sum(str(row.get(stage)).startswith('yes') for row in rows.values())}")
+
+
+def summary(rows: dict[str, dict]) -> dict:
+    """Family -> percent of its layers' weights that are quantized; or why it does not work."""
+    works = {name: row for name, row in rows.items() if row.get("text", "").startswith("yes")}
+    return {
+        "transformers": transformers.__version__,
+        "works": {name: row["percent_of_layers"] for name, row in works.items()},
+        "fails": {
+            name: row.get("error", "other text after loading")
+            for name, row in rows.items()
+            if name not in works
+        },
+    }
 
 
 def survey(family: str) -> dict:
@@ -56,7 +70,7 @@ def survey(family: str) -> dict:
         row["built"] = "yes"
         structure = read_structure(model)
         row |= {"read": "yes", "run": structure.run} | described(structure)
-        row |= quantized(model, structure)
+        quantize(model, structure, row)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:400]
@@ -93,11 +107,11 @@ def described(structure: Structure) -> dict:
     }
 
 
-def quantized(model: torch.nn.Module, structure: Structure) -> dict:
+def quantize(model: torch.nn.Module, structure: Structure, row: dict) -> None:
     """Quantizes, saves, loads and compares."""
-    row: dict = {}
     config = qvlm_hf.QVLMConfig(scheme="W8A8", activation_granularity="dynamic_token")
     inputs = {name: value for name, value in structure.inputs.items() if name != "use_cache"}
+    inputs = inputs or {"input_ids": torch.arange(5, 13)[None]}
     with torch.no_grad():
         before = logits(model, inputs)
         report = qvlm_hf.quantize_model(model, config)
@@ -110,7 +124,8 @@ def quantized(model: torch.nn.Module, structure: Structure) -> dict:
         again = reloaded(model)
         row["reloaded"] = "yes" if torch.equal(logits(again, inputs), after) else "differs"
         row["text"] = same_text(model, again, inputs)
-    return row
+    with tempfile.TemporaryDirectory() as directory:
+        save_quantized(model, None, directory, report=report)  # with its card
 
 
 def reloaded(model: torch.nn.Module) -> torch.nn.Module:
@@ -119,7 +134,7 @@ def reloaded(model: torch.nn.Module) -> torch.nn.Module:
         {"attn_implementation": attention} if attention == "eager" else {}
     )  # loading forgets it
     with tempfile.TemporaryDirectory() as directory:
-        save_quantized(model, None, directory, report=model.hf_quantizer.report)
+        model.save_pretrained(directory)
         return type(model).from_pretrained(directory, **chosen).eval()
 
 
