@@ -87,13 +87,14 @@ def by_structure() -> str:
     found = json.loads((ROOT / "tests" / "models" / "survey.json").read_text())
     works = [name for name in sorted(found["works"]) if name not in FAMILIES]
     # the first sentence of an error says it
-    reasons = {name: re.split(r"[.(;\n] ?", error)[0] for name, error in found["fails"].items()}
+    reasons = {name: re.split(r"[.;] | \(|\n", error)[0] for name, error in found["fails"].items()}
     rows = [f"| `{name}` | {reason} |" for name, reason in sorted(reasons.items())]
     return (
         f"Of the {len(works) + len(rows)} other image-text-to-text families of Transformers "
         f"{found['transformers']}, these {len(works)} work:\na tiny random model in W8A8 gives "
-        f"the same greedy text after saving and loading.\n\n"
-        + "\n".join(textwrap.wrap(", ".join(f"`{name}`" for name in works), 100))
+        f"the same greedy text after saving and loading.\nWhere `generate` does not take the model "
+        f"alone, the likeliest tokens of one pass are compared.\n\n"
+        + textwrap.fill(", ".join(f"`{name}`" for name in works), 100, break_on_hyphens=False)
         + ".\n\nThese do not, or their tiny model was not made:\n\n"
         + "\n".join(["| `model_type` | what happened |", "|---|---|", *rows])
     )
