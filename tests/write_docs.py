@@ -122,7 +122,7 @@ def models_page() -> str:
         "precision,\nand the report lists it.",
         "## By structure\n\nA family without a row is run once on a made-up picture and text. Linear "
         "modules that read one\ntensor form a site. That is enough for schemes without calibration:",
-        '```python\nQVLMConfig(scheme="W8A8", activation_granularity="dynamic_token")\n'
+        '```python\nfrom qvlm_hf import QVLMConfig\n\nQVLMConfig(scheme="W8A8", activation_granularity="dynamic_token")\n'
         'QVLMConfig(scheme="W4A16")  # weights alone\n```',
         "Data, rotation, equalization and `lm_head_bits` need a row and are refused. Report, card "
         "and\n`qvlm inspect` say how many percent of the weights are quantized, and why the rest is "
