@@ -85,8 +85,8 @@ def check_row(model: Any) -> None:
     if not has_row(model):
         raise ValueError(
             f"family {model.config.model_type!r} has no row: only schemes without calibration, "
-            f"e.g. QVLMConfig(scheme='W8A8', activation_granularity='dynamic_token'), and no "
-            f"dataset, rotation or lm_head_bits (docs/models.md)."
+            f"e.g. scheme='W8A8' with activation_granularity='dynamic_token', and no dataset, "
+            f"rotation or lm_head_bits (docs/models.md)."
         )
 
 
