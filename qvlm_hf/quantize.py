@@ -30,7 +30,7 @@ from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
 from qvlm_hf.calibration.provenance import provenance
 from qvlm_hf.calibration.report import CalibrationReport, SegmentReport, SiteReport, settings_dict
-from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
+from qvlm_hf.calibration.rounding import read_without_row, rounding_report, rounding_schemes
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,
@@ -108,10 +108,12 @@ def calibrate_and_pack(
     def make_batches(samples: Sequence[Sample]) -> list[Batch]:
         return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
 
+    segments = _resolve_segments(model, settings)
+    _check_weights(segments)
     calibration = Calibration(
         model=model,
         settings=settings,
-        segments=_resolve_segments(model, settings),
+        segments=segments,
         data=make_batches(by_picture(samples)),
         callbacks=callbacks,
     )
@@ -147,7 +149,7 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
     time.
 
     Args:
-        model: a full-precision Transformers model of a known family.
+        model: a full-precision Transformers model; a family without a row is read by structure.
         settings: with `needs_data` False.
 
     Raises:
@@ -158,25 +160,29 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
             "this scheme has activation ranges to calibrate: give dataset=, or "
             "activation_granularity='dynamic_token'."
         )
-    calibration = Calibration(
-        model=model, settings=settings, segments=_resolve_segments(model, settings)
-    )
+    structure = read_without_row(model, settings)
+    segments = _resolve_segments(model, settings) if structure is None else structure.segments
+    _check_weights(segments)
+    calibration = Calibration(model=model, settings=settings, segments=segments)
     schemes = rounding_schemes(model, calibration.segments, settings)
     with _transformed(calibration):
         modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
     replace_modules(model, modules)
-    return rounding_report(model, calibration.segments, schemes, settings)
+    return rounding_report(model, calibration.segments, schemes, settings, structure)
 
 
 def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
-    """The segments to quantize; a broken checkpoint fails here and not after the search."""
-    segments = resolve(
+    return resolve(
         model,
         quantize_vision=settings.quantize_vision,
         quantize_projector=settings.quantize_projector,
         modules_to_not_convert=settings.modules_to_not_convert,
         rotated=settings.rotation is not None,
     )
+
+
+def _check_weights(segments: Sequence[Segment]) -> None:
+    """Finds a broken checkpoint here and not after the search."""
     sites = (site for segment in segments for layer in segment.layers for site in layer.sites)
     named = (pair for site in sites for pair in zip(site.modules, site.linears, strict=True))
     for name, linear in named:
@@ -184,7 +190,6 @@ def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[
             raise ValueError(f"{name} {why_empty(linear)}, then quantize it.")
         if not torch.isfinite(linear.weight).all():
             raise ValueError(f"the weight of {name} {not_finite(linear.weight.dtype)}")
-    return segments
 
 
 @contextmanager

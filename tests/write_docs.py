@@ -7,9 +7,11 @@ import argparse
 import contextlib
 import inspect
 import io
+import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -80,6 +82,24 @@ def commands_page() -> str:
     )
 
 
+def by_structure() -> str:
+    """What tests/models/survey.py found of families without a row."""
+    found = json.loads((ROOT / "tests" / "models" / "survey.json").read_text())
+    works = [name for name in sorted(found["works"]) if name not in FAMILIES]
+    # the first sentence of an error says it
+    reasons = {name: re.split(r"[.;] | \(|\n", error)[0] for name, error in found["fails"].items()}
+    rows = [f"| `{name}` | {reason} |" for name, reason in sorted(reasons.items())]
+    return (
+        f"Of the {len(works) + len(rows)} other image-text-to-text families of Transformers "
+        f"{found['transformers']}, these {len(works)} work:\na tiny random model in W8A8 gives "
+        f"the same greedy text after saving and loading.\nWhere `generate` does not take the model "
+        f"alone, the likeliest tokens of one pass are compared.\n\n"
+        + textwrap.fill(", ".join(f"`{name}`" for name in works), 100, break_on_hyphens=False)
+        + ".\n\nThese do not, or their tiny model was not made:\n\n"
+        + "\n".join(["| `model_type` | what happened |", "|---|---|", *rows])
+    )
+
+
 def models_page() -> str:
     def sites(kind: LayerKind) -> str:
         named = (", ".join(f"`{module}`" for module in site) for site in kind.sites)
@@ -92,13 +112,22 @@ def models_page() -> str:
     kinds = [f"| `{name}` | {sites(kind)} |" for name, kind in sorted(LAYER_KINDS.items())]
     return page(
         "Models",
-        "A model is supported when its `model_type` stands here, and the classes of its layers do.\n"
-        "Others are refused. [Contributing](contributing.md) shows how to add a family.",
+        "The whole method works where the `model_type` stands here, and the classes of its layers "
+        "do.\n[Others](#by-structure) are read by structure. [Contributing](contributing.md) shows "
+        "how to add a\nfamily.",
         "\n".join(["| `model_type` | projector |", "|---|---|", *rows]),
         "These linear modules are quantized. Modules between two dots read one input: a *site*.",
         "\n".join(["| class of a layer | sites |", "|---|---|", *kinds]),
         "The output head is quantized with `lm_head_bits=8`. Every other module stays in full "
         "precision,\nand the report lists it.",
+        "## By structure\n\nA family without a row is run once on a made-up picture and text. Linear "
+        "modules that read one\ntensor form a site. That is enough for schemes without calibration:",
+        '```python\nfrom qvlm_hf import QVLMConfig\n\nQVLMConfig(scheme="W8A8", activation_granularity="dynamic_token")\n'
+        'QVLMConfig(scheme="W4A16")  # weights alone\n```',
+        "Data, rotation, equalization and `lm_head_bits` need a row and are refused. Report, card "
+        "and\n`qvlm inspect` say how many percent of the weights are quantized, and why the rest is "
+        "not.\nBelow 80 % is a warning. The tensors of a saved model have the names of its modules.",
+        by_structure(),
     )
 
 

@@ -1,4 +1,7 @@
-"""Rounding without data, planned before a weight is read: which modules get which scheme."""
+"""Rounding without data: which modules get which scheme, and what the report says.
+
+Of a family with a row it is planned before a weight is read; any other is read by structure.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,9 +11,42 @@ from qvlm_hf.calibration.provenance import versions
 from qvlm_hf.calibration.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.by_structure import Structure, read_structure
+from qvlm_hf.models.families import check_row, has_row
 from qvlm_hf.models.graph import Segment, full_precision_modules, output_head
 
-__all__ = ["rounding_report", "rounding_schemes"]
+__all__ = ["by_structure", "read_without_row", "rounding_report", "rounding_schemes"]
+
+_FEW_PERCENT = 80  # of the weights; below, little is gained
+
+
+def by_structure(model: nn.Module, settings: CalibrationSettings) -> bool:
+    """Tells whether a model has no row in the table of families, and the settings need none.
+
+    Raises:
+        ValueError: it has none and they do.
+    """
+    if has_row(model):
+        return False
+    if settings.needs_data or settings.rotation is not None or settings.lm_head_bits is not None:
+        check_row(model)
+    return True
+
+
+def read_without_row(model: nn.Module, settings: CalibrationSettings) -> Structure | None:
+    """Runs a model without a row once and tells its structure; None for one that has a row.
+
+    Raises:
+        ValueError: as `by_structure` and `read_structure`.
+    """
+    if not by_structure(model, settings):
+        return None
+    return read_structure(
+        model,
+        quantize_vision=settings.quantize_vision,
+        quantize_projector=settings.quantize_projector,
+        modules_to_not_convert=settings.modules_to_not_convert,
+    )
 
 
 def rounding_schemes(
@@ -42,14 +78,26 @@ def rounding_report(
     segments: Sequence[Segment],
     schemes: Mapping[str, QuantScheme],
     settings: CalibrationSettings,
+    structure: Structure | None = None,
 ) -> CalibrationReport:
     """The report of a model that is rounded without data; arguments as of `rounding_schemes`."""
+    summary = {} if structure is None else {"by_structure": structure.summary()}
+    warnings: tuple[str, ...] = ()
+    if structure is not None and structure.percent < _FEW_PERCENT:
+        warnings = (_few_quantized(structure),)
     return CalibrationReport(
         settings=settings_dict(settings),
-        provenance={"versions": versions()},
+        provenance={"versions": versions()} | summary,
         modules=dict(schemes),
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(
             name for name in full_precision_modules(model, segments) if name not in schemes
         ),
+        warnings=warnings,
     )
+
+
+def _few_quantized(structure: Structure) -> str:
+    summary = structure.summary()
+    kept = ", ".join(f"{reason} {percent}%" for reason, percent in summary["kept"].items())
+    return f"only {summary['percent']}% of the weights are quantized; the rest: {kept}."

@@ -88,6 +88,8 @@ def saved_footprint(directory: str) -> tuple[QVLMConfig, Footprint]:
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    quantization = QVLMConfig.from_dict(saved)
-    dtype, positions = config.dtype or torch.float32, token_positions(config)
-    return quantization, footprint(model, quantization.modules, positions=positions, dtype=dtype)
+    quantization, dtype = QVLMConfig.from_dict(saved), config.dtype or torch.float32
+    modules = quantization.modules
+    needed = any(scheme.granularity == "token" for scheme in modules.values())
+    positions = token_positions(config) if needed else None
+    return quantization, footprint(model, modules, positions=positions, dtype=dtype)

@@ -18,6 +18,7 @@ from qvlm_hf.calibration.samples import (
 )
 from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.models.families import check_row
 from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -71,6 +72,7 @@ def calibrate(
     """
     if config.dataset is None:
         return round_and_pack(model, config.settings()), []
+    check_row(model)
     if config.dataset == SYNTHETIC:
         count = config.num_samples + CHECK_SAMPLES
         samples = synthesize(model, config.processor, count, seed=config.seed)

@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from qvlm_hf.format.files import INDEX_NAME, SINGLE_NAME, TensorHeader, tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.registry import QUANT_METHOD
+from qvlm_hf.models.families import has_row
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.linear import QVLMLinear
 
@@ -35,6 +36,7 @@ __all__ = [
     "check_loaded",
     "check_values",
     "empty_modules",
+    "keep_names_on_saving",
     "read_headers",
 ]
 
@@ -126,7 +128,8 @@ def read_headers(model: PreTrainedModel, files: Sequence[str | Path]) -> dict[st
         renamed = rename_source_key(known, renamings, converters, model.base_model_prefix, state)[0]
         if renamed not in state and known in state:
             renamed = known
-        return f"{renamed.removesuffix('weight')}{part}" if part in _PARTS else renamed
+        linear = part in _PARTS and renamed.endswith(".weight")  # no bare parameter
+        return f"{renamed.removesuffix('weight')}{part}" if linear else renamed
 
     headers: dict[str, TensorHeader] = {}
     for header in (header for file in files for header in tensor_headers(file)):
@@ -172,8 +175,8 @@ def empty_modules(
         for key in pair
     }
     prefix = f"{model.base_model_prefix}."
-    # LlavaModel itself has no "model." in front, and no head.
-    bare = not hasattr(model, model.base_model_prefix)
+    # LlavaModel itself has no "model." in front, and no head; some whole models have none either.
+    bare = not hasattr(model, model.base_model_prefix) and linears.keys().isdisjoint(modules)
     packed = {key.removesuffix(".weight_scale") for key in headers if key.endswith(".weight_scale")}
     empty = {}
     for name, scheme in modules.items():
@@ -261,6 +264,15 @@ def check_complete(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) 
             f"{model.config.name_or_path}: {len(missing)} tensors are missing, among them "
             f"{missing[0]}: {_AGAIN}."
         )
+
+
+def keep_names_on_saving(model: PreTrainedModel) -> None:
+    """Saves a model without a row under its own names, not those of older files.
+
+    Transformers would join or split tensors (experts, fused qkv), which packed ones cannot be.
+    """
+    if not has_row(model):
+        model._weight_conversions = []  # type: ignore[assignment]
 
 
 def check_loaded(model: nn.Module) -> None:

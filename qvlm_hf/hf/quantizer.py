@@ -22,6 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
 from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.rounding import by_structure
 from qvlm_hf.calibration.samples import Sample
 from qvlm_hf.format.files import INDEX_NAME, weight_files
 from qvlm_hf.hf.calibrate import calibrate, read_samples
@@ -30,6 +31,7 @@ from qvlm_hf.hf.checkpoint import (
     check_files,
     check_loaded,
     empty_modules,
+    keep_names_on_saving,
     read_headers,
 )
 from qvlm_hf.hf.config import FORMAT_VERSION, QVLMConfig
@@ -45,6 +47,7 @@ from qvlm_hf.hf.round_on_load import (
 from qvlm_hf.hf.runtime.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.hf.runtime.guards import guard, unguard
 from qvlm_hf.hub.publish import Published, Target
+from qvlm_hf.models.families import FAMILIES, has_row
 from qvlm_hf.models.graph import why_empty
 from qvlm_hf.nn.footprint import count_parameters
 from qvlm_hf.nn.linear import QVLMLinear
@@ -77,6 +80,7 @@ class QVLMHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: CalibrationReport | None = None
         self.published: Published | None = None
+        self._has_row = True  # in the table of families; told by the model when it comes
         self._samples: list[Sample] | None = None
         self._files: tuple[str, ...] = ()  # of the checkpoint
         self._errors: list[str] = []
@@ -86,9 +90,12 @@ class QVLMHfQuantizer(HfQuantizer):
     def rounds_on_load(self) -> bool:
         """Whether weights are rounded one by one while they are loaded."""
         config = self.quantization_config
-        # a rotation needs norms and weights together, so it waits for the whole model
+        # a rotation needs norms and weights together, and reading by structure runs the model
         return (
-            not self.pre_quantized and config.dataset is None and config.settings().rotation is None
+            not self.pre_quantized
+            and self._has_row
+            and config.dataset is None
+            and config.settings().rotation is None
         )
 
     def validate_environment(self, *args: object, device_map: Any = None, **kwargs: object) -> None:
@@ -134,6 +141,8 @@ class QVLMHfQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Chooses runtime/attention.py for the language model, unless the user chose; never saved.
 
+        A family without a row keeps Transformers' own.
+
         Raises:
             ValueError: the checkpoint is a directory with a damaged shard index.
         """
@@ -145,7 +154,8 @@ class QVLMHfQuantizer(HfQuantizer):
         asked = config._attn_implementation or getattr(
             config.get_text_config(), "_attn_implementation", None
         )
-        if asked is None and "text_config" in config.sub_configs:
+        known = config.model_type in FAMILIES
+        if known and asked is None and "text_config" in config.sub_configs:
             config._attn_implementation = {"text_config": ATTENTION}
         return config
 
@@ -192,7 +202,8 @@ class QVLMHfQuantizer(HfQuantizer):
     ) -> None:
         del kwargs
         self._files = tuple(checkpoint_files or ())
-        settings = self.quantization_config.settings()
+        config, settings = self.quantization_config, self.quantization_config.settings()
+        self._has_row = has_row(model)
         if self.pre_quantized:
             self._build_skeleton(model, self._files)
         elif self.rounds_on_load:
@@ -200,13 +211,14 @@ class QVLMHfQuantizer(HfQuantizer):
             self.check_processor(model)
             rounding_skeleton(model, self.report.modules)
         else:
-            # an unknown family or a wrong pattern should not wait for the weights
-            resolve_segments(model, settings)
+            # what cannot be done should not wait for the weights
+            if config.dataset is not None or not by_structure(model, settings):
+                resolve_segments(model, settings)
             self.check_processor(model)
 
     def check_processor(self, model: PreTrainedModel) -> None:
         """Checks that the processor, saved with the result even without data, serves the model."""
-        if self.quantization_config.processor is not None:
+        if self.quantization_config.processor is not None and has_row(model):
             check_processor_fits(model, self.quantization_config.processor, self._samples)
 
     def _build_skeleton(self, model: PreTrainedModel, files: Sequence[str]) -> None:
@@ -240,6 +252,7 @@ class QVLMHfQuantizer(HfQuantizer):
         fuse(model)
         round_as_eager(model)
         guard(model)
+        keep_names_on_saving(model)
         try:
             if self.report is not None:
                 provenance = origin(model, self._files) | self.report.provenance

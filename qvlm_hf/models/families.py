@@ -5,21 +5,26 @@ row names the rest.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
+from qvlm_hf.models import parts as places
 from qvlm_hf.models.layer_kinds import LAYER_KINDS, TWO_LINEARS, LayerKind
 
 __all__ = [
     "FAMILIES",
     "Family",
     "Parts",
+    "check_row",
     "component_finder",
     "find_layers",
     "find_parts",
     "get_module",
+    "has_row",
 ]
 
 
@@ -66,6 +71,25 @@ class Parts:
     head: nn.Module | None
 
 
+def has_row(model: Any) -> bool:
+    """Tells whether the table has a row for a model; others are read by structure."""
+    return model.config.model_type in FAMILIES
+
+
+def check_row(model: Any) -> None:
+    """Refuses a model without a row.
+
+    Raises:
+        ValueError: it has none; the message says what works all the same.
+    """
+    if not has_row(model):
+        raise ValueError(
+            f"family {model.config.model_type!r} has no row: only schemes without calibration, "
+            f"e.g. scheme='W8A8' with activation_granularity='dynamic_token', and no dataset, "
+            f"rotation or lm_head_bits (docs/models.md)."
+        )
+
+
 def find_parts(model: Any) -> Parts:
     """Finds the parts of a model, with or without its output head.
 
@@ -73,12 +97,10 @@ def find_parts(model: Any) -> Parts:
         model: of Transformers; its tensors may lie on the meta device.
 
     Raises:
-        ValueError: the family is unknown, or a part is missing.
+        ValueError: the family has no row, or a part is missing.
     """
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise ValueError(_unsupported(f"model_type {kind!r}", FAMILIES))
-    family, language = FAMILIES[kind], model.get_decoder()
+    check_row(model)
+    family, language = FAMILIES[model.config.model_type], model.get_decoder()
     return Parts(
         vision=model.get_encoder("image"),
         projector=get_module(model.base_model, family.projector),
@@ -116,7 +138,7 @@ def component_finder(model: Any) -> Callable[[str], str]:
     """Makes a function from a name to its component, "other" if it has none.
 
     Args:
-        model: of a known family.
+        model: of any family; a projector is found by its row alone.
 
     Returns:
         It takes canonical names, and names of tensors as files hold them in other layouts.
@@ -124,7 +146,7 @@ def component_finder(model: Any) -> Callable[[str], str]:
     Raises:
         ValueError: as `find_parts`.
     """
-    parts = find_parts(model)
+    parts = find_parts(model) if has_row(model) else _parts_without_row(model)
     found = {  # the first match counts: embeddings and head may lie below the decoder
         "vision": parts.vision,
         "projector": parts.projector,
@@ -140,6 +162,19 @@ def component_finder(model: Any) -> Callable[[str], str]:
         return next((component for mark, component in marks.items() if mark in path), "other")
 
     return component_of
+
+
+def _parts_without_row(model: Any) -> Any:
+    where, embeddings = places.Parts.of(model), None
+    with suppress(NotImplementedError):  # of models that read more than one kind of token
+        embeddings = model.get_input_embeddings()
+    return SimpleNamespace(
+        vision=None if where.vision is None else model.get_submodule(where.vision),
+        projector=None,
+        language=model.get_submodule(where.language),
+        embeddings=embeddings,
+        head=model.get_output_embeddings(),
+    )
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:

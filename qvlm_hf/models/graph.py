@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from qvlm_hf.format.hadamard import largest_block
-from qvlm_hf.models.families import FAMILIES, find_layers, find_parts, get_module
+from qvlm_hf.models.families import find_layers, find_parts, get_module, has_row
 from qvlm_hf.models.layer_kinds import LayerKind
 
 __all__ = [
@@ -84,8 +84,8 @@ class Segment:
 
 
 def canonical_name(name: str) -> str:
-    """Drops `.vision_model.` from a name, as in config.json: Transformers versions differ in it."""
-    return name.replace(".vision_model.", ".")
+    """Names a module as config.json does: versions differ in `vision_model` below the tower."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -184,9 +184,9 @@ def shared_inputs(model: Any) -> tuple[tuple[nn.Module, ...], ...]:
         model: whole or without its output head.
 
     Returns:
-        Groups of modules; none for an unknown family.
+        Groups of modules; none for a family without a row.
     """
-    if model.config.model_type not in FAMILIES:
+    if not has_row(model):
         return ()
     parts = find_parts(model)
     return tuple(

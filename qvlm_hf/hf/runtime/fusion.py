@@ -19,6 +19,7 @@ from typing import Any
 import transformers
 
 from qvlm_hf.hf.runtime import attention, growing_cache, norms
+from qvlm_hf.models.families import has_row
 from qvlm_hf.models.graph import shared_inputs
 from qvlm_hf.nn.fused import SteppedAside
 from qvlm_hf.nn.replace import quantized_modules
@@ -30,8 +31,8 @@ PARTS = (norms, growing_cache, attention)
 
 
 def fuse(model: Any) -> None:
-    """Prepares a quantized model, on its devices; leaves one without quantized modules alone."""
-    if next(quantized_modules(model), None) is None:
+    """Prepares a quantized model, on its devices; leaves one of a family without a row alone."""
+    if next(quantized_modules(model), None) is None or not has_row(model):
         return
     share_inputs(shared_inputs(model))
     reasons = {part.NAME: _difference(part, model) for part in PARTS}

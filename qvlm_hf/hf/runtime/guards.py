@@ -114,6 +114,8 @@ def _check_hidden_states(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     hidden = output[0]
+    if not isinstance(hidden, Tensor) or hidden.dim() < 2:  # of a model that is its own base
+        return
     if hidden.shape[-2] == 1 or module.training or _finite(hidden):
         return
     mask = kwargs.get("attention_mask", args[2] if len(args) > 2 else None)

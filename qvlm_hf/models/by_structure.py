@@ -1,0 +1,296 @@
+"""A model of a family without a row, read by running it once: its segments, layers and sites.
+
+Hooks on every nn.Linear and every norm see the tensors that enter and leave them. Linear modules
+that read the very same tensor form a site, the repeated entries of a ModuleList form layers, and
+`get_encoder("image")` and `get_decoder()` tell vision from language; what lies between is the
+projector. No fold and no rotation follows from that, sites alone. What is not quantized is listed
+with the reason.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qvlm_hf.models.graph import Layer, Segment, Site, get_linear, matches
+from qvlm_hf.models.parts import Parts
+from qvlm_hf.models.tracing import Recorder, Trace
+from qvlm_hf.models.trial_runs import run_model
+
+__all__ = ["Kept", "Structure", "StructureError", "read_structure"]
+
+
+class StructureError(ValueError):
+    """Running the model did not reach all of it; the message lists what was found and what not."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A part of the model that stays in full precision.
+
+    Attributes:
+        name: of the module or, for a bare one, of the parameter.
+        reason: why, for the report.
+        parameters: how many numbers it holds.
+    """
+
+    name: str
+    reason: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What one run of a model tells about it.
+
+    Attributes:
+        segments: as `graph.resolve` gives them; names are those of the model's modules.
+        norms: norm -> the linear modules that read its output, all of them in full view of the run.
+        kept: everything with weights that no site holds.
+        parameters: numbers in the whole model; shared ones count once.
+        run: what was run: "inputs" (the caller's), "model" or "parts" (picture and text apart).
+        inputs: keyword arguments of the model that it ran on as a whole; empty if it did not.
+    """
+
+    segments: tuple[Segment, ...]
+    norms: dict[str, tuple[str, ...]]
+    kept: tuple[Kept, ...]
+    parameters: int
+    run: str
+    inputs: Mapping[str, Any]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of all linear modules of all sites, in execution order."""
+        return tuple(
+            name
+            for segment in self.segments
+            for layer in segment.layers
+            for site in layer.sites
+            for name in site.modules
+        )
+
+    @property
+    def percent(self) -> float:
+        """Share of the weights that lie in sites."""
+        kept = sum(part.parameters for part in self.kept)
+        return 100 * (1 - kept / self.parameters) if self.parameters else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """What config.json and the report say: the run, percent quantized, and kept by reason."""
+        kept: Counter[str] = Counter()
+        for part in self.kept:
+            kept[part.reason] += part.parameters
+        return {
+            "run": self.run,
+            "percent": round(self.percent, 1),
+            "kept": {
+                reason: round(100 * count / self.parameters, 1)
+                for reason, count in kept.most_common()
+            },
+        }
+
+
+def read_structure(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    quantize_vision: bool = True,
+    quantize_projector: bool = True,
+    modules_to_not_convert: Sequence[str] = (),
+) -> Structure:
+    """Runs a model once and tells its segments, layers and sites.
+
+    Args:
+        model: of any family, in eval mode, with weights or on the meta device; not changed.
+        inputs: keyword arguments of the model with a picture and text, as its processor makes them;
+            None guesses them from the configuration.
+        quantize_vision: include the vision encoder.
+        quantize_projector: include what lies between vision encoder and language model.
+        modules_to_not_convert: patterns (see `graph.matches`) of modules that stay as they are.
+
+    Raises:
+        StructureError: the language model could not be run, or the vision encoder could not and is
+            to be quantized.
+        ValueError: a pattern matches no module.
+    """
+    _check_patterns(model, modules_to_not_convert)
+    parts = Parts.of(model)
+    recorder = Recorder(model)
+    run, ran, problems = run_model(model, recorder, parts, inputs)
+    trace = recorder.trace
+    reached = {parts.component(name) for name in trace.linears}
+    wanted = [
+        "language",
+        *(["vision"] if quantize_vision and _has_linears(model, parts.vision) else []),
+    ]
+    missing = [component for component in wanted if component not in reached]
+    if missing:
+        raise StructureError(_message(model, parts, trace, missing, problems))
+    left_out = {
+        name: reason
+        for name in trace.linears
+        if (reason := _why_not(model, trace, name, modules_to_not_convert))
+        or (reason := _unwanted(_place(trace, parts, name)[0], quantize_vision, quantize_projector))
+    }
+    chosen = [name for name in trace.linears if name not in left_out]
+    segments = _segments(model, trace, parts, chosen)
+    if not segments:
+        raise ValueError("modules_to_not_convert: leaves no module to quantize: shorten it.")
+    held = {name for s in segments for la in s.layers for site in la.sites for name in site.modules}
+    kept, total = _kept(model, trace, held, left_out)
+    norms = {norm: tuple(readers) for norm, readers in trace.norms.items() if readers}
+    return Structure(segments, norms, kept, total, run, ran)
+
+
+def _place(trace: Trace, parts: Parts, name: str) -> tuple[str, str, str]:
+    """Component, segment and layer of a linear module that ran."""
+    component = parts.component(name)
+    if (layer := trace.layer_of.get(name)) is not None:
+        return component, layer.rpartition(".")[0], layer
+    prefix = {"vision": parts.vision, "language": parts.language}.get(
+        component, parts.between
+    ) or ""
+    rest = name[len(prefix) + 1 :] if prefix else name
+    first, *others = rest.split(".")
+    if others and others[0].isdigit() and len(others) > 1:
+        first = f"{first}.{others[0]}"
+    alone = f"{prefix}.{first}" if prefix else first
+    after = trace.first_layer.get(parts.vision or "")
+    if component == "vision" and after is not None and trace.linears[name].first > after:
+        component = "projector"  # a merger inside the tower
+    return component, alone, alone
+
+
+def _segments(
+    model: nn.Module, trace: Trace, parts: Parts, names: Sequence[str]
+) -> tuple[Segment, ...]:
+    """Sites in layers in segments, each in the order of their first call."""
+    tree: dict[tuple[str, str], dict[str, dict[Any, list[str]]]] = {}
+    for name in sorted(names, key=lambda one: trace.linears[one].first):
+        component, segment, layer = _place(trace, parts, name)
+        site = (trace.linears[name].inputs, trace.linears[name].width)
+        tree.setdefault((component, segment), {}).setdefault(layer, {}).setdefault(site, []).append(
+            name
+        )
+    return tuple(
+        Segment(
+            component,
+            tuple(
+                Layer(
+                    layer,
+                    tuple(
+                        Site(tuple(group), linears=tuple(get_linear(model, name) for name in group))
+                        for group in sites.values()
+                    ),
+                    layer in trace.dead,
+                )
+                for layer, sites in layers.items()
+            ),
+        )
+        for (component, _), layers in tree.items()
+    )
+
+
+def _check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} matches no module: give a module path, a "
+                f"suffix of it or a component name."
+            )
+
+
+def _has_linears(model: nn.Module, prefix: str | None) -> bool:
+    return prefix is not None and any(
+        type(module) is nn.Linear for module in model.get_submodule(prefix).modules()
+    )
+
+
+def _why_not(model: nn.Module, trace: Trace, name: str, patterns: Sequence[str]) -> str | None:
+    """Why a linear module that ran stays as it is, or None."""
+    if any(matches(name, pattern) for pattern in patterns):
+        return "modules_to_not_convert"
+    linear = model.get_submodule(name)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if linear is head:
+        return "output head"
+    if name in trace.shared:
+        return f"its weight is that of {trace.shared[name]} too"
+    if linear.weight is next(p for p in model.parameters() if p.is_floating_point()):
+        return "the model takes its dtype from this weight"
+    if name in trace.read_directly:
+        return "the model reads its weight itself"
+    return None
+
+
+def _unwanted(component: str, vision: bool, projector: bool) -> str | None:
+    if component == "vision" and not vision:
+        return "quantize_vision=False"
+    if component == "projector" and not projector:
+        return "quantize_projector=False"
+    return None
+
+
+def _kept(
+    model: nn.Module, trace: Trace, held: set[str], left_out: Mapping[str, str]
+) -> tuple[tuple[Kept, ...], int]:
+    """Everything that no site holds, module by module, and how many numbers the model has."""
+    kept, seen, total = [], set(), 0
+    for name, module in model.named_modules():
+        own = [(part, p) for part, p in module.named_parameters(recurse=False) if id(p) not in seen]
+        seen |= {id(p) for _, p in own}
+        total += sum(p.numel() for _, p in own)
+        if name in held:
+            own = [(part, p) for part, p in own if part != "weight"]
+        if not own:
+            continue
+        count = sum(p.numel() for _, p in own)
+        if name in held:
+            kept.append(Kept(name, "bias", count))
+        elif name in left_out:
+            kept.append(Kept(name, left_out[name], count))
+        elif isinstance(module, nn.Linear | nn.Embedding) or "weight" in dict(own):
+            kept.append(Kept(name, _reason(name, module, trace), count))
+        else:
+            kept += [Kept(f"{name}.{part}".lstrip("."), _bare(p), p.numel()) for part, p in own]
+    return tuple(kept), total
+
+
+def _reason(name: str, module: nn.Module, trace: Trace) -> str:
+    kind = type(module).__name__
+    if type(module) is nn.Linear:
+        return "the run did not call it"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if "norm" in kind.lower():
+        return "norm"
+    if "Conv" in kind:
+        return "convolution"
+    del name, trace
+    return f"a {kind}, no nn.Linear"
+
+
+def _bare(parameter: nn.Parameter) -> str:
+    return f"a bare parameter of {parameter.dim()} dimensions"
+
+
+def _message(
+    model: nn.Module, parts: Parts, trace: Trace, missing: Sequence[str], problems: Sequence[str]
+) -> str:
+    kind = type(model).__name__
+    found = ", ".join(
+        f"{sum(parts.component(name) == part for name in trace.linears)} linear modules "
+        f"of the {part} part"
+        for part in ("vision", "projector", "language")
+    )
+    where = f"vision encoder at {parts.vision!r}, language model at {parts.language!r}"
+    last = f" The last attempt: {problems[-1]}." if problems else ""
+    return (
+        f"{kind} has no row in the table of families, and running it did not reach its "
+        f"{' and '.join(missing)} part ({where}; found {found}).{last} Give a dataset, so that its "
+        f"own inputs are run, or leave the part out."
+    )

@@ -1,0 +1,298 @@
+"""One run of a model under hooks: which tensors enter its linear modules and leave its norms.
+
+A tensor is known by its memory, its place in it and its version, so that a reshaped view is the
+same input as the tensor, and one that was written to in between is not. Tensors of a layer are held
+while it runs and no longer: memory that is given away cannot be mistaken for another tensor.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qvlm_hf.models.parts import is_norm, layers_of, shared_weights
+
+__all__ = ["LinearCalls", "Recorder", "Trace"]
+
+_HARMLESS = {"size", "dim", "numel", "is_floating_point", "is_complex", "element_size", "data_ptr"}
+_TELLING = {
+    "dtype",
+    "data",
+    "T",
+    "mT",
+    "H",
+    "mH",
+}  # fields of a weight that hang on its being float
+
+
+@dataclass
+class LinearCalls:
+    """The calls of one linear module.
+
+    Attributes:
+        first: place of the first call among all calls.
+        width: its input features.
+        inputs: a number for the tensor that entered, one a call.
+    """
+
+    first: int
+    width: int
+    inputs: tuple[int, ...] = ()
+
+
+@dataclass
+class Trace:
+    """What was seen.
+
+    Attributes:
+        linears: name -> calls of every nn.Linear that ran.
+        norms: norm -> linear modules that read its output.
+        layer_of: linear module -> the repeated entry of a ModuleList that holds it.
+        first_layer: name of any module -> the first call of a linear module in a layer inside it.
+        shared: linear module -> another module that has the same weight.
+        read_directly: linear modules whose weight something else than their own forward reads.
+        dead: layers whose output reaches nothing, as far as the run tells.
+    """
+
+    linears: dict[str, LinearCalls] = field(default_factory=dict)
+    norms: dict[str, list[str]] = field(default_factory=dict)
+    layer_of: dict[str, str] = field(default_factory=dict)
+    first_layer: dict[str, int] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
+    read_directly: set[str] = field(default_factory=set)
+    dead: set[str] = field(default_factory=set)
+
+
+class Recorder:
+    """Runs parts of a model and keeps what was seen in `trace`; the model is left as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layer_of = layers_of(model)
+        self._shared = shared_weights(model)
+        self._layers = dict.fromkeys(self._layer_of.values())
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what was seen."""
+        self.trace = Trace(layer_of=self._layer_of, shared=self._shared)
+        self._live: set[int] = set()
+        self._calls = 0
+        self._serial = 0
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Calls the function under hooks and adds what was seen to `trace`; nothing if it fails.
+
+        Returns:
+            What the function returned.
+        """
+        try:
+            with _gradients(self._model):
+                answer, watch = self._watched(function)
+                live = _reached(_result(answer))
+        except RuntimeError as error:
+            if "grad" not in str(error):
+                raise
+            with torch.no_grad():  # code that a gradient cannot pass: nothing is known to be dead
+                answer, watch = self._watched(function)
+                live = set()
+        self._add(watch, live)
+        return answer
+
+    def _watched(self, function: Callable[[], Any]) -> tuple[Any, "_Watch"]:
+        watch = _Watch(self._model, self._layers, self._serial)
+        with watch.hooks(), watch:
+            return function(), watch
+
+    def _add(self, watch: "_Watch", live: set[int]) -> None:
+        trace = self.trace
+        for name, serials in watch.inputs.items():
+            linear: Any = self._model.get_submodule(name)
+            calls = trace.linears.setdefault(
+                name, LinearCalls(self._calls + watch.order[name], linear.in_features)
+            )
+            calls.inputs += tuple(serials)
+        for norm, outputs in watch.outputs.items():
+            readers = trace.norms.setdefault(norm, [])
+            readers += [
+                name
+                for name, serials in watch.whole.items()
+                if outputs & set(serials) and name not in readers
+            ]
+        trace.read_directly |= watch.read_directly
+        self._live |= live
+        self._calls += watch.count
+        self._serial = watch.serial
+        trace.first_layer = _first_layers(trace)
+        trace.dead = self._dead()
+
+    def _dead(self) -> set[str]:
+        """Layers that ran and that no result hangs on, where another layer of the list is alive."""
+        ran = {self._layer_of[name] for name in self.trace.linears if name in self._layer_of}
+        alive = {
+            layer
+            for layer in ran
+            if any(id(p) in self._live for p in self._model.get_submodule(layer).parameters())
+        }
+        lists = {layer.rpartition(".")[0] for layer in alive}
+        return {layer for layer in ran - alive if layer.rpartition(".")[0] in lists}
+
+
+class _Watch(TorchFunctionMode):
+    """What hooks see in one run; as a mode it also sees who touches a weight."""
+
+    def __init__(self, model: nn.Module, layers: dict[str, None], serial: int) -> None:
+        super().__init__()
+        self.inputs: dict[str, list[int]] = {}
+        self.whole: dict[str, list[int]] = {}  # the same whatever the last dimension
+        self.outputs: dict[str, set[int]] = {}
+        self.order: dict[str, int] = {}
+        self.read_directly: set[str] = set()
+        self.count = 0
+        self.serial = serial
+        self._model = model
+        self._layers = layers
+        self._known: dict[Any, tuple[int, Tensor]] = {}
+        self._marks: list[list[Any]] = []
+        self._running: list[str] = []
+        self._weights = {
+            id(module.weight): name
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in args:
+            name = self._weights.get(id(value)) if isinstance(value, nn.Parameter) else None
+            if name is not None and name not in self._running and not _harmless(func):
+                self.read_directly.add(name)
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        handles = []
+        for name, module in self._model.named_modules():
+            if type(module) is nn.Linear:
+                handles.append(
+                    module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+                )
+                handles.append(
+                    module.register_forward_hook(lambda *_: self._running.pop() and None)
+                )
+            elif is_norm(module):
+                handles.append(module.register_forward_hook(self._leave_norm(name)))
+            if name in self._layers:
+                handles.append(module.register_forward_pre_hook(lambda *_: self._marks.append([])))
+                handles.append(module.register_forward_hook(self._leave_layer))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._known.clear()
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = args[0] if args else kwargs["input"]
+            with torch._C.DisableTorchFunction():
+                self.order.setdefault(name, self.count)
+                self.inputs.setdefault(name, []).append(self._number(x, x.shape[-1]))
+                self.whole.setdefault(name, []).append(self._number(x, None))
+            self.count += 1
+            self._running.append(name)
+
+        return hook
+
+    def _leave_norm(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                with torch._C.DisableTorchFunction():
+                    self.outputs.setdefault(name, set()).add(self._number(output, None))
+
+        return hook
+
+    def _leave_layer(self, *_: Any) -> None:
+        for key in self._marks.pop():
+            self._known.pop(key, None)
+
+    def _number(self, x: Tensor, width: int | None) -> int:
+        """The same number for the same numbers in memory, as long as nobody wrote to them."""
+        version = 0 if x.is_inference() else x._version
+        key = (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), version, width)
+        if key not in self._known:
+            self._known[key] = (self.serial, x)
+            self.serial += 1
+            if self._marks:
+                self._marks[-1].append(key)
+        return self._known[key][0]
+
+
+def _harmless(func: Any) -> bool:
+    """Whether a function asks a weight for what stays true when it is packed."""
+    if getattr(func, "__name__", "") == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") not in _TELLING
+    return getattr(func, "__name__", "") in _HARMLESS
+
+
+def _first_layers(trace: Trace) -> dict[str, int]:
+    first: dict[str, int] = {}
+    for name, calls in trace.linears.items():
+        if name in trace.layer_of:
+            parts = name.split(".")
+            for i in range(len(parts)):
+                prefix = ".".join(parts[:i])
+                first[prefix] = min(first.get(prefix, calls.first), calls.first)
+    return first
+
+
+@contextmanager
+def _gradients(model: nn.Module) -> Iterator[None]:
+    """Every float parameter asks for a gradient, and the graph keeps no tensor."""
+    changed = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    nothing: Any = lambda _: None  # noqa: E731
+    drop = torch.autograd.graph.saved_tensors_hooks(nothing, nothing)
+    try:
+        for parameter in changed:
+            parameter.requires_grad_(True)
+        with torch.enable_grad(), drop:
+            yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(False)
+
+
+def _result(answer: Any) -> list[Tensor]:
+    """The tensors that a run is for, out of an answer that may hold all hidden states."""
+    for name in ("logits", "pooler_output", "last_hidden_state"):
+        value = getattr(answer, name, None)
+        if value is not None:
+            return _tensors(value)
+    return _tensors(answer)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    values = value.values() if hasattr(value, "values") else value
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        return []
+    return [tensor for part in values for tensor in _tensors(part)]
+
+
+def _reached(results: list[Tensor]) -> set[int]:
+    """Identities of the parameters that the results are computed from."""
+    found: set[int] = set()
+    nodes = [tensor.grad_fn for tensor in results if tensor.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node: Any = nodes.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        fresh = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= fresh
+        nodes += fresh
+    return found
