@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_families import tiny_model
+from shrunken_families import tiny_model
 from tiny_models import tiny_messages, tiny_processor
 from transformers import AutoModelForImageTextToText
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-from tiny_families import FAMILIES, tiny_model
+from shrunken_families import FAMILIES, tiny_model
 
 import qvlm_hf
 from qvlm_hf.hf.saving import save_quantized

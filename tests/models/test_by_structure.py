@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_families import tiny_model
+from shrunken_families import tiny_model
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 from torch import nn
 from torch.nn import functional
