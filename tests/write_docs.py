@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +21,8 @@ from picture import picture  # noqa: E402
 
 from qvlm_hf import QVLMConfig, VisionOptimization  # noqa: E402
 from qvlm_hf.cli import _COMMANDS, main  # noqa: E402
-from qvlm_hf.models import graph  # noqa: E402
+from qvlm_hf.models.families import FAMILIES  # noqa: E402
+from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind  # noqa: E402
 
 WRITTEN = "Written by `python tests/write_docs.py`. Change the code, not this page."
 
@@ -80,47 +80,49 @@ def commands_page() -> str:
     )
 
 
-def layer_kinds() -> dict[str, dict[str, Any]]:
-    """Part -> model_type -> row of the table that says which modules are quantized."""
-    return {
-        "vision encoder": graph._ENCODERS,
-        "projector": graph._PROJECTORS,
-        "language model": graph._DECODERS,
-    }
+def sites_cell(kind: LayerKind) -> str:
+    return " · ".join(", ".join(f"`{module}`" for module in site) for site in kind.sites)
 
 
-def families() -> dict[str, Any]:
-    """model_type -> row of the table that says where the parts are."""
-    return graph._FAMILIES
+def limits_cell(kind: LayerKind) -> str:
+    limits = []
+    if kind.no_rotation:
+        limits.append(f"no rotation: {kind.no_rotation}")
+    if kind.packed:
+        limits.append("no ranges per position: all pictures stand in one row")
+    return "; ".join(limits)
 
 
 def models_page() -> str:
-    places = [
-        f"| `{name}` | `{row.vision_layers}` | `{row.projector}` | `{row.language_layers}` |"
-        for name, row in families().items()
-    ]
-    sites = [
-        f"| {part} | `{kind}` | "
-        + " · ".join(", ".join(f"`{module}`" for module in site) for site in row.sites)
+    rows = [
+        f"| `{name}` | `{row.projector}`: {sites_cell(row.projector_kind)} | "
+        + "; ".join(f"`{path}`: {reason}" for path, reason in row.unquantized.items())
         + " |"
-        for part, kinds in layer_kinds().items()
-        for kind, row in kinds.items()
+        for name, row in FAMILIES.items()
+    ]
+    layers = [
+        f"| `{name}` | {sites_cell(kind)} | {limits_cell(kind)} |"
+        for name, kind in LAYER_KINDS.items()
     ]
     return page(
         "Models",
-        "A model is supported when its `model_type` and those of its parts stand here. Others are "
-        "refused.\n[Contributing](contributing.md) shows how to add a family.",
+        "A model is supported when its `model_type` stands here, and the class of its layers "
+        "below.\nAny tower goes with any decoder. Others are refused. "
+        "[Contributing](contributing.md) shows how to add one.",
         "\n".join(
             [
-                "| `model_type` | vision layers | projector | language layers |",
-                "|---|---|---|---|",
-                *places,
+                "| `model_type` | projector | stays in full precision |",
+                "|---|---|---|",
+                *rows,
             ]
         ),
         "These linear modules are quantized. Modules between two dots read one input: a *site*.",
-        "\n".join(["| part | `model_type` | sites of a layer |", "|---|---|---|", *sites]),
-        "The output head is quantized with `lm_head_bits=8`. Every other module stays in full "
-        "precision,\nand the report lists it.",
+        "\n".join(["| layers | sites | limits |", "|---|---|---|", *layers]),
+        "The output head is quantized with `lm_head_bits=8`. Patch and position embeddings, norms "
+        "and\nembeddings of tokens stay in full precision. So does the pooling head of a SigLIP "
+        "tower, whose\noutput is not used. The report lists every linear module that stays.",
+        "`tests/models/test_families.py` tries every row on small random models: sites and norms, "
+        "rotation,\nequalization, calibration at W4A4, saving, loading, and generation with a cache.",
     )
 
 

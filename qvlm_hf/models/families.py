@@ -4,13 +4,13 @@ Transformers itself tells where the decoder, the vision tower, the embeddings an
 row names the rest.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.layer_kinds import LAYER_KINDS, TWO_LINEARS, LayerKind
+from qvlm_hf.models.layer_kinds import LAYER_KINDS, NORMED_TWO_LINEARS, TWO_LINEARS, LayerKind
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +20,7 @@ __all__ = [
     "find_layers",
     "find_parts",
     "get_module",
+    "is_packed",
 ]
 
 
@@ -30,16 +31,25 @@ class Family:
     Attributes:
         projector: path of the projector below the model without its head.
         projector_kind: its wiring.
-        final_norm: path of the norm before the head, below the decoder.
+        written: paths of parameters that stand in the residual stream like embeddings.
+        unquantized: paths that stay in full precision, and why.
     """
 
-    projector: str
-    projector_kind: LayerKind
-    final_norm: str = "norm"
+    projector: str = "multi_modal_projector"
+    projector_kind: LayerKind = TWO_LINEARS
+    written: tuple[str, ...] = ()
+    unquantized: Mapping[str, str] = field(default_factory=dict)
 
+
+_TILED = Family(written=("image_newline",))
 
 FAMILIES = {
-    "llava": Family(projector="multi_modal_projector", projector_kind=TWO_LINEARS),
+    "llava": Family(),
+    "llava_next": _TILED,
+    "llava_next_video": _TILED,
+    "llava_onevision": _TILED,
+    "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
+    "vipllava": Family(projector_kind=NORMED_TWO_LINEARS),
 }
 
 
@@ -53,7 +63,7 @@ class Parts:
         projector_kind: its wiring.
         language: the decoder.
         embeddings: of tokens.
-        final_norm: before the head.
+        written: parameters that stand in the residual stream like embeddings.
         head: the output head; None for a model without one.
     """
 
@@ -62,7 +72,7 @@ class Parts:
     projector_kind: LayerKind
     language: Any
     embeddings: Any
-    final_norm: nn.Module
+    written: tuple[nn.Parameter, ...]
     head: nn.Module | None
 
 
@@ -78,14 +88,14 @@ def find_parts(model: Any) -> Parts:
     kind = model.config.model_type
     if kind not in FAMILIES:
         raise ValueError(_unsupported(f"model_type {kind!r}", FAMILIES))
-    family, language = FAMILIES[kind], model.get_decoder()
+    family = FAMILIES[kind]
     return Parts(
         vision=model.get_encoder("image"),
         projector=get_module(model.base_model, family.projector),
         projector_kind=family.projector_kind,
-        language=language,
+        language=model.get_decoder(),
         embeddings=model.get_input_embeddings(),
-        final_norm=get_module(language, family.final_norm),
+        written=tuple(map(model.base_model.get_parameter, family.written)),
         head=model.get_output_embeddings(),
     )
 
@@ -110,6 +120,12 @@ def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
             _unsupported(f"{layer_class} (of a {part.config.model_type!r})", LAYER_KINDS)
         )
     return [(layer, known) for layer, known in found if known]
+
+
+def is_packed(tower: nn.Module) -> bool:
+    """Whether a tower puts the tokens of all pictures in one row."""
+    kinds = (LAYER_KINDS.get(type(module).__name__) for module in tower.modules())
+    return any(kind is not None and kind.packed for kind in kinds)
 
 
 def component_finder(model: Any) -> Callable[[str], str]:

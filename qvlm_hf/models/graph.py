@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from qvlm_hf.format.hadamard import largest_block
-from qvlm_hf.models.families import FAMILIES, find_layers, find_parts, get_module
+from qvlm_hf.models.families import FAMILIES, find_layers, find_parts, get_module, is_packed
 from qvlm_hf.models.layer_kinds import LayerKind
 
 __all__ = [
@@ -77,15 +77,17 @@ class Segment:
     Attributes:
         component: "vision", "projector" or "language".
         layers: in execution order.
+        packed: the tokens of all pictures come in one row, so that positions mean nothing.
     """
 
     component: str
     layers: tuple[Layer, ...]
+    packed: bool = False
 
 
 def canonical_name(name: str) -> str:
-    """Drops `.vision_model.` from a name, as in config.json: Transformers versions differ in it."""
-    return name.replace(".vision_model.", ".")
+    """Drops a tower's `.vision_model` from a name: Transformers versions differ in it."""
+    return name.replace("_tower.vision_model.", "_tower.")
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -161,8 +163,9 @@ def resolve(
             )
             for index, (module, kind) in enumerate(layers)
         )
-        return Segment(component, tuple(made))
+        return Segment(component, tuple(made), packed and component != "language")
 
+    packed = is_packed(parts.vision)
     segments = []
     if quantize_vision:
         layers = find_layers(parts.vision)
@@ -272,6 +275,7 @@ def full_precision_modules(model: nn.Module, segments: Sequence[Segment]) -> tup
 
 def _used_layers(config: Any, count: int) -> int:
     """How many encoder layers reach the projector: hidden state i is the output of layer i - 1."""
-    chosen = getattr(config, "vision_feature_layer", -1)
+    old = getattr(config, "vision_feature_layers", -1)  # VipLLaVA's name for it before 5.x
+    chosen = getattr(config, "vision_feature_layer", old)
     indices = [chosen] if isinstance(chosen, int) else chosen
     return max(index if index >= 0 else count + 1 + index for index in indices)

@@ -5,9 +5,9 @@ roles, so that classes which differ in names alone share a wiring.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["LAYER_KINDS", "TWO_LINEARS", "LayerKind"]
+__all__ = ["LAYER_KINDS", "NORMED_TWO_LINEARS", "OFFSET_NORMS", "TWO_LINEARS", "LayerKind"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,10 @@ class LayerKind:
         writers: modules whose output is added to the residual stream.
         value: the module of the attention values, and the one that reads them after mixing.
         product: a module whose output is multiplied elementwise, and the reader of the product.
+        packed: the tokens of all pictures come in one row, so that positions mean nothing.
+        no_rotation: why the residual stream cannot be rotated; empty where it can.
+
+    The source of `value` and `product` may be fused with others: its last outputs count then.
     """
 
     sites: tuple[tuple[str, ...], ...]
@@ -29,6 +33,8 @@ class LayerKind:
     writers: tuple[str, ...] = ()
     value: tuple[str, str] | None = None
     product: tuple[str, str] | None = None
+    packed: bool = False
+    no_rotation: str = ""
 
     def named(self, names: Mapping[str, str]) -> "LayerKind":
         """Returns this wiring with paths below the layer in place of roles."""
@@ -36,7 +42,8 @@ class LayerKind:
         def all_of(roles: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(names[role] for role in roles)
 
-        return LayerKind(
+        return replace(
+            self,
             sites=tuple(map(all_of, self.sites)),
             transformed=all_of(self.transformed),
             norms=tuple((names[norm], all_of(readers)) for norm, readers in self.norms),
@@ -64,6 +71,23 @@ _DECODER = LayerKind(
     value=("v", "attention_out"),
     product=("up", "down"),
 )
+# the same in a vision tower
+_GATED_ENCODER = replace(_DECODER, transformed=("q", "gate", "down"), writers=(), packed=True)
+# the same with q/k/v in one module, and gate/up in one
+_FUSED_DECODER = replace(
+    _DECODER,
+    sites=(("qkv",), ("attention_out",), ("gate_up",), ("down",)),
+    norms=(("attention_norm", ("qkv",)), ("mlp_norm", ("gate_up",))),
+    value=("qkv", "attention_out"),
+    product=("gate_up", "down"),
+)
+# one norm -> attention beside two linears
+_PARALLEL_DECODER = LayerKind(
+    sites=((*_QKV, "up"), ("attention_out",), ("down",)),
+    norms=(("norm", (*_QKV, "up")),),
+    value=("v", "attention_out"),
+    no_rotation="its norms subtract a mean, which a rotation would change",
+)
 
 _ATTENTION = {role: f"self_attn.{role}_proj" for role in _QKV}
 _CLIP = _ATTENTION | {
@@ -73,6 +97,15 @@ _CLIP = _ATTENTION | {
     "up": "mlp.fc1",
     "down": "mlp.fc2",
 }
+_PIXTRAL = {
+    **{role: f"attention.{role}_proj" for role in _QKV},
+    "attention_norm": "attention_norm",
+    "attention_out": "attention.o_proj",
+    "mlp_norm": "ffn_norm",
+    "gate": "feed_forward.gate_proj",
+    "up": "feed_forward.up_proj",
+    "down": "feed_forward.down_proj",
+}
 _LLAMA = _ATTENTION | {
     "attention_norm": "input_layernorm",
     "attention_out": "self_attn.o_proj",
@@ -81,12 +114,30 @@ _LLAMA = _ATTENTION | {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_PHI3 = _LLAMA | {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
+_PHI = _ATTENTION | {
+    "norm": "input_layernorm",
+    "attention_out": "self_attn.dense",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
 
-# A class of layer is one line. Its norms must multiply by `weight` as it is, not by 1 + weight.
+# A class of layer is one line.
 LAYER_KINDS = {
     "CLIPEncoderLayer": _ENCODER.named(_CLIP),
+    "SiglipEncoderLayer": _ENCODER.named(_CLIP),
+    "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
     "LlamaDecoderLayer": _DECODER.named(_LLAMA),
+    "MistralDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen2DecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen3DecoderLayer": _DECODER.named(_LLAMA),
+    "GemmaDecoderLayer": _DECODER.named(_LLAMA),
+    "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
+    "PhiDecoderLayer": _PARALLEL_DECODER.named(_PHI),
 }
+
+# Norms that multiply by 1 + weight. All others must multiply by `weight` as it is.
+OFFSET_NORMS = frozenset({"GemmaRMSNorm"})
 
 # A projector of two linears, the second of which writes into the language model's embeddings.
 TWO_LINEARS = LayerKind(
@@ -94,3 +145,4 @@ TWO_LINEARS = LayerKind(
     transformed=("linear_1", "linear_2"),
     writers=("linear_2",),
 )
+NORMED_TWO_LINEARS = replace(TWO_LINEARS, norms=(("projector_layernorm", ("linear_1",)),))
