@@ -35,10 +35,29 @@ GRID = [[32, 64], [64, 32]]
 class _PixtralProcessor(LlavaProcessor):
     """A placeholder per patch, a break after every row, as PixtralProcessor writes them."""
 
+    side = 1  # patches that are merged, in each direction
+
     def replace_image_token(self, image_inputs, image_idx, **_):
-        height, width = (int(size) // PATCH_SIZE for size in image_inputs["image_sizes"][image_idx])
+        edge = PATCH_SIZE * self.side
+        height, width = (int(size) // edge for size in image_inputs["image_sizes"][image_idx])
         row = self.image_token * width
         return "[IMG_BREAK]".join([row] * height) + "[IMG_END]"
+
+
+class _MergingProcessor(LlavaProcessor):
+    """A placeholder for `merged` patches; Idefics' pictures have one more dimension."""
+
+    merged, stacked = 4, False
+
+    def replace_image_token(self, image_inputs, image_idx, **_):
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        return self.image_token * (height * width // PATCH_SIZE**2 // self.merged)
+
+    def __call__(self, *args, **kwargs):
+        inputs = super().__call__(*args, **kwargs)
+        if self.stacked and "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"][:, None]
+        return inputs
 
 
 class _OnevisionProcessor(LlavaOnevisionProcessor):
@@ -62,6 +81,10 @@ TOWERS = {
     "clip": _VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
     "siglip": _VISION | {"model_type": "siglip_vision_model"},
     "pixtral": _VISION | {"model_type": "pixtral", "head_dim": 16},
+    "idefics3": _VISION | {"model_type": "idefics3_vision"},
+    "smolvlm": _VISION | {"model_type": "smolvlm_vision"},
+    "internvl": _VISION
+    | {"model_type": "internvl_vision", "use_qk_norm": True, "norm_type": "rms_norm"},
 }
 
 _TEXT = {
@@ -83,10 +106,17 @@ DECODERS = {
     "qwen2": _TEXT | {"model_type": "qwen2"},
     "qwen3": _TEXT | {"model_type": "qwen3", "head_dim": 16},
     "gemma": _TEXT | {"model_type": "gemma", "head_dim": 16, "tie_word_embeddings": True},
+    "gemma2": _TEXT | {"model_type": "gemma2", "head_dim": 16, "tie_word_embeddings": True},
     "phi3": _TEXT | {"model_type": "phi3"},
     "phi": _TEXT | {"model_type": "phi"},
 }
 FAMILIES = {
+    "deepseek_vl": {},
+    "idefics3": {"scale_factor": 2},
+    "internvl": {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"},
+    "mistral3": {"vision_feature_layer": -1, "spatial_merge_size": 2},
+    "paligemma": {"projection_dim": 48, "hidden_size": 48, "vocab_size": 128},
+    "smolvlm": {"scale_factor": 2},
     "llava": {"image_seq_length": 16},
     "llava_next": {"image_grid_pinpoints": GRID},
     "llava_next_video": {"image_grid_pinpoints": GRID},
@@ -100,7 +130,7 @@ def tiny_family(family="llava", tower="clip", decoder="llama", seed=0, **options
     """The model, in eval mode; `options` are fields of its configuration."""
     text = DECODERS[decoder]
     fields = {
-        "vision_config": TOWERS[tower],
+        "vision_config": TOWERS[tower] | ({"projection_dim": 48} if family == "paligemma" else {}),
         "text_config": text,
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": _strategy(tower),
@@ -109,7 +139,8 @@ def tiny_family(family="llava", tower="clip", decoder="llama", seed=0, **options
         **FAMILIES[family],
         **options,
     }
-    config = AutoConfig.for_model(family, image_token_id=WORDS.index(_image(tower)), **fields)
+    name = "image_token_index" if family == "paligemma" else "image_token_id"
+    config = AutoConfig.for_model(family, **{name: WORDS.index(_image(tower))}, **fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config)
@@ -126,8 +157,11 @@ def tiny_family_processor(family="llava", tower="clip"):
         "image_token": image,
     }
     if tower == "pixtral":
-        pixels = PixtralImageProcessorPil(size={"longest_edge": IMAGE_SIZE}, patch_size=PATCH_SIZE)
-        return _PixtralProcessor(image_processor=pixels, patch_size=PATCH_SIZE, **common)
+        edge = PATCH_SIZE * (2 if family == "mistral3" else 1)
+        pixels = PixtralImageProcessorPil(size={"longest_edge": IMAGE_SIZE}, patch_size=edge)
+        processor = _PixtralProcessor(image_processor=pixels, patch_size=PATCH_SIZE, **common)
+        processor.side = edge // PATCH_SIZE
+        return processor
     common["vision_feature_select_strategy"] = _strategy(tower)
     if family == "llava_onevision":
         pixels = LlavaOnevisionImageProcessorPil(size=sizes, image_grid_pinpoints=GRID)
@@ -140,7 +174,12 @@ def tiny_family_processor(family="llava", tower="clip"):
     if family in ("llava_next", "llava_next_video"):
         pixels = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=GRID)
         return LlavaNextProcessor(image_processor=pixels, **common)
-    return LlavaProcessor(image_processor=CLIPImageProcessorPil(**size), **common)
+    pixels = CLIPImageProcessorPil(**size)
+    if family in ("idefics3", "smolvlm", "internvl"):
+        processor = _MergingProcessor(image_processor=pixels, **common)
+        processor.stacked = family != "internvl"
+        return processor
+    return LlavaProcessor(image_processor=pixels, **common)
 
 
 def _image(tower):

@@ -142,10 +142,10 @@ class QVLMHfQuantizer(HfQuantizer):
             weight_files(name)  # no later hook comes before Transformers reads the index
         from qvlm_hf.hf.runtime.attention import ATTENTION  # registers it
 
-        asked = config._attn_implementation or getattr(
-            config.get_text_config(), "_attn_implementation", None
-        )
-        if asked is None and "text_config" in config.sub_configs:
+        text = config.get_text_config()
+        asked = config._attn_implementation or getattr(text, "_attn_implementation", None)
+        capped = getattr(text, "attn_logit_softcapping", None)  # which `sdpa` does not know
+        if asked is None and not capped and "text_config" in config.sub_configs:
             config._attn_implementation = {"text_config": ATTENTION}
         return config
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.layer_kinds import LAYER_KINDS, NORMED_TWO_LINEARS, TWO_LINEARS, LayerKind
+from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind, chain
 
 __all__ = [
     "FAMILIES",
@@ -36,20 +36,27 @@ class Family:
     """
 
     projector: str = "multi_modal_projector"
-    projector_kind: LayerKind = TWO_LINEARS
+    projector_kind: LayerKind = chain("linear_1", "linear_2")
     written: tuple[str, ...] = ()
     unquantized: Mapping[str, str] = field(default_factory=dict)
 
 
 _TILED = Family(written=("image_newline",))
+_SHUFFLED = Family(projector="connector", projector_kind=chain("modality_projection.proj"))
 
 FAMILIES = {
+    "deepseek_vl": Family(projector="aligner", projector_kind=chain("linear1", "linear2")),
+    "idefics3": _SHUFFLED,
+    "internvl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
     "llava": Family(),
     "llava_next": _TILED,
     "llava_next_video": _TILED,
     "llava_onevision": _TILED,
+    "mistral3": Family(projector_kind=chain("patch_merger.merging_layer", "linear_1", "linear_2")),
+    "paligemma": Family(projector_kind=chain("linear")),
+    "smolvlm": _SHUFFLED,
     "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
-    "vipllava": Family(projector_kind=NORMED_TWO_LINEARS),
+    "vipllava": Family(projector_kind=chain("linear_1", "linear_2", norm="projector_layernorm")),
 }
 
 

@@ -92,7 +92,7 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     for layer, kind in decoder:
         if kind.no_rotation:
             raise ValueError(
-                f"rotation: {type(layer).__name__} cannot be rotated, because {kind.no_rotation}: "
+                f"rotation='hadamard': {type(layer).__name__} cannot be rotated, because {kind.no_rotation}: "
                 f"use rotation=None."
             )
     head = get_linear(model, head_name(model))

@@ -7,7 +7,7 @@ roles, so that classes which differ in names alone share a wiring.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["LAYER_KINDS", "NORMED_TWO_LINEARS", "OFFSET_NORMS", "TWO_LINEARS", "LayerKind"]
+__all__ = ["LAYER_KINDS", "OFFSET_NORMS", "LayerKind", "chain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,10 @@ _FUSED_DECODER = replace(
     value=("qkv", "attention_out"),
     product=("gate_up", "down"),
 )
+# the same with a norm behind attention and behind the MLP
+_POST_NORM_DECODER = replace(
+    _DECODER, no_rotation="norms scale channels on their way into the residual stream"
+)
 # one norm -> attention beside two linears
 _PARALLEL_DECODER = LayerKind(
     sites=((*_QKV, "up"), ("attention_out",), ("down",)),
@@ -94,6 +98,14 @@ _CLIP = _ATTENTION | {
     "attention_norm": "layer_norm1",
     "attention_out": "self_attn.out_proj",
     "mlp_norm": "layer_norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_INTERNVL = {
+    **{role: f"attention.{role}_proj" for role in _QKV},
+    "attention_norm": "layernorm_before",
+    "attention_out": "attention.projection_layer",
+    "mlp_norm": "layernorm_after",
     "up": "mlp.fc1",
     "down": "mlp.fc2",
 }
@@ -114,6 +126,7 @@ _LLAMA = _ATTENTION | {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_GEMMA2 = _LLAMA | {"mlp_norm": "pre_feedforward_layernorm"}
 _PHI3 = _LLAMA | {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
 _PHI = _ATTENTION | {
     "norm": "input_layernorm",
@@ -126,23 +139,36 @@ _PHI = _ATTENTION | {
 LAYER_KINDS = {
     "CLIPEncoderLayer": _ENCODER.named(_CLIP),
     "SiglipEncoderLayer": _ENCODER.named(_CLIP),
+    "Idefics3EncoderLayer": _ENCODER.named(_CLIP),
+    "SmolVLMEncoderLayer": _ENCODER.named(_CLIP),
+    "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
     "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
     "LlamaDecoderLayer": _DECODER.named(_LLAMA),
     "MistralDecoderLayer": _DECODER.named(_LLAMA),
     "Qwen2DecoderLayer": _DECODER.named(_LLAMA),
     "Qwen3DecoderLayer": _DECODER.named(_LLAMA),
     "GemmaDecoderLayer": _DECODER.named(_LLAMA),
+    "Gemma2DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
     "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
     "PhiDecoderLayer": _PARALLEL_DECODER.named(_PHI),
 }
 
 # Norms that multiply by 1 + weight. All others must multiply by `weight` as it is.
-OFFSET_NORMS = frozenset({"GemmaRMSNorm"})
+OFFSET_NORMS = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm"})
 
-# A projector of two linears, the second of which writes into the language model's embeddings.
-TWO_LINEARS = LayerKind(
-    sites=(("linear_1",), ("linear_2",)),
-    transformed=("linear_1", "linear_2"),
-    writers=("linear_2",),
-)
-NORMED_TWO_LINEARS = replace(TWO_LINEARS, norms=(("projector_layernorm", ("linear_1",)),))
+
+def chain(*linears: str, norm: str = "") -> LayerKind:
+    """The wiring of a projector: linear modules one after the other, a norm before the first.
+
+    The last one writes into the language model's embeddings.
+
+    Args:
+        linears: paths below the projector.
+        norm: path of a norm whose output the first one reads.
+    """
+    return LayerKind(
+        sites=tuple((linear,) for linear in linears),
+        transformed=linears,
+        norms=((norm, linears[:1]),) if norm else (),
+        writers=linears[-1:],
+    )
