@@ -52,6 +52,7 @@ from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.format.grids import not_finite, quantize_weight
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.families import find_parts
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import (
     Segment,
@@ -172,13 +173,21 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
 
 
 def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
-    return resolve(
+    segments = resolve(
         model,
         quantize_vision=settings.quantize_vision,
         quantize_projector=settings.quantize_projector,
         modules_to_not_convert=settings.modules_to_not_convert,
         rotated=settings.rotation is not None,
     )
+    for segment in segments:
+        if segment.packed and settings.start_granularity(segment.component) == "token":
+            raise ValueError(
+                f"activation_granularity='token' for {segment.component} needs a fixed number of "
+                f"positions, but this model puts the tokens of all pictures in one row: use "
+                f"'channel'."
+            )
+    return segments
 
 
 def _check_weights(segments: Sequence[Segment]) -> None:
@@ -216,9 +225,11 @@ def _capture_segment_inputs(calibration: Calibration, samples: int) -> None:
         none = f"calibration did not reach {name}: none of the {samples}"
         if component == "language":
             raise ValueError(f"{none} samples has text.")
+        parts, modules = find_parts(calibration.model), calibration.model.named_modules()
+        names = [name for name, module in modules if module in (parts.vision, parts.projector)]
         raise ValueError(
             f"{none} samples has a picture; add pictures to the dataset, or leave the vision side "
-            f"alone (modules_to_not_convert=['vision_tower', 'multi_modal_projector'])."
+            f"alone (modules_to_not_convert={[name.rpartition('.')[2] for name in names]})."
         )
 
 

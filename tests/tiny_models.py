@@ -33,6 +33,7 @@ __all__ = [
     "CHAT_TEMPLATE",
     "IMAGE_TOKENS",
     "VOCABULARY",
+    "randomize",
     "save_tiny",
     "tiny_llava",
     "tiny_messages",
@@ -140,14 +141,12 @@ def tiny_llava(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-        _randomize(model)
+        randomize(model)
     return model.to(dtype).eval()
 
 
-def _randomize(model: torch.nn.Module) -> None:
-    """Replaces the library's initial values: they are so small that every layer would be close to
-    the identity.
-    """
+def randomize(model: torch.nn.Module) -> None:
+    """Replaces the library's initial values: they are so small that every layer would be close to the identity."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

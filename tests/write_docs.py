@@ -100,26 +100,49 @@ def by_structure() -> str:
     )
 
 
-def models_page() -> str:
-    def sites(kind: LayerKind) -> str:
-        named = (", ".join(f"`{module}`" for module in site) for site in kind.sites)
-        return " · ".join(named)
+def sites_cell(kind: LayerKind) -> str:
+    return " · ".join(", ".join(f"`{module}`" for module in site) for site in kind.sites)
 
+
+def limits_cell(kind: LayerKind) -> str:
+    limits = []
+    if kind.no_rotation:
+        limits.append(f"no rotation: {kind.no_rotation}")
+    if kind.packed:
+        limits.append("no ranges per position: all pictures stand in one row")
+    return "; ".join(limits)
+
+
+def models_page() -> str:
     rows = [
-        f"| `{name}` | `{row.projector}`: {sites(row.projector_kind)} |"
-        for name, row in sorted(FAMILIES.items())
+        f"| `{name}` | `{row.projector}`: {sites_cell(row.projector_kind)} | "
+        + "; ".join(f"`{path}`: {reason}" for path, reason in row.unquantized.items())
+        + " |"
+        for name, row in FAMILIES.items()
     ]
-    kinds = [f"| `{name}` | {sites(kind)} |" for name, kind in sorted(LAYER_KINDS.items())]
+    layers = [
+        f"| `{name}` | {sites_cell(kind)} | {limits_cell(kind)} |"
+        for name, kind in LAYER_KINDS.items()
+    ]
     return page(
         "Models",
-        "The whole method works where the `model_type` stands here, and the classes of its layers "
-        "do.\n[Others](#by-structure) are read by structure. [Contributing](contributing.md) shows "
-        "how to add a\nfamily.",
-        "\n".join(["| `model_type` | projector |", "|---|---|", *rows]),
+        "The whole method works where the `model_type` stands here, and the class of its layers "
+        "below.\nAny tower goes with any decoder. [Others](#by-structure) are read by structure.\n"
+        "[Contributing](contributing.md) shows how to add one.",
+        "\n".join(
+            [
+                "| `model_type` | projector | stays in full precision |",
+                "|---|---|---|",
+                *rows,
+            ]
+        ),
         "These linear modules are quantized. Modules between two dots read one input: a *site*.",
-        "\n".join(["| class of a layer | sites |", "|---|---|", *kinds]),
-        "The output head is quantized with `lm_head_bits=8`. Every other module stays in full "
-        "precision,\nand the report lists it.",
+        "\n".join(["| layers | sites | limits |", "|---|---|---|", *layers]),
+        "The output head is quantized with `lm_head_bits=8`. Patch and position embeddings, norms "
+        "and\nembeddings of tokens stay in full precision. So does the pooling head of a SigLIP "
+        "tower, whose\noutput is not used. The report lists every linear module that stays.",
+        "`tests/models/test_families.py` tries every row on small random models: sites and norms, "
+        "rotation,\nequalization, calibration at W4A4, saving, loading, and generation with a cache.",
         "## By structure\n\nA family without a row is run once on a made-up picture and text. Linear "
         "modules that read one\ntensor form a site. That is enough for schemes without calibration:",
         '```python\nfrom qvlm_hf import QVLMConfig\n\nQVLMConfig(scheme="W8A8", activation_granularity="dynamic_token")\n'

@@ -56,7 +56,8 @@ def _check_decoding(directory: str) -> int:
         return 1
     loads = f"loads with Transformers {transformers.__version__}"
     if check is None:
-        print(f"{loads}; decoding was not checked, parts of the model are offloaded")
+        reason = "parts are offloaded, or prompts are read in both directions"
+        print(f"{loads}; decoding was not checked: {reason}")
     else:
         print(
             f"{loads}; {check.tokens} tokens decoded with a key-value cache as without one "

@@ -156,6 +156,11 @@ def _plan(source: Path) -> _Plan:
         raise ValueError(
             f"{source}: is not quantized by qvlm_hf: name the directory that qvlm quantize wrote."
         )
+    if config.model_type != "llava":
+        raise ValueError(
+            f"{source}: model_type {config.model_type!r} cannot be exported: only the names of "
+            f"'llava' checkpoints are known."
+        )
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)

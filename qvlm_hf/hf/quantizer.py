@@ -151,10 +151,10 @@ class QVLMHfQuantizer(HfQuantizer):
             weight_files(name)  # no later hook comes before Transformers reads the index
         from qvlm_hf.hf.runtime.attention import ATTENTION  # registers it
 
-        asked = config._attn_implementation or getattr(
-            config.get_text_config(), "_attn_implementation", None
-        )
-        known = config.model_type in FAMILIES
+        text = config.get_text_config()
+        asked = config._attn_implementation or getattr(text, "_attn_implementation", None)
+        capped = getattr(text, "attn_logit_softcapping", None)  # which `sdpa` does not know
+        known = config.model_type in FAMILIES and not capped
         if known and asked is None and "text_config" in config.sub_configs:
             config._attn_implementation = {"text_config": ATTENTION}
         return config

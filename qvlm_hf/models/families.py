@@ -4,16 +4,16 @@ Transformers itself tells where the decoder, the vision tower, the embeddings an
 row names the rest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
 from qvlm_hf.models import parts as places
-from qvlm_hf.models.layer_kinds import LAYER_KINDS, TWO_LINEARS, LayerKind
+from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind, chain
 
 __all__ = [
     "FAMILIES",
@@ -25,6 +25,7 @@ __all__ = [
     "find_parts",
     "get_module",
     "has_row",
+    "is_packed",
 ]
 
 
@@ -35,16 +36,32 @@ class Family:
     Attributes:
         projector: path of the projector below the model without its head.
         projector_kind: its wiring.
-        final_norm: path of the norm before the head, below the decoder.
+        written: paths of parameters that stand in the residual stream like embeddings.
+        unquantized: paths that stay in full precision, and why.
     """
 
-    projector: str
-    projector_kind: LayerKind
-    final_norm: str = "norm"
+    projector: str = "multi_modal_projector"
+    projector_kind: LayerKind = chain("linear_1", "linear_2")
+    written: tuple[str, ...] = ()
+    unquantized: Mapping[str, str] = field(default_factory=dict)
 
+
+_TILED = Family(written=("image_newline",))
+_SHUFFLED = Family(projector="connector", projector_kind=chain("modality_projection.proj"))
 
 FAMILIES = {
-    "llava": Family(projector="multi_modal_projector", projector_kind=TWO_LINEARS),
+    "deepseek_vl": Family(projector="aligner", projector_kind=chain("linear1", "linear2")),
+    "idefics3": _SHUFFLED,
+    "internvl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
+    "llava": Family(),
+    "llava_next": _TILED,
+    "llava_next_video": _TILED,
+    "llava_onevision": _TILED,
+    "mistral3": Family(projector_kind=chain("patch_merger.merging_layer", "linear_1", "linear_2")),
+    "paligemma": Family(projector_kind=chain("linear")),
+    "smolvlm": _SHUFFLED,
+    "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
+    "vipllava": Family(projector_kind=chain("linear_1", "linear_2", norm="projector_layernorm")),
 }
 
 
@@ -58,7 +75,7 @@ class Parts:
         projector_kind: its wiring.
         language: the decoder.
         embeddings: of tokens.
-        final_norm: before the head.
+        written: parameters that stand in the residual stream like embeddings.
         head: the output head; None for a model without one.
     """
 
@@ -67,7 +84,7 @@ class Parts:
     projector_kind: LayerKind
     language: Any
     embeddings: Any
-    final_norm: nn.Module
+    written: tuple[nn.Parameter, ...]
     head: nn.Module | None
 
 
@@ -100,14 +117,14 @@ def find_parts(model: Any) -> Parts:
         ValueError: the family has no row, or a part is missing.
     """
     check_row(model)
-    family, language = FAMILIES[model.config.model_type], model.get_decoder()
+    family = FAMILIES[model.config.model_type]
     return Parts(
         vision=model.get_encoder("image"),
         projector=get_module(model.base_model, family.projector),
         projector_kind=family.projector_kind,
-        language=language,
+        language=model.get_decoder(),
         embeddings=model.get_input_embeddings(),
-        final_norm=get_module(language, family.final_norm),
+        written=tuple(map(model.base_model.get_parameter, family.written)),
         head=model.get_output_embeddings(),
     )
 
@@ -132,6 +149,12 @@ def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
             _unsupported(f"{layer_class} (of a {part.config.model_type!r})", LAYER_KINDS)
         )
     return [(layer, known) for layer, known in found if known]
+
+
+def is_packed(tower: nn.Module) -> bool:
+    """Whether a tower puts the tokens of all pictures in one row."""
+    kinds = (LAYER_KINDS.get(type(module).__name__) for module in tower.modules())
+    return any(kind is not None and kind.packed for kind in kinds)
 
 
 def component_finder(model: Any) -> Callable[[str], str]:

@@ -6,20 +6,28 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.families import find_layers, find_parts
-from qvlm_hf.models.graph import Segment, get_linear, head_name
-from qvlm_hf.models.layer_kinds import LayerKind
+from qvlm_hf.models.families import find_layers, find_parts, get_module
+from qvlm_hf.models.graph import Layer, Segment, get_linear, head_name
+from qvlm_hf.models.layer_kinds import OFFSET_NORMS
 
-__all__ = ["RotationPlan", "ScalePath", "ValuePath", "rotation_plan", "scale_paths"]
+__all__ = ["RotationPlan", "ScalePath", "ValuePath", "norm_offset", "rotation_plan", "scale_paths"]
 
 
 @dataclass(frozen=True)
 class ValuePath:
-    """The way of the attention values: from `value`, mixed over positions by head, to `output`."""
+    """The way of the attention values: from `value`, mixed over positions by head, to `output`.
+
+    Attributes:
+        value: its last `channels` outputs are the values.
+        output: reads them.
+        head_dim: channels of a head.
+        channels: of all heads.
+    """
 
     value: nn.Linear
     output: nn.Linear
     head_dim: int
+    channels: int
 
 
 @dataclass(frozen=True)
@@ -31,11 +39,13 @@ class ScalePath:
         readers: all modules that read the channels.
         width: channels that stay together where grouped queries repeat the source's: a head, or
             all.
+        channels: the last outputs of the source, which the readers read.
     """
 
     source: nn.Module
     readers: tuple[nn.Linear, ...]
     width: int
+    channels: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,7 @@ class RotationPlan:
     Attributes:
         norms: normalisation, and the linear modules that read its output and nothing else.
         embeddings: of tokens, the first writer of the language model's residual stream.
+        written: parameters that stand in that stream like embeddings.
         writers: linear modules that add to that stream, or take the place of embeddings.
         readers: linear modules that read the stream through a norm, the head among them.
         values: value paths of every attention layer.
@@ -53,17 +64,23 @@ class RotationPlan:
 
     norms: tuple[tuple[nn.Module, tuple[nn.Linear, ...]], ...]
     embeddings: Any
+    written: tuple[nn.Parameter, ...]
     writers: tuple[nn.Linear, ...]
     readers: tuple[nn.Linear, ...]
     values: tuple[ValuePath, ...]
     head: nn.Linear
 
 
+def norm_offset(norm: nn.Module) -> float:
+    """What a norm adds to its `weight` before it multiplies by it."""
+    return 1.0 if type(norm).__name__ in OFFSET_NORMS else 0.0
+
+
 def rotation_plan(model: nn.Module) -> RotationPlan:
     """Finds what a rotation touches in a model.
 
     Raises:
-        ValueError: as `resolve`.
+        ValueError: the residual stream cannot be rotated, or as `resolve`.
     """
     parts = find_parts(model)
     names = {module: name for name, module in model.named_modules()}
@@ -71,13 +88,25 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     def linears(layer: nn.Module, paths: Sequence[str]) -> tuple[nn.Linear, ...]:
         return tuple(get_linear(model, f"{names[layer]}.{path}") for path in paths)
 
+    decoder = find_layers(parts.language)
+    for layer, kind in decoder:
+        if kind.no_rotation:
+            raise ValueError(
+                f"rotation='hadamard': {type(layer).__name__} cannot be rotated, because "
+                f"{kind.no_rotation}: use rotation=None."
+            )
     head = get_linear(model, head_name(model))
-    norms: list[tuple[nn.Module, tuple[nn.Linear, ...]]] = [(parts.final_norm, (head,))]
+    norms: list[tuple[nn.Module, tuple[nn.Linear, ...]]]
+    norms = [(get_module(parts.language, "norm"), (head,))]
     writers = [*linears(parts.projector, parts.projector_kind.writers)]
     readers: list[nn.Linear] = []
     values = []
-    for part in (parts.vision, parts.language):
-        for layer, kind in find_layers(part):
+    projector = (parts.projector, parts.projector_kind)
+    for part, layers in (
+        (parts.vision, [*find_layers(parts.vision), projector]),
+        (parts.language, decoder),
+    ):
+        for layer, kind in layers:
             for norm, paths in kind.norms:
                 found = linears(layer, paths)
                 norms.append((layer.get_submodule(norm), found))
@@ -85,10 +114,12 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
             writers += linears(layer, kind.writers) if part is parts.language else ()
             if kind.value is not None:
                 value, output = linears(layer, kind.value)
-                values.append(ValuePath(value, output, _head_dim(part.config)))
+                channels = _value_channels(value, output)
+                values.append(ValuePath(value, output, _head_dim(part.config), channels))
     return RotationPlan(
         norms=tuple(norms),
         embeddings=parts.embeddings,
+        written=parts.written,
         writers=tuple(writers),
         readers=(*readers, head),
         values=tuple(values),
@@ -108,22 +139,36 @@ def scale_paths(model: nn.Module, segments: Sequence[Segment]) -> tuple[ScalePat
         config = (parts.vision if segment.component == "vision" else parts.language).config
         for layer in (layer for layer in segment.layers if not layer.dead):
             plain = {site.name for site in layer.sites if site.hadamard is None}
-            for source, paths, width in _sources(layer.kind, _head_dim(config)):
-                if f"{layer.name}.{paths[0]}" in plain:
-                    readers = tuple(get_linear(layer.module, path) for path in paths)
-                    width = width or readers[0].in_features
-                    found.append(ScalePath(layer.module.get_submodule(source), readers, width))
+            for path, names in _scale_paths(layer, _head_dim(config)):
+                if f"{layer.name}.{names[0]}" in plain:
+                    found.append(path)
     return tuple(found)
 
 
-def _sources(kind: LayerKind, head_dim: int) -> Iterator[tuple[str, tuple[str, ...], int | None]]:
-    """What writes the input of a site, its readers, and the width if it is not all channels."""
-    for norm, readers in kind.norms:
-        yield norm, readers, None
-    if kind.value is not None:
-        yield kind.value[0], kind.value[1:], head_dim
-    if kind.product is not None:
-        yield kind.product[0], kind.product[1:], None
+def _scale_paths(layer: Layer, head_dim: int) -> Iterator[tuple[ScalePath, tuple[str, ...]]]:
+    """The paths of a layer, and the names of their readers below it."""
+
+    def linears(names: Sequence[str]) -> tuple[nn.Linear, ...]:
+        return tuple(get_linear(layer.module, name) for name in names)
+
+    for norm, names in layer.kind.norms:
+        readers = linears(names)
+        width = readers[0].in_features
+        yield ScalePath(layer.module.get_submodule(norm), readers, width, width), names
+    if layer.kind.value is not None:
+        value, output = linears(layer.kind.value)
+        channels = _value_channels(value, output)
+        yield ScalePath(value, (output,), head_dim, channels), layer.kind.value[1:]
+    if layer.kind.product is not None:
+        factor, reader = linears(layer.kind.product)
+        width = reader.in_features
+        yield ScalePath(factor, (reader,), width, width), layer.kind.product[1:]
+
+
+def _value_channels(value: nn.Linear, output: nn.Linear) -> int:
+    """Channels of the values; queries, keys and values in one module have more than queries."""
+    fused = value.out_features > output.in_features
+    return (value.out_features - output.in_features) // 2 if fused else value.out_features
 
 
 def _head_dim(config: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from qvlm_hf.format.hadamard import largest_block
-from qvlm_hf.models.families import find_layers, find_parts, get_module, has_row
+from qvlm_hf.models.families import find_layers, find_parts, get_module, has_row, is_packed
 from qvlm_hf.models.layer_kinds import LayerKind
 
 __all__ = [
@@ -77,15 +77,17 @@ class Segment:
     Attributes:
         component: "vision", "projector" or "language".
         layers: in execution order.
+        packed: the tokens of all pictures come in one row, so that positions mean nothing.
     """
 
     component: str
     layers: tuple[Layer, ...]
+    packed: bool = False
 
 
 def canonical_name(name: str) -> str:
-    """Names a module as config.json does: versions differ in `vision_model` below the tower."""
-    return name.replace("vision_tower.vision_model.", "vision_tower.")
+    """Drops a tower's `.vision_model` from a name: Transformers versions differ in it."""
+    return name.replace("_tower.vision_model.", "_tower.")
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -161,8 +163,9 @@ def resolve(
             )
             for index, (module, kind) in enumerate(layers)
         )
-        return Segment(component, tuple(made))
+        return Segment(component, tuple(made), packed and component != "language")
 
+    packed = is_packed(parts.vision)
     segments = []
     if quantize_vision:
         layers = find_layers(parts.vision)
@@ -272,6 +275,7 @@ def full_precision_modules(model: nn.Module, segments: Sequence[Segment]) -> tup
 
 def _used_layers(config: Any, count: int) -> int:
     """How many encoder layers reach the projector: hidden state i is the output of layer i - 1."""
-    chosen = getattr(config, "vision_feature_layer", -1)
+    old = getattr(config, "vision_feature_layers", -1)  # VipLLaVA's name for it before 5.x
+    chosen = getattr(config, "vision_feature_layer", old)
     indices = [chosen] if isinstance(chosen, int) else chosen
     return max(index if index >= 0 else count + 1 + index for index in indices)

@@ -5,9 +5,9 @@ roles, so that classes which differ in names alone share a wiring.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["LAYER_KINDS", "TWO_LINEARS", "LayerKind"]
+__all__ = ["LAYER_KINDS", "OFFSET_NORMS", "LayerKind", "chain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,10 @@ class LayerKind:
         writers: modules whose output is added to the residual stream.
         value: the module of the attention values, and the one that reads them after mixing.
         product: a module whose output is multiplied elementwise, and the reader of the product.
+        packed: the tokens of all pictures come in one row, so that positions mean nothing.
+        no_rotation: why the residual stream cannot be rotated; empty where it can.
+
+    The source of `value` and `product` may be fused with others: its last outputs count then.
     """
 
     sites: tuple[tuple[str, ...], ...]
@@ -29,6 +33,8 @@ class LayerKind:
     writers: tuple[str, ...] = ()
     value: tuple[str, str] | None = None
     product: tuple[str, str] | None = None
+    packed: bool = False
+    no_rotation: str = ""
 
     def named(self, names: Mapping[str, str]) -> "LayerKind":
         """Returns this wiring with paths below the layer in place of roles."""
@@ -36,7 +42,8 @@ class LayerKind:
         def all_of(roles: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(names[role] for role in roles)
 
-        return LayerKind(
+        return replace(
+            self,
             sites=tuple(map(all_of, self.sites)),
             transformed=all_of(self.transformed),
             norms=tuple((names[norm], all_of(readers)) for norm, readers in self.norms),
@@ -64,6 +71,27 @@ _DECODER = LayerKind(
     value=("v", "attention_out"),
     product=("up", "down"),
 )
+# the same in a vision tower
+_GATED_ENCODER = replace(_DECODER, transformed=("q", "gate", "down"), writers=(), packed=True)
+# the same with q/k/v in one module, and gate/up in one
+_FUSED_DECODER = replace(
+    _DECODER,
+    sites=(("qkv",), ("attention_out",), ("gate_up",), ("down",)),
+    norms=(("attention_norm", ("qkv",)), ("mlp_norm", ("gate_up",))),
+    value=("qkv", "attention_out"),
+    product=("gate_up", "down"),
+)
+# the same with a norm behind attention and behind the MLP
+_POST_NORM_DECODER = replace(
+    _DECODER, no_rotation="norms scale channels on their way into the residual stream"
+)
+# one norm -> attention beside two linears
+_PARALLEL_DECODER = LayerKind(
+    sites=((*_QKV, "up"), ("attention_out",), ("down",)),
+    norms=(("norm", (*_QKV, "up")),),
+    value=("v", "attention_out"),
+    no_rotation="its norms subtract a mean, which a rotation would change",
+)
 
 _ATTENTION = {role: f"self_attn.{role}_proj" for role in _QKV}
 _CLIP = _ATTENTION | {
@@ -73,6 +101,23 @@ _CLIP = _ATTENTION | {
     "up": "mlp.fc1",
     "down": "mlp.fc2",
 }
+_INTERNVL = {
+    **{role: f"attention.{role}_proj" for role in _QKV},
+    "attention_norm": "layernorm_before",
+    "attention_out": "attention.projection_layer",
+    "mlp_norm": "layernorm_after",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_PIXTRAL = {
+    **{role: f"attention.{role}_proj" for role in _QKV},
+    "attention_norm": "attention_norm",
+    "attention_out": "attention.o_proj",
+    "mlp_norm": "ffn_norm",
+    "gate": "feed_forward.gate_proj",
+    "up": "feed_forward.up_proj",
+    "down": "feed_forward.down_proj",
+}
 _LLAMA = _ATTENTION | {
     "attention_norm": "input_layernorm",
     "attention_out": "self_attn.o_proj",
@@ -81,16 +126,49 @@ _LLAMA = _ATTENTION | {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
-
-# A class of layer is one line. Its norms must multiply by `weight` as it is, not by 1 + weight.
-LAYER_KINDS = {
-    "CLIPEncoderLayer": _ENCODER.named(_CLIP),
-    "LlamaDecoderLayer": _DECODER.named(_LLAMA),
+_GEMMA2 = _LLAMA | {"mlp_norm": "pre_feedforward_layernorm"}
+_PHI3 = _LLAMA | {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
+_PHI = _ATTENTION | {
+    "norm": "input_layernorm",
+    "attention_out": "self_attn.dense",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
 }
 
-# A projector of two linears, the second of which writes into the language model's embeddings.
-TWO_LINEARS = LayerKind(
-    sites=(("linear_1",), ("linear_2",)),
-    transformed=("linear_1", "linear_2"),
-    writers=("linear_2",),
-)
+# A class of layer is one line.
+LAYER_KINDS = {
+    "CLIPEncoderLayer": _ENCODER.named(_CLIP),
+    "SiglipEncoderLayer": _ENCODER.named(_CLIP),
+    "Idefics3EncoderLayer": _ENCODER.named(_CLIP),
+    "SmolVLMEncoderLayer": _ENCODER.named(_CLIP),
+    "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
+    "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
+    "LlamaDecoderLayer": _DECODER.named(_LLAMA),
+    "MistralDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen2DecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen3DecoderLayer": _DECODER.named(_LLAMA),
+    "GemmaDecoderLayer": _DECODER.named(_LLAMA),
+    "Gemma2DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
+    "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
+    "PhiDecoderLayer": _PARALLEL_DECODER.named(_PHI),
+}
+
+# Norms that multiply by 1 + weight. All others must multiply by `weight` as it is.
+OFFSET_NORMS = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm"})
+
+
+def chain(*linears: str, norm: str = "") -> LayerKind:
+    """The wiring of a projector: linear modules one after the other, a norm before the first.
+
+    The last one writes into the language model's embeddings.
+
+    Args:
+        linears: paths below the projector.
+        norm: path of a norm whose output the first one reads.
+    """
+    return LayerKind(
+        sites=tuple((linear,) for linear in linears),
+        transformed=linears,
+        norms=((norm, linears[:1]),) if norm else (),
+        writers=linears[-1:],
+    )

@@ -14,10 +14,11 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_families import tiny_family
 from tiny_models import save_tiny, tiny_messages
 from transformers import AutoModelForImageTextToText
 
-from qvlm_hf import QVLMConfig, save_quantized
+from qvlm_hf import QVLMConfig, quantize_model, save_quantized
 from qvlm_hf.export.checkpoint import Exported, export, hub_name
 
 load = AutoModelForImageTextToText.from_pretrained
@@ -212,6 +213,14 @@ def test_a_scheme_that_nobody_runs_is_refused_and_nothing_written(
         export(tmp_path / "qvlm", tmp_path / "exported")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["qvlm"]
+
+
+def test_only_llava_is_exported(tmp_path):
+    model = tiny_family("idefics3", "idefics3")
+    quantize_model(model, QVLMConfig(scheme="W4A16", symmetric=True, group_size=16))
+    model.save_pretrained(tmp_path / "qvlm")
+    with pytest.raises(ValueError, match="model_type 'idefics3' cannot be exported"):
+        export(tmp_path / "qvlm", tmp_path / "exported")
 
 
 def test_refusals_of_directories(cases, source, tmp_path):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qvlm_hf.calibration.layers import observe_inputs, run_model, valid_tokens
 from qvlm_hf.calibration.samples import Batch
-from qvlm_hf.models.folds import ScalePath
+from qvlm_hf.models.folds import ScalePath, norm_offset
 
 __all__ = ["equalize"]
 
@@ -54,9 +54,12 @@ def _fold(path: ScalePath, scale: Tensor) -> None:
         repeats = reader.in_features // scale.numel()
         columns = scale.unsqueeze(1).expand(-1, repeats, -1).flatten()
         reader.weight.data = (reader.weight.detach().float() * columns).to(reader.weight.dtype)
-    for parameter in path.source.parameters(recurse=False):
+    for name, parameter in path.source.named_parameters(recurse=False):
         rows = scale.flatten().view(-1, *[1] * (parameter.dim() - 1))
-        parameter.data = (parameter.detach().float() / rows).to(parameter.dtype)
+        offset = norm_offset(path.source) if name == "weight" else 0.0
+        values = parameter.detach().float().clone()
+        values[-path.channels :] = (values[-path.channels :] + offset) / rows - offset
+        parameter.data = values.to(parameter.dtype)
 
 
 def _scales(path: ScalePath, inputs: Tensor) -> Tensor:
@@ -66,8 +69,7 @@ def _scales(path: ScalePath, inputs: Tensor) -> Tensor:
     logs = 0.5 * (_ALPHA * inputs.log2() - (1 - _ALPHA) * weights.log2())
     silent = (inputs == 0) | (weights == 0)
     logs = (logs - logs[~silent].mean()).masked_fill(silent, 0.0)
-    written = next(path.source.parameters(recurse=False)).shape[0]
-    heads = logs.unflatten(0, (-1, inputs.numel() // written, path.width)).mean(1)
+    heads = logs.unflatten(0, (-1, inputs.numel() // path.channels, path.width)).mean(1)
     return heads.clamp(-_MOST, _MOST).exp2()
 
 

@@ -6,8 +6,9 @@ The model computes the same and its inputs quantize better. Three function-prese
 1. the affine part of every norm moves into the linear modules that read it, so that a norm only
    normalises;
 2. the language model's residual stream is multiplied by an orthogonal R: what writes it
-   (embeddings, projector, o_proj, down_proj) gets R on its outputs, what reads it (q/k/v, gate/up,
-   head) gets R on its inputs, and a root-mean-square norm does not notice;
+   (embeddings, line ends of tiled pictures, projector, o_proj, down_proj) gets R on its outputs,
+   what reads it (q/k/v, gate/up, head) gets R on its inputs, and a root-mean-square norm does not
+   notice;
 3. attention values are multiplied head by head by a Hadamard matrix, v_proj's outputs and o_proj's
    inputs.
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.format.hadamard import block_hadamard, largest_block
-from qvlm_hf.models.folds import RotationPlan, ValuePath
+from qvlm_hf.models.folds import RotationPlan, ValuePath, norm_offset
 from qvlm_hf.models.graph import why_empty
 
 __all__ = ["residual_rotation", "rotate", "undone_on_error"]
@@ -52,6 +53,8 @@ def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
     turn = residual_rotation(plan.embeddings.weight.shape[1], seed)
     for module in (plan.embeddings, *plan.readers):
         _change(module, "weight", turn)
+    for parameter in plan.written:
+        parameter.data = _changed(parameter, turn)
     for writer in plan.writers:
         _change_outputs(writer, turn)
     for path in plan.values:
@@ -109,7 +112,8 @@ def residual_rotation(size: int, seed: int) -> Callable[[Tensor], Tensor]:
 
 def _fold_norm(norm: nn.Module, readers: Sequence[nn.Linear]) -> None:
     """W (g n + b) + c = (W g) n + (W b + c): g and b of the norm become 1 and 0."""
-    gain: Tensor = norm.weight  # type: ignore[assignment]
+    offset = norm_offset(norm)
+    gain = norm.weight.detach().double() + offset  # type: ignore[operator]
     shift: Tensor | None = getattr(norm, "bias", None)
     for reader in readers:
         weight = reader.weight.detach().double()
@@ -123,8 +127,8 @@ def _fold_norm(norm: nn.Module, readers: Sequence[nn.Linear]) -> None:
                     )
             else:
                 _change(reader, "bias", moved.add)
-        _change(reader, "weight", lambda weight: weight * gain.detach().double())
-    _change(norm, "weight", torch.ones_like)
+        _change(reader, "weight", lambda weight: weight * gain)
+    _change(norm, "weight", lambda weight: torch.full_like(weight, 1 - offset))
     if shift is not None:
         _change(norm, "bias", torch.zeros_like)
 
@@ -133,7 +137,12 @@ def _rotate_values(path: ValuePath) -> None:
     block = largest_block(path.head_dim)
     if block == 1:
         return
-    _change_outputs(path.value, lambda x: block_hadamard(x, block))
+    others = path.value.out_features - path.channels  # fused with the values
+
+    def mix(x: Tensor) -> Tensor:
+        return torch.cat([x[..., :others], block_hadamard(x[..., others:], block)], dim=-1)
+
+    _change_outputs(path.value, mix)
     _change(path.output, "weight", lambda x: block_hadamard(x, block))
 
 
@@ -149,7 +158,11 @@ def _change(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) ->
     parameter = module.get_parameter(name)
     if parameter.is_meta:
         raise ValueError(f"a weight to be rotated {why_empty(module)}, then rotate it.")
-    parameter.data = change(parameter.detach().double()).to(parameter.dtype).contiguous()
+    parameter.data = _changed(parameter, change)
+
+
+def _changed(parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> Tensor:
+    return change(parameter.detach().double()).to(parameter.dtype).contiguous()
 
 
 def _untie(model: nn.Module, head: nn.Linear) -> None:

@@ -48,9 +48,12 @@ def check_decoding(model: Any, inputs: Mapping[str, Tensor]) -> DecodeCheck | No
         inputs: of one prompt without padding, as the processor gives them: input_ids [1, T], ...
 
     Returns:
-        What was compared, to be judged by `decoding_problem`; None where a part is offloaded.
+        What was compared, to be judged by `decoding_problem`; None where a part is offloaded, and
+        where a prompt is read in both directions, so that answers must differ (PaliGemma).
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    text = model.config.get_text_config(decoder=True)
+    both_ways = getattr(text, "use_bidirectional_attention", None)
+    if both_ways or any(parameter.is_meta for parameter in model.parameters()):
         return None
     with _unrounded(model), eval_mode(model):
         fed = {

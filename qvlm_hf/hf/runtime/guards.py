@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from qvlm_hf.models.families import find_parts
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.ops.library import is_traced
@@ -42,9 +43,9 @@ def guard(model: PreTrainedModel) -> None:
     base, head = model.base_model, model.get_output_embeddings()
     base.register_forward_pre_hook(_check_embeddings, with_kwargs=True)
     base.register_forward_hook(_check_hidden_states, with_kwargs=True)
-    for name, hook in (("vision_tower", _check_pixels), ("multi_modal_projector", _check_features)):
-        if isinstance(module := getattr(base, name, None), nn.Module):
-            module.register_forward_pre_hook(hook, with_kwargs=True)
+    parts = find_parts(model)
+    parts.vision.register_forward_pre_hook(_check_pixels, with_kwargs=True)
+    parts.projector.register_forward_pre_hook(_check_features, with_kwargs=True)
     if isinstance(head, QVLMLinear):
         head.register_forward_pre_hook(_check_head)
         # holds no model: a cycle would keep it alive

@@ -1,0 +1,263 @@
+"""Every family, tower and decoder of the tables: what the rows say is what running shows."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny_families import DECODERS, FAMILIES, tiny_family, tiny_family_processor
+from tiny_models import tiny_messages
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from qvlm_hf import QVLMConfig, quantize_model
+from qvlm_hf.calibration.samples import batches, load_samples
+from qvlm_hf.calibration.transforms.equalization import equalize
+from qvlm_hf.calibration.transforms.rotation import rotate
+from qvlm_hf.models import families
+from qvlm_hf.models.folds import rotation_plan, scale_paths
+from qvlm_hf.models.graph import full_precision_modules, resolve, shared_inputs
+from qvlm_hf.models.layer_kinds import LAYER_KINDS
+
+COMBINATIONS = [
+    *(("llava", tower, decoder) for tower in ("clip", "siglip", "pixtral") for decoder in DECODERS),
+    ("llava_next", "clip", "mistral"),
+    ("llava_next", "clip", "llama"),
+    ("llava_next_video", "clip", "llama"),
+    ("llava_onevision", "siglip", "qwen2"),
+    ("video_llava", "clip", "llama"),
+    ("vipllava", "clip", "llama"),
+    ("idefics3", "idefics3", "llama"),
+    ("smolvlm", "smolvlm", "llama"),
+    ("internvl", "internvl", "qwen2"),
+    ("paligemma", "siglip", "gemma"),
+    ("paligemma", "siglip", "gemma2"),
+    ("mistral3", "pixtral", "mistral"),
+    ("deepseek_vl", "siglip", "llama"),
+]
+# Every family, tower and decoder at least once.
+CALIBRATED = [
+    ("llava", "siglip", "qwen3"),
+    ("llava", "clip", "gemma"),
+    ("llava", "siglip", "phi3"),
+    ("llava", "clip", "phi"),
+    ("llava", "pixtral", "mistral"),
+    ("llava_next", "clip", "mistral"),
+    ("llava_next_video", "clip", "llama"),
+    ("llava_onevision", "siglip", "qwen2"),
+    ("video_llava", "clip", "llama"),
+    ("vipllava", "clip", "llama"),
+    ("idefics3", "idefics3", "llama"),
+    ("smolvlm", "smolvlm", "llama"),
+    ("internvl", "internvl", "qwen2"),
+    ("paligemma", "siglip", "gemma"),
+    ("paligemma", "siglip", "gemma2"),
+    ("mistral3", "pixtral", "mistral"),
+    ("deepseek_vl", "siglip", "llama"),
+]
+# Prompts are read in both directions: answers differ without a cache, in full precision too.
+BOTH_WAYS = ("paligemma", "siglip", "gemma")
+# What stays in full precision besides the head: nn.Linear modules of this part.
+LEFT = {
+    "video_llava": ["model.video_tower."],
+    "siglip": ["model.vision_tower.head.", "model.vision_model.head."],
+}
+REFUSED = {
+    "phi": "PhiDecoderLayer cannot be rotated, because its norms subtract a mean",
+    "gemma2": "Gemma2DecoderLayer cannot be rotated, because norms scale channels",
+}
+
+every_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+
+
+@pytest.fixture(scope="module")
+def data():
+    """(family, tower) -> batches, made once."""
+    made = {}
+
+    def make(family, tower, _):
+        if (family, tower) not in made:
+            processor = tiny_family_processor(family, tower)
+            made[family, tower] = list(batches(load_samples(tiny_messages(4)), processor, 2))
+        return made[family, tower]
+
+    return make
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch.inputs, use_cache=False).logits
+
+
+def uneven(model):
+    """Channels of very different sizes behind norms, values and products."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or any(part in name for part in ("v_proj.w", "up_proj", "qkv")):
+                factor = torch.randn(parameter.shape[0], generator=generator).mul(0.5).exp()
+                parameter.mul_(factor.view(-1, *[1] * (parameter.dim() - 1)))
+    return model
+
+
+def inputs_and_outputs(model, batch):
+    """What every module receives first and gives last, while the model runs."""
+    received, given = {}, {}
+
+    def hook(module, args, kwargs, output):
+        first = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(first, torch.Tensor):
+            received[module], given[module] = first, output
+
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
+    logits(model, batch)
+    for handle in handles:
+        handle.remove()
+    return received, given
+
+
+@every_combination
+def test_sites_and_norms_are_what_running_shows(combination, data):
+    """Modules of a site receive one tensor and no others do; norms feed their readers alone."""
+    model = tiny_family(*combination)
+    received, given = inputs_and_outputs(model, data(*combination)[0])
+    segments = resolve(model)
+    sites = [site for segment in segments for layer in segment.layers for site in layer.sites]
+    for site in sites:
+        tensor = received[site.linears[0]]
+        readers = {m for m, x in received.items() if type(m) is nn.Linear and x is tensor}
+        assert readers == set(site.linears), site
+    shared = {site.linears for site in sites if len(site.linears) > 1}
+    assert set(shared_inputs(model)) == shared
+    norms = {module for module in given if type(module).__name__.endswith("Norm")}
+    outputs = {id(given[norm]): norm for norm in norms}
+    read = {outputs.get(id(received[site.linears[0]])): set(site.linears) for site in sites}
+    layers = [layer for segment in segments for layer in segment.layers]
+    for layer in layers:
+        for name, readers in layer.kind.norms:
+            norm = layer.module.get_submodule(name)
+            assert read.pop(norm) == set(map(layer.module.get_submodule, readers))
+    # A tower's last norm has other readers too, or comes before patches are merged.
+    last = {m for name, m in model.named_modules() if name.endswith("post_layernorm")}
+    assert set(read) <= {None, *last}
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    left = full_precision_modules(model, segments)
+    assert {name for site in sites for name in site.modules} == set(names) - set(left)
+    parts = [name for part in combination for name in LEFT.get(part, ())]
+    assert all(name == "lm_head" or name.startswith(tuple(parts)) for name in left), left
+
+
+@every_combination
+def test_a_rotation_changes_nothing_or_is_refused(combination, data):
+    model, batch = tiny_family(*combination), data(*combination)[0]
+    if combination[-1] in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[combination[-1]]):
+            rotation_plan(model)
+        return
+    before = logits(model, batch)
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    rotate(model, rotation_plan(model), seed=3)
+    assert (logits(model, batch) - before).abs().max() < 1e-4 * before.abs().max()
+    for value in rotation_plan(model).values:
+        assert value.channels % value.head_dim == 0
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, weights.get(n, p))}
+    assert any(name.endswith("embed_tokens.weight") for name in changed)
+    assert {f"model.{name}" for name in families.FAMILIES[combination[0]].written} <= changed
+
+
+@every_combination
+def test_equalization_changes_nothing_that_is_computed(combination, data):
+    model, batch = uneven(tiny_family(*combination)), data(*combination)[0]
+    before, weights = logits(model, batch), {p: p.clone() for p in model.parameters()}
+    paths = scale_paths(model, resolve(model))
+    assert paths
+    equalize(model, paths, data(*combination))
+    assert (logits(model, batch) - before).abs().max() < 1e-4 * before.abs().max()
+    for path in paths:
+        for module in (path.source, *path.readers):
+            assert not torch.equal(module.weight, weights[module.weight])
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip", "pixtral"])
+@pytest.mark.parametrize(
+    ("chosen", "dead"),
+    [(-1, [False] * 3), (-2, [False, False, True]), ([-3, 1], [False, True, True])],
+)
+def test_dead_layers_do_not_change_a_bit_of_the_projectors_input(tower, chosen, dead, data):
+    model = tiny_family("llava", tower, vision_feature_layer=chosen)
+    vision = resolve(model)[0]
+    assert [layer.dead for layer in vision.layers] == dead
+    seen = []
+    model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].clone())
+    )
+    batch = data("llava", tower, "llama")[0]
+    logits(model, batch)
+    for layer in vision.layers:
+        with torch.no_grad():
+            for linear in (site.linears[0] for site in layer.sites):
+                linear.weight.add_(1)
+        logits(model, batch)
+    assert [torch.equal(before, after) for before, after in pairwise(seen)] == dead
+
+
+@pytest.mark.parametrize("component", ["vision", "projector"])
+def test_packed_towers_have_no_ranges_per_position(component):
+    model = tiny_family("llava", "pixtral")
+    config = QVLMConfig(
+        scheme="W4A4",
+        dataset=tiny_messages(4),
+        processor=tiny_family_processor("llava", "pixtral"),
+        activation_granularity={component: "token"},
+    )
+    with pytest.raises(ValueError, match=f"for {component} needs a fixed number of positions"):
+        quantize_model(model, config)
+
+
+@pytest.mark.parametrize(
+    ("combination", "scheme"),
+    [*((one, "W4A4") for one in CALIBRATED), *((one, "W8A8") for one in CALIBRATED[::2])],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, data, tmp_path):
+    """W8A8 is rotated, where that can be, and close to full precision."""
+    model, batch = tiny_family(*combination), data(*combination)[0]
+    before = logits(model, batch)
+    config = QVLMConfig(
+        scheme=scheme,
+        rotation=None if combination[-1] in REFUSED else "auto",
+        dataset=tiny_messages(4),
+        processor=tiny_family_processor(*combination[:2]),
+        group_size=16,
+        num_samples=4,
+        batch_size=2,
+        percentiles=(1.0,),
+        margins=(),
+        max_block_depth=1,
+        guard=False,
+    )
+    report = quantize_model(model, config)
+    rotated = any(module.hadamard for module in report.modules.values())
+    assert rotated == (scheme == "W8A8" and combination[-1] not in REFUSED)
+    if scheme == "W8A8":
+        assert (logits(model, batch) - before).std() < 0.1 * before.std()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    inputs = {name: tensor[:1] for name, tensor in batch.inputs.items()}
+    inputs["input_ids"] = inputs["input_ids"][inputs["attention_mask"].bool()][None]
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    options = {"suppress_tokens": [model.config.image_token_id], "eos_token_id": None}
+    cached, without = (
+        loaded.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=use, **options)
+        for use in (True, False)
+    )
+    assert torch.equal(cached, without) or combination == BOTH_WAYS
+    assert cached.shape[1] == inputs["input_ids"].shape[1] + 5
+
+
+def test_every_row_is_tried_here():
+    assert set(FAMILIES) == set(families.FAMILIES) == {family for family, *_ in COMBINATIONS}
+    tried = {type(module).__name__ for c in COMBINATIONS for module in tiny_family(*c).modules()}
+    assert set(LAYER_KINDS) <= tried
+    for place in range(3):
+        assert {one[place] for one in CALIBRATED} == {one[place] for one in COMBINATIONS}
