@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.models.families import find_parts
+from qvlm_hf.models.families import find_parts, has_row
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.ops.library import is_traced
@@ -43,9 +43,10 @@ def guard(model: PreTrainedModel) -> None:
     base, head = model.base_model, model.get_output_embeddings()
     base.register_forward_pre_hook(_check_embeddings, with_kwargs=True)
     base.register_forward_hook(_check_hidden_states, with_kwargs=True)
-    parts = find_parts(model)
-    parts.vision.register_forward_pre_hook(_check_pixels, with_kwargs=True)
-    parts.projector.register_forward_pre_hook(_check_features, with_kwargs=True)
+    if has_row(model):
+        parts = find_parts(model)
+        parts.vision.register_forward_pre_hook(_check_pixels, with_kwargs=True)
+        parts.projector.register_forward_pre_hook(_check_features, with_kwargs=True)
     if isinstance(head, QVLMLinear):
         head.register_forward_pre_hook(_check_head)
         # holds no model: a cycle would keep it alive
