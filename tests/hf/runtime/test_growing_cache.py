@@ -136,6 +136,16 @@ def test_two_copies_go_their_own_ways(fork):
             assert_equal(cache, expected)
 
 
+def test_keys_moved_to_a_place_of_the_same_form_are_continued_there():
+    cache = filled(ours=True)
+    (layer,) = cache.layers
+    elsewhere = torch.zeros_like(layer._rooms[0].whole)
+    layer.keys.data = elsewhere[:, :, :10]
+    with torch.no_grad():
+        append(cache, states(1), ours=True)
+    assert not cache.layers[0].keys[:, :, :10].any()
+
+
 def test_a_pickled_cache_is_written_to_where_it_lies():
     cache = pickle.loads(pickle.dumps(filled(ours=True)))
     with torch.no_grad():
