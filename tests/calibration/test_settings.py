@@ -65,6 +65,14 @@ def percentile(granularity, value):
         ),
         *(
             (
+                {"precision_budget": value},
+                f"precision_budget={value!r} must be an average of 2 to 8 bits per weight: or "
+                f"leave it out.",
+            )
+            for value in (1.99, 8.01, True, "4", float("nan"))
+        ),
+        *(
+            (
                 {"percentiles": value},
                 f"percentiles={tuple(value)!r} must be numbers from 0.9 to 1.0, as in (1.0, "
                 f"0.9999).",
@@ -151,6 +159,8 @@ def test_validation_names_value_rule_and_remedy(change, message):
         {"margins": ()},
         {"margins": [2.0]},
         {"entropy_threshold": 0},
+        {"precision_budget": 2},
+        {"precision_budget": 8},
         {"entropy_threshold": -1.5},
         {"lm_head_bits": 8},
         {"seed": 0},
