@@ -122,8 +122,8 @@ FAMILIES = {
     "llava_next_video": {"image_grid_pinpoints": GRID},
     "llava_onevision": {"image_grid_pinpoints": GRID, "vision_feature_layer": -1},
     "video_llava": {"image_seq_length": 16, "video_seq_length": 136},
-    # the second is its name before Transformers 5.24
-    "vipllava": dict.fromkeys(("vision_feature_layer", "vision_feature_layers"), [-2, -1, 1]),
+    # earlier versions of Transformers know it by its second name
+    "vipllava": {name: [-2, -1, 1] for name in ("vision_feature_layer", "vision_feature_layers")},
 }
 
 
