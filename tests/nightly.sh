@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pytest -m slow || [ $? -eq 5 ]  # 5: no slow test exists; VLLM_PYTHON=/path/to/python adds those of a real vLLM (docs/serving.md)
-tests/versions.sh oldest minors torch=oldest
+tests/versions.sh oldest minors torch=oldest --write
 for cache in optimum-quanto=0.2.7 hqq=0.2.8.post1; do  # each beside everything else; optimum-quanto breaks optimum-cli
     tests/versions.sh "$cache" -m slow -k quantized_cache
 done
