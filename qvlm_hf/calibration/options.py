@@ -11,7 +11,15 @@ from typing import Any
 
 from qvlm_hf.calibration.values import to_plain
 
-__all__ = ["Flag", "Options", "Rule", "VisionOptimization", "check_fields", "option"]
+__all__ = [
+    "WITHOUT_DATA",
+    "Flag",
+    "Options",
+    "Rule",
+    "VisionOptimization",
+    "check_fields",
+    "option",
+]
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,15 @@ class VisionOptimization:
             raise ValueError(
                 f"optimize_vision={value!r} does not have the fields of VisionOptimization."
             ) from error
+
+
+# What rounding without data leaves of them.
+WITHOUT_DATA: Mapping[str, Any] = {
+    "weight_rounding": "nearest",
+    "equalization": False,
+    "token_importance": False,
+    "guard": False,
+}
 
 
 @dataclass(kw_only=True)

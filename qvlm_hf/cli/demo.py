@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 def _quantize(options: argparse.Namespace, method: str, processor: Any) -> Any:
     options = argparse.Namespace(**(vars(options) | {"method": method}))
     data = {"dataset": str(dataset_path("calibration")), "processor": processor}
-    return load_model(str(model_dir()), make_config(options, search=data), torch.float32)
+    return load_model(str(model_dir()), make_config(options, **data), torch.float32)
 
 
 def _command(options: argparse.Namespace) -> str:

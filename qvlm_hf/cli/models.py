@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-from collections.abc import Mapping
 from dataclasses import Field
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -61,8 +60,14 @@ def add_field_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
     for name in names:
         each, flag = _FLAGS[name], _FLAGS[name].metadata["flag"]
         word, text = f"--{name.replace('_', '-')}", flag.help
-        if isinstance(each.default, bool):
+        if each.default is False:
             parser.add_argument(word, action="store_true", help=text)
+            continue
+        if each.default is True:
+            switch = argparse.BooleanOptionalAction
+            parser.add_argument(
+                word, action=switch, default=None if flag.search else True, help=text
+            )
             continue
         if each.default is not None:
             text += f" (default: {each.default})"
@@ -93,28 +98,23 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_config(
-    options: argparse.Namespace, *, search: Mapping[str, Any] | None = None, **fields: Any
-) -> QVLMConfig:
+def make_config(options: argparse.Namespace, **search: Any) -> QVLMConfig:
     """The configuration that the options ask for.
 
     Args:
-        options: of `add_scheme_arguments`.
-        search: dataset, processor and the other fields that only the search uses; plain rounding
-            does without them.
-        **fields: those that plain rounding uses too.
+        options: of `add_scheme_arguments`, and of any other fields.
+        **search: fields besides that only the search uses; plain rounding does without them.
 
     Raises:
         ValueError: a field breaks a rule, or asks plain rounding for static ranges.
     """
-    fields |= {
-        "scheme": options.scheme,
-        "group_size": options.group_size,
-        "symmetric": options.symmetric,
-        "seed": options.seed,
+    given = {name: v for name in _FLAGS if (v := getattr(options, name, None)) is not None}
+    fields: dict[str, Any] = {
+        name: None if value == "none" else value for name, value in given.items()
     }
     if options.method == "qvlm":
-        return QVLMConfig(**fields, **(search or {}))
+        return QVLMConfig(**fields | search)
+    fields = {name: value for name, value in fields.items() if name not in search_options()}
     if fields.get("activation_granularity") == "channel":
         raise ValueError(
             "--activation-granularity channel has ranges to calibrate: leave it out with --method "

@@ -69,13 +69,7 @@ def run(options: argparse.Namespace) -> int:
     if options.private and options.repo_id is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
     _refuse_unused(options)
-    config = make_config(
-        options,
-        search={name: v for name in search_options() if (v := getattr(options, name)) is not None},
-        activation_granularity=options.activation_granularity,
-        rotation=None if options.rotation == "none" else options.rotation,
-        modules_to_not_convert=options.modules_to_not_convert,
-    )
+    config = make_config(options)
     if options.repo_id is not None:
         check_target(HfApi(), Target(repo_id=options.repo_id, private=options.private or None))
     config.processor = processor = load_processor(options.model, options.revision)
@@ -97,7 +91,7 @@ def _refuse_unused(options: argparse.Namespace) -> None:
     given = [
         f"--{name.replace('_', '-')}"
         for name in search_options()
-        if getattr(options, name) not in (None, False)
+        if getattr(options, name, None) not in (None, False)
     ]
     if given and options.method == "rtn":
         raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qvlm_hf.calibration.options import Flag, Options, VisionOptimization, option
+from qvlm_hf.calibration.options import WITHOUT_DATA, Flag, Options, VisionOptimization, option
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.values import shown, to_plain
 from qvlm_hf.format.scheme import QuantScheme, parse_scheme
@@ -313,9 +313,7 @@ class QVLMConfig(Options, QuantizationConfigMixin):
                     f"{name}={getattr(self, name)!r} needs calibration data: give dataset= too, or "
                     f"leave it out."
                 )
-        self.update(
-            weight_rounding="nearest", equalization=False, token_importance=False, guard=False
-        )
+        self.update(**WITHOUT_DATA)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that config.json holds: only the fields that belong there.

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qvlm_hf.calibration.options import VisionOptimization
+from qvlm_hf.calibration.options import WITHOUT_DATA, VisionOptimization
 from qvlm_hf.calibration.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import parse_scheme
@@ -49,8 +49,7 @@ def _asked(report: CalibrationReport, scheme: str) -> dict[str, Any]:
     without_data: dict[str, Any] = {}
     if "dataset" not in report.provenance:  # as QVLMConfig.settle_without_data leaves them
         granularity = "dynamic_token" if _is_dynamic(report, scheme) else None
-        without_data = {"activation_granularity": granularity, "weight_rounding": "nearest"}
-        without_data |= dict.fromkeys(("equalization", "token_importance", "guard"), False)
+        without_data = {"activation_granularity": granularity, **WITHOUT_DATA}
         skipped += _OF_CALIBRATION + (() if report.settings.get("rotation") else ("seed",))
     usual = settings_dict(CalibrationSettings(**bits, **without_data))
     found: Mapping[str, Any] = report.settings
