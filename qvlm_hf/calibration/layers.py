@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.calibration.samples import Batch
+from qvlm_hf.models.experts import rows_of
 from qvlm_hf.models.graph import Layer, Segment
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "live_layers",
     "observe_inputs",
     "observe_outputs",
+    "routed",
     "run_layer",
     "run_model",
     "valid_tokens",
@@ -155,9 +157,27 @@ def run_layer(
 
 
 def valid_tokens(hidden: Tensor, valid: Tensor | None) -> Tensor:
-    """[B, T, H] -> [tokens, H] without padding; all tokens where `valid` does not fit the shape."""
-    fits = valid is not None and valid.shape == hidden.shape[:2]
+    """[..., H] -> [tokens, H] without padding; all tokens where `valid` does not fit the shape."""
+    fits = valid is not None and valid.shape == hidden.shape[:-1]
     return hidden[valid] if fits else hidden.flatten(0, -2)
+
+
+def routed(values: Tensor | None, module: nn.Module, x: Tensor) -> Tensor | None:
+    """What belongs to the rows that enter a module, of values [B, T] that belong to tokens.
+
+    Args:
+        values: of every token; None stays None.
+        module: an expert gets some tokens, other modules get them all.
+        x: its input, [B, T, in], or [rows, in] where the layer has put all tokens in one row.
+
+    Returns:
+        Of the shape of `x` without its last dimension; None where the rows are no tokens.
+    """
+    if values is None or x.shape[:-1] == values.shape:
+        return values
+    rows = rows_of(module)
+    flat = values.flatten() if rows is None else values.flatten()[rows]
+    return flat if flat.shape == x.shape[:-1] else None
 
 
 def count_tokens(inputs: Sequence[LayerInput]) -> int:

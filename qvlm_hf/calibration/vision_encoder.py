@@ -120,7 +120,8 @@ def _differentiable_sites(calibration: Calibration) -> list[StraightThroughSite]
         with working_precision(live, inputs):
             rows = initialize_sites(calibration, segment.component, live, inputs, hidden)
         learn = segment.component != "language"
-        sites += [StraightThroughSite(site, learn=learn) for row in rows for site in row]
+        parts = (part for row in rows for site in row for part in site.parts)
+        sites += [StraightThroughSite(part, learn=learn) for part in parts]
     return sites
 
 

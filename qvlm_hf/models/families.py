@@ -4,7 +4,7 @@ Transformers itself tells where the decoder, the vision tower, the embeddings an
 row names the rest.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from qvlm_hf.models import parts as places
-from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind, chain
+from qvlm_hf.models.layer_kinds import EXPERT_KINDS, LAYER_KINDS, LayerKind, chain
 
 __all__ = [
     "FAMILIES",
@@ -26,6 +26,7 @@ __all__ = [
     "get_module",
     "has_row",
     "is_packed",
+    "module_paths",
 ]
 
 
@@ -53,6 +54,10 @@ FAMILIES = {
     "deepseek_vl": Family(projector="aligner", projector_kind=chain("linear1", "linear2")),
     "idefics3": _SHUFFLED,
     "internvl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
+    "llama4": Family(
+        projector_kind=chain("linear_1"),
+        unquantized={"vision_model.vision_adapter": "it lies inside the tower, behind its layers"},
+    ),
     "llava": Family(),
     "llava_next": _TILED,
     "llava_next_video": _TILED,
@@ -122,11 +127,16 @@ def find_parts(model: Any) -> Parts:
         vision=model.get_encoder("image"),
         projector=get_module(model.base_model, family.projector),
         projector_kind=family.projector_kind,
-        language=model.get_decoder(),
+        language=_without_head(model.get_decoder()),
         embeddings=model.get_input_embeddings(),
         written=tuple(map(model.base_model.get_parameter, family.written)),
         head=model.get_output_embeddings(),
     )
+
+
+def _without_head(decoder: Any) -> Any:
+    """Llama 4 answers with a decoder that has the output head."""
+    return getattr(decoder, "model", decoder)
 
 
 def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
@@ -137,7 +147,8 @@ def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
     """
 
     def kind(layer: nn.Module) -> LayerKind | None:
-        return LAYER_KINDS.get(type(layer).__name__)
+        parts = (EXPERT_KINDS.get(type(part).__name__) for part in layer.children())
+        return next(filter(None, parts), LAYER_KINDS.get(type(layer).__name__))
 
     lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
     lists = [layers for layers in lists if any(map(kind, layers))] or lists[:1]
@@ -149,6 +160,18 @@ def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
             _unsupported(f"{layer_class} (of a {part.config.model_type!r})", LAYER_KINDS)
         )
     return [(layer, known) for layer, known in found if known]
+
+
+def module_paths(layer: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+    """Paths below a layer; a list of modules (experts that are split) stands for all of them."""
+    found: list[str] = []
+    for path in paths:
+        with suppress(AttributeError):
+            if isinstance(every := layer.get_submodule(path), nn.ModuleList):
+                found += (f"{path}.{index}" for index in range(len(every)))
+                continue
+        found.append(path)
+    return tuple(found)
 
 
 def is_packed(tower: nn.Module) -> bool:

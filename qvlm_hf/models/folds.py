@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.families import find_layers, find_parts, get_module
+from qvlm_hf.models.families import find_layers, find_parts, get_module, module_paths
 from qvlm_hf.models.graph import Layer, Segment, get_linear, head_name
 from qvlm_hf.models.layer_kinds import OFFSET_NORMS
 
@@ -86,7 +86,7 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     names = {module: name for name, module in model.named_modules()}
 
     def linears(layer: nn.Module, paths: Sequence[str]) -> tuple[nn.Linear, ...]:
-        return tuple(get_linear(model, f"{names[layer]}.{path}") for path in paths)
+        return _linears(model, layer, paths, names[layer])
 
     decoder = find_layers(parts.language)
     for layer, kind in decoder:
@@ -140,7 +140,7 @@ def scale_paths(model: nn.Module, segments: Sequence[Segment]) -> tuple[ScalePat
         for layer in (layer for layer in segment.layers if not layer.dead):
             plain = {site.name for site in layer.sites if site.hadamard is None}
             for path, names in _scale_paths(layer, _head_dim(config)):
-                if f"{layer.name}.{names[0]}" in plain:
+                if any(f"{layer.name}.{name}" in plain for name in names):
                     found.append(path)
     return tuple(found)
 
@@ -149,12 +149,13 @@ def _scale_paths(layer: Layer, head_dim: int) -> Iterator[tuple[ScalePath, tuple
     """The paths of a layer, and the names of their readers below it."""
 
     def linears(names: Sequence[str]) -> tuple[nn.Linear, ...]:
-        return tuple(get_linear(layer.module, name) for name in names)
+        return _linears(layer.module, layer.module, names)
 
     for norm, names in layer.kind.norms:
         readers = linears(names)
-        width = readers[0].in_features
-        yield ScalePath(layer.module.get_submodule(norm), readers, width, width), names
+        width = readers[0].weight.shape[1]
+        source = layer.module.get_submodule(norm)
+        yield ScalePath(source, readers, width, width), module_paths(layer.module, names)
     if layer.kind.value is not None:
         value, output = linears(layer.kind.value)
         channels = _value_channels(value, output)
@@ -163,6 +164,23 @@ def _scale_paths(layer: Layer, head_dim: int) -> Iterator[tuple[ScalePath, tuple
         factor, reader = linears(layer.kind.product)
         width = reader.in_features
         yield ScalePath(factor, (reader,), width, width), layer.kind.product[1:]
+    if layer.kind.expert_product is not None:
+        first, last = (module_paths(layer.module, [path]) for path in layer.kind.expert_product)
+        for source, reader in zip(linears(first), linears(last), strict=True):
+            width = reader.in_features
+            yield ScalePath(source, (reader,), width, width), last
+
+
+def _linears(
+    model: nn.Module, layer: nn.Module, paths: Sequence[str], prefix: str = ""
+) -> tuple[nn.Linear, ...]:
+    """The linear modules at paths below a layer; a router may be of a class of its own."""
+    found = []
+    for path in module_paths(layer, paths):
+        module: Any = get_module(layer, path)
+        router = type(module) is not nn.Linear and "Router" in type(module).__name__
+        found.append(module if router else get_linear(model, f"{prefix}.{path}".lstrip(".")))
+    return tuple(found)
 
 
 def _value_channels(value: nn.Linear, output: nn.Linear) -> int:

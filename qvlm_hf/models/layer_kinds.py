@@ -7,7 +7,7 @@ roles, so that classes which differ in names alone share a wiring.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["LAYER_KINDS", "OFFSET_NORMS", "LayerKind", "chain"]
+__all__ = ["EXPERT_KINDS", "LAYER_KINDS", "OFFSET_NORMS", "LayerKind", "chain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +21,12 @@ class LayerKind:
         writers: modules whose output is added to the residual stream.
         value: the module of the attention values, and the one that reads them after mixing.
         product: a module whose output is multiplied elementwise, and the reader of the product.
+        expert_product: the same inside every expert.
         packed: the tokens of all pictures come in one row, so that positions mean nothing.
         no_rotation: why the residual stream cannot be rotated; empty where it can.
 
-    The source of `value` and `product` may be fused with others: its last outputs count then.
+    The source of `value` and `product` may be fused with others: its last outputs count then. A path
+    may name a list of modules, one an expert; the router reads a norm like any linear module.
     """
 
     sites: tuple[tuple[str, ...], ...]
@@ -33,6 +35,7 @@ class LayerKind:
     writers: tuple[str, ...] = ()
     value: tuple[str, str] | None = None
     product: tuple[str, str] | None = None
+    expert_product: tuple[str, str] | None = None
     packed: bool = False
     no_rotation: str = ""
 
@@ -50,6 +53,8 @@ class LayerKind:
             writers=all_of(self.writers),
             value=self.value and (names[self.value[0]], names[self.value[1]]),
             product=self.product and (names[self.product[0]], names[self.product[1]]),
+            expert_product=self.expert_product
+            and (names[self.expert_product[0]], names[self.expert_product[1]]),
         )
 
 
@@ -84,6 +89,25 @@ _FUSED_DECODER = replace(
 # the same with a norm behind attention and behind the MLP
 _POST_NORM_DECODER = replace(
     _DECODER, no_rotation="norms scale channels on their way into the residual stream"
+)
+# norm -> attention, norm -> a router and its experts
+_EXPERTS = replace(
+    _DECODER,
+    sites=(_QKV, ("attention_out",), ("expert_up",), ("expert_down",)),
+    transformed=("expert_down",),
+    norms=(("attention_norm", _QKV), ("mlp_norm", ("router", "expert_up"))),
+    writers=("attention_out", "expert_down"),
+    product=None,
+    expert_product=("expert_up", "expert_down"),
+)
+# the same with an expert for all tokens beside them
+_SHARED_EXPERTS = replace(
+    _EXPERTS,
+    sites=(*_EXPERTS.sites, ("gate", "up"), ("down",)),
+    transformed=("expert_down", "down"),
+    norms=(("attention_norm", _QKV), ("mlp_norm", ("router", "expert_up", "gate", "up"))),
+    writers=("attention_out", "expert_down", "down"),
+    product=("up", "down"),
 )
 # one norm -> attention beside two linears
 _PARALLEL_DECODER = LayerKind(
@@ -126,6 +150,26 @@ _LLAMA = _ATTENTION | {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_LLAMA4 = _LLAMA | {role: f"feed_forward.{role}_proj" for role in ("gate", "up", "down")}
+_LLAMA4_EXPERTS = {
+    **_LLAMA,
+    **{role: f"feed_forward.shared_expert.{role}_proj" for role in ("gate", "up", "down")},
+    "router": "feed_forward.router",
+    "expert_up": "feed_forward.experts.gate_up_proj",
+    "expert_down": "feed_forward.experts.down_proj",
+}
+_LLAMA4_VISION = _ATTENTION | {
+    "attention_norm": "input_layernorm",
+    "attention_out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_QWEN3_EXPERTS = _LLAMA | {
+    "router": "mlp.gate",
+    "expert_up": "mlp.experts.gate_up_proj",
+    "expert_down": "mlp.experts.down_proj",
+}
 _GEMMA2 = _LLAMA | {"mlp_norm": "pre_feedforward_layernorm"}
 _PHI3 = _LLAMA | {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
 _PHI = _ATTENTION | {
@@ -143,14 +187,23 @@ LAYER_KINDS = {
     "SmolVLMEncoderLayer": _ENCODER.named(_CLIP),
     "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
     "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
+    "Llama4VisionEncoderLayer": _ENCODER.named(_LLAMA4_VISION),
+    "Llama4TextDecoderLayer": _DECODER.named(_LLAMA4),
     "LlamaDecoderLayer": _DECODER.named(_LLAMA),
     "MistralDecoderLayer": _DECODER.named(_LLAMA),
     "Qwen2DecoderLayer": _DECODER.named(_LLAMA),
     "Qwen3DecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen3VLMoeTextDecoderLayer": _DECODER.named(_LLAMA),
     "GemmaDecoderLayer": _DECODER.named(_LLAMA),
     "Gemma2DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
     "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
     "PhiDecoderLayer": _PARALLEL_DECODER.named(_PHI),
+}
+
+# A layer that holds experts is known by the class of the module around them.
+EXPERT_KINDS = {
+    "Llama4TextMoe": _SHARED_EXPERTS.named(_LLAMA4_EXPERTS),
+    "Qwen3VLMoeTextSparseMoeBlock": _EXPERTS.named(_QWEN3_EXPERTS),
 }
 
 # Norms that multiply by 1 + weight. All others must multiply by `weight` as it is.
