@@ -228,14 +228,13 @@ def _transformed(calibration: Calibration) -> Iterator[None]:
 
 def _capture_segment_inputs(calibration: Calibration, samples: int) -> None:
     """Records what enters every segment in full precision."""
-    first = {segment.component: segment.layers[0].name for segment in calibration.segments}
-    captured = capture_inputs(calibration.model, calibration.data, list(first.values()))
-    for component, name in first.items():
-        calibration.inputs[component] = captured[name]
-        if captured[name]:
+    captured = capture_inputs(calibration.model, calibration.data, calibration.segments)
+    calibration.inputs |= captured
+    for segment in calibration.segments:
+        if captured[segment.name]:
             continue
-        none = f"calibration did not reach {name}: none of the {samples}"
-        if component == "language":
+        none = f"calibration did not reach {segment.name}: none of the {samples}"
+        if segment.component == "language":
             raise ValueError(f"{none} samples has text.")
         parts, modules = find_parts(calibration.model), calibration.model.named_modules()
         names = [name for name, module in modules if module in (parts.vision, parts.projector)]
@@ -288,10 +287,9 @@ def _search(calibration: Calibration) -> _Modules:
                 dependencies, max_block_depth=settings.max_block_depth, threshold=threshold
             )
             # eq. 3: ranges of a block are searched jointly, on the outputs of the quantized layers
-            inputs = calibration.inputs[segment.component]
+            inputs = calibration.inputs[segment.name]
             if modules:
-                first = segment.layers[0].name
-                inputs = capture_inputs(model, calibration.data, [first])[first]
+                inputs = capture_inputs(model, calibration.data, [segment])[segment.name]
             searched = []
             for block in search_segment(calibration, segment, blocks, inputs):
                 modules |= _pack_block(model, block)
@@ -313,7 +311,7 @@ def _search(calibration: Calibration) -> _Modules:
             )
             # from here on the segment runs as quantized, and the next one sees its real output
             below.enter_context(installed(site for block in searched for site in block.sites))
-            del calibration.inputs[segment.component]
+            del calibration.inputs[segment.name]
     calibration.found |= {
         "segments": tuple(segments),
         "sites": tuple(sites),

@@ -106,6 +106,11 @@ class Segment:
     layers: tuple[Layer, ...]
     packed: bool = False
 
+    @property
+    def name(self) -> str:
+        """The first layer's name: a model may have several projectors."""
+        return self.layers[0].name
+
 
 def canonical_name(name: str) -> str:
     """Drops a tower's `.vision_model` from a name: Transformers versions differ in it."""
@@ -208,7 +213,10 @@ def _resolve(
         layers = find_layers(parts.vision)
         segments.append(segment("vision", layers, _used_layers(model.config, len(layers))))
     if quantize_projector:
-        segments.append(segment("projector", [(parts.projector, parts.projector_kind)], 1))
+        segments += [
+            segment("projector", [(projector, parts.projector_kind)], 1)
+            for projector in parts.projectors
+        ]
     layers = find_layers(parts.language)
     segments.append(segment("language", layers, len(layers)))
     segments = [segment for segment in segments if any(layer.sites for layer in segment.layers)]

@@ -7,7 +7,7 @@ roles, so that classes which differ in names alone share a wiring.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-__all__ = ["EXPERT_KINDS", "LAYER_KINDS", "OFFSET_NORMS", "LayerKind", "chain"]
+__all__ = ["LAYER_KINDS", "OFFSET_NORMS", "LayerKind", "chain"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,14 @@ class LayerKind:
     Attributes:
         sites: modules that read one input, in execution order.
         transformed: first modules of the sites that a rotation gives an online Hadamard transform.
-        norms: a norm, and all modules that read its output.
+        norms: a norm of the residual stream, and all modules that read its output, or several
+            outputs side by side.
+        inner_norms: the same of norms that stand behind something else.
         writers: modules whose output is added to the residual stream.
         value: the module of the attention values, and the one that reads them after mixing.
         product: a module whose output is multiplied elementwise, and the reader of the product.
         expert_product: the same inside every expert.
+        gated: values are multiplied elementwise after mixing, which mixed channels do not bear.
         packed: the tokens of all pictures come in one row, so that positions mean nothing.
         no_rotation: why the residual stream cannot be rotated; empty where it can.
 
@@ -32,10 +35,12 @@ class LayerKind:
     sites: tuple[tuple[str, ...], ...]
     transformed: tuple[str, ...] = ()
     norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    inner_norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
     writers: tuple[str, ...] = ()
     value: tuple[str, str] | None = None
     product: tuple[str, str] | None = None
     expert_product: tuple[str, str] | None = None
+    gated: bool = False
     packed: bool = False
     no_rotation: str = ""
 
@@ -50,6 +55,7 @@ class LayerKind:
             sites=tuple(map(all_of, self.sites)),
             transformed=all_of(self.transformed),
             norms=tuple((names[norm], all_of(readers)) for norm, readers in self.norms),
+            inner_norms=tuple((names[norm], all_of(readers)) for norm, readers in self.inner_norms),
             writers=all_of(self.writers),
             value=self.value and (names[self.value[0]], names[self.value[1]]),
             product=self.product and (names[self.product[0]], names[self.product[1]]),
@@ -66,6 +72,23 @@ _ENCODER = LayerKind(
     transformed=("q", "up", "down"),
     norms=(("attention_norm", _QKV), ("mlp_norm", ("up",))),
     value=("v", "attention_out"),
+)
+# the same with q/k/v in one module
+_FUSED_ENCODER = replace(
+    _ENCODER,
+    sites=(("qkv",), ("attention_out",), ("up",), ("down",)),
+    transformed=("qkv", "up", "down"),
+    norms=(("attention_norm", ("qkv",)), ("mlp_norm", ("up",))),
+    value=("qkv", "attention_out"),
+    packed=True,
+)
+# the same with a gated MLP
+_FUSED_GATED_ENCODER = replace(
+    _FUSED_ENCODER,
+    sites=(("qkv",), ("attention_out",), ("gate", "up"), ("down",)),
+    transformed=("qkv", "gate", "down"),
+    norms=(("attention_norm", ("qkv",)), ("mlp_norm", ("gate", "up"))),
+    product=("up", "down"),
 )
 # norm -> attention, norm -> gated MLP
 _DECODER = LayerKind(
@@ -85,6 +108,17 @@ _FUSED_DECODER = replace(
     norms=(("attention_norm", ("qkv",)), ("mlp_norm", ("gate_up",))),
     value=("qkv", "attention_out"),
     product=("gate_up", "down"),
+)
+# the same with an attention that gates its output
+_GATED_DECODER = replace(_DECODER, transformed=("attention_out", "down"), gated=True)
+# the same with linear attention, which norms and gates its output
+_DELTA_INPUTS = ("qkv", "z", "b", "a")
+_DELTA_DECODER = replace(
+    _GATED_DECODER,
+    sites=(_DELTA_INPUTS, *_DECODER.sites[1:]),
+    norms=(("attention_norm", _DELTA_INPUTS), ("mlp_norm", ("gate", "up"))),
+    inner_norms=(("value_norm", ("attention_out",)),),
+    value=None,
 )
 # the same with a norm behind attention and behind the MLP
 _POST_NORM_DECODER = replace(
@@ -179,7 +213,27 @@ _PHI = _ATTENTION | {
     "down": "mlp.fc2",
 }
 
-# A class of layer is one line.
+_QWEN2_VISION = {
+    "qkv": "attn.qkv",
+    "attention_norm": "norm1",
+    "attention_out": "attn.proj",
+    "mlp_norm": "norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_QWEN2_5_VISION = _QWEN2_VISION | {
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_QWEN3_VISION = _QWEN2_VISION | {"up": "mlp.linear_fc1", "down": "mlp.linear_fc2"}
+_DELTA = _LLAMA | {
+    **{role: f"linear_attn.in_proj_{role}" for role in _DELTA_INPUTS},
+    "value_norm": "linear_attn.norm",
+    "attention_out": "linear_attn.out_proj",
+}
+
+# A class of layer is one line. Where its layers differ, a module that one kind has follows a dot.
 LAYER_KINDS = {
     "CLIPEncoderLayer": _ENCODER.named(_CLIP),
     "SiglipEncoderLayer": _ENCODER.named(_CLIP),
@@ -188,26 +242,32 @@ LAYER_KINDS = {
     "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
     "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
     "Llama4VisionEncoderLayer": _ENCODER.named(_LLAMA4_VISION),
-    "Llama4TextDecoderLayer": _DECODER.named(_LLAMA4),
+    "Qwen2VLVisionBlock": _FUSED_ENCODER.named(_QWEN2_VISION),
+    "Qwen2_5_VLVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
+    "Qwen3VLVisionBlock": _FUSED_ENCODER.named(_QWEN3_VISION),
+    "Qwen3VLMoeVisionBlock": _FUSED_ENCODER.named(_QWEN3_VISION),
+    "Qwen3_5VisionBlock": _FUSED_ENCODER.named(_QWEN3_VISION),
     "LlamaDecoderLayer": _DECODER.named(_LLAMA),
     "MistralDecoderLayer": _DECODER.named(_LLAMA),
     "Qwen2DecoderLayer": _DECODER.named(_LLAMA),
     "Qwen3DecoderLayer": _DECODER.named(_LLAMA),
+    "Llama4TextDecoderLayer.feed_forward.experts": _SHARED_EXPERTS.named(_LLAMA4_EXPERTS),
+    "Llama4TextDecoderLayer": _DECODER.named(_LLAMA4),
+    "Qwen2VLDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen2_5_VLDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen3VLTextDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen3VLMoeTextDecoderLayer.mlp.experts": _EXPERTS.named(_QWEN3_EXPERTS),
     "Qwen3VLMoeTextDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen3_5DecoderLayer.self_attn": _GATED_DECODER.named(_LLAMA),
+    "Qwen3_5DecoderLayer.linear_attn": _DELTA_DECODER.named(_DELTA),
     "GemmaDecoderLayer": _DECODER.named(_LLAMA),
     "Gemma2DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
     "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
     "PhiDecoderLayer": _PARALLEL_DECODER.named(_PHI),
 }
 
-# A layer that holds experts is known by the class of the module around them.
-EXPERT_KINDS = {
-    "Llama4TextMoe": _SHARED_EXPERTS.named(_LLAMA4_EXPERTS),
-    "Qwen3VLMoeTextSparseMoeBlock": _EXPERTS.named(_QWEN3_EXPERTS),
-}
-
 # Norms that multiply by 1 + weight. All others must multiply by `weight` as it is.
-OFFSET_NORMS = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm"})
+OFFSET_NORMS = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Qwen3_5RMSNorm"})
 
 
 def chain(*linears: str, norm: str = "") -> LayerKind:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.calibration.samples import batches, load_samples
+from qvlm_hf.calibration.samples import batches, collate, load_samples
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
 from qvlm_hf.models import families
@@ -33,6 +33,10 @@ COMBINATIONS = [
     ("paligemma", "siglip", "gemma2"),
     ("mistral3", "pixtral", "mistral"),
     ("deepseek_vl", "siglip", "llama"),
+    ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
+    ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
+    ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
+    ("qwen3_5", "qwen3_5", "qwen3_5"),
 ]
 # Every family, tower and decoder at least once.
 CALIBRATED = [
@@ -53,6 +57,10 @@ CALIBRATED = [
     ("paligemma", "siglip", "gemma2"),
     ("mistral3", "pixtral", "mistral"),
     ("deepseek_vl", "siglip", "llama"),
+    ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
+    ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
+    ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
+    ("qwen3_5", "qwen3_5", "qwen3_5"),
 ]
 # Prompts are read in both directions: answers differ without a cache, in full precision too.
 BOTH_WAYS = ("paligemma", "siglip", "gemma")
@@ -93,14 +101,14 @@ def uneven(model):
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or any(part in name for part in ("v_proj.w", "up_proj", "qkv")):
+            if any(part in name for part in ("norm", "ln_q", "v_proj.w", "up_proj", "qkv")):
                 factor = torch.randn(parameter.shape[0], generator=generator).mul(0.5).exp()
                 parameter.mul_(factor.view(-1, *[1] * (parameter.dim() - 1)))
     return model
 
 
 def inputs_and_outputs(model, batch):
-    """What every module receives first and gives last, while the model runs."""
+    """What every module receives first and gives last, while the model runs without padding."""
     received, given = {}, {}
 
     def hook(module, args, kwargs, output):
@@ -109,7 +117,9 @@ def inputs_and_outputs(model, batch):
             received[module], given[module] = first, output
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
-    logits(model, batch)
+    inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
     for handle in handles:
         handle.remove()
     return received, given
@@ -128,12 +138,12 @@ def test_sites_and_norms_are_what_running_shows(combination, data):
         assert readers == set(site.linears), site
     shared = {site.linears for site in sites if len(site.linears) > 1}
     assert set(shared_inputs(model)) == shared
-    norms = {module for module in given if type(module).__name__.endswith("Norm")}
-    outputs = {id(given[norm]): norm for norm in norms}
-    read = {outputs.get(id(received[site.linears[0]])): set(site.linears) for site in sites}
+    norms = {module for module in given if "Norm" in type(module).__name__}
+    outputs = {given[norm].data_ptr(): norm for norm in norms}  # some are read in another shape
+    read = {outputs.get(received[site.linears[0]].data_ptr()): set(site.linears) for site in sites}
     layers = [layer for segment in segments for layer in segment.layers]
     for layer in layers:
-        for name, readers in layer.kind.norms:
+        for name, readers in (*layer.kind.norms, *layer.kind.inner_norms):
             norm = layer.module.get_submodule(name)
             assert read.pop(norm) == set(map(layer.module.get_submodule, readers))
     # A tower's last norm has other readers too, or comes before patches are merged.
@@ -201,12 +211,13 @@ def test_dead_layers_do_not_change_a_bit_of_the_projectors_input(tower, chosen, 
 
 
 @pytest.mark.parametrize("component", ["vision", "projector"])
-def test_packed_towers_have_no_ranges_per_position(component):
-    model = tiny_family("llava", "pixtral")
+@pytest.mark.parametrize("combination", [("llava", "pixtral"), ("qwen2_vl",) * 3])
+def test_packed_towers_have_no_ranges_per_position(combination, component):
+    model = tiny_family(*combination)
     config = QVLMConfig(
         scheme="W4A4",
         dataset=tiny_messages(4),
-        processor=tiny_family_processor("llava", "pixtral"),
+        processor=tiny_family_processor(*combination[:2]),
         activation_granularity={component: "token"},
     )
     with pytest.raises(ValueError, match=f"for {component} needs a fixed number of positions"):
@@ -243,9 +254,7 @@ def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, da
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(loaded, batch), logits(model, batch))
-    inputs = {name: tensor[:1] for name, tensor in batch.inputs.items()}
-    inputs["input_ids"] = inputs["input_ids"][inputs["attention_mask"].bool()][None]
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs = collate(load_samples(tiny_messages(1)), config.processor).inputs
     options = {"suppress_tokens": [model.config.image_token_id], "eos_token_id": None}
     cached, without = (
         loaded.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=use, **options)
@@ -257,7 +266,9 @@ def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, da
 
 def test_every_row_is_tried_here():
     assert set(FAMILIES) == set(families.FAMILIES) == {family for family, *_ in COMBINATIONS}
-    tried = {type(module).__name__ for c in COMBINATIONS for module in tiny_family(*c).modules()}
-    assert set(LAYER_KINDS) <= tried
+    layers = [layer for c in COMBINATIONS for layer in tiny_family(*c).modules()]
+    names = {type(layer).__name__ for layer in layers}
+    names |= {f"{type(layer).__name__}.{part}" for layer in layers for part in layer._modules}
+    assert set(LAYER_KINDS) <= names
     for place in range(3):
         assert {one[place] for one in CALIBRATED} == {one[place] for one in COMBINATIONS}
