@@ -323,7 +323,7 @@ def _search(calibration: Calibration) -> _Modules:
 def _pack_block(model: nn.Module, block: SearchedBlock) -> _Modules:
     """The quantized module of every linear of a searched block."""
     packed = {}
-    for site in (part for site in block.sites for part in site.parts):
+    for site in (part for whole in block.sites for part in whole.parts):
         for name, quantized in zip(site.site.modules, site.quantized_weights(), strict=True):
             tensors = packed_tensors(quantized, site.scheme, site.input_qparams)
             packed[name] = QVLMLinear.from_packed(get_linear(model, name), site.scheme, tensors)

@@ -125,7 +125,9 @@ def without_rules_for_experts(rules: Sequence[Any], model: PreTrainedModel) -> l
     """
     if not has_split_experts(model):
         return list(rules)
-    held = {child for module in find_experts(model).values() for child, _ in module.named_children()}
+    held = {
+        child for module in find_experts(model).values() for child, _ in module.named_children()
+    }
     return [
         rule
         for rule in rules

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
@@ -315,7 +314,8 @@ class QVLMHfQuantizer(HfQuantizer):
             dtype = getattr(torch, dtype) if dtype else model.dtype
         dequantize_modules(model, dtype)
         join_experts(model)
-        nn.Module.to(model, dtype)
+        # `to(dtype)` would take complex buffers for real ones
+        model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:

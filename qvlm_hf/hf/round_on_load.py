@@ -2,7 +2,8 @@
 
 For schemes that need no data. The skeleton holds quantized modules whose `weight` still has the
 float shape. Transformers hands every such weight to `RoundOnLoad` and puts the packed tensors into
-the module. Of experts it hands over the weights of all, as one parameter: modules take its place. The plan and the result are those of `round_and_pack` on the loaded model.
+the module. Of experts it hands over the weights of all, as one parameter: modules take its place.
+The plan and the result are those of `round_and_pack` on the loaded model.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class RoundOnLoad(ConversionOps):
 
     def _replace_experts(self, name: str, weight: Tensor, model: PreTrainedModel) -> None:
         parent, _, projection = name.rpartition(".")
-        linears = split_projection(model.get_submodule(parent), projection, weight)
+        linears: Any = split_projection(model.get_submodule(parent), projection, weight)
         for index, linear in enumerate(linears):
             path = f"{name}.{index}"
             if (scheme := self.modules.get(canonical_name(path))) is not None:
@@ -120,9 +121,7 @@ def planned_report(model: nn.Module, settings: CalibrationSettings) -> Calibrati
     return rounding_report(model, segments, schemes, settings)
 
 
-def rounding_skeleton(
-    model: nn.Module, modules: Mapping[str, QuantScheme]
-) -> frozenset[str]:
+def rounding_skeleton(model: nn.Module, modules: Mapping[str, QuantScheme]) -> frozenset[str]:
     """Replaces modules (on the meta device) by quantized ones that wait for a float weight.
 
     Returns:

@@ -52,8 +52,8 @@ def split_experts(model: nn.Module) -> None:
     """
     for module in find_experts(model).values():
         for name in _projections(module):
-            if name in module._parameters:
-                split_projection(module, name, module._parameters[name])
+            if (stacked := module._parameters.get(name)) is not None:
+                split_projection(module, name, stacked)
 
 
 def join_experts(model: nn.Module) -> None:
@@ -204,13 +204,16 @@ class SortedExperts(nn.Module):
 _SORTED = ("Llama4TextExperts",)
 
 
-def rows_of(linear: nn.Linear) -> Tensor | None:
+def rows_of(linear: nn.Module) -> Tensor | None:
     """Which tokens an expert in full precision was last called with, [rows] int64; else None."""
     return vars(linear).get("rows")
 
 
 def _run(self: Any, expert: int, x: Tensor, rows: Tensor) -> Tensor:
-    first, down = (self.gate_up_proj if self.has_gate else self.up_proj)[expert], self.down_proj[expert]
+    first, down = (
+        (self.gate_up_proj if self.has_gate else self.up_proj)[expert],
+        self.down_proj[expert],
+    )
     for linear in (first, down):
         if type(linear) is nn.Linear:  # calibration asks for it
             vars(linear)["rows"] = rows

@@ -154,9 +154,7 @@ def resolve(
             module is missing or no nn.Linear; nothing is left to quantize.
     """
     with experts_split(model):
-        return _resolve(
-            model, quantize_vision, quantize_projector, modules_to_not_convert, rotated
-        )
+        return _resolve(model, quantize_vision, quantize_projector, modules_to_not_convert, rotated)
 
 
 def _resolve(

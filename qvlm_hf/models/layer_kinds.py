@@ -28,8 +28,8 @@ class LayerKind:
         packed: the tokens of all pictures come in one row, so that positions mean nothing.
         no_rotation: why the residual stream cannot be rotated; empty where it can.
 
-    The source of `value` and `product` may be fused with others: its last outputs count then. A path
-    may name a list of modules, one an expert; the router reads a norm like any linear module.
+    The source of `value` and `product` may be fused with others: its last outputs count then. The
+    path of a list of modules, one an expert, stands for all of them.
     """
 
     sites: tuple[tuple[str, ...], ...]

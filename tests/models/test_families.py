@@ -13,7 +13,9 @@ from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.calibration.samples import batches, collate, load_samples
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
+from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.models import families
+from qvlm_hf.models.experts import split_experts
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import full_precision_modules, resolve, shared_inputs
 from qvlm_hf.models.layer_kinds import LAYER_KINDS
@@ -37,6 +39,8 @@ COMBINATIONS = [
     ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
     ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
     ("qwen3_5", "qwen3_5", "qwen3_5"),
+    ("llama4", "llama4", "llama4"),
+    ("qwen3_vl_moe", "qwen3_vl_moe", "qwen3_vl_moe"),
 ]
 # Every family, tower and decoder at least once.
 CALIBRATED = [
@@ -61,11 +65,19 @@ CALIBRATED = [
     ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
     ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
     ("qwen3_5", "qwen3_5", "qwen3_5"),
+    ("llama4", "llama4", "llama4"),
+    ("qwen3_vl_moe", "qwen3_vl_moe", "qwen3_vl_moe"),
 ]
 # Prompts are read in both directions: answers differ without a cache, in full precision too.
 BOTH_WAYS = ("paligemma", "siglip", "gemma")
 # What stays in full precision besides the head: nn.Linear modules of this part.
 LEFT = {
+    "llama4": [
+        "vision_model.patch_embedding.",
+        "vision_model.vision_adapter.",
+        "language_model.model.layers.1.feed_forward.router",
+        "language_model.lm_head",
+    ],
     "video_llava": ["model.video_tower."],
     "siglip": ["model.vision_tower.head.", "model.vision_model.head."],
 }
@@ -89,6 +101,14 @@ def data():
         return made[family, tower]
 
     return make
+
+
+def split_family(*combination):
+    """The model, its experts as linear modules."""
+    model = tiny_family(*combination)
+    register_experts(model)
+    split_experts(model)
+    return model
 
 
 def logits(model, batch):
@@ -128,10 +148,11 @@ def inputs_and_outputs(model, batch):
 @every_combination
 def test_sites_and_norms_are_what_running_shows(combination, data):
     """Modules of a site receive one tensor and no others do; norms feed their readers alone."""
-    model = tiny_family(*combination)
+    model = split_family(*combination)
     received, given = inputs_and_outputs(model, data(*combination)[0])
     segments = resolve(model)
-    sites = [site for segment in segments for layer in segment.layers for site in layer.sites]
+    whole = [site for segment in segments for layer in segment.layers for site in layer.sites]
+    sites = [part for site in whole for part in site.parts if part.linears[0] in received]
     for site in sites:
         tensor = received[site.linears[0]]
         readers = {m for m, x in received.items() if type(m) is nn.Linear and x is tensor}
@@ -145,20 +166,23 @@ def test_sites_and_norms_are_what_running_shows(combination, data):
     for layer in layers:
         for name, readers in (*layer.kind.norms, *layer.kind.inner_norms):
             norm = layer.module.get_submodule(name)
-            assert read.pop(norm) == set(map(layer.module.get_submodule, readers))
+            expected = {layer.module.get_submodule(path) for path in readers}
+            # routers are no site; experts read some rows of what the norm gives
+            expected = {module for module in expected if type(module) is nn.Linear}
+            assert read.pop(norm, set()) == expected
     # A tower's last norm has other readers too, or comes before patches are merged.
     last = {m for name, m in model.named_modules() if name.endswith("post_layernorm")}
     assert set(read) <= {None, *last}
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     left = full_precision_modules(model, segments)
-    assert {name for site in sites for name in site.modules} == set(names) - set(left)
+    assert {name for site in whole for name in site.modules} == set(names) - set(left)
     parts = [name for part in combination for name in LEFT.get(part, ())]
     assert all(name == "lm_head" or name.startswith(tuple(parts)) for name in left), left
 
 
 @every_combination
 def test_a_rotation_changes_nothing_or_is_refused(combination, data):
-    model, batch = tiny_family(*combination), data(*combination)[0]
+    model, batch = split_family(*combination), data(*combination)[0]
     if combination[-1] in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[combination[-1]]):
             rotation_plan(model)
@@ -176,15 +200,17 @@ def test_a_rotation_changes_nothing_or_is_refused(combination, data):
 
 @every_combination
 def test_equalization_changes_nothing_that_is_computed(combination, data):
-    model, batch = uneven(tiny_family(*combination)), data(*combination)[0]
+    model, batch = uneven(split_family(*combination)), data(*combination)[0]
     before, weights = logits(model, batch), {p: p.clone() for p in model.parameters()}
     paths = scale_paths(model, resolve(model))
     assert paths
     equalize(model, paths, data(*combination))
     assert (logits(model, batch) - before).abs().max() < 1e-4 * before.abs().max()
+    received = set().union(*(inputs_and_outputs(model, each)[0] for each in data(*combination)))
     for path in paths:
         for module in (path.source, *path.readers):
-            assert not torch.equal(module.weight, weights[module.weight])
+            equal = torch.equal(module.weight, weights[module.weight])
+            assert equal == (path.readers[0] not in received)  # an expert without tokens
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "pixtral"])
@@ -268,7 +294,13 @@ def test_every_row_is_tried_here():
     assert set(FAMILIES) == set(families.FAMILIES) == {family for family, *_ in COMBINATIONS}
     layers = [layer for c in COMBINATIONS for layer in tiny_family(*c).modules()]
     names = {type(layer).__name__ for layer in layers}
-    names |= {f"{type(layer).__name__}.{part}" for layer in layers for part in layer._modules}
+    kinds = [line.partition(".") for line in LAYER_KINDS]
+    names |= {
+        f"{name}.{path}"
+        for layer in layers
+        for name, _, path in kinds
+        if name == type(layer).__name__ and path in dict(layer.named_modules())
+    }
     assert set(LAYER_KINDS) <= names
     for place in range(3):
         assert {one[place] for one in CALIBRATED} == {one[place] for one in COMBINATIONS}

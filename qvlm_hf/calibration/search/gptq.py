@@ -53,7 +53,9 @@ def gptq_round_layer(
     tokens = weights or [torch.ones(h.shape[:-1], device=h.device) for h in hidden]
     for site in sites:
         parts = [part for part in site.parts if not part.few_tokens]
-        for part, hessian in zip(parts, _hessians(layer, parts, inputs, hidden, tokens), strict=True):
+        for part, hessian in zip(
+            parts, _hessians(layer, parts, inputs, hidden, tokens), strict=True
+        ):
             part.set_weights(
                 [
                     gptq_round(part.folded_weight(index), hessian, start, part.scheme.weight_bits)

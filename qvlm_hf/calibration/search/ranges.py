@@ -118,18 +118,7 @@ def initialize_sites(
         )
         for site, part in parts
     }
-    for name, seen in tokens.items():
-        made[name].few_tokens = seen < _FEW_TOKENS
-    found = {
-        site.name: ExpertsSite(
-            site,
-            [made[part.name] for part in site.parts],
-            [tokens[part.name] for part in site.parts],
-        )
-        if site.experts
-        else made[site.name]
-        for site in sites
-    }
+    found = {site.name: _joined(site, made, tokens) for site in sites}
     start = settings.start_granularity(component)
     starts = [i for i, candidate in enumerate(ranges) if candidate.granularity == start]
     errors = {
@@ -154,6 +143,19 @@ def initialize_sites(
         if name in calibration.learned:
             quantized.add_learned(calibration.learned[name])
     return [[found[site.name] for site in layer.sites] for layer in layers]
+
+
+def _joined(
+    site: Site, made: Mapping[str, QuantizedSite], tokens: Mapping[str, int]
+) -> QuantizedSite:
+    """The site, or the sites of its experts as one."""
+    parts = [made[part.name] for part in site.parts]
+    if not site.experts:
+        return parts[0]
+    seen = [tokens[part.name] for part in site.parts]
+    for quantized, count in zip(parts, seen, strict=True):
+        quantized.few_tokens = count < _FEW_TOKENS
+    return ExpertsSite(site, parts, seen)
 
 
 def _pool(site: Site) -> str:

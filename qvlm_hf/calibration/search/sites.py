@@ -30,7 +30,14 @@ from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Site
 
-__all__ = ["ExpertsSite", "InstallableSite", "QuantizedSite", "SiteCandidate", "installed", "site_input"]
+__all__ = [
+    "ExpertsSite",
+    "InstallableSite",
+    "QuantizedSite",
+    "SiteCandidate",
+    "installed",
+    "site_input",
+]
 
 
 class InstallableSite(Protocol):
@@ -234,10 +241,11 @@ class ExpertsSite(QuantizedSite):
 
     @property
     def parts(self) -> tuple[QuantizedSite, ...]:
+        """The sites of the experts."""
         return self._parts
 
     @property
-    def active(self) -> int | None:  # type: ignore[override]
+    def active(self) -> int | None:
         """As of every part."""
         return self._parts[0].active
 
@@ -247,14 +255,17 @@ class ExpertsSite(QuantizedSite):
             part.active = index
 
     def take_final_grids(self) -> None:
+        """As of every part."""
         for part in self._parts:
             part.take_final_grids()
 
     def free_memory(self) -> None:
+        """As of every part."""
         for part in self._parts:
             part.free_memory()
 
     def forward(self, index: int, x: Tensor) -> Tensor:
+        """The output of expert `index` for x, the tokens that it gets."""
         return self._parts[index].forward(0, x)
 
 
