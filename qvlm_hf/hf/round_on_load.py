@@ -82,7 +82,9 @@ class RoundOnLoad(ConversionOps):
                 tensors = self._rounded(path, linear.weight.detach(), scheme)
                 linears[index] = QVLMLinear.from_packed(linear, scheme, tensors)
             else:
-                linear.weight.data = linear.weight.detach().contiguous()
+                own = linear.weight.detach().clone(memory_format=torch.contiguous_format)
+                linear.weight = nn.Parameter(own, requires_grad=False)
+                linear._is_hf_initialized = linear.weight._is_hf_initialized = True
 
     def _rounded(self, name: str, weight: Tensor, scheme: QuantScheme) -> dict[str, Tensor]:
         try:
