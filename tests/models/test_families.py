@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model
+from qvlm_hf.calibration.layers import capture_inputs, observe_outputs, run_layer, valid_tokens
 from qvlm_hf.calibration.samples import batches, collate, load_samples
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
@@ -61,9 +62,9 @@ CALIBRATED = [
     ("paligemma", "siglip", "gemma2"),
     ("mistral3", "pixtral", "mistral"),
     ("deepseek_vl", "siglip", "llama"),
-    ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
     ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
     ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
+    ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
     ("qwen3_5", "qwen3_5", "qwen3_5"),
     ("llama4", "llama4", "llama4"),
     ("qwen3_vl_moe", "qwen3_vl_moe", "qwen3_vl_moe"),
@@ -178,6 +179,25 @@ def test_sites_and_norms_are_what_running_shows(combination, data):
     assert {name for site in whole for name in site.modules} == set(names) - set(left)
     parts = [name for part in combination for name in LEFT.get(part, ())]
     assert all(name == "lm_head" or name.startswith(tuple(parts)) for name in left), left
+
+
+@every_combination
+def test_layers_run_one_by_one_give_what_the_model_gives(combination, data):
+    """Masks, windows and pictures that enter between layers come to each layer as in the model."""
+    model, batch = tiny_family(*combination), data(*combination)[0]
+    segments = resolve(model)
+    captured = capture_inputs(model, [batch], segments)
+    layers = [layer.name for segment in segments for layer in segment.layers]
+    with torch.no_grad(), observe_outputs(model, layers) as outputs:
+        model(**batch.inputs, use_cache=False)
+    for segment in segments:
+        inputs = captured[segment.name]
+        hidden = [entry.hidden for entry in inputs]
+        for layer in segment.layers:
+            hidden = run_layer(layer.module, inputs, hidden)
+            valid = [valid_tokens(h, entry.valid) for h, entry in zip(hidden, inputs, strict=True)]
+            whole = valid_tokens(outputs[layer.name], inputs[0].valid)
+            torch.testing.assert_close(torch.cat(valid), whole, rtol=1e-4, atol=1e-4)
 
 
 @every_combination
