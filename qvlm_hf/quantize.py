@@ -29,7 +29,13 @@ from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
 from qvlm_hf.calibration.provenance import provenance
-from qvlm_hf.calibration.report import CalibrationReport, SegmentReport, SiteReport, settings_dict
+from qvlm_hf.calibration.report import (
+    CalibrationReport,
+    RoutingReport,
+    SegmentReport,
+    SiteReport,
+    settings_dict,
+)
 from qvlm_hf.calibration.rounding import read_without_row, rounding_report, rounding_schemes
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
@@ -41,6 +47,7 @@ from qvlm_hf.calibration.samples import (
     longest_sample,
 )
 from qvlm_hf.calibration.search.blocks import partition_layers
+from qvlm_hf.calibration.search.routing import few_tokens_warning, routing_reports
 from qvlm_hf.calibration.search.segments import SearchedBlock, search_segment
 from qvlm_hf.calibration.search.sensitivity import choose_precisions
 from qvlm_hf.calibration.search.sites import installed
@@ -52,6 +59,7 @@ from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.format.grids import not_finite, quantize_weight
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.families import find_parts
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import (
@@ -109,37 +117,40 @@ def calibrate_and_pack(
     def make_batches(samples: Sequence[Sample]) -> list[Batch]:
         return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
 
-    segments = _resolve_segments(model, settings)
-    _check_weights(segments)
-    calibration = Calibration(
-        model=model,
-        settings=settings,
-        segments=segments,
-        data=make_batches(by_picture(samples)),
-        callbacks=callbacks,
-    )
-    found = calibration.found
-    found["provenance"] = provenance(samples, calibration.data, settings)
-    checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
-    answers = AnswerComparison(model, checks, held_out=bool(held_out))
-    with _transformed(calibration):
-        _capture_segment_inputs(calibration, len(samples))
-        calibration.precisions = choose_precisions(calibration)
-        if settings.token_importance:
-            calibration.importance = token_importance(calibration)
-        _learn_vision_ranges(calibration)
-        modules = _search(calibration)
-        modules, warnings = _replace_and_check(
-            calibration, modules, _round_head(model, settings), answers
+    with experts_split(model, keep=True):
+        segments = _resolve_segments(model, settings)
+        _check_weights(segments)
+        calibration = Calibration(
+            model=model,
+            settings=settings,
+            segments=segments,
+            data=make_batches(by_picture(samples)),
+            callbacks=callbacks,
         )
-    if len(samples) < _FEW_SAMPLES and settings.needs_data:
-        warnings.append(
-            f"static ranges from {len(samples)} samples clip what these did not show: use "
-            f"{_FEW_SAMPLES} or more samples like your data."
-        )
-    found["warnings"] = (*warnings, *found.get("warnings", ()))
-    found["average_weight_bits"] = _average_bits(modules)
-    return _report(calibration, modules)
+        found = calibration.found
+        found["provenance"] = provenance(samples, calibration.data, settings)
+        checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
+        answers = AnswerComparison(model, checks, held_out=bool(held_out))
+        with _transformed(calibration):
+            _capture_segment_inputs(calibration, len(samples))
+            calibration.precisions = choose_precisions(calibration)
+            if settings.token_importance:
+                calibration.importance = token_importance(calibration)
+            _learn_vision_ranges(calibration)
+            modules = _search(calibration)
+            modules, warnings = _replace_and_check(
+                calibration, modules, _round_head(model, settings), answers
+            )
+        if few_tokens := few_tokens_warning(found["routing"]):
+            warnings.append(few_tokens)
+        if len(samples) < _FEW_SAMPLES and settings.needs_data:
+            warnings.append(
+                f"static ranges from {len(samples)} samples clip what these did not show: use "
+                f"{_FEW_SAMPLES} or more samples like your data."
+            )
+        found["warnings"] = (*warnings, *found.get("warnings", ()))
+        found["average_weight_bits"] = _average_bits(modules)
+        return _report(calibration, modules)
 
 
 @yield_to_others()
@@ -162,14 +173,15 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
             "activation_granularity='dynamic_token'."
         )
     structure = read_without_row(model, settings)
-    segments = _resolve_segments(model, settings) if structure is None else structure.segments
-    _check_weights(segments)
-    calibration = Calibration(model=model, settings=settings, segments=segments)
-    schemes = rounding_schemes(model, calibration.segments, settings)
-    with _transformed(calibration):
-        modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
-    replace_modules(model, modules)
-    return rounding_report(model, calibration.segments, schemes, settings, structure)
+    with experts_split(model, keep=True):
+        segments = _resolve_segments(model, settings) if structure is None else structure.segments
+        _check_weights(segments)
+        calibration = Calibration(model=model, settings=settings, segments=segments)
+        schemes = rounding_schemes(model, calibration.segments, settings)
+        with _transformed(calibration):
+            modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
+        replace_modules(model, modules)
+        return rounding_report(model, calibration.segments, schemes, settings, structure)
 
 
 def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
@@ -216,14 +228,13 @@ def _transformed(calibration: Calibration) -> Iterator[None]:
 
 def _capture_segment_inputs(calibration: Calibration, samples: int) -> None:
     """Records what enters every segment in full precision."""
-    first = {segment.component: segment.layers[0].name for segment in calibration.segments}
-    captured = capture_inputs(calibration.model, calibration.data, list(first.values()))
-    for component, name in first.items():
-        calibration.inputs[component] = captured[name]
-        if captured[name]:
+    captured = capture_inputs(calibration.model, calibration.data, calibration.segments)
+    calibration.inputs |= captured
+    for segment in calibration.segments:
+        if captured[segment.name]:
             continue
-        none = f"calibration did not reach {name}: none of the {samples}"
-        if component == "language":
+        none = f"calibration did not reach {segment.name}: none of the {samples}"
+        if segment.component == "language":
             raise ValueError(f"{none} samples has text.")
         parts, modules = find_parts(calibration.model), calibration.model.named_modules()
         names = [name for name, module in modules if module in (parts.vision, parts.projector)]
@@ -261,6 +272,7 @@ def _search(calibration: Calibration) -> _Modules:
     modules: _Modules = {}
     segments: list[SegmentReport] = []
     sites: list[SiteReport] = []
+    routing: list[RoutingReport] = []
     layers = sum(len(segment.layers) for segment in calibration.segments)
     steps = calibration.steps("search", layers)
     with ExitStack() as below:
@@ -275,10 +287,9 @@ def _search(calibration: Calibration) -> _Modules:
                 dependencies, max_block_depth=settings.max_block_depth, threshold=threshold
             )
             # eq. 3: ranges of a block are searched jointly, on the outputs of the quantized layers
-            inputs = calibration.inputs[segment.component]
+            inputs = calibration.inputs[segment.name]
             if modules:
-                first = segment.layers[0].name
-                inputs = capture_inputs(model, calibration.data, [first])[first]
+                inputs = capture_inputs(model, calibration.data, [segment])[segment.name]
             searched = []
             for block in search_segment(calibration, segment, blocks, inputs):
                 modules |= _pack_block(model, block)
@@ -288,6 +299,7 @@ def _search(calibration: Calibration) -> _Modules:
                     SiteReport(modules=site.site.modules, candidate=site.chosen.range)
                     for site in block.sites
                 ]
+                routing += routing_reports(block.sites)
             segments.append(
                 SegmentReport(
                     component=segment.component,
@@ -299,15 +311,19 @@ def _search(calibration: Calibration) -> _Modules:
             )
             # from here on the segment runs as quantized, and the next one sees its real output
             below.enter_context(installed(site for block in searched for site in block.sites))
-            del calibration.inputs[segment.component]
-    calibration.found |= {"segments": tuple(segments), "sites": tuple(sites)}
+            del calibration.inputs[segment.name]
+    calibration.found |= {
+        "segments": tuple(segments),
+        "sites": tuple(sites),
+        "routing": tuple(routing),
+    }
     return modules
 
 
 def _pack_block(model: nn.Module, block: SearchedBlock) -> _Modules:
     """The quantized module of every linear of a searched block."""
     packed = {}
-    for site in block.sites:
+    for site in (part for whole in block.sites for part in whole.parts):
         for name, quantized in zip(site.site.modules, site.quantized_weights(), strict=True):
             tensors = packed_tensors(quantized, site.scheme, site.input_qparams)
             packed[name] = QVLMLinear.from_packed(get_linear(model, name), site.scheme, tensors)

@@ -48,14 +48,12 @@ def tiny_calibration(model=None, data=None, components=None, **options):
     model = tiny_llava().eval() if model is None else model
     data = tiny_batches() if data is None else data
     segments = tuple(s for s in resolve(model) if not components or s.component in components)
-    names = {segment.component: segment.layers[0].name for segment in segments}
-    captured = capture_inputs(model, data, list(names.values()))
     return Calibration(
         model=model,
         settings=CalibrationSettings(**{"group_size": 32, **options}),
         segments=segments,
         data=data,
-        inputs={component: captured[name] for component, name in names.items()},
+        inputs=capture_inputs(model, data, segments),
     )
 
 

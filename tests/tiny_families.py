@@ -21,7 +21,12 @@ from transformers import (
     LlavaProcessor,
     PixtralImageProcessorPil,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
 )
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 __all__ = ["DECODERS", "FAMILIES", "TOWERS", "tiny_family", "tiny_family_processor"]
 
@@ -29,6 +34,11 @@ SPECIAL = ("<video>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
 WORDS = (*VOCABULARY, *SPECIAL)
 IMAGE_SIZE, PATCH_SIZE = 32, 8
 GRID = [[32, 64], [64, 32]]
+
+
+# Transformers 5.24.0 asks the answer of Llama 4's decoder for a field that it does not have.
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 
 # The real classes of these two need torchvision.
@@ -60,14 +70,38 @@ class _MergingProcessor(LlavaProcessor):
         return inputs
 
 
-class _OnevisionProcessor(LlavaOnevisionProcessor):
-    """Without a video processor."""
+class _WithoutVideos:
+    """A processor of videos needs torchvision."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
         if argument is not None:
             return super().check_argument_for_proper_class(argument_name, argument)
         return None
 
+
+class _OnevisionProcessor(_WithoutVideos, LlavaOnevisionProcessor):
+    pass
+
+
+class _Qwen2VLProcessor(_WithoutVideos, Qwen2VLProcessor):
+    pass
+
+
+class _Qwen25VLProcessor(_WithoutVideos, Qwen2_5_VLProcessor):
+    pass
+
+
+class _Qwen3VLProcessor(_WithoutVideos, Qwen3VLProcessor):
+    pass
+
+
+_QWEN_PROCESSORS = {
+    "qwen2_vl": _Qwen2VLProcessor,
+    "qwen2_5_vl": _Qwen25VLProcessor,
+    "qwen3_vl": _Qwen3VLProcessor,
+    "qwen3_vl_moe": _Qwen3VLProcessor,
+    "qwen3_5": _Qwen3VLProcessor,
+}
 
 _VISION = {
     "hidden_size": 32,
@@ -77,6 +111,15 @@ _VISION = {
     "image_size": IMAGE_SIZE,
     "patch_size": PATCH_SIZE,
 }
+_QWEN_VISION = {
+    "hidden_size": 40,
+    "intermediate_size": 44,
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": PATCH_SIZE,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+}
 TOWERS = {
     "clip": _VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
     "siglip": _VISION | {"model_type": "siglip_vision_model"},
@@ -85,7 +128,30 @@ TOWERS = {
     "smolvlm": _VISION | {"model_type": "smolvlm_vision"},
     "internvl": _VISION
     | {"model_type": "internvl_vision", "use_qk_norm": True, "norm_type": "rms_norm"},
+    "llama4": _VISION
+    | {
+        "model_type": "llama4_vision_model",
+        "intermediate_size": 4 * 32,  # Transformers takes it for the width of merged patches too
+        "projector_input_dim": 40,
+        "projector_output_dim": 40,
+        "vision_output_dim": 40,
+    },
+    "qwen2_vl": _QWEN_VISION
+    | {"model_type": "qwen2_vl_vision", "embed_dim": 40, "hidden_size": 48, "mlp_ratio": 3},
+    "qwen2_5_vl": _QWEN_VISION
+    | {"model_type": "qwen2_5_vl_vision", "window_size": 16, "fullatt_block_indexes": [1]},
+    "qwen3_vl": _QWEN_VISION
+    | {"model_type": "qwen3_vl_vision", "deepstack_visual_indexes": [0, 1]},
+    "qwen3_vl_moe": _QWEN_VISION
+    | {"model_type": "qwen3_vl_moe_vision", "deepstack_visual_indexes": [0, 1]},
+    "qwen3_5": _QWEN_VISION | {"model_type": "qwen3_5_vision"},
 }
+
+
+def _rope(*sections):
+    """Sections of a head's channels by time, height and width."""
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}
+
 
 _TEXT = {
     "hidden_size": 48,
@@ -110,12 +176,65 @@ DECODERS = {
     "phi3": _TEXT | {"model_type": "phi3"},
     "phi": _TEXT | {"model_type": "phi"},
 }
+# Decoders of one family: mixtures of experts, and those whose positions have three dimensions.
+OWN_DECODERS = {
+    "llama4": _TEXT
+    | {
+        "model_type": "llama4_text",
+        "head_dim": 16,
+        "intermediate_size": 40,
+        "intermediate_size_mlp": 56,
+        "num_hidden_layers": 3,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 2,
+        "num_local_experts": 4,
+    },
+    "qwen2_vl": _TEXT | {"model_type": "qwen2_vl_text", "rope_parameters": _rope(2, 2, 2)},
+    "qwen2_5_vl": _TEXT | {"model_type": "qwen2_5_vl_text", "rope_parameters": _rope(2, 2, 2)},
+    "qwen3_vl": _TEXT
+    | {
+        "model_type": "qwen3_vl_text",
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "rope_parameters": _rope(4, 2, 2),
+    },
+    "qwen3_vl_moe": _TEXT
+    | {
+        "model_type": "qwen3_vl_moe_text",
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "moe_intermediate_size": 40,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "rope_parameters": _rope(4, 2, 2),
+    },
+    "qwen3_5": _TEXT
+    | {
+        "model_type": "qwen3_5_text",
+        "head_dim": 32,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "rope_parameters": _rope(2, 1, 1) | {"partial_rotary_factor": 0.25},
+    },
+}
+_QWEN = {"vision_feature_layer": -1}
 FAMILIES = {
     "deepseek_vl": {},
     "idefics3": {"scale_factor": 2},
     "internvl": {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"},
+    "llama4": {"vision_feature_layer": -1},
     "mistral3": {"vision_feature_layer": -1, "spatial_merge_size": 2},
     "paligemma": {"projection_dim": 48, "hidden_size": 48, "vocab_size": 128},
+    "qwen2_5_vl": _QWEN,
+    "qwen2_vl": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
     "smolvlm": {"scale_factor": 2},
     "llava": {"image_seq_length": 16},
     "llava_next": {"image_grid_pinpoints": GRID},
@@ -129,7 +248,7 @@ FAMILIES = {
 
 def tiny_family(family="llava", tower="clip", decoder="llama", seed=0, **options):
     """The model, in eval mode; `options` are fields of its configuration."""
-    text = DECODERS[decoder]
+    text = (DECODERS | OWN_DECODERS)[decoder]
     fields = {
         "vision_config": TOWERS[tower] | ({"projection_dim": 48} if family == "paligemma" else {}),
         "text_config": text,
@@ -163,6 +282,11 @@ def tiny_family_processor(family="llava", tower="clip"):
         processor = _PixtralProcessor(image_processor=pixels, patch_size=PATCH_SIZE, **common)
         processor.side = edge // PATCH_SIZE
         return processor
+    if family in _QWEN_PROCESSORS:
+        edges = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": 4 * IMAGE_SIZE**2}
+        pixels = Qwen2VLImageProcessorPil(size=edges, patch_size=PATCH_SIZE)
+        del common["image_token"]  # the tokenizer's
+        return _QWEN_PROCESSORS[family](image_processor=pixels, **common)
     common["vision_feature_select_strategy"] = _strategy(tower)
     if family == "llava_onevision":
         pixels = LlavaOnevisionImageProcessorPil(size=sizes, image_grid_pinpoints=GRID)
@@ -176,9 +300,9 @@ def tiny_family_processor(family="llava", tower="clip"):
         pixels = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=GRID)
         return LlavaNextProcessor(image_processor=pixels, **common)
     pixels = CLIPImageProcessorPil(**size)
-    if family in ("idefics3", "smolvlm", "internvl"):
+    if family in ("idefics3", "smolvlm", "internvl", "llama4"):
         processor = _MergingProcessor(image_processor=pixels, **common)
-        processor.stacked = family != "internvl"
+        processor.stacked = family in ("idefics3", "smolvlm")
         return processor
     return LlavaProcessor(image_processor=pixels, **common)
 

@@ -151,9 +151,11 @@ def randomize(model: torch.nn.Module) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.05)
+            elif name.endswith("A_log"):  # linear attention that remembers several tokens
+                parameter.normal_(mean=-3.0)
             elif parameter.dim() == 1 and "class_embedding" not in name:
                 parameter.normal_(mean=1.0, std=0.1)
-            elif parameter.dim() == 2 and "embed" not in name:
+            elif parameter.dim() in (2, 3) and "embed" not in name:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
             else:
                 parameter.normal_(std=0.5)

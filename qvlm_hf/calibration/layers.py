@@ -1,7 +1,7 @@
 """Layer by layer: what enters a layer, what leaves it, and which tokens are valid.
 
-`capture_inputs` runs the model up to some layers and records their inputs. From there `run_layer`
-moves hidden states through one layer at a time, so that no more than one layer's work is alive.
+`capture_inputs` runs the model and records what enters its segments. From there `run_layer` moves
+hidden states through one layer at a time, so that no more than one layer's work is alive.
 Hooks are context managers and leave nothing behind.
 
 Legend: B samples (or pictures) of a batch, T tokens, H hidden size.
@@ -9,13 +9,14 @@ Legend: B samples (or pictures) of a batch, T tokens, H hidden size.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qvlm_hf.calibration.samples import Batch
+from qvlm_hf.models.experts import rows_of
 from qvlm_hf.models.graph import Layer, Segment
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "live_layers",
     "observe_inputs",
     "observe_outputs",
+    "routed",
     "run_layer",
     "run_model",
     "valid_tokens",
@@ -33,15 +35,27 @@ __all__ = [
 ]
 
 
+class _LayerCall(NamedTuple):
+    """How the model calls a layer behind the first, and what it adds to the hidden states before.
+
+    Kinds of layers differ in masks and windows. Pictures may enter between layers.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    added: Tensor | None
+
+
 @dataclass(frozen=True)
 class LayerInput:
-    """The input of a layer for one batch.
+    """The input of a segment's first layer for one batch.
 
     Attributes:
-        hidden: [B, T, H] in the compute dtype.
+        hidden: [B, T, H], or [T, H] of packed pictures, in the compute dtype.
         args, kwargs: the layer's other arguments (masks, position embeddings).
         valid: bool [B, T], the tokens that are no padding; None is all.
         origins: where the samples came from, for messages.
+        calls: by layer behind the first; a layer that is not in it gets `args` and `kwargs`.
     """
 
     hidden: Tensor
@@ -49,6 +63,7 @@ class LayerInput:
     kwargs: Mapping[str, Any]
     valid: Tensor | None
     origins: tuple[str, ...]
+    calls: Mapping[nn.Module, _LayerCall] = field(default_factory=dict)
 
     def require_finite(self, values: Tensor, what: str) -> None:
         """Raises ValueError if values of this batch hold NaN or infinity."""
@@ -76,49 +91,109 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
 
 
 def capture_inputs(
-    model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]
+    model: nn.Module, batches: Sequence[Batch], segments: Sequence[Segment]
 ) -> dict[str, list[LayerInput]]:
-    """Runs the model on every batch until the last of `layers` and records what enters each.
+    """Runs the model on every batch until the last layer of `segments` and records what enters.
 
     Args:
         model: in eval mode; nothing of it is changed.
         batches: a batch without a picture does not reach the vision encoder.
-        layers: module names in execution order.
+        segments: the one that runs last comes last.
+
+    Returns:
+        Segment name -> per batch that reached it.
 
     Raises:
-        ValueError: hidden states that enter a layer are not finite.
+        ValueError: hidden states that enter a segment are not finite.
     """
-    captured: dict[str, list[LayerInput]] = {name: [] for name in layers}
-    modules = {name: model.get_submodule(name) for name in layers}
+    captured: dict[str, list[LayerInput]] = {segment.name: [] for segment in segments}
     for batch in batches:
-
-        def record(
-            name: str, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch = batch
-        ) -> None:
-            captured[name].append(_layer_input(name, args, kwargs, batch))
-            if name == layers[-1]:
-                raise _Reached
-
-        with observe_inputs(modules, record), torch.no_grad(), suppress(_Reached):
+        with ExitStack() as stack:
+            for segment in segments:
+                seen = captured[segment.name].append
+                recorder = _Recorder(segment, batch, seen, last=segment is segments[-1])
+                stack.enter_context(recorder.attached())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(suppress(_Reached))
             run_model(model, batch)
     return captured
 
 
-def _layer_input(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Batch
-) -> LayerInput:
-    """Layers take the hidden states first, by position or as `hidden_states`."""
-    kwargs = dict(kwargs)
-    hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-    mask = batch.inputs.get("attention_mask")
-    valid = mask.bool() if mask is not None and mask.shape == hidden.shape[:2] else None
-    # 16-bit arithmetic is slow and coarser on a CPU
-    dtype = torch.float32 if hidden.device.type == "cpu" else hidden.dtype
-    entry = LayerInput(
-        hidden.detach().to(dtype), _cast(args, dtype), _cast(kwargs, dtype), valid, batch.origins
-    )
-    entry.require_finite(hidden, f"the input of {name}")
-    return entry
+class _Recorder:
+    """Records how the model calls the layers of a segment, on one batch.
+
+    Args:
+        segment: whose layers run one after the other.
+        batch: that the model runs on.
+        see: gets the `LayerInput`, whose calls are filled while the model runs on.
+        last: whether the model need not run further than these layers.
+    """
+
+    def __init__(
+        self, segment: Segment, batch: Batch, see: Callable[[LayerInput], None], *, last: bool
+    ) -> None:
+        self._segment, self._batch, self._see, self._last = segment, batch, see, last
+        self._entry: LayerInput | None = None
+        self._calls: dict[nn.Module, _LayerCall] = {}
+        self._output: Any = None  # of the layer before
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # layers share masks and the like
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, the model may run."""
+        modules = {layer: layer.module for layer in self._segment.layers}
+        with observe_inputs(modules, self._enter), ExitStack() as stack:
+            for module in modules.values():
+                stack.callback(module.register_forward_hook(self._leave).remove)
+            yield
+
+    def _enter(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Layers take the hidden states first, by position or by name (Llama 4's: in singular)."""
+        kwargs = dict(kwargs)
+        name = "hidden_states" if "hidden_states" in kwargs else "hidden_state"
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop(name), ())
+        # 16-bit arithmetic is slow and coarser on a CPU
+        dtype = torch.float32 if hidden.device.type == "cpu" else hidden.dtype
+        if self._entry is None:
+            mask = self._batch.inputs.get("attention_mask")
+            valid = mask.bool() if mask is not None and mask.shape == hidden.shape[:-1] else None
+            self._entry = LayerInput(
+                hidden.detach().to(dtype),
+                self._cast(args, dtype),
+                self._cast(kwargs, dtype),
+                valid,
+                self._batch.origins,
+                self._calls,
+            )
+            self._entry.require_finite(hidden, f"the input of {layer.name}")
+            self._see(self._entry)
+        else:
+            added = None
+            if hidden is not self._output:
+                added = hidden.to(dtype) - self._output.to(hidden.device, dtype)
+            self._calls[layer.module] = _LayerCall(
+                self._cast(args, dtype),
+                self._cast(kwargs, dtype),
+                added if added is not None and added.any() else None,
+            )
+        if self._last and layer is self._segment.layers[-1]:
+            raise _Reached
+
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._output = _hidden_states(output)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in self._casts:
+                own = value.detach()
+                own = own.to(dtype) if own.is_floating_point() else own
+                self._casts[id(value)] = (value, own)
+            return self._casts[id(value)][1]
+        if isinstance(value, tuple):
+            return tuple(self._cast(item, dtype) for item in value)
+        if isinstance(value, dict):
+            return {key: self._cast(item, dtype) for key, item in value.items()}
+        return value
 
 
 @contextmanager
@@ -145,19 +220,42 @@ def run_layer(
 ) -> list[Tensor]:
     """Moves hidden states, per batch [B, T, H], through one layer in the compute dtype.
 
-    Masks and position embeddings of `inputs` are those of every layer of the segment.
+    Args:
+        layer: of a segment.
+        inputs: of the segment; they know the layer's other arguments.
+        hidden: what left the layer before.
     """
-    with torch.no_grad():
-        return [
-            _hidden_states(layer(h, *entry.args, **entry.kwargs))
-            for entry, h in zip(inputs, hidden, strict=True)
-        ]
+    outputs = []
+    for entry, h in zip(inputs, hidden, strict=True):
+        call = entry.calls.get(layer) or _LayerCall(entry.args, entry.kwargs, None)
+        entering = h if call.added is None else h + call.added
+        with torch.no_grad():
+            outputs.append(_hidden_states(layer(entering, *call.args, **call.kwargs)))
+    return outputs
 
 
 def valid_tokens(hidden: Tensor, valid: Tensor | None) -> Tensor:
-    """[B, T, H] -> [tokens, H] without padding; all tokens where `valid` does not fit the shape."""
-    fits = valid is not None and valid.shape == hidden.shape[:2]
+    """[..., H] -> [tokens, H] without padding; all tokens where `valid` does not fit the shape."""
+    fits = valid is not None and valid.shape == hidden.shape[:-1]
     return hidden[valid] if fits else hidden.flatten(0, -2)
+
+
+def routed(values: Tensor | None, module: nn.Module, x: Tensor) -> Tensor | None:
+    """What belongs to the rows that enter a module, of values [B, T] that belong to tokens.
+
+    Args:
+        values: of every token; None stays None.
+        module: an expert gets some tokens, other modules get them all.
+        x: its input, [B, T, in], or [rows, in] where the layer has put all tokens in one row.
+
+    Returns:
+        Of the shape of `x` without its last dimension; None where the rows are no tokens.
+    """
+    if values is None or x.shape[:-1] == values.shape:
+        return values
+    rows = rows_of(module)
+    flat = values.flatten() if rows is None else values.flatten()[rows]
+    return flat if flat.shape == x.shape[:-1] else None
 
 
 def count_tokens(inputs: Sequence[LayerInput]) -> int:
@@ -209,16 +307,6 @@ def observe_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
             hook = lambda _module, _args, output, name=name: collect(name, output)  # noqa: E731
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield outputs
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(dtype) if value.is_floating_point() else value.detach()
-    if isinstance(value, tuple):
-        return tuple(_cast(item, dtype) for item in value)
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value
 
 
 def _hidden_states(output: Any) -> Tensor:

@@ -13,6 +13,7 @@ __all__ = [
     "CalibrationReport",
     "DecodeCheck",
     "PrecisionRaise",
+    "RoutingReport",
     "SegmentReport",
     "SelfCheck",
     "SiteReport",
@@ -81,6 +82,21 @@ class PrecisionRaise:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoutingReport:
+    """The experts of one layer.
+
+    Attributes:
+        experts: name of their module.
+        tokens: of the calibration data that each of them got.
+        few_tokens: experts that got too few for ranges and rounding of their own.
+    """
+
+    experts: str
+    tokens: tuple[int, ...]
+    few_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionReport:
     """The visual encoder optimisation (eq. 8-10).
 
@@ -146,6 +162,7 @@ class CalibrationReport:
         sensitivities: site, by its first module -> KL of the answers (nats) when it alone is
             quantized; empty without guard.
         lifts: sites that the guard gave more bits, worst first.
+        routing: tokens that the experts of each layer got; empty without experts or data.
         vision: the visual encoder optimisation; None where it did not run.
         average_weight_bits: over all quantized weights, scales not counted.
         dead: layers whose output reaches nothing: rounded, not searched.
@@ -165,6 +182,7 @@ class CalibrationReport:
     sites: tuple[SiteReport, ...] = ()
     sensitivities: dict[str, float] = field(default_factory=dict)
     lifts: tuple[PrecisionRaise, ...] = ()
+    routing: tuple[RoutingReport, ...] = ()
     vision: VisionReport | None = None
     average_weight_bits: float | None = None
     dead: tuple[str, ...] = ()
@@ -203,6 +221,7 @@ class CalibrationReport:
                 ),
                 "lifts": tuple(PrecisionRaise(**lift) for lift in entry["lifts"]),
                 "vision": _optional(VisionReport, entry["vision"]),
+                "routing": tuple(map(_routing, entry.get("routing", ()))),
                 "self_check": _optional(SelfCheck, entry["self_check"]),
                 # not in reports of older versions
                 "decode_check": _optional(DecodeCheck, entry.get("decode_check")),
@@ -224,6 +243,11 @@ def settings_dict(settings: CalibrationSettings) -> dict[str, Any]:
 
 def _optional(kind: type, entry: Mapping[str, Any] | None) -> Any:
     return None if entry is None else kind(**entry)
+
+
+def _routing(entry: Mapping[str, Any]) -> RoutingReport:
+    lists = {name: tuple(entry[name]) for name in ("tokens", "few_tokens")}
+    return RoutingReport(**{**entry, **lists})
 
 
 def _segment(entry: Mapping[str, Any]) -> SegmentReport:

@@ -41,7 +41,7 @@ class Calibration:
         segments: what is quantized, in execution order.
         data: the calibration batches, answers included.
         callbacks: objects with `on_step(name, done, total)`.
-        inputs: component -> per batch, what enters the segment in full precision.
+        inputs: segment name -> per batch, what enters the segment in full precision.
         precisions: site name -> bits, where they are not those of the settings.
         importance: layer name -> per batch [B, T], how much a token's error counts; empty: all
             tokens count alike.

@@ -115,12 +115,13 @@ def _differentiable_sites(calibration: Calibration) -> list[StraightThroughSite]
     """Every live site at its start; those of the language model are fixed."""
     sites = []
     for segment in calibration.segments:
-        live, inputs = live_layers(segment), calibration.inputs[segment.component]
+        live, inputs = live_layers(segment), calibration.inputs[segment.name]
         hidden = [entry.hidden for entry in inputs]
         with working_precision(live, inputs):
             rows = initialize_sites(calibration, segment.component, live, inputs, hidden)
         learn = segment.component != "language"
-        sites += [StraightThroughSite(site, learn=learn) for row in rows for site in row]
+        parts = (part for row in rows for site in row for part in site.parts)
+        sites += [StraightThroughSite(part, learn=learn) for part in parts]
     return sites
 
 
@@ -171,7 +172,7 @@ class _Loss:
         self.training, self._held_out = calibration.data[::2], held_out_half(calibration.data)
         live = {
             segment.component: [layer.name for layer in live_layers(segment)]
-            for segment in calibration.segments
+            for segment in reversed(calibration.segments)  # of several projectors the first counts
         }
         # hidden states of one shape: those that L_ent compares
         self._chain = live.get("vision", [])

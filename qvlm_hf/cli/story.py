@@ -30,6 +30,10 @@ def story(report: CalibrationReport) -> Iterator[str]:
             f"guard: {lift.site} at W{lift.weight_bits}A{lift.activation_bits}: "
             f"alone it moved the answers by {lift.before:.4f} nats, now by {lift.after:.4f}"
         )
+    if report.routing:
+        seen = [tokens for routing in report.routing for tokens in routing.tokens]
+        few = sum(len(routing.few_tokens) for routing in report.routing)
+        yield f"experts: each of {len(seen)} saw {min(seen)} to {max(seen)} tokens, {few} too few"
     if (vision := report.vision) is not None:
         errors = f"{vision.error_before:.4f} -> {vision.error_after:.4f}"
         verdict = "kept" if vision.kept else "not kept"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from qvlm_hf.format.files import INDEX_NAME, SINGLE_NAME, TensorHeader, tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.registry import QUANT_METHOD
+from qvlm_hf.models.experts import find_experts, has_split_experts, split_experts
 from qvlm_hf.models.families import has_row
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.linear import QVLMLinear
@@ -38,6 +39,8 @@ __all__ = [
     "empty_modules",
     "keep_names_on_saving",
     "read_headers",
+    "split_saved_experts",
+    "without_rules_for_experts",
 ]
 
 _AGAIN = "download or quantize it again"
@@ -104,6 +107,33 @@ def check_files(files: Sequence[str] | None, root: str) -> None:
             f"{root}: the shard index names files in other directories ({sorted(folders)[0]}): do "
             f"not trust this checkpoint, {_AGAIN}."
         )
+
+
+def split_saved_experts(model: PreTrainedModel, modules: Iterable[str]) -> None:
+    """Splits the experts of a model if config.json lists one of them: then all are saved apart."""
+    places = [f".{name}." for name in find_experts(model)]
+    if any(place in f".{name}" for name in modules for place in places):
+        split_experts(model)
+
+
+def without_rules_for_experts(rules: Sequence[Any], model: PreTrainedModel) -> list[Any]:
+    """Transformers' conversion rules without those that would make one parameter of split experts.
+
+    Args:
+        rules: WeightRenaming and WeightConverter.
+        model: nothing is left out for one without split experts.
+    """
+    if not has_split_experts(model):
+        return list(rules)
+    held = {
+        child for module in find_experts(model).values() for child, _ in module.named_children()
+    }
+    return [
+        rule
+        for rule in rules
+        if not isinstance(rule, WeightConverter)
+        or held.isdisjoint(target.rpartition(".")[2] for target in rule.target_patterns)
+    ]
 
 
 def read_headers(model: PreTrainedModel, files: Sequence[str | Path]) -> dict[str, TensorHeader]:
@@ -267,11 +297,12 @@ def check_complete(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) 
 
 
 def keep_names_on_saving(model: PreTrainedModel) -> None:
-    """Saves a model without a row under its own names, not those of older files.
+    """Saves a model without a row, or with split experts, under its own names.
 
-    Transformers would join or split tensors (experts, fused qkv), which packed ones cannot be.
+    Those of older files would join or split tensors (experts, fused qkv), which packed ones cannot
+    be.
     """
-    if not has_row(model):
+    if not has_row(model) or has_split_experts(model):
         model._weight_conversions = []  # type: ignore[assignment]
 
 

@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.quantizer import QVLMHfQuantizer
+from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.nn.replace import quantized_modules
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -66,6 +67,7 @@ def quantize_model(
     quantizer.validate_environment()
     quantizer.update_dtype(model.dtype)
     quantizer.check_processor(model)
+    register_experts(model)
     quantizer.report = quantizer.calibrate(model)
     model.hf_quantizer = quantizer  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]

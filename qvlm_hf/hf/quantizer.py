@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
@@ -33,6 +32,8 @@ from qvlm_hf.hf.checkpoint import (
     empty_modules,
     keep_names_on_saving,
     read_headers,
+    split_saved_experts,
+    without_rules_for_experts,
 )
 from qvlm_hf.hf.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.hf.origin import origin
@@ -45,8 +46,10 @@ from qvlm_hf.hf.round_on_load import (
     rounding_skeleton,
 )
 from qvlm_hf.hf.runtime.compiling import compile_as_transformers_does, round_as_eager
+from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.hf.runtime.guards import guard, unguard
 from qvlm_hf.hub.publish import Published, Target
+from qvlm_hf.models.experts import has_split_experts, join_experts
 from qvlm_hf.models.families import FAMILIES, has_row
 from qvlm_hf.models.graph import why_empty
 from qvlm_hf.nn.footprint import count_parameters
@@ -84,6 +87,8 @@ class QVLMHfQuantizer(HfQuantizer):
         self._samples: list[Sample] | None = None
         self._files: tuple[str, ...] = ()  # of the checkpoint
         self._errors: list[str] = []
+        self._experts: frozenset[str] = frozenset()  # parameters of experts to round on load
+        self._routes = False  # whether experts compute one by one
         self._target: Target | None = None
 
     @property
@@ -184,15 +189,19 @@ class QVLMHfQuantizer(HfQuantizer):
         """Whether the checkpoint's tensor `param_name` is a float weight to be rounded on load."""
         del kwargs
         module, _, part = param_name.rpartition(".")
-        return (
-            self.rounds_on_load
-            and part == "weight"
-            and isinstance(model.get_submodule(module), QVLMLinear)
-        )
+        if not self.rounds_on_load:
+            return False
+        linear = part == "weight" and isinstance(model.get_submodule(module), QVLMLinear)
+        return linear or param_name in self._experts
 
     def get_quantize_ops(self) -> RoundOnLoad:
         """What rounds them."""
-        return RoundOnLoad(self._errors)
+        return RoundOnLoad(self._errors, self.report.modules if self.report else {})
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Transformers' rules, without those that make one parameter of experts saved apart."""
+        rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return without_rules_for_experts(rules, model)
 
     def _process_model_before_weight_loading(
         self,
@@ -204,12 +213,13 @@ class QVLMHfQuantizer(HfQuantizer):
         self._files = tuple(checkpoint_files or ())
         config, settings = self.quantization_config, self.quantization_config.settings()
         self._has_row = has_row(model)
+        register_experts(model)
         if self.pre_quantized:
             self._build_skeleton(model, self._files)
         elif self.rounds_on_load:
             self.report = planned_report(model, settings)
             self.check_processor(model)
-            rounding_skeleton(model, self.report.modules)
+            self._experts = rounding_skeleton(model, self.report.modules)
         else:
             # what cannot be done should not wait for the weights
             if config.dataset is not None or not by_structure(model, settings):
@@ -223,6 +233,7 @@ class QVLMHfQuantizer(HfQuantizer):
 
     def _build_skeleton(self, model: PreTrainedModel, files: Sequence[str]) -> None:
         check_files(files, str(model.config.name_or_path))
+        split_saved_experts(model, self.quantization_config.modules)
         headers = read_headers(model, files)
         replace_modules(model, empty_modules(model, self.quantization_config.modules, headers))
         check_complete(model, headers)
@@ -249,6 +260,7 @@ class QVLMHfQuantizer(HfQuantizer):
             module.requires_grad_(False)
         from qvlm_hf.hf.runtime.fusion import fuse
 
+        self._routes = has_split_experts(model)
         fuse(model)
         round_as_eager(model)
         guard(model)
@@ -301,7 +313,9 @@ class QVLMHfQuantizer(HfQuantizer):
         if not isinstance(dtype, torch.dtype):  # a saved model's config holds its name
             dtype = getattr(torch, dtype) if dtype else model.dtype
         dequantize_modules(model, dtype)
-        nn.Module.to(model, dtype)
+        join_experts(model)
+        # `to(dtype)` would take complex buffers for real ones
+        model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -322,5 +336,8 @@ class QVLMHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """A quantized module is one operator with a shape-only implementation."""
-        return True
+        """A quantized module is one operator with a shape-only implementation.
+
+        Which experts run is known when their tokens are.
+        """
+        return not self._routes

@@ -2,7 +2,8 @@
 
 For schemes that need no data. The skeleton holds quantized modules whose `weight` still has the
 float shape. Transformers hands every such weight to `RoundOnLoad` and puts the packed tensors into
-the module. The plan and the result are those of `round_and_pack` on the loaded model.
+the module. Of experts it hands over the weights of all, as one parameter: modules take its place.
+The plan and the result are those of `round_and_pack` on the loaded model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.models.graph import Segment, output_head, resolve
+from qvlm_hf.models.experts import find_experts, split_projection
+from qvlm_hf.models.graph import Segment, canonical_name, output_head, resolve
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules
 
@@ -41,10 +43,11 @@ class RoundOnLoad(ConversionOps):
     Args:
         errors: gets a line for every weight that cannot be quantized; raising here would end in a
             page of Transformers' own report.
+        modules: canonical module name -> scheme.
     """
 
-    def __init__(self, errors: list[str]) -> None:
-        self.errors = errors
+    def __init__(self, errors: list[str], modules: Mapping[str, QuantScheme]) -> None:
+        self.errors, self.modules = errors, modules
 
     def convert(  # type: ignore[override]  # the base class takes more as keywords
         self,
@@ -52,20 +55,44 @@ class RoundOnLoad(ConversionOps):
         *,
         full_layer_name: str,
         model: PreTrainedModel,
+        missing_keys: set[str] | None = None,
         **_: object,
     ) -> dict[str, Tensor]:
-        """`input_dict` holds the weight, [out, in], alone or in a list, under any name."""
+        """`input_dict` holds the weight, [out, in], alone or in a list, under any name.
+
+        That of experts has three dimensions.
+        """
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
+        if weight.dim() == 3:
+            self._replace_experts(full_layer_name, weight, model)
+            (missing_keys or set()).discard(full_layer_name)
+            return {}
         name = full_layer_name.rpartition(".")[0]
         scheme: Any = model.get_submodule(name).scheme
+        tensors = self._rounded(name, weight, scheme)
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+
+    def _replace_experts(self, name: str, weight: Tensor, model: PreTrainedModel) -> None:
+        parent, _, projection = name.rpartition(".")
+        linears: Any = split_projection(model.get_submodule(parent), projection, weight)
+        for index, linear in enumerate(linears):
+            path = f"{name}.{index}"
+            if (scheme := self.modules.get(canonical_name(path))) is not None:
+                tensors = self._rounded(path, linear.weight.detach(), scheme)
+                linears[index] = QVLMLinear.from_packed(linear, scheme, tensors)
+            else:
+                own = linear.weight.detach().clone(memory_format=torch.contiguous_format)
+                linear.weight = nn.Parameter(own, requires_grad=False)
+                linear._is_hf_initialized = linear.weight._is_hf_initialized = True
+
+    def _rounded(self, name: str, weight: Tensor, scheme: QuantScheme) -> dict[str, Tensor]:
         try:
             quantized = quantize_weight(weight, scheme)
         except ValueError as error:
             self.errors.append(f"{name}: {error}")
             quantized = quantize_weight(torch.zeros_like(weight), scheme)
-        tensors = packed_tensors(quantized, scheme, None)
-        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+        return packed_tensors(quantized, scheme, None)
 
 
 def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
@@ -96,10 +123,18 @@ def planned_report(model: nn.Module, settings: CalibrationSettings) -> Calibrati
     return rounding_report(model, segments, schemes, settings)
 
 
-def rounding_skeleton(model: nn.Module, modules: Mapping[str, QuantScheme]) -> None:
-    """Replaces modules (on the meta device) by quantized ones that wait for a float weight."""
+def rounding_skeleton(model: nn.Module, modules: Mapping[str, QuantScheme]) -> frozenset[str]:
+    """Replaces modules (on the meta device) by quantized ones that wait for a float weight.
+
+    Returns:
+        Names of the parameters of experts, if one of them is to be quantized.
+    """
     replaced = {}
+    found = find_experts(model)
+    experts = tuple(f"{name}." for name in found)
     for name, scheme in modules.items():
+        if name.startswith(experts):  # their parameters stay what Transformers knows
+            continue
         linear: Any = model.get_submodule(name)
         module = QVLMLinear(
             linear.in_features, linear.out_features, scheme, bias=linear.bias is not None,
@@ -110,3 +145,8 @@ def rounding_skeleton(model: nn.Module, modules: Mapping[str, QuantScheme]) -> N
         module.register_parameter("weight", weight)
         replaced[name] = module
     replace_modules(model, replaced)
+    if not any(name.startswith(experts) for name in modules):
+        return frozenset()
+    return frozenset(
+        f"{name}.{part}" for name, module in found.items() for part in module._parameters
+    )

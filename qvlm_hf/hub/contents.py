@@ -13,6 +13,7 @@ from torch import nn
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.format.files import tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.families import component_finder
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.footprint import Footprint, footprint
@@ -149,6 +150,8 @@ def read_quantization(folder: Path) -> dict[str, Any]:
 def _linear_modules(
     model: nn.Module, schemes: Mapping[str, QuantScheme], component_of: Callable[[str], str]
 ) -> list[LinearModule]:
+    with experts_split(model):
+        modules = list(model.named_modules())
     return [
         LinearModule(
             name=(name := canonical_name(path)),
@@ -156,6 +159,6 @@ def _linear_modules(
             weights=module.weight.numel(),
             scheme=schemes.get(name),
         )
-        for path, module in model.named_modules()
+        for path, module in modules
         if isinstance(module, nn.Linear)
     ]

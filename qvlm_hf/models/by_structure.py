@@ -3,8 +3,8 @@
 Hooks on every nn.Linear and every norm see the tensors that enter and leave them. Linear modules
 that read the very same tensor form a site, the repeated entries of a ModuleList form layers, and
 `get_encoder("image")` and `get_decoder()` tell vision from language; what lies between is the
-projector. No fold and no rotation follows from that, sites alone. What is not quantized is listed
-with the reason.
+projector. Where a module of experts ran, all its experts count as run, whoever got tokens. No fold
+and no rotation follows from that, sites alone. What is not quantized is listed with the reason.
 """
 
 from collections import Counter
@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.graph import Layer, Segment, Site, get_linear, matches
 from qvlm_hf.models.parts import Parts
 from qvlm_hf.models.tracing import Recorder, Trace
@@ -129,20 +130,28 @@ def read_structure(
     missing = [component for component in wanted if component not in reached]
     if missing:
         raise StructureError(_message(model, parts, trace, missing, problems))
-    left_out = {
-        name: reason
-        for name in trace.linears
-        if (reason := _why_not(model, trace, name, modules_to_not_convert))
-        or (reason := _unwanted(_place(trace, parts, name)[0], quantize_vision, quantize_projector))
-    }
-    chosen = [name for name in trace.linears if name not in left_out]
-    segments = _segments(model, trace, parts, chosen)
-    if not segments:
-        raise ValueError("modules_to_not_convert: leaves no module to quantize: shorten it.")
-    held = {name for s in segments for la in s.layers for site in la.sites for name in site.modules}
-    kept, total = _kept(model, trace, held, left_out)
-    norms = {norm: tuple(readers) for norm, readers in trace.norms.items() if readers}
-    return Structure(segments, norms, kept, total, run, ran)
+    with experts_split(model):
+        trace.add_experts(model)
+        left_out = {
+            name: reason
+            for name in trace.linears
+            if (reason := _why_not(model, trace, name, modules_to_not_convert))
+            or (
+                reason := _unwanted(
+                    _place(trace, parts, name)[0], quantize_vision, quantize_projector
+                )
+            )
+        }
+        chosen = [name for name in trace.linears if name not in left_out]
+        segments = _segments(model, trace, parts, chosen)
+        if not segments:
+            raise ValueError("modules_to_not_convert: leaves no module to quantize: shorten it.")
+        held = {
+            name for s in segments for la in s.layers for site in la.sites for name in site.modules
+        }
+        kept, total = _kept(model, trace, held, left_out)
+        norms = {norm: tuple(readers) for norm, readers in trace.norms.items() if readers}
+        return Structure(segments, norms, kept, total, run, ran)
 
 
 def _place(trace: Trace, parts: Parts, name: str) -> tuple[str, str, str]:

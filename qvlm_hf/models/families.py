@@ -4,9 +4,9 @@ Transformers itself tells where the decoder, the vision tower, the embeddings an
 row names the rest.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,8 @@ __all__ = [
     "get_module",
     "has_row",
     "is_packed",
+    "layer_kind",
+    "module_paths",
 ]
 
 
@@ -36,29 +38,44 @@ class Family:
     Attributes:
         projector: path of the projector below the model without its head.
         projector_kind: its wiring.
+        further: path of a list of projectors like it, which write into later layers.
         written: paths of parameters that stand in the residual stream like embeddings.
         unquantized: paths that stay in full precision, and why.
     """
 
     projector: str = "multi_modal_projector"
     projector_kind: LayerKind = chain("linear_1", "linear_2")
+    further: str = ""
     written: tuple[str, ...] = ()
     unquantized: Mapping[str, str] = field(default_factory=dict)
 
 
 _TILED = Family(written=("image_newline",))
 _SHUFFLED = Family(projector="connector", projector_kind=chain("modality_projection.proj"))
+_MERGED = Family(
+    projector="visual.merger", projector_kind=chain("linear_fc1", "linear_fc2", norm="norm")
+)
+_MERGED_EARLIER = replace(_MERGED, projector_kind=chain("mlp.0", "mlp.2", norm="ln_q"))
 
 FAMILIES = {
     "deepseek_vl": Family(projector="aligner", projector_kind=chain("linear1", "linear2")),
     "idefics3": _SHUFFLED,
     "internvl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
+    "llama4": Family(
+        projector_kind=chain("linear_1"),
+        unquantized={"vision_model.vision_adapter": "it lies inside the tower, behind its layers"},
+    ),
     "llava": Family(),
     "llava_next": _TILED,
     "llava_next_video": _TILED,
     "llava_onevision": _TILED,
     "mistral3": Family(projector_kind=chain("patch_merger.merging_layer", "linear_1", "linear_2")),
     "paligemma": Family(projector_kind=chain("linear")),
+    "qwen2_5_vl": _MERGED_EARLIER,
+    "qwen2_vl": _MERGED_EARLIER,
+    "qwen3_5": _MERGED,
+    "qwen3_vl": replace(_MERGED, further="visual.deepstack_merger_list"),
+    "qwen3_vl_moe": replace(_MERGED, further="visual.deepstack_merger_list"),
     "smolvlm": _SHUFFLED,
     "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
     "vipllava": Family(projector_kind=chain("linear_1", "linear_2", norm="projector_layernorm")),
@@ -73,6 +90,7 @@ class Parts:
         vision: the vision tower.
         projector: between tower and decoder.
         projector_kind: its wiring.
+        further: a list of projectors like it, which write into later layers; may be empty.
         language: the decoder.
         embeddings: of tokens.
         written: parameters that stand in the residual stream like embeddings.
@@ -82,10 +100,16 @@ class Parts:
     vision: Any
     projector: nn.Module
     projector_kind: LayerKind
+    further: nn.ModuleList
     language: Any
     embeddings: Any
     written: tuple[nn.Parameter, ...]
     head: nn.Module | None
+
+    @property
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """All of them, the one that writes embeddings first."""
+        return (self.projector, *self.further)
 
 
 def has_row(model: Any) -> bool:
@@ -122,11 +146,17 @@ def find_parts(model: Any) -> Parts:
         vision=model.get_encoder("image"),
         projector=get_module(model.base_model, family.projector),
         projector_kind=family.projector_kind,
-        language=model.get_decoder(),
+        further=_get_list(model.base_model, family.further),
+        language=_without_head(model.get_decoder()),
         embeddings=model.get_input_embeddings(),
         written=tuple(map(model.base_model.get_parameter, family.written)),
         head=model.get_output_embeddings(),
     )
+
+
+def _without_head(decoder: Any) -> Any:
+    """Llama 4 answers with a decoder that has the output head."""
+    return getattr(decoder, "model", decoder)
 
 
 def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
@@ -135,13 +165,9 @@ def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
     Raises:
         ValueError: none is of a known class, or some are not.
     """
-
-    def kind(layer: nn.Module) -> LayerKind | None:
-        return LAYER_KINDS.get(type(layer).__name__)
-
     lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
-    lists = [layers for layers in lists if any(map(kind, layers))] or lists[:1]
-    found = [(layer, kind(layer)) for layers in lists for layer in layers]
+    lists = [layers for layers in lists if any(map(layer_kind, layers))] or lists[:1]
+    found = [(layer, layer_kind(layer)) for layers in lists for layer in layers]
     unknown = [layer for layer, known in found if known is None]
     if unknown or not found:
         layer_class = type((unknown or [part])[0]).__name__
@@ -151,9 +177,31 @@ def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
     return [(layer, known) for layer, known in found if known]
 
 
+def layer_kind(layer: nn.Module) -> LayerKind | None:
+    """How a layer is wired; None where no line of the table is for it."""
+    for line, kind in LAYER_KINDS.items():
+        name, _, part = line.partition(".")
+        with suppress(AttributeError):
+            if name == type(layer).__name__ and layer.get_submodule(part):
+                return kind
+    return None
+
+
+def module_paths(layer: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+    """Paths below a layer; a list of modules (experts that are split) stands for all of them."""
+    found: list[str] = []
+    for path in paths:
+        with suppress(AttributeError):
+            if isinstance(every := layer.get_submodule(path), nn.ModuleList):
+                found += (f"{path}.{index}" for index in range(len(every)))
+                continue
+        found.append(path)
+    return tuple(found)
+
+
 def is_packed(tower: nn.Module) -> bool:
     """Whether a tower puts the tokens of all pictures in one row."""
-    kinds = (LAYER_KINDS.get(type(module).__name__) for module in tower.modules())
+    kinds = map(layer_kind, tower.modules())
     return any(kind is not None and kind.packed for kind in kinds)
 
 
@@ -170,15 +218,16 @@ def component_finder(model: Any) -> Callable[[str], str]:
         ValueError: as `find_parts`.
     """
     parts = find_parts(model) if has_row(model) else _parts_without_row(model)
-    found = {  # the first match counts: embeddings and head may lie below the decoder
-        "vision": parts.vision,
-        "projector": parts.projector,
-        "embeddings": parts.embeddings,
-        "head": parts.head,
-        "language": parts.language,
+    found = {  # the first match counts: one part may lie in another
+        parts.projector: "projector",
+        parts.further: "projector",
+        parts.vision: "vision",
+        parts.embeddings: "embeddings",
+        parts.head: "head",
+        parts.language: "language",
     }
     paths = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
-    marks = {paths[module]: component for component, module in found.items() if module is not None}
+    marks = {paths[module]: component for module, component in found.items() if module in paths}
 
     def component_of(name: str) -> str:
         path = name.split(".")
@@ -194,6 +243,7 @@ def _parts_without_row(model: Any) -> Any:
     return SimpleNamespace(
         vision=None if where.vision is None else model.get_submodule(where.vision),
         projector=None,
+        further=None,
         language=model.get_submodule(where.language),
         embeddings=embeddings,
         head=model.get_output_embeddings(),
@@ -213,6 +263,11 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
             f"{type(model).__name__} has no module {path!r}, where this version looks for it: load "
             f"the model with AutoModelForImageTextToText."
         ) from error
+
+
+def _get_list(model: nn.Module, path: str) -> nn.ModuleList:
+    """The list at a path, an empty one without a path."""
+    return get_module(model, path) if path else nn.ModuleList()  # type: ignore[return-value]
 
 
 def _unsupported(what: str, known: Any) -> str:

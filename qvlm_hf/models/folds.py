@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.families import find_layers, find_parts, get_module
+from qvlm_hf.models.families import find_layers, find_parts, get_module, module_paths
 from qvlm_hf.models.graph import Layer, Segment, get_linear, head_name
 from qvlm_hf.models.layer_kinds import OFFSET_NORMS
 
@@ -37,8 +37,8 @@ class ScalePath:
     Attributes:
         source: a norm or linear module; a factor on an output channel is undone in the readers.
         readers: all modules that read the channels.
-        width: channels that stay together where grouped queries repeat the source's: a head, or
-            all.
+        width: channels that stay together where the readers' input repeats the source's: a head
+            of grouped queries, or all.
         channels: the last outputs of the source, which the readers read.
     """
 
@@ -58,7 +58,7 @@ class RotationPlan:
         written: parameters that stand in that stream like embeddings.
         writers: linear modules that add to that stream, or take the place of embeddings.
         readers: linear modules that read the stream through a norm, the head among them.
-        values: value paths of every attention layer.
+        values: value paths of every attention layer that does not gate them.
         head: the output head.
     """
 
@@ -86,7 +86,7 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     names = {module: name for name, module in model.named_modules()}
 
     def linears(layer: nn.Module, paths: Sequence[str]) -> tuple[nn.Linear, ...]:
-        return tuple(get_linear(model, f"{names[layer]}.{path}") for path in paths)
+        return _linears(model, layer, paths, names[layer])
 
     decoder = find_layers(parts.language)
     for layer, kind in decoder:
@@ -98,12 +98,12 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     head = get_linear(model, head_name(model))
     norms: list[tuple[nn.Module, tuple[nn.Linear, ...]]]
     norms = [(get_module(parts.language, "norm"), (head,))]
-    writers = [*linears(parts.projector, parts.projector_kind.writers)]
+    projectors = [(projector, parts.projector_kind) for projector in parts.projectors]
+    writers = [linear for layer, kind in projectors for linear in linears(layer, kind.writers)]
     readers: list[nn.Linear] = []
     values = []
-    projector = (parts.projector, parts.projector_kind)
     for part, layers in (
-        (parts.vision, [*find_layers(parts.vision), projector]),
+        (parts.vision, [*find_layers(parts.vision), *projectors]),
         (parts.language, decoder),
     ):
         for layer, kind in layers:
@@ -112,10 +112,10 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
                 norms.append((layer.get_submodule(norm), found))
                 readers += found if part is parts.language else ()
             writers += linears(layer, kind.writers) if part is parts.language else ()
-            if kind.value is not None:
+            if kind.value is not None and not kind.gated:
                 value, output = linears(layer, kind.value)
                 channels = _value_channels(value, output)
-                values.append(ValuePath(value, output, _head_dim(part.config), channels))
+                values.append(ValuePath(value, output, _head_dim(output, part.config), channels))
     return RotationPlan(
         norms=tuple(norms),
         embeddings=parts.embeddings,
@@ -139,30 +139,47 @@ def scale_paths(model: nn.Module, segments: Sequence[Segment]) -> tuple[ScalePat
         config = (parts.vision if segment.component == "vision" else parts.language).config
         for layer in (layer for layer in segment.layers if not layer.dead):
             plain = {site.name for site in layer.sites if site.hadamard is None}
-            for path, names in _scale_paths(layer, _head_dim(config)):
-                if f"{layer.name}.{names[0]}" in plain:
+            for path, names in _scale_paths(layer, config):
+                if any(f"{layer.name}.{name}" in plain for name in names):
                     found.append(path)
     return tuple(found)
 
 
-def _scale_paths(layer: Layer, head_dim: int) -> Iterator[tuple[ScalePath, tuple[str, ...]]]:
+def _scale_paths(layer: Layer, config: Any) -> Iterator[tuple[ScalePath, tuple[str, ...]]]:
     """The paths of a layer, and the names of their readers below it."""
 
     def linears(names: Sequence[str]) -> tuple[nn.Linear, ...]:
-        return tuple(get_linear(layer.module, name) for name in names)
+        return _linears(layer.module, layer.module, names)
 
-    for norm, names in layer.kind.norms:
-        readers = linears(names)
-        width = readers[0].in_features
-        yield ScalePath(layer.module.get_submodule(norm), readers, width, width), names
+    for norm, names in (*layer.kind.norms, *layer.kind.inner_norms):
+        source = layer.module.get_submodule(norm)
+        width = source.get_parameter("weight").numel()
+        yield ScalePath(source, linears(names), width, width), module_paths(layer.module, names)
     if layer.kind.value is not None:
         value, output = linears(layer.kind.value)
-        channels = _value_channels(value, output)
-        yield ScalePath(value, (output,), head_dim, channels), layer.kind.value[1:]
+        channels, width = _value_channels(value, output), _head_dim(output, config)
+        yield ScalePath(value, (output,), width, channels), layer.kind.value[1:]
     if layer.kind.product is not None:
         factor, reader = linears(layer.kind.product)
         width = reader.in_features
         yield ScalePath(factor, (reader,), width, width), layer.kind.product[1:]
+    if layer.kind.expert_product is not None:
+        first, last = (module_paths(layer.module, [path]) for path in layer.kind.expert_product)
+        for source, reader in zip(linears(first), linears(last), strict=True):
+            width = reader.in_features
+            yield ScalePath(source, (reader,), width, width), last
+
+
+def _linears(
+    model: nn.Module, layer: nn.Module, paths: Sequence[str], prefix: str = ""
+) -> tuple[nn.Linear, ...]:
+    """The linear modules at paths below a layer; a router may be of a class of its own."""
+    found = []
+    for path in module_paths(layer, paths):
+        module: Any = get_module(layer, path)
+        router = type(module) is not nn.Linear and "Router" in type(module).__name__
+        found.append(module if router else get_linear(model, f"{prefix}.{path}".lstrip(".")))
+    return tuple(found)
 
 
 def _value_channels(value: nn.Linear, output: nn.Linear) -> int:
@@ -171,5 +188,6 @@ def _value_channels(value: nn.Linear, output: nn.Linear) -> int:
     return (value.out_features - output.in_features) // 2 if fused else value.out_features
 
 
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _head_dim(output: nn.Linear, config: Any) -> int:
+    """Channels of a head: `output` reads all heads; configurations may not tell."""
+    return output.in_features // config.num_attention_heads

@@ -1,18 +1,27 @@
 """What is quantized of a model: segments of layers of sites, in execution order.
 
-A site is one input tensor and the linear modules that read it. `resolve` lays the tables
-(families.py, layer_kinds.py) over a model. An nn.Linear that is in no site stays in full precision,
+A site is one input tensor and the linear modules that read it. The same module of all experts of a
+layer is one site too, each reading the tokens that it gets. `resolve` lays the tables (families.py,
+layer_kinds.py) over a model. An nn.Linear that is in no site stays in full precision,
 and the report lists it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from qvlm_hf.format.hadamard import largest_block
-from qvlm_hf.models.families import find_layers, find_parts, get_module, has_row, is_packed
+from qvlm_hf.models.experts import experts_split
+from qvlm_hf.models.families import (
+    find_layers,
+    find_parts,
+    get_module,
+    has_row,
+    is_packed,
+    module_paths,
+)
 from qvlm_hf.models.layer_kinds import LayerKind
 
 __all__ = [
@@ -39,16 +48,29 @@ class Site:
         modules: canonical names of the readers.
         hadamard: block size of the Hadamard transform of the input at run time, or None.
         linears: the readers, as they were when the model was resolved.
+        experts: whether every reader is an expert's, and reads the tokens that this one gets.
     """
 
     modules: tuple[str, ...]
     hadamard: int | None = None
     linears: tuple[nn.Linear, ...] = field(default=(), compare=False, repr=False)
+    experts: bool = False
 
     @property
     def name(self) -> str:
         """The first module's name: unique, and what a user would search for."""
         return self.modules[0]
+
+    @property
+    def parts(self) -> tuple["Site", ...]:
+        """Sites of one input tensor: itself, or one an expert."""
+        if not self.experts:
+            return (self,)
+        pairs = zip(self.modules, self.linears, strict=True)
+        return tuple(
+            replace(self, modules=(name,), linears=(linear,), experts=False)
+            for name, linear in pairs
+        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,11 @@ class Segment:
     component: str
     layers: tuple[Layer, ...]
     packed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The first layer's name: a model may have several projectors."""
+        return self.layers[0].name
 
 
 def canonical_name(name: str) -> str:
@@ -126,6 +153,17 @@ def resolve(
         ValueError: unknown family or layer class; a pattern that matches no module; a listed
             module is missing or no nn.Linear; nothing is left to quantize.
     """
+    with experts_split(model):
+        return _resolve(model, quantize_vision, quantize_projector, modules_to_not_convert, rotated)
+
+
+def _resolve(
+    model: Any,
+    quantize_vision: bool,
+    quantize_projector: bool,
+    modules_to_not_convert: Sequence[str],
+    rotated: bool,
+) -> tuple[Segment, ...]:
     parts = find_parts(model)
     names = {module: name for name, module in model.named_modules()}
     head_name(model)  # refuses a model without one
@@ -139,7 +177,8 @@ def resolve(
     def sites(name: str, kind: LayerKind) -> list[Site]:
         found = []
         for group in kind.sites:
-            paths = [f"{name}.{module}" for module in group]
+            modules = module_paths(model.get_submodule(name), group)
+            paths = [f"{name}.{module}" for module in modules]
             paths = [
                 path
                 for path in paths
@@ -149,7 +188,8 @@ def resolve(
                 linears = tuple(get_linear(model, path) for path in paths)
                 transformed = rotated and group[0] in kind.transformed
                 block = largest_block(linears[0].in_features) if transformed else None
-                found.append(Site(tuple(map(canonical_name, paths)), block, linears))
+                names = tuple(map(canonical_name, paths))
+                found.append(Site(names, block, linears, experts=modules != group))
         return found
 
     def segment(component: str, layers: list[tuple[nn.Module, LayerKind]], used: int) -> Segment:
@@ -171,7 +211,10 @@ def resolve(
         layers = find_layers(parts.vision)
         segments.append(segment("vision", layers, _used_layers(model.config, len(layers))))
     if quantize_projector:
-        segments.append(segment("projector", [(parts.projector, parts.projector_kind)], 1))
+        segments += [
+            segment("projector", [(projector, parts.projector_kind)], 1)
+            for projector in parts.projectors
+        ]
     layers = find_layers(parts.language)
     segments.append(segment("language", layers, len(layers)))
     segments = [segment for segment in segments if any(layer.sites for layer in segment.layers)]
@@ -269,7 +312,8 @@ def full_precision_modules(model: nn.Module, segments: Sequence[Segment]) -> tup
     """Returns the nn.Linear modules that no segment quantizes: canonical names, in model order."""
     sites = [site for segment in segments for layer in segment.layers for site in layer.sites]
     quantized = {name for site in sites for name in site.modules}
-    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    with experts_split(model):
+        linears = [name for name, each in model.named_modules() if isinstance(each, nn.Linear)]
     return tuple(name for name in map(canonical_name, linears) if name not in quantized)
 
 

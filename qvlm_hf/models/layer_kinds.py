@@ -17,22 +17,30 @@ class LayerKind:
     Attributes:
         sites: modules that read one input, in execution order.
         transformed: first modules of the sites that a rotation gives an online Hadamard transform.
-        norms: a norm, and all modules that read its output.
+        norms: a norm of the residual stream, and all modules that read its output, or several
+            outputs side by side.
+        inner_norms: the same of norms that stand behind something else.
         writers: modules whose output is added to the residual stream.
         value: the module of the attention values, and the one that reads them after mixing.
         product: a module whose output is multiplied elementwise, and the reader of the product.
+        expert_product: the same inside every expert.
+        gated: values are multiplied elementwise after mixing, which mixed channels do not bear.
         packed: the tokens of all pictures come in one row, so that positions mean nothing.
         no_rotation: why the residual stream cannot be rotated; empty where it can.
 
-    The source of `value` and `product` may be fused with others: its last outputs count then.
+    The source of `value` and `product` may be fused with others: its last outputs count then. The
+    path of a list of modules, one an expert, stands for all of them.
     """
 
     sites: tuple[tuple[str, ...], ...]
     transformed: tuple[str, ...] = ()
     norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    inner_norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
     writers: tuple[str, ...] = ()
     value: tuple[str, str] | None = None
     product: tuple[str, str] | None = None
+    expert_product: tuple[str, str] | None = None
+    gated: bool = False
     packed: bool = False
     no_rotation: str = ""
 
@@ -47,9 +55,12 @@ class LayerKind:
             sites=tuple(map(all_of, self.sites)),
             transformed=all_of(self.transformed),
             norms=tuple((names[norm], all_of(readers)) for norm, readers in self.norms),
+            inner_norms=tuple((names[norm], all_of(readers)) for norm, readers in self.inner_norms),
             writers=all_of(self.writers),
             value=self.value and (names[self.value[0]], names[self.value[1]]),
             product=self.product and (names[self.product[0]], names[self.product[1]]),
+            expert_product=self.expert_product
+            and (names[self.expert_product[0]], names[self.expert_product[1]]),
         )
 
 
@@ -61,6 +72,23 @@ _ENCODER = LayerKind(
     transformed=("q", "up", "down"),
     norms=(("attention_norm", _QKV), ("mlp_norm", ("up",))),
     value=("v", "attention_out"),
+)
+# the same with q/k/v in one module
+_FUSED_ENCODER = replace(
+    _ENCODER,
+    sites=(("qkv",), ("attention_out",), ("up",), ("down",)),
+    transformed=("qkv", "up", "down"),
+    norms=(("attention_norm", ("qkv",)), ("mlp_norm", ("up",))),
+    value=("qkv", "attention_out"),
+    packed=True,
+)
+# the same with a gated MLP
+_FUSED_GATED_ENCODER = replace(
+    _FUSED_ENCODER,
+    sites=(("qkv",), ("attention_out",), ("gate", "up"), ("down",)),
+    transformed=("qkv", "gate", "down"),
+    norms=(("attention_norm", ("qkv",)), ("mlp_norm", ("gate", "up"))),
+    product=("up", "down"),
 )
 # norm -> attention, norm -> gated MLP
 _DECODER = LayerKind(
@@ -81,9 +109,39 @@ _FUSED_DECODER = replace(
     value=("qkv", "attention_out"),
     product=("gate_up", "down"),
 )
+# the same with an attention that gates its output
+_GATED_DECODER = replace(_DECODER, transformed=("attention_out", "down"), gated=True)
+# the same with linear attention, which norms and gates its output
+_DELTA_INPUTS = ("qkv", "z", "b", "a")
+_DELTA_DECODER = replace(
+    _GATED_DECODER,
+    sites=(_DELTA_INPUTS, *_DECODER.sites[1:]),
+    norms=(("attention_norm", _DELTA_INPUTS), ("mlp_norm", ("gate", "up"))),
+    inner_norms=(("value_norm", ("attention_out",)),),
+    value=None,
+)
 # the same with a norm behind attention and behind the MLP
 _POST_NORM_DECODER = replace(
     _DECODER, no_rotation="norms scale channels on their way into the residual stream"
+)
+# norm -> attention, norm -> a router and its experts
+_EXPERTS = replace(
+    _DECODER,
+    sites=(_QKV, ("attention_out",), ("expert_up",), ("expert_down",)),
+    transformed=("expert_down",),
+    norms=(("attention_norm", _QKV), ("mlp_norm", ("router", "expert_up"))),
+    writers=("attention_out", "expert_down"),
+    product=None,
+    expert_product=("expert_up", "expert_down"),
+)
+# the same with an expert for all tokens beside them
+_SHARED_EXPERTS = replace(
+    _EXPERTS,
+    sites=(*_EXPERTS.sites, ("gate", "up"), ("down",)),
+    transformed=("expert_down", "down"),
+    norms=(("attention_norm", _QKV), ("mlp_norm", ("router", "expert_up", "gate", "up"))),
+    writers=("attention_out", "expert_down", "down"),
+    product=("up", "down"),
 )
 # one norm -> attention beside two linears
 _PARALLEL_DECODER = LayerKind(
@@ -126,6 +184,26 @@ _LLAMA = _ATTENTION | {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_LLAMA4 = _LLAMA | {role: f"feed_forward.{role}_proj" for role in ("gate", "up", "down")}
+_LLAMA4_EXPERTS = {
+    **_LLAMA,
+    **{role: f"feed_forward.shared_expert.{role}_proj" for role in ("gate", "up", "down")},
+    "router": "feed_forward.router",
+    "expert_up": "feed_forward.experts.gate_up_proj",
+    "expert_down": "feed_forward.experts.down_proj",
+}
+_LLAMA4_VISION = _ATTENTION | {
+    "attention_norm": "input_layernorm",
+    "attention_out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_QWEN3_EXPERTS = _LLAMA | {
+    "router": "mlp.gate",
+    "expert_up": "mlp.experts.gate_up_proj",
+    "expert_down": "mlp.experts.down_proj",
+}
 _GEMMA2 = _LLAMA | {"mlp_norm": "pre_feedforward_layernorm"}
 _PHI3 = _LLAMA | {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
 _PHI = _ATTENTION | {
@@ -135,7 +213,27 @@ _PHI = _ATTENTION | {
     "down": "mlp.fc2",
 }
 
-# A class of layer is one line.
+_QWEN2_VISION = {
+    "qkv": "attn.qkv",
+    "attention_norm": "norm1",
+    "attention_out": "attn.proj",
+    "mlp_norm": "norm2",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+}
+_QWEN2_5_VISION = _QWEN2_VISION | {
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_QWEN3_VISION = _QWEN2_VISION | {"up": "mlp.linear_fc1", "down": "mlp.linear_fc2"}
+_DELTA = _LLAMA | {
+    **{role: f"linear_attn.in_proj_{role}" for role in _DELTA_INPUTS},
+    "value_norm": "linear_attn.norm",
+    "attention_out": "linear_attn.out_proj",
+}
+
+# A class of layer is one line. Where its layers differ, a module that one kind has follows a dot.
 LAYER_KINDS = {
     "CLIPEncoderLayer": _ENCODER.named(_CLIP),
     "SiglipEncoderLayer": _ENCODER.named(_CLIP),
@@ -143,10 +241,25 @@ LAYER_KINDS = {
     "SmolVLMEncoderLayer": _ENCODER.named(_CLIP),
     "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
     "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
+    "Llama4VisionEncoderLayer": _ENCODER.named(_LLAMA4_VISION),
+    "Qwen2VLVisionBlock": _FUSED_ENCODER.named(_QWEN2_VISION),
+    "Qwen2_5_VLVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
+    "Qwen3VLVisionBlock": _FUSED_ENCODER.named(_QWEN3_VISION),
+    "Qwen3VLMoeVisionBlock": _FUSED_ENCODER.named(_QWEN3_VISION),
+    "Qwen3_5VisionBlock": _FUSED_ENCODER.named(_QWEN3_VISION),
     "LlamaDecoderLayer": _DECODER.named(_LLAMA),
     "MistralDecoderLayer": _DECODER.named(_LLAMA),
     "Qwen2DecoderLayer": _DECODER.named(_LLAMA),
     "Qwen3DecoderLayer": _DECODER.named(_LLAMA),
+    "Llama4TextDecoderLayer.feed_forward.experts": _SHARED_EXPERTS.named(_LLAMA4_EXPERTS),
+    "Llama4TextDecoderLayer": _DECODER.named(_LLAMA4),
+    "Qwen2VLDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen2_5_VLDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen3VLTextDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen3VLMoeTextDecoderLayer.mlp.experts": _EXPERTS.named(_QWEN3_EXPERTS),
+    "Qwen3VLMoeTextDecoderLayer": _DECODER.named(_LLAMA),
+    "Qwen3_5DecoderLayer.self_attn": _GATED_DECODER.named(_LLAMA),
+    "Qwen3_5DecoderLayer.linear_attn": _DELTA_DECODER.named(_DELTA),
     "GemmaDecoderLayer": _DECODER.named(_LLAMA),
     "Gemma2DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
     "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
@@ -154,7 +267,7 @@ LAYER_KINDS = {
 }
 
 # Norms that multiply by 1 + weight. All others must multiply by `weight` as it is.
-OFFSET_NORMS = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm"})
+OFFSET_NORMS = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Qwen3_5RMSNorm"})
 
 
 def chain(*linears: str, norm: str = "") -> LayerKind:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qvlm_hf.models.experts import find_experts
 from qvlm_hf.models.parts import is_norm, layers_of, shared_weights
 
 __all__ = ["LinearCalls", "Recorder", "Trace"]
@@ -56,6 +57,7 @@ class Trace:
         shared: linear module -> another module that has the same weight.
         read_directly: linear modules whose weight something else than their own forward reads.
         dead: layers whose output reaches nothing, as far as the run tells.
+        experts: module of experts that ran -> place of its first call among those of the linears.
     """
 
     linears: dict[str, LinearCalls] = field(default_factory=dict)
@@ -65,6 +67,21 @@ class Trace:
     shared: dict[str, str] = field(default_factory=dict)
     read_directly: set[str] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)
+    experts: dict[str, int] = field(default_factory=dict)
+
+    def add_experts(self, model: nn.Module) -> None:
+        """Adds the linear modules of the experts that ran, now that they are split."""
+        layers = layers_of(model)
+        for name, module in model.named_modules():
+            experts = name.rpartition(".")[0].rpartition(".")[0]
+            if experts in self.experts and type(module) is nn.Linear:
+                # no other module has the same input
+                calls = LinearCalls(
+                    self.experts[experts], module.in_features, (-len(self.linears),)
+                )
+                self.linears[name] = calls
+                if name in layers:
+                    self.layer_of[name] = layers[name]
 
 
 class Recorder:
@@ -123,6 +140,8 @@ class Recorder:
                 for name, serials in watch.whole.items()
                 if outputs & set(serials) and name not in readers
             ]
+        for name in watch.experts.keys() & watch.order.keys():
+            trace.experts.setdefault(name, self._calls + watch.order[name])
         trace.read_directly |= watch.read_directly
         self._live |= live
         self._calls += watch.count
@@ -150,6 +169,7 @@ class _Watch(TorchFunctionMode):
         self.inputs: dict[str, list[int]] = {}
         self.whole: dict[str, list[int]] = {}  # the same whatever the last dimension
         self.outputs: dict[str, set[int]] = {}
+        self.experts = find_experts(model)
         self.order: dict[str, int] = {}
         self.read_directly: set[str] = set()
         self.count = 0
@@ -183,6 +203,8 @@ class _Watch(TorchFunctionMode):
                 handles.append(
                     module.register_forward_hook(lambda *_: self._running.pop() and None)
                 )
+            elif name in self.experts:
+                handles.append(module.register_forward_pre_hook(self._enter_experts(name)))
             elif is_norm(module):
                 handles.append(module.register_forward_hook(self._leave_norm(name)))
             if name in self._layers:
@@ -204,6 +226,12 @@ class _Watch(TorchFunctionMode):
                 self.whole.setdefault(name, []).append(self._number(x, None))
             self.count += 1
             self._running.append(name)
+
+        return hook
+
+    def _enter_experts(self, name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            self.order.setdefault(name, self.count)
 
         return hook
 

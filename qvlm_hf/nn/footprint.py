@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.families import component_finder
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.replace import quantized_modules
@@ -93,6 +94,16 @@ def footprint(
         ValueError: `modules` names something that is no linear module of the model, or `positions`
             lacks a component.
     """
+    with experts_split(model):
+        return _footprint(model, modules, positions or {}, dtype)
+
+
+def _footprint(
+    model: nn.Module,
+    modules: Mapping[str, QuantScheme],
+    positions: Mapping[str, int],
+    dtype: torch.dtype,
+) -> Footprint:
     linears = {
         canonical_name(name): module
         for name, module in model.named_modules()
@@ -113,7 +124,7 @@ def footprint(
         parameters[component] += tensor.numel()
         full[component] += size
         if part == "weight" and (scheme := modules.get(module)):
-            count = _positions(module, scheme, component, positions or {})
+            count = _positions(module, scheme, component, positions)
             linear = linears[module]
             size = linear_bytes(linear.in_features, linear.out_features, scheme, count)
         packed[component] += size

@@ -10,10 +10,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.calibration.samples import batches, load_samples
+from qvlm_hf.calibration.layers import capture_inputs, observe_outputs, run_layer, valid_tokens
+from qvlm_hf.calibration.samples import batches, collate, load_samples
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
+from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.models import families
+from qvlm_hf.models.experts import split_experts
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import full_precision_modules, resolve, shared_inputs
 from qvlm_hf.models.layer_kinds import LAYER_KINDS
@@ -33,6 +36,12 @@ COMBINATIONS = [
     ("paligemma", "siglip", "gemma2"),
     ("mistral3", "pixtral", "mistral"),
     ("deepseek_vl", "siglip", "llama"),
+    ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
+    ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
+    ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
+    ("qwen3_5", "qwen3_5", "qwen3_5"),
+    ("llama4", "llama4", "llama4"),
+    ("qwen3_vl_moe", "qwen3_vl_moe", "qwen3_vl_moe"),
 ]
 # Every family, tower and decoder at least once.
 CALIBRATED = [
@@ -53,11 +62,23 @@ CALIBRATED = [
     ("paligemma", "siglip", "gemma2"),
     ("mistral3", "pixtral", "mistral"),
     ("deepseek_vl", "siglip", "llama"),
+    ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
+    ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
+    ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
+    ("qwen3_5", "qwen3_5", "qwen3_5"),
+    ("llama4", "llama4", "llama4"),
+    ("qwen3_vl_moe", "qwen3_vl_moe", "qwen3_vl_moe"),
 ]
 # Prompts are read in both directions: answers differ without a cache, in full precision too.
 BOTH_WAYS = ("paligemma", "siglip", "gemma")
 # What stays in full precision besides the head: nn.Linear modules of this part.
 LEFT = {
+    "llama4": [
+        "vision_model.patch_embedding.",
+        "vision_model.vision_adapter.",
+        "language_model.model.layers.1.feed_forward.router",
+        "language_model.lm_head",
+    ],
     "video_llava": ["model.video_tower."],
     "siglip": ["model.vision_tower.head.", "model.vision_model.head."],
 }
@@ -83,6 +104,14 @@ def data():
     return make
 
 
+def split_family(*combination):
+    """The model, its experts as linear modules."""
+    model = tiny_family(*combination)
+    register_experts(model)
+    split_experts(model)
+    return model
+
+
 def logits(model, batch):
     with torch.no_grad():
         return model(**batch.inputs, use_cache=False).logits
@@ -93,14 +122,14 @@ def uneven(model):
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or any(part in name for part in ("v_proj.w", "up_proj", "qkv")):
+            if any(part in name for part in ("norm", "ln_q", "v_proj.w", "up_proj", "qkv")):
                 factor = torch.randn(parameter.shape[0], generator=generator).mul(0.5).exp()
                 parameter.mul_(factor.view(-1, *[1] * (parameter.dim() - 1)))
     return model
 
 
 def inputs_and_outputs(model, batch):
-    """What every module receives first and gives last, while the model runs."""
+    """What every module receives first and gives last, while the model runs without padding."""
     received, given = {}, {}
 
     def hook(module, args, kwargs, output):
@@ -109,7 +138,9 @@ def inputs_and_outputs(model, batch):
             received[module], given[module] = first, output
 
     handles = [module.register_forward_hook(hook, with_kwargs=True) for module in model.modules()]
-    logits(model, batch)
+    inputs = {name: value for name, value in batch.inputs.items() if name != "attention_mask"}
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
     for handle in handles:
         handle.remove()
     return received, given
@@ -118,37 +149,60 @@ def inputs_and_outputs(model, batch):
 @every_combination
 def test_sites_and_norms_are_what_running_shows(combination, data):
     """Modules of a site receive one tensor and no others do; norms feed their readers alone."""
-    model = tiny_family(*combination)
+    model = split_family(*combination)
     received, given = inputs_and_outputs(model, data(*combination)[0])
     segments = resolve(model)
-    sites = [site for segment in segments for layer in segment.layers for site in layer.sites]
+    whole = [site for segment in segments for layer in segment.layers for site in layer.sites]
+    sites = [part for site in whole for part in site.parts if part.linears[0] in received]
     for site in sites:
         tensor = received[site.linears[0]]
         readers = {m for m, x in received.items() if type(m) is nn.Linear and x is tensor}
         assert readers == set(site.linears), site
     shared = {site.linears for site in sites if len(site.linears) > 1}
     assert set(shared_inputs(model)) == shared
-    norms = {module for module in given if type(module).__name__.endswith("Norm")}
-    outputs = {id(given[norm]): norm for norm in norms}
-    read = {outputs.get(id(received[site.linears[0]])): set(site.linears) for site in sites}
+    norms = {module for module in given if "Norm" in type(module).__name__}
+    outputs = {given[norm].data_ptr(): norm for norm in norms}  # some are read in another shape
+    read = {outputs.get(received[site.linears[0]].data_ptr()): set(site.linears) for site in sites}
     layers = [layer for segment in segments for layer in segment.layers]
     for layer in layers:
-        for name, readers in layer.kind.norms:
+        for name, readers in (*layer.kind.norms, *layer.kind.inner_norms):
             norm = layer.module.get_submodule(name)
-            assert read.pop(norm) == set(map(layer.module.get_submodule, readers))
+            expected = {layer.module.get_submodule(path) for path in readers}
+            # routers are no site; experts read some rows of what the norm gives
+            expected = {module for module in expected if type(module) is nn.Linear}
+            assert read.pop(norm, set()) == expected
     # A tower's last norm has other readers too, or comes before patches are merged.
     last = {m for name, m in model.named_modules() if name.endswith("post_layernorm")}
     assert set(read) <= {None, *last}
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     left = full_precision_modules(model, segments)
-    assert {name for site in sites for name in site.modules} == set(names) - set(left)
+    assert {name for site in whole for name in site.modules} == set(names) - set(left)
     parts = [name for part in combination for name in LEFT.get(part, ())]
     assert all(name == "lm_head" or name.startswith(tuple(parts)) for name in left), left
 
 
 @every_combination
-def test_a_rotation_changes_nothing_or_is_refused(combination, data):
+def test_layers_run_one_by_one_give_what_the_model_gives(combination, data):
+    """Masks, windows and pictures that enter between layers come to each layer as in the model."""
     model, batch = tiny_family(*combination), data(*combination)[0]
+    segments = resolve(model)
+    captured = capture_inputs(model, [batch], segments)
+    layers = [layer.name for segment in segments for layer in segment.layers]
+    with torch.no_grad(), observe_outputs(model, layers) as outputs:
+        model(**batch.inputs, use_cache=False)
+    for segment in segments:
+        inputs = captured[segment.name]
+        hidden = [entry.hidden for entry in inputs]
+        for layer in segment.layers:
+            hidden = run_layer(layer.module, inputs, hidden)
+            valid = [valid_tokens(h, entry.valid) for h, entry in zip(hidden, inputs, strict=True)]
+            whole = valid_tokens(outputs[layer.name], inputs[0].valid)
+            torch.testing.assert_close(torch.cat(valid), whole, rtol=1e-4, atol=1e-4)
+
+
+@every_combination
+def test_a_rotation_changes_nothing_or_is_refused(combination, data):
+    model, batch = split_family(*combination), data(*combination)[0]
     if combination[-1] in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[combination[-1]]):
             rotation_plan(model)
@@ -166,15 +220,17 @@ def test_a_rotation_changes_nothing_or_is_refused(combination, data):
 
 @every_combination
 def test_equalization_changes_nothing_that_is_computed(combination, data):
-    model, batch = uneven(tiny_family(*combination)), data(*combination)[0]
+    model, batch = uneven(split_family(*combination)), data(*combination)[0]
     before, weights = logits(model, batch), {p: p.clone() for p in model.parameters()}
     paths = scale_paths(model, resolve(model))
     assert paths
     equalize(model, paths, data(*combination))
     assert (logits(model, batch) - before).abs().max() < 1e-4 * before.abs().max()
+    received = set().union(*(inputs_and_outputs(model, each)[0] for each in data(*combination)))
     for path in paths:
         for module in (path.source, *path.readers):
-            assert not torch.equal(module.weight, weights[module.weight])
+            equal = torch.equal(module.weight, weights[module.weight])
+            assert equal == (path.readers[0] not in received)  # an expert without tokens
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "pixtral"])
@@ -201,12 +257,13 @@ def test_dead_layers_do_not_change_a_bit_of_the_projectors_input(tower, chosen, 
 
 
 @pytest.mark.parametrize("component", ["vision", "projector"])
-def test_packed_towers_have_no_ranges_per_position(component):
-    model = tiny_family("llava", "pixtral")
+@pytest.mark.parametrize("combination", [("llava", "pixtral"), ("qwen2_vl",) * 3])
+def test_packed_towers_have_no_ranges_per_position(combination, component):
+    model = tiny_family(*combination)
     config = QVLMConfig(
         scheme="W4A4",
         dataset=tiny_messages(4),
-        processor=tiny_family_processor("llava", "pixtral"),
+        processor=tiny_family_processor(*combination[:2]),
         activation_granularity={component: "token"},
     )
     with pytest.raises(ValueError, match=f"for {component} needs a fixed number of positions"):
@@ -243,9 +300,7 @@ def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, da
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     assert torch.equal(logits(loaded, batch), logits(model, batch))
-    inputs = {name: tensor[:1] for name, tensor in batch.inputs.items()}
-    inputs["input_ids"] = inputs["input_ids"][inputs["attention_mask"].bool()][None]
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs = collate(load_samples(tiny_messages(1)), config.processor).inputs
     options = {"suppress_tokens": [model.config.image_token_id], "eos_token_id": None}
     cached, without = (
         loaded.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=use, **options)
@@ -257,7 +312,15 @@ def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, da
 
 def test_every_row_is_tried_here():
     assert set(FAMILIES) == set(families.FAMILIES) == {family for family, *_ in COMBINATIONS}
-    tried = {type(module).__name__ for c in COMBINATIONS for module in tiny_family(*c).modules()}
-    assert set(LAYER_KINDS) <= tried
+    layers = [layer for c in COMBINATIONS for layer in tiny_family(*c).modules()]
+    names = {type(layer).__name__ for layer in layers}
+    kinds = [line.partition(".") for line in LAYER_KINDS]
+    names |= {
+        f"{name}.{path}"
+        for layer in layers
+        for name, _, path in kinds
+        if name == type(layer).__name__ and path in dict(layer.named_modules())
+    }
+    assert set(LAYER_KINDS) <= names
     for place in range(3):
         assert {one[place] for one in CALIBRATED} == {one[place] for one in COMBINATIONS}

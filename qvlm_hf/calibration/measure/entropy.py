@@ -66,7 +66,7 @@ def layer_dependencies(calibration: Calibration, segment: Segment) -> list[float
     Raises:
         ValueError: a layer's output is not finite.
     """
-    inputs = calibration.inputs[segment.component]
+    inputs = calibration.inputs[segment.name]
     per_position = calibration.per_position(segment)
     live = live_layers(segment)
     hidden = [entry.hidden for entry in inputs]

@@ -9,11 +9,18 @@ Legend: O out_features, I in_features, G groups.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.layers import LayerInput, run_layer, valid_tokens
+from qvlm_hf.calibration.layers import (
+    LayerInput,
+    observe_inputs,
+    routed,
+    run_layer,
+    valid_tokens,
+)
 from qvlm_hf.calibration.search.sites import QuantizedSite
 from qvlm_hf.format.grids import QuantizedWeight, group_expand
 
@@ -34,6 +41,8 @@ def gptq_round_layer(
 ) -> None:
     """Rounds a layer's sites anew, each on the input that the sites before it now produce.
 
+    Experts that saw few tokens stay rounded to nearest.
+
     Args:
         layer: in the compute dtype, its sites installed, their candidates final.
         sites: in execution order.
@@ -43,38 +52,53 @@ def gptq_round_layer(
     """
     tokens = weights or [torch.ones(h.shape[:-1], device=h.device) for h in hidden]
     for site in sites:
-        hessian = _hessian(layer, site, inputs, hidden, tokens)
-        site.set_weights(
-            [
-                gptq_round(site.folded_weight(index), hessian, start, site.scheme.weight_bits)
-                for index, start in enumerate(site.quantized_weights())
-            ]
-        )
+        parts = [part for part in site.parts if not part.few_tokens]
+        for part, hessian in zip(
+            parts, _hessians(layer, parts, inputs, hidden, tokens), strict=True
+        ):
+            part.set_weights(
+                [
+                    gptq_round(part.folded_weight(index), hessian, start, part.scheme.weight_bits)
+                    for index, start in enumerate(part.quantized_weights())
+                ]
+            )
 
 
-def _hessian(
+def _hessians(
     layer: nn.Module,
-    site: QuantizedSite,
+    sites: Sequence[QuantizedSite],
     inputs: Sequence[LayerInput],
     hidden: Sequence[Tensor],
     tokens: Sequence[Tensor],
-) -> Tensor:
-    """Weighted sum of a a^T over valid tokens, float32 [I, I]; W' is multiplied by a."""
-    first = site.linears[0]
-    total = torch.zeros(first.in_features, first.in_features, device=first.weight.device)
+) -> list[Tensor]:
+    """Of each site the weighted sum of a a^T over valid tokens, float32 [I, I].
+
+    W' is multiplied by a.
+    """
+    modules = {index: site.linears[0] for index, site in enumerate(sites)}
+    totals = [
+        torch.zeros(first.in_features, first.in_features, device=first.weight.device)
+        for first in modules.values()
+    ]
     for entry, h, weight in zip(inputs, hidden, tokens, strict=True):
-        seen: list[Tensor] = []
-        hook = first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        try:
+
+        def add(
+            index: int,
+            args: tuple[Any, ...],
+            _: Any,
+            entry: LayerInput = entry,
+            weight: Tensor = weight,
+        ) -> None:
+            x, first = args[0], modules[index]
+            a, counts = sites[index].multiplied_input(x), routed(weight, first, x)
+            if counts is not None:
+                a = a * counts.sqrt().unsqueeze(-1)
+            a = valid_tokens(a, routed(entry.valid, first, x))
+            totals[index].addmm_(a.T, a)
+
+        with observe_inputs(modules, add):
             run_layer(layer, [entry], [h])
-        finally:
-            hook.remove()
-        a = site.multiplied_input(seen[0])
-        if a.shape[:-1] == weight.shape:
-            a = a * weight.sqrt().unsqueeze(-1)
-        a = valid_tokens(a, entry.valid)
-        total.addmm_(a.T, a)
-    return total
+    return totals
 
 
 def gptq_round(

@@ -19,19 +19,29 @@ from qvlm_hf.calibration.layers import (
     LayerInput,
     count_tokens,
     observe_inputs,
+    routed,
     run_layer,
     valid_tokens,
 )
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
-from qvlm_hf.calibration.search.sites import QuantizedSite, SiteCandidate, site_input
-from qvlm_hf.calibration.settings import RangeCandidate
+from qvlm_hf.calibration.search.sites import (
+    ExpertsSite,
+    QuantizedSite,
+    SiteCandidate,
+    site_input,
+)
+from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
 from qvlm_hf.models.graph import Layer, Site
 
 __all__ = ["held_out_half", "initialize_sites"]
 
 _T = TypeVar("_T")
 _Tails = Mapping[str, TailObserver]  # by granularity
+
+# An expert that saw fewer has the ranges that the inputs of all experts of its layer give, and
+# weights rounded to nearest. It is a guess: a percentile of 0.97 cuts its first value here.
+_FEW_TOKENS = 32
 
 
 def held_out_half(batches: Sequence[_T]) -> Sequence[_T]:
@@ -69,6 +79,9 @@ def initialize_sites(
     settings = calibration.settings
     ranges = settings.candidates(component)
     sites = [site for layer in layers for site in layer.sites]
+    parts = [(site, part) for site in sites for part in site.parts]
+    whole = {part.name: site for site, part in parts if site.experts}
+    tokens = dict.fromkeys(whole, 0)  # that each expert saw
     # by site: tails of the even batches, to try ranges, and of all batches, to keep
     even: dict[str, dict[str, TailObserver]] = defaultdict(dict)
     everything: dict[str, dict[str, TailObserver]] = defaultdict(dict)
@@ -77,49 +90,88 @@ def initialize_sites(
 
     def observe(site: Site, x: Tensor, entry: LayerInput) -> None:
         entry.require_finite(x, f"the input of {site.name}")
+        names, values = [site.name], valid_tokens(x, routed(entry.valid, site.linears[0], x))
+        if site.name in whole:
+            tokens[site.name] += len(values)
+            names.append(_pool(whole[site.name]))
+        if not len(values):
+            return
         for granularity in {candidate.granularity for candidate in ranges if candidate.static}:
             if granularity == "channel":
-                series, count = valid_tokens(x, entry.valid).T, count_tokens(inputs)
+                series, count = values.T, count_tokens(inputs)
             else:
                 series = (x if x.dim() == 3 else x.unsqueeze(0)).transpose(0, 1).flatten(1)
                 count = sum(e.hidden.shape[0] for e in inputs) * x.shape[-1]
             for tails in (even, everything) if id(entry) in even_ids else (everything,):
-                observer = TailObserver(count=count, percentile=percentile)
-                tails[site.name].setdefault(granularity, observer).update(series)
+                for name in names:
+                    observer = TailObserver(count=count, percentile=percentile)
+                    tails[name].setdefault(granularity, observer).update(series)
 
     _feed(layers, inputs, hidden, observe)
-    found = {
-        site.name: _quantized_site(
-            calibration, site, ranges, even[site.name], everything[site.name]
+    made = {
+        part.name: _quantized_site(
+            calibration.settings,
+            calibration.precision(site),
+            part,
+            ranges,
+            *(_tails(of, site, part, tokens.get(part.name)) for of in (even, everything)),
         )
-        for site in sites
+        for site, part in parts
     }
+    found = {site.name: _joined(site, made, tokens) for site in sites}
     start = settings.start_granularity(component)
     starts = [i for i, candidate in enumerate(ranges) if candidate.granularity == start]
     errors = {
-        site.name: LpError(
-            [found[site.name].candidates[i].grid for i in starts],
+        part.name: LpError(
+            [made[part.name].candidates[i].grid for i in starts],
             calibration.precision(site).activation_bits,
         )
-        for site in sites
+        for site, part in parts
     }
 
     def measure(site: Site, x: Tensor, entry: LayerInput) -> None:
         # positions stay in place for grids per position; only they need the shape
-        padded = entry.valid is not None and x.shape[:2] == entry.valid.shape
-        errors[site.name].update(x[entry.valid] if padded else x)
+        valid = routed(entry.valid, site.linears[0], x)
+        errors[site.name].update(x if valid is None else x[valid])
 
     if len(starts) > 1:
         _feed(layers, held_out_half(inputs), held_out_half(hidden), measure)
-    for name, site in found.items():
-        site.active = starts[min(range(len(starts)), key=errors[name].totals.__getitem__)]
+    for name, quantized in found.items():
+        totals = [errors[part.name].totals for part in quantized.site.parts]
+        sums = [sum(column) for column in zip(*totals, strict=True)]
+        quantized.active = starts[min(range(len(starts)), key=sums.__getitem__)]
         if name in calibration.learned:
-            site.add_learned(calibration.learned[name])
+            quantized.add_learned(calibration.learned[name])
     return [[found[site.name] for site in layer.sites] for layer in layers]
 
 
+def _joined(
+    site: Site, made: Mapping[str, QuantizedSite], tokens: Mapping[str, int]
+) -> QuantizedSite:
+    """The site, or the sites of its experts as one."""
+    parts = [made[part.name] for part in site.parts]
+    if not site.experts:
+        return parts[0]
+    seen = [tokens[part.name] for part in site.parts]
+    for quantized, count in zip(parts, seen, strict=True):
+        quantized.few_tokens = count < _FEW_TOKENS
+    return ExpertsSite(site, parts, seen)
+
+
+def _pool(site: Site) -> str:
+    """The key of what all experts of a site saw together."""
+    return f"{site.name} and all others"
+
+
+def _tails(of: Mapping[str, _Tails], site: Site, part: Site, tokens: int | None) -> _Tails:
+    """What a site's input showed; that of all experts, where an expert saw too little of it."""
+    few = tokens is not None and (tokens < _FEW_TOKENS or not of.get(part.name))
+    return of.get(_pool(site) if few else part.name, {})
+
+
 def _quantized_site(
-    calibration: Calibration,
+    settings: CalibrationSettings,
+    precision: Precision,
     site: Site,
     ranges: Sequence[RangeCandidate],
     even: _Tails,
@@ -130,12 +182,11 @@ def _quantized_site(
             f"calibration did not reach {site.name}: no sample has what it reads (pictures for a "
             f"vision module)."
         )
-    precision = calibration.precision(site)
     bits = precision.activation_bits
     candidates = [
         SiteCandidate(
             candidate,
-            calibration.settings.module_scheme(candidate.granularity, site.hadamard, precision),
+            settings.module_scheme(candidate.granularity, site.hadamard, precision),
             candidate_qparams(candidate, even, bits),
             candidate_qparams(candidate, everything, bits),
         )
@@ -151,13 +202,14 @@ def _feed(
     see: Callable[[Site, Tensor, LayerInput], None],
 ) -> None:
     """Runs the layers batch by batch and shows `see` the input of every site."""
-    sites = {site: site.linears[0] for layer in layers for site in layer.sites}
+    sites = [site for layer in layers for site in layer.sites]
+    modules = {part: part.linears[0] for site in sites for part in site.parts}
     for entry, h in zip(inputs, hidden, strict=True):
 
         def show(site: Site, args: tuple[Any, ...], _: Any, entry: LayerInput = entry) -> None:
             see(site, site_input(site, args[0].detach()), entry)
 
-        with observe_inputs(sites, show):
+        with observe_inputs(modules, show):
             state = [h]
             for layer in layers:
                 state = run_layer(layer.module, [entry], state)

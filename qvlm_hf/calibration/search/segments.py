@@ -55,7 +55,7 @@ def search_segment(
         Each block when its search has ended, outside `working_precision`.
     """
     live, dead = live_layers(segment), [layer for layer in segment.layers if layer.dead]
-    full = [entry.hidden for entry in calibration.inputs[segment.component]]
+    full = [entry.hidden for entry in calibration.inputs[segment.name]]
     hidden = [entry.hidden for entry in inputs]
     for block in blocks if live else ():  # of no live layer there is nothing to search
         layers = live[block.start : block.stop]
@@ -81,7 +81,7 @@ def _search_layers(
     with working_precision(layers, inputs):
         targets = []
         for module in modules:
-            full = run_layer(module, calibration.inputs[segment.component], full)
+            full = run_layer(module, calibration.inputs[segment.name], full)
             targets.append(full)
         rows = initialize_sites(calibration, segment.component, layers, inputs, hidden)
         with installed(site for row in rows for site in row):

@@ -96,7 +96,7 @@ class _Probe:
             names &= names if sites is None else set(sites)
             if not names:
                 continue
-            inputs = trial.inputs[segment.component]
+            inputs = trial.inputs[segment.name]
             hidden = [entry.hidden for entry in inputs]
             with working_precision(live, inputs):
                 rows = initialize_sites(trial, segment.component, live, inputs, hidden)

@@ -30,7 +30,14 @@ from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Site
 
-__all__ = ["InstallableSite", "QuantizedSite", "SiteCandidate", "installed", "site_input"]
+__all__ = [
+    "ExpertsSite",
+    "InstallableSite",
+    "QuantizedSite",
+    "SiteCandidate",
+    "installed",
+    "site_input",
+]
 
 
 class InstallableSite(Protocol):
@@ -70,7 +77,10 @@ class QuantizedSite:
         linears: the modules.
         candidates: the choices.
         active: index of the candidate in force, or None for full precision.
+        few_tokens: whether it is an expert that saw too few for ranges or rounding of its own.
     """
+
+    few_tokens = False
 
     def __init__(
         self, site: Site, linears: Sequence[nn.Linear], candidates: Sequence[SiteCandidate]
@@ -80,6 +90,11 @@ class QuantizedSite:
         self._weights: dict[int, tuple[Tensor, ...]] = {}  # dequantized, by candidate
         self._final: tuple[QuantizedWeight, ...] | None = None
         self._input: tuple[Tensor, int, Tensor, Tensor | None] | None = None
+
+    @property
+    def parts(self) -> tuple["QuantizedSite", ...]:
+        """What has one input: itself, or one an expert."""
+        return (self,)
 
     @property
     def choice(self) -> int:
@@ -209,6 +224,49 @@ class QuantizedSite:
     def _dequantize(self, weights: Sequence[QuantizedWeight]) -> tuple[Tensor, ...]:
         dtype = self.linears[0].weight.dtype
         return tuple(weight.dequantize().to(dtype) for weight in weights)
+
+
+class ExpertsSite(QuantizedSite):
+    """The same module of all experts of a layer: one candidate for all, with a range for each.
+
+    Args:
+        site: the names.
+        parts: the sites of the experts.
+        tokens: that each of them saw.
+    """
+
+    def __init__(self, site: Site, parts: Sequence[QuantizedSite], tokens: Sequence[int]) -> None:
+        self._parts, self.tokens = tuple(parts), tuple(tokens)
+        super().__init__(site, site.linears, parts[0].candidates)
+
+    @property
+    def parts(self) -> tuple[QuantizedSite, ...]:
+        """The sites of the experts."""
+        return self._parts
+
+    @property
+    def active(self) -> int | None:
+        """As of every part."""
+        return self._parts[0].active
+
+    @active.setter
+    def active(self, index: int | None) -> None:
+        for part in self._parts:
+            part.active = index
+
+    def take_final_grids(self) -> None:
+        """As of every part."""
+        for part in self._parts:
+            part.take_final_grids()
+
+    def free_memory(self) -> None:
+        """As of every part."""
+        for part in self._parts:
+            part.free_memory()
+
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        """The output of expert `index` for x, the tokens that it gets."""
+        return self._parts[index].forward(0, x)
 
 
 def site_input(site: Site, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.layers import observe_inputs, run_model, valid_tokens
+from qvlm_hf.calibration.layers import observe_inputs, routed, run_model, valid_tokens
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.models.folds import ScalePath, norm_offset
 
@@ -51,7 +51,7 @@ def equalize(model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
 def _fold(path: ScalePath, scale: Tensor) -> None:
     """Divides the channels that the source writes by [heads, width]; the readers undo it."""
     for reader in path.readers:
-        repeats = reader.in_features // scale.numel()
+        repeats = reader.weight.shape[1] // scale.numel()  # a router may be no nn.Linear
         columns = scale.unsqueeze(1).expand(-1, repeats, -1).flatten()
         reader.weight.data = (reader.weight.detach().float() * columns).to(reader.weight.dtype)
     for name, parameter in path.source.named_parameters(recurse=False):
@@ -83,7 +83,8 @@ def _square_sums(
 
         def add(reader: nn.Module, args: tuple[Any, ...], _: Any, batch: Batch = batch) -> None:
             mask = batch.inputs["attention_mask"].bool().to(args[0].device)
-            square = valid_tokens(args[0].detach(), mask).float().square().sum(0)
+            x = args[0].detach()
+            square = valid_tokens(x, routed(mask, reader, x)).float().square().sum(0)
             sums[reader] = sums[reader] + square if reader in sums else square
 
         with observe_inputs(readers, add), torch.no_grad():

@@ -22,6 +22,7 @@ Legend: O out_features, I in_features, H hidden size of the language model.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +118,9 @@ def _fold_norm(norm: nn.Module, readers: Sequence[nn.Linear]) -> None:
     shift: Tensor | None = getattr(norm, "bias", None)
     for reader in readers:
         weight = reader.weight.detach().double()
+        outputs = weight.shape[1] // gain.numel()  # of the norm, side by side
         if shift is not None:
-            moved = weight @ shift.detach().double()
+            moved = weight @ shift.detach().double().repeat(outputs)
             if reader.bias is None:
                 if moved.any():
                     raise ValueError(
@@ -127,7 +129,7 @@ def _fold_norm(norm: nn.Module, readers: Sequence[nn.Linear]) -> None:
                     )
             else:
                 _change(reader, "bias", moved.add)
-        _change(reader, "weight", lambda weight: weight * gain)
+        _change(reader, "weight", partial(torch.mul, gain.repeat(outputs)))
     _change(norm, "weight", lambda weight: torch.full_like(weight, 1 - offset))
     if shift is not None:
         _change(norm, "bias", torch.zeros_like)

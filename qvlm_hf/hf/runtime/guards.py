@@ -46,7 +46,8 @@ def guard(model: PreTrainedModel) -> None:
     if has_row(model):
         parts = find_parts(model)
         parts.vision.register_forward_pre_hook(_check_pixels, with_kwargs=True)
-        parts.projector.register_forward_pre_hook(_check_features, with_kwargs=True)
+        for projector in parts.projectors:
+            projector.register_forward_pre_hook(_check_features, with_kwargs=True)
     if isinstance(head, QVLMLinear):
         head.register_forward_pre_hook(_check_head)
         # holds no model: a cycle would keep it alive

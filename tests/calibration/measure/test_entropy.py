@@ -237,7 +237,7 @@ def dependencies(layers, hidden, valid=None, component="language", dead=(), **op
         for i, (h, mask) in enumerate(zip(hidden, masks, strict=True))
     ]
     settings = CalibrationSettings(**options)
-    calibration = Calibration(model=model, settings=settings, inputs={component: inputs})
+    calibration = Calibration(model=model, settings=settings, inputs={segment.name: inputs})
     return layer_dependencies(calibration, segment)
 
 

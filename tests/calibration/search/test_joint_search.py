@@ -90,7 +90,8 @@ def language_block(seed, scheme, batch_size=4):
         weight_bits=weight_bits,
         activation_bits=activation_bits,
     )
-    (segment,), inputs = calibration.segments, calibration.inputs["language"]
+    (segment,) = calibration.segments
+    inputs = calibration.inputs[segment.name]
     hidden = out = [entry.hidden for entry in inputs]
     layers = [calibration.model.get_submodule(layer.name) for layer in segment.layers]
     targets = []
