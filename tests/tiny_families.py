@@ -70,6 +70,15 @@ class _MergingProcessor(LlavaProcessor):
         return inputs
 
 
+class _GemmaProcessor(_MergingProcessor):
+    """Tells the tokens of pictures, which see each other."""
+
+    def __call__(self, *args, **kwargs):
+        inputs = super().__call__(*args, **kwargs)
+        inputs["token_type_ids"] = (inputs["input_ids"] == self.image_token_id).long()
+        return inputs
+
+
 class _WithoutVideos:
     """A processor of videos needs torchvision."""
 
@@ -136,6 +145,24 @@ TOWERS = {
         "projector_output_dim": 40,
         "vision_output_dim": 40,
     },
+    "janus": _VISION
+    | {"model_type": "janus_vision_model", "mlp_ratio": 1.25, "projection_dim": 48},
+    "ovis2": _VISION
+    | {
+        "model_type": "ovis2_vision",
+        "vocab_size": 60,
+        "hidden_stride": 2,
+        "num_visual_indicator_tokens": 5,
+        "tokenize_function": "softmax",
+    },
+    "got_ocr2": _VISION
+    | {
+        "model_type": "got_ocr2_vision",
+        "mlp_dim": 40,
+        "output_channels": 24,
+        "window_size": 3,
+        "global_attn_indexes": [1],
+    },
     "qwen2_vl": _QWEN_VISION
     | {"model_type": "qwen2_vl_vision", "embed_dim": 40, "hidden_size": 48, "mlp_ratio": 3},
     "qwen2_5_vl": _QWEN_VISION
@@ -173,6 +200,21 @@ DECODERS = {
     "qwen3": _TEXT | {"model_type": "qwen3", "head_dim": 16},
     "gemma": _TEXT | {"model_type": "gemma", "head_dim": 16, "tie_word_embeddings": True},
     "gemma2": _TEXT | {"model_type": "gemma2", "head_dim": 16, "tie_word_embeddings": True},
+    "gemma3": _TEXT
+    | {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "cohere2": _TEXT
+    | {
+        "model_type": "cohere2",
+        "tie_word_embeddings": True,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi3": _TEXT | {"model_type": "phi3"},
     "phi": _TEXT | {"model_type": "phi"},
 }
@@ -222,19 +264,31 @@ OWN_DECODERS = {
         "rope_parameters": _rope(2, 1, 1) | {"partial_rotary_factor": 0.25},
     },
 }
-_QWEN = {"vision_feature_layer": -1}
+_LAST = {"vision_feature_layer": -1}
 FAMILIES = {
+    "aya_vision": {"downsample_factor": 2, "alignment_intermediate_size": 56},
+    "cohere2_vision": _LAST | {"downsample_factor": 2, "alignment_intermediate_size": 56},
     "deepseek_vl": {},
+    "gemma3": _LAST | {"mm_tokens_per_image": 4},
+    "got_ocr2": _LAST,
     "idefics3": {"scale_factor": 2},
-    "internvl": {"vision_feature_layer": -1, "vision_feature_select_strategy": "default"},
-    "llama4": {"vision_feature_layer": -1},
-    "mistral3": {"vision_feature_layer": -1, "spatial_merge_size": 2},
+    "internvl": _LAST | {"vision_feature_select_strategy": "default"},
+    "janus": _LAST,
+    "lighton_ocr": _LAST | {"spatial_merge_size": 2},
+    "llama4": _LAST,
+    "mistral3": _LAST | {"spatial_merge_size": 2},
+    "ovis2": _LAST
+    | {
+        "hidden_size": 48,
+        "vocab_size": 128,
+        "visual_indicator_token_ids": [100, 101, 102, 103, 104],
+    },
     "paligemma": {"projection_dim": 48, "hidden_size": 48, "vocab_size": 128},
-    "qwen2_5_vl": _QWEN,
-    "qwen2_vl": _QWEN,
-    "qwen3_5": _QWEN,
-    "qwen3_vl": _QWEN,
-    "qwen3_vl_moe": _QWEN,
+    "qwen2_5_vl": _LAST,
+    "qwen2_vl": _LAST,
+    "qwen3_5": _LAST,
+    "qwen3_vl": _LAST,
+    "qwen3_vl_moe": _LAST,
     "smolvlm": {"scale_factor": 2},
     "llava": {"image_seq_length": 16},
     "llava_next": {"image_grid_pinpoints": GRID},
@@ -243,6 +297,20 @@ FAMILIES = {
     "video_llava": {"image_seq_length": 16, "video_seq_length": 136},
     # earlier versions of Transformers know it by its second name
     "vipllava": {name: [-2, -1, 1] for name in ("vision_feature_layer", "vision_feature_layers")},
+}
+
+
+# Families that merge patches: how many into one.
+_MERGED = {
+    "aya_vision": 4,
+    "cohere2_vision": 4,
+    "gemma3": 4,
+    "got_ocr2": 16,
+    "idefics3": 4,
+    "internvl": 4,
+    "llama4": 4,
+    "ovis2": 4,
+    "smolvlm": 4,
 }
 
 
@@ -277,7 +345,7 @@ def tiny_family_processor(family="llava", tower="clip"):
         "image_token": image,
     }
     if tower == "pixtral":
-        edge = PATCH_SIZE * (2 if family == "mistral3" else 1)
+        edge = PATCH_SIZE * (2 if family in ("lighton_ocr", "mistral3") else 1)
         pixels = PixtralImageProcessorPil(size={"longest_edge": IMAGE_SIZE}, patch_size=edge)
         processor = _PixtralProcessor(image_processor=pixels, patch_size=PATCH_SIZE, **common)
         processor.side = edge // PATCH_SIZE
@@ -300,9 +368,10 @@ def tiny_family_processor(family="llava", tower="clip"):
         pixels = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=GRID)
         return LlavaNextProcessor(image_processor=pixels, **common)
     pixels = CLIPImageProcessorPil(**size)
-    if family in ("idefics3", "smolvlm", "internvl", "llama4"):
-        processor = _MergingProcessor(image_processor=pixels, **common)
-        processor.stacked = family in ("idefics3", "smolvlm")
+    if family in _MERGED:
+        kind = _GemmaProcessor if family == "gemma3" else _MergingProcessor
+        processor = kind(image_processor=pixels, **common)
+        processor.merged, processor.stacked = _MERGED[family], family in ("idefics3", "smolvlm")
         return processor
     return LlavaProcessor(image_processor=pixels, **common)
 

@@ -56,20 +56,41 @@ _MERGED = Family(
     projector="visual.merger", projector_kind=chain("linear_fc1", "linear_fc2", norm="norm")
 )
 _MERGED_EARLIER = replace(_MERGED, projector_kind=chain("mlp.0", "mlp.2", norm="ln_q"))
+_PATCHES = chain("patch_merger.merging_layer", "linear_1", "linear_2")
+# a linear module that does not write embeddings
+_ALONE = replace(chain(""), writers=())
 
 FAMILIES = {
+    "aya_vision": Family(projector_kind=chain("linear_1", "linear_2", norm="layernorm")),
+    "cohere2_vision": Family(),
     "deepseek_vl": Family(projector="aligner", projector_kind=chain("linear1", "linear2")),
+    "gemma3": Family(
+        projector_kind=chain(),
+        unquantized={"multi_modal_projector": "it multiplies by a bare parameter"},
+    ),
+    "got_ocr2": Family(projector_kind=chain("multimodal_projector")),
     "idefics3": _SHUFFLED,
     "internvl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
     "llama4": Family(
         projector_kind=chain("linear_1"),
         unquantized={"vision_model.vision_adapter": "it lies inside the tower, behind its layers"},
     ),
+    "janus": Family(
+        projector="aligner",
+        projector_kind=chain("fc1", "hidden_layers.0"),
+        unquantized={"generation_aligner, generation_head": "samples draw no pictures"},
+    ),
+    "lighton_ocr": Family(projector="vision_projection", projector_kind=_PATCHES),
     "llava": Family(),
     "llava_next": _TILED,
     "llava_next_video": _TILED,
     "llava_onevision": _TILED,
-    "mistral3": Family(projector_kind=chain("patch_merger.merging_layer", "linear_1", "linear_2")),
+    "mistral3": Family(projector_kind=_PATCHES),
+    "ovis2": Family(
+        projector="vision_tower.head_linear",
+        projector_kind=_ALONE,
+        written=("visual_embeddings_table.weight",),
+    ),
     "paligemma": Family(projector_kind=chain("linear")),
     "qwen2_5_vl": _MERGED_EARLIER,
     "qwen2_vl": _MERGED_EARLIER,
@@ -142,9 +163,11 @@ def find_parts(model: Any) -> Parts:
     """
     check_row(model)
     family = FAMILIES[model.config.model_type]
+    projector = get_module(model.base_model, family.projector)
+    _check_named(projector, family.projector_kind)
     return Parts(
         vision=model.get_encoder("image"),
-        projector=get_module(model.base_model, family.projector),
+        projector=projector,
         projector_kind=family.projector_kind,
         further=_get_list(model.base_model, family.further),
         language=_without_head(model.get_decoder()),
@@ -157,6 +180,14 @@ def find_parts(model: Any) -> Parts:
 def _without_head(decoder: Any) -> Any:
     """Llama 4 answers with a decoder that has the output head."""
     return getattr(decoder, "model", decoder)
+
+
+def _check_named(projector: nn.Module, kind: LayerKind) -> None:
+    """Refuses a projector of more linear modules than its row names: its last one writes."""
+    named = {path for site in kind.sites for path in site}
+    for path, module in projector.named_modules():
+        if isinstance(module, nn.Linear) and path not in named:
+            raise ValueError(_unsupported(f"{path} of a {type(projector).__name__}", sorted(named)))
 
 
 def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:

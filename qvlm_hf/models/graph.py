@@ -178,7 +178,7 @@ def _resolve(
         found = []
         for group in kind.sites:
             modules = module_paths(model.get_submodule(name), group)
-            paths = [f"{name}.{module}" for module in modules]
+            paths = [f"{name}.{module}" if module else name for module in modules]
             paths = [
                 path
                 for path in paths
@@ -299,8 +299,8 @@ def output_head(model: Any) -> str:
     """
     name = head_name(model)
     get_linear(model, name)
-    config = model.config
-    if config.get_text_config().tie_word_embeddings or config.tie_word_embeddings:
+    configs = (model.config, model.config.get_text_config())
+    if any(getattr(config, "tie_word_embeddings", False) for config in configs):
         raise ValueError(
             f"lm_head_bits: {name} shares its weight with the embeddings and cannot be quantized: "
             f"leave it out."

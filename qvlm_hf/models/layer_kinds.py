@@ -19,7 +19,7 @@ class LayerKind:
         transformed: first modules of the sites that a rotation gives an online Hadamard transform.
         norms: a norm of the residual stream, and all modules that read its output, or several
             outputs side by side.
-        inner_norms: the same of norms that stand behind something else.
+        inner_norms: the same of norms that a rotation leaves as they are.
         writers: modules whose output is added to the residual stream.
         value: the module of the attention values, and the one that reads them after mixing.
         product: a module whose output is multiplied elementwise, and the reader of the product.
@@ -90,6 +90,12 @@ _FUSED_GATED_ENCODER = replace(
     norms=(("attention_norm", ("qkv",)), ("mlp_norm", ("gate", "up"))),
     product=("up", "down"),
 )
+# the same over windows, which are padded behind the norm
+_WINDOWED_ENCODER = replace(
+    _FUSED_ENCODER,
+    norms=(("mlp_norm", ("up",)),),
+    inner_norms=(("attention_norm", ("qkv",)),),
+)
 # norm -> attention, norm -> gated MLP
 _DECODER = LayerKind(
     sites=(_QKV, ("attention_out",), ("gate", "up"), ("down",)),
@@ -143,12 +149,26 @@ _SHARED_EXPERTS = replace(
     writers=("attention_out", "expert_down", "down"),
     product=("up", "down"),
 )
+# the same with gate/up in one module
+_FUSED_POST_NORM_DECODER = replace(
+    _POST_NORM_DECODER,
+    sites=(_QKV, ("attention_out",), ("gate_up",), ("down",)),
+    norms=(("attention_norm", _QKV), ("mlp_norm", ("gate_up",))),
+    product=("gate_up", "down"),
+)
 # one norm -> attention beside two linears
 _PARALLEL_DECODER = LayerKind(
     sites=((*_QKV, "up"), ("attention_out",), ("down",)),
     norms=(("norm", (*_QKV, "up")),),
     value=("v", "attention_out"),
     no_rotation="its norms subtract a mean, which a rotation would change",
+)
+# the same beside a gated MLP
+_GATED_PARALLEL_DECODER = replace(
+    _PARALLEL_DECODER,
+    sites=((*_QKV, "gate", "up"), ("attention_out",), ("down",)),
+    norms=(("norm", (*_QKV, "gate", "up")),),
+    product=("up", "down"),
 )
 
 _ATTENTION = {role: f"self_attn.{role}_proj" for role in _QKV}
@@ -159,6 +179,7 @@ _CLIP = _ATTENTION | {
     "up": "mlp.fc1",
     "down": "mlp.fc2",
 }
+_JANUS = _CLIP | {"attention_out": "self_attn.projection_layer"}
 _INTERNVL = {
     **{role: f"attention.{role}_proj" for role in _QKV},
     "attention_norm": "layernorm_before",
@@ -175,6 +196,23 @@ _PIXTRAL = {
     "gate": "feed_forward.gate_proj",
     "up": "feed_forward.up_proj",
     "down": "feed_forward.down_proj",
+}
+_OVIS2 = {
+    **{role: f"attention.{role}_proj" for role in _QKV},
+    "attention_norm": "rms_norm1",
+    "attention_out": "attention.out_proj",
+    "mlp_norm": "rms_norm2",
+    "gate": "ffn.gate_proj",
+    "up": "ffn.up_proj",
+    "down": "ffn.down_proj",
+}
+_SAM = {
+    "qkv": "attn.qkv",
+    "attention_norm": "layer_norm1",
+    "attention_out": "attn.proj",
+    "mlp_norm": "layer_norm2",
+    "up": "mlp.lin1",
+    "down": "mlp.lin2",
 }
 _LLAMA = _ATTENTION | {
     "attention_norm": "input_layernorm",
@@ -205,6 +243,7 @@ _QWEN3_EXPERTS = _LLAMA | {
     "expert_down": "mlp.experts.down_proj",
 }
 _GEMMA2 = _LLAMA | {"mlp_norm": "pre_feedforward_layernorm"}
+_COHERE = _LLAMA | {"norm": "input_layernorm"}
 _PHI3 = _LLAMA | {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
 _PHI = _ATTENTION | {
     "norm": "input_layernorm",
@@ -240,6 +279,9 @@ LAYER_KINDS = {
     "Idefics3EncoderLayer": _ENCODER.named(_CLIP),
     "SmolVLMEncoderLayer": _ENCODER.named(_CLIP),
     "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
+    "JanusVisionEncoderLayer": _ENCODER.named(_JANUS),
+    "Ovis2VisionEncoderLayer": replace(_GATED_ENCODER, packed=False).named(_OVIS2),
+    "GotOcr2VisionLayer": _WINDOWED_ENCODER.named(_SAM),
     "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
     "Llama4VisionEncoderLayer": _ENCODER.named(_LLAMA4_VISION),
     "Qwen2VLVisionBlock": _FUSED_ENCODER.named(_QWEN2_VISION),
@@ -262,12 +304,14 @@ LAYER_KINDS = {
     "Qwen3_5DecoderLayer.linear_attn": _DELTA_DECODER.named(_DELTA),
     "GemmaDecoderLayer": _DECODER.named(_LLAMA),
     "Gemma2DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
+    "Gemma3DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
+    "Cohere2DecoderLayer": _GATED_PARALLEL_DECODER.named(_COHERE),
     "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
     "PhiDecoderLayer": _PARALLEL_DECODER.named(_PHI),
 }
 
 # Norms that multiply by 1 + weight. All others must multiply by `weight` as it is.
-OFFSET_NORMS = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Qwen3_5RMSNorm"})
+OFFSET_NORMS = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm"})
 
 
 def chain(*linears: str, norm: str = "") -> LayerKind:
@@ -276,7 +320,7 @@ def chain(*linears: str, norm: str = "") -> LayerKind:
     The last one writes into the language model's embeddings.
 
     Args:
-        linears: paths below the projector.
+        linears: paths below the projector, "" for one that is a linear module itself.
         norm: path of a norm whose output the first one reads.
     """
     return LayerKind(
