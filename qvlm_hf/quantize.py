@@ -30,7 +30,12 @@ from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
 from qvlm_hf.calibration.provenance import provenance
 from qvlm_hf.calibration.report import CalibrationReport, SegmentReport, SiteReport, settings_dict
-from qvlm_hf.calibration.rounding import read_without_row, rounding_report, rounding_schemes
+from qvlm_hf.calibration.rounding import (
+    read_without_row,
+    rounding_report,
+    rounding_schemes,
+    with_coverage,
+)
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,
@@ -53,7 +58,7 @@ from qvlm_hf.format.grids import not_finite, quantize_weight
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.families import find_parts
-from qvlm_hf.models.folds import rotation_plan, scale_paths
+from qvlm_hf.models.folds import rotation_plan, scale_paths, why_not_rotatable
 from qvlm_hf.models.graph import (
     Segment,
     full_precision_modules,
@@ -109,6 +114,8 @@ def calibrate_and_pack(
     def make_batches(samples: Sequence[Sample]) -> list[Batch]:
         return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
 
+    obstacle = why_not_rotatable(model) if settings.rotation == "auto" else ""
+    settings = settings.for_model(rotatable=not obstacle)
     segments = _resolve_segments(model, settings)
     _check_weights(segments)
     calibration = Calibration(
@@ -120,6 +127,8 @@ def calibrate_and_pack(
     )
     found = calibration.found
     found["provenance"] = provenance(samples, calibration.data, settings)
+    if obstacle:
+        found["provenance"]["rotation"] = f"none: {obstacle}"
     checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
     answers = AnswerComparison(model, checks, held_out=bool(held_out))
     with _transformed(calibration):
@@ -366,10 +375,11 @@ def _average_bits(modules: _Modules) -> float:
 def _report(calibration: Calibration, modules: _Modules) -> CalibrationReport:
     segments = calibration.segments
     untouched = full_precision_modules(calibration.model, segments)
-    return CalibrationReport(
+    report = CalibrationReport(
         settings=settings_dict(calibration.settings),
         modules={name: module.scheme for name, module in modules.items()},
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(name for name in untouched if name not in modules),
         **calibration.found,
     )
+    return with_coverage(report, calibration.model, calibration.settings)

@@ -52,7 +52,7 @@ def _asked(report: CalibrationReport, scheme: str) -> dict[str, Any]:
         without_data = {"activation_granularity": granularity, "weight_rounding": "nearest"}
         without_data |= dict.fromkeys(("equalization", "token_importance", "guard"), False)
         skipped += _OF_CALIBRATION + (() if report.settings.get("rotation") else ("seed",))
-    usual = settings_dict(CalibrationSettings(**bits, **without_data))
+    usual = settings_dict(CalibrationSettings(**bits, **without_data).for_model(rotatable=True))
     found: Mapping[str, Any] = report.settings
     if found["modules_to_not_convert"] is None:
         found = {**found, "modules_to_not_convert": []}

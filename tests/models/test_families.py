@@ -11,8 +11,10 @@ from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.calibration.samples import batches, load_samples
+from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
+from qvlm_hf.hf.round_on_load import resolve_segments
 from qvlm_hf.models import families
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import full_precision_modules, resolve, shared_inputs
@@ -151,7 +153,7 @@ def test_a_rotation_changes_nothing_or_is_refused(combination, data):
     model, batch = tiny_family(*combination), data(*combination)[0]
     if combination[-1] in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[combination[-1]]):
-            rotation_plan(model)
+            resolve_segments(model, CalibrationSettings(rotation="hadamard"))
         return
     before = logits(model, batch)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -220,11 +222,11 @@ def test_packed_towers_have_no_ranges_per_position(component):
 )
 def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, data, tmp_path):
     """W8A8 is rotated, where that can be, and close to full precision."""
+    refused = combination[-1] in REFUSED
     model, batch = tiny_family(*combination), data(*combination)[0]
     before = logits(model, batch)
     config = QVLMConfig(
         scheme=scheme,
-        rotation=None if combination[-1] in REFUSED else "auto",
         dataset=tiny_messages(4),
         processor=tiny_family_processor(*combination[:2]),
         group_size=16,
@@ -237,7 +239,9 @@ def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, da
     )
     report = quantize_model(model, config)
     rotated = any(module.hadamard for module in report.modules.values())
-    assert rotated == (scheme == "W8A8" and combination[-1] not in REFUSED)
+    assert rotated == (scheme == "W8A8" and not refused)
+    assert model.config.quantization_config.rotation == ("hadamard" if rotated else None)
+    assert ("rotation" in report.provenance) == (scheme == "W8A8" and refused)
     if scheme == "W8A8":
         assert (logits(model, batch) - before).std() < 0.1 * before.std()
     model.save_pretrained(tmp_path, max_shard_size="100KB")
