@@ -36,7 +36,12 @@ from qvlm_hf.calibration.report import (
     SiteReport,
     settings_dict,
 )
-from qvlm_hf.calibration.rounding import read_without_row, rounding_report, rounding_schemes
+from qvlm_hf.calibration.rounding import (
+    read_without_row,
+    rounding_report,
+    rounding_schemes,
+    with_coverage,
+)
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,
@@ -61,7 +66,7 @@ from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.families import find_parts
-from qvlm_hf.models.folds import rotation_plan, scale_paths
+from qvlm_hf.models.folds import rotation_plan, scale_paths, why_not_rotatable
 from qvlm_hf.models.graph import (
     Segment,
     full_precision_modules,
@@ -118,6 +123,8 @@ def calibrate_and_pack(
         return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
 
     with experts_split(model, keep=True):
+        obstacle = why_not_rotatable(model) if settings.rotation == "auto" else ""
+        settings = settings.for_model(rotatable=not obstacle)
         segments = _resolve_segments(model, settings)
         _check_weights(segments)
         calibration = Calibration(
@@ -129,6 +136,8 @@ def calibrate_and_pack(
         )
         found = calibration.found
         found["provenance"] = provenance(samples, calibration.data, settings)
+        if obstacle:
+            found["provenance"]["rotation"] = f"none: {obstacle}"
         checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
         answers = AnswerComparison(model, checks, held_out=bool(held_out))
         with _transformed(calibration):
@@ -382,10 +391,11 @@ def _average_bits(modules: _Modules) -> float:
 def _report(calibration: Calibration, modules: _Modules) -> CalibrationReport:
     segments = calibration.segments
     untouched = full_precision_modules(calibration.model, segments)
-    return CalibrationReport(
+    report = CalibrationReport(
         settings=settings_dict(calibration.settings),
         modules={name: module.scheme for name, module in modules.items()},
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(name for name in untouched if name not in modules),
         **calibration.found,
     )
+    return with_coverage(report, calibration.model, calibration.settings)

@@ -28,7 +28,16 @@ from transformers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-__all__ = ["DECODERS", "FAMILIES", "TOWERS", "tiny_family", "tiny_family_processor"]
+__all__ = [
+    "DECODERS",
+    "FAMILIES",
+    "GRID",
+    "TOWERS",
+    "WORDS",
+    "family_tokenizer",
+    "tiny_family",
+    "tiny_family_processor",
+]
 
 SPECIAL = ("<video>", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
 WORDS = (*VOCABULARY, *SPECIAL)
@@ -340,7 +349,7 @@ def tiny_family_processor(family="llava", tower="clip"):
     """A processor for the model: the family's own, where nothing but torchvision hinders."""
     image, sizes = _image(tower), {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     common = {
-        "tokenizer": _tokenizer(image),
+        "tokenizer": family_tokenizer(image),
         "chat_template": CHAT_TEMPLATE.replace("<image>", image),
         "image_token": image,
     }
@@ -384,13 +393,14 @@ def _strategy(tower):
     return "default" if tower == "clip" else "full"
 
 
-def _tokenizer(image):
+def family_tokenizer(image):
+    """Splits at blanks; `image` stands for a picture."""
     words = Tokenizer(
         WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>")
     )
     words.pre_tokenizer = Whitespace()
     words.post_processor = TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", WORDS.index("<s>"))]
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", WORDS.index("<s>"))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=words,

@@ -17,13 +17,18 @@ from pathlib import Path
 from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "bench"))
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("bench", "models")]
 
+import torch  # noqa: E402
 from picture import picture  # noqa: E402
+from test_families import BOTH_WAYS, CALIBRATED, COMBINATIONS  # noqa: E402
+from transformers import AutoConfig, AutoModelForImageTextToText  # noqa: E402
 
 from qvlm_hf import QVLMConfig, VisionOptimization  # noqa: E402
 from qvlm_hf.cli import _COMMANDS, main  # noqa: E402
+from qvlm_hf.hf.round_on_load import planned_report  # noqa: E402
 from qvlm_hf.models.families import FAMILIES  # noqa: E402
+from qvlm_hf.models.folds import why_not_rotatable  # noqa: E402
 from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind  # noqa: E402
 
 WRITTEN = "Written by `python tests/write_docs.py`. Change the code, not this page."
@@ -113,6 +118,33 @@ def limits_cell(kind: LayerKind) -> str:
     return "; ".join(limits)
 
 
+def family_row(family: str) -> str:
+    """The row of a family: its default configuration counted, and what the tests check of it."""
+    config = AutoConfig.for_model(family)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config)
+    except ImportError as error:
+        counted = ["not counted", "", str(error).partition(" was not found")[0]]
+    else:
+        settings = QVLMConfig(scheme="W4A16").settings()
+        found = planned_report(model, settings).provenance["coverage"]
+        kept = ", ".join(f"{reason} {share} %" for reason, share in found["kept"].items())
+        rotation = "no" if why_not_rotatable(model) else "exact"
+        counted = [f"{found['percent']} %", rotation, kept]
+    percent, rotation, kept = counted
+    tried = [one for one in COMBINATIONS if one[0] == family]
+    calibrated = [one for one in CALIBRATED if one[0] == family]
+    cache = "reads both ways" if set(BOTH_WAYS) & set(tried) else "same text"
+    towers, decoders = ({one[place] for one in tried} for place in (1, 2))
+    cells = [
+        f"`{family}`", percent, f"{len(towers)} x {len(decoders)}", rotation,
+        "exact" if tried else "", "bit-equal" if calibrated else "",
+        cache if calibrated else "", kept,
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
 def models_page() -> str:
     rows = [
         f"| `{name}` | `{row.projector}`: {sites_cell(row.projector_kind)} | "
@@ -131,7 +163,23 @@ def models_page() -> str:
         "[Contributing](contributing.md) shows how to add one.",
         "\n".join(
             [
-                "| `model_type` | projector | stays in full precision |",
+                "| `model_type` | quantized | tried | rotation | equalization | saved | cache | in "
+                "full precision |",
+                "|---|---|---|---|---|---|---|---|",
+                *map(family_row, FAMILIES),
+            ]
+        ),
+        "*Quantized* is the share of the weights of the default configuration; the last column "
+        "names\nthe rest. `tests/models/test_families.py` makes the other columns true, on small "
+        "random models\nwith so many towers x decoders:\n\n"
+        "- *Rotation* and *equalization*: the full-precision model answers as before.\n"
+        "- *Saved*: calibrated at W4A4 and saved in shards, under the keys of the Hub and under "
+        "those of\n  the modules. Loaded again it answers the same, bit for bit.\n"
+        "- *Cache*: text generated with a key-value cache is the text without one. Models that "
+        "read\n  prompts both ways cannot be compared so.",
+        "\n".join(
+            [
+                "| `model_type` | projector | left out |",
                 "|---|---|---|",
                 *rows,
             ]
@@ -141,8 +189,6 @@ def models_page() -> str:
         "The output head is quantized with `lm_head_bits=8`. Patch and position embeddings, norms "
         "and\nembeddings of tokens stay in full precision. So does the pooling head of a SigLIP "
         "tower, whose\noutput is not used. The report lists every linear module that stays.",
-        "`tests/models/test_families.py` tries every row on small random models: sites and norms, "
-        "rotation,\nequalization, calibration at W4A4, saving, loading, and generation with a cache.",
         "## By structure\n\nA family without a row is run once on a made-up picture and text. Linear "
         "modules that read one\ntensor form a site. That is enough for schemes without calibration:",
         '```python\nfrom qvlm_hf import QVLMConfig\n\nQVLMConfig(scheme="W8A8", activation_granularity="dynamic_token")\n'

@@ -237,7 +237,7 @@ class Options:
         Rule("'hadamard', None or 'auto'", lambda value: value in ("hadamard", None, "auto")),
         '"hadamard" folds a Hadamard rotation into the weights, with online transforms where that '
         'cannot be; None does not; "auto" does for calibrated inputs of 7 or 8 bits, where it '
-        "measured best.",
+        "measured best, if the model can be rotated.",
         flag=Flag("fold a Hadamard rotation", choices=("auto", "hadamard", "none")),
     )
     equalization: bool = option(

@@ -4,6 +4,7 @@ Of a family with a row it is planned before a weight is read; any other is read 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -12,10 +13,17 @@ from qvlm_hf.calibration.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.by_structure import Structure, read_structure
+from qvlm_hf.models.coverage import left_out_by_row, measure_coverage
 from qvlm_hf.models.families import check_row, has_row
 from qvlm_hf.models.graph import Segment, full_precision_modules, output_head
 
-__all__ = ["by_structure", "read_without_row", "rounding_report", "rounding_schemes"]
+__all__ = [
+    "by_structure",
+    "read_without_row",
+    "rounding_report",
+    "rounding_schemes",
+    "with_coverage",
+]
 
 _FEW_PERCENT = 80  # of the weights; below, little is gained
 
@@ -81,23 +89,46 @@ def rounding_report(
     structure: Structure | None = None,
 ) -> CalibrationReport:
     """The report of a model that is rounded without data; arguments as of `rounding_schemes`."""
-    summary = {} if structure is None else {"by_structure": structure.summary()}
-    warnings: tuple[str, ...] = ()
-    if structure is not None and structure.percent < _FEW_PERCENT:
-        warnings = (_few_quantized(structure),)
-    return CalibrationReport(
+    by_structure = {} if structure is None else {"by_structure": structure.run}
+    report = CalibrationReport(
         settings=settings_dict(settings),
-        provenance={"versions": versions()} | summary,
+        provenance={"versions": versions()} | by_structure,
         modules=dict(schemes),
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(
             name for name in full_precision_modules(model, segments) if name not in schemes
         ),
-        warnings=warnings,
     )
+    return with_coverage(report, model, settings, structure)
 
 
-def _few_quantized(structure: Structure) -> str:
-    summary = structure.summary()
-    kept = ", ".join(f"{reason} {percent}%" for reason, percent in summary["kept"].items())
-    return f"only {summary['percent']}% of the weights are quantized; the rest: {kept}."
+def with_coverage(
+    report: CalibrationReport,
+    model: nn.Module,
+    settings: CalibrationSettings,
+    structure: Structure | None = None,
+) -> CalibrationReport:
+    """Adds to a report how many percent of the weights are quantized; few are a warning.
+
+    Args:
+        report: with all its modules.
+        model: before it is quantized or after.
+        settings: of the calibration.
+        structure: of a model without a row.
+    """
+    if structure is None:
+        left_out: Mapping[str, str] = left_out_by_row(
+            model,
+            quantize_vision=settings.quantize_vision,
+            quantize_projector=settings.quantize_projector,
+            modules_to_not_convert=settings.modules_to_not_convert,
+        )
+    else:
+        left_out = structure.left_out
+    found = measure_coverage(model, report.modules, left_out).summary()
+    warnings = report.warnings
+    if found["percent"] < _FEW_PERCENT:
+        rest = ", ".join(f"{reason} {percent}%" for reason, percent in found["kept"].items())
+        few = f"only {found['percent']}% of the weights are quantized; the rest: {rest}."
+        warnings = (*warnings, few)
+    return replace(report, provenance=report.provenance | {"coverage": found}, warnings=warnings)

@@ -1,7 +1,7 @@
 """What a calibration does: the options with the bits of a scheme, and what follows from them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qvlm_hf.calibration.options import Options, Rule, VisionOptimization, check_fields, option
 from qvlm_hf.format.scheme import QuantScheme
@@ -69,8 +69,8 @@ class CalibrationSettings(Options):
         self.module_scheme(self.start_granularity("language"))  # bits, group size and symmetry
         if self.seed >= 2**63:  # what PyTorch's generators take
             raise ValueError(f"seed={self.seed} must be below 2**63.")
-        if self.rotation == "auto":
-            self.rotation = "hadamard" if self._rotation_pays() else None
+        if self.rotation == "auto" and not self._rotation_pays():
+            self.rotation = None
 
     @property
     def needs_data(self) -> bool:
@@ -149,6 +149,16 @@ class CalibrationSettings(Options):
         floating = self.activation_bits == 16
         precision = Precision(weight_bits=self.lm_head_bits, activation_bits=16 if floating else 8)
         return self.module_scheme("none" if floating else "dynamic_token", None, precision)
+
+    def for_model(self, *, rotatable: bool) -> "CalibrationSettings":
+        """Decides rotation="auto", which is left open where a rotation pays.
+
+        Args:
+            rotatable: whether its residual stream can be rotated.
+        """
+        if self.rotation != "auto":
+            return self
+        return replace(self, rotation="hadamard" if rotatable else None)
 
     def _rotation_pays(self) -> bool:
         """Measured (docs/results.md): rotated inputs with per-token ranges are best at 8 bits.

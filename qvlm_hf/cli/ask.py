@@ -2,11 +2,13 @@
 
 import argparse
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from qvlm_hf.calibration.samples import Sample, load_samples
+from qvlm_hf.calibration.samples import Sample, collate, load_samples, takes_suffix
 from qvlm_hf.cli.models import load_with_processor
 
 __all__ = ["add_arguments", "answer", "run"]
@@ -48,6 +50,21 @@ def _sample(image: str, question: str) -> Sample:
 def answer(model: Any, processor: Any, sample: Sample, *, max_new_tokens: int = 64) -> str:
     """The model's greedy answer to the question of a sample, without the sample's own answer."""
     messages = sample.messages if sample.answer is None else sample.messages[:-1]
+    inputs = _inputs(replace(sample, messages=messages), processor)
+    inputs = {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    made = tokens[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(made, skip_special_tokens=True).strip()
+
+
+def _inputs(sample: Sample, processor: Any) -> Mapping[str, torch.Tensor]:
+    """Inputs of one question, for which no padding token is needed."""
+    if takes_suffix(processor):
+        return collate([sample], processor).inputs
     pictures = iter(sample.images())
     question = [
         {
@@ -57,13 +74,8 @@ def answer(model: Any, processor: Any, sample: Sample, *, max_new_tokens: int = 
                 for part in message["content"]
             ],
         }
-        for message in messages
+        for message in sample.messages
     ]
-    inputs = processor.apply_chat_template(
+    return processor.apply_chat_template(
         question, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-    inputs = inputs.to(model.device, dtype=model.dtype)
-    with torch.inference_mode():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    made = tokens[0, inputs["input_ids"].shape[1] :]
-    return processor.tokenizer.decode(made, skip_special_tokens=True).strip()

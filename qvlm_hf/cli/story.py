@@ -12,12 +12,13 @@ _WIDTH = 40  # characters of the longest bar
 
 def story(report: CalibrationReport) -> Iterator[str]:
     """All of it, warnings last."""
-    if (structure := report.provenance.get("by_structure")) is not None:
-        kept = ", ".join(f"{reason} {share}%" for reason, share in structure["kept"].items())
-        yield (
-            f"read by structure (the family has no row): {structure['percent']}% of the weights "
-            f"quantized; the rest: {kept}"
-        )
+    if "by_structure" in report.provenance:
+        yield "read by structure: the family has no row"
+    if (coverage := report.provenance.get("coverage")) is not None:
+        kept = ", ".join(f"{reason} {share}%" for reason, share in coverage["kept"].items())
+        yield f"{coverage['percent']}% of the weights quantized; the rest: {kept}"
+    if (rotation := report.provenance.get("rotation")) is not None:
+        yield f"rotation: {rotation}"
     longest = max((d for segment in report.segments for d in segment.entropies), default=0.0)
     for segment in report.segments:
         yield from _entropies(segment, longest)

@@ -269,7 +269,11 @@ class QVLMHfQuantizer(HfQuantizer):
             if self.report is not None:
                 provenance = origin(model, self._files) | self.report.provenance
                 self.report = replace(self.report, provenance=provenance)
-                config.modules, config.provenance = dict(self.report.modules), dict(provenance)
+                config.update(
+                    modules=dict(self.report.modules),
+                    provenance=dict(provenance),
+                    rotation=self.report.settings["rotation"],
+                )
                 self.report = self._check_decoding(model, self.report)
                 self._announce(model, self.report)
         finally:

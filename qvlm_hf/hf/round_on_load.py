@@ -21,6 +21,7 @@ from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import find_experts, split_projection
+from qvlm_hf.models.folds import rotation_plan
 from qvlm_hf.models.graph import Segment, canonical_name, output_head, resolve
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 from qvlm_hf.nn.replace import replace_modules
@@ -99,10 +100,12 @@ def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[S
     """`resolve` with the options of `settings`; `model` may be on the meta device.
 
     Raises:
-        ValueError: as `resolve` and `output_head`.
+        ValueError: as `resolve`, and as `output_head` and `rotation_plan` where they are asked for.
     """
     if settings.lm_head_bits is not None:
         output_head(model)
+    if settings.rotation == "hadamard":
+        rotation_plan(model)
     return resolve(
         model,
         quantize_vision=settings.quantize_vision,

@@ -51,7 +51,7 @@ def _asked(report: CalibrationReport, scheme: str) -> dict[str, Any]:
         granularity = "dynamic_token" if _is_dynamic(report, scheme) else None
         without_data = {"activation_granularity": granularity, **WITHOUT_DATA}
         skipped += _OF_CALIBRATION + (() if report.settings.get("rotation") else ("seed",))
-    usual = settings_dict(CalibrationSettings(**bits, **without_data))
+    usual = settings_dict(CalibrationSettings(**bits, **without_data).for_model(rotatable=True))
     found: Mapping[str, Any] = report.settings
     if found["modules_to_not_convert"] is None:
         found = {**found, "modules_to_not_convert": []}

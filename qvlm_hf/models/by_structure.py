@@ -7,7 +7,6 @@ projector. Where a module of experts ran, all its experts count as run, whoever 
 and no rotation follows from that, sites alone. What is not quantized is listed with the reason.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,30 +15,15 @@ from torch import nn
 
 from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.graph import Layer, Segment, Site, get_linear, matches
-from qvlm_hf.models.parts import Parts
+from qvlm_hf.models.parts import PartNames
 from qvlm_hf.models.tracing import Recorder, Trace
 from qvlm_hf.models.trial_runs import run_model
 
-__all__ = ["Kept", "Structure", "StructureError", "read_structure"]
+__all__ = ["Structure", "StructureError", "read_structure"]
 
 
 class StructureError(ValueError):
     """Running the model did not reach all of it; the message lists what was found and what not."""
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A part of the model that stays in full precision.
-
-    Attributes:
-        name: of the module or, for a bare one, of the parameter.
-        reason: why, for the report.
-        parameters: how many numbers it holds.
-    """
-
-    name: str
-    reason: str
-    parameters: int
 
 
 @dataclass(frozen=True)
@@ -49,16 +33,14 @@ class Structure:
     Attributes:
         segments: as `graph.resolve` gives them; names are those of the model's modules.
         norms: norm -> the linear modules that read its output, all of them in full view of the run.
-        kept: everything with weights that no site holds.
-        parameters: numbers in the whole model; shared ones count once.
+        left_out: linear module that no site holds -> why.
         run: what was run: "inputs" (the caller's), "model" or "parts" (picture and text apart).
         inputs: keyword arguments of the model that it ran on as a whole; empty if it did not.
     """
 
     segments: tuple[Segment, ...]
     norms: dict[str, tuple[str, ...]]
-    kept: tuple[Kept, ...]
-    parameters: int
+    left_out: Mapping[str, str]
     run: str
     inputs: Mapping[str, Any]
 
@@ -72,26 +54,6 @@ class Structure:
             for site in layer.sites
             for name in site.modules
         )
-
-    @property
-    def percent(self) -> float:
-        """Share of the weights that lie in sites."""
-        kept = sum(part.parameters for part in self.kept)
-        return 100 * (1 - kept / self.parameters) if self.parameters else 0.0
-
-    def summary(self) -> dict[str, Any]:
-        """What config.json and the report say: the run, percent quantized, and kept by reason."""
-        kept: Counter[str] = Counter()
-        for part in self.kept:
-            kept[part.reason] += part.parameters
-        return {
-            "run": self.run,
-            "percent": round(self.percent, 1),
-            "kept": {
-                reason: round(100 * count / self.parameters, 1)
-                for reason, count in kept.most_common()
-            },
-        }
 
 
 def read_structure(
@@ -118,7 +80,7 @@ def read_structure(
         ValueError: a pattern matches no module.
     """
     _check_patterns(model, modules_to_not_convert)
-    parts = Parts.of(model)
+    parts = PartNames.of(model)
     recorder = Recorder(model)
     run, ran, problems = run_model(model, recorder, parts, inputs)
     trace = recorder.trace
@@ -146,15 +108,16 @@ def read_structure(
         segments = _segments(model, trace, parts, chosen)
         if not segments:
             raise ValueError("modules_to_not_convert: leaves no module to quantize: shorten it.")
-        held = {
-            name for s in segments for la in s.layers for site in la.sites for name in site.modules
+        left_out |= {
+            name: "the run did not call it"
+            for name, module in model.named_modules()
+            if type(module) is nn.Linear and name not in trace.linears
         }
-        kept, total = _kept(model, trace, held, left_out)
         norms = {norm: tuple(readers) for norm, readers in trace.norms.items() if readers}
-        return Structure(segments, norms, kept, total, run, ran)
+        return Structure(segments, norms, left_out, run, ran)
 
 
-def _place(trace: Trace, parts: Parts, name: str) -> tuple[str, str, str]:
+def _place(trace: Trace, parts: PartNames, name: str) -> tuple[str, str, str]:
     """Component, segment and layer of a linear module that ran."""
     component = parts.component(name)
     if (layer := trace.layer_of.get(name)) is not None:
@@ -174,7 +137,7 @@ def _place(trace: Trace, parts: Parts, name: str) -> tuple[str, str, str]:
 
 
 def _segments(
-    model: nn.Module, trace: Trace, parts: Parts, names: Sequence[str]
+    model: nn.Module, trace: Trace, parts: PartNames, names: Sequence[str]
 ) -> tuple[Segment, ...]:
     """Sites in layers in segments, each in the order of their first call."""
     tree: dict[tuple[str, str], dict[str, dict[Any, list[str]]]] = {}
@@ -244,51 +207,12 @@ def _unwanted(component: str, vision: bool, projector: bool) -> str | None:
     return None
 
 
-def _kept(
-    model: nn.Module, trace: Trace, held: set[str], left_out: Mapping[str, str]
-) -> tuple[tuple[Kept, ...], int]:
-    """Everything that no site holds, module by module, and how many numbers the model has."""
-    kept, seen, total = [], set(), 0
-    for name, module in model.named_modules():
-        own = [(part, p) for part, p in module.named_parameters(recurse=False) if id(p) not in seen]
-        seen |= {id(p) for _, p in own}
-        total += sum(p.numel() for _, p in own)
-        if name in held:
-            own = [(part, p) for part, p in own if part != "weight"]
-        if not own:
-            continue
-        count = sum(p.numel() for _, p in own)
-        if name in held:
-            kept.append(Kept(name, "bias", count))
-        elif name in left_out:
-            kept.append(Kept(name, left_out[name], count))
-        elif isinstance(module, nn.Linear | nn.Embedding) or "weight" in dict(own):
-            kept.append(Kept(name, _reason(name, module, trace), count))
-        else:
-            kept += [Kept(f"{name}.{part}".lstrip("."), _bare(p), p.numel()) for part, p in own]
-    return tuple(kept), total
-
-
-def _reason(name: str, module: nn.Module, trace: Trace) -> str:
-    kind = type(module).__name__
-    if type(module) is nn.Linear:
-        return "the run did not call it"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if "norm" in kind.lower():
-        return "norm"
-    if "Conv" in kind:
-        return "convolution"
-    del name, trace
-    return f"a {kind}, no nn.Linear"
-
-
-def _bare(parameter: nn.Parameter) -> str:
-    return f"a bare parameter of {parameter.dim()} dimensions"
-
-
 def _message(
-    model: nn.Module, parts: Parts, trace: Trace, missing: Sequence[str], problems: Sequence[str]
+    model: nn.Module,
+    parts: PartNames,
+    trace: Trace,
+    missing: Sequence[str],
+    problems: Sequence[str],
 ) -> str:
     kind = type(model).__name__
     found = ", ".join(

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models import parts as places
 from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind, chain
+from qvlm_hf.models.parts import PartNames
 
 __all__ = [
     "FAMILIES",
@@ -268,7 +268,7 @@ def component_finder(model: Any) -> Callable[[str], str]:
 
 
 def _parts_without_row(model: Any) -> Any:
-    where, embeddings = places.Parts.of(model), None
+    where, embeddings = PartNames.of(model), None
     with suppress(NotImplementedError):  # of models that read more than one kind of token
         embeddings = model.get_input_embeddings()
     return SimpleNamespace(

@@ -10,7 +10,15 @@ from qvlm_hf.models.families import find_layers, find_parts, get_module, module_
 from qvlm_hf.models.graph import Layer, Segment, get_linear, head_name
 from qvlm_hf.models.layer_kinds import OFFSET_NORMS
 
-__all__ = ["RotationPlan", "ScalePath", "ValuePath", "norm_offset", "rotation_plan", "scale_paths"]
+__all__ = [
+    "RotationPlan",
+    "ScalePath",
+    "ValuePath",
+    "norm_offset",
+    "rotation_plan",
+    "scale_paths",
+    "why_not_rotatable",
+]
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,22 @@ def norm_offset(norm: nn.Module) -> float:
     return 1.0 if type(norm).__name__ in OFFSET_NORMS else 0.0
 
 
+def why_not_rotatable(model: nn.Module) -> str:
+    """Says which layers keep a rotation from a model, and why; empty where it can be rotated.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    return next(
+        (
+            f"{type(layer).__name__} cannot be rotated, because {kind.no_rotation}"
+            for layer, kind in find_layers(find_parts(model).language)
+            if kind.no_rotation
+        ),
+        "",
+    )
+
+
 def rotation_plan(model: nn.Module) -> RotationPlan:
     """Finds what a rotation touches in a model.
 
@@ -88,13 +112,9 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     def linears(layer: nn.Module, paths: Sequence[str]) -> tuple[nn.Linear, ...]:
         return _linears(model, layer, paths, names[layer])
 
+    if reason := why_not_rotatable(model):
+        raise ValueError(f"rotation='hadamard': {reason}: use rotation=None.")
     decoder = find_layers(parts.language)
-    for layer, kind in decoder:
-        if kind.no_rotation:
-            raise ValueError(
-                f"rotation='hadamard': {type(layer).__name__} cannot be rotated, because "
-                f"{kind.no_rotation}: use rotation=None."
-            )
     head = get_linear(model, head_name(model))
     norms: list[tuple[nn.Module, tuple[nn.Linear, ...]]]
     norms = [(get_module(parts.language, "norm"), (head,))]

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Parts", "is_norm", "layers_of", "shared_weights"]
+__all__ = ["PartNames", "is_norm", "layers_of", "shared_weights"]
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartNames:
     """Where vision encoder and language model lie in a model: names, "" for the model itself.
 
     Attributes:
@@ -23,7 +23,7 @@ class Parts:
     between: str
 
     @classmethod
-    def of(cls, model: Any) -> "Parts":
+    def of(cls, model: Any) -> "PartNames":
         """Asks the model, and its classes where it does not know."""
         names = {id(module): name for name, module in model.named_modules()}
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.parts import Parts
+from qvlm_hf.models.parts import PartNames
 from qvlm_hf.models.trace_inputs import accepted, count_rows, picture_guesses, text_inputs
 from qvlm_hf.models.tracing import Recorder
 
@@ -19,7 +19,7 @@ _LONGEST_PROBLEM = 160  # characters of a foreign error
 
 
 def run_model(
-    model: nn.Module, recorder: Recorder, parts: Parts, inputs: Mapping[str, Any] | None
+    model: nn.Module, recorder: Recorder, parts: PartNames, inputs: Mapping[str, Any] | None
 ) -> tuple[str, dict[str, Any], list[str]]:
     """Runs the model as a whole where its inputs are given or can be guessed, else in parts.
 
@@ -40,7 +40,7 @@ def run_model(
 class _Trial:
     """Guesses, one after the other; `problems` holds the error of each that failed."""
 
-    def __init__(self, model: Any, recorder: Recorder, parts: Parts) -> None:
+    def __init__(self, model: Any, recorder: Recorder, parts: PartNames) -> None:
         self.problems: list[str] = []
         self._model = model
         self._recorder = recorder

@@ -346,8 +346,8 @@ def test_scheme_carries_bits_groups_and_transform():
         ({"activation_bits": 4}, None),
         ({"activation_bits": 5}, None),
         ({"activation_bits": 6}, None),
-        ({"activation_bits": 7}, "hadamard"),
-        ({"activation_bits": 8}, "hadamard"),
+        ({"activation_bits": 7}, "auto"),  # as the model allows
+        ({"activation_bits": 8}, "auto"),
         ({"activation_bits": 16}, None),
         (
             {"activation_bits": 8, "activation_granularity": "dynamic_token"},
@@ -361,6 +361,9 @@ def test_what_auto_rotation_means(fields, rotation):
     settings = CalibrationSettings(**fields)
     assert settings.rotation == rotation
     assert dataclasses.replace(settings, weight_bits=3).rotation == rotation
+    for rotatable, decided in ((True, "hadamard"), (False, None)):
+        expected = decided if rotation == "auto" else rotation
+        assert settings.for_model(rotatable=rotatable).rotation == expected
 
 
 def test_head_scheme():

@@ -45,7 +45,8 @@ def test_quantized_saved_and_loaded(family, tmp_path):
     inputs = dict(read_structure(model).inputs)
     before = logits(model, inputs)
     report = qvlm_hf.quantize_model(model, config())
-    found = report.provenance["by_structure"]
+    found = report.provenance["coverage"]
+    assert report.provenance["by_structure"] in ("model", "parts")
     assert found["percent"] == pytest.approx(FAMILIES[family], abs=1)
     assert found["percent"] + sum(found["kept"].values()) == pytest.approx(100, abs=0.6)
     assert report.warnings[0].startswith(f"only {found['percent']}% of the weights are quantized")
@@ -54,7 +55,7 @@ def test_quantized_saved_and_loaded(family, tmp_path):
 
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert saved["provenance"]["by_structure"] == found
+    assert saved["provenance"]["coverage"] == found
     again = load(tmp_path)
     assert dict(quantized_modules(again)).keys() == report.modules.keys()
     assert torch.equal(logits(again, inputs), expected)
@@ -81,12 +82,13 @@ def test_card_and_inspect_say_it(tmp_path, capsys):
     model = tiny_model("qwen2_vl")
     report = qvlm_hf.quantize_model(model, config())
     folder = save_quantized(model, None, tmp_path / "saved", report=report)
-    percent = report.provenance["by_structure"]["percent"]
+    percent = report.provenance["coverage"]["percent"]
     card = " ".join((folder / "README.md").read_text().split())
-    assert f"read by structure, and {percent} % of its weights are quantized" in card
+    assert f"{percent} % of the weights. It takes" in card
+    assert "the model was read by structure" in card
     assert main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
-    assert f"read by structure (the family has no row): {percent}% of the weights" in shown
+    assert f"read by structure: the family has no row\n{percent}% of the weights" in shown
     assert "vision" in shown
 
 

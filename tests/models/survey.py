@@ -25,6 +25,7 @@ from shrunken_families import FAMILIES, tiny_model
 import qvlm_hf
 from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.models.by_structure import Structure, read_structure
+from qvlm_hf.models.coverage import measure_coverage
 
 NEW_TOKENS = 4
 torch.set_num_threads(1)  # tiny matrices
@@ -69,7 +70,7 @@ def survey(family: str) -> dict:
         model = tiny_model(family)
         row["built"] = "yes"
         structure = read_structure(model)
-        row |= {"read": "yes", "run": structure.run} | described(structure)
+        row |= {"read": "yes", "run": structure.run} | described(model, structure)
         quantize(model, structure, row)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -79,32 +80,22 @@ def survey(family: str) -> dict:
     return row
 
 
-def described(structure: Structure) -> dict:
+def described(model: torch.nn.Module, structure: Structure) -> dict:
+    coverage = measure_coverage(model, structure.modules, structure.left_out)
     sites: dict[str, int] = {}
     for segment in structure.segments:
         count = sum(len(layer.sites) for layer in segment.layers)
         sites[segment.component] = sites.get(segment.component, 0) + count
     held = sum(
-        part.parameters
-        for part in structure.kept
-        if part.reason == "embedding" or part.reason == "output head"
+        part.parameters for part in coverage.kept if part.reason in ("embedding", "output head")
     )
-    reasons: dict[str, int] = {}
-    for part in structure.kept:
-        reasons[part.reason] = reasons.get(part.reason, 0) + part.parameters
+    quantized = coverage.percent / 100 * coverage.parameters
     return {
         "sites": sites,
         "dead": [layer.name for s in structure.segments for layer in s.layers if layer.dead],
         "norms": len(structure.norms),
-        "percent": round(structure.percent),
-        "percent_of_layers": round(
-            100 * structure.percent * structure.parameters / 100 / (structure.parameters - held)
-        ),
-        "kept": {
-            reason: round(100 * reasons[reason] / structure.parameters, 1)
-            for reason in sorted(reasons, key=reasons.__getitem__, reverse=True)
-        },
-    }
+        "percent_of_layers": round(100 * quantized / (coverage.parameters - held)),
+    } | coverage.summary()
 
 
 def quantize(model: torch.nn.Module, structure: Structure, row: dict) -> None:

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.models.by_structure import StructureError, read_structure
+from qvlm_hf.models.coverage import measure_coverage
 from qvlm_hf.models.folds import rotation_plan
 from qvlm_hf.models.graph import get_linear, resolve
 
@@ -127,7 +128,8 @@ def test_views_are_the_same_input_and_what_was_written_to_is_not():
 def test_what_stays_is_listed_with_the_reason_and_counted():
     model = MadeUp()
     structure = read_structure(model)
-    reasons = {part.name: part.reason for part in structure.kept}
+    coverage = measure_coverage(model, structure.modules, structure.left_out)
+    reasons = {part.name: part.reason for part in coverage.kept}
     assert reasons["spare"] == "the run did not call it"
     assert reasons["embed"] == "embedding"
     assert reasons["table"] == "a bare parameter of 3 dimensions"
@@ -135,9 +137,9 @@ def test_what_stays_is_listed_with_the_reason_and_counted():
     assert reasons["layers.0.q"] == "bias"
     held = sum(get_linear(model, name).weight.numel() for name in structure.modules)
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert structure.parameters == total
-    assert structure.percent == pytest.approx(100 * held / total)
-    assert held + sum(part.parameters for part in structure.kept) == total
+    assert coverage.parameters == total
+    assert coverage.percent == pytest.approx(100 * held / total)
+    assert held + sum(part.parameters for part in coverage.kept) == total
 
 
 @pytest.mark.parametrize("dead", [False, True])
@@ -169,8 +171,8 @@ def test_the_weight_that_the_model_takes_its_dtype_from_stays():
         def forward(self, input_ids):
             return super().forward(input_ids) + self.first(torch.ones(1, 8)).sum()
 
-    kept = {part.name: part.reason for part in read_structure(First()).kept}
-    assert kept["first"] == "the model takes its dtype from this weight"
+    left_out = read_structure(First()).left_out
+    assert left_out["first"] == "the model takes its dtype from this weight"
 
 
 def test_a_model_that_does_not_run():

@@ -12,8 +12,10 @@ from transformers import AutoModelForImageTextToText
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.calibration.layers import capture_inputs, observe_outputs, run_layer, valid_tokens
 from qvlm_hf.calibration.samples import batches, collate, load_samples
+from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
+from qvlm_hf.hf.round_on_load import resolve_segments
 from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.models import families
 from qvlm_hf.models.experts import split_experts
@@ -84,7 +86,7 @@ CALIBRATED = [
     ("qwen3_vl_moe", "qwen3_vl_moe", "qwen3_vl_moe"),
 ]
 # Prompts are read in both directions: answers differ without a cache, in full precision too.
-BOTH_WAYS = ("paligemma", "siglip", "gemma")
+BOTH_WAYS = {("paligemma", "siglip", "gemma")}
 # What stays in full precision besides the head: nn.Linear modules of this part.
 LEFT = {
     "llama4": [
@@ -224,7 +226,7 @@ def test_a_rotation_changes_nothing_or_is_refused(combination, data):
     model, batch = split_family(*combination), data(*combination)[0]
     if combination[-1] in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[combination[-1]]):
-            rotation_plan(model)
+            resolve_segments(model, CalibrationSettings(rotation="hadamard"))
         return
     before = logits(model, batch)
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -296,11 +298,11 @@ def test_packed_towers_have_no_ranges_per_position(combination, component):
 )
 def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, data, tmp_path):
     """W8A8 is rotated, where that can be, and close to full precision."""
+    refused = combination[-1] in REFUSED
     model, batch = tiny_family(*combination), data(*combination)[0]
     before = logits(model, batch)
     config = QVLMConfig(
         scheme=scheme,
-        rotation=None if combination[-1] in REFUSED else "auto",
         dataset=tiny_messages(4),
         processor=tiny_family_processor(*combination[:2]),
         group_size=16,
@@ -313,19 +315,27 @@ def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, da
     )
     report = quantize_model(model, config)
     rotated = any(module.hadamard for module in report.modules.values())
-    assert rotated == (scheme == "W8A8" and combination[-1] not in REFUSED)
+    assert rotated == (scheme == "W8A8" and not refused)
+    assert model.config.quantization_config.rotation == ("hadamard" if rotated else None)
+    assert ("rotation" in report.provenance) == (scheme == "W8A8" and refused)
     if scheme == "W8A8":
         assert (logits(model, batch) - before).std() < 0.1 * before.std()
-    model.save_pretrained(tmp_path, max_shard_size="100KB")
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(loaded, batch), logits(model, batch))
+    for of_the_hub in (True, False):  # keys as in checkpoints, and as in the model
+        model.save_pretrained(tmp_path, max_shard_size="100KB", save_original_format=of_the_hub)
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+        assert torch.equal(logits(loaded, batch), logits(model, batch))
     inputs = collate(load_samples(tiny_messages(1)), config.processor).inputs
-    options = {"suppress_tokens": [model.config.image_token_id], "eos_token_id": None}
+    pictures = [
+        model.config.image_token_id,
+        *getattr(model.config, "visual_indicator_token_ids", ()),
+    ]
+    options = {"suppress_tokens": pictures, "eos_token_id": None}
     cached, without = (
         loaded.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=use, **options)
         for use in (True, False)
     )
-    assert torch.equal(cached, without) or combination == BOTH_WAYS
+    assert torch.equal(cached, without) or combination in BOTH_WAYS
     assert cached.shape[1] == inputs["input_ids"].shape[1] + 5
 
 

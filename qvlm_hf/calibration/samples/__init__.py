@@ -27,7 +27,7 @@ from qvlm_hf.calibration.samples.batch import (
 )
 from qvlm_hf.calibration.samples.identity import by_picture, fingerprint
 from qvlm_hf.calibration.samples.loading import dataset_name, hold_out, load_samples
-from qvlm_hf.calibration.samples.rendering import Processor
+from qvlm_hf.calibration.samples.rendering import Processor, takes_suffix
 from qvlm_hf.calibration.samples.sample import Sample
 
 __all__ = [
@@ -43,5 +43,6 @@ __all__ = [
     "hold_out",
     "load_samples",
     "longest_sample",
+    "takes_suffix",
     "without_too_long",
 ]

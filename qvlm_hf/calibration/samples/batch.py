@@ -14,6 +14,7 @@ from qvlm_hf.calibration.samples.rendering import (
     adds_special_tokens,
     check_processor,
     render,
+    takes_suffix,
 )
 from qvlm_hf.calibration.samples.sample import Sample
 from qvlm_hf.calibration.values import whole_number
@@ -130,6 +131,8 @@ def collate(
     is added, which the model was trained to say there. Samples without an answer get no labels and
     end in the template's generation prompt.
 
+    A processor without a template that takes question and answer apart is called so.
+
     Args:
         samples: at least one; with and without pictures may be mixed.
         processor: a Transformers processor (`apply_chat_template`, `__call__`, `tokenizer`).
@@ -148,7 +151,9 @@ def collate(
     pictures = [sample.images() for sample in samples]
     for text, own, origin in zip(texts, pictures, origins, strict=True):
         _check_placeholders(text, len(own), processor, origin)
-    inputs = _call_processor(processor, texts, pictures, origins)
+    answers = [sample.answer or "" for sample in samples]
+    suffixes = answers if takes_suffix(processor) and any(answers) else None
+    inputs = _call_processor(processor, texts, pictures, origins, suffixes)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     _check_expansion(ids, pictures, processor, origins)
     labels = torch.full_like(ids, IGNORE_INDEX)
@@ -179,13 +184,18 @@ def _check_placeholders(text: str, pictures: int, processor: Processor, origin: 
 
 
 def _call_processor(
-    processor: Processor, texts: list[str], pictures: list[list[Image.Image]], origins: list[str]
+    processor: Processor,
+    texts: list[str],
+    pictures: list[list[Image.Image]],
+    origins: list[str],
+    suffixes: list[str] | None,
 ) -> dict[str, torch.Tensor]:
     where, name = place(", ".join(origins)), type(processor).__name__
     try:
         output = processor(
             text=texts,
             **({"images": pictures} if any(pictures) else {}),
+            **({"suffix": suffixes} if suffixes else {}),
             padding=True,
             padding_side="right",
             truncation=False,
@@ -201,11 +211,11 @@ def _call_processor(
         if value.is_floating_point() and not torch.isfinite(value).all():
             if len(texts) > 1:  # only one by one they tell which of them it is
                 for text, own, origin in zip(texts, pictures, origins, strict=True):
-                    _call_processor(processor, [text], [own], [origin])
+                    _call_processor(processor, [text], [own], [origin], None)
             problem = f"{name} makes NaN or infinity of the pictures ({key})"
             remedy = "check them, and the processor's image_mean and image_std"
             raise sample_error(where, problem, remedy)
-    return dict(output)
+    return {key: value for key, value in output.items() if key != "labels"}
 
 
 def _check_expansion(

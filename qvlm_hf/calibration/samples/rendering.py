@@ -1,12 +1,17 @@
-"""A chat -> its text in the processor's template, and the token ids of its last answer."""
+"""A chat -> its text in the processor's template, and the token ids of its last answer.
 
+A processor without a template may take a question and its answer apart, as PaliGemma's does: its
+model reads the first in both directions and the second in one.
+"""
+
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from qvlm_hf.calibration.samples.errors import first_line, place, sample_error
 from qvlm_hf.calibration.samples.sample import Message, Sample
 
-__all__ = ["Processor", "adds_special_tokens", "check_processor", "render"]
+__all__ = ["Processor", "adds_special_tokens", "check_processor", "render", "takes_suffix"]
 
 
 class Processor(Protocol):
@@ -36,7 +41,7 @@ def check_processor(processor: Processor) -> None:
             f"{name} is no chat processor (no apply_chat_template or tokenizer); take the one that "
             f"was saved with the model"
         )
-    if getattr(processor, "chat_template", "") is None:
+    if getattr(processor, "chat_template", "") is None and not takes_suffix(processor):
         remedy = "add chat_template.jinja to its files, set its chat_template, or take a chat model"
         raise ValueError(f"{name} has no chat template; {remedy}")
     if processor.tokenizer.pad_token is None:
@@ -44,13 +49,21 @@ def check_processor(processor: Processor) -> None:
         raise ValueError(f"the tokenizer of {name} has no pad_token; {remedy}")
 
 
+def takes_suffix(processor: Processor) -> bool:
+    """Whether a processor has no chat template and takes the answer as `suffix` of a question."""
+    no_template = getattr(processor, "chat_template", "") is None
+    return no_template and "suffix" in inspect.signature(processor.__call__).parameters
+
+
 def render(sample: Sample, processor: Processor) -> tuple[str, list[int]]:
     """Renders a chat.
 
     Returns:
         The text, pictures as single placeholders, and the token ids of the last answer; none where
-        there is no answer.
+        there is no answer. Of a processor that `takes_suffix` the text is the question alone.
     """
+    if takes_suffix(processor):
+        return _render_question(sample, processor)
 
     def apply_template(messages: Sequence[Message], prompt: bool) -> str:
         try:
@@ -75,6 +88,21 @@ def render(sample: Sample, processor: Processor) -> tuple[str, list[int]]:
         text += tokenizer.eos_token or ""
     ids = _tokens(text, tokenizer)
     return text, ids[_shared(ids, _tokens(prompt, tokenizer)) :]
+
+
+def _render_question(sample: Sample, processor: Any) -> tuple[str, list[int]]:
+    tokenizer, turns = processor.tokenizer, len(sample.messages) - (sample.answer is not None)
+    if turns > 1:
+        name = type(processor).__name__
+        problem = f"has {turns} messages before the answer, and {name} takes one question"
+        raise sample_error(place(sample.origin), problem, "leave it out, or split it")
+    parts = sample.messages[0]["content"]
+    text = " ".join(part["text"] for part in parts if part["type"] == "text")
+    text = processor.image_token * len(sample.pictures()) + text
+    if sample.answer is None:
+        return text, []
+    answer = sample.answer + tokenizer.eos_token
+    return text, list(tokenizer(answer, add_special_tokens=False)["input_ids"])
 
 
 def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
