@@ -20,8 +20,8 @@ FAMILIES = {
     "gemma3": 65,
     "mllama": 60,  # cross-attention
     "blip-2": 69,  # a whole model without the attribute of its `base_model_prefix`
-    "aria": 42,  # experts that have another name in files
-    "qwen3_vl_moe": 23,  # experts that a converter splits when they are saved
+    "aria": 75,  # experts that have another name in files
+    "glm4v_moe": 61,  # experts that Transformers would save one by one in its own way
 }
 
 
