@@ -140,6 +140,16 @@ TOWERS = {
         "num_visual_indicator_tokens": 5,
         "tokenize_function": "softmax",
     },
+    # These two stand for a timm tower: what they give has its shape.
+    "sam": _VISION
+    | {
+        "model_type": "sam_vision_model",
+        "mlp_dim": 40,
+        "output_channels": 32,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+    },
+    "timm_like": _VISION | {"model_type": "clip_vision_model", "model_args": {"embed_dim": 32}},
     "got_ocr2": _VISION
     | {
         "model_type": "got_ocr2_vision",
@@ -230,6 +240,7 @@ FAMILIES = {
     "aya_vision": {"downsample_factor": 2, "alignment_intermediate_size": 56},
     "cohere2_vision": _LAST | {"downsample_factor": 2, "alignment_intermediate_size": 56},
     "deepseek_vl": {},
+    "fast_vlm": _LAST,
     "gemma3": _LAST | {"mm_tokens_per_image": 4},
     "got_ocr2": _LAST,
     "idefics3": {"scale_factor": 2},
@@ -243,6 +254,7 @@ FAMILIES = {
         "vocab_size": 128,
         "visual_indicator_token_ids": [100, 101, 102, 103, 104],
     },
+    "perception_lm": _LAST | {"projector_pooling_ratio": 2},
     "paligemma": {"projection_dim": 48, "hidden_size": 48, "vocab_size": 128},
     "qwen2_5_vl": _LAST,
     "qwen2_vl": _LAST,
@@ -268,8 +280,10 @@ _MERGED = {
     "idefics3": 4,
     "internvl": 4,
     "ovis2": 4,
+    "perception_lm": 4,
     "smolvlm": 4,
 }
+_STACKED = ("idefics3", "perception_lm", "smolvlm")
 
 
 def tiny_family(family="llava", tower="clip", decoder="llama", seed=0, **options):
@@ -329,7 +343,7 @@ def tiny_family_processor(family="llava", tower="clip"):
     if family in _MERGED:
         kind = _GemmaProcessor if family == "gemma3" else _MergingProcessor
         processor = kind(image_processor=pixels, **common)
-        processor.merged, processor.stacked = _MERGED[family], family in ("idefics3", "smolvlm")
+        processor.merged, processor.stacked = _MERGED[family], family in _STACKED
         return processor
     return LlavaProcessor(image_processor=pixels, **common)
 

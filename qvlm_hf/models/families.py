@@ -25,7 +25,6 @@ __all__ = [
     "find_parts",
     "get_module",
     "has_row",
-    "is_packed",
     "layer_kind",
 ]
 
@@ -39,7 +38,7 @@ class Family:
         projector_kind: its wiring.
         further: path of a list of projectors like it, which write into later layers.
         written: paths of parameters that stand in the residual stream like embeddings.
-        unquantized: paths that stay in full precision, and why.
+        unquantized: paths that stay in full precision, and why; the tower may be one.
     """
 
     projector: str = "multi_modal_projector"
@@ -56,6 +55,7 @@ _MERGED = Family(
 )
 _MERGED_EARLIER = replace(_MERGED, projector_kind=chain("mlp.0", "mlp.2", norm="ln_q"))
 _PATCHES = chain("patch_merger.merging_layer", "linear_1", "linear_2")
+_TIMM = {"vision_tower": "its layers are those of the timm package"}
 # a linear module that does not write embeddings
 _ALONE = replace(chain(""), writers=())
 
@@ -63,6 +63,7 @@ FAMILIES = {
     "aya_vision": Family(projector_kind=chain("linear_1", "linear_2", norm="layernorm")),
     "cohere2_vision": Family(),
     "deepseek_vl": Family(projector="aligner", projector_kind=chain("linear1", "linear2")),
+    "fast_vlm": Family(unquantized=_TIMM),
     "gemma3": Family(
         projector_kind=chain(),
         unquantized={"multi_modal_projector": "it multiplies by a bare parameter"},
@@ -73,7 +74,9 @@ FAMILIES = {
     "janus": Family(
         projector="aligner",
         projector_kind=chain("fc1", "hidden_layers.0"),
-        unquantized={"generation_aligner, generation_head": "samples draw no pictures"},
+        unquantized=dict.fromkeys(
+            ("generation_aligner", "generation_head"), "no sample asks for a drawn picture"
+        ),
     ),
     "lighton_ocr": Family(projector="vision_projection", projector_kind=_PATCHES),
     "llava": Family(),
@@ -87,6 +90,7 @@ FAMILIES = {
         written=("visual_embeddings_table.weight",),
     ),
     "paligemma": Family(projector_kind=chain("linear")),
+    "perception_lm": Family(unquantized=_TIMM),
     "qwen2_5_vl": _MERGED_EARLIER,
     "qwen2_vl": _MERGED_EARLIER,
     "qwen3_5": _MERGED,
@@ -103,6 +107,7 @@ class Parts:
 
     Attributes:
         vision: the vision tower.
+        vision_layers: its layers, list by list in execution order; none if it is left out.
         projector: between tower and decoder.
         projector_kind: its wiring.
         further: a list of projectors like it, which write into later layers; may be empty.
@@ -113,6 +118,7 @@ class Parts:
     """
 
     vision: Any
+    vision_layers: tuple[list[tuple[nn.Module, LayerKind]], ...]
     projector: nn.Module
     projector_kind: LayerKind
     further: nn.ModuleList
@@ -159,8 +165,11 @@ def find_parts(model: Any) -> Parts:
     family = FAMILIES[model.config.model_type]
     projector = get_module(model.base_model, family.projector)
     _check_named(projector, family.projector_kind)
+    vision = model.get_encoder("image")
+    left_out = {get_module(model.base_model, path) for path in family.unquantized}
     return Parts(
-        vision=model.get_encoder("image"),
+        vision=vision,
+        vision_layers=() if vision in left_out else _layer_lists(vision),
         projector=projector,
         projector_kind=family.projector_kind,
         further=_get_list(model.base_model, family.further),
@@ -179,22 +188,26 @@ def _check_named(projector: nn.Module, kind: LayerKind) -> None:
             raise ValueError(_unsupported(f"{path} of a {type(projector).__name__}", sorted(named)))
 
 
-def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
-    """Finds the layers of a tower or decoder in execution order, and how each is wired.
+def find_layers(decoder: Any) -> list[tuple[nn.Module, LayerKind]]:
+    """Finds the layers of a decoder in execution order, and how each is wired.
 
     Raises:
         ValueError: none is of a known class, or some are not.
     """
+    return [layer for layers in _layer_lists(decoder) for layer in layers]
+
+
+def _layer_lists(part: Any) -> tuple[list[tuple[nn.Module, LayerKind]], ...]:
     lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
     lists = [layers for layers in lists if any(map(layer_kind, layers))] or lists[:1]
-    found = [(layer, layer_kind(layer)) for layers in lists for layer in layers]
-    unknown = [layer for layer, known in found if known is None]
-    if unknown or not found:
+    found = [[(layer, layer_kind(layer)) for layer in layers] for layers in lists]
+    unknown = [layer for layers in found for layer, known in layers if known is None]
+    if unknown or not any(found):
         layer_class = type((unknown or [part])[0]).__name__
         raise ValueError(
             _unsupported(f"{layer_class} (of a {part.config.model_type!r})", LAYER_KINDS)
         )
-    return [(layer, known) for layer, known in found if known]
+    return tuple([(layer, known) for layer, known in layers if known] for layers in found)
 
 
 def layer_kind(layer: nn.Module) -> LayerKind | None:
@@ -202,12 +215,6 @@ def layer_kind(layer: nn.Module) -> LayerKind | None:
     name = type(layer).__name__
     lines = (name, *(f"{name}.{child}" for child, _ in layer.named_children()))
     return next((LAYER_KINDS[line] for line in lines if line in LAYER_KINDS), None)
-
-
-def is_packed(tower: nn.Module) -> bool:
-    """Whether a tower puts the tokens of all pictures in one row."""
-    kinds = map(layer_kind, tower.modules())
-    return any(kind is not None and kind.packed for kind in kinds)
 
 
 def component_finder(model: Any) -> Callable[[str], str]:
