@@ -19,6 +19,8 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    MllamaImageProcessorPil,
+    MllamaProcessor,
     PixtralImageProcessorPil,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
@@ -130,6 +132,16 @@ TOWERS = {
     "smolvlm": _VISION | {"model_type": "smolvlm_vision"},
     "internvl": _VISION
     | {"model_type": "internvl_vision", "use_qk_norm": True, "norm_type": "rms_norm"},
+    "mllama": _VISION
+    | {
+        "model_type": "mllama_vision_model",
+        "attention_heads": 2,
+        "num_global_layers": 2,
+        "intermediate_layers_indices": [0, 2],
+        "vision_output_dim": 96,
+        "max_num_tiles": 2,
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    },
     "janus": _VISION
     | {"model_type": "janus_vision_model", "mlp_ratio": 1.25, "projection_dim": 48},
     "ovis2": _VISION
@@ -211,8 +223,15 @@ DECODERS = {
     "phi3": _TEXT | {"model_type": "phi3"},
     "phi": _TEXT | {"model_type": "phi"},
 }
-# Decoders of one family, whose positions have three dimensions.
+# Decoders of one family; positions of Qwen's have three dimensions.
 OWN_DECODERS = {
+    "mllama": _TEXT
+    | {
+        "model_type": "mllama_text_model",
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
     "qwen2_vl": _TEXT | {"model_type": "qwen2_vl_text", "rope_parameters": _rope(2, 2, 2)},
     "qwen2_5_vl": _TEXT | {"model_type": "qwen2_5_vl_text", "rope_parameters": _rope(2, 2, 2)},
     "qwen3_vl": _TEXT
@@ -247,6 +266,7 @@ FAMILIES = {
     "internvl": _LAST | {"vision_feature_select_strategy": "default"},
     "janus": _LAST,
     "lighton_ocr": _LAST | {"spatial_merge_size": 2},
+    "mllama": _LAST,
     "mistral3": _LAST | {"spatial_merge_size": 2},
     "ovis2": _LAST
     | {
@@ -327,6 +347,10 @@ def tiny_family_processor(family="llava", tower="clip"):
         pixels = Qwen2VLImageProcessorPil(size=edges, patch_size=PATCH_SIZE)
         del common["image_token"]  # the tokenizer's
         return _QWEN_PROCESSORS[family](image_processor=pixels, **common)
+    if family == "mllama":
+        del common["image_token"]
+        pixels = MllamaImageProcessorPil(size=sizes, max_image_tiles=2)
+        return MllamaProcessor(image_processor=pixels, **common)
     common["vision_feature_select_strategy"] = _strategy(tower)
     if family == "llava_onevision":
         pixels = LlavaOnevisionImageProcessorPil(size=sizes, image_grid_pinpoints=GRID)

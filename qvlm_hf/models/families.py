@@ -84,6 +84,7 @@ FAMILIES = {
     "llava_next_video": _TILED,
     "llava_onevision": _TILED,
     "mistral3": Family(projector_kind=_PATCHES),
+    "mllama": Family(projector_kind=_ALONE),
     "ovis2": Family(
         projector="vision_tower.head_linear",
         projector_kind=_ALONE,

@@ -68,6 +68,10 @@ _ENCODER = LayerKind(
     norms=(("attention_norm", _QKV), ("mlp_norm", ("up",))),
     value=("v", "attention_out"),
 )
+# the same, with q/k/v that have no bias to take the norm's
+_BIASLESS_ENCODER = replace(
+    _ENCODER, norms=(("mlp_norm", ("up",)),), inner_norms=(("attention_norm", _QKV),)
+)
 # the same with q/k/v in one module
 _FUSED_ENCODER = replace(
     _ENCODER,
@@ -120,6 +124,13 @@ _DELTA_DECODER = replace(
     norms=(("attention_norm", _DELTA_INPUTS), ("mlp_norm", ("gate", "up"))),
     inner_norms=(("value_norm", ("attention_out",)),),
     value=None,
+)
+# the same with keys and values that read pictures
+_CROSS_DECODER = replace(
+    _DECODER,
+    sites=(("q",), ("k", "v"), *_DECODER.sites[1:]),
+    transformed=("k", "down"),
+    norms=(("attention_norm", ("q",)), ("mlp_norm", ("gate", "up"))),
 )
 # the same with a norm behind attention and behind the MLP
 _POST_NORM_DECODER = replace(
@@ -198,6 +209,11 @@ _LLAMA = _ATTENTION | {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+_MLLAMA_VISION = _LLAMA | {"up": "mlp.fc1", "down": "mlp.fc2"}
+_CROSS = _LLAMA | {
+    **{role: f"cross_attn.{role}_proj" for role in _QKV},
+    "attention_out": "cross_attn.o_proj",
+}
 _GEMMA2 = _LLAMA | {"mlp_norm": "pre_feedforward_layernorm"}
 _COHERE = _LLAMA | {"norm": "input_layernorm"}
 _PHI3 = _LLAMA | {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
@@ -236,6 +252,7 @@ LAYER_KINDS = {
     "SmolVLMEncoderLayer": _ENCODER.named(_CLIP),
     "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
     "JanusVisionEncoderLayer": _ENCODER.named(_JANUS),
+    "MllamaVisionEncoderLayer": _BIASLESS_ENCODER.named(_MLLAMA_VISION),
     "Ovis2VisionEncoderLayer": replace(_GATED_ENCODER, packed=False).named(_OVIS2),
     "GotOcr2VisionLayer": _WINDOWED_ENCODER.named(_SAM),
     "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
@@ -256,6 +273,8 @@ LAYER_KINDS = {
     "Gemma2DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
     "Gemma3DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
     "Cohere2DecoderLayer": _GATED_PARALLEL_DECODER.named(_COHERE),
+    "MllamaSelfAttentionDecoderLayer": _DECODER.named(_LLAMA),
+    "MllamaCrossAttentionDecoderLayer": _CROSS_DECODER.named(_CROSS),
     "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
     "PhiDecoderLayer": _PARALLEL_DECODER.named(_PHI),
 }
