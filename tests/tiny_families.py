@@ -14,6 +14,10 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
+    Glm4vImageProcessorPil,
+    Glm4vProcessor,
+    Glm46VImageProcessorPil,
+    Glm46VProcessor,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaOnevisionImageProcessorPil,
@@ -21,12 +25,16 @@ from transformers import (
     LlavaProcessor,
     MllamaImageProcessorPil,
     MllamaProcessor,
+    PaddleOCRVLImageProcessorPil,
+    PaddleOCRVLProcessor,
     PixtralImageProcessorPil,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
     Qwen3VLProcessor,
+    VideoLlama3ImageProcessorPil,
+    VideoLlama3Processor,
 )
 
 __all__ = ["DECODERS", "FAMILIES", "TOWERS", "tiny_family", "tiny_family_processor"]
@@ -100,11 +108,38 @@ class _Qwen3VLProcessor(_WithoutVideos, Qwen3VLProcessor):
     pass
 
 
-_QWEN_PROCESSORS = {
-    "qwen2_vl": _Qwen2VLProcessor,
-    "qwen2_5_vl": _Qwen25VLProcessor,
-    "qwen3_vl": _Qwen3VLProcessor,
-    "qwen3_5": _Qwen3VLProcessor,
+class _GlmLists(_WithoutVideos):
+    """NumPy warns of tensors."""
+
+    def create_mm_token_type_ids(self, input_ids):
+        return super().create_mm_token_type_ids(
+            [torch.as_tensor(row).tolist() for row in input_ids]
+        )
+
+
+class _Glm4vProcessor(_GlmLists, Glm4vProcessor):
+    pass
+
+
+class _Glm46VProcessor(_GlmLists, Glm46VProcessor):
+    pass
+
+
+class _VideoLlama3Processor(_WithoutVideos, VideoLlama3Processor):
+    pass
+
+
+# Pictures of any size, in one row.
+_PACKING_PROCESSORS = {
+    "glm46v": (_Glm46VProcessor, Glm46VImageProcessorPil),
+    "glm4v": (_Glm4vProcessor, Glm4vImageProcessorPil),
+    "glm_ocr": (_Glm46VProcessor, Glm46VImageProcessorPil),
+    "paddleocr_vl": (PaddleOCRVLProcessor, PaddleOCRVLImageProcessorPil),
+    "qwen2_vl": (_Qwen2VLProcessor, Qwen2VLImageProcessorPil),
+    "qwen2_5_vl": (_Qwen25VLProcessor, Qwen2VLImageProcessorPil),
+    "qwen3_vl": (_Qwen3VLProcessor, Qwen2VLImageProcessorPil),
+    "qwen3_5": (_Qwen3VLProcessor, Qwen2VLImageProcessorPil),
+    "video_llama_3": (_VideoLlama3Processor, VideoLlama3ImageProcessorPil),
 }
 
 _VISION = {
@@ -132,6 +167,10 @@ TOWERS = {
     "smolvlm": _VISION | {"model_type": "smolvlm_vision"},
     "internvl": _VISION
     | {"model_type": "internvl_vision", "use_qk_norm": True, "norm_type": "rms_norm"},
+    "glm4v": _QWEN_VISION | {"model_type": "glm4v_vision", "image_size": IMAGE_SIZE},
+    "glm_ocr": _QWEN_VISION | {"model_type": "glm_ocr_vision", "image_size": IMAGE_SIZE},
+    "paddleocr_vl": _VISION | {"model_type": "paddleocr_vl_vision"},
+    "video_llama_3": _VISION | {"model_type": "video_llama_3_vision"},
     "mllama": _VISION
     | {
         "model_type": "mllama_vision_model",
@@ -225,6 +264,19 @@ DECODERS = {
 }
 # Decoders of one family; positions of Qwen's have three dimensions.
 OWN_DECODERS = {
+    "glm4v": _TEXT
+    | {
+        "model_type": "glm4v_text",
+        "rope_parameters": _rope(2, 2, 2) | {"partial_rotary_factor": 1.0},
+    },
+    "glm_ocr": _TEXT
+    | {
+        "model_type": "glm_ocr_text",
+        "head_dim": 16,
+        "rope_parameters": _rope(4, 2, 2) | {"partial_rotary_factor": 1.0},
+    },
+    "paddleocr_vl": _TEXT
+    | {"model_type": "paddleocr_vl_text", "head_dim": 16, "rope_parameters": _rope(4, 2, 2)},
     "mllama": _TEXT
     | {
         "model_type": "mllama_text_model",
@@ -261,6 +313,9 @@ FAMILIES = {
     "deepseek_vl": {},
     "fast_vlm": _LAST,
     "gemma3": _LAST | {"mm_tokens_per_image": 4},
+    "glm46v": _LAST,
+    "glm4v": _LAST,
+    "glm_ocr": _LAST,
     "got_ocr2": _LAST,
     "idefics3": {"scale_factor": 2},
     "internvl": _LAST | {"vision_feature_select_strategy": "default"},
@@ -274,6 +329,7 @@ FAMILIES = {
         "vocab_size": 128,
         "visual_indicator_token_ids": [100, 101, 102, 103, 104],
     },
+    "paddleocr_vl": _LAST,
     "perception_lm": _LAST | {"projector_pooling_ratio": 2},
     "paligemma": {"projection_dim": 48, "hidden_size": 48, "vocab_size": 128},
     "qwen2_5_vl": _LAST,
@@ -285,6 +341,7 @@ FAMILIES = {
     "llava_next": {"image_grid_pinpoints": GRID},
     "llava_next_video": {"image_grid_pinpoints": GRID},
     "llava_onevision": {"image_grid_pinpoints": GRID, "vision_feature_layer": -1},
+    "video_llama_3": _LAST,
     "video_llava": {"image_seq_length": 16, "video_seq_length": 136},
     # earlier versions of Transformers know it by its second name
     "vipllava": {name: [-2, -1, 1] for name in ("vision_feature_layer", "vision_feature_layers")},
@@ -342,11 +399,12 @@ def tiny_family_processor(family="llava", tower="clip"):
         processor = _PixtralProcessor(image_processor=pixels, patch_size=PATCH_SIZE, **common)
         processor.side = edge // PATCH_SIZE
         return processor
-    if family in _QWEN_PROCESSORS:
+    if family in _PACKING_PROCESSORS:
+        kind, pixels_kind = _PACKING_PROCESSORS[family]
         edges = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": 4 * IMAGE_SIZE**2}
-        pixels = Qwen2VLImageProcessorPil(size=edges, patch_size=PATCH_SIZE)
+        pixels = pixels_kind(size=edges, patch_size=PATCH_SIZE)
         del common["image_token"]  # the tokenizer's
-        return _QWEN_PROCESSORS[family](image_processor=pixels, **common)
+        return kind(image_processor=pixels, **common)
     if family == "mllama":
         del common["image_token"]
         pixels = MllamaImageProcessorPil(size=sizes, max_image_tiles=2)

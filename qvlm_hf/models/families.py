@@ -55,6 +55,15 @@ _MERGED = Family(
 )
 _MERGED_EARLIER = replace(_MERGED, projector_kind=chain("mlp.0", "mlp.2", norm="ln_q"))
 _PATCHES = chain("patch_merger.merging_layer", "linear_1", "linear_2")
+_GATED = Family(
+    projector="visual.merger",
+    projector_kind=LayerKind(
+        sites=(("proj",), ("gate_proj", "up_proj"), ("down_proj",)),
+        transformed=("proj", "gate_proj", "down_proj"),
+        writers=("down_proj",),
+        product=("up_proj", "down_proj"),
+    ),
+)
 _TIMM = {"vision_tower": "its layers are those of the timm package"}
 # a linear module that does not write embeddings
 _ALONE = replace(chain(""), writers=())
@@ -68,6 +77,9 @@ FAMILIES = {
         projector_kind=chain(),
         unquantized={"multi_modal_projector": "it multiplies by a bare parameter"},
     ),
+    "glm46v": _GATED,
+    "glm4v": _GATED,
+    "glm_ocr": _GATED,
     "got_ocr2": Family(projector_kind=chain("multimodal_projector")),
     "idefics3": _SHUFFLED,
     "internvl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
@@ -90,6 +102,9 @@ FAMILIES = {
         projector_kind=_ALONE,
         written=("visual_embeddings_table.weight",),
     ),
+    "paddleocr_vl": Family(
+        projector="projector", projector_kind=chain("linear_1", "linear_2", norm="pre_norm")
+    ),
     "paligemma": Family(projector_kind=chain("linear")),
     "perception_lm": Family(unquantized=_TIMM),
     "qwen2_5_vl": _MERGED_EARLIER,
@@ -98,6 +113,7 @@ FAMILIES = {
     "qwen3_vl": replace(_MERGED, further="visual.deepstack_merger_list"),
     "smolvlm": _SHUFFLED,
     "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
+    "video_llama_3": Family(projector="projector", projector_kind=chain("readout.0", "readout.2")),
     "vipllava": Family(projector_kind=chain("linear_1", "linear_2", norm="projector_layernorm")),
 }
 

@@ -203,9 +203,10 @@ def shared_inputs(model: Any) -> tuple[tuple[nn.Module, ...], ...]:
     if not has_row(model):
         return ()
     parts = find_parts(model)
+    projectors = [(projector, parts.projector_kind) for projector in parts.projectors]
     return tuple(
         tuple(map(layer.get_submodule, site))
-        for layer, kind in chain(*parts.vision_layers, find_layers(parts.language))
+        for layer, kind in chain(*parts.vision_layers, projectors, find_layers(parts.language))
         for site in kind.sites
         if len(site) > 1
     )

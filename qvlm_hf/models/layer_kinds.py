@@ -95,6 +95,8 @@ _WINDOWED_ENCODER = replace(
     norms=(("mlp_norm", ("up",)),),
     inner_norms=(("attention_norm", ("qkv",)),),
 )
+# the same over pictures of any size
+_PACKED_ENCODER = replace(_ENCODER, packed=True)
 # norm -> attention, norm -> gated MLP
 _DECODER = LayerKind(
     sites=(_QKV, ("attention_out",), ("gate", "up"), ("down",)),
@@ -253,7 +255,11 @@ LAYER_KINDS = {
     "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
     "JanusVisionEncoderLayer": _ENCODER.named(_JANUS),
     "MllamaVisionEncoderLayer": _BIASLESS_ENCODER.named(_MLLAMA_VISION),
+    "PaddleOCRVisionEncoderLayer": _PACKED_ENCODER.named(_CLIP),
+    "VideoLlama3VisionEncoderLayer": _PACKED_ENCODER.named(_CLIP),
     "Ovis2VisionEncoderLayer": replace(_GATED_ENCODER, packed=False).named(_OVIS2),
+    "Glm4vVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
+    "GlmOcrVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
     "GotOcr2VisionLayer": _WINDOWED_ENCODER.named(_SAM),
     "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
     "Qwen2VLVisionBlock": _FUSED_ENCODER.named(_QWEN2_VISION),
@@ -275,6 +281,9 @@ LAYER_KINDS = {
     "Cohere2DecoderLayer": _GATED_PARALLEL_DECODER.named(_COHERE),
     "MllamaSelfAttentionDecoderLayer": _DECODER.named(_LLAMA),
     "MllamaCrossAttentionDecoderLayer": _CROSS_DECODER.named(_CROSS),
+    "PaddleOCRDecoderLayer": _DECODER.named(_LLAMA),
+    "Glm4vTextDecoderLayer": _FUSED_POST_NORM_DECODER.named(_PHI3),
+    "GlmOcrTextDecoderLayer": _FUSED_POST_NORM_DECODER.named(_PHI3),
     "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
     "PhiDecoderLayer": _PARALLEL_DECODER.named(_PHI),
 }

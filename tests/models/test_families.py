@@ -44,6 +44,11 @@ COMBINATIONS = [
     ("fast_vlm", "sam", "qwen2"),
     ("perception_lm", "timm_like", "llama"),
     ("mllama", "mllama", "mllama"),
+    ("glm4v", "glm4v", "glm4v"),
+    ("glm46v", "glm4v", "glm4v"),
+    ("glm_ocr", "glm_ocr", "glm_ocr"),
+    ("paddleocr_vl", "paddleocr_vl", "paddleocr_vl"),
+    ("video_llama_3", "video_llama_3", "qwen2"),
     ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
     ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
     ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
@@ -78,6 +83,11 @@ CALIBRATED = [
     ("fast_vlm", "sam", "qwen2"),
     ("perception_lm", "timm_like", "llama"),
     ("mllama", "mllama", "mllama"),
+    ("glm4v", "glm4v", "glm4v"),
+    ("glm46v", "glm4v", "glm4v"),
+    ("glm_ocr", "glm_ocr", "glm_ocr"),
+    ("paddleocr_vl", "paddleocr_vl", "paddleocr_vl"),
+    ("video_llama_3", "video_llama_3", "qwen2"),
     ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
     ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
     ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
@@ -93,11 +103,13 @@ LEFT = {
     "video_llava": ["model.video_tower."],
     "siglip": ["model.vision_tower.head.", "model.vision_model.head."],
 }
-# Towers that cut a norm's output into windows before it is read.
-WINDOWED = ("got_ocr2",)
+# A norm's output is cut into windows, or patches are put side by side, before it is read.
+REARRANGED = ("got_ocr2", "paddleocr_vl")
 REFUSED = {
     "phi": "PhiDecoderLayer cannot be rotated, because its norms subtract a mean",
     "gemma2": "Gemma2DecoderLayer cannot be rotated, because norms scale channels",
+    "glm4v": "Glm4vTextDecoderLayer cannot be rotated, because norms scale channels",
+    "glm_ocr": "GlmOcrTextDecoderLayer cannot be rotated, because norms scale channels",
     "gemma3": "Gemma3DecoderLayer cannot be rotated, because norms scale channels",
     "cohere2": "Cohere2DecoderLayer cannot be rotated, because its norms subtract a mean",
 }
@@ -174,7 +186,7 @@ def test_sites_and_norms_are_what_running_shows(combination, data):
         for name, readers in (*layer.kind.norms, *layer.kind.inner_norms):
             norm = layer.module.get_submodule(name)
             fed = set(map(layer.module.get_submodule, readers))
-            assert read.pop(norm, fed if combination[0] in WINDOWED else None) == fed
+            assert read.pop(norm, fed if combination[0] in REARRANGED else None) == fed
     # A tower's last norm has other readers too, or comes before patches are merged.
     last = ("post_layernorm", "neck.layer_norm2")
     assert set(read) <= {None, *(m for name, m in model.named_modules() if name.endswith(last))}
