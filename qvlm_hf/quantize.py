@@ -287,7 +287,7 @@ def _search(calibration: Calibration) -> _Modules:
     with ExitStack() as below:
         for segment in calibration.segments:
             # eq. 4: how much each layer depends on the one before it
-            dependencies, threshold = calibration.dependencies.get(segment.component) or (
+            dependencies, threshold = calibration.dependencies.get(segment.name) or (
                 layer_dependencies(calibration, segment),
                 settings.entropy_threshold,
             )

@@ -14,17 +14,27 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
+    Glm4vImageProcessorPil,
+    Glm4vProcessor,
+    Glm46VImageProcessorPil,
+    Glm46VProcessor,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
     LlavaProcessor,
+    MllamaImageProcessorPil,
+    MllamaProcessor,
+    PaddleOCRVLImageProcessorPil,
+    PaddleOCRVLProcessor,
     PixtralImageProcessorPil,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
     Qwen3VLProcessor,
+    VideoLlama3ImageProcessorPil,
+    VideoLlama3Processor,
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
@@ -113,12 +123,39 @@ class _Qwen3VLProcessor(_WithoutVideos, Qwen3VLProcessor):
     pass
 
 
-_QWEN_PROCESSORS = {
-    "qwen2_vl": _Qwen2VLProcessor,
-    "qwen2_5_vl": _Qwen25VLProcessor,
-    "qwen3_vl": _Qwen3VLProcessor,
-    "qwen3_vl_moe": _Qwen3VLProcessor,
-    "qwen3_5": _Qwen3VLProcessor,
+class _GlmLists(_WithoutVideos):
+    """NumPy warns of tensors."""
+
+    def create_mm_token_type_ids(self, input_ids):
+        return super().create_mm_token_type_ids(
+            [torch.as_tensor(row).tolist() for row in input_ids]
+        )
+
+
+class _Glm4vProcessor(_GlmLists, Glm4vProcessor):
+    pass
+
+
+class _Glm46VProcessor(_GlmLists, Glm46VProcessor):
+    pass
+
+
+class _VideoLlama3Processor(_WithoutVideos, VideoLlama3Processor):
+    pass
+
+
+# Pictures of any size, in one row.
+_PACKING_PROCESSORS = {
+    "glm46v": (_Glm46VProcessor, Glm46VImageProcessorPil),
+    "glm4v": (_Glm4vProcessor, Glm4vImageProcessorPil),
+    "glm_ocr": (_Glm46VProcessor, Glm46VImageProcessorPil),
+    "paddleocr_vl": (PaddleOCRVLProcessor, PaddleOCRVLImageProcessorPil),
+    "qwen2_vl": (_Qwen2VLProcessor, Qwen2VLImageProcessorPil),
+    "qwen2_5_vl": (_Qwen25VLProcessor, Qwen2VLImageProcessorPil),
+    "qwen3_vl": (_Qwen3VLProcessor, Qwen2VLImageProcessorPil),
+    "qwen3_vl_moe": (_Qwen3VLProcessor, Qwen2VLImageProcessorPil),
+    "qwen3_5": (_Qwen3VLProcessor, Qwen2VLImageProcessorPil),
+    "video_llama_3": (_VideoLlama3Processor, VideoLlama3ImageProcessorPil),
 }
 
 _VISION = {
@@ -154,6 +191,20 @@ TOWERS = {
         "projector_output_dim": 40,
         "vision_output_dim": 40,
     },
+    "glm4v": _QWEN_VISION | {"model_type": "glm4v_vision", "image_size": IMAGE_SIZE},
+    "glm_ocr": _QWEN_VISION | {"model_type": "glm_ocr_vision", "image_size": IMAGE_SIZE},
+    "paddleocr_vl": _VISION | {"model_type": "paddleocr_vl_vision"},
+    "video_llama_3": _VISION | {"model_type": "video_llama_3_vision"},
+    "mllama": _VISION
+    | {
+        "model_type": "mllama_vision_model",
+        "attention_heads": 2,
+        "num_global_layers": 2,
+        "intermediate_layers_indices": [0, 2],
+        "vision_output_dim": 96,
+        "max_num_tiles": 2,
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+    },
     "janus": _VISION
     | {"model_type": "janus_vision_model", "mlp_ratio": 1.25, "projection_dim": 48},
     "ovis2": _VISION
@@ -164,6 +215,16 @@ TOWERS = {
         "num_visual_indicator_tokens": 5,
         "tokenize_function": "softmax",
     },
+    # These two stand for a timm tower: what they give has its shape.
+    "sam": _VISION
+    | {
+        "model_type": "sam_vision_model",
+        "mlp_dim": 40,
+        "output_channels": 32,
+        "window_size": 2,
+        "global_attn_indexes": [1],
+    },
+    "timm_like": _VISION | {"model_type": "clip_vision_model", "model_args": {"embed_dim": 32}},
     "got_ocr2": _VISION
     | {
         "model_type": "got_ocr2_vision",
@@ -227,7 +288,7 @@ DECODERS = {
     "phi3": _TEXT | {"model_type": "phi3"},
     "phi": _TEXT | {"model_type": "phi"},
 }
-# Decoders of one family: mixtures of experts, and those whose positions have three dimensions.
+# Decoders of one family; positions of Qwen's have three dimensions.
 OWN_DECODERS = {
     "llama4": _TEXT
     | {
@@ -239,6 +300,26 @@ OWN_DECODERS = {
         "interleave_moe_layer_step": 2,
         "no_rope_layer_interval": 2,
         "num_local_experts": 4,
+    },
+    "glm4v": _TEXT
+    | {
+        "model_type": "glm4v_text",
+        "rope_parameters": _rope(2, 2, 2) | {"partial_rotary_factor": 1.0},
+    },
+    "glm_ocr": _TEXT
+    | {
+        "model_type": "glm_ocr_text",
+        "head_dim": 16,
+        "rope_parameters": _rope(4, 2, 2) | {"partial_rotary_factor": 1.0},
+    },
+    "paddleocr_vl": _TEXT
+    | {"model_type": "paddleocr_vl_text", "head_dim": 16, "rope_parameters": _rope(4, 2, 2)},
+    "mllama": _TEXT
+    | {
+        "model_type": "mllama_text_model",
+        "num_hidden_layers": 3,
+        "cross_attention_layers": [1],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
     "qwen2_vl": _TEXT | {"model_type": "qwen2_vl_text", "rope_parameters": _rope(2, 2, 2)},
     "qwen2_5_vl": _TEXT | {"model_type": "qwen2_5_vl_text", "rope_parameters": _rope(2, 2, 2)},
@@ -278,13 +359,18 @@ FAMILIES = {
     "aya_vision": {"downsample_factor": 2, "alignment_intermediate_size": 56},
     "cohere2_vision": _LAST | {"downsample_factor": 2, "alignment_intermediate_size": 56},
     "deepseek_vl": {},
+    "fast_vlm": _LAST,
     "gemma3": _LAST | {"mm_tokens_per_image": 4},
+    "glm46v": _LAST,
+    "glm4v": _LAST,
+    "glm_ocr": _LAST,
     "got_ocr2": _LAST,
     "idefics3": {"scale_factor": 2},
     "internvl": _LAST | {"vision_feature_select_strategy": "default"},
     "janus": _LAST,
     "lighton_ocr": _LAST | {"spatial_merge_size": 2},
     "llama4": _LAST,
+    "mllama": _LAST,
     "mistral3": _LAST | {"spatial_merge_size": 2},
     "ovis2": _LAST
     | {
@@ -292,6 +378,8 @@ FAMILIES = {
         "vocab_size": 128,
         "visual_indicator_token_ids": [100, 101, 102, 103, 104],
     },
+    "paddleocr_vl": _LAST,
+    "perception_lm": _LAST | {"projector_pooling_ratio": 2},
     "paligemma": {"projection_dim": 48, "hidden_size": 48, "vocab_size": 128},
     "qwen2_5_vl": _LAST,
     "qwen2_vl": _LAST,
@@ -303,6 +391,7 @@ FAMILIES = {
     "llava_next": {"image_grid_pinpoints": GRID},
     "llava_next_video": {"image_grid_pinpoints": GRID},
     "llava_onevision": {"image_grid_pinpoints": GRID, "vision_feature_layer": -1},
+    "video_llama_3": _LAST,
     "video_llava": {"image_seq_length": 16, "video_seq_length": 136},
     # earlier versions of Transformers know it by its second name
     "vipllava": {name: [-2, -1, 1] for name in ("vision_feature_layer", "vision_feature_layers")},
@@ -319,8 +408,10 @@ _MERGED = {
     "internvl": 4,
     "llama4": 4,
     "ovis2": 4,
+    "perception_lm": 4,
     "smolvlm": 4,
 }
+_STACKED = ("idefics3", "perception_lm", "smolvlm")
 
 
 def tiny_family(family="llava", tower="clip", decoder="llama", seed=0, **options):
@@ -359,11 +450,16 @@ def tiny_family_processor(family="llava", tower="clip"):
         processor = _PixtralProcessor(image_processor=pixels, patch_size=PATCH_SIZE, **common)
         processor.side = edge // PATCH_SIZE
         return processor
-    if family in _QWEN_PROCESSORS:
+    if family in _PACKING_PROCESSORS:
+        kind, pixels_kind = _PACKING_PROCESSORS[family]
         edges = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": 4 * IMAGE_SIZE**2}
-        pixels = Qwen2VLImageProcessorPil(size=edges, patch_size=PATCH_SIZE)
+        pixels = pixels_kind(size=edges, patch_size=PATCH_SIZE)
         del common["image_token"]  # the tokenizer's
-        return _QWEN_PROCESSORS[family](image_processor=pixels, **common)
+        return kind(image_processor=pixels, **common)
+    if family == "mllama":
+        del common["image_token"]
+        pixels = MllamaImageProcessorPil(size=sizes, max_image_tiles=2)
+        return MllamaProcessor(image_processor=pixels, **common)
     common["vision_feature_select_strategy"] = _strategy(tower)
     if family == "llava_onevision":
         pixels = LlavaOnevisionImageProcessorPil(size=sizes, image_grid_pinpoints=GRID)
@@ -380,7 +476,7 @@ def tiny_family_processor(family="llava", tower="clip"):
     if family in _MERGED:
         kind = _GemmaProcessor if family == "gemma3" else _MergingProcessor
         processor = kind(image_processor=pixels, **common)
-        processor.merged, processor.stacked = _MERGED[family], family in ("idefics3", "smolvlm")
+        processor.merged, processor.stacked = _MERGED[family], family in _STACKED
         return processor
     return LlavaProcessor(image_processor=pixels, **common)
 

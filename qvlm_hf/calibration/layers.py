@@ -55,7 +55,8 @@ class LayerInput:
         args, kwargs: the layer's other arguments (masks, position embeddings).
         valid: bool [B, T], the tokens that are no padding; None is all.
         origins: where the samples came from, for messages.
-        calls: by layer behind the first; a layer that is not in it gets `args` and `kwargs`.
+        calls: by layer behind the first; a layer that is not in it gets `args` and `kwargs`, and
+            one with None is passed over, as the model does.
     """
 
     hidden: Tensor
@@ -63,7 +64,7 @@ class LayerInput:
     kwargs: Mapping[str, Any]
     valid: Tensor | None
     origins: tuple[str, ...]
-    calls: Mapping[nn.Module, _LayerCall] = field(default_factory=dict)
+    calls: Mapping[nn.Module, _LayerCall | None] = field(default_factory=dict)
 
     def require_finite(self, values: Tensor, what: str) -> None:
         """Raises ValueError if values of this batch hold NaN or infinity."""
@@ -134,7 +135,8 @@ class _Recorder:
     ) -> None:
         self._segment, self._batch, self._see, self._last = segment, batch, see, last
         self._entry: LayerInput | None = None
-        self._calls: dict[nn.Module, _LayerCall] = {}
+        behind = segment.layers[1:]
+        self._calls: dict[nn.Module, _LayerCall | None] = {layer.module: None for layer in behind}
         self._output: Any = None  # of the layer before
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # layers share masks and the like
 
@@ -227,7 +229,10 @@ def run_layer(
     """
     outputs = []
     for entry, h in zip(inputs, hidden, strict=True):
-        call = entry.calls.get(layer) or _LayerCall(entry.args, entry.kwargs, None)
+        call = entry.calls.get(layer, _LayerCall(entry.args, entry.kwargs, None))
+        if call is None:
+            outputs.append(h)
+            continue
         entering = h if call.added is None else h + call.added
         with torch.no_grad():
             outputs.append(_hidden_states(layer(entering, *call.args, **call.kwargs)))

@@ -58,8 +58,8 @@ class OptimizedVision:
 
     Attributes:
         ranges: site -> factors on its ranges.
-        dependencies: "vision" -> D(k, k+1) of the vision encoder in nats under them, and the
-            threshold h0 for them.
+        dependencies: name of the vision encoder's segment -> D(k, k+1) in nats under them, and
+            the threshold h0 for them.
         report: the measurements.
     """
 
@@ -107,7 +107,9 @@ def optimize_vision(calibration: Calibration) -> OptimizedVision | None:
     if not report.kept:
         return OptimizedVision({}, {}, report)
     ranges = {site.quantized.site.name: site.learned() for site in sites if site.learn}
-    dependencies = {"vision": (after.dependencies, after.threshold)} if after else {}
+    dependencies = {}
+    if after and vision:
+        dependencies[vision.name] = (after.dependencies, after.threshold)
     return OptimizedVision(ranges, dependencies, report)
 
 

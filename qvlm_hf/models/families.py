@@ -25,7 +25,6 @@ __all__ = [
     "find_parts",
     "get_module",
     "has_row",
-    "is_packed",
     "layer_kind",
     "module_paths",
 ]
@@ -40,7 +39,7 @@ class Family:
         projector_kind: its wiring.
         further: path of a list of projectors like it, which write into later layers.
         written: paths of parameters that stand in the residual stream like embeddings.
-        unquantized: paths that stay in full precision, and why.
+        unquantized: paths that stay in full precision, and why; the tower may be one.
     """
 
     projector: str = "multi_modal_projector"
@@ -57,6 +56,16 @@ _MERGED = Family(
 )
 _MERGED_EARLIER = replace(_MERGED, projector_kind=chain("mlp.0", "mlp.2", norm="ln_q"))
 _PATCHES = chain("patch_merger.merging_layer", "linear_1", "linear_2")
+_GATED = Family(
+    projector="visual.merger",
+    projector_kind=LayerKind(
+        sites=(("proj",), ("gate_proj", "up_proj"), ("down_proj",)),
+        transformed=("proj", "gate_proj", "down_proj"),
+        writers=("down_proj",),
+        product=("up_proj", "down_proj"),
+    ),
+)
+_TIMM = {"vision_tower": "its layers are those of the timm package"}
 # a linear module that does not write embeddings
 _ALONE = replace(chain(""), writers=())
 
@@ -64,10 +73,14 @@ FAMILIES = {
     "aya_vision": Family(projector_kind=chain("linear_1", "linear_2", norm="layernorm")),
     "cohere2_vision": Family(),
     "deepseek_vl": Family(projector="aligner", projector_kind=chain("linear1", "linear2")),
+    "fast_vlm": Family(unquantized=_TIMM),
     "gemma3": Family(
         projector_kind=chain(),
         unquantized={"multi_modal_projector": "it multiplies by a bare parameter"},
     ),
+    "glm46v": _GATED,
+    "glm4v": _GATED,
+    "glm_ocr": _GATED,
     "got_ocr2": Family(projector_kind=chain("multimodal_projector")),
     "idefics3": _SHUFFLED,
     "internvl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
@@ -78,7 +91,9 @@ FAMILIES = {
     "janus": Family(
         projector="aligner",
         projector_kind=chain("fc1", "hidden_layers.0"),
-        unquantized={"generation_aligner, generation_head": "samples draw no pictures"},
+        unquantized=dict.fromkeys(
+            ("generation_aligner", "generation_head"), "no sample asks for a drawn picture"
+        ),
     ),
     "lighton_ocr": Family(projector="vision_projection", projector_kind=_PATCHES),
     "llava": Family(),
@@ -86,12 +101,17 @@ FAMILIES = {
     "llava_next_video": _TILED,
     "llava_onevision": _TILED,
     "mistral3": Family(projector_kind=_PATCHES),
+    "mllama": Family(projector_kind=_ALONE),
     "ovis2": Family(
         projector="vision_tower.head_linear",
         projector_kind=_ALONE,
         written=("visual_embeddings_table.weight",),
     ),
+    "paddleocr_vl": Family(
+        projector="projector", projector_kind=chain("linear_1", "linear_2", norm="pre_norm")
+    ),
     "paligemma": Family(projector_kind=chain("linear")),
+    "perception_lm": Family(unquantized=_TIMM),
     "qwen2_5_vl": _MERGED_EARLIER,
     "qwen2_vl": _MERGED_EARLIER,
     "qwen3_5": _MERGED,
@@ -99,6 +119,7 @@ FAMILIES = {
     "qwen3_vl_moe": replace(_MERGED, further="visual.deepstack_merger_list"),
     "smolvlm": _SHUFFLED,
     "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
+    "video_llama_3": Family(projector="projector", projector_kind=chain("readout.0", "readout.2")),
     "vipllava": Family(projector_kind=chain("linear_1", "linear_2", norm="projector_layernorm")),
 }
 
@@ -109,6 +130,7 @@ class Parts:
 
     Attributes:
         vision: the vision tower.
+        vision_layers: its layers, list by list in execution order; none if it is left out.
         projector: between tower and decoder.
         projector_kind: its wiring.
         further: a list of projectors like it, which write into later layers; may be empty.
@@ -119,6 +141,7 @@ class Parts:
     """
 
     vision: Any
+    vision_layers: tuple[list[tuple[nn.Module, LayerKind]], ...]
     projector: nn.Module
     projector_kind: LayerKind
     further: nn.ModuleList
@@ -165,8 +188,11 @@ def find_parts(model: Any) -> Parts:
     family = FAMILIES[model.config.model_type]
     projector = get_module(model.base_model, family.projector)
     _check_named(projector, family.projector_kind)
+    vision = model.get_encoder("image")
+    left_out = {get_module(model.base_model, path) for path in family.unquantized}
     return Parts(
-        vision=model.get_encoder("image"),
+        vision=vision,
+        vision_layers=() if vision in left_out else _layer_lists(vision),
         projector=projector,
         projector_kind=family.projector_kind,
         further=_get_list(model.base_model, family.further),
@@ -190,22 +216,26 @@ def _check_named(projector: nn.Module, kind: LayerKind) -> None:
             raise ValueError(_unsupported(f"{path} of a {type(projector).__name__}", sorted(named)))
 
 
-def find_layers(part: Any) -> list[tuple[nn.Module, LayerKind]]:
-    """Finds the layers of a tower or decoder in execution order, and how each is wired.
+def find_layers(decoder: Any) -> list[tuple[nn.Module, LayerKind]]:
+    """Finds the layers of a decoder in execution order, and how each is wired.
 
     Raises:
         ValueError: none is of a known class, or some are not.
     """
+    return [layer for layers in _layer_lists(decoder) for layer in layers]
+
+
+def _layer_lists(part: Any) -> tuple[list[tuple[nn.Module, LayerKind]], ...]:
     lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
     lists = [layers for layers in lists if any(map(layer_kind, layers))] or lists[:1]
-    found = [(layer, layer_kind(layer)) for layers in lists for layer in layers]
-    unknown = [layer for layer, known in found if known is None]
-    if unknown or not found:
+    found = [[(layer, layer_kind(layer)) for layer in layers] for layers in lists]
+    unknown = [layer for layers in found for layer, known in layers if known is None]
+    if unknown or not any(found):
         layer_class = type((unknown or [part])[0]).__name__
         raise ValueError(
             _unsupported(f"{layer_class} (of a {part.config.model_type!r})", LAYER_KINDS)
         )
-    return [(layer, known) for layer, known in found if known]
+    return tuple([(layer, known) for layer, known in layers if known] for layers in found)
 
 
 def layer_kind(layer: nn.Module) -> LayerKind | None:
@@ -228,12 +258,6 @@ def module_paths(layer: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
                 continue
         found.append(path)
     return tuple(found)
-
-
-def is_packed(tower: nn.Module) -> bool:
-    """Whether a tower puts the tokens of all pictures in one row."""
-    kinds = map(layer_kind, tower.modules())
-    return any(kind is not None and kind.packed for kind in kinds)
 
 
 def component_finder(model: Any) -> Callable[[str], str]:

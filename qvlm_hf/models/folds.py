@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -123,7 +124,7 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     readers: list[nn.Linear] = []
     values = []
     for part, layers in (
-        (parts.vision, [*find_layers(parts.vision), *projectors]),
+        (parts.vision, [*chain(*parts.vision_layers), *projectors]),
         (parts.language, decoder),
     ):
         for layer, kind in layers:

@@ -8,20 +8,14 @@ and the report lists it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from torch import nn
 
 from qvlm_hf.format.hadamard import largest_block
 from qvlm_hf.models.experts import experts_split
-from qvlm_hf.models.families import (
-    find_layers,
-    find_parts,
-    get_module,
-    has_row,
-    is_packed,
-    module_paths,
-)
+from qvlm_hf.models.families import find_layers, find_parts, get_module, has_row, module_paths
 from qvlm_hf.models.layer_kinds import LayerKind
 
 __all__ = [
@@ -205,11 +199,13 @@ def _resolve(
         )
         return Segment(component, tuple(made), packed and component != "language")
 
-    packed = is_packed(parts.vision)
+    packed = any(kind.packed for layers in parts.vision_layers for _, kind in layers)
     segments = []
     if quantize_vision:
-        layers = find_layers(parts.vision)
-        segments.append(segment("vision", layers, _used_layers(model.config, len(layers))))
+        segments += [
+            segment("vision", layers, _used_layers(model.config, len(layers)))
+            for layers in parts.vision_layers
+        ]
     if quantize_projector:
         segments += [
             segment("projector", [(projector, parts.projector_kind)], 1)
@@ -235,9 +231,10 @@ def shared_inputs(model: Any) -> tuple[tuple[nn.Module, ...], ...]:
     if not has_row(model):
         return ()
     parts = find_parts(model)
+    projectors = [(projector, parts.projector_kind) for projector in parts.projectors]
     return tuple(
         tuple(map(layer.get_submodule, site))
-        for layer, kind in (*find_layers(parts.vision), *find_layers(parts.language))
+        for layer, kind in chain(*parts.vision_layers, projectors, find_layers(parts.language))
         for site in kind.sites
         if len(site) > 1
     )

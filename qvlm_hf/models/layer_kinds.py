@@ -73,6 +73,10 @@ _ENCODER = LayerKind(
     norms=(("attention_norm", _QKV), ("mlp_norm", ("up",))),
     value=("v", "attention_out"),
 )
+# the same, with q/k/v that have no bias to take the norm's
+_BIASLESS_ENCODER = replace(
+    _ENCODER, norms=(("mlp_norm", ("up",)),), inner_norms=(("attention_norm", _QKV),)
+)
 # the same with q/k/v in one module
 _FUSED_ENCODER = replace(
     _ENCODER,
@@ -96,6 +100,8 @@ _WINDOWED_ENCODER = replace(
     norms=(("mlp_norm", ("up",)),),
     inner_norms=(("attention_norm", ("qkv",)),),
 )
+# the same over pictures of any size
+_PACKED_ENCODER = replace(_ENCODER, packed=True)
 # norm -> attention, norm -> gated MLP
 _DECODER = LayerKind(
     sites=(_QKV, ("attention_out",), ("gate", "up"), ("down",)),
@@ -125,6 +131,13 @@ _DELTA_DECODER = replace(
     norms=(("attention_norm", _DELTA_INPUTS), ("mlp_norm", ("gate", "up"))),
     inner_norms=(("value_norm", ("attention_out",)),),
     value=None,
+)
+# the same with keys and values that read pictures
+_CROSS_DECODER = replace(
+    _DECODER,
+    sites=(("q",), ("k", "v"), *_DECODER.sites[1:]),
+    transformed=("k", "down"),
+    norms=(("attention_norm", ("q",)), ("mlp_norm", ("gate", "up"))),
 )
 # the same with a norm behind attention and behind the MLP
 _POST_NORM_DECODER = replace(
@@ -242,6 +255,11 @@ _QWEN3_EXPERTS = _LLAMA | {
     "expert_up": "mlp.experts.gate_up_proj",
     "expert_down": "mlp.experts.down_proj",
 }
+_MLLAMA_VISION = _LLAMA | {"up": "mlp.fc1", "down": "mlp.fc2"}
+_CROSS = _LLAMA | {
+    **{role: f"cross_attn.{role}_proj" for role in _QKV},
+    "attention_out": "cross_attn.o_proj",
+}
 _GEMMA2 = _LLAMA | {"mlp_norm": "pre_feedforward_layernorm"}
 _COHERE = _LLAMA | {"norm": "input_layernorm"}
 _PHI3 = _LLAMA | {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
@@ -280,7 +298,12 @@ LAYER_KINDS = {
     "SmolVLMEncoderLayer": _ENCODER.named(_CLIP),
     "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
     "JanusVisionEncoderLayer": _ENCODER.named(_JANUS),
+    "MllamaVisionEncoderLayer": _BIASLESS_ENCODER.named(_MLLAMA_VISION),
+    "PaddleOCRVisionEncoderLayer": _PACKED_ENCODER.named(_CLIP),
+    "VideoLlama3VisionEncoderLayer": _PACKED_ENCODER.named(_CLIP),
     "Ovis2VisionEncoderLayer": replace(_GATED_ENCODER, packed=False).named(_OVIS2),
+    "Glm4vVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
+    "GlmOcrVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
     "GotOcr2VisionLayer": _WINDOWED_ENCODER.named(_SAM),
     "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
     "Llama4VisionEncoderLayer": _ENCODER.named(_LLAMA4_VISION),
@@ -306,6 +329,11 @@ LAYER_KINDS = {
     "Gemma2DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
     "Gemma3DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
     "Cohere2DecoderLayer": _GATED_PARALLEL_DECODER.named(_COHERE),
+    "MllamaSelfAttentionDecoderLayer": _DECODER.named(_LLAMA),
+    "MllamaCrossAttentionDecoderLayer": _CROSS_DECODER.named(_CROSS),
+    "PaddleOCRDecoderLayer": _DECODER.named(_LLAMA),
+    "Glm4vTextDecoderLayer": _FUSED_POST_NORM_DECODER.named(_PHI3),
+    "GlmOcrTextDecoderLayer": _FUSED_POST_NORM_DECODER.named(_PHI3),
     "Phi3DecoderLayer": _FUSED_DECODER.named(_PHI3),
     "PhiDecoderLayer": _PARALLEL_DECODER.named(_PHI),
 }

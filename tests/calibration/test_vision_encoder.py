@@ -74,7 +74,7 @@ def test_lowers_the_held_out_error_and_leaves_the_model_alone():
         (learned.weights[0] != 1).any() and (learned.activations[0] != 1).any()
         for learned in result.ranges.values()
     )
-    assert len(result.dependencies["vision"][0]) == 1
+    assert len(result.dependencies[calibration.segments[0].name][0]) == 1
     assert all(torch.equal(tensor, after[0][name]) for name, tensor in before[0].items())
     assert before[1:] == after[1:]
 
