@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.hf.runtime.attention import ATTENTION
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.quantizer import QVLMHfQuantizer
 from qvlm_hf.hf.runtime.fusion import fuse
 from qvlm_hf.models.graph import canonical_name
+from qvlm_hf.models.trace_inputs import count_rows
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import replace_modules
 
-__all__ = ["random_model", "random_prompt", "random_tensors", "skeleton"]
+__all__ = ["picture_tokens", "random_model", "random_prompt", "random_tensors", "skeleton"]
 
 _BLOCK = 2**20
 _WORD = 32
@@ -44,9 +46,10 @@ def random_model(
         modules: canonical names of quantized modules and their schemes ("token" is not possible);
             default: none.
     """
-    if modules:
+    if modules:  # as a quantized model is loaded
         config = copy.deepcopy(config)
-        config._attn_implementation = {"text_config": ATTENTION}  # as a quantized model is loaded
+        config._attn_implementation = None
+        config = QVLMHfQuantizer(QVLMConfig()).update_attn_implementation(config)
     model = skeleton(config, dtype=dtype, modules=modules or {})
     for name, tensor in random_tensors(model, device):
         parent, _, part = name.rpartition(".")
@@ -90,11 +93,31 @@ def random_tensors(model: nn.Module, device: torch.device) -> Iterator[tuple[str
             yield f"{prefix}.{part}" if prefix else part, tensor
 
 
+def picture_tokens(model: Any) -> int | None:
+    """Counts the tokens that a picture of the configured size becomes.
+
+    Args:
+        model: on the meta device.
+
+    Returns:
+        None where pictures come in another form than [pictures, 3, side, side].
+    """
+    try:
+        size = _picture_size(model.config)
+        pixels = torch.empty(1, 3, *size, device="meta", dtype=model.dtype)
+        owner = model if hasattr(model, "get_image_features") else model.base_model
+        tokens = count_rows(owner.get_image_features(pixels))
+        return tokens if model.config.image_token_id is not None and tokens else None
+    except Exception:  # of a family's own code
+        return None
+
+
 def random_prompt(
     config: Any,
     batch: int,
     *,
     prompt_tokens: int,
+    image_tokens: int,
     images: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -105,6 +128,7 @@ def random_prompt(
         config: of the model.
         batch: prompts.
         prompt_tokens: of each, placeholders of pictures included.
+        image_tokens: of a picture.
         images: pictures per prompt.
         dtype: of the pictures.
         device: of all tensors.
@@ -113,22 +137,29 @@ def random_prompt(
         ValueError: the pictures do not fit into the prompt, or the prompt not into the model's
             context.
     """
-    placeholders, text = images * config.image_seq_length, config.text_config
-    if not placeholders < prompt_tokens <= text.max_position_embeddings:
+    placeholders, text = images * image_tokens, config.get_text_config(decoder=True)
+    most = getattr(text, "max_position_embeddings", None) or prompt_tokens
+    if not placeholders < prompt_tokens <= most:
         raise ValueError(
             f"--prompt-tokens {prompt_tokens} must be more than the {placeholders} that {images} "
-            f"pictures take, and at most {text.max_position_embeddings}."
+            f"pictures take, and at most {most}."
         )
     generator = torch.Generator().manual_seed(0)
-    words = [token for token in range(min(1000, text.vocab_size)) if token != config.image_token_id]
+    picture: Any = getattr(config, "image_token_id", None)
+    words = [token for token in range(min(1000, text.vocab_size)) if token != picture]
     drawn = torch.randint(len(words), (batch, prompt_tokens - placeholders), generator=generator)
-    pictures = torch.full((batch, placeholders), config.image_token_id)
+    pictures = torch.full((batch, placeholders), picture if images else 0)
     inputs = {"input_ids": torch.cat([pictures, torch.tensor(words)[drawn]], 1).to(device)}
     if images:
-        side = config.vision_config.image_size
-        pixels = torch.randn(batch * images, 3, side, side, generator=generator)
+        pixels = torch.randn(batch * images, 3, *_picture_size(config), generator=generator)
         inputs["pixel_values"] = pixels.to(device, dtype)
     return inputs
+
+
+def _picture_size(config: Any) -> tuple[int, int]:
+    size = config.vision_config.image_size
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return height, width
 
 
 def _fill_float(tensor: Tensor, part: str, normal: Tensor) -> None:

@@ -38,7 +38,7 @@ _MODELS: dict[str, Any] = {
     "lm_head_bits": None,
     "batch": [1],
     "prompt_tokens": None,
-    "images": 1,
+    "images": None,
     "new_tokens": 32,
     "device": "cpu",
     "compile": False,
@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     shapes, add = ", ".join(SHAPES), parser.add_argument
     add("directory", nargs="?", metavar="DIR", help="time a saved quantized model, end to end")
-    add("--shape", metavar="NAME", help=f"time a model with random weights instead: {shapes}")
+    shape = f"time random weights instead, of a config.json, its directory, a Hub id or {shapes}"
+    add("--shape", metavar="NAME", help=shape)
     add("--kernels", action="store_true", help="time single linear layers instead")
     rounds = "turns of every way (default: 5; --kernels: 9)"
     add("--rounds", type=int, metavar="R", help=rounds)
@@ -69,7 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, nargs="+", metavar="B", help="prompts at once (default: 1)")
     prompt = "of each prompt (default: those of the pictures and 32 more)"
     add("--prompt-tokens", type=int, metavar="N", help=prompt)
-    add("--images", type=int, metavar="N", help="pictures per prompt (default: 1)")
+    add(
+        "--images",
+        type=int,
+        metavar="N",
+        help="pictures per prompt (default: 1, if they can be made)",
+    )
     add("--new-tokens", type=int, metavar="N", help="generated per prompt (default: 32)")
     add("--device", choices=("cpu", "cuda"), help="where (default: cpu)")
     compiled = "decode with torch.compile and a static cache, every way"

@@ -1,6 +1,7 @@
 """Whole models for `qvlm bench`: the contenders, how each is built, and the table."""
 
 import argparse
+import copy
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,15 +25,13 @@ from qvlm_hf.bench.machine import (
 )
 from qvlm_hf.bench.models import Contender, fits_together, measure_models
 from qvlm_hf.bench.peers import PEERS
-from qvlm_hf.bench.random_models import random_model, random_prompt
-from qvlm_hf.bench.shapes import shape_config, shape_model, token_positions
+from qvlm_hf.bench.random_models import picture_tokens, random_model, random_prompt
 from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.cli.bench_tables import model_table
 from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import load_model, read_config, silence
+from qvlm_hf.cli.shapes import empty_model, plan, read_shape
 from qvlm_hf.format.scheme import parse_scheme
-from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.round_on_load import planned_modules
 from qvlm_hf.hf.runtime.compiling import ROUND_AS_EAGER
 from qvlm_hf.nn.footprint import footprint
 from qvlm_hf.nn.replace import dequantize_modules
@@ -59,6 +58,7 @@ class _Subject:
     config: Any
     full_precision: Callable[[torch.dtype], Any]
     bfloat16_bytes: int
+    image_tokens: int | None
     quantized: Sequence[_Quantized]
 
 
@@ -68,7 +68,9 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: a value makes no sense, there is no such device, or the baseline failed.
     """
-    if min(options.new_tokens, options.rounds, 1 + min(options.batch)) < 2 or options.images < 0:
+    images = options.images
+    least = min(options.new_tokens, options.rounds, 1 + min(options.batch))
+    if least < 2 or (images is not None and images < 0):
         raise ValueError(
             "--new-tokens and --rounds must be at least 2, --batch at least 1, --images at least 0."
         )
@@ -77,14 +79,21 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
     silence()
     device = torch.device(options.device)
     subject = _shape(options, device) if options.directory is None else _saved(options, device)
+    image_tokens = subject.image_tokens
+    if images and image_tokens is None:
+        raise ValueError(
+            f"--images {images}: {subject.config.model_type!r} takes pictures in another form than "
+            f"this command makes: take --images 0."
+        )
+    images = int(image_tokens is not None) if images is None else images
     prompt_tokens = options.prompt_tokens
     if prompt_tokens is None:
-        prompt_tokens = options.images * subject.config.image_seq_length + _QUESTION
+        prompt_tokens = images * (image_tokens or 0) + _QUESTION
     settings = {
         "model": subject.title,
         "batch": options.batch,
         "prompt_tokens": prompt_tokens,
-        "images": options.images,
+        "images": images,
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
         "compile": options.compile,
@@ -93,7 +102,8 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
         random_prompt,
         subject.config,
         prompt_tokens=prompt_tokens,
-        images=options.images,
+        image_tokens=image_tokens or 0,
+        images=images,
         device=device,
     )
     prompt(1, dtype=torch.bfloat16)  # a wrong length should not wait for the models
@@ -102,7 +112,7 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
     )
     together = fits_together(contenders, available_bytes(device))
     print(
-        f"{subject.title}; prompt tokens: {prompt_tokens}, pictures: {options.images}, "
+        f"{subject.title}; prompt tokens: {prompt_tokens}, pictures: {images}, "
         f"new tokens: {options.new_tokens}"
     )
     turns = len(options.batch) * (options.rounds + 1 + options.compile)
@@ -140,14 +150,15 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _shape(options: argparse.Namespace, device: torch.device) -> _Subject:
-    """A named shape with random weights."""
-    name, config = options.shape, shape_config(options.shape)
-    model, head = shape_model(name), options.lm_head_bits
+    """A shape with random weights."""
+    name, config, head = options.shape, read_shape(options.shape), options.lm_head_bits
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"--shape {name}: is quantized already: give it as DIR.")
+    model = empty_model(config)
     quantized, full = [], 0
     for scheme in options.scheme or ["W4A8"]:
-        settings = QVLMConfig(scheme=scheme, lm_head_bits=head).settings()
-        modules = planned_modules(model, settings)
-        sizes = footprint(model, modules, positions=token_positions(config)).total
+        modules = plan(model, scheme, lm_head_bits=head).report.modules
+        sizes = footprint(model, modules).total
         full = sizes.full_precision_bytes
         title = f"qvlm_hf {scheme.upper()}{f', head W{head}' if head else ''}"
         build = partial(random_model, config, dtype=torch.bfloat16, device=device, modules=modules)
@@ -158,6 +169,7 @@ def _shape(options: argparse.Namespace, device: torch.device) -> _Subject:
         config=config,
         full_precision=lambda dtype: random_model(config, dtype=dtype, device=device),
         bfloat16_bytes=full,
+        image_tokens=picture_tokens(model),
         quantized=quantized,
     )
 
@@ -185,8 +197,15 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
         config=config,
         full_precision=full_precision,
         bfloat16_bytes=2 * sizes.total.parameters,
+        image_tokens=picture_tokens(empty_model(_without_quantization(config))),
         quantized=[_Quantized(name, build, bits, sizes.total.quantized_bytes)],
     )
+
+
+def _without_quantization(config: Any) -> Any:
+    config = copy.deepcopy(config)
+    del config.quantization_config
+    return config
 
 
 def _check_baseline(base: str) -> None:

@@ -1,18 +1,22 @@
-"""`qvlm inspect DIR` and `qvlm inspect --shape NAME --scheme W4A4`."""
+"""`qvlm inspect MODEL`: what was quantized of a saved model, or would be of any configuration."""
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
-from qvlm_hf.bench.shapes import SHAPES, shape_model, token_positions
+from qvlm_hf.bench.shapes import SHAPES, token_positions
 from qvlm_hf.cli.models import silence
+from qvlm_hf.cli.shapes import empty_model, plan, read_shape
 from qvlm_hf.cli.story import story
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.round_on_load import planned_modules
 from qvlm_hf.hub.contents import REPORT_NAME, read_report_file
+from qvlm_hf.models.families import has_row
+from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.nn.footprint import Footprint, footprint
 
 __all__ = ["add_arguments", "run", "saved_footprint"]
@@ -21,35 +25,58 @@ __all__ = ["add_arguments", "run", "saved_footprint"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     add, shapes = parser.add_argument, ", ".join(SHAPES)
-    add("directory", nargs="?", metavar="DIR", help="a saved quantized model")
-    add("--shape", metavar="NAME", help=f"size a model by name instead: {shapes}")
-    add("--scheme", help="for --shape: bits of weights and activations (default: W4A4)")
-    group = "for --shape: inputs per weight scale (default: 128)"
+    model = "a saved quantized model; or a config.json, its directory or a Hub id, to plan and size"
+    add("model", nargs="?", metavar="MODEL", help=model)
+    add("--shape", metavar="NAME", help=f"the same, or one of {shapes}")
+    scheme = "to plan: bits of weights and activations (default: W4A4; without a row W4A16)"
+    add("--scheme", nargs="+", metavar="S", help=scheme)
+    group = "to plan: inputs per weight scale (default: 128)"
     add("--group-size", type=int, metavar="N", help=group)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    if (options.directory is None) == (options.shape is None):
-        raise ValueError("name either a directory or a --shape: see qvlm inspect --help.")
-    asked = {name: getattr(options, name) for name in ("scheme", "group_size")}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    if (options.model is None) == (options.shape is None):
+        raise ValueError("name either a MODEL or a --shape: see qvlm inspect --help.")
     silence()
-    if options.shape is not None:
-        _print_shape(options.shape, QVLMConfig(**{"scheme": "W4A4", **asked}))
+    name = options.model if options.shape is None else options.shape
+    config = read_shape(name)
+    saved = getattr(config, "quantization_config", None)
+    if saved is None:
+        _print_plan(name, config, options.scheme, options.group_size)
         return 0
-    if asked:
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
-        raise ValueError(f"{given}: is for --shape, {options.directory} has its own: leave it out.")
-    _print_saved(options.directory)
+    asked = {"--scheme": options.scheme, "--group-size": options.group_size}
+    if given := ", ".join(option for option, value in asked.items() if value is not None):
+        raise ValueError(f"{given}: is to plan, {name} has its own: leave it out.")
+    _print_saved(name)
     return 0
 
 
-def _print_shape(shape: str, config: QVLMConfig) -> None:
-    model = shape_model(shape)
-    modules, positions = planned_modules(model, config.settings()), token_positions(model.config)
-    print(f"{shape}, {config.scheme}, group size {config.group_size}, against bfloat16")
-    print(footprint(model, modules, positions=positions))
+def _print_plan(
+    name: str, config: Any, schemes: Sequence[str] | None, group_size: int | None
+) -> None:
+    """What would be quantized of a model, what cannot be done, and its size in every scheme."""
+    model = empty_model(config)
+    known = has_row(model)
+    schemes = schemes or ["W4A4" if known else "W4A16"]
+    plans = [plan(model, scheme, group_size=group_size) for scheme in schemes]
+    count = len(plans[0].report.modules)
+    print(f"{name}, a {config.model_type!r} model: {count} linear modules to quantize")
+    for segment in plans[0].segments:
+        sites = [site for layer in segment.layers for site in layer.sites]
+        layers = f"{len(segment.layers)} layer{'s' if len(segment.layers) > 1 else ''}"
+        print(f"{segment.component}: {layers}, {len(sites)} site{'s' if len(sites) > 1 else ''}")
+        if segment.packed:
+            print(f"{segment.component}: no ranges per position, pictures stand in one row")
+    for line in story(plans[0].report):
+        print(line)
+    if known:
+        print(f"rotation: {why_not_rotatable(model) or 'can be folded in'}")
+    else:
+        print("no calibration, rotation or equalization; at most these modules, as a run will tell")
+    for scheme, one in zip(schemes, plans, strict=True):
+        print(f"{scheme.upper()}, group size {one.report.settings['group_size']}, against bfloat16")
+        print(footprint(model, one.report.modules))
 
 
 def _print_saved(directory: str) -> None:
@@ -86,8 +113,7 @@ def saved_footprint(directory: str) -> tuple[QVLMConfig, Footprint]:
             "name the directory that qvlm quantize wrote."
         )
     del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    model = empty_model(config)
     quantization, dtype = QVLMConfig.from_dict(saved), config.dtype or torch.float32
     modules = quantization.modules
     needed = any(scheme.granularity == "token" for scheme in modules.values())

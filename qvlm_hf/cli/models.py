@@ -35,6 +35,7 @@ __all__ = [
     "load_with_processor",
     "make_config",
     "read_config",
+    "read_loadable",
     "search_options",
     "silence",
 ]
@@ -139,7 +140,7 @@ def load_model(
 ) -> Any:
     """A model from a directory or the Hub, quantized on the way if there is a configuration."""
     silence()
-    kind = _read_loadable(name, revision)
+    kind = read_loadable(name, revision)
     if config is not None and getattr(kind, "quantization_config", None) is not None:
         raise ValueError(f"{name}: is quantized already: give the full-precision model.")
     options = {} if config is None else {"quantization_config": config}
@@ -155,7 +156,7 @@ def load_with_processor(name: str) -> tuple[Any, Any]:
         ValueError: it does not, with the file and the key to mend.
     """
     silence()
-    _read_loadable(name)
+    read_loadable(name)
     processor = load_processor(name)
     check_fits(name, processor)
     return load_model(name), processor
@@ -184,8 +185,8 @@ def check_fits(name: str, processor: Any) -> None:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _read_loadable(name: str, revision: str | None = None) -> Any:
-    """The configuration of a model that the commands can load.
+def read_loadable(name: str, revision: str | None = None) -> Any:
+    """The configuration of a model that the commands can load; `name` may be a config.json too.
 
     Raises:
         ValueError: it is of another kind, or its directory is damaged; as `read_config`.
@@ -193,7 +194,7 @@ def _read_loadable(name: str, revision: str | None = None) -> Any:
     kind = read_config(name, revision)
     if type(kind) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
-            f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give a LLaVA."
+            f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give one."
         )
     if Path(name).is_dir():
         check_directory(Path(name), kind)

@@ -45,7 +45,13 @@ class Ticks:
 def prompt(model, batch, images=1, extra=8):
     tokens = images * IMAGE_TOKENS + extra
     return random_prompt(
-        model.config, batch, prompt_tokens=tokens, images=images, dtype=model.dtype, device=CPU
+        model.config,
+        batch,
+        prompt_tokens=tokens,
+        image_tokens=IMAGE_TOKENS,
+        images=images,
+        dtype=model.dtype,
+        device=CPU,
     )
 
 
@@ -279,7 +285,8 @@ def test_a_random_model_in_full_precision_equals_nothing_but_its_shape():
 @pytest.mark.parametrize(("images", "tokens"), [(0, 5), (2, 40), (2, 20)])
 def test_prompts_hold_their_pictures(images, tokens):
     config = tiny_llava().config
-    options = {"prompt_tokens": tokens, "images": images, "dtype": torch.bfloat16, "device": CPU}
+    options = {"prompt_tokens": tokens, "images": images, "image_tokens": IMAGE_TOKENS}
+    options |= {"dtype": torch.bfloat16, "device": CPU}
     if tokens <= images * IMAGE_TOKENS:
         with pytest.raises(ValueError, match="must be more than the 32 that 2 pictures take"):
             random_prompt(config, 3, **options)
