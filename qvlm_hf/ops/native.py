@@ -200,7 +200,9 @@ def _compile(
         with ThreadPoolExecutor(len(objects)) as pool:
             list(
                 pool.map(
-                    lambda one: _output(*command, "-c", "-o", one[1], str(one[0]), temporary=folder),
+                    lambda one: _output(
+                        *command, "-c", "-o", one[1], str(one[0]), temporary=folder
+                    ),
                     objects.items(),
                 )
             )
