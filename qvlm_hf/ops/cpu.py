@@ -5,6 +5,8 @@ the host's own instruction set. The user's cache keeps the library under a hash 
 compiler and processor. The kernels compute with PyTorch's own OpenMP threads. Where there is no
 compiler, or a result is not the reference's, the reference computes and `kernel_name` tells so.
 
+The processor's class decides what is compiled: AVX-512, AVX2, or plain loops (csrc/cpu_vector.h).
+
 Left out: repacking. The kernels read the bytes as they lie on disk, so a model is in memory once.
 """
 
@@ -25,8 +27,9 @@ from qvlm_hf.ops.call import CallScheme, Loaded, Packed, int32_overflow
 __all__ = ["entries", "load", "misfit"]
 
 _SOURCES = native.sources(
-    "cpu_kernels.cpp",
-    *("cpu_integer.h", "cpu_float.h", "cpu_weight.h", "cpu_fused.h", "cpu_number.h", "cpu_call.h"),
+    *("cpu_kernels.cpp", "cpu_integer.cpp", "cpu_float.cpp", "cpu_quantize.h", "cpu_unpack.h"),
+    *("cpu_vector.h", "cpu_portable.h", "cpu_weight.h", "cpu_fused.h", "cpu_number.h"),
+    "cpu_call.h",
 )
 # -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels
 # flip
@@ -55,7 +58,12 @@ _DENSE_TOKENS = 32
 _GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2, "none": 3}  # as cpu_direct.cpp
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PORTABLE = 0
-_VARIANTS = {_PORTABLE: "cpu portable", 1: "cpu avx512-vnni"}
+_VARIANTS = {
+    _PORTABLE: "cpu portable",
+    32: "cpu avx2",
+    33: "cpu avx2-vnni",
+    64: "cpu avx512-vnni",
+}
 # What tests/bench/plain_pytorch.py measured: layers of 1024 x 1024 and of 4096 x 4096.
 _SLOWER = "20 to 130 times slower per token (docs/benchmarks.md; remedies: docs/troubleshooting.md)"
 
@@ -92,7 +100,14 @@ def _kernels() -> tuple[str, ctypes.CDLL | None]:
         library = _load()
         wrong = native.in_clean_thread(lambda: _self_check(library))
         if not wrong:
-            return _VARIANTS[library.qvlm_variant()], library
+            name = _VARIANTS[library.qvlm_variant()]
+            if library.qvlm_variant() == _PORTABLE:
+                logging.getLogger(__name__).warning(
+                    "this processor has no AVX2: quantized layers (%s) save memory, but are slower "
+                    "than full precision (docs/kernels.md)",
+                    name,
+                )
+            return name, library
         reason = f"the compiled kernel is wrong for {wrong}"
     except native.ERRORS as error:
         reason = str(error)

@@ -1,6 +1,7 @@
 """C++ that is compiled where it runs and kept in the user's cache.
 
-The key is a hash of sources, flags, compiler, processor and PyTorch.
+The key is a hash of sources, flags, compiler, processor and PyTorch. QVLM_CPU names a class of
+processors (`_CLASSES`) to compile for instead of the one at hand: for tests and comparisons.
 
 Where the cache cannot be used, a private folder of the user under the temporary directories keeps
 the library. That happens when the cache is read-only, full, mounted noexec or open to others. A
@@ -46,13 +47,19 @@ __all__ += ["openmp", "sources"]
 ERRORS = (OSError, RuntimeError, ValueError, subprocess.TimeoutExpired)
 
 _SECONDS = 300
+# What QVLM_CPU stands for: flags instead of -march=native, and what the processor must have.
+_CLASSES = {
+    "avx2": (("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c")),
+    "avx2-vnni": (("-march=native", "-DQVLM_YMM"), ()),
+    "portable": ((), ()),
+}
 _TEMPORARY = ("/tmp", "/var/tmp")  # a folder in them is made private, and checked
 _ROOM = 64 * 2**20  # bytes: the compiler's temporary files and the library
 T = TypeVar("T")
 
 
 def sources(*names: str) -> tuple[Path, ...]:
-    """Files of the package's C++, the one to compile first."""
+    """Files of the package's C++: those to compile, and those that they include."""
     return tuple(Path(__file__).with_name("csrc") / name for name in names)
 
 
@@ -62,14 +69,15 @@ def load(
     """Compiles a library if no cache has it, and loads it.
 
     Args:
-        sources: the file to compile, and those that it includes.
-        flags: of the compiler.
-        libraries: what to link with, as arguments after the source.
+        sources: files to compile (.cpp), side by side, the first names the library; and those that
+            they include.
+        flags: of the compiler; -march=native becomes what QVLM_CPU asks for.
+        libraries: what to link with, as arguments after the objects.
 
     Raises:
         RuntimeError: there is no compiler, or it failed.
         OSError: no folder can be written and loaded from.
-        ValueError: CXX cannot be read.
+        ValueError: CXX cannot be read, or QVLM_CPU asks for what is not there.
         subprocess.TimeoutExpired: the compiler takes minutes.
     """
     return _first_that_works(lambda path: ctypes.CDLL(str(path)), sources, flags, libraries)
@@ -128,14 +136,14 @@ def _first_that_works(
     """What `use` returns for the library in the first folder where it can be kept and loaded."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"no kernels for {platform.system()} on {platform.machine()}")
-    command = compiler()
+    command, flags = compiler(), _of_class(flags)
     version = _output(*command, "--version")
     words = (*command, *flags, torch.__version__)
     contents = (path.read_bytes() for path in sources)
     identity = [*contents, " ".join(words).encode(), version, _processor()]
     name = f"{sources[0].stem}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
     refused: list[str] = []
-    compile_to = partial(_compile, [*command, *flags], sources[0], libraries, refused)
+    compile_to = partial(_compile, [*command, *flags], sources, libraries, refused)
     for folder in _folders():
         try:
             target = _private(folder) / name
@@ -169,7 +177,7 @@ def _keep(target: Path, compile_to: Callable[[Path], None]) -> bool:
 
 def _compile(
     command: Sequence[str],
-    source: Path,
+    sources: Sequence[Path],
     libraries: Sequence[str],
     refused: Sequence[str],
     target: Path,
@@ -179,16 +187,27 @@ def _compile(
         raise OSError(errno.ENOSPC, reason, str(target.parent))
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         why = f", because of {'; '.join(refused)}" if refused else ""
-        logging.getLogger(__name__).warning(
-            "compiling %s for this machine, once: up to a minute (kept in %s%s)",
-            *(source.stem, target.parent, why),
+        log, start = logging.getLogger(__name__), time.monotonic()
+        log.warning(
+            "compiling %s for this machine, once: up to 15 seconds on two cores (kept in %s%s)",
+            *(sources[0].stem, target.parent, why),
         )
         made = Path(folder) / target.name
         # gcc and cc, which PEFT's BOFT leaves in CXX, compile C++ and link without its library
         is_cxx = re.search(r"\+\+(-[\d.]+)?$", command[0])
         runtime = [] if is_cxx else ["-lstdc++"]
-        arguments = ("-o", str(made), str(source), "-Wl,--as-needed", *libraries, *runtime)
-        _output(*command, *arguments, temporary=folder)
+        objects = {path: f"{folder}/{path.stem}.o" for path in sources if path.suffix == ".cpp"}
+        with ThreadPoolExecutor(len(objects)) as pool:
+            list(
+                pool.map(
+                    lambda one: _output(
+                        *command, "-c", "-o", one[1], str(one[0]), temporary=folder
+                    ),
+                    objects.items(),
+                )
+            )
+        linked = ("-Wl,--as-needed", *libraries, *runtime)
+        _output(*command, "-o", str(made), *objects.values(), *linked, temporary=folder)
         if not made.exists():
             raise RuntimeError(f"{command[0]} reported success and wrote nothing")
         code = made.read_bytes()
@@ -196,6 +215,7 @@ def _compile(
         made.write_bytes(code + hashlib.sha256(code).digest())
         made.chmod(0o755)  # whatever the umask is: what others can write is not loaded
         os.replace(made, target)
+        log.info("compiled %s in %.1f seconds", sources[0].stem, time.monotonic() - start)
 
 
 def _alone(target: Path) -> AbstractContextManager[object]:
@@ -236,6 +256,20 @@ def compiler() -> list[str]:
     if asked:
         raise RuntimeError(f"CXX={asked[0]} is not there")
     raise RuntimeError("no C++ compiler found: install g++ or set CXX")
+
+
+def _of_class(flags: Sequence[str]) -> list[str]:
+    """The flags for the class of processors that QVLM_CPU names, or as they are."""
+    asked = os.environ.get("QVLM_CPU", "")
+    if not asked:
+        return list(flags)
+    if asked not in _CLASSES:
+        raise ValueError(f"QVLM_CPU={asked} must be one of {', '.join(_CLASSES)}")
+    instead, needed = _CLASSES[asked]
+    words = _processor().split()
+    if missing := [name for name in needed if name.encode() not in words]:
+        raise ValueError(f"QVLM_CPU={asked}: this processor has no {missing[0]}")
+    return [word for flag in flags for word in (instead if flag == "-march=native" else (flag,))]
 
 
 def openmp() -> list[str]:

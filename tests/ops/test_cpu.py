@@ -28,6 +28,8 @@ from linear_calls import (
 from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import attention, cpu, fast_path, native
 
+CLASSES = ("cpu avx512-vnni", "cpu avx2-vnni", "cpu avx2", "cpu portable")
+
 # portable: 2 seconds instead of 10
 SOON_COMPILED = ("-O0", *(flag for flag in cpu._FLAGS[1:] if flag != "-march=native"))
 
@@ -59,10 +61,7 @@ def test_this_machine_has_kernels():
     """Where there is a compiler the kernels must compile and pass their self-check; where there is
     none, the name says so.
     """
-    expected = (
-        ("cpu avx512-vnni", "cpu portable") if has_compiler else (f"reference ({NO_COMPILER})",)
-    )
-    assert cpu_kernel() in expected
+    assert cpu_kernel() in (CLASSES if has_compiler else (f"reference ({NO_COMPILER})",))
 
 
 @given(
@@ -130,6 +129,78 @@ def test_weights_meet_floating_point_inputs_exactly(weight_bits, tokens, length)
     x = torch.randint(-64, 65, (tokens, 512)).float()
     rest = (rest[0], scale, rest[2], None, None, None, *rest[6:])
     assert torch.equal(OPS.linear(x, *rest), OPS.linear_reference(x, *rest))
+
+
+@pytest.fixture(params=["avx2", "avx2-vnni"])
+def forced_class(request, monkeypatch):
+    """The kernels of a class of processors below this one's; what the user's cache has stays."""
+    fast_path.load()
+    monkeypatch.setenv("QVLM_CPU", request.param)
+    cpu._kernels.cache_clear()
+    name = cpu_kernel()
+    if name.startswith("reference (QVLM_CPU"):
+        cpu._kernels.cache_clear()
+        pytest.skip(name)
+    assert name == f"cpu {request.param}"[: len(name)]  # without VNNI the second is the first
+    yield name
+    cpu._kernels.cache_clear()
+
+
+@needs_compiler
+def test_a_forced_class_equals_the_reference(forced_class):
+    """Every width with inputs that meet it in another way, odd sizes, one token to many."""
+    for weight_bits in range(2, 9):
+        for activation_bits, granularity in (
+            (8, "channel"),
+            (8, "dynamic_token"),
+            (3, "token"),
+            (16, "none"),
+        ):
+            for tokens, out_features, sizes in (
+                (1, 17, (520, 128)),
+                (3, 65, (43, 43)),
+                (8, 3, (96, 32)),
+                (70, 130, (200, 8)),
+            ):
+                bits = weight_bits, activation_bits
+                rest = arguments(*bits, granularity, out_features, *sizes, tokens, tokens == 3)
+                x = (
+                    torch.randn(tokens, sizes[0], generator=torch.Generator().manual_seed(tokens))
+                    * 2
+                )
+                compare(x, rest)
+    torch.library.opcheck(
+        OPS.linear.default, (x, *rest), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("activation_bits", range(3, 9))
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+def test_a_forced_class_adds_the_largest_products_exactly(
+    forced_class, weight_bits, activation_bits
+):
+    """Where sums of two products of bytes could saturate, or 16 bits overflow."""
+    top, k = 2**activation_bits - 1, 128
+    integers = torch.full((40, k), 2**weight_bits - 1, dtype=torch.uint8)
+    numbers = k, weight_bits, activation_bits, k, "channel", 0
+    scale, zero = torch.ones(40, 1, dtype=torch.bfloat16), torch.zeros(40, 1, dtype=torch.uint8)
+    for zero_point in (0, 1, top // 2 + 1, top):
+        grid = torch.ones(k), torch.full((k,), zero_point, dtype=torch.int32)
+        for tokens in (1, 2, 5, 20):
+            x = torch.full((tokens, k), float(top - zero_point))
+            x[::2] = -zero_point
+            y = OPS.linear(x, pack(integers, weight_bits), scale, zero, *grid, None, *numbers)
+            assert torch.equal(y, x.sum(-1, keepdim=True).expand(-1, 40) * (2**weight_bits - 1))
+
+
+def test_an_unknown_class_is_named(monkeypatch, fresh_kernels):
+    monkeypatch.setenv("QVLM_CPU", "mmx")
+    assert cpu_kernel() == (
+        "reference (QVLM_CPU=mmx must be one of avx2, avx2-vnni, portable)"
+        if has_compiler
+        else f"reference ({NO_COMPILER})"
+    )
 
 
 def test_every_float16_comes_in_and_out():
@@ -301,7 +372,7 @@ def test_kernels_are_kept_elsewhere_where_the_cache_cannot_be_written(
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert cpu_kernel() == "cpu portable"
-    (record,) = caplog.records
+    record = caplog.records[0]
     reason = f"because of {file}/qvlm_hf: [Errno {errno.EEXIST}] File exists"
     assert reason in record.getMessage()
 

@@ -23,4 +23,8 @@ struct Layer {
     int64_t n;
 };
 
+// The outputs of a Call with its `count` Layers behind it: of quantized inputs, of floating-point ones.
+void multiply_integers(const Call& call);
+void multiply_floats(const Call& call);
+
 }  // namespace qvlm

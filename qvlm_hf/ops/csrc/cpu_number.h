@@ -52,6 +52,16 @@ inline void narrow(float value, Float16& out) {
     out.bits = uint16_t(sign | bits);
 }
 
+// Calls `function` with a value of the type that a dtype stands for.
+template <class Function>
+void typed(int64_t dtype, Function function) {
+    switch (DType(dtype)) {
+        case DType::kFloat: return function(0.0f);
+        case DType::kBFloat16: return function(BFloat16{});
+        case DType::kFloat16: return function(Float16{});
+    }
+}
+
 // What a value becomes when it is stored.
 template <class T>
 inline float rounded(float value) {
