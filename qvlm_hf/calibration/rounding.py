@@ -14,6 +14,7 @@ from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.by_structure import Structure, read_structure
 from qvlm_hf.models.coverage import left_out_by_row, measure_coverage
+from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.families import check_row, has_row
 from qvlm_hf.models.graph import Segment, full_precision_modules, output_head
 
@@ -116,16 +117,17 @@ def with_coverage(
         settings: of the calibration.
         structure: of a model without a row.
     """
-    if structure is None:
-        left_out: Mapping[str, str] = left_out_by_row(
-            model,
-            quantize_vision=settings.quantize_vision,
-            quantize_projector=settings.quantize_projector,
-            modules_to_not_convert=settings.modules_to_not_convert,
-        )
-    else:
-        left_out = structure.left_out
-    found = measure_coverage(model, report.modules, left_out).summary()
+    with experts_split(model):
+        if structure is None:
+            left_out: Mapping[str, str] = left_out_by_row(
+                model,
+                quantize_vision=settings.quantize_vision,
+                quantize_projector=settings.quantize_projector,
+                modules_to_not_convert=settings.modules_to_not_convert,
+            )
+        else:
+            left_out = structure.left_out
+        found = measure_coverage(model, report.modules, left_out).summary()
     warnings = report.warnings
     if found["percent"] < _FEW_PERCENT:
         rest = ", ".join(f"{reason} {percent}%" for reason, percent in found["kept"].items())
