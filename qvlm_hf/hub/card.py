@@ -17,7 +17,7 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-from qvlm_hf.format.scheme import parse_scheme
+from qvlm_hf.format.scheme import QuantScheme, parse_scheme
 from qvlm_hf.hub.contents import Contents, read_contents
 from qvlm_hf.hub.file_list import relist_files
 from qvlm_hf.hub.pictures import entropy_picture
@@ -185,6 +185,7 @@ def _body(contents: Contents, *, name: str, base_name: str | None, **named: str 
             activation_bits=activation_bits,
             precision=list(_precision_rows(contents)),
             quantized=[module for module in contents.modules if module.scheme is not None],
+            listed=_listed(contents),
             full_precision=Counter(
                 ".".join("*" if part.isdigit() else part for part in module.name.split("."))
                 for module in contents.modules
@@ -194,6 +195,13 @@ def _body(contents: Contents, *, name: str, base_name: str | None, **named: str 
         )
     )
     return _lay_out(text)
+
+
+def _listed(contents: Contents) -> list[tuple[str, QuantScheme]]:
+    """Name and scheme of every quantized module; experts of one scheme are one line."""
+    modules = ((module.name, module.scheme) for module in contents.modules)
+    named = ((name, scheme) for name, scheme in modules if scheme is not None)
+    return list(dict.fromkeys((re.sub(r"_proj\.\d+$", "_proj.*", n), s) for n, s in named))
 
 
 def _precision_rows(contents: Contents) -> Iterator[dict[str, Any]]:
