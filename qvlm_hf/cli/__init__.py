@@ -22,7 +22,7 @@ _COMMANDS = {
     "evaluate": "measure accuracy on a data set, against another model if wanted",
     "bench": "measure speed and memory of models, or of the kernels",
     "publish": "put a saved model on the Hugging Face Hub",
-    "inspect": "show what a saved model holds, or size a named shape",
+    "inspect": "show what a saved model holds, or what would be quantized of another",
     "export": "write a saved model in a format that other programs load",
     "check": "decode with a saved model to check it here, "
     "or see whether vLLM will run an exported one",

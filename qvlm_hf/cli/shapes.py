@@ -1,5 +1,6 @@
 """Models by their configuration alone: what would be quantized of them, and how large they are."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def empty_model(config: Any) -> Any:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+            return AutoModelForImageTextToText.from_config(
+                copy.deepcopy(config), dtype=torch.bfloat16
+            )
     except Exception as error:  # of a family's own code
         raise ValueError(
             f"config.json: no {config.model_type!r} model can be built from it "

@@ -3,7 +3,7 @@
 Forward passes of attention, MLP and decoder layers stay Transformers' own. Linear modules that read
 one input share an operator (nn/siblings.py). Besides, three parts plug into Transformers:
 
-    norms.py            RMSNorm as one operator
+    norms.py            RMSNorm as one operator, whatever a family calls it
     attention.py        attention of one token, as an attention function
     growing_cache.py    a key-value cache that grows in place
 

@@ -118,7 +118,7 @@ def test_a_part_of_ours_that_fails_is_given_up(source, processor, monkeypatch):
     (warning,) = [w for w in model.hf_quantizer.report.warnings if "key-value cache" in w]
     rows = [row for row in qvlm_hf.precision_table(model) if row.kernel.startswith("transformers")]
     assert [row.module for row in rows] == [
-        "LlamaRMSNorm",
+        "RMSNorm",
         "key-value cache",
         "attention of one token",
     ]

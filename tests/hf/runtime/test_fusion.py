@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+from tiny_families import tiny_family
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaModel
 from transformers.cache_utils import DynamicLayer
@@ -21,11 +22,12 @@ from qvlm_hf.hf.runtime import attention
 from qvlm_hf.hf.runtime import norms as norm_part
 from qvlm_hf.hf.runtime.fusion import fuse, leave_to_transformers, unfuse
 from qvlm_hf.hf.runtime.growing_cache import GrowingLayer
-from qvlm_hf.hf.runtime.norms import FusedLlamaRMSNorm
+from qvlm_hf.hf.runtime.norms import fused_class
 from qvlm_hf.nn.report import format_precision_table
 
 load = AutoModelForImageTextToText.from_pretrained
 
+FusedLlamaRMSNorm = fused_class(LlamaRMSNorm)
 IDS = torch.tensor([[1, 5, 6, 7, 8], [1, 9, 8, 7, 6]])
 
 
@@ -231,7 +233,7 @@ def renamed_attention(monkeypatch):
 def renamed_norm(monkeypatch):
     own = LlamaRMSNorm.forward
     monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, states: own(self, states))
-    return "LlamaRMSNorm", "forward takes states"
+    return "RMSNorm", "LlamaRMSNorm.forward takes states"
 
 
 def offset_norm(monkeypatch):
@@ -241,7 +243,7 @@ def offset_norm(monkeypatch):
         return own(self, hidden_states) * 1.5
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-    return "LlamaRMSNorm", "forward computes something else"
+    return "RMSNorm", "LlamaRMSNorm.forward computes something else"
 
 
 def other_layers(monkeypatch):
@@ -321,11 +323,15 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_that_differs_in_some_inputs_is_left_to_transformers(directory, monkeypatch, name):
     changed_norm(monkeypatch, NORMS[name])
-    with pytest.warns(UserWarning, match="LlamaRMSNorm .forward computes something else.*slower"):
+    with pytest.warns(
+        UserWarning, match="RMSNorm .LlamaRMSNorm.forward computes something else.*slower"
+    ):
         model = quantized(directory, torch.bfloat16)
     assert norms(model) == {LlamaRMSNorm}
-    rows = [row for row in qvlm_hf.precision_table(model) if row.module == "LlamaRMSNorm"]
-    assert [row.kernel for row in rows] == ["transformers (forward computes something else)"]
+    rows = [row for row in qvlm_hf.precision_table(model) if row.module == "RMSNorm"]
+    assert [row.kernel for row in rows] == [
+        "transformers (LlamaRMSNorm.forward computes something else)"
+    ]
 
 
 def test_a_norm_with_a_bias_is_left_to_transformers(directory, monkeypatch):
@@ -336,7 +342,7 @@ def test_a_norm_with_a_bias_is_left_to_transformers(directory, monkeypatch):
         self.register_buffer("bias", torch.zeros_like(self.weight), persistent=False)
 
     monkeypatch.setattr(LlamaRMSNorm, "__init__", __init__)
-    with pytest.warns(UserWarning, match="LlamaRMSNorm .holds bias, weight"):
+    with pytest.warns(UserWarning, match="RMSNorm .LlamaRMSNorm holds bias, weight"):
         assert norms(quantized(directory)) == {LlamaRMSNorm}
 
 
@@ -348,7 +354,7 @@ def test_one_norm_of_a_model_with_another_setting_is_enough(directory, monkeypat
     assert norms(model) == {FusedLlamaRMSNorm}
     unfuse(model)
     model.model.language_model.norm.scaled = True
-    with pytest.warns(UserWarning, match="LlamaRMSNorm .forward computes something else"):
+    with pytest.warns(UserWarning, match="RMSNorm .LlamaRMSNorm.forward computes something else"):
         fuse(model)
     assert norms(model) == {LlamaRMSNorm}
 
@@ -464,7 +470,9 @@ def test_probing_a_large_model_is_quick():
     for part, probe in ((norm_part, "_same_bits"), (attention, "_same_as_sdpa")):
         own = getattr(part, probe)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(part, probe, lambda one, own=own: calls.append(own.__name__) or own(one))
+            patch.setattr(
+                part, probe, lambda *args, own=own: calls.append(own.__name__) or own(*args)
+            )
             assert part.difference(decoder) is None
     assert calls == ["_same_bits", "_same_as_sdpa"]  # once, of 65 norms and 32 attentions
 
@@ -488,3 +496,30 @@ def test_no_forward_pass_of_transformers_is_written_anew():
         if kind.__module__.startswith("qvlm_hf")
     }
     assert written == {"FusedLlamaRMSNorm"}
+
+
+# tower and decoder -> the norms that become one operator; Gemma's multiply by 1 + weight
+NORMS_OF = {
+    ("clip", "mistral"): {"FusedMistralRMSNorm"},
+    ("siglip", "qwen3"): {"FusedQwen3RMSNorm"},
+    ("pixtral", "phi3"): {"FusedPixtralRMSNorm", "FusedPhi3RMSNorm"},
+    ("pixtral", "gemma"): {"FusedPixtralRMSNorm", "GemmaRMSNorm"},
+    ("clip", "phi"): set(),
+}
+
+
+@pytest.mark.parametrize("parts", NORMS_OF, ids="-".join)
+def test_every_familys_norms_are_fused_and_nothing_is_said(parts):
+    model = tiny_family("llava", *parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qvlm_hf.quantize_model(model, QVLMConfig(scheme="W4A16"))
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert {kind for kind in kinds if kind.endswith("RMSNorm")} == NORMS_OF[parts]
+    fused = logits(model)
+    twin = copy.deepcopy(model)
+    assert {type(module).__name__ for module in twin.modules()} == kinds
+    unfuse(model)
+    assert not any(type(module).__name__.startswith("Fused") for module in model.modules())
+    assert torch.equal(logits(model), fused)
+    assert torch.equal(logits(twin), fused)
