@@ -148,9 +148,10 @@ class _Recorder:
             yield
 
     def _enter(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Layers take the hidden states first, by position or as `hidden_states`."""
+        """Layers take the hidden states first, by position or as `hidden_state`, `hidden_states`."""
         kwargs = dict(kwargs)
-        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        name = next((name for name in kwargs if name.startswith("hidden_state")), "")
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop(name), ())
         # 16-bit arithmetic is slow and coarser on a CPU
         dtype = torch.float32 if hidden.device.type == "cpu" else hidden.dtype
         if self._entry is None:

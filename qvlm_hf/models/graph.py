@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from qvlm_hf.format.hadamard import largest_block
-from qvlm_hf.models.families import find_layers, find_parts, get_module, has_row
+from qvlm_hf.models.families import find_layers, find_parts, get_module, has_row, path_below
 from qvlm_hf.models.layer_kinds import LayerKind
 
 __all__ = [
@@ -145,7 +145,7 @@ def resolve(
     def sites(name: str, kind: LayerKind) -> list[Site]:
         found = []
         for group in kind.sites:
-            paths = [f"{name}.{module}" if module else name for module in group]
+            paths = [path_below(name, module) for module in group]
             paths = [
                 path
                 for path in paths
