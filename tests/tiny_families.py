@@ -14,6 +14,8 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
+    DeepseekVLHybridImageProcessorPil,
+    DeepseekVLHybridProcessor,
     Glm4vImageProcessorPil,
     Glm4vProcessor,
     Glm46VImageProcessorPil,
@@ -33,6 +35,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
     Qwen2VLProcessor,
     Qwen3VLProcessor,
+    Siglip2ImageProcessorPil,
     VideoLlama3ImageProcessorPil,
     VideoLlama3Processor,
 )
@@ -87,6 +90,14 @@ class _MergingProcessor(LlavaProcessor):
         if self.stacked and "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"][:, None]
         return inputs
+
+
+class _NaflexProcessor(LlavaProcessor):
+    """Pictures of their own proportions, four patches in one."""
+
+    def replace_image_token(self, image_inputs, image_idx, **_):
+        height, width = (int(size) // 2 for size in image_inputs["spatial_shapes"][image_idx])
+        return self.image_token * (height * width)
 
 
 class _GemmaProcessor(_MergingProcessor):
@@ -195,6 +206,7 @@ TOWERS = {
     "glm_ocr": _QWEN_VISION | {"model_type": "glm_ocr_vision", "image_size": IMAGE_SIZE},
     "paddleocr_vl": _VISION | {"model_type": "paddleocr_vl_vision"},
     "video_llama_3": _VISION | {"model_type": "video_llama_3_vision"},
+    "siglip2": _VISION | {"model_type": "siglip2_vision_model", "num_patches": 16},
     "mllama": _VISION
     | {
         "model_type": "mllama_vision_model",
@@ -314,6 +326,13 @@ OWN_DECODERS = {
     },
     "paddleocr_vl": _TEXT
     | {"model_type": "paddleocr_vl_text", "head_dim": 16, "rope_parameters": _rope(4, 2, 2)},
+    "lfm2": _TEXT
+    | {
+        "model_type": "lfm2",
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "full_attention"],
+        "tie_word_embeddings": True,
+    },
     "mllama": _TEXT
     | {
         "model_type": "mllama_text_model",
@@ -359,6 +378,7 @@ FAMILIES = {
     "aya_vision": {"downsample_factor": 2, "alignment_intermediate_size": 56},
     "cohere2_vision": _LAST | {"downsample_factor": 2, "alignment_intermediate_size": 56},
     "deepseek_vl": {},
+    "deepseek_vl_hybrid": _LAST | {"high_res_vision_config": TOWERS["sam"]},
     "fast_vlm": _LAST,
     "gemma3": _LAST | {"mm_tokens_per_image": 4},
     "glm46v": _LAST,
@@ -368,6 +388,7 @@ FAMILIES = {
     "idefics3": {"scale_factor": 2},
     "internvl": _LAST | {"vision_feature_select_strategy": "default"},
     "janus": _LAST,
+    "lfm2_vl": _LAST | {"projector_hidden_size": 40},
     "lighton_ocr": _LAST | {"spatial_merge_size": 2},
     "llama4": _LAST,
     "mllama": _LAST,
@@ -456,6 +477,13 @@ def tiny_family_processor(family="llava", tower="clip"):
         pixels = pixels_kind(size=edges, patch_size=PATCH_SIZE)
         del common["image_token"]  # the tokenizer's
         return kind(image_processor=pixels, **common)
+    if family == "deepseek_vl_hybrid":
+        pixels = DeepseekVLHybridImageProcessorPil(size=sizes, high_res_size=sizes)
+        del common["image_token"]
+        return DeepseekVLHybridProcessor(image_processor=pixels, num_image_tokens=16, **common)
+    if family == "lfm2_vl":
+        pixels = Siglip2ImageProcessorPil(patch_size=PATCH_SIZE, max_num_patches=20)
+        return _NaflexProcessor(image_processor=pixels, patch_size=PATCH_SIZE, **common)
     if family == "mllama":
         del common["image_token"]
         pixels = MllamaImageProcessorPil(size=sizes, max_image_tiles=2)

@@ -150,9 +150,9 @@ class _Recorder:
             yield
 
     def _enter(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Layers take the hidden states first, by position or by name (Llama 4's: in singular)."""
+        """Layers take the hidden states first, by position or as `hidden_state(s)`."""
         kwargs = dict(kwargs)
-        name = "hidden_states" if "hidden_states" in kwargs else "hidden_state"
+        name = next((name for name in kwargs if name.startswith("hidden_state")), "")
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop(name), ())
         # 16-bit arithmetic is slow and coarser on a CPU
         dtype = torch.float32 if hidden.device.type == "cpu" else hidden.dtype

@@ -7,6 +7,7 @@ row names the rest.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "has_row",
     "layer_kind",
     "module_paths",
+    "path_below",
 ]
 
 
@@ -37,6 +39,8 @@ class Family:
     Attributes:
         projector: path of the projector below the model without its head.
         projector_kind: its wiring.
+        reads_output: whether the projector reads the tower's output, one or several side by side,
+            and nothing else does.
         further: path of a list of projectors like it, which write into later layers.
         written: paths of parameters that stand in the residual stream like embeddings.
         unquantized: paths that stay in full precision, and why; the tower may be one.
@@ -44,18 +48,27 @@ class Family:
 
     projector: str = "multi_modal_projector"
     projector_kind: LayerKind = chain("linear_1", "linear_2")
+    reads_output: bool = False
     further: str = ""
     written: tuple[str, ...] = ()
     unquantized: Mapping[str, str] = field(default_factory=dict)
 
 
 _TILED = Family(written=("image_newline",))
-_SHUFFLED = Family(projector="connector", projector_kind=chain("modality_projection.proj"))
+_SHUFFLED = Family(
+    projector="connector",
+    projector_kind=chain("modality_projection.proj"),
+    reads_output=True,
+)
 _MERGED = Family(
     projector="visual.merger", projector_kind=chain("linear_fc1", "linear_fc2", norm="norm")
 )
 _MERGED_EARLIER = replace(_MERGED, projector_kind=chain("mlp.0", "mlp.2", norm="ln_q"))
-_PATCHES = chain("patch_merger.merging_layer", "linear_1", "linear_2")
+_PATCHES = replace(
+    chain("patch_merger.merging_layer", "linear_1", "linear_2"),
+    inner_norms=(("norm", ("patch_merger.merging_layer",)),),
+    interleaved=True,
+)
 _GATED = Family(
     projector="visual.merger",
     projector_kind=LayerKind(
@@ -71,8 +84,18 @@ _ALONE = replace(chain(""), writers=())
 
 FAMILIES = {
     "aya_vision": Family(projector_kind=chain("linear_1", "linear_2", norm="layernorm")),
-    "cohere2_vision": Family(),
-    "deepseek_vl": Family(projector="aligner", projector_kind=chain("linear1", "linear2")),
+    "cohere2_vision": Family(reads_output=True),
+    "deepseek_vl": Family(
+        projector="aligner",
+        projector_kind=chain("linear1", "linear2"),
+        reads_output=True,
+    ),
+    "deepseek_vl_hybrid": Family(
+        projector="aligner",
+        projector_kind=chain("vision_proj", "high_res_vision_proj", "proj"),
+        reads_output=True,
+        unquantized={"high_res_vision_model": "its layers have no line in the table"},
+    ),
     "fast_vlm": Family(unquantized=_TIMM),
     "gemma3": Family(
         projector_kind=chain(),
@@ -91,10 +114,12 @@ FAMILIES = {
     "janus": Family(
         projector="aligner",
         projector_kind=chain("fc1", "hidden_layers.0"),
+        reads_output=True,
         unquantized=dict.fromkeys(
             ("generation_aligner", "generation_head"), "no sample asks for a drawn picture"
         ),
     ),
+    "lfm2_vl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
     "lighton_ocr": Family(projector="vision_projection", projector_kind=_PATCHES),
     "llava": Family(),
     "llava_next": _TILED,
@@ -105,12 +130,13 @@ FAMILIES = {
     "ovis2": Family(
         projector="vision_tower.head_linear",
         projector_kind=_ALONE,
+        reads_output=True,
         written=("visual_embeddings_table.weight",),
     ),
     "paddleocr_vl": Family(
         projector="projector", projector_kind=chain("linear_1", "linear_2", norm="pre_norm")
     ),
-    "paligemma": Family(projector_kind=chain("linear")),
+    "paligemma": Family(projector_kind=chain("linear"), reads_output=True),
     "perception_lm": Family(unquantized=_TIMM),
     "qwen2_5_vl": _MERGED_EARLIER,
     "qwen2_vl": _MERGED_EARLIER,
@@ -118,8 +144,12 @@ FAMILIES = {
     "qwen3_vl": replace(_MERGED, further="visual.deepstack_merger_list"),
     "qwen3_vl_moe": replace(_MERGED, further="visual.deepstack_merger_list"),
     "smolvlm": _SHUFFLED,
+    "video_llama_3": Family(
+        projector="projector",
+        projector_kind=chain("readout.0", "readout.2"),
+        reads_output=True,
+    ),
     "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
-    "video_llama_3": Family(projector="projector", projector_kind=chain("readout.0", "readout.2")),
     "vipllava": Family(projector_kind=chain("linear_1", "linear_2", norm="projector_layernorm")),
 }
 
@@ -133,6 +163,7 @@ class Parts:
         vision_layers: its layers, list by list in execution order; none if it is left out.
         projector: between tower and decoder.
         projector_kind: its wiring.
+        feature_norm: the norm in the tower whose output the projector alone reads, if there is one.
         further: a list of projectors like it, which write into later layers; may be empty.
         language: the decoder.
         embeddings: of tokens.
@@ -144,6 +175,7 @@ class Parts:
     vision_layers: tuple[list[tuple[nn.Module, LayerKind]], ...]
     projector: nn.Module
     projector_kind: LayerKind
+    feature_norm: nn.Module | None
     further: nn.ModuleList
     language: Any
     embeddings: Any
@@ -190,11 +222,13 @@ def find_parts(model: Any) -> Parts:
     _check_named(projector, family.projector_kind)
     vision = model.get_encoder("image")
     left_out = {get_module(model.base_model, path) for path in family.unquantized}
+    vision_layers = () if vision in left_out else _layer_lists(vision)
     return Parts(
         vision=vision,
-        vision_layers=() if vision in left_out else _layer_lists(vision),
+        vision_layers=vision_layers,
         projector=projector,
         projector_kind=family.projector_kind,
+        feature_norm=_last_norm(vision, vision_layers) if family.reads_output else None,
         further=_get_list(model.base_model, family.further),
         language=_without_head(model.get_decoder()),
         embeddings=model.get_input_embeddings(),
@@ -318,6 +352,18 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
             f"{type(model).__name__} has no module {path!r}, where this version looks for it: load "
             f"the model with AutoModelForImageTextToText."
         ) from error
+
+
+def path_below(name: str, path: str) -> str:
+    """The path of a module below another, which may be that one itself: ""."""
+    return f"{name}.{path}" if path else name
+
+
+def _last_norm(tower: nn.Module, lists: tuple[list[tuple[nn.Module, LayerKind]], ...]) -> Any:
+    """The norm behind the last layer, if there is one: versions differ in its path's beginning."""
+    *_, (_, kind) = (layer for layers in lists for layer in layers)
+    ends = (f".{name}".endswith(f".{kind.last_norm}") for name, _ in tower.named_modules())
+    return next(compress(tower.modules(), ends), None) if kind.last_norm else None
 
 
 def _get_list(model: nn.Module, path: str) -> nn.ModuleList:

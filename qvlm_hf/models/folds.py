@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.families import find_layers, find_parts, get_module, module_paths
+from qvlm_hf.models.families import find_layers, find_parts, get_module, module_paths, path_below
 from qvlm_hf.models.graph import Layer, Segment, get_linear, head_name
 from qvlm_hf.models.layer_kinds import OFFSET_NORMS
+from qvlm_hf.models.parts import is_norm
 
 __all__ = [
     "RotationPlan",
@@ -47,7 +48,7 @@ class ScalePath:
         source: a norm or linear module; a factor on an output channel is undone in the readers.
         readers: all modules that read the channels.
         width: channels that stay together where the readers' input repeats the source's: a head
-            of grouped queries, or all.
+            of grouped queries, one, or all.
         channels: the last outputs of the source, which the readers read.
     """
 
@@ -118,7 +119,7 @@ def rotation_plan(model: nn.Module) -> RotationPlan:
     decoder = find_layers(parts.language)
     head = get_linear(model, head_name(model))
     norms: list[tuple[nn.Module, tuple[nn.Linear, ...]]]
-    norms = [(get_module(parts.language, "norm"), (head,))]
+    norms = [(next(filter(is_norm, parts.language.children())), (head,))]
     projectors = [(projector, parts.projector_kind) for projector in parts.projectors]
     writers = [linear for layer, kind in projectors for linear in linears(layer, kind.writers)]
     readers: list[nn.Linear] = []
@@ -158,24 +159,33 @@ def scale_paths(model: nn.Module, segments: Sequence[Segment]) -> tuple[ScalePat
     found = []
     for segment in segments:
         config = (parts.vision if segment.component == "vision" else parts.language).config
+        feature_norm = parts.feature_norm if segment.component == "projector" else None
         for layer in (layer for layer in segment.layers if not layer.dead):
             plain = {site.name for site in layer.sites if site.hadamard is None}
-            for path, names in _scale_paths(layer, config):
-                if any(f"{layer.name}.{name}" in plain for name in names):
+            for path, names in _scale_paths(layer, config, feature_norm):
+                if any(path_below(layer.name, name) in plain for name in names):
                     found.append(path)
     return tuple(found)
 
 
-def _scale_paths(layer: Layer, config: Any) -> Iterator[tuple[ScalePath, tuple[str, ...]]]:
+def _scale_paths(
+    layer: Layer, config: Any, feature_norm: nn.Module | None
+) -> Iterator[tuple[ScalePath, tuple[str, ...]]]:
     """The paths of a layer, and the names of their readers below it."""
 
     def linears(names: Sequence[str]) -> tuple[nn.Linear, ...]:
         return _linears(layer.module, layer.module, names)
 
-    for norm, names in (*layer.kind.norms, *layer.kind.inner_norms):
-        source = layer.module.get_submodule(norm)
-        width = source.get_parameter("weight").numel()
-        yield ScalePath(source, linears(names), width, width), module_paths(layer.module, names)
+    norms = [
+        (layer.module.get_submodule(norm), names)
+        for norm, names in (*layer.kind.norms, *layer.kind.inner_norms)
+    ]
+    if feature_norm is not None:
+        norms.append((feature_norm, layer.kind.sites[0]))
+    for source, names in norms:
+        channels = source.get_parameter("weight").numel()
+        width = 1 if layer.kind.interleaved else channels
+        yield ScalePath(source, linears(names), width, channels), module_paths(layer.module, names)
     if layer.kind.value is not None:
         value, output = linears(layer.kind.value)
         channels, width = _value_channels(value, output), _head_dim(output, config)

@@ -15,7 +15,14 @@ from torch import nn
 
 from qvlm_hf.format.hadamard import largest_block
 from qvlm_hf.models.experts import experts_split
-from qvlm_hf.models.families import find_layers, find_parts, get_module, has_row, module_paths
+from qvlm_hf.models.families import (
+    find_layers,
+    find_parts,
+    get_module,
+    has_row,
+    module_paths,
+    path_below,
+)
 from qvlm_hf.models.layer_kinds import LayerKind
 
 __all__ = [
@@ -172,7 +179,7 @@ def _resolve(
         found = []
         for group in kind.sites:
             modules = module_paths(model.get_submodule(name), group)
-            paths = [f"{name}.{module}" if module else name for module in modules]
+            paths = [path_below(name, module) for module in modules]
             paths = [
                 path
                 for path in paths

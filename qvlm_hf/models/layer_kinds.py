@@ -20,12 +20,15 @@ class LayerKind:
         norms: a norm of the residual stream, and all modules that read its output, or several
             outputs side by side.
         inner_norms: the same of norms that a rotation leaves as they are.
+        interleaved: the outputs of inner norms stand side by side channel by channel, not one after
+            the other.
         writers: modules whose output is added to the residual stream.
         value: the module of the attention values, and the one that reads them after mixing.
         product: a module whose output is multiplied elementwise, and the reader of the product.
         expert_product: the same inside every expert.
         gated: values are multiplied elementwise after mixing, which mixed channels do not bear.
-        packed: the tokens of all pictures come in one row, so that positions mean nothing.
+        last_norm: end of the path of a norm in the tower that all its output passes.
+        packed: pictures have any size, often all in one row, so that positions mean nothing.
         no_rotation: why the residual stream cannot be rotated; empty where it can.
 
     The source of `value` and `product` may be fused with others: its last outputs count then. The
@@ -36,11 +39,13 @@ class LayerKind:
     transformed: tuple[str, ...] = ()
     norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
     inner_norms: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    interleaved: bool = False
     writers: tuple[str, ...] = ()
     value: tuple[str, str] | None = None
     product: tuple[str, str] | None = None
     expert_product: tuple[str, str] | None = None
     gated: bool = False
+    last_norm: str = ""
     packed: bool = False
     no_rotation: str = ""
 
@@ -73,6 +78,8 @@ _ENCODER = LayerKind(
     norms=(("attention_norm", _QKV), ("mlp_norm", ("up",))),
     value=("v", "attention_out"),
 )
+# the same in a tower that norms its output
+_NORMED_ENCODER = replace(_ENCODER, last_norm="post_layernorm")
 # the same, with q/k/v that have no bias to take the norm's
 _BIASLESS_ENCODER = replace(
     _ENCODER, norms=(("mlp_norm", ("up",)),), inner_norms=(("attention_norm", _QKV),)
@@ -101,7 +108,7 @@ _WINDOWED_ENCODER = replace(
     inner_norms=(("attention_norm", ("qkv",)),),
 )
 # the same over pictures of any size
-_PACKED_ENCODER = replace(_ENCODER, packed=True)
+_PACKED_ENCODER = replace(_NORMED_ENCODER, packed=True)
 # norm -> attention, norm -> gated MLP
 _DECODER = LayerKind(
     sites=(_QKV, ("attention_out",), ("gate", "up"), ("down",)),
@@ -113,6 +120,8 @@ _DECODER = LayerKind(
 )
 # the same in a vision tower
 _GATED_ENCODER = replace(_DECODER, transformed=("q", "gate", "down"), writers=(), packed=True)
+# the same over pictures of one size
+_OVIS2_ENCODER = replace(_GATED_ENCODER, last_norm="transformer.rms_norm", packed=False)
 # the same with q/k/v in one module, and gate/up in one
 _FUSED_DECODER = replace(
     _DECODER,
@@ -130,6 +139,14 @@ _DELTA_DECODER = replace(
     sites=(_DELTA_INPUTS, *_DECODER.sites[1:]),
     norms=(("attention_norm", _DELTA_INPUTS), ("mlp_norm", ("gate", "up"))),
     inner_norms=(("value_norm", ("attention_out",)),),
+    value=None,
+)
+# the same with a short convolution in the place of attention
+_CONV_DECODER = replace(
+    _DECODER,
+    sites=(("mixed",), *_DECODER.sites[1:]),
+    transformed=("attention_out", "down"),
+    norms=(("attention_norm", ("mixed",)), ("mlp_norm", ("gate", "up"))),
     value=None,
 )
 # the same with keys and values that read pictures
@@ -255,6 +272,15 @@ _QWEN3_EXPERTS = _LLAMA | {
     "expert_up": "mlp.experts.gate_up_proj",
     "expert_down": "mlp.experts.down_proj",
 }
+_LFM2 = _ATTENTION | {
+    "attention_norm": "operator_norm",
+    "attention_out": "self_attn.out_proj",
+    "mlp_norm": "ffn_norm",
+    "gate": "feed_forward.w1",
+    "up": "feed_forward.w3",
+    "down": "feed_forward.w2",
+}
+_LFM2_CONV = _LFM2 | {"mixed": "conv.in_proj", "attention_out": "conv.out_proj"}
 _MLLAMA_VISION = _LLAMA | {"up": "mlp.fc1", "down": "mlp.fc2"}
 _CROSS = _LLAMA | {
     **{role: f"cross_attn.{role}_proj" for role in _QKV},
@@ -293,15 +319,16 @@ _DELTA = _LLAMA | {
 # A class of layer is one line. Where its layers differ, a module that one kind has follows a dot.
 LAYER_KINDS = {
     "CLIPEncoderLayer": _ENCODER.named(_CLIP),
-    "SiglipEncoderLayer": _ENCODER.named(_CLIP),
-    "Idefics3EncoderLayer": _ENCODER.named(_CLIP),
-    "SmolVLMEncoderLayer": _ENCODER.named(_CLIP),
+    "SiglipEncoderLayer": _NORMED_ENCODER.named(_CLIP),
+    "Idefics3EncoderLayer": _NORMED_ENCODER.named(_CLIP),
+    "SmolVLMEncoderLayer": _NORMED_ENCODER.named(_CLIP),
     "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
-    "JanusVisionEncoderLayer": _ENCODER.named(_JANUS),
+    "JanusVisionEncoderLayer": _NORMED_ENCODER.named(_JANUS),
     "MllamaVisionEncoderLayer": _BIASLESS_ENCODER.named(_MLLAMA_VISION),
+    "Siglip2EncoderLayer": _PACKED_ENCODER.named(_CLIP),
     "PaddleOCRVisionEncoderLayer": _PACKED_ENCODER.named(_CLIP),
     "VideoLlama3VisionEncoderLayer": _PACKED_ENCODER.named(_CLIP),
-    "Ovis2VisionEncoderLayer": replace(_GATED_ENCODER, packed=False).named(_OVIS2),
+    "Ovis2VisionEncoderLayer": _OVIS2_ENCODER.named(_OVIS2),
     "Glm4vVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
     "GlmOcrVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
     "GotOcr2VisionLayer": _WINDOWED_ENCODER.named(_SAM),
@@ -331,6 +358,8 @@ LAYER_KINDS = {
     "Cohere2DecoderLayer": _GATED_PARALLEL_DECODER.named(_COHERE),
     "MllamaSelfAttentionDecoderLayer": _DECODER.named(_LLAMA),
     "MllamaCrossAttentionDecoderLayer": _CROSS_DECODER.named(_CROSS),
+    "Lfm2DecoderLayer.self_attn": _DECODER.named(_LFM2),
+    "Lfm2DecoderLayer.conv": _CONV_DECODER.named(_LFM2_CONV),
     "PaddleOCRDecoderLayer": _DECODER.named(_LLAMA),
     "Glm4vTextDecoderLayer": _FUSED_POST_NORM_DECODER.named(_PHI3),
     "GlmOcrTextDecoderLayer": _FUSED_POST_NORM_DECODER.named(_PHI3),

@@ -53,6 +53,8 @@ COMBINATIONS = [
     ("glm_ocr", "glm_ocr", "glm_ocr"),
     ("paddleocr_vl", "paddleocr_vl", "paddleocr_vl"),
     ("video_llama_3", "video_llama_3", "qwen2"),
+    ("lfm2_vl", "siglip2", "lfm2"),
+    ("deepseek_vl_hybrid", "siglip", "llama"),
     ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
     ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
     ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
@@ -94,6 +96,8 @@ CALIBRATED = [
     ("glm_ocr", "glm_ocr", "glm_ocr"),
     ("paddleocr_vl", "paddleocr_vl", "paddleocr_vl"),
     ("video_llama_3", "video_llama_3", "qwen2"),
+    ("lfm2_vl", "siglip2", "lfm2"),
+    ("deepseek_vl_hybrid", "siglip", "llama"),
     ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
     ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
     ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
@@ -111,14 +115,16 @@ LEFT = {
         "language_model.model.layers.1.feed_forward.router",
         "language_model.lm_head",
     ],
+    "deepseek_vl_hybrid": ["model.high_res_vision_model."],
     "janus": ["model.generation_"],
     "sam": ["model.vision_tower."],
     "timm_like": ["model.vision_tower."],
     "video_llava": ["model.video_tower."],
+    "siglip2": ["model.vision_tower.head.", "model.vision_tower.embeddings."],
     "siglip": ["model.vision_tower.head.", "model.vision_model.head."],
 }
 # A norm's output is cut into windows, or patches are put side by side, before it is read.
-REARRANGED = ("got_ocr2", "paddleocr_vl")
+REARRANGED = ("got_ocr2", "lighton_ocr", "mistral3", "paddleocr_vl")
 REFUSED = {
     "phi": "PhiDecoderLayer cannot be rotated, because its norms subtract a mean",
     "gemma2": "Gemma2DecoderLayer cannot be rotated, because norms scale channels",
@@ -239,6 +245,36 @@ def test_layers_run_one_by_one_give_what_the_model_gives(combination, data):
             valid = [valid_tokens(h, entry.valid) for h, entry in zip(hidden, inputs, strict=True)]
             whole = valid_tokens(outputs[layer.name], inputs[0].valid)
             torch.testing.assert_close(torch.cat(valid), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_without_pictures_pass_over_cross_attention():
+    model, processor = tiny_family(*["mllama"] * 3), tiny_family_processor("mllama", "mllama")
+    messages = tiny_messages(4)
+    for sample in messages[2:]:
+        del sample["messages"][0]["content"][0]  # the picture
+    pictures, text = batches(load_samples(messages), processor, 2)
+    *_, language = resolve(model)
+    crossing = language.layers[1].module
+    seen, read = capture_inputs(model, [pictures, text], [language])[language.name]
+    assert seen.calls[crossing] is not None
+    assert read.calls[crossing] is None
+    (passed,) = run_layer(crossing, [read], [read.hidden])
+    assert passed is read.hidden
+    with torch.no_grad(), observe_outputs(model, [language.layers[-1].name]) as outputs:
+        model(**text.inputs, use_cache=False)
+    hidden = [read.hidden]
+    for layer in language.layers:
+        hidden = run_layer(layer.module, [read], hidden)
+    whole = outputs[language.layers[-1].name]
+    torch.testing.assert_close(
+        valid_tokens(hidden[0], read.valid), valid_tokens(whole, read.valid), rtol=1e-4, atol=1e-4
+    )
+    before = logits(model, text)
+    config = QVLMConfig(
+        scheme="W8A8", dataset=messages, processor=processor, group_size=16, batch_size=2
+    )
+    quantize_model(model, config)
+    assert (logits(model, text) - before).std() < 0.1 * before.std()
 
 
 @every_combination

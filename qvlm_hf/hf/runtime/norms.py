@@ -22,7 +22,7 @@ NAME = "RMSNorm"
 
 
 @cache
-def fused_class(kind: type[nn.Module]) -> Any:
+def fused_class(kind: type[Any]) -> Any:
     """The class of norms of class `kind` that compute by `qvlm_hf::rms_norm`."""
     return type(f"Fused{kind.__name__}", (_Fused, kind), {"plain": kind, "__module__": __name__})
 
@@ -30,13 +30,13 @@ def fused_class(kind: type[nn.Module]) -> Any:
 class _Fused(FusedRMSNorm):
     """Copies and pickles name the class that the norm had, as this one has no place of its own."""
 
-    plain: type[nn.Module]
+    plain: type[Any]
 
     def __reduce__(self) -> Any:
         return _new_fused, (self.plain,), self.__dict__
 
 
-def _new_fused(kind: type[nn.Module]) -> Any:
+def _new_fused(kind: type[Any]) -> Any:
     fused = fused_class(kind)
     return fused.__new__(fused)
 
@@ -55,7 +55,7 @@ def take_back(model: nn.Module) -> None:
             module.__class__ = module.plain
 
 
-def _is_known(kind: type[nn.Module]) -> bool:
+def _is_known(kind: type[Any]) -> bool:
     """Whether a class must compute what the operator does, by its name and what rows say of it."""
     name = kind.__name__
     ours = kind.__module__.startswith("transformers.models.") and name.endswith("RMSNorm")
