@@ -22,7 +22,7 @@ NAME = "RMSNorm"
 
 
 @cache
-def fused_class(kind: type[Any]) -> Any:
+def fused_class(kind: Any) -> Any:
     """The class of norms of class `kind` that compute by `qvlm_hf::rms_norm`."""
     return type(f"Fused{kind.__name__}", (_Fused, kind), {"plain": kind, "__module__": __name__})
 
@@ -44,8 +44,9 @@ def _new_fused(kind: type[Any]) -> Any:
 def plug_in(model: nn.Module) -> None:
     """Gives every RMSNorm the fused class."""
     for module in model.modules():
-        if _is_known(type(module)):
-            module.__class__ = fused_class(type(module))
+        kind: Any = type(module)
+        if _is_known(kind):
+            module.__class__ = fused_class(kind)
 
 
 def take_back(model: nn.Module) -> None:
