@@ -138,14 +138,12 @@ FAMILIES = {
     "qwen3_5": _MERGED,
     "qwen3_vl": replace(_MERGED, further="visual.deepstack_merger_list"),
     "smolvlm": _SHUFFLED,
-    "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
     "video_llama_3": Family(
         projector="projector",
         projector_kind=chain("readout.0", "readout.2"),
         reads_output=True,
     ),
     "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
-    "video_llama_3": Family(projector="projector", projector_kind=chain("readout.0", "readout.2")),
     "vipllava": Family(projector_kind=chain("linear_1", "linear_2", norm="projector_layernorm")),
 }
 

@@ -231,7 +231,8 @@ def test_samples_without_pictures_pass_over_cross_attention():
     *_, language = resolve(model)
     crossing = language.layers[1].module
     seen, read = capture_inputs(model, [pictures, text], [language])[language.name]
-    assert seen.calls[crossing] is not None and read.calls[crossing] is None
+    assert seen.calls[crossing] is not None
+    assert read.calls[crossing] is None
     (passed,) = run_layer(crossing, [read], [read.hidden])
     assert passed is read.hidden
     with torch.no_grad(), observe_outputs(model, [language.layers[-1].name]) as outputs:

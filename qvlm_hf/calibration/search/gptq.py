@@ -69,11 +69,12 @@ def _hessian(
             run_layer(layer, [entry], [h])
         finally:
             hook.remove()
-        a = site.multiplied_input(seen[0])
-        if a.shape[:-1] == weight.shape:
-            a = a * weight.sqrt().unsqueeze(-1)
-        a = valid_tokens(a, entry.valid)
-        total.addmm_(a.T, a)
+        for x in seen:  # one a call: a projector may run picture by picture
+            a = site.multiplied_input(x)
+            if a.shape[:-1] == weight.shape:
+                a = a * weight.sqrt().unsqueeze(-1)
+            a = valid_tokens(a, entry.valid)
+            total.addmm_(a.T, a)
     return total
 
 
