@@ -150,7 +150,7 @@ class _Recorder:
             yield
 
     def _enter(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Layers take the hidden states first, by position or as `hidden_state(s)`."""
+        """Layers take the hidden states first, by position or by a name like `hidden_states`."""
         kwargs = dict(kwargs)
         name = next((name for name in kwargs if name.startswith("hidden_state")), "")
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop(name), ())

@@ -29,8 +29,9 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
     """Weights of the tokens that leave each live layer; the model is in full precision.
 
     Returns:
-        Layer name -> per batch that reached it, float32 [B, T], mean 1 over all tokens before the
-        floor. Each is 1 without answers.
+        Layer name -> per batch that reached its segment, float32 [B, T], mean 1 over all tokens
+        before the floor. Each is 1 without answers. A layer that a batch passes over has the
+        weights of the one before.
     """
     names = [layer.name for segment in calibration.segments for layer in live_layers(segment)]
     norms: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -38,8 +39,12 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
     with frozen(calibration.model):
         for batch in calibration.data:
             found = _gradient_norms(calibration.model, names, batch, generator)
-            for name, norm in found.items():
-                norms[name].append(norm)
+            for segment in calibration.segments:
+                norm = None
+                for layer in live_layers(segment):
+                    norm = found.get(layer.name, norm)
+                    if norm is not None:
+                        norms[layer.name].append(norm)
     return {name: _weights(batches) for name, batches in norms.items()}
 
 

@@ -36,7 +36,7 @@ class _Fused(FusedRMSNorm):
         return _new_fused, (self.plain,), self.__dict__
 
 
-def _new_fused(kind: type[Any]) -> Any:
+def _new_fused(kind: Any) -> Any:
     fused = fused_class(kind)
     return fused.__new__(fused)
 
