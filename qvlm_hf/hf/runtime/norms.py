@@ -22,7 +22,7 @@ NAME = "RMSNorm"
 
 
 @cache
-def fused_class(kind: type[nn.Module]) -> Any:
+def fused_class(kind: Any) -> Any:
     """The class of norms of class `kind` that compute by `qvlm_hf::rms_norm`."""
     return type(f"Fused{kind.__name__}", (_Fused, kind), {"plain": kind, "__module__": __name__})
 
@@ -36,7 +36,7 @@ class _Fused(FusedRMSNorm):
         return _new_fused, (self.plain,), self.__dict__
 
 
-def _new_fused(kind: type[nn.Module]) -> Any:
+def _new_fused(kind: Any) -> Any:
     fused = fused_class(kind)
     return fused.__new__(fused)
 
@@ -44,15 +44,16 @@ def _new_fused(kind: type[nn.Module]) -> Any:
 def plug_in(model: nn.Module) -> None:
     """Gives every RMSNorm the fused class."""
     for module in model.modules():
-        if _is_known(type(module)):
-            module.__class__ = fused_class(type(module))
+        kind: Any = type(module)
+        if _is_known(kind):
+            module.__class__ = fused_class(kind)
 
 
 def take_back(model: nn.Module) -> None:
     """Gives every norm its own class again."""
     for module in model.modules():
         if isinstance(module, _Fused):
-            module.__class__ = module.plain
+            module.__class__ = module.plain  # type: ignore[assignment]
 
 
 def _is_known(kind: type[nn.Module]) -> bool:
