@@ -14,7 +14,8 @@ demo=$(python -c 'from qvlm_hf.demo import dataset_path; print(dataset_path("tes
 model=$(python -c 'from qvlm_hf.demo import model_dir; print(model_dir())')
 python -m pip list --format=freeze | grep -E '^(torch|transformers|accelerate|huggingface.hub|tokenizers|datasets|numpy)==' > "$work/kept.txt"
 source "$work/venv/bin/activate"
-pip install --quiet lmms-eval==0.7.3 decord==0.6.0 --constraint "$work/kept.txt"
+# lmms-eval 0.7.3 reads a module that filelock 4 no longer has
+pip install --quiet lmms-eval==0.7.3 decord==0.6.0 "filelock<4" --constraint "$work/kept.txt"
 # registries have it for PyTorch with CUDA only; lmms-eval asks for it and needs it for other models
 python -c 'import torchvision' 2> /dev/null || pip uninstall --quiet --yes torchvision
 
@@ -38,5 +39,9 @@ grep -q '^RuntimeError: .*ignore_mismatched_sizes' without.log
 
 python -m qvlm_hf autoload install
 lmms with
+if ! ls with/*/*samples_qvlm_demo.jsonl > /dev/null 2>&1; then
+    tail -n 20 with.log
+    exit 1
+fi
 python -m qvlm_hf evaluate w4a16 --dataset questions.jsonl --json evaluation.json
 python "$here/compare.py" with/*/*samples_qvlm_demo.jsonl evaluation.json

@@ -19,6 +19,7 @@ from qvlm_hf.nn.fused import FusedRMSNorm
 __all__ = ["NAME", "difference", "fused_class", "plug_in", "take_back"]
 
 NAME = "RMSNorm"
+_UNLIKE = {"Llama4TextRMSNorm"}  # other names of arguments and attributes
 
 
 @cache
@@ -60,7 +61,7 @@ def _is_known(kind: type[Any]) -> bool:
     """Whether a class must compute what the operator does, by its name and what rows say of it."""
     name = kind.__name__
     ours = kind.__module__.startswith("transformers.models.") and name.endswith("RMSNorm")
-    return ours and name not in OFFSET_NORMS
+    return ours and name not in OFFSET_NORMS | _UNLIKE
 
 
 def difference(model: nn.Module) -> str | None:
