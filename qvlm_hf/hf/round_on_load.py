@@ -17,10 +17,9 @@ from transformers.core_model_loading import ConversionOps
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Segment, output_head, resolve
-from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+from qvlm_hf.nn.linear import QVLMLinear, rounded_tensors
 from qvlm_hf.nn.replace import replace_modules
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -60,11 +59,10 @@ class RoundOnLoad(ConversionOps):
         name = full_layer_name.rpartition(".")[0]
         scheme: Any = model.get_submodule(name).scheme
         try:
-            quantized = quantize_weight(weight, scheme)
+            tensors = rounded_tensors(weight, scheme)
         except ValueError as error:
             self.errors.append(f"{name}: {error}")
-            quantized = quantize_weight(torch.zeros_like(weight), scheme)
-        tensors = packed_tensors(quantized, scheme, None)
+            tensors = rounded_tensors(torch.zeros_like(weight), scheme)
         return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
 
 
