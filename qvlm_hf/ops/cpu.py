@@ -35,9 +35,9 @@ _SOURCES = native.sources(
     *("cpu_call.h", "cpu_round.cpp"),
 )
 # -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels
-# flip
+# flip; -fno-trapping-math: a comparison need not raise flags, or no loop with one is vectorised
 _FLAGS = (
-    *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno"),
+    *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),
 )
 # Every width, granularity and way of 8-bit inputs, with one token, some and many.
@@ -112,12 +112,12 @@ def round_weight(weight: Tensor, scheme: QuantScheme) -> Packed | None:
     if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.dim() != 2:
         return None
     library = _kernels()[1]
-    if library is None or not weight.numel():
+    if library is None:
         return None
-    packed = _round(library, weight, scheme)
-    if packed is None or not scheme.symmetric:
-        return packed
-    return packed._replace(weight_zero_point=None)
+    if (rounded := _round(library, weight, scheme)) is None:
+        return None
+    integers, scale, zero_point = rounded
+    return Packed(integers, scale, None if scheme.symmetric else zero_point, None)
 
 
 @functools.cache
@@ -173,14 +173,8 @@ def _self_check(library: ctypes.CDLL) -> str | None:
         )
         weight = torch.randn(9, 70, generator=generator)
         rounded, expected = _round(library, weight, scheme), quantize_weight(weight, scheme)
-        found = None if rounded is None else (*rounded[:3],)
-        if found is None or not all(
-            map(
-                torch.equal,
-                found,
-                (pack(expected.values, bits), expected.scale, expected.zero_point),
-            )
-        ):
+        tensors = pack(expected.values, bits), expected.scale, expected.zero_point
+        if rounded is None or not all(map(torch.equal, rounded, tensors)):
             return f"rounding to {bits} bits"
     for dtype, number in _DTYPES.items():
         x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((30, 34), 34))
@@ -194,23 +188,23 @@ def _self_check(library: ctypes.CDLL) -> str | None:
     return None
 
 
-def _round(library: ctypes.CDLL, weight: Tensor, scheme: QuantScheme) -> Packed | None:
-    """The tensors with zero points whatever the scheme, or None if the weight is not finite."""
+def _round(
+    library: ctypes.CDLL, weight: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Packed integers, scales and zero points of a weight, or None if it is not finite."""
     (rows, k), bits = weight.shape, scheme.weight_bits
     groups, words = scheme.groups(k), -(-k * bits // 32)
     weight, clips = weight.detach().contiguous(), torch.tensor(CLIPS, dtype=torch.float32)
-    packed = Packed(
+    rounded = (
         torch.empty(rows, words, dtype=torch.int32),
         torch.empty(rows, groups, dtype=torch.bfloat16),
         torch.empty(rows, groups, dtype=torch.uint8),
-        None,
     )
-    pointers = (one.data_ptr() for one in (weight, clips, *packed[:3]))
+    pointers = (one.data_ptr() for one in (weight, clips, *rounded))
     sizes = (_DTYPES[weight.dtype], rows, k, groups, scheme.group_length(k), words, bits)
     numbers = (*pointers, *sizes, scheme.symmetric, len(CLIPS))
-    if not library.qvlm_round(_words(len(numbers)).pack(*numbers)):
-        return None
-    return packed
+    finite = library.qvlm_round(_words(len(numbers)).pack(*numbers))
+    return rounded if finite else None
 
 
 def _compute(

@@ -26,13 +26,13 @@ Grid grid_over(float low, float high, int64_t bits, bool symmetric) {
 // Value minus zero point of the level next to x: below 2^22, adding and subtracting 1.5 2^23 rounds to even.
 inline float level(float x, const Grid& grid, float top) {
     const float low = -grid.zero, high = top - grid.zero, ratio = x / grid.scale;
-    const float inside = ratio < low ? low : ratio > high ? high : ratio;
+    const float above = ratio < low ? low : ratio, inside = above > high ? high : above;
     return (inside + 0x1.8p23f) - 0x1.8p23f;
 }
 
 // |x|^2.4, by three steps of Newton's method from a guess of x^-0.4.
 inline float penalty(float x) {
-    const float square = std::max(x * x, 1e-30f);
+    const float squared = x * x, square = squared > 1e-30f ? squared : 1e-30f;
     float root = as_float(uint32_t(1278000000 - int32_t(float(int32_t(as_word(square))) * 0.2f)));  // square^-0.2
     for (int step = 0; step < 3; ++step) {
         const float second = root * root;
