@@ -61,7 +61,7 @@ from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
 from qvlm_hf.calibration.vision_encoder import optimize_vision
 from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.format.grids import not_finite, quantize_weight
+from qvlm_hf.format.grids import not_finite
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import experts_split
@@ -75,7 +75,7 @@ from qvlm_hf.models.graph import (
     resolve,
     why_empty,
 )
-from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+from qvlm_hf.nn.linear import QVLMLinear, packed_tensors, rounded_tensors
 from qvlm_hf.nn.replace import replace_modules
 
 __all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "round_and_pack"]
@@ -350,8 +350,7 @@ def _round(model: nn.Module, name: str, scheme: QuantScheme) -> QVLMLinear:
     weight = linear.weight.detach().float()
     if scheme.hadamard is not None:
         weight = block_hadamard(weight, scheme.hadamard)
-    tensors = packed_tensors(quantize_weight(weight, scheme), scheme, None)
-    return QVLMLinear.from_packed(linear, scheme, tensors)
+    return QVLMLinear.from_packed(linear, scheme, rounded_tensors(weight, scheme))
 
 
 def _replace_and_check(

@@ -20,6 +20,7 @@ from torch import Tensor
 from qvlm_hf.format.scheme import QuantScheme
 
 __all__ = [
+    "CLIPS",
     "QParams",
     "QuantizedWeight",
     "choose_qparams",
@@ -36,8 +37,8 @@ __all__ = [
     "shift_quantize",
 ]
 
-_CLIPS = tuple(1.0 - 0.04 * step for step in range(11))  # factors on a group's range that are tried
-_NORM = 2.4  # of the error that chooses a weight's range: larger errors count more than squared
+CLIPS = tuple(1.0 - 0.04 * step for step in range(11))  # factors on a group's range that are tried
+_NORM = 2.4  # of the error that chooses a range (and in csrc/cpu_round.cpp): large ones count more
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def quantize_weight(
     low, high = _range(grouped)
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low, dtype=torch.bfloat16), torch.zeros_like(low)
-    for factor in _CLIPS if clip is None else (clip,):
+    for factor in CLIPS if clip is None else (clip,):
         tried_scale, tried_zero = _weight_grid(low * factor, high * factor, scheme)
         shifted = _round(grouped, tried_scale, tried_zero, bits).sub_(tried_zero.unsqueeze(-1))
         error = shifted.mul_(tried_scale.float().unsqueeze(-1)) - grouped
@@ -192,7 +193,7 @@ def quantize_weight(
 def chosen_clip(weight: Tensor, quantized: QuantizedWeight, scheme: QuantScheme) -> Tensor:
     """Finds the factors on the groups' ranges that made `quantized` of `weight`, float32 [O, G]."""
     full, _ = _weight_grid(*_range(grouped_weight(weight.float(), scheme)), scheme)
-    tried = torch.tensor(_CLIPS, device=weight.device)
+    tried = torch.tensor(CLIPS, device=weight.device)
     return tried[((quantized.scale.float() / full.float()).unsqueeze(-1) - tried).abs().argmin(-1)]
 
 

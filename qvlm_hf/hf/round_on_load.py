@@ -18,12 +18,11 @@ from transformers.core_model_loading import ConversionOps
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import find_experts, split_projection
 from qvlm_hf.models.folds import rotation_plan
 from qvlm_hf.models.graph import Segment, canonical_name, output_head, resolve
-from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+from qvlm_hf.nn.linear import QVLMLinear, rounded_tensors
 from qvlm_hf.nn.replace import replace_modules
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -89,11 +88,10 @@ class RoundOnLoad(ConversionOps):
 
     def _rounded(self, name: str, weight: Tensor, scheme: QuantScheme) -> dict[str, Tensor]:
         try:
-            quantized = quantize_weight(weight, scheme)
+            return rounded_tensors(weight, scheme)
         except ValueError as error:
             self.errors.append(f"{name}: {error}")
-            quantized = quantize_weight(torch.zeros_like(weight), scheme)
-        return packed_tensors(quantized, scheme, None)
+            return rounded_tensors(torch.zeros_like(weight), scheme)
 
 
 def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:

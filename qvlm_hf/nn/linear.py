@@ -10,15 +10,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.format.grids import QParams, QuantizedWeight
+from qvlm_hf.format.grids import QParams, QuantizedWeight, quantize_weight
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.packed_weight import FloatForm, freeze, guarded, plain, read_by_adapters
 from qvlm_hf.ops.call import packed_call
+from qvlm_hf.ops.cpu import round_weight
 from qvlm_hf.ops.linear import kernel_name, linear
 from qvlm_hf.ops.reference import dequantize
 
-__all__ = ["Group", "QVLMLinear", "packed_tensors"]
+__all__ = ["Group", "QVLMLinear", "packed_tensors", "rounded_tensors"]
 
 # float parameters that `.to(dtype)` must leave alone: their dtype is part of the format
 _FIXED_DTYPE = ("weight_scale", "input_scale")
@@ -45,6 +46,22 @@ def packed_tensors(
         tensors["input_scale"] = input_qparams.scale.to(torch.float32, copy=True)
         tensors["input_zero_point"] = input_qparams.zero_point.to(torch.int32, copy=True)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def rounded_tensors(weight: Tensor, scheme: QuantScheme) -> dict[str, Tensor]:
+    """Rounds a weight to nearest and packs it: the tensors of a module without data or bias.
+
+    Args:
+        weight: [out, in], on any device.
+        scheme: of the module.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity.
+    """
+    packed = round_weight(weight, scheme)
+    if packed is None:
+        return packed_tensors(quantize_weight(weight, scheme), scheme, None)
+    return {name: tensor for name, tensor in packed._asdict().items() if tensor is not None}
 
 
 class Group(Protocol):

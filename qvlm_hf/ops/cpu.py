@@ -20,21 +20,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qvlm_hf.format.grids import CLIPS, quantize_weight
 from qvlm_hf.format.hadamard import block_hadamard
+from qvlm_hf.format.packing import pack
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.ops import native, reference
 from qvlm_hf.ops.call import CallScheme, Loaded, Packed, int32_overflow
 
-__all__ = ["entries", "load", "misfit"]
+__all__ = ["entries", "load", "misfit", "round_weight"]
 
 _SOURCES = native.sources(
     *("cpu_kernels.cpp", "cpu_integer.cpp", "cpu_float.cpp", "cpu_quantize.h", "cpu_unpack.h"),
     *("cpu_vector.h", "cpu_portable.h", "cpu_weight.h", "cpu_fused.h", "cpu_number.h"),
-    "cpu_call.h",
+    *("cpu_call.h", "cpu_round.cpp"),
 )
 # -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels
-# flip
+# flip; -fno-trapping-math: a comparison need not raise flags, or no loop with one is vectorised
 _FLAGS = (
-    *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno"),
+    *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),
 )
 # Every width, granularity and way of 8-bit inputs, with one token, some and many.
@@ -93,6 +96,30 @@ def entries() -> dict[str, int] | None:
     return {"most_floats": most_floats} | addresses
 
 
+def round_weight(weight: Tensor, scheme: QuantScheme) -> Packed | None:
+    """`quantize_weight` and `pack` in one pass, or None where there is another way to go.
+
+    Factors whose errors are equal but for rounding may be chosen otherwise.
+
+    Args:
+        weight: [O, I], times the input scale where the input is quantized per channel.
+        scheme: gives weight_bits, group_size and symmetric.
+
+    Returns:
+        The tensors of the module without bias; None if there are no kernels, or the weight is no
+        matrix on a CPU in a dtype that they know, or not finite.
+    """
+    if weight.device.type != "cpu" or weight.dtype not in _DTYPES or weight.dim() != 2:
+        return None
+    library = _kernels()[1]
+    if library is None:
+        return None
+    if (rounded := _round(library, weight, scheme)) is None:
+        return None
+    integers, scale, zero_point = rounded
+    return Packed(integers, scale, None if scheme.symmetric else zero_point, None)
+
+
 @functools.cache
 def _kernels() -> tuple[str, ctypes.CDLL | None]:
     """The name and the library, or "reference (why)" and None."""
@@ -123,6 +150,7 @@ def _load() -> ctypes.CDLL:
     library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], ctypes.c_int
     library.qvlm_linears.argtypes = [ctypes.c_char_p]
     library.qvlm_square.argtypes = [pointer, pointer, size, size]
+    library.qvlm_round.argtypes, library.qvlm_round.restype = [ctypes.c_char_p], ctypes.c_int
     library.qvlm_rms_norm.argtypes = [*[pointer] * 3, ctypes.c_float, pointer, *[size] * 3]
     for function in (library.qvlm_linears, library.qvlm_square, library.qvlm_rms_norm):
         function.restype = None
@@ -135,6 +163,19 @@ def _self_check(library: ctypes.CDLL) -> str | None:
     if wrong := reference.find_wrong_case(compute, _CHECKED):
         return wrong
     generator = torch.Generator().manual_seed(0)
+    for bits, symmetric in ((2, True), (3, False), (4, False), (8, True)):
+        scheme = QuantScheme(
+            weight_bits=bits,
+            activation_bits=8,
+            group_size=32,
+            symmetric=symmetric,
+            granularity="dynamic_token",
+        )
+        weight = torch.randn(9, 70, generator=generator)
+        rounded, expected = _round(library, weight, scheme), quantize_weight(weight, scheme)
+        tensors = pack(expected.values, bits), expected.scale, expected.zero_point
+        if rounded is None or not all(map(torch.equal, rounded, tensors)):
+            return f"rounding to {bits} bits"
     for dtype, number in _DTYPES.items():
         x, weight = (torch.randn(shape, generator=generator).to(dtype) for shape in ((30, 34), 34))
         y, squares = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
@@ -145,6 +186,25 @@ def _self_check(library: ctypes.CDLL) -> str | None:
         if not torch.equal(y, reference.rms_norm(x, weight, 1e-5)):
             return f"RMSNorm in {dtype}"
     return None
+
+
+def _round(
+    library: ctypes.CDLL, weight: Tensor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Packed integers, scales and zero points of a weight, or None if it is not finite."""
+    (rows, k), bits = weight.shape, scheme.weight_bits
+    groups, words = scheme.groups(k), -(-k * bits // 32)
+    weight, clips = weight.detach().contiguous(), torch.tensor(CLIPS, dtype=torch.float32)
+    rounded = (
+        torch.empty(rows, words, dtype=torch.int32),
+        torch.empty(rows, groups, dtype=torch.bfloat16),
+        torch.empty(rows, groups, dtype=torch.uint8),
+    )
+    pointers = (one.data_ptr() for one in (weight, clips, *rounded))
+    sizes = (_DTYPES[weight.dtype], rows, k, groups, scheme.group_length(k), words, bits)
+    numbers = (*pointers, *sizes, scheme.symmetric, len(CLIPS))
+    finite = library.qvlm_round(_words(len(numbers)).pack(*numbers))
+    return rounded if finite else None
 
 
 def _compute(

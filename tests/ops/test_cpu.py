@@ -25,7 +25,9 @@ from linear_calls import (
     with_threads,
 )
 
-from qvlm_hf.format.packing import pack
+from qvlm_hf.format.grids import QuantizedWeight, grouped_weight, quantize_weight
+from qvlm_hf.format.packing import pack, unpack
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.ops import attention, cpu, fast_path, native
 
 CLASSES = ("cpu avx512-vnni", "cpu avx2-vnni", "cpu avx2", "cpu portable")
@@ -466,6 +468,49 @@ def test_the_portable_variant_computes_the_same(monkeypatch, fresh_kernels):
                 assert all(torch.equal(y, expected) for y in OPS.linears(x, *lists(rest, rest)))
                 with torch.autocast("cpu", torch.bfloat16):
                     assert torch.equal(OPS.linear(x, *rest), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("weight_bits", range(2, 9))
+@pytest.mark.parametrize(("in_features", "group_size"), [(300, 128), (70, 8), (43, -1), (64, 32)])
+def test_rounding_gives_the_bytes_of_quantize_weight_or_a_lower_error(
+    weight_bits, symmetric, in_features, group_size
+):
+    """Where two factors on a range are equally good but for rounding, either may win."""
+    scheme = QuantScheme(
+        weight_bits=weight_bits,
+        activation_bits=8,
+        group_size=group_size,
+        symmetric=symmetric,
+        granularity="dynamic_token",
+    )
+    for dtype in DTYPES:
+        weight = (torch.randn(67, in_features) * torch.rand(67, 1)).to(dtype)
+        weight[5], weight[6] = 0, weight[6] * 1e-3
+        rounded, expected = cpu.round_weight(weight, scheme), quantize_weight(weight, scheme)
+        assert (rounded.weight_zero_point is None) == symmetric
+        zero = expected.zero_point if symmetric else rounded.weight_zero_point
+        integers = unpack(rounded.weight, weight_bits, in_features)
+        found = QuantizedWeight(integers, rounded.weight_scale, zero, expected.group_length)
+        errors = [
+            grouped_weight((one.dequantize() - weight).double().abs() ** 2.4, scheme).sum(-1)
+            for one in (found, expected)
+        ]
+        same = found.scale == expected.scale
+        assert same.float().mean() > 0.99
+        assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+        rows = same.all(1) & (zero == expected.zero_point).all(1)
+        assert torch.equal(integers[rows], expected.values[rows])
+
+
+@needs_compiler
+def test_no_weight_is_rounded_that_the_kernels_do_not_know():
+    scheme = QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token")
+    bad = torch.randn(3, 8)
+    bad[1, 2] = float("nan")
+    for weight in (bad, torch.randn(3, 8).double(), torch.randn(3, 8, device="meta")):
+        assert cpu.round_weight(weight, scheme) is None
 
 
 @pytest.mark.parametrize("module", [cpu, fast_path, attention])

@@ -23,6 +23,16 @@ struct Layer {
     int64_t n;
 };
 
+// A weight [n, k] to round and pack; outputs as in docs/format.md, zero points of a symmetric scheme too.
+struct Rounding {
+    const void* weight;
+    const float* clips;  // factors to try on the range of a group
+    uint32_t* words;
+    uint16_t* scale;
+    uint8_t* zero_point;
+    int64_t dtype, n, k, groups, length, row_words, bits, symmetric, clip_count;
+};
+
 // The outputs of a Call with its `count` Layers behind it: of quantized inputs, of floating-point ones.
 void multiply_integers(const Call& call);
 void multiply_floats(const Call& call);
