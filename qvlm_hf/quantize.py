@@ -205,8 +205,7 @@ def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[
         if segment.packed and settings.start_granularity(segment.component) == "token":
             raise ValueError(
                 f"activation_granularity='token' for {segment.component} needs a fixed number of "
-                f"positions, but this model puts the tokens of all pictures in one row: use "
-                f"'channel'."
+                f"positions, which the pictures of this model do not have: use 'channel'."
             )
     return segments
 

@@ -107,7 +107,8 @@ def by_structure() -> str:
 
 
 def sites_cell(kind: LayerKind) -> str:
-    return " · ".join(", ".join(f"`{module}`" for module in site) for site in kind.sites)
+    names = [[f"`{module}`" if module else "itself" for module in site] for site in kind.sites]
+    return " · ".join(map(", ".join, names)) or "no linear module"
 
 
 def limits_cell(kind: LayerKind) -> str:
@@ -115,7 +116,7 @@ def limits_cell(kind: LayerKind) -> str:
     if kind.no_rotation:
         limits.append(f"no rotation: {kind.no_rotation}")
     if kind.packed:
-        limits.append("no ranges per position: all pictures stand in one row")
+        limits.append("no ranges per position: tokens have no fixed place in a row")
     return "; ".join(limits)
 
 

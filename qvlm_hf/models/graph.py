@@ -100,7 +100,7 @@ class Segment:
     Attributes:
         component: "vision", "projector" or "language".
         layers: in execution order.
-        packed: the tokens of all pictures come in one row, so that positions mean nothing.
+        packed: tokens have no fixed place in a row, so that positions mean nothing.
     """
 
     component: str

@@ -28,7 +28,7 @@ class LayerKind:
         expert_product: the same inside every expert.
         gated: values are multiplied elementwise after mixing, which mixed channels do not bear.
         last_norm: end of the path of a norm in the tower that all its output passes.
-        packed: pictures have any size, often all in one row, so that positions mean nothing.
+        packed: tokens have no fixed place in a row: pictures have any size, or stand in one row.
         no_rotation: why the residual stream cannot be rotated; empty where it can.
 
     The source of `value` and `product` may be fused with others: its last outputs count then. The
