@@ -286,6 +286,8 @@ def tiny_family_processor(family="llava", tower="clip"):
         edges = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": 4 * IMAGE_SIZE**2}
         pixels = Qwen2VLImageProcessorPil(size=edges, patch_size=PATCH_SIZE)
         del common["image_token"]  # the tokenizer's
+        # positions are counted anew for every run of picture tokens
+        common["chat_template"] = CHAT_TEMPLATE.replace(image, f"{image}[IMG_END]")
         return _QWEN_PROCESSORS[family](image_processor=pixels, **common)
     common["vision_feature_select_strategy"] = _strategy(tower)
     if family == "llava_onevision":
