@@ -21,13 +21,13 @@ sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("bench", "models")]
 
 import torch  # noqa: E402
 from picture import picture  # noqa: E402
-from test_families import BOTH_WAYS, CALIBRATED, COMBINATIONS  # noqa: E402
+from test_families import BOTH_WAYS, CALIBRATED, COMBINATIONS, REFUSED  # noqa: E402
 from transformers import AutoConfig, AutoModelForImageTextToText  # noqa: E402
 
 from qvlm_hf import QVLMConfig, VisionOptimization  # noqa: E402
 from qvlm_hf.cli import _COMMANDS, main  # noqa: E402
 from qvlm_hf.hf.round_on_load import planned_report  # noqa: E402
-from qvlm_hf.models.families import FAMILIES  # noqa: E402
+from qvlm_hf.models.families import FAMILIES, Family  # noqa: E402
 from qvlm_hf.models.folds import why_not_rotatable  # noqa: E402
 from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind  # noqa: E402
 
@@ -111,6 +111,10 @@ def sites_cell(kind: LayerKind) -> str:
     return " · ".join(map(", ".join, names)) or "no linear module"
 
 
+def projectors_cell(row: Family) -> str:
+    return f"`{row.projector}`" + (f" and `{row.further}`" if row.further else "")
+
+
 def limits_cell(kind: LayerKind) -> str:
     limits = []
     if kind.no_rotation:
@@ -123,11 +127,14 @@ def limits_cell(kind: LayerKind) -> str:
 def family_row(family: str) -> str:
     """The row of a family: its default configuration counted, and what the tests check of it."""
     config = AutoConfig.for_model(family)
+    tried = [one for one in COMBINATIONS if one[0] == family]
     try:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-    except ImportError as error:
-        counted = ["not counted", "", str(error).partition(" was not found")[0]]
+    except (ImportError, ValueError) as error:
+        reason = re.split(r" but it was not found| \(got", str(error).strip())[0]
+        refused = all(decoder in REFUSED for *_, decoder in tried)
+        counted = ["not counted", "no" if refused else "exact", f"not built: {reason}"]
     else:
         settings = QVLMConfig(scheme="W4A16").settings()
         found = planned_report(model, settings).provenance["coverage"]
@@ -135,7 +142,6 @@ def family_row(family: str) -> str:
         rotation = "no" if why_not_rotatable(model) else "exact"
         counted = [f"{found['percent']} %", rotation, kept]
     percent, rotation, kept = counted
-    tried = [one for one in COMBINATIONS if one[0] == family]
     calibrated = [one for one in CALIBRATED if one[0] == family]
     cache = "reads both ways" if set(BOTH_WAYS) & set(tried) else "same text"
     towers, decoders = ({one[place] for one in tried} for place in (1, 2))
@@ -149,7 +155,7 @@ def family_row(family: str) -> str:
 
 def models_page() -> str:
     rows = [
-        f"| `{name}` | `{row.projector}`: {sites_cell(row.projector_kind)} | "
+        f"| `{name}` | {projectors_cell(row)}: {sites_cell(row.projector_kind)} | "
         + "; ".join(f"`{path}`: {reason}" for path, reason in row.unquantized.items())
         + " |"
         for name, row in FAMILIES.items()

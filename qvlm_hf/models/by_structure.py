@@ -79,7 +79,8 @@ def read_structure(
             to be quantized.
         ValueError: a pattern matches no module.
     """
-    _check_patterns(model, modules_to_not_convert)
+    with experts_split(model):
+        _check_patterns(model, modules_to_not_convert)
     parts = PartNames.of(model)
     recorder = Recorder(model)
     run, ran, problems = run_model(model, recorder, parts, inputs)

@@ -107,10 +107,6 @@ FAMILIES = {
     "got_ocr2": Family(projector_kind=chain("multimodal_projector")),
     "idefics3": _SHUFFLED,
     "internvl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
-    "llama4": Family(
-        projector_kind=chain("linear_1"),
-        unquantized={"vision_model.vision_adapter": "it lies inside the tower, behind its layers"},
-    ),
     "janus": Family(
         projector="aligner",
         projector_kind=chain("fc1", "hidden_layers.0"),
@@ -121,6 +117,10 @@ FAMILIES = {
     ),
     "lfm2_vl": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
     "lighton_ocr": Family(projector="vision_projection", projector_kind=_PATCHES),
+    "llama4": Family(
+        projector_kind=chain("linear_1"),
+        unquantized={"vision_model.vision_adapter": "it lies inside the tower, behind its layers"},
+    ),
     "llava": Family(),
     "llava_next": _TILED,
     "llava_next_video": _TILED,

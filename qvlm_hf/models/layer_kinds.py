@@ -316,7 +316,8 @@ _DELTA = _LLAMA | {
     "attention_out": "linear_attn.out_proj",
 }
 
-# A class of layer is one line. Where its layers differ, a module that one kind has follows a dot.
+# A class of layer is one line. Where its layers differ, a module that one kind has follows a dot,
+# and the first line that fits counts.
 LAYER_KINDS = {
     "CLIPEncoderLayer": _ENCODER.named(_CLIP),
     "SiglipEncoderLayer": _NORMED_ENCODER.named(_CLIP),

@@ -105,3 +105,5 @@ def test_by_structure_every_expert_counts_whoever_got_tokens():
     assert experts <= {module for site in layer.sites for module in site.modules}
     assert not any(module.startswith(name) for module in structure.left_out)
     assert [p.dim() for p in model.get_submodule(name).parameters()] == [3, 3]  # as it was
+    left = read_structure(model, modules_to_not_convert=["experts.down_proj"])
+    assert experts - set(left.modules) == {f"{name}.down_proj.{e}" for e in range(4)}

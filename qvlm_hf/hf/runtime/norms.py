@@ -54,7 +54,7 @@ def take_back(model: nn.Module) -> None:
     """Gives every norm its own class again."""
     for module in model.modules():
         if isinstance(module, _Fused):
-            module.__class__ = module.plain  # type: ignore[assignment]
+            module.__class__ = module.plain
 
 
 def _is_known(kind: type[Any]) -> bool:
