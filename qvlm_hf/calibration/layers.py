@@ -10,10 +10,12 @@ Legend: B samples (or pictures) of a batch, T tokens, H hidden size.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.models.graph import Layer, Segment
@@ -26,8 +28,10 @@ __all__ = [
     "live_layers",
     "observe_inputs",
     "observe_outputs",
+    "recomputed",
     "run_layer",
     "run_model",
+    "run_until",
     "valid_tokens",
     "working_precision",
 ]
@@ -60,7 +64,7 @@ class LayerInput:
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error
-    """The last layer asked for has been entered; the rest of the model need not run."""
+    """The last module asked for has been entered; what comes after it need not run."""
 
 
 def live_layers(segment: Segment) -> list[Layer]:
@@ -154,6 +158,19 @@ def run_layer(
         ]
 
 
+def run_until(layer: nn.Module, module: nn.Module, entry: LayerInput, hidden: Tensor) -> Tensor:
+    """Runs a layer on a batch [B, T, H] until it enters `module`; returns what enters there."""
+    entered: list[Tensor] = []
+
+    def see(_: Any, args: tuple[Any, ...], __: Any) -> None:
+        entered.append(args[0])
+        raise _Reached
+
+    with observe_inputs({None: module}, see), suppress(_Reached):
+        run_layer(layer, [entry], [hidden])
+    return entered[0]
+
+
 def valid_tokens(hidden: Tensor, valid: Tensor | None) -> Tensor:
     """[B, T, H] -> [tokens, H] without padding; all tokens where `valid` does not fit the shape."""
     fits = valid is not None and valid.shape == hidden.shape[:2]
@@ -209,6 +226,19 @@ def observe_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
             hook = lambda _module, _args, output, name=name: collect(name, output)  # noqa: E731
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield outputs
+
+
+@contextmanager
+def recomputed(segments: Iterable[Segment]) -> Iterator[None]:
+    """Live layers keep their inputs alone for the backward pass and run again in it."""
+    with ExitStack() as stack:
+        for segment in segments:
+            for layer in live_layers(segment):
+                layer.module.forward = partial(
+                    checkpoint, layer.module.forward, use_reentrant=False
+                )
+                stack.callback(delattr, layer.module, "forward")
+        yield
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.layers import LayerInput, run_layer, valid_tokens
+from qvlm_hf.calibration.layers import LayerInput, run_until, valid_tokens
 from qvlm_hf.calibration.search.sites import QuantizedSite
 from qvlm_hf.format.grids import QuantizedWeight, group_expand
 
@@ -63,13 +63,7 @@ def _hessian(
     first = site.linears[0]
     total = torch.zeros(first.in_features, first.in_features, device=first.weight.device)
     for entry, h, weight in zip(inputs, hidden, tokens, strict=True):
-        seen: list[Tensor] = []
-        hook = first.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        try:
-            run_layer(layer, [entry], [h])
-        finally:
-            hook.remove()
-        a = site.multiplied_input(seen[0])
+        a = site.multiplied_input(run_until(layer, first, entry, h))
         if a.shape[:-1] == weight.shape:
             a = a * weight.sqrt().unsqueeze(-1)
         a = valid_tokens(a, entry.valid)
