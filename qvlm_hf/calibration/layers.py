@@ -231,14 +231,17 @@ def observe_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
 @contextmanager
 def recomputed(segments: Iterable[Segment]) -> Iterator[None]:
     """Live layers keep their inputs alone for the backward pass and run again in it."""
-    with ExitStack() as stack:
-        for segment in segments:
-            for layer in live_layers(segment):
-                layer.module.forward = partial(
-                    checkpoint, layer.module.forward, use_reentrant=False
-                )
-                stack.callback(delattr, layer.module, "forward")
+    modules = [layer.module for segment in segments for layer in live_layers(segment)]
+    own = [vars(module).get("forward") for module in modules]  # Accelerate's hooks set one
+    try:
+        for module in modules:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
         yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

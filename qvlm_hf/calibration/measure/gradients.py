@@ -30,7 +30,7 @@ def answer_gradients(
     *,
     draws: int,
     temperature: float = 1.0,
-) -> Iterator[list[dict[str, Tensor]]]:
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Runs the model on batches and takes g; only one layer's activations are alive at a time.
 
     Args:
@@ -40,32 +40,32 @@ def answer_gradients(
         temperature: T.
 
     Yields:
-        Per batch, per draw: name of each live layer that the batch reaches -> g, in the shape of
-        its output, [B, T, H]. Zeros where there is no answer.
+        Batch after batch and draw after draw: the batch's index, and name of each live layer that
+        it reaches -> g, in the shape of the layer's output, [B, T, H]. Zeros where there is no
+        answer.
     """
-    segments = calibration.segments
+    model, segments = calibration.model, calibration.segments
     names = [layer.name for segment in segments for layer in live_layers(segment)]
     generator = torch.Generator().manual_seed(calibration.settings.seed)
-    for batch in batches:
-        with (
-            frozen(calibration.model),
-            recomputed(segments),
-            observe_outputs(calibration.model, names) as outputs,
-            torch.enable_grad(),
-        ):
-            answers = run_answers(calibration.model, batch, use_cache=False)
-            logits = torch.cat(answers).float() / temperature
-            found = []
+    with frozen(model):
+        for index, batch in enumerate(batches):
+            with (
+                recomputed(segments),
+                observe_outputs(model, names) as outputs,
+                torch.enable_grad(),
+            ):
+                answers = run_answers(model, batch, use_cache=False)
+                logits = torch.cat(answers).float() / temperature
             for draw in range(draws):
                 gradients = torch.autograd.grad(
-                    (logits * _direction(logits.detach(), generator)).sum(),
+                    logits,
                     list(outputs.values()),
+                    _direction(logits.detach(), generator),
                     retain_graph=draw + 1 < draws,
                     allow_unused=True,
                     materialize_grads=True,
                 )
-                found.append(dict(zip(outputs, gradients, strict=True)))
-        yield found
+                yield index, dict(zip(outputs, gradients, strict=True))
 
 
 def _direction(logits: Tensor, generator: torch.Generator) -> Tensor:

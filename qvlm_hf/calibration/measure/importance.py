@@ -33,14 +33,17 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
         floor. Each is 1 without answers.
     """
     names = [layer.name for segment in calibration.segments for layer in live_layers(segment)]
-    norms: dict[str, list[Tensor]] = {name: [] for name in names}
-    for draws in answer_gradients(
+    squares: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+    for batch, gradients in answer_gradients(
         calibration, calibration.data, draws=_DRAWS, temperature=_TEMPERATURE
     ):
-        for name in draws[0]:
-            squares = [draw[name].float().square().sum(-1) for draw in draws]
-            norms[name].append(torch.stack(squares).sum(0).sqrt())
-    return {name: _weights(batches) for name, batches in norms.items()}
+        for name, gradient in gradients.items():
+            square = gradient.float().square().sum(-1)
+            squares[name][batch] = squares[name].get(batch, 0) + square
+    return {
+        name: _weights([square.sqrt() for square in batches.values()])
+        for name, batches in squares.items()
+    }
 
 
 def _weights(norms: Sequence[Tensor]) -> list[Tensor]:

@@ -30,7 +30,6 @@ Choice = tuple[tuple[int, ...], ...]  # per layer, per site: index of a candidat
 # (W4A4) the block errors ended between 0.7 % below and 0.2 % above those of the unscreened search,
 # with 40 % of its layer runs and half its time.
 _SCREEN = slice(0, None, 4)
-_UNSCREENED = 1  # batches of which none screens
 _SHORTLIST = 3  # candidates of a layer that its block tries jointly
 _FINALISTS = 2
 _MIN_GAIN = 1e-4  # a smaller relative gain is noise of the calibration set
@@ -213,7 +212,7 @@ def _refine(
     search: BlockSearch, best: Choice, error: float, shortlists: Sequence[Sequence[int]]
 ) -> tuple[Choice, float]:
     """Coordinate descent over single sites; ends with a sweep in which no site improves."""
-    screened = len(search.inputs) > _UNSCREENED
+    screened = len(search.inputs) > 1
     tried: set[Choice] = {best}
     scores: dict[Choice, float] = {}  # on the screening batches
     prefixes = [search.hidden]  # what enters each layer under `best`, as far as it was needed

@@ -146,12 +146,9 @@ def _held_out_gradients(calibration: Calibration) -> dict[str, list[list[dict[st
         for segment in calibration.segments
     }
     batches = list({id(batch): batch for held in held_out.values() for batch in held}.values())
-    found = {
-        id(batch): [{name: g.cpu() for name, g in draw.items()} for draw in draws]
-        for batch, draws in zip(
-            batches, answer_gradients(calibration, batches, draws=_DRAWS), strict=True
-        )
-    }
+    found: dict[int, list[dict[str, Tensor]]] = {id(batch): [] for batch in batches}
+    for index, gradients in answer_gradients(calibration, batches, draws=_DRAWS):
+        found[id(batches[index])].append({name: g.cpu() for name, g in gradients.items()})
     return {component: [found[id(b)] for b in held] for component, held in held_out.items()}
 
 
