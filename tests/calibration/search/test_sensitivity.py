@@ -141,7 +141,7 @@ def guard_divergences(model, data=None, **options):
 
 @pytest.mark.parametrize("batch_size", [2, 4])
 def test_divergences_are_those_of_whole_model_runs(batch_size, monkeypatch):
-    monkeypatch.setattr(sensitivity, "_DRAWS", 24)
+    monkeypatch.setattr(sensitivity, "_DIRECTIONS", 200)
     model, data = tiny_llava(seed=1).eval(), tiny_batches(12, batch_size)
     calibration, found = guard_divergences(model, data, activation_bits=6)
     held_out = held_out_half(data)
