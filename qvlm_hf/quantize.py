@@ -141,15 +141,19 @@ def calibrate_and_pack(
         checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
         answers = AnswerComparison(model, checks, held_out=bool(held_out))
         with _transformed(calibration):
-            _capture_segment_inputs(calibration, len(samples))
-            calibration.precisions = choose_precisions(calibration)
+            with calibration.timed("inputs"):
+                _capture_segment_inputs(calibration, len(samples))
+            with calibration.timed("sensitivity"):
+                calibration.precisions = choose_precisions(calibration)
             if settings.token_importance:
-                calibration.importance = token_importance(calibration)
+                with calibration.timed("importance"):
+                    calibration.importance = token_importance(calibration)
             _learn_vision_ranges(calibration)
             modules = _search(calibration)
-            modules, warnings = _replace_and_check(
-                calibration, modules, _round_head(model, settings), answers
-            )
+            with calibration.timed("check"):
+                modules, warnings = _replace_and_check(
+                    calibration, modules, _round_head(model, settings), answers
+                )
         if few_tokens := few_tokens_warning(found["routing"]):
             warnings.append(few_tokens)
         if len(samples) < _FEW_SAMPLES and settings.needs_data:
@@ -227,10 +231,11 @@ def _transformed(calibration: Calibration) -> Iterator[None]:
     model, settings = calibration.model, calibration.settings
     equalized = settings.equalization and settings.activation_bits < 16 and calibration.data
     with undone_on_error(model) if settings.rotation or equalized else nullcontext():
-        if settings.rotation is not None:
-            rotate(model, rotation_plan(model), seed=settings.seed)
-        if equalized:
-            equalize(model, scale_paths(model, calibration.segments), calibration.data)
+        with calibration.timed("transform"):
+            if settings.rotation is not None:
+                rotate(model, rotation_plan(model), seed=settings.seed)
+            if equalized:
+                equalize(model, scale_paths(model, calibration.segments), calibration.data)
         yield
 
 
@@ -257,7 +262,8 @@ def _learn_vision_ranges(calibration: Calibration) -> None:
     settings, found = calibration.settings, calibration.found
     if settings.optimize_vision is None:
         return
-    vision = optimize_vision(calibration)
+    with calibration.timed("vision"):
+        vision = optimize_vision(calibration)
     if vision is not None:
         calibration.learned, calibration.dependencies = vision.ranges, vision.dependencies
         found["vision"] = vision.report
@@ -286,10 +292,11 @@ def _search(calibration: Calibration) -> _Modules:
     with ExitStack() as below:
         for segment in calibration.segments:
             # eq. 4: how much each layer depends on the one before it
-            dependencies, threshold = calibration.dependencies.get(segment.name) or (
-                layer_dependencies(calibration, segment),
-                settings.entropy_threshold,
-            )
+            with calibration.timed("entropy"):
+                dependencies, threshold = calibration.dependencies.get(segment.name) or (
+                    layer_dependencies(calibration, segment),
+                    settings.entropy_threshold,
+                )
             # eq. 7: layers that depend on each other form a block
             blocks, threshold = partition_layers(
                 dependencies, max_block_depth=settings.max_block_depth, threshold=threshold
@@ -297,7 +304,8 @@ def _search(calibration: Calibration) -> _Modules:
             # eq. 3: ranges of a block are searched jointly, on the outputs of the quantized layers
             inputs = calibration.inputs[segment.name]
             if modules:
-                inputs = capture_inputs(model, calibration.data, [segment])[segment.name]
+                with calibration.timed("inputs"):
+                    inputs = capture_inputs(model, calibration.data, [segment])[segment.name]
             searched = []
             for block in search_segment(calibration, segment, blocks, inputs):
                 modules |= _pack_block(model, block)

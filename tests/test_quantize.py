@@ -45,6 +45,15 @@ def test_the_report_survives_json(calibrated):
         CalibrationReport.from_dict({"modules": {}})
 
 
+def test_the_report_says_where_the_time_went(calibrated):
+    _, report = calibrated
+    assert {"sensitivity", "importance", "ranges", "search", "rounding"} <= set(report.seconds)
+    assert all(seconds > 0 for seconds in report.seconds.values())
+    older = report.to_dict()
+    del older["seconds"]
+    assert CalibrationReport.from_dict(older) == report
+
+
 def test_two_runs_give_the_same_tensors(calibrated):
     again, report = calibrate(held_out=tiny_samples(4, seed=9))
     first, second = calibrated[0].state_dict(), again.state_dict()

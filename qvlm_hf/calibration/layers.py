@@ -10,10 +10,12 @@ Legend: B samples (or pictures) of a batch, T tokens, H hidden size.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.models.experts import rows_of
@@ -27,6 +29,7 @@ __all__ = [
     "live_layers",
     "observe_inputs",
     "observe_outputs",
+    "recomputed",
     "routed",
     "run_layer",
     "run_model",
@@ -76,7 +79,7 @@ class LayerInput:
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error
-    """The last layer asked for has been entered; the rest of the model need not run."""
+    """The last module asked for has been entered; what comes after it need not run."""
 
 
 def live_layers(segment: Segment) -> list[Layer]:
@@ -312,6 +315,22 @@ def observe_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
             hook = lambda _module, _args, output, name=name: collect(name, output)  # noqa: E731
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         yield outputs
+
+
+@contextmanager
+def recomputed(segments: Iterable[Segment]) -> Iterator[None]:
+    """Live layers keep their inputs alone for the backward pass and run again in it."""
+    modules = [layer.module for segment in segments for layer in live_layers(segment)]
+    own = [vars(module).get("forward") for module in modules]  # Accelerate's hooks set one
+    try:
+        for module in modules:
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def _hidden_states(output: Any) -> Tensor:

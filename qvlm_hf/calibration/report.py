@@ -170,6 +170,7 @@ class CalibrationReport:
         self_check: None where there was no data to check with.
         decode_check: likewise.
         warnings: one line each.
+        seconds: step -> how long it took; reports are equal whatever they say here.
         evaluation: accuracy on a test set, as `qvlm evaluate --record` measured it later; None
             until then.
         benchmark: speed and memory, as `qvlm bench --record` measured them later; None until then.
@@ -190,6 +191,7 @@ class CalibrationReport:
     self_check: SelfCheck | None = None
     decode_check: DecodeCheck | None = None
     warnings: tuple[str, ...] = field(default=())
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
     evaluation: dict[str, Any] | None = None
     benchmark: dict[str, Any] | None = None
 

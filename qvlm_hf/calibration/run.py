@@ -1,6 +1,8 @@
 """`Calibration`: the one object that walks through the recipe of qvlm_hf/quantize.py."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,3 +76,12 @@ class Calibration:
     def steps(self, name: str, total: int) -> Steps:
         """A counter that tells the callbacks how far the step `name` is."""
         return Steps(name, self.callbacks, total)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Adds the seconds inside to those of `step` in the report."""
+        start, seconds = time.perf_counter(), self.found.setdefault("seconds", {})
+        try:
+            yield
+        finally:
+            seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start

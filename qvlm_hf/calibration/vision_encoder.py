@@ -13,20 +13,18 @@ activations and the hidden states between layers are alive.
 Learned on the even calibration batches; kept only if L_err on the odd batches falls.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from qvlm_hf.calibration.layers import (
     frozen,
     live_layers,
     observe_outputs,
+    recomputed,
     run_model,
     valid_tokens,
     working_precision,
@@ -92,7 +90,7 @@ def optimize_vision(calibration: Calibration) -> OptimizedVision | None:
     loss = _Loss(calibration, options)
     before = None if vision is None else _partition(calibration, vision, sites)
     parameters = [parameter for site in sites for parameter in site.parameters()]
-    with frozen(calibration.model), installed(sites), _checkpointed(calibration):
+    with frozen(calibration.model), installed(sites), recomputed(calibration.segments):
         start = loss.held_out_error()
         error, epochs = _descend(loss, parameters, options, start, steps.advance)
     after = before and vision and _partition(calibration, vision, sites, before.threshold)
@@ -287,16 +285,3 @@ def _partition(
 def _relative(x: Tensor, reference: Tensor) -> Tensor:
     norm = reference.float().norm().clamp(min=torch.finfo(torch.float32).tiny)
     return (x.float() - reference.float()).norm() / norm
-
-
-@contextmanager
-def _checkpointed(calibration: Calibration) -> Iterator[None]:
-    """Live layers keep their inputs alone for the backward pass and run again in it."""
-    with ExitStack() as stack:
-        for segment in calibration.segments:
-            for layer in live_layers(segment):
-                layer.module.forward = partial(
-                    checkpoint, layer.module.forward, use_reentrant=False
-                )
-                stack.callback(delattr, layer.module, "forward")
-        yield

@@ -45,6 +45,8 @@ def story(report: CalibrationReport) -> Iterator[str]:
         if vision.depth_before is not None and vision.depth_after is not None:
             depths = f"{vision.depth_before:.2f} -> {vision.depth_after:.2f}"
             yield f"  mean depth of the vision encoder's blocks {depths} layers"
+    if report.seconds:
+        yield "seconds: " + ", ".join(f"{step} {s:.1f}" for step, s in report.seconds.items())
     yield from ("warning: " + in_options(warning, "quantize") for warning in report.warnings)
 
 

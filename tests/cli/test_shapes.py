@@ -91,7 +91,9 @@ def test_random_models_answer_prompts_with_pictures_where_they_can_be_made(parts
 def test_bench_a_configuration(family, tmp_path, capsys, monkeypatch):
     quick = partial(measure_limits, size=64)
     monkeypatch.setattr("qvlm_hf.cli.bench_models.measure_limits", quick)
-    config = tiny_config(family) if family == "exaone4_5" else tiny_family(family, "idefics3").config
+    config = (
+        tiny_config(family) if family == "exaone4_5" else tiny_family(family, "idefics3").config
+    )
     config.save_pretrained(tmp_path)
     words = ["bench", "--shape", str(tmp_path), "--scheme", "W4A8", "--no-peers"]
     words += ["--rounds", "2", "--new-tokens", "2", "--json", str(tmp_path / "rows.json")]

@@ -3,22 +3,29 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 
-__all__ = ["answer_kl", "answer_logits", "eval_mode"]
+__all__ = ["answer_kl", "answer_logits", "eval_mode", "run_answers"]
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Runs the model in eval mode and without gradients; arguments, returns and raises as below."""
+    with eval_mode(model), torch.inference_mode():
+        return run_answers(model, batch)
+
+
+def run_answers(model: nn.Module, batch: Batch, **options: Any) -> list[Tensor]:
     """Runs the model once and picks the logits that predict the answers.
 
     Args:
-        model: called with the batch's tensors, returns `.logits`; runs where its parameters are, in
-            eval mode.
+        model: called with the batch's tensors, returns `.logits`; runs where its parameters are.
         batch: with labels.
+        options: further arguments of the model.
 
     Returns:
         Per row [answer tokens, vocabulary] in the model's dtype; empty for a row without an answer.
@@ -35,13 +42,11 @@ def answer_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     }
     answered = batch.labels != IGNORE_INDEX
     tokens = batch.labels.shape[1]
-    options = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         # the head is the widest layer: it runs only from the first answer of the batch on
         first = int(answered.any(dim=0).nonzero()[0]) if answered.any() else tokens
         options["logits_to_keep"] = tokens - first + 1
-    with eval_mode(model), torch.inference_mode():
-        logits = model(**inputs, **options).logits
+    logits = model(**inputs, **options).logits
     offset = tokens - logits.shape[1]
     rows = []
     for row, origin in enumerate(batch.origins):

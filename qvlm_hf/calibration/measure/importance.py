@@ -1,9 +1,9 @@
 """Which tokens matter to the answers: weights of the squared error that search and GPTQ minimise.
 
 The error of a layer's output is dominated by picture tokens that no answer depends on. A token's
-weight is the norm of the gradient of the answers' log-likelihood with respect to that layer's
-output at the token. Answers are drawn from the full-precision model's own softened predictions, so
-that confident samples count as well, and the dataset's labels do not.
+weight is the norm of the gradient of the answers with respect to that layer's output at the token
+(gradients.py). The answers are the full-precision model's own softened predictions, so that
+confident samples count as well, and the dataset's labels do not.
 
 Left out: directions inside a token. The full Fisher form, (gradient . error)^2, found 20 % worse
 models from 64 samples than these norms.
@@ -12,15 +12,15 @@ models from 64 samples than these norms.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qvlm_hf.calibration.layers import frozen, live_layers, observe_outputs, run_model
+from qvlm_hf.calibration.layers import live_layers
+from qvlm_hf.calibration.measure.gradients import answer_gradients
 from qvlm_hf.calibration.run import Calibration
-from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 
 __all__ = ["token_importance"]
 
-_DRAWS = 4  # answers drawn per sample
+_DRAWS = 2  # backward passes per batch
 _TEMPERATURE = 3.0  # softens predictions that are all but certain
 _FLOOR = 0.1  # of the mean weight: what no drawn answer looked at may matter to another question
 
@@ -34,42 +34,22 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
         weights of the one before.
     """
     names = [layer.name for segment in calibration.segments for layer in live_layers(segment)]
+    squares: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+    for batch, gradients in answer_gradients(
+        calibration, calibration.data, draws=_DRAWS, temperature=_TEMPERATURE
+    ):
+        for name, gradient in gradients.items():
+            square = gradient.float().square().sum(-1)
+            squares[name][batch] = squares[name].get(batch, 0) + square
     norms: dict[str, list[Tensor]] = {name: [] for name in names}
-    generator = torch.Generator().manual_seed(calibration.settings.seed)
-    with frozen(calibration.model):
-        for batch in calibration.data:
-            found = _gradient_norms(calibration.model, names, batch, generator)
-            for segment in calibration.segments:
-                norm = None
-                for layer in live_layers(segment):
-                    norm = found.get(layer.name, norm)
-                    if norm is not None:
-                        norms[layer.name].append(norm)
+    for segment in calibration.segments:
+        for batch in range(len(calibration.data)):
+            last: Tensor | None = None
+            for layer in live_layers(segment):
+                last = squares[layer.name].get(batch, last)
+                if last is not None:
+                    norms[layer.name].append(last.sqrt())
     return {name: _weights(batches) for name, batches in norms.items()}
-
-
-def _gradient_norms(
-    model: nn.Module, names: Sequence[str], batch: Batch, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Layer name -> [B, T], the root of the summed squared gradients of all draws."""
-    with torch.enable_grad(), observe_outputs(model, names) as outputs:
-        logits = run_model(model, batch).logits
-        answered = (batch.labels[:, 1:] != IGNORE_INDEX).to(logits.device)
-        predictions = torch.log_softmax(logits[:, :-1][answered].float() / _TEMPERATURE, dim=-1)
-        squares = {name: torch.zeros(h.shape[:-1], device=h.device) for name, h in outputs.items()}
-        for _ in range(_DRAWS if len(predictions) else 0):
-            chances = predictions.detach().exp().cpu()
-            drawn = torch.multinomial(chances, 1, generator=generator).to(logits.device)
-            gradients = torch.autograd.grad(
-                predictions.gather(1, drawn).sum(),
-                list(outputs.values()),
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            for name, gradient in zip(outputs, gradients, strict=True):
-                squares[name] += gradient.float().square().sum(-1)
-    return {name: square.sqrt().detach() for name, square in squares.items()}
 
 
 def _weights(norms: Sequence[Tensor]) -> list[Tensor]:

@@ -83,18 +83,20 @@ def _search_layers(
         for module in modules:
             full = run_layer(module, calibration.inputs[segment.name], full)
             targets.append(full)
-        rows = initialize_sites(calibration, segment.component, layers, inputs, hidden)
+        with calibration.timed("ranges"):
+            rows = initialize_sites(calibration, segment.component, layers, inputs, hidden)
         with installed(site for row in rows for site in row):
-            result = search_block(
-                BlockSearch(
-                    modules,
-                    rows,
-                    held_out_half(inputs),
-                    held_out_half(hidden),
-                    [held_out_half(target) for target in targets],
-                    [held_out_half(weights) for weights in importance if weights is not None],
+            with calibration.timed("search"):
+                result = search_block(
+                    BlockSearch(
+                        modules,
+                        rows,
+                        held_out_half(inputs),
+                        held_out_half(hidden),
+                        [held_out_half(target) for target in targets],
+                        [held_out_half(weights) for weights in importance if weights is not None],
+                    )
                 )
-            )
             for module, row, choice, weights in zip(
                 modules, rows, result.choice, importance, strict=True
             ):
@@ -102,7 +104,8 @@ def _search_layers(
                     site.active = index
                     site.take_final_grids()
                 if calibration.settings.weight_rounding != "nearest":
-                    gptq_round_layer(module, row, inputs, hidden, weights)
+                    with calibration.timed("rounding"):
+                        gptq_round_layer(module, row, inputs, hidden, weights)
                 hidden = run_layer(module, inputs, hidden)
     return _finished(layers, rows, result), full, hidden
 

@@ -1,16 +1,22 @@
 """Which sites bear few bits, and what guard and budget make of it."""
 
+import math
 from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_calibrations import TEXT, tiny_batches, tiny_calibration
 from tiny_calibrations import calibrate as run
-from tiny_calibrations import tiny_calibration
 from tiny_models import tiny_llava
 
+from qvlm_hf.calibration.layers import live_layers
+from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
+from qvlm_hf.calibration.search import sensitivity
+from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sensitivity import allocate_bits, site_parameters
+from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.nn.replace import quantized_modules
 
 DOWN = "model.language_model.layers.0.mlp.down_proj"
@@ -124,6 +130,62 @@ def test_the_guard_raises_what_four_bits_break_and_says_so():
     assert not without.sensitivities
     assert {module.scheme.activation_bits for _, module in quantized_modules(plain)} == {4}
     assert report.self_check.kl < without.self_check.kl
+
+
+def guard_divergences(model, data=None, **options):
+    calibration = tiny_calibration(model, data, **options)
+    return calibration, sensitivity._Probe(calibration, 1).divergences(
+        calibration.settings.precision
+    )
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_divergences_are_those_of_whole_model_runs(batch_size, monkeypatch):
+    monkeypatch.setattr(sensitivity, "_DIRECTIONS", 200)
+    model, data = tiny_llava(seed=1).eval(), tiny_batches(12, batch_size)
+    calibration, found = guard_divergences(model, data, activation_bits=6)
+    held_out = held_out_half(data)
+    before = [row for batch in held_out for row in answer_logits(model, batch)]
+    logs = []
+    for segment in calibration.segments:
+        inputs, live = calibration.inputs[segment.name], live_layers(segment)
+        hidden = [entry.hidden for entry in inputs]
+        rows = initialize_sites(calibration, segment.component, live, inputs, hidden)
+        for site in (site for row in rows for site in row):
+            with installed([site]):
+                after = [row for batch in held_out for row in answer_logits(model, batch)]
+            exact = [answer_kl(*pair) for pair in zip(before, after, strict=True)]
+            logs.append((math.log(sum(exact) / len(exact)), math.log(found[site.site.name])))
+    exact, estimated = torch.tensor(logs, dtype=torch.float64).T
+    assert torch.corrcoef(torch.stack([exact, estimated]))[0, 1] > 0.9
+    assert (estimated - exact).mean().abs() < 0.3
+    assert (estimated - exact).abs().max() < 1.5
+
+
+def test_a_layer_runs_as_often_in_a_deeper_model():
+    runs = []
+    for layers in (2, 5):
+        model, count = tiny_llava(text_layers=layers).eval(), 0
+
+        def see(*_):
+            nonlocal count
+            count += 1
+
+        for layer in model.model.language_model.layers:
+            layer.mlp.register_forward_pre_hook(see)
+        calibration, found = guard_divergences(model)
+        assert len(found) == sum(len(live_layers(s)) * 4 for s in calibration.segments) - 2
+        runs.append(count / layers)
+    assert runs[0] == runs[1]
+
+
+def test_batches_without_pictures_are_held_out_apart():
+    """Every second batch is text alone: the vision side holds out others than the text."""
+    pictured, text = tiny_batches(8, 2), tiny_batches(batch_size=2, rows=TEXT)
+    data = [batch for pair in zip(pictured, text * 2, strict=True) for batch in pair]
+    _, found = guard_divergences(tiny_llava().eval(), data)
+    assert all(kl > 0 for kl in found.values())
+    assert any("vision" in name for name in found)
 
 
 def test_eight_bits_need_no_guard():
