@@ -196,18 +196,15 @@ def _compile(
         # gcc and cc, which PEFT's BOFT leaves in CXX, compile C++ and link without its library
         is_cxx = re.search(r"\+\+(-[\d.]+)?$", command[0])
         runtime = [] if is_cxx else ["-lstdc++"]
-        objects = {path: f"{folder}/{path.stem}.o" for path in sources if path.suffix == ".cpp"}
-        with ThreadPoolExecutor(len(objects)) as pool:
-            list(
-                pool.map(
-                    lambda one: _output(
-                        *command, "-c", "-o", one[1], str(one[0]), temporary=folder
-                    ),
-                    objects.items(),
-                )
-            )
-        linked = ("-Wl,--as-needed", *libraries, *runtime)
-        _output(*command, "-o", str(made), *objects.values(), *linked, temporary=folder)
+        parts = [str(path) for path in sources if path.suffix == ".cpp"]
+        if len(parts) > 1:
+            objects = [str(Path(folder, Path(part).stem).with_suffix(".o")) for part in parts]
+            jobs = [(*command, "-c", "-o", *pair) for pair in zip(objects, parts, strict=True)]
+            with ThreadPoolExecutor(len(jobs)) as pool:
+                list(pool.map(lambda words: _output(*words, temporary=folder), jobs))
+            parts = objects
+        arguments = ("-o", str(made), *parts, "-Wl,--as-needed", *libraries, *runtime)
+        _output(*command, *arguments, temporary=folder)
         if not made.exists():
             raise RuntimeError(f"{command[0]} reported success and wrote nothing")
         code = made.read_bytes()
