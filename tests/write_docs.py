@@ -23,7 +23,7 @@ from picture import picture  # noqa: E402
 
 from qvlm_hf import QVLMConfig, VisionOptimization  # noqa: E402
 from qvlm_hf.cli import _COMMANDS, main  # noqa: E402
-from qvlm_hf.models.families import FAMILIES  # noqa: E402
+from qvlm_hf.models.families import FAMILIES, Family  # noqa: E402
 from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind  # noqa: E402
 
 WRITTEN = "Written by `python tests/write_docs.py`. Change the code, not this page."
@@ -109,6 +109,10 @@ def sites_cell(kind: LayerKind) -> str:
     return " · ".join(map(", ".join, names)) or "no linear module"
 
 
+def projectors_cell(row: Family) -> str:
+    return f"`{row.projector}`" + (f" and `{row.further}`" if row.further else "")
+
+
 def limits_cell(kind: LayerKind) -> str:
     limits = []
     if kind.no_rotation:
@@ -120,7 +124,7 @@ def limits_cell(kind: LayerKind) -> str:
 
 def models_page() -> str:
     rows = [
-        f"| `{name}` | `{row.projector}`: {sites_cell(row.projector_kind)} | "
+        f"| `{name}` | {projectors_cell(row)}: {sites_cell(row.projector_kind)} | "
         + "; ".join(f"`{path}`: {reason}" for path, reason in row.unquantized.items())
         + " |"
         for name, row in FAMILIES.items()

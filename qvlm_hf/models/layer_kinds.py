@@ -25,7 +25,7 @@ class LayerKind:
         writers: modules whose output is added to the residual stream.
         value: the module of the attention values, and the one that reads them after mixing.
         product: a module whose output is multiplied elementwise, and the reader of the product.
-        gated: values are multiplied elementwise after mixing, which mixed channels do not bear.
+        gated: values are multiplied elementwise after mixing: they may be scaled, not rotated.
         last_norm: end of the path of a norm in the tower that all its output passes.
         packed: tokens have no fixed place in a row: pictures have any size, or stand in one row.
         no_rotation: why the residual stream cannot be rotated; empty where it can.

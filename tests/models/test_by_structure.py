@@ -198,7 +198,7 @@ def test_nothing_left():
 @pytest.mark.parametrize(
     ("family", "run", "components"),
     [
-        ("qwen2_vl", "model", ["vision", "projector", "language"]),  # packed patches, merger inside
+        ("glm4v", "model", ["vision", "projector", "language"]),  # packed patches, merger inside
         ("idefics3", "model", ["vision", "projector", "language"]),
         ("mllama", "model", ["vision", "vision", "projector", "language"]),  # cross-attention
         ("aya_vision", "model", ["vision", "projector", "language"]),

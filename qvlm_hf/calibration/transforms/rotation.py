@@ -6,16 +6,17 @@ The model computes the same and its inputs quantize better. Three function-prese
 1. the affine part of every norm moves into the linear modules that read it, so that a norm only
    normalises;
 2. the language model's residual stream is multiplied by an orthogonal R: what writes it
-   (embeddings, line ends of tiled pictures, projector, o_proj, down_proj) gets R on its outputs,
+   (embeddings, line ends of tiled pictures, projectors, o_proj, down_proj) gets R on its outputs,
    what reads it (q/k/v, gate/up, head) gets R on its inputs, and a root-mean-square norm does not
    notice;
 3. attention values are multiplied head by head by a Hadamard matrix, v_proj's outputs and o_proj's
    inputs.
 
 Inputs that no fold reaches go through an online Hadamard transform instead (`input_transform` of
-the format): of down_proj, behind a nonlinearity, and of the sites of vision encoder and projector.
-Its layer norms subtract a mean and its first residual comes out of an affine norm, so its stream
-cannot be rotated in place; transforming the inputs of its sites gives them the same values.
+the format): behind a nonlinearity (down_proj), behind a gate (attention that has one), and in
+vision encoder and projector. The encoder's layer norms subtract a mean, and its first residual
+comes out of an affine norm, so its stream cannot be rotated in place. Transforming the inputs of
+its sites gives them the same values.
 
 Legend: O out_features, I in_features, H hidden size of the language model.
 """

@@ -73,13 +73,14 @@ def difference(model: Any) -> str | None:
     `decode_attention` gives for one token of each kind of attention module.
     """
     attentions = [
-        module for module in model.get_decoder().modules() if hasattr(module, "layer_idx")
+        module
+        for module in model.get_decoder().modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "num_key_value_groups")
     ]
     for kind in {type(module) for module in attentions}:
         names = list(inspect.signature(kind.forward).parameters)
         if not any(name in names for name in _CACHE_NAMES):
             return f"{kind.__name__}.forward takes {', '.join(names[1:])}"
-    attentions = [module for module in attentions if hasattr(module, "num_key_value_groups")]
     if not attentions:
         return "no module has layer_idx and num_key_value_groups"
     same = all(_same_as_sdpa(module) for module in one_of_each(attentions))
