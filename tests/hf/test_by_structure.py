@@ -16,9 +16,8 @@ from qvlm_hf.nn.replace import quantized_modules
 
 # family -> percent of its weights that are quantized: embeddings are much of a tiny model
 FAMILIES = {
-    "exaone4_5": 56,  # packed patches, a merger inside the tower
-    "gemma3": 65,
-    "mllama": 60,  # cross-attention
+    "exaone4_5": 70,  # packed patches, a merger inside the tower
+    "idefics": 71,  # cross-attention
     "blip-2": 69,  # a whole model without the attribute of its `base_model_prefix`
     "aria": 42,  # experts that have another name in files
     "qwen3_vl_moe": 23,  # experts that a converter splits when they are saved
