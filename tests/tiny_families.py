@@ -476,8 +476,8 @@ def tiny_family_processor(family="llava", tower="clip"):
         edges = {"shortest_edge": IMAGE_SIZE**2, "longest_edge": 4 * IMAGE_SIZE**2}
         pixels = pixels_kind(size=edges, patch_size=PATCH_SIZE)
         del common["image_token"]  # the tokenizer's
-        if family.startswith("qwen"):  # positions are counted anew for every run of picture tokens
-            common["chat_template"] = CHAT_TEMPLATE.replace(image, f"{image}[IMG_END]")
+        # positions are counted anew for every run of picture tokens
+        common["chat_template"] = CHAT_TEMPLATE.replace(image, f"{image}[IMG_END]")
         return kind(image_processor=pixels, **common)
     if family == "deepseek_vl_hybrid":
         pixels = DeepseekVLHybridImageProcessorPil(size=sizes, high_res_size=sizes)
