@@ -2,8 +2,8 @@
 
 The files are read tensor by tensor and written anew; the model itself is never built and nothing is
 computed with it. Module by module, compressed_tensors.py says what becomes of the tensors, or why
-nothing can. Names are those of the LLaVA checkpoints on the Hub (`language_model.model...`,
-`vision_tower.vision_model...`): Transformers reads several layouts, vLLM this one alone.
+nothing can. Names stay as they are in the files, which Transformers reads. Those of LLaVA become
+the ones that vLLM reads (`language_model.model...`, `vision_tower.vision_model...`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.registry import QUANT_METHOD
 from qvlm_hf.hf.saving import REPORT_NAME, check_output, written_whole
 from qvlm_hf.hub.payload import FILES
+from qvlm_hf.models.families import has_row
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import replace_modules
@@ -73,7 +74,7 @@ class _Plan:
     stored: dict[str, Stored]
     full_precision: list[str]
     dtype: torch.dtype
-    nested_vision: bool
+    nested_vision: bool | None  # None: not LLaVA
 
 
 def export(
@@ -156,16 +157,17 @@ def _plan(source: Path) -> _Plan:
         raise ValueError(
             f"{source}: is not quantized by qvlm_hf: name the directory that qvlm quantize wrote."
         )
-    if config.model_type != "llava":
-        raise ValueError(
-            f"{source}: model_type {config.model_type!r} cannot be exported: only the names of "
-            f"'llava' checkpoints are known."
-        )
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
+    if not has_row(model):
+        raise ValueError(
+            f"{source}: model_type {config.model_type!r} cannot be exported: it has no row, and "
+            f"Transformers may join or split its tensors, which packed ones cannot be."
+        )
     files = weight_files(source)
     headers = read_headers(model, files)
+    _check_tower(source, config, QVLMConfig.from_dict(saved).modules)
     modules = empty_modules(model, QVLMConfig.from_dict(saved).modules, headers)
     full_precision = [
         name
@@ -191,8 +193,22 @@ def _plan(source: Path) -> _Plan:
         stored=with_one_group_size(stored, in_features),
         full_precision=full_precision,
         dtype=config.dtype or torch.float32,
-        nested_vision=has_nested_vision(config),
+        nested_vision=has_nested_vision(config) if config.model_type == "llava" else None,
     )
+
+
+def _check_tower(source: Path, config: Any, modules: Mapping[str, Any]) -> None:
+    """Refuses what nobody loads: Transformers reads the weights of a SigLIP tower as it builds it.
+
+    vLLM loads it, of LLaVA alone.
+    """
+    kind = getattr(config.vision_config, "model_type", None)
+    quantized = any(".vision_" in f".{name}" for name in modules)
+    if config.model_type != "llava" and kind == "siglip_vision_model" and quantized:
+        raise ValueError(
+            f"{source}: the SigLIP tower of a {config.model_type!r} is quantized, and Transformers "
+            f"loads none in this format: quantize with quantize_vision=False."
+        )
 
 
 def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
@@ -219,4 +235,11 @@ def _tensors(plan: _Plan) -> Iterator[tuple[str, Tensor]]:
                     parts, packed.scheme, plan.stored[module], packed.in_features, plan.dtype
                 )
             for one, tensor in parts.items():
-                yield hub_name(f"{module}.{one}", nested_vision=plan.nested_vision), tensor
+                yield _exported_name(plan, module, part, one), tensor
+
+
+def _exported_name(plan: _Plan, module: str, part: str, exported: str) -> str:
+    """The name of a tensor: as in the file, or as vLLM reads it."""
+    if plan.nested_vision is not None:
+        return hub_name(f"{module}.{exported}", nested_vision=plan.nested_vision)
+    return plan.headers[f"{module}.{part}"].key.removesuffix(part) + exported

@@ -113,7 +113,7 @@ def _count_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
         if key not in ("input_ids", "attention_mask", "pixel_values")
     }
     try:
-        ask: Any = model.get_image_features
+        ask: Any = getattr(model, "get_image_features", None) or model.base_model.get_image_features
         with torch.no_grad(), torch.device(model.device):
             output = ask(inputs["pixel_values"].to(model.device, model.dtype), **rest)
         features = getattr(output, "pooler_output", output)

@@ -14,11 +14,13 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import tiny_family
+from shrunken_families import tiny_model
+from tiny_families import tiny_family, tiny_family_processor
 from tiny_models import save_tiny, tiny_messages
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model, save_quantized
+from qvlm_hf.calibration.samples import collate, load_samples
 from qvlm_hf.export.checkpoint import Exported, export, hub_name
 
 load = AutoModelForImageTextToText.from_pretrained
@@ -215,11 +217,52 @@ def test_a_scheme_that_nobody_runs_is_refused_and_nothing_written(
     assert [path.name for path in tmp_path.iterdir()] == ["qvlm"]
 
 
-def test_only_llava_is_exported(tmp_path):
-    model = tiny_family("idefics3", "idefics3")
+FAMILIES = [
+    ("deepseek_vl", "siglip", "llama"),
+    ("idefics3", "idefics3", "llama"),
+    ("internvl", "internvl", "qwen2"),
+    ("llava", "pixtral", "phi3"),
+    ("llava_next", "clip", "mistral"),
+    ("mistral3", "pixtral", "mistral"),
+    ("paligemma", "siglip", "gemma"),
+]
+
+
+@pytest.mark.parametrize("parts", FAMILIES, ids="-".join)
+def test_families_with_a_row_are_exported(parts, tmp_path):
+    model = tiny_family(*parts)
+    whole = parts[1] != "siglip"
+    config = QVLMConfig(scheme="W4A16", symmetric=True, group_size=16, quantize_vision=whole)
+    report = quantize_model(model, config)
+    model.save_pretrained(tmp_path / "qvlm", max_shard_size="50KB")
+    exported = export(tmp_path / "qvlm", tmp_path / "exported")
+    assert exported.modules.keys() == report.modules.keys()
+    again, info = load(tmp_path / "exported", output_loading_info=True)
+    assert not any(info.values()), info
+    processor = tiny_family_processor(*parts[:2])
+    inputs = collate(load_samples(tiny_messages(2)), processor).inputs
+    with torch.no_grad():
+        expected, found = (one.eval()(**inputs).logits for one in (model, again))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert expected.std() > 0.1
+
+
+def test_a_quantized_siglip_tower_is_exported_for_vllm_alone(tmp_path):
+    config = QVLMConfig(scheme="W4A16", symmetric=True, group_size=16)
+    for family in ("llava", "deepseek_vl"):
+        model = tiny_family(family, "siglip")
+        quantize_model(model, config)
+        model.save_pretrained(tmp_path / family)
+    assert export(tmp_path / "llava", tmp_path / "exported").modules
+    with pytest.raises(ValueError, match=r"of a 'deepseek_vl' is quantized.*quantize_vision=False"):
+        export(tmp_path / "deepseek_vl", tmp_path / "none")
+
+
+def test_a_family_without_a_row_is_not_exported(tmp_path):
+    model = tiny_model("glm4v")
     quantize_model(model, QVLMConfig(scheme="W4A16", symmetric=True, group_size=16))
     model.save_pretrained(tmp_path / "qvlm")
-    with pytest.raises(ValueError, match="model_type 'idefics3' cannot be exported"):
+    with pytest.raises(ValueError, match="model_type 'glm4v' cannot be exported: it has no row"):
         export(tmp_path / "qvlm", tmp_path / "exported")
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import tiny_family, tiny_family_processor
 from tiny_models import IMAGE_TOKENS, PATCH_SIZE, tiny_llava, tiny_messages, tiny_processor
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.calibration.samples import load_samples
+from qvlm_hf.cli.shapes import empty_model
 from qvlm_hf.hf.processor_fit import check_processor_fits
 
 load = AutoModelForImageTextToText.from_pretrained
@@ -199,3 +201,24 @@ def test_a_processor_that_nothing_mends_is_named(samples):
     ) as caught:
         check_processor_fits(on_meta(), processor, load_samples(samples))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "tower", "decoder"),
+    [
+        ("deepseek_vl", "siglip", "llama"),
+        ("internvl", "internvl", "qwen2"),
+        ("paligemma", "siglip", "gemma"),
+        ("llava_next", "clip", "llama"),
+    ],
+)
+def test_processors_of_other_families_are_tried_too(family, tower, decoder):
+    model = empty_model(tiny_family(family, tower, decoder).config)
+    processor = tiny_family_processor(family, tower)
+    check_processor_fits(model, processor, None)
+    if family == "internvl":
+        processor.merged = 16
+    else:
+        processor.patch_size = 16
+    with pytest.raises(ValueError, match=r"writes \d+ image tokens, but the model makes \d+ feat"):
+        check_processor_fits(model, processor, None)
