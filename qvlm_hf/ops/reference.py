@@ -49,6 +49,8 @@ def _linear(x: Tensor, packed: Packed, scheme: CallScheme) -> Tensor:
                 f"{name} has the shape {tuple(tensor.shape)}, not [out_features, groups] = {shape}."
             )
     a, row_scale = _quantize_input(_transform(x.float(), scheme), scheme)
+    if scheme.granularity != "none":  # an integer cannot say that it was NaN
+        a = a.masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan)
     zero_point = _zero_point(packed, bits)
     integers = unpack(packed.weight, bits, k)
     # A floating point input has no exact sums to keep.

@@ -91,6 +91,26 @@ def test_equals_the_reference(
     compare(x.to(dtype), rest)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token"])
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+@pytest.mark.parametrize("bits", [(4, 4), (4, 8), (8, 8)])
+def test_a_token_that_is_not_finite_gives_nan_and_others_what_they_gave(
+    value, granularity, tokens, bits
+):
+    rest = arguments(*bits, granularity, 70, 96, 32, tokens, False, torch.float32, 0)
+    x = torch.randn(2, tokens, 96, generator=torch.Generator().manual_seed(0))
+    spoilt = x.clone()
+    spoilt[1, tokens // 2, 95] = value
+    for operator in (OPS.linear, OPS.linear_reference):
+        before, after = operator(x, *rest), operator(spoilt, *rest)
+        assert after[1, tokens // 2].isnan().all()
+        before[1, tokens // 2] = after[1, tokens // 2] = 0
+        assert torch.equal(before, after)
+    (many,) = OPS.linears(spoilt, *lists(rest))
+    assert torch.equal(many.nan_to_num(), OPS.linear(spoilt, *rest).nan_to_num())
+
+
 @pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
 @pytest.mark.parametrize("weight_bits", [4, 8])
 @pytest.mark.parametrize(

@@ -371,8 +371,9 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
 #endif
     for (int64_t begin = 0; begin < m; begin += kChunk) {
         const int64_t rows = std::min(kChunk, m - begin);
-        float* row_scale = scratch<float>(2 * rows);
+        float* row_scale = scratch<float>(3 * rows);
         float* zero = row_scale + rows;
+        float* sound = zero + rows;  // whether a token is finite
         const auto range = [&](int64_t i) {
             token_range(w, input, x + (begin + i) * w.k, input.positions ? (begin + i) % input.positions : 0, row_scale[i], zero[i]);
         };
@@ -391,6 +392,7 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
 #pragma omp parallel for schedule(static) if (rows > 4)
         for (int64_t i = 0; i < rows; ++i) {
             if (!together) range(i);
+            sound[i] = finite(x + (begin + i) * w.k, w.k);
             quantize_token(w, input, form, block, x + (begin + i) * w.k, row_scale[i], zero[i], a + i * stride, sums + i * w.groups);
             shift[i] = 128 - int32_t(zero[i]);
         }
@@ -416,6 +418,8 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
 #else
                 columns_portable(module.w, part.a, part.sums, out, some, first, last);
 #endif
+                for (int64_t r = 0; r < some; ++r)
+                    if (!sound[i + r]) std::fill_n(out + r * kTileN, kTileN, NAN);
                 module.finish(out, part.scale, begin + i, some, first, last - first);
             }
         });

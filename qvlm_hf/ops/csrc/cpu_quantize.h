@@ -93,6 +93,15 @@ void token_range(const Weight& w, const Input& input, const T* x, int64_t positi
     }
 }
 
+// Whether a token is finite: an integer cannot say that it was NaN.
+template <class T>
+bool finite(const T* x, int64_t count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < count; ++k) sum += widen(x[k]) * 0.0f;
+    return sum == 0;
+}
+
 // Puts `count` integers, whole blocks, in the order in which the weights come out of their bytes.
 inline void into_slices(int8_t* values, int64_t count, int64_t block) {
     alignas(64) int8_t even[64], odd[64];
