@@ -92,6 +92,17 @@ class _MergingProcessor(LlavaProcessor):
         return inputs
 
 
+class _EvenPictures(Siglip2ImageProcessorPil):
+    """An even number of patches in each direction, as the real class, which needs torchvision."""
+
+    def resize(self, image, size, **options):
+        edges = {
+            name: max(1, getattr(size, name) // (2 * PATCH_SIZE)) * 2 * PATCH_SIZE
+            for name in ("height", "width")
+        }
+        return super().resize(image, size=type(size)(**edges), **options)
+
+
 class _NaflexProcessor(LlavaProcessor):
     """Pictures of their own proportions, four patches in one."""
 
@@ -484,7 +495,7 @@ def tiny_family_processor(family="llava", tower="clip"):
         del common["image_token"]
         return DeepseekVLHybridProcessor(image_processor=pixels, num_image_tokens=16, **common)
     if family == "lfm2_vl":
-        pixels = Siglip2ImageProcessorPil(patch_size=PATCH_SIZE, max_num_patches=20)
+        pixels = _EvenPictures(patch_size=PATCH_SIZE, max_num_patches=20)
         return _NaflexProcessor(image_processor=pixels, patch_size=PATCH_SIZE, **common)
     if family == "mllama":
         del common["image_token"]

@@ -154,6 +154,8 @@ class _Recorder:
 
     def _enter(self, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Layers take the hidden states first, by position or by a name like `hidden_states`."""
+        if self._entry is not None and layer is self._segment.layers[0]:
+            return  # of a projector that runs picture by picture the first one counts
         kwargs = dict(kwargs)
         name = next((name for name in kwargs if name.startswith("hidden_state")), "")
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop(name), ())
@@ -301,14 +303,14 @@ def observe_inputs(
 
 @contextmanager
 def observe_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects the layers' outputs while the model runs; the first one starts the graph."""
+    """Collects the layers' first outputs while the model runs; the first one starts the graph."""
     outputs: dict[str, Tensor] = {}
 
     def collect(name: str, output: Any) -> None:
         hidden = _hidden_states(output)
         if not hidden.requires_grad:
             hidden.requires_grad_(True)
-        outputs[name] = hidden
+        outputs.setdefault(name, hidden)
 
     with ExitStack() as stack:
         for name in names:
