@@ -40,7 +40,7 @@ _BROKEN = 1e-3
 _MOST_RAISED = 0.1  # share of the sites: a scheme that breaks more is the wrong scheme
 _RAISED_BITS = 8
 # Of a site, over all held-out samples. With 16 a random model's worst site came fifth.
-_DIRECTIONS = 128
+_DIRECTIONS = 64
 _WIDTHS = (2, 3, 4, 5, 6, 8)  # weight bits that a budget chooses from
 
 
