@@ -40,7 +40,7 @@ _BROKEN = 1e-3
 _MOST_RAISED = 0.1  # share of the sites: a scheme that breaks more is the wrong scheme
 _RAISED_BITS = 8
 # Of a site, over all held-out samples. With 16 a random model's worst site came fifth.
-_DIRECTIONS = 128
+_DIRECTIONS = 64
 _WIDTHS = (2, 3, 4, 5, 6, 8)  # weight bits that a budget chooses from
 
 
@@ -117,9 +117,9 @@ class _Probe:
         hidden: Sequence[Tensor],
         names: Collection[str],
     ) -> dict[str, float]:
-        inputs: Sequence[LayerInput] = trial.inputs[segment.name]
-        (sites,) = initialize_sites(trial, segment.component, [layer], inputs, hidden)
-        inputs, hidden = held_out_half(inputs), held_out_half(hidden)
+        every = trial.inputs[segment.name]
+        (sites,) = initialize_sites(trial, segment.component, [layer], every, hidden)
+        inputs, hidden = held_out_half(every), held_out_half(hidden)
         gradients = [  # of no draw where a batch passes over the layer
             [draw[layer.name] for draw in draws if layer.name in draw]
             for draws in self._gradients[segment.name]
@@ -132,20 +132,20 @@ class _Probe:
             with installed([site]):
                 outputs = run_layer(layer.module, inputs, hidden)
             errors = [output - own for output, own in zip(outputs, full, strict=True)]
-            squares = map(_mean_square, inputs, errors, gradients)
-            found[site.site.name] = sum(squares) / 2 / max(self._tokens, 1)
+            batches = zip(inputs, errors, gradients, strict=True)
+            squares = sum(_mean_square(*batch) for batch in batches)
+            found[site.site.name] = squares / 2 / max(self._tokens, 1)
             self._steps.advance()
         return found
 
 
 def _held_out_gradients(calibration: Calibration) -> dict[str, list[list[dict[str, Tensor]]]]:
     """Segment -> per held-out batch that reaches it, per draw: gradients in main memory."""
-    pictured = [batch for batch in calibration.data if "pixel_values" in batch.inputs]
+    data = calibration.data
+    pictured = [batch for batch in data if "pixel_values" in batch.inputs]
     held_out = {
-        segment.name: held_out_half(
-            calibration.data if segment.component == "language" else pictured
-        )
-        for segment in calibration.segments
+        name: held_out_half(data if len(inputs) == len(data) else pictured)
+        for name, inputs in calibration.inputs.items()
     }
     batches = list({id(batch): batch for held in held_out.values() for batch in held}.values())
     samples = sum(len(batch.origins) for batch in batches)
