@@ -1,0 +1,59 @@
+"""Plain English text, none of it about pictures, and a model's perplexity and divergence on it."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvlm_hf.calibration.measure.answers import answer_kl
+from unseen_models.cache import files_of
+
+__all__ = ["compare_text", "passages", "text_logits"]
+
+
+def passages(count: int, *, words: int = 90) -> list[str]:
+    """Passages of prose from the descriptions of scikit-learn's data sets (BSD), from the last on.
+
+    `words` each; tables, links and markup are left out.
+    """
+    folder = files_of("sklearn", "scikit-learn") / "datasets" / "descr"
+    prose: list[str] = []
+    for path in sorted(folder.glob("*.rst"), reverse=True):
+        for block in re.split(r"\n\s*\n", path.read_text(encoding="utf-8")):
+            line = " ".join(block.split())
+            plain = not re.search(r"[=:|`_*>{}\[\]]|--|https?", line)
+            if plain and len(line.split()) >= 12:
+                prose += line.split()
+    found = [" ".join(prose[i : i + words]) for i in range(0, len(prose) - words, words)]
+    if len(found) < count:
+        raise ValueError(f"{len(found)} passages of {words} words, {count} asked for")
+    return found[:count]
+
+
+@torch.inference_mode()
+def text_logits(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    """Per text the logits that predict its tokens from the second on, and these tokens."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        found.append((model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:]))
+    return found
+
+
+def compare_text(
+    full: Sequence[tuple[Tensor, Tensor]], other: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """Perplexity of both, and the mean divergence from `full` (nats a token)."""
+    logits = [torch.cat([row for row, _ in rows]) for rows in (full, other)]
+    tokens = torch.cat([ids for _, ids in full])
+    perplexities = [
+        math.exp(torch.nn.functional.cross_entropy(row, tokens).item()) for row in logits
+    ]
+    return {
+        "full": perplexities[0],
+        "perplexity": perplexities[1],
+        "kl": answer_kl(logits[0], logits[1]),
+    }
