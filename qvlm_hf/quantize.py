@@ -17,8 +17,9 @@ The model is changed only at the very end, when every module is ready: an error 
 as it was.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,21 @@ from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
 from qvlm_hf.calibration.provenance import provenance
-from qvlm_hf.calibration.report import CalibrationReport, SegmentReport, SiteReport, settings_dict
+from qvlm_hf.calibration.recipes import (
+    TRIAL_SAMPLES,
+    best_recipe,
+    first_recipes,
+    trial,
+    variations,
+    written_text,
+)
+from qvlm_hf.calibration.report import (
+    CalibrationReport,
+    RecipeTrial,
+    SegmentReport,
+    SiteReport,
+    settings_dict,
+)
 from qvlm_hf.calibration.rounding import read_without_row, rounding_report, rounding_schemes
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
@@ -38,6 +53,7 @@ from qvlm_hf.calibration.samples import (
     Sample,
     batches,
     by_picture,
+    hold_out,
     longest_sample,
 )
 from qvlm_hf.calibration.search.blocks import partition_layers
@@ -46,7 +62,7 @@ from qvlm_hf.calibration.search.sensitivity import choose_precisions
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
-from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
+from qvlm_hf.calibration.transforms.rotation import rotate, take_snapshot, undone_on_error
 from qvlm_hf.calibration.vision_encoder import optimize_vision
 from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.format.grids import not_finite, quantize_weight
@@ -109,16 +125,20 @@ def calibrate_and_pack(
     def make_batches(samples: Sequence[Sample]) -> list[Batch]:
         return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
 
-    segments = _resolve_segments(model, settings)
-    _check_weights(segments)
+    _check_weights(_resolve_segments(model, settings))
+    trials: tuple[RecipeTrial, ...] = ()
+    if settings.recipe == "auto":
+        trials = _compare_recipes(model, settings, samples, held_out, make_batches, callbacks)
+        settings = replace(settings, recipe=None, **trials[0].fields)
     calibration = Calibration(
         model=model,
         settings=settings,
-        segments=segments,
+        segments=_resolve_segments(model, settings),
         data=make_batches(by_picture(samples)),
         callbacks=callbacks,
     )
     found = calibration.found
+    found["recipes"] = trials
     found["provenance"] = provenance(samples, calibration.data, settings)
     checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
     answers = AnswerComparison(model, checks, held_out=bool(held_out))
@@ -170,6 +190,62 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
     replace_modules(model, modules)
     return rounding_report(model, calibration.segments, schemes, settings, structure)
+
+
+def _compare_recipes(
+    model: nn.Module,
+    settings: CalibrationSettings,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample],
+    make_batches: Callable[[Sequence[Sample]], list[Batch]],
+    callbacks: Sequence[Any],
+) -> tuple[RecipeTrial, ...]:
+    """Tries recipes, each on few samples and judged by others, and puts the best one first."""
+    few, rest = hold_out(samples, min(TRIAL_SAMPLES, len(samples) // 2), settings.seed)
+    data = make_batches(by_picture(few))
+    judges = make_batches((held_out or rest)[:TRIAL_SAMPLES])
+    answers = AnswerComparison(model, judges, held_out=True)
+    text = AnswerComparison(model, written_text(model, settings.seed), held_out=True)
+
+    def measure(recipe: dict[str, Any]) -> RecipeTrial:
+        quick = trial(settings, recipe)
+        calibration = Calibration(
+            model=model, settings=quick, segments=_resolve_segments(model, quick), data=data
+        )
+        restore, floating = take_snapshot(model), dict[str, nn.Module]()
+        try:
+            with _transformed(calibration):
+                _capture_segment_inputs(calibration, len(few))
+                modules = _search(calibration)
+                floating |= {name: get_linear(model, name) for name in modules}
+                replace_modules(model, modules)
+                checks = (answers.measure(), text.measure())
+        finally:
+            replace_modules(model, floating)
+            restore()
+        kls = [check.kl for check in checks if check is not None]
+        return RecipeTrial(fields=recipe, answer_kl=kls[0], text_kl=kls[-1])  # text is never None
+
+    first = first_recipes(settings, rotatable=_is_rotatable(model))
+    steps = Calibration(model=model, settings=settings, callbacks=callbacks).steps(
+        "comparing recipes", len(first) + 1
+    )
+    trials = []
+    for recipe in first:
+        trials.append(measure(recipe))
+        steps.advance()
+    trials += [measure(recipe) for recipe in variations(settings, best_recipe(trials).fields)]
+    steps.advance()
+    best = best_recipe(trials)
+    return (best, *(tried for tried in trials if tried is not best))
+
+
+def _is_rotatable(model: nn.Module) -> bool:
+    try:
+        rotation_plan(model)
+    except ValueError:
+        return False
+    return True
 
 
 def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:

@@ -241,6 +241,15 @@ class Options:
         "lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth of "
         "them at most; needs data.",
     )
+    recipe: str | None = option(
+        None,
+        Rule("'auto' or None", lambda value: value in ("auto", None)),
+        '"auto" measures which of a few recipes (rotation, granularity, equalization) answers most '
+        "like full precision, on samples that the comparison does not calibrate on, and takes it. "
+        "Fields that differ from their defaults stay; calibrated inputs only. None compares "
+        "nothing.",
+        flag=Flag("measure which recipe suits the model", choices=("auto",), search=True),
+    )
     precision_budget: float | None = option(
         None,
         _none_or(_number("an average of 2 to 8 bits per weight: or leave it out", 2, 8)),

@@ -13,6 +13,7 @@ __all__ = [
     "CalibrationReport",
     "DecodeCheck",
     "PrecisionRaise",
+    "RecipeTrial",
     "SegmentReport",
     "SelfCheck",
     "SiteReport",
@@ -81,6 +82,21 @@ class PrecisionRaise:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeTrial:
+    """A recipe that was compared with others by a quick calibration.
+
+    Attributes:
+        fields: of `QVLMConfig` -> value.
+        answer_kl: divergence of the answers to samples that the trial did not see, in nats.
+        text_kl: of text without pictures that the full-precision model wrote, in nats.
+    """
+
+    fields: dict[str, Any]
+    answer_kl: float
+    text_kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionReport:
     """The visual encoder optimisation (eq. 8-10).
 
@@ -146,6 +162,7 @@ class CalibrationReport:
         sensitivities: site, by its first module -> KL of the answers (nats) when it alone is
             quantized; empty without guard.
         lifts: sites that the guard gave more bits, worst first.
+        recipes: that were compared, the one that was taken first; empty without a comparison.
         vision: the visual encoder optimisation; None where it did not run.
         average_weight_bits: over all quantized weights, scales not counted.
         dead: layers whose output reaches nothing: rounded, not searched.
@@ -165,6 +182,7 @@ class CalibrationReport:
     sites: tuple[SiteReport, ...] = ()
     sensitivities: dict[str, float] = field(default_factory=dict)
     lifts: tuple[PrecisionRaise, ...] = ()
+    recipes: tuple[RecipeTrial, ...] = ()
     vision: VisionReport | None = None
     average_weight_bits: float | None = None
     dead: tuple[str, ...] = ()
@@ -202,6 +220,8 @@ class CalibrationReport:
                     for site in entry["sites"]
                 ),
                 "lifts": tuple(PrecisionRaise(**lift) for lift in entry["lifts"]),
+                # not in reports of older versions
+                "recipes": tuple(RecipeTrial(**tried) for tried in entry.get("recipes", ())),
                 "vision": _optional(VisionReport, entry["vision"]),
                 "self_check": _optional(SelfCheck, entry["self_check"]),
                 # not in reports of older versions

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "num_samples",
         "batch_size",
         "max_block_depth",
+        "recipe",
         "rotation",
         "activation_granularity",
         "precision_budget",

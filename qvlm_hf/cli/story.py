@@ -18,6 +18,11 @@ def story(report: CalibrationReport) -> Iterator[str]:
             f"read by structure (the family has no row): {structure['percent']}% of the weights "
             f"quantized; the rest: {kept}"
         )
+    if report.recipes:
+        yield f"{'recipes, the one taken first':<66}{'answers':>9}{'text':>9}"
+    for tried in report.recipes:
+        fields = ", ".join(f"{name}={value}" for name, value in tried.fields.items())
+        yield f"  {fields:<64}{tried.answer_kl:>9.4f}{tried.text_kl:>9.4f}"
     longest = max((d for segment in report.segments for d in segment.entropies), default=0.0)
     for segment in report.segments:
         yield from _entropies(segment, longest)
