@@ -14,8 +14,9 @@ Hessian is that of the full-precision model. What differs is the Hessian:
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -30,8 +31,10 @@ from qvlm_hf.calibration.samples import Batch, batches, load_samples
 from qvlm_hf.calibration.search.gptq import gptq_round
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.grids import quantize_weight
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Site, resolve
 
+VARIANTS = ("nearest", "as it is", "diagonal .9", "diagonal .5", "halves", "text", "text, halves")
 Hessians = dict[str, Tensor]
 
 
@@ -76,87 +79,90 @@ def correlations(hessian: Tensor) -> Tensor:
     return (hessian * scale * scale[:, None]).fill_diagonal_(0)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("--data", help="folder of calibration.jsonl and test.jsonl (the model's)")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--questions", type=int, default=16)
-    parser.add_argument("--passages", type=int, default=6)
-    parser.add_argument("--only", nargs="+")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--passages", type=int, default=6, help="0: text that the model wrote")
+    parser.add_argument("--only", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--json")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def hessian_of(variant: str, chats: Sequence[Tensor], text: Tensor) -> Tensor | None:
+    """The Hessian of a site: `chats` of the even and the odd batches, `text` of written text."""
+    both = chats[0] + chats[1]
+    found: dict[str, Tensor | None] = {"nearest": None, "as it is": both, "text": both + text}
+    if variant.startswith("diagonal"):
+        return shrunk(both, float(variant.split()[1]))
+    if variant == "halves":
+        return shrunk(both, supported(*chats))
+    if variant == "text, halves":
+        return shrunk(both + text, supported(both, text))
+    return found[variant]
+
+
+def rounded(weight: Tensor, hessian: Tensor | None, scheme: QuantScheme) -> Tensor:
+    start = quantize_weight(weight, scheme)
+    if hessian is None:
+        return start.dequantize()
+    return gptq_round(weight, hessian, start, scheme.weight_bits).dequantize()
+
+
+def read_prose(count: int, tokenizer: Any, model: nn.Module) -> list[Tensor]:
+    if not count:
+        return list(written_text(model, 1000)[0].inputs["input_ids"])
+    return [torch.tensor(tokenizer(text)["input_ids"]) for text in passages(count)]
+
+
+def main() -> None:
+    options = parse()
     transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(options.seed)
     folder = Path(options.data or options.model)
     processor = AutoProcessor.from_pretrained(options.model)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
+    scheme = CalibrationSettings(weight_bits=options.bits, activation_bits=16).module_scheme("none")
+    language = next(s for s in resolve(model) if s.component == "language")
+    sites = [site for layer in language.layers for site in layer.sites]
+    weights = {site: [linear.weight.detach().clone() for linear in site.linears] for site in sites}
 
-    def read(name: str, count: int) -> list[Batch]:
-        path = folder / f"{name}.jsonl"
-        found = load_samples(path, num_samples=count, seed=options.seed)
+    def read(name: str, count: int, seed: int) -> list[Batch]:
+        found = load_samples(folder / f"{name}.jsonl", num_samples=count, seed=seed)
         return list(batches(found, processor, 8))
 
-    test, prose = read("test", options.questions), passages(options.passages)
+    test = read("test", options.questions, 0)
+    prose = read_prose(options.passages, processor.tokenizer, model)
 
     def look() -> list[list[tuple[Tensor, Tensor]]]:
         answers = []
         for batch in test:
             for row, logits in enumerate(answer_logits(model, batch)):
                 answers.append((logits.float(), batch.labels[row][batch.labels[row] != -100]))
-        return [answers, text_logits(model, processor.tokenizer, prose)]
+        return [answers, text_logits(model, prose)]
 
-    data = read("calibration", options.samples)
-    settings = CalibrationSettings(weight_bits=options.bits, activation_bits=16)
-    language = next(s for s in resolve(model) if s.component == "language")
-    sites = [site for layer in language.layers for site in layer.sites]
-    weights = {
-        site.name: [linear.weight.detach().clone() for linear in site.linears] for site in sites
-    }
-    full = look()
-    first, second = hessians(model, sites, data[::2]), hessians(model, sites, data[1::2])
-    written = hessians(model, sites, written_text(model, options.seed))
-
-    def both(site: str) -> Tensor:
-        return first[site] + second[site]
-
-    factors = {site.name: supported(first[site.name], second[site.name]) for site in sites}
-    print(
-        f"factors of halves: {min(factors.values()):.3f} to {max(factors.values()):.3f}", flush=True
-    )
-    variants: dict[str, Callable[[str], Tensor | None]] = {
-        "nearest": lambda _: None,
-        "as it is": both,
-        "diagonal .9": lambda site: shrunk(both(site), 0.9),
-        "diagonal .5": lambda site: shrunk(both(site), 0.5),
-        "halves": lambda site: shrunk(both(site), factors[site]),
-        "text": lambda site: both(site) + written[site],
-        "text, halves": lambda site: shrunk(
-            both(site) + written[site], supported(both(site), written[site])
-        ),
-    }
-    rows = []
-    for name, hessian in variants.items():
-        if options.only and name not in options.only:
-            continue
+    full, rows = look(), []
+    for seed in range(options.seeds):
+        data = read("calibration", options.samples, seed)
+        halves = [hessians(model, sites, data[i::2]) for i in (0, 1)]
+        written = hessians(model, sites, written_text(model, seed))
+        for variant in options.only:
+            for site in sites:
+                chats = [half[site.name] for half in halves]
+                hessian = hessian_of(variant, chats, written[site.name])
+                for linear, weight in zip(site.linears, weights[site], strict=True):
+                    linear.weight.data = rounded(weight, hessian, scheme)
+            answers, text = (compare_text(f, n) for f, n in zip(full, look(), strict=True))
+            rows.append({"variant": variant, "seed": seed, "answers": answers, "text": text})
+            print(variant, seed, *(f"{answers['kl']:.5f} {text['kl']:.5f}".split()), flush=True)
         for site in sites:
-            scheme = settings.module_scheme("none")
-            for linear, weight in zip(site.linears, weights[site.name], strict=True):
-                start = quantize_weight(weight, scheme)
-                h = hessian(site.name)
-                rounded = start if h is None else gptq_round(weight, h, start, options.bits)
-                linear.weight.data = rounded.dequantize()
-        answers, text = (compare_text(f, n) for f, n in zip(full, look(), strict=True))
-        rows.append({"variant": name, "answer_kl": answers["kl"], "text": text})
-        print(rows[-1], flush=True)
+            for linear, weight in zip(site.linears, weights[site], strict=True):
+                linear.weight.data = weight.clone()
     if options.json:
-        chosen = {
-            name: value
-            for name, value in vars(options).items()
-            if name not in ("json", "model", "data")
-        }
+        chosen = {key: vars(options)[key] for key in ("bits", "samples", "questions", "passages")}
         Path(options.json).write_text(json.dumps({**chosen, "rows": rows}, indent=1) + "\n")
 
 

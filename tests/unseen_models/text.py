@@ -34,13 +34,9 @@ def passages(count: int, *, words: int = 90) -> list[str]:
 
 
 @torch.inference_mode()
-def text_logits(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-    """Per text the logits that predict its tokens from the second on, and these tokens."""
-    found = []
-    for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        found.append((model(input_ids=ids).logits[0, :-1].float(), ids[0, 1:]))
-    return found
+def text_logits(model: Any, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Per text [tokens] the logits that predict its tokens from the second on, and these tokens."""
+    return [(model(input_ids=ids[None]).logits[0, :-1].float(), ids[1:]) for ids in texts]
 
 
 def compare_text(
