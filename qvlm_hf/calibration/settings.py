@@ -69,8 +69,11 @@ class CalibrationSettings(Options):
         self.module_scheme(self.start_granularity("language"))  # bits, group size and symmetry
         if self.seed >= 2**63:  # what PyTorch's generators take
             raise ValueError(f"seed={self.seed} must be below 2**63.")
-        if not self.needs_data:
-            self.recipe = None  # there is nothing to compare with
+        if self.recipe is not None and not self.needs_data:
+            raise ValueError(
+                f"recipe={self.recipe!r} compares ways to quantize calibrated inputs, and these are "
+                f"of 16 bits or 'dynamic_token': leave it out."
+            )
         if self.rotation == "auto" and self.recipe is None:
             self.rotation = "hadamard" if self._rotation_pays() else None
 

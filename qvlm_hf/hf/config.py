@@ -304,7 +304,6 @@ class QVLMConfig(Options, QuantizationConfigMixin):
             ValueError: something was asked for that needs data.
         """
         needing = {
-            "recipe": self.recipe is not None,
             "optimize_vision": self.optimize_vision is not None,
             "precision_budget": self.precision_budget is not None,
         }

@@ -16,13 +16,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from unseen_models.text import compare_text, passages, text_logits
+from unseen_models.text import compare_text, read_texts, text_logits
 
 from qvlm_hf.calibration.layers import run_model
 from qvlm_hf.calibration.measure.answers import answer_logits
@@ -113,12 +112,6 @@ def rounded(weight: Tensor, hessian: Tensor | None, scheme: QuantScheme) -> Tens
     return gptq_round(weight, hessian, start, scheme.weight_bits).dequantize()
 
 
-def read_prose(count: int, tokenizer: Any, model: nn.Module) -> list[Tensor]:
-    if not count:
-        return list(written_text(model, 1000)[0].inputs["input_ids"])
-    return [torch.tensor(tokenizer(text)["input_ids"]) for text in passages(count)]
-
-
 def main() -> None:
     options = parse()
     transformers.utils.logging.disable_progress_bar()
@@ -135,7 +128,7 @@ def main() -> None:
         return list(batches(found, processor, 8))
 
     test = read("test", options.questions, 0)
-    prose = read_prose(options.passages, processor.tokenizer, model)
+    prose = read_texts(options.passages, processor.tokenizer, model)
 
     def look() -> list[list[tuple[Tensor, Tensor]]]:
         answers = []

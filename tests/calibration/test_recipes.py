@@ -48,11 +48,12 @@ def test_a_trial_is_quick_and_compares_nothing_itself():
     )
 
 
-def test_settings_without_calibrated_inputs_compare_nothing():
-    for options in ({"activation_bits": 16}, {"activation_granularity": "dynamic_token"}):
-        assert auto(**options).recipe is None
-    assert auto().recipe == "auto"
-    assert auto().rotation == "auto"
+@pytest.mark.parametrize(
+    "options", [{"activation_bits": 16}, {"activation_granularity": "dynamic_token"}]
+)
+def test_inputs_that_are_not_calibrated_leave_nothing_to_compare(options):
+    with pytest.raises(ValueError, match="recipe='auto' compares ways .* leave it out"):
+        auto(**options)
 
 
 def test_the_best_recipe_buys_neither_answers_nor_text_with_the_other():

@@ -19,7 +19,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     """
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
-        if source.stem in ("cache", "pictures", "text", name):
+        if source.stem in ("pictures", name):
             digest.update(source.read_bytes())
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvlm_hf_tests"
     target = root / f"{name}-{digest.hexdigest()[:12]}"

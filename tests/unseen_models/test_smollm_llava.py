@@ -3,11 +3,11 @@
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from unseen_models.smollm_llava import smollm_llava
-from unseen_models.text import compare_text, passages, text_logits
 
 from qvlm_hf import QVLMConfig, save_quantized
 from qvlm_hf.calibration.samples import batches, load_samples
+from unseen_models.smollm_llava import smollm_llava
+from unseen_models.text import compare_text, read_texts, text_logits
 
 pytestmark = pytest.mark.slow
 
@@ -19,8 +19,8 @@ def full():
     """The directory, the processor, and what full precision says of the prose."""
     path = smollm_llava()
     processor = AutoProcessor.from_pretrained(path)
-    texts = [torch.tensor(processor.tokenizer(text)["input_ids"]) for text in passages(6)]
     model = load(path, dtype=torch.float32)
+    texts = read_texts(6, processor.tokenizer, model)
     return path, processor, texts, text_logits(model, texts)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from qvlm_hf.calibration.measure.answers import answer_kl
+from qvlm_hf.calibration.recipes import written_text
 from unseen_models.cache import files_of
 
-__all__ = ["compare_text", "passages", "text_logits"]
+__all__ = ["compare_text", "passages", "read_texts", "text_logits"]
 
 
 def passages(count: int, *, words: int = 90) -> list[str]:
@@ -31,6 +32,13 @@ def passages(count: int, *, words: int = 90) -> list[str]:
     if len(found) < count:
         raise ValueError(f"{len(found)} passages of {words} words, {count} asked for")
     return found[:count]
+
+
+def read_texts(count: int, tokenizer: Any, model: Any) -> list[Tensor]:
+    """Tokens of `count` passages, or where it is 0 of text that the model writes."""
+    if not count:
+        return list(written_text(model, 1000)[0].inputs["input_ids"])
+    return [torch.tensor(tokenizer(text)["input_ids"]) for text in passages(count)]
 
 
 @torch.inference_mode()
