@@ -32,10 +32,9 @@ from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_wa
 from qvlm_hf.calibration.provenance import provenance
 from qvlm_hf.calibration.recipes import (
     TRIAL_SAMPLES,
-    best_recipe,
-    first_recipes,
+    compare_recipes,
+    text_rows,
     trial,
-    variations,
     written_text,
 )
 from qvlm_hf.calibration.report import (
@@ -140,6 +139,7 @@ def calibrate_and_pack(
     found = calibration.found
     found["recipes"] = trials
     found["provenance"] = provenance(samples, calibration.data, settings)
+    calibration.data = _with_text(calibration, len(samples))
     checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
     answers = AnswerComparison(model, checks, held_out=bool(held_out))
     with _transformed(calibration):
@@ -201,17 +201,20 @@ def _compare_recipes(
     callbacks: Sequence[Any],
 ) -> tuple[RecipeTrial, ...]:
     """Tries recipes, each on few samples and judged by others, and puts the best one first."""
-    few, rest = hold_out(samples, min(TRIAL_SAMPLES, len(samples) // 2), settings.seed)
+    few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
     data = make_batches(by_picture(few))
     judges = make_batches((held_out or rest)[:TRIAL_SAMPLES])
     answers = AnswerComparison(model, judges, held_out=True)
-    text = AnswerComparison(model, written_text(model, settings.seed), held_out=True)
+    # of another seed than the text that is calibrated on
+    written = written_text(model, text_rows(TRIAL_SAMPLES), seed=settings.seed + 1)
+    text = AnswerComparison(model, written, held_out=True)
 
     def measure(recipe: dict[str, Any]) -> RecipeTrial:
         quick = trial(settings, recipe)
         calibration = Calibration(
             model=model, settings=quick, segments=_resolve_segments(model, quick), data=data
         )
+        calibration.data = _with_text(calibration, len(few))
         restore, floating = take_snapshot(model), dict[str, nn.Module]()
         try:
             with _transformed(calibration):
@@ -226,18 +229,16 @@ def _compare_recipes(
         kls = [check.kl for check in checks if check is not None]
         return RecipeTrial(fields=recipe, answer_kl=kls[0], text_kl=kls[-1])  # text is never None
 
-    first = first_recipes(settings, rotatable=_is_rotatable(model))
-    steps = Calibration(model=model, settings=settings, callbacks=callbacks).steps(
-        "comparing recipes", len(first) + 1
-    )
-    trials = []
-    for recipe in first:
-        trials.append(measure(recipe))
-        steps.advance()
-    trials += [measure(recipe) for recipe in variations(settings, best_recipe(trials).fields)]
-    steps.advance()
-    best = best_recipe(trials)
-    return (best, *(tried for tried in trials if tried is not best))
+    progress = Calibration(model=model, settings=settings, callbacks=callbacks)
+    return compare_recipes(settings, measure, progress.steps, rotatable=_is_rotatable(model))
+
+
+def _with_text(calibration: Calibration, samples: int) -> Sequence[Batch]:
+    """The data, and text that the model writes itself where the settings ask for it."""
+    if not calibration.settings.written_text:
+        return calibration.data
+    text = written_text(calibration.model, text_rows(samples), seed=calibration.settings.seed)
+    return [*calibration.data, *text]
 
 
 def _is_rotatable(model: nn.Module) -> bool:

@@ -235,6 +235,13 @@ class Options:
         "weigh every token's error by the gradient of the answers there (a few backward passes "
         "through the model).",
     )
+    written_text: bool = option(
+        False,
+        _SWITCH,
+        "calibrate also on text that the model writes itself, one for every four samples, so that "
+        "the compensation of errors fits its language and not only the samples.",
+        flag=Flag("calibrate also on text that the model writes", search=True),
+    )
     guard: bool = option(
         True,
         _SWITCH,

@@ -71,8 +71,8 @@ class CalibrationSettings(Options):
             raise ValueError(f"seed={self.seed} must be below 2**63.")
         if self.recipe is not None and not self.needs_data:
             raise ValueError(
-                f"recipe={self.recipe!r} compares ways to quantize calibrated inputs, and these are "
-                f"of 16 bits or 'dynamic_token': leave it out."
+                f"recipe={self.recipe!r} compares ways to quantize calibrated inputs, and none is "
+                f"calibrated here (16 bits, or 'dynamic_token'): leave it out."
             )
         if self.rotation == "auto" and self.recipe is None:
             self.rotation = "hadamard" if self._rotation_pays() else None

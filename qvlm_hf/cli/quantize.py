@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "batch_size",
         "max_block_depth",
         "recipe",
+        "written_text",
         "rotation",
         "activation_granularity",
         "precision_budget",

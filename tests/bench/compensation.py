@@ -25,7 +25,7 @@ from unseen_models.text import compare_text, read_texts, text_logits
 
 from qvlm_hf.calibration.layers import run_model
 from qvlm_hf.calibration.measure.answers import answer_logits
-from qvlm_hf.calibration.recipes import written_text
+from qvlm_hf.calibration.recipes import text_rows, written_text
 from qvlm_hf.calibration.samples import Batch, batches, load_samples
 from qvlm_hf.calibration.search.gptq import gptq_round
 from qvlm_hf.calibration.settings import CalibrationSettings
@@ -141,7 +141,7 @@ def main() -> None:
     for seed in range(options.seeds):
         data = read("calibration", options.samples, seed)
         halves = [hessians(model, sites, data[i::2]) for i in (0, 1)]
-        written = hessians(model, sites, written_text(model, seed))
+        written = hessians(model, sites, written_text(model, text_rows(options.samples), seed=seed))
         for variant in options.only:
             for site in sites:
                 chats = [half[site.name] for half in halves]

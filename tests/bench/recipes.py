@@ -36,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rotation, dynamic": {**ROTATED, **DYNAMIC},
     "no equalization": {"equalization": False},
     "no importance": {"token_importance": False},
+    "written text": {"written_text": True},
     "nearest": {"weight_rounding": "nearest"},
     "no guard": {"guard": False},
 }

@@ -37,7 +37,9 @@ def passages(count: int, *, words: int = 90) -> list[str]:
 def read_texts(count: int, tokenizer: Any, model: Any) -> list[Tensor]:
     """Tokens of `count` passages, or where it is 0 of text that the model writes."""
     if not count:
-        return list(written_text(model, 1000)[0].inputs["input_ids"])
+        return [
+            ids for batch in written_text(model, 8, seed=1000) for ids in batch.inputs["input_ids"]
+        ]
     return [torch.tensor(tokenizer(text)["input_ids"]) for text in passages(count)]
 
 
