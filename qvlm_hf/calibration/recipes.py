@@ -131,7 +131,7 @@ def written_text(model: Any, rows: int, *, seed: int) -> list[Batch]:
             top_k=0,
             top_p=1.0,
             temperature=1.0,
-            min_new_tokens=_TEXT_TOKENS - 1,
+            eos_token_id=len(vocabulary),  # no token: it writes on behind an end
             max_new_tokens=_TEXT_TOKENS - 1,
         ).cpu()
     return [_text_batch(half) for half in (ids[::2], ids[1::2]) if len(half)]

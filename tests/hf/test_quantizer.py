@@ -419,9 +419,11 @@ def test_what_was_compared_and_taken_is_recorded(processor):
     quantize_model(
         model, QVLMConfig(recipe="auto", dataset=tiny_messages(6), processor=processor, **fixed)
     )
-    best, other = model.hf_quantizer.report.recipes
-    assert ("equalization" in best.fields) != ("equalization" in other.fields)
+    trials = model.hf_quantizer.report.recipes
+    assert {tuple(tried.fields) for tried in trials} == {
+        ("rotation", "activation_granularity", *more)
+        for more in ((), ("equalization",), ("written_text",))
+    }
     saved = model.config.quantization_config.to_dict()
-    assert saved["recipe"] is None
-    assert saved["equalization"] == best.fields.get("equalization", True)
-    assert {saved[name] for name in fixed} == set(fixed.values())
+    taken = {"recipe": None, "equalization": True, "written_text": False} | trials[0].fields
+    assert {name: saved[name] for name in taken | fixed} == taken | fixed
