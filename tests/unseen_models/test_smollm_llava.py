@@ -24,21 +24,20 @@ def full():
     return path, processor, texts, text_logits(model, texts)
 
 
-def perplexities(model, full):
+def perplexity(model, full):
     _, _, texts, logits = full
-    found = compare_text(logits, text_logits(model, texts))
-    return found["perplexity"] / found["full"]
+    return compare_text(logits, text_logits(model, texts))["perplexity"]
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("W8A8", 1.03), ("W4A8", None)])
-def test_it_is_quantized_from_a_few_chats(full, tmp_path, scheme, most):
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A8"])
+def test_it_is_quantized_from_a_few_chats(full, tmp_path, scheme):
     path, processor, _, _ = full
     rounded = load(
         path,
         dtype=torch.float32,
         quantization_config=QVLMConfig(scheme=scheme, activation_granularity="dynamic_token"),
     )
-    bound = most or perplexities(rounded, full)  # plain rounding is the least to ask for
+    bound = perplexity(rounded, full)  # plain rounding: the least to ask for
     del rounded
     config = QVLMConfig(
         scheme=scheme,
@@ -47,13 +46,14 @@ def test_it_is_quantized_from_a_few_chats(full, tmp_path, scheme, most):
         num_samples=16,
         max_block_depth=1,
         guard=False,
+        written_text=True,
     )
     model = load(path, dtype=torch.float32, quantization_config=config)
     report = model.hf_quantizer.report
     assert len(report.modules) == 5 * 6 + 2 + 30 * 7
     assert report.decode_check.tokens > 0
     assert not report.warnings
-    assert perplexities(model, full) <= bound
+    assert perplexity(model, full) <= bound
 
     samples = load_samples(path / "test.jsonl", num_samples=3)
     prompts = [sample.messages[:1] for sample in samples]
