@@ -17,8 +17,9 @@ The model is changed only at the very end, when every module is ready: an error 
 as it was.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +30,16 @@ from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
 from qvlm_hf.calibration.provenance import provenance
+from qvlm_hf.calibration.recipes import (
+    TRIAL_SAMPLES,
+    compare_recipes,
+    text_rows,
+    trial,
+    written_text,
+)
 from qvlm_hf.calibration.report import (
     CalibrationReport,
+    RecipeTrial,
     RoutingReport,
     SegmentReport,
     SiteReport,
@@ -49,6 +58,7 @@ from qvlm_hf.calibration.samples import (
     Sample,
     batches,
     by_picture,
+    hold_out,
     longest_sample,
 )
 from qvlm_hf.calibration.search.blocks import partition_layers
@@ -58,7 +68,7 @@ from qvlm_hf.calibration.search.sensitivity import choose_precisions
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
-from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
+from qvlm_hf.calibration.transforms.rotation import rotate, take_snapshot, undone_on_error
 from qvlm_hf.calibration.vision_encoder import optimize_vision
 from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.format.grids import not_finite
@@ -124,20 +134,27 @@ def calibrate_and_pack(
 
     with experts_split(model, keep=True):
         obstacle = why_not_rotatable(model) if settings.rotation == "auto" else ""
+        _check_weights(_resolve_segments(model, settings))
+        trials: tuple[RecipeTrial, ...] = ()
+        if settings.recipe == "auto":
+            trials = _compare_recipes(
+                model, settings, samples, held_out, make_batches, callbacks, not obstacle
+            )
+            settings = replace(settings, recipe=None, **trials[0].fields)
         settings = settings.for_model(rotatable=not obstacle)
-        segments = _resolve_segments(model, settings)
-        _check_weights(segments)
         calibration = Calibration(
             model=model,
             settings=settings,
-            segments=segments,
+            segments=_resolve_segments(model, settings),
             data=make_batches(by_picture(samples)),
             callbacks=callbacks,
         )
         found = calibration.found
+        found["recipes"] = trials
         found["provenance"] = provenance(samples, calibration.data, settings)
         if obstacle:
             found["provenance"]["rotation"] = f"none: {obstacle}"
+        calibration.data = _with_text(calibration, len(samples))
         checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
         answers = AnswerComparison(model, checks, held_out=bool(held_out))
         with _transformed(calibration):
@@ -195,6 +212,56 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
             modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
         replace_modules(model, modules)
         return rounding_report(model, calibration.segments, schemes, settings, structure)
+
+
+def _compare_recipes(
+    model: nn.Module,
+    settings: CalibrationSettings,
+    samples: Sequence[Sample],
+    held_out: Sequence[Sample],
+    make_batches: Callable[[Sequence[Sample]], list[Batch]],
+    callbacks: Sequence[Any],
+    rotatable: bool,
+) -> tuple[RecipeTrial, ...]:
+    """Tries recipes, each on few samples and judged by others, and puts the best one first."""
+    few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
+    data = make_batches(by_picture(few))
+    judges = make_batches((held_out or rest)[:TRIAL_SAMPLES])
+    answers = AnswerComparison(model, judges, held_out=True)
+    # of another seed than the text that is calibrated on
+    written = written_text(model, text_rows(TRIAL_SAMPLES), seed=settings.seed + 1)
+    text = AnswerComparison(model, written, held_out=True)
+
+    def measure(recipe: dict[str, Any]) -> RecipeTrial:
+        quick = trial(settings, recipe)
+        calibration = Calibration(
+            model=model, settings=quick, segments=_resolve_segments(model, quick), data=data
+        )
+        calibration.data = _with_text(calibration, len(few))
+        restore, floating = take_snapshot(model), dict[str, nn.Module]()
+        try:
+            with _transformed(calibration):
+                _capture_segment_inputs(calibration, len(few))
+                modules = _search(calibration)
+                floating |= {name: get_linear(model, name) for name in modules}
+                replace_modules(model, modules)
+                checks = (answers.measure(), text.measure())
+        finally:
+            replace_modules(model, floating)
+            restore()
+        kls = [check.kl for check in checks if check is not None]
+        return RecipeTrial(fields=recipe, answer_kl=kls[0], text_kl=kls[-1])  # text is never None
+
+    progress = Calibration(model=model, settings=settings, callbacks=callbacks)
+    return compare_recipes(settings, measure, progress.steps, rotatable=rotatable)
+
+
+def _with_text(calibration: Calibration, samples: int) -> Sequence[Batch]:
+    """The data, and text that the model writes itself where the settings ask for it."""
+    if not calibration.settings.written_text:
+        return calibration.data
+    text = written_text(calibration.model, text_rows(samples), seed=calibration.settings.seed)
+    return [*calibration.data, *text]
 
 
 def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:

@@ -209,3 +209,16 @@ def test_excluded_modules_stay_and_progress_reaches_the_end():
         counts = [(done, total) for name, done, total in steps if name == step]
         assert counts == sorted(counts)
         assert counts[-1][0] == counts[-1][1]
+
+
+def test_auto_takes_the_recipe_that_it_measured_best():
+    options = {"activation_granularity": "channel", "max_block_depth": 1, "guard": False}
+    model, report = calibrate(recipe="auto", **options)
+    assert [tried.fields["rotation"] for tried in report.recipes[:2]] != [None, None]
+    best = report.recipes[0]
+    assert best.answer_kl * best.text_kl == min(t.answer_kl * t.text_kl for t in report.recipes)
+    fixed, expected = calibrate(**options | best.fields)
+    first, second = model.state_dict(), fixed.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in second)
+    assert report.settings == expected.settings  # trials left no trace, and the record is fixed
+    assert CalibrationReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report

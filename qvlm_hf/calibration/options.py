@@ -252,11 +252,27 @@ class Options:
         "weigh every token's error by the gradient of the answers there (a few backward passes "
         "through the model).",
     )
+    written_text: bool = option(
+        False,
+        _SWITCH,
+        "calibrate also on text that the model writes itself, one for every four samples, so that "
+        "the compensation of errors fits its language and not only the samples.",
+        flag=Flag("calibrate also on text that the model writes", search=True),
+    )
     guard: bool = option(
         True,
         _SWITCH,
         "lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth of "
         "them at most; needs data.",
+    )
+    recipe: str | None = option(
+        None,
+        Rule("'auto' or None", lambda value: value in ("auto", None)),
+        '"auto" measures which of a few recipes (rotation, granularity, equalization, written '
+        "text) answers most like full precision, on samples that the comparison does not "
+        "calibrate on, and takes it. Fields that differ from their defaults stay; calibrated "
+        "inputs only. None compares nothing.",
+        flag=Flag("measure which recipe suits the model", choices=("auto",), search=True),
     )
     precision_budget: float | None = option(
         None,

@@ -13,6 +13,7 @@ __all__ = [
     "CalibrationReport",
     "DecodeCheck",
     "PrecisionRaise",
+    "RecipeTrial",
     "RoutingReport",
     "SegmentReport",
     "SelfCheck",
@@ -97,6 +98,21 @@ class RoutingReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecipeTrial:
+    """A recipe that was compared with others by a quick calibration.
+
+    Attributes:
+        fields: of `QVLMConfig` -> value.
+        answer_kl: divergence of the answers to samples that the trial did not see, in nats.
+        text_kl: of text without pictures that the full-precision model wrote, in nats.
+    """
+
+    fields: dict[str, Any]
+    answer_kl: float
+    text_kl: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionReport:
     """The visual encoder optimisation (eq. 8-10).
 
@@ -163,6 +179,7 @@ class CalibrationReport:
             quantized; empty without guard.
         lifts: sites that the guard gave more bits, worst first.
         routing: tokens that the experts of each layer got; empty without experts or data.
+        recipes: that were compared, the one that was taken first; empty without a comparison.
         vision: the visual encoder optimisation; None where it did not run.
         average_weight_bits: over all quantized weights, scales not counted.
         dead: layers whose output reaches nothing: rounded, not searched.
@@ -184,6 +201,7 @@ class CalibrationReport:
     sensitivities: dict[str, float] = field(default_factory=dict)
     lifts: tuple[PrecisionRaise, ...] = ()
     routing: tuple[RoutingReport, ...] = ()
+    recipes: tuple[RecipeTrial, ...] = ()
     vision: VisionReport | None = None
     average_weight_bits: float | None = None
     dead: tuple[str, ...] = ()
@@ -222,6 +240,8 @@ class CalibrationReport:
                     for site in entry["sites"]
                 ),
                 "lifts": tuple(PrecisionRaise(**lift) for lift in entry["lifts"]),
+                # not in reports of older versions
+                "recipes": tuple(RecipeTrial(**tried) for tried in entry.get("recipes", ())),
                 "vision": _optional(VisionReport, entry["vision"]),
                 "routing": tuple(map(_routing, entry.get("routing", ()))),
                 "self_check": _optional(SelfCheck, entry["self_check"]),

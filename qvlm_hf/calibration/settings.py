@@ -69,7 +69,12 @@ class CalibrationSettings(Options):
         self.module_scheme(self.start_granularity("language"))  # bits, group size and symmetry
         if self.seed >= 2**63:  # what PyTorch's generators take
             raise ValueError(f"seed={self.seed} must be below 2**63.")
-        if self.rotation == "auto" and not self._rotation_pays():
+        if self.recipe is not None and not self.needs_data:
+            raise ValueError(
+                f"recipe={self.recipe!r} compares ways to quantize calibrated inputs, and none is "
+                f"calibrated here (16 bits, or 'dynamic_token'): leave it out."
+            )
+        if self.rotation == "auto" and self.recipe is None and not self._rotation_pays():
             self.rotation = None
 
     @property

@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "num_samples",
         "batch_size",
         "max_block_depth",
+        "recipe",
+        "written_text",
         "rotation",
         "activation_granularity",
         "precision_budget",

@@ -19,6 +19,7 @@ def story(report: CalibrationReport) -> Iterator[str]:
         yield f"{coverage['percent']}% of the weights quantized; the rest: {kept}"
     if (rotation := report.provenance.get("rotation")) is not None:
         yield f"rotation: {rotation}"
+    yield from _recipes(report)
     longest = max((d for segment in report.segments for d in segment.entropies), default=0.0)
     for segment in report.segments:
         yield from _entropies(segment, longest)
@@ -48,6 +49,14 @@ def story(report: CalibrationReport) -> Iterator[str]:
     if report.seconds:
         yield "seconds: " + ", ".join(f"{step} {s:.1f}" for step, s in report.seconds.items())
     yield from ("warning: " + in_options(warning, "quantize") for warning in report.warnings)
+
+
+def _recipes(report: CalibrationReport) -> Iterator[str]:
+    if report.recipes:
+        yield f"{'recipes, the one taken first':<66}{'answers':>9}{'text':>9}"
+    for tried in report.recipes:
+        fields = ", ".join(f"{name}={value}" for name, value in tried.fields.items())
+        yield f"  {fields:<64}{tried.answer_kl:>9.4f}{tried.text_kl:>9.4f}"
 
 
 def _entropies(segment: SegmentReport, longest: float) -> Iterator[str]:

@@ -82,5 +82,7 @@ def calibrate(
         model, config.settings(), chosen, config.processor,
         held_out=held_out, callbacks=config.callbacks or (ProgressBar(),),
     )  # fmt: skip
+    if report.recipes:  # config.json holds what was taken
+        config.update(recipe=None, **report.recipes[0].fields)
     dataset = {"dataset": dataset_name(config.dataset)}
     return replace(report, provenance=dataset | report.provenance), fitting

@@ -411,3 +411,19 @@ def test_a_weight_beyond_float16_is_told_from_a_broken_checkpoint(tmp_path, proc
             load(tmp_path / path, **options)
     options = {"dtype": torch.bfloat16, "quantization_config": rounding}
     load(tmp_path / "norm", **options)
+
+
+def test_what_was_compared_and_taken_is_recorded(processor):
+    fixed = {"rotation": None, "activation_granularity": "channel", "max_block_depth": 1}
+    model = tiny_llava().eval()
+    quantize_model(
+        model, QVLMConfig(recipe="auto", dataset=tiny_messages(6), processor=processor, **fixed)
+    )
+    trials = model.hf_quantizer.report.recipes
+    assert {tuple(tried.fields) for tried in trials} == {
+        ("rotation", "activation_granularity", *more)
+        for more in ((), ("equalization",), ("written_text",))
+    }
+    saved = model.config.quantization_config.to_dict()
+    taken = {"recipe": None, "equalization": True, "written_text": False} | trials[0].fields
+    assert {name: saved[name] for name in taken | fixed} == taken | fixed

@@ -32,7 +32,7 @@ from qvlm_hf.format.hadamard import block_hadamard, largest_block
 from qvlm_hf.models.folds import RotationPlan, ValuePath, norm_offset
 from qvlm_hf.models.graph import why_empty
 
-__all__ = ["residual_rotation", "rotate", "undone_on_error"]
+__all__ = ["residual_rotation", "rotate", "take_snapshot", "undone_on_error"]
 
 
 def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
@@ -66,6 +66,16 @@ def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """If the context ends with an error, the model has its old parameters and tying again."""
+    restore = take_snapshot(model)
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise
+
+
+def take_snapshot(model: nn.Module) -> Callable[[], None]:
+    """A function that gives the model the parameters and tying that it has now; copies nothing."""
     owners = [(module, dict(module._parameters)) for module in model.modules()]
     tensors = [
         (parameter, parameter.data)
@@ -75,9 +85,8 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
     ]
     configs = [(config, config.tie_word_embeddings) for config in _tying_configs(model)]
     tied = dict(getattr(model, "all_tied_weights_keys", {}))
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         for module, own in owners:
             module._parameters.update(own)
         for parameter, data in tensors:
@@ -86,7 +95,8 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
             config.tie_word_embeddings = value
         if tied:
             model.all_tied_weights_keys = tied  # type: ignore[assignment]
-        raise
+
+    return restore
 
 
 def residual_rotation(size: int, seed: int) -> Callable[[Tensor], Tensor]:

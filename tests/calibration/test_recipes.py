@@ -1,0 +1,120 @@
+"""Which recipes are compared, which wins, and the text that the model writes for it."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import tiny_llava
+
+from qvlm_hf.calibration.progress import Steps
+from qvlm_hf.calibration.recipes import compare_recipes, trial, written_text
+from qvlm_hf.calibration.report import RecipeTrial
+from qvlm_hf.calibration.settings import CalibrationSettings
+
+RANGES = {"vision": "channel", "language": "dynamic_token"}
+
+
+def auto(**options):
+    return CalibrationSettings(recipe="auto", **options)
+
+
+class Told:
+    def __init__(self):
+        self.steps = []
+
+    def on_step(self, name, done, total):
+        self.steps.append((name, done, total))
+
+
+def compare(settings, kls, rotatable=True):
+    """The trials in the order in which they were made, and sorted; `kls` of a recipe's values."""
+    made, told = [], Told()
+
+    def measure(recipe):
+        answers, text = kls(recipe)
+        made.append(RecipeTrial(fields=recipe, answer_kl=answers, text_kl=text))
+        return made[-1]
+
+    found = compare_recipes(
+        settings, measure, lambda name, total: Steps(name, [told], total), rotatable=rotatable
+    )
+    assert told.steps == [("recipes", done, len(made)) for done in range(len(made) + 1)]
+    assert found[0] is min(made, key=lambda tried: tried.answer_kl * tried.text_kl)
+    assert sorted(map(id, found)) == sorted(map(id, made))
+    return made
+
+
+FIXED = {"equalization": False, "written_text": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "rotatable", "expected"),
+    [
+        (
+            {},
+            True,
+            [
+                (None, None),
+                (None, "dynamic_token"),
+                ("hadamard", None),
+                ("hadamard", "dynamic_token"),
+            ],
+        ),
+        ({}, False, [(None, None), (None, "dynamic_token")]),
+        ({"rotation": None}, True, [(None, None), (None, "dynamic_token")]),
+        ({"rotation": "hadamard"}, False, [("hadamard", None), ("hadamard", "dynamic_token")]),
+        ({"activation_granularity": RANGES}, True, [(None, RANGES), ("hadamard", RANGES)]),
+        ({"rotation": None, "activation_granularity": "channel"}, True, [(None, "channel")]),
+    ],
+)
+def test_fixed_fields_stay(options, rotatable, expected):
+    made = compare(auto(**FIXED, **options), lambda _: (0.1, 0.1), rotatable)
+    found = [(m.fields["rotation"], m.fields["activation_granularity"]) for m in made]
+    assert found == expected
+
+
+def test_other_fields_are_varied_on_the_best_of_the_first():
+    def kls(recipe):  # rotation is good for both, ranges at run time only for answers
+        rotated, dynamic = recipe["rotation"], recipe["activation_granularity"]
+        return (0.1 if rotated else 0.2) / (2 if dynamic else 1), 0.3 * (9 if dynamic else 1)
+
+    best = {"rotation": "hadamard", "activation_granularity": None}
+    varied = [best | {"equalization": False}, best | {"written_text": True}]
+    assert [made.fields for made in compare(auto(), kls)][4:] == varied
+    assert [made.fields for made in compare(auto(equalization=False), kls)][4:] == varied[1:]
+    assert len(compare(auto(**FIXED), kls)) == 4
+
+
+def test_a_trial_is_quick_and_compares_nothing_itself():
+    settings = trial(auto(num_samples=5), {"rotation": "hadamard"})
+    assert settings == CalibrationSettings(
+        num_samples=5, rotation="hadamard", max_block_depth=1, guard=False, token_importance=False
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"activation_bits": 16}, {"activation_granularity": "dynamic_token"}]
+)
+def test_inputs_that_are_not_calibrated_leave_nothing_to_compare(options):
+    with pytest.raises(ValueError, match=r"recipe='auto' compares ways .* leave it out"):
+        auto(**options)
+
+
+def test_written_text_is_the_models_own():
+    model = tiny_llava().eval()
+    state = torch.get_rng_state()
+    batches = written_text(model, 3, seed=3)
+    assert [batch.labels.shape for batch in batches] == [(2, 64), (1, 64)]
+    assert torch.equal(torch.get_rng_state(), state)
+    again, other = (written_text(model, 3, seed=seed) for seed in (3, 4))
+    nats = []
+    for batch, same, different in zip(batches, again, other, strict=True):
+        ids = batch.inputs["input_ids"]
+        assert torch.equal(ids, same.inputs["input_ids"])
+        assert not torch.equal(ids, different.inputs["input_ids"])
+        assert torch.equal(batch.labels[:, 1:], ids[:, 1:])
+        assert (batch.labels[:, 0] == -100).all()
+        with torch.no_grad():
+            logits = model(**batch.inputs).logits[:, :-1]
+        nats.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    assert max(nats) < math.log(model.config.text_config.vocab_size)  # text that it expects
