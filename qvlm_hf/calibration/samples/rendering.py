@@ -51,8 +51,12 @@ def check_processor(processor: Processor) -> None:
 
 def takes_suffix(processor: Processor) -> bool:
     """Whether a processor has no chat template and takes the answer as `suffix` of a question."""
-    no_template = getattr(processor, "chat_template", "") is None
-    return no_template and "suffix" in inspect.signature(processor.__call__).parameters
+    if getattr(processor, "chat_template", "") is not None:
+        return False
+    # before Transformers 5.23 it was declared among the keywords of the text
+    declared = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", {})
+    words = getattr(declared.get("text_kwargs"), "__annotations__", {})
+    return "suffix" in {*inspect.signature(processor.__call__).parameters, *words}
 
 
 def render(sample: Sample, processor: Processor) -> tuple[str, list[int]]:
