@@ -394,6 +394,23 @@ def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, da
     assert cached.shape[1] == inputs["input_ids"].shape[1] + 5
 
 
+def test_a_projector_with_linear_modules_that_its_row_does_not_name_is_refused():
+    model = tiny_family("janus", "janus", "llama")
+    model.model.aligner.hidden_layers.append(nn.Linear(48, 48))
+    with pytest.raises(
+        ValueError, match=r"^hidden_layers\.1 of a JanusVisionAlignerMLP is not supp"
+    ):
+        resolve(model)
+
+
+@pytest.mark.parametrize(("tower", "last"), [("siglip", "post_layernorm"), ("clip", None)])
+def test_a_last_norm_takes_scales_where_all_output_passes_it(tower, last):
+    model = tiny_family("paligemma", tower, "gemma")
+    norm = families.find_parts(model).feature_norm
+    assert norm is (last and getattr(model.model.vision_tower, last))
+    assert (norm in {path.source for path in scale_paths(model, resolve(model))}) == bool(last)
+
+
 def test_every_row_is_tried_here():
     assert set(FAMILIES) == set(families.FAMILIES) == {family for family, *_ in COMBINATIONS}
     layers = [layer for c in COMBINATIONS for layer in tiny_family(*c).modules()]
