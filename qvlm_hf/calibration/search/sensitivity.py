@@ -41,6 +41,7 @@ _MOST_RAISED = 0.1  # share of the sites: a scheme that breaks more is the wrong
 _RAISED_BITS = 8
 # Of a site, over all held-out samples. With 16 a random model's worst site came fifth.
 _DIRECTIONS = 64
+_GRADIENT_BYTES = 4 * 2**30  # fewer directions of large models, but one of every sample
 _WIDTHS = (2, 3, 4, 5, 6, 8)  # weight bits that a budget chooses from
 
 
@@ -149,10 +150,17 @@ def _held_out_gradients(calibration: Calibration) -> dict[str, list[list[dict[st
     }
     batches = list({id(batch): batch for held in held_out.values() for batch in held}.values())
     samples = sum(len(batch.origins) for batch in batches)
-    draws = -(-_DIRECTIONS // max(samples, 1))
+    values = sum(
+        len(live_layers(segment)) * entry.hidden.numel()
+        for segment in calibration.segments
+        for entry in held_out_half(calibration.inputs[segment.name])
+    )
+    most = _GRADIENT_BYTES // max(2 * values, 1)
+    draws = max(1, min(most, -(-_DIRECTIONS // max(samples, 1))))
     found: dict[int, list[dict[str, Tensor]]] = {id(batch): [] for batch in batches}
     for index, gradients in answer_gradients(calibration, batches, draws=draws):
-        found[id(batches[index])].append({name: g.cpu() for name, g in gradients.items()})
+        kept = {name: g.to("cpu", torch.bfloat16) for name, g in gradients.items()}
+        found[id(batches[index])].append(kept)
     return {name: [found[id(b)] for b in held] for name, held in held_out.items()}
 
 
