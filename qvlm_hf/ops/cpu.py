@@ -171,7 +171,7 @@ def _self_check(library: ctypes.CDLL) -> str | None:
             symmetric=symmetric,
             granularity="dynamic_token",
         )
-        weight = torch.randn(9, 70, generator=generator)
+        weight = torch.randn(9, 70, generator=generator, dtype=torch.float32)
         rounded, expected = _round(library, weight, scheme), quantize_weight(weight, scheme)
         tensors = pack(expected.values, bits), expected.scale, expected.zero_point
         if rounded is None or not all(map(torch.equal, rounded, tensors)):
