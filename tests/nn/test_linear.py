@@ -116,6 +116,18 @@ def test_forward_keeps_the_dtype_of_its_input(dtype):
     torch.testing.assert_close(y.float(), module(x.to(dtype).float()), rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("reference", [False, True])
+def test_forward_takes_floating_point_alone(granularity, dtype, reference):
+    module, _, x, _ = quantized(scheme_of(granularity))
+    module.reference = reference
+    message = rf"^an input of {dtype} is no floating point: convert it, as by x\.float\(\)\.$"
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+            module(x.to(dtype))
+
+
 def test_from_packed_takes_tensors_bias_and_mode():
     scheme = scheme_of()
     _, linear, _, tensors = quantized(scheme, dtype=torch.bfloat16)
