@@ -275,10 +275,23 @@ class QVLMLinear(nn.Linear):
         if self.shared is not None:
             self.shared[0].rejoin(self.shared[1], self)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.shared is not None:  # the activation grids that come may differ
             self.shared[0].dissolve()
-        super()._load_from_state_dict(*args, **kwargs)
+        error_msgs = args[-1]
+        wrong = [
+            f"{prefix}{name} holds {given.dtype}, not {own.dtype}: load what a quantized model's "
+            f"state_dict() gave, unchanged, or call model.dequantize() first."
+            for name, own in self.tensors.items()
+            if own is not None
+            and not own.is_floating_point()
+            # a tensor of other integers or of floats would be cut to fit
+            and isinstance(given := state_dict.get(f"{prefix}{name}"), Tensor)
+            and given.dtype != own.dtype
+        ]
+        error_msgs += wrong
+        if not wrong:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QVLMLinear":
         before = {name: self.tensors[name] for name in _FIXED_DTYPE}

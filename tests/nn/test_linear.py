@@ -255,6 +255,37 @@ def test_state_dict_round_trip(granularity):
     assert torch.equal(other(x), module(x))
 
 
+SPOILED = {
+    "half": lambda tensor: tensor.half(),
+    "bfloat16": lambda tensor: tensor.bfloat16(),
+    "average": lambda tensor: (tensor + tensor) / 2,
+    "int64": lambda tensor: tensor.long(),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_takes_no_other_type_for_integers(spoil, granularity, assign):
+    module, _, x, _ = quantized(scheme_of(granularity))
+    expected = module(x)
+    whole = nn.Sequential(module)
+    good = whole.state_dict()
+    integers = [name for name, tensor in good.items() if not tensor.is_floating_point()]
+    assert "0.weight" in integers
+    for name in integers:
+        spoiled = SPOILED[spoil](good[name])
+        words = rf"{name} holds {spoiled.dtype}, not {good[name].dtype}: .*model\.dequantize\(\)"
+        with pytest.raises(RuntimeError, match=words):
+            whole.load_state_dict(good | {name: spoiled}, assign=assign)
+        assert torch.equal(module(x), expected)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        whole.load_state_dict(good | {"0.weight": good["0.weight"][:, 1:]}, assign=assign)
+    widened = {name: good[name].float() for name in good.keys() - set(integers)}
+    whole.load_state_dict(good | widened)  # floats in other types load as ever
+    assert torch.equal(module(x), expected)
+
+
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("in_features", [8, 33, 40, 64])
 def test_a_program_without_the_package_fails_to_load_it(weight_bits, in_features):
