@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from qvlm_hf.format.grids import QParams, QuantizedWeight, quantize_weight
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.nn.packed_weight import FloatForm, freeze, guarded, plain, read_by_adapters
+from qvlm_hf.nn.packed_weight import (
+    FloatForm,
+    check_replacement,
+    freeze,
+    guarded,
+    plain,
+    read_by_adapters,
+    refuse_removal,
+)
 from qvlm_hf.ops.call import packed_call
 from qvlm_hf.ops.cpu import round_weight
 from qvlm_hf.ops.linear import kernel_name, linear
@@ -204,8 +212,15 @@ class QVLMLinear(nn.Linear):
 
     def register_parameter(self, name: str, param: Any) -> None:
         """As nn.Module's; the weight becomes ordinary, and says why it cannot be trained."""
-        super().register_parameter(name, plain(param))
+        ordinary = plain(param)
+        check_replacement(name, self._parameters.get("weight"), param)
+        super().register_parameter(name, ordinary)
         self._freeze()
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            refuse_removal()
+        super().__delattr__(name)
 
     def _freeze(self) -> None:
         weight = self._parameters.get("weight")
