@@ -108,6 +108,12 @@ def _run_command(options: argparse.Namespace) -> int:
     if options.threads is not None:
         if options.threads < 1:
             raise ValueError(f"--threads {options.threads} must be at least 1.")
+        # thousands of them take all memory, and then a file seems broken
+        if (cpus := os.cpu_count()) is not None and options.threads > cpus:
+            raise ValueError(
+                f"--threads {options.threads} is more than the {cpus} CPUs here: give {cpus} at "
+                f"most."
+            )
         importlib.import_module("torch").set_num_threads(options.threads)
     return command.run(options)
 

@@ -1,6 +1,7 @@
 """The commands as a user runs them, on a tiny model: output, files, failures."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -228,6 +229,7 @@ D = "--dataset {f}/samples.jsonl "
         ("inspect {f}/w4a4 --group-size 64", "--group-size: is to plan"),
         ("demo --questions none", "must be a number"),
         ("demo --threads 0", "must be at least 1"),
+        ("demo --threads 100000", f"is more than the {os.cpu_count()} CPUs here: give "),
         ("export {f}/w4a4 --output {f}/x", "no consumer r"),
         ("export {f}/model --output {f}/x", "is not quantized by qvlm_hf"),
         ("check {f}/w4a4 --vllm", "qvlm export writes what it runs"),
