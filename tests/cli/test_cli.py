@@ -124,11 +124,11 @@ def test_samples_without_positions_are_left_out_with_counts(folder, tmp_path, ca
 
 
 def test_rounding_takes_the_options_that_it_has_a_use_for(folder, capsys):
-    words = "quantize {f}/model --method rtn --output {f}/rtn --seed 5 --rotation hadamard"
+    words = "quantize {f}/model --method rtn --output '{f}/a b/rtn' --seed 5 --rotation hadamard"
     more = "--modules-to-not-convert down_proj lm_head --activation-granularity dynamic_token"
     assert run(folder, words, more) == 0
-    assert "saved in rtn" in capsys.readouterr().out
-    saved = quantization_config(folder / "rtn")
+    assert f"saved in '{folder}/a b/rtn'\n" in capsys.readouterr().out
+    saved = quantization_config(folder / "a b" / "rtn")
     assert saved["modules_to_not_convert"] == ["down_proj", "lm_head"]
     assert (saved["rotation"], saved["seed"]) == ("hadamard", 5)
     assert saved["modules"]
@@ -163,7 +163,9 @@ def test_a_model_is_quantized_exported_and_checked(folder, capsys):
     assert run(folder, scheme, "--method rtn --output {f}/w8a8") == 0
     assert run(folder, "export {f}/w8a8 --output {f}/exported") == 0
     told = "int-quantized: 8 bits, one scale per output, inputs 8 bits per token"
-    assert told in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert told in printed
+    assert printed.endswith(f"saved in {folder}/exported\n")
     assert run(folder, "check {f}/exported --vllm") == 0
     assert "0 errors, 0 notes" in capsys.readouterr().out
     assert run(folder, "check {f}/exported --vllm --tensor-parallel 3") == 1
