@@ -30,6 +30,9 @@ _COMMANDS = {
 }
 
 
+_PATHS = ("DIR", "F", "FILE", "MODEL")  # metavars of arguments that may be a path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -104,6 +107,8 @@ def _run_command(options: argparse.Namespace) -> int:
         # as a path it would be the working directory: a script's variable was not set
         if "" in (given if isinstance(given, list) else [given]):
             raise ValueError(f"{shown_name(action)} is empty: give it a value ({action.help}).")
+        if action.metavar in _PATHS and given is not None:  # no shell expands --output=~/x
+            setattr(options, action.dest, os.path.expanduser(given))
     command = importlib.import_module(f"qvlm_hf.cli.{options.command}")
     if options.threads is not None:
         if options.threads < 1:

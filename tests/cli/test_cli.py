@@ -394,6 +394,13 @@ def test_an_empty_word_is_one_line(tmp_path, capsys, monkeypatch, words):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tilde_is_the_home_directory(folder, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert run("", "export ~/w4a4 --output=~/x") == 1
+    assert "no consumer r" in capsys.readouterr().err
+    assert run("", "ask ~/w4a4 --image ~/0.png 'what colour ?' --max-new-tokens 3") == 0
+
+
 def test_an_error_of_another_kind_is_one_line_too(capsys, monkeypatch):
     def fails(_options):
         raise TypeError("of a library:\nwhat it says\nand more")

@@ -163,7 +163,7 @@ def _image(value: object, key: str, row: Row) -> Path | Image.Image:
         raise row.error(key, f"is {type(value).__name__}", remedy)
     if _URL.match(str(value)):
         raise row.error(key, f'is a URL ("{str(value)[:80]}")', f"{_FROM_DISK} path")
-    return row.folder / value
+    return row.folder / os.path.expanduser(value)
 
 
 def _turn(role: str, *parts: str | Path | Image.Image) -> Message:
