@@ -127,7 +127,7 @@ def _system_keys(record: Mapping[str, Any]) -> set[str]:
     return {
         key
         for key in ("system", "system_prompt")
-        if isinstance(record.get(key), str) and record[key]
+        if isinstance(record.get(key), str) and record[key].strip()
     }
 
 

@@ -75,9 +75,9 @@ def test_a_system_prompt_beside_the_chat_is_its_first_turn(folder, caplog, layou
     }
     assert sample.messages[1:] == plain.messages
     assert sample.image_keys == plain.image_keys
-    for nothing in ("", None):
-        assert load_samples(write_lines(folder, {**record, key: nothing})) == [plain]
     assert not notes(caplog)
+    for nothing in ("", " ", None):
+        assert load_samples(write_lines(folder, {**record, key: nothing})) == [plain]
     both = {**record, "system": "a", "system_prompt": "b"}
     message = 'data.jsonl:1: key "system_prompt" stands beside another system prompt; keep one of'
     assert message in refusal(write_lines(folder, both))
