@@ -4,6 +4,7 @@
 options of `qvlm quantize` are made from the metadata of its fields.
 """
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -76,6 +77,11 @@ def _none_or(rule: Rule) -> Rule:
 
 def _list_of(rule: Rule, *, empty: bool) -> Rule:
     return Rule(rule.words, lambda v: (empty or len(v) > 0) and all(map(rule.accepts, v)))
+
+
+def _names_module(name: Any) -> bool:
+    """Whether a module may be called so: no pattern, no white space, no empty part."""
+    return type(name) is str and bool(re.fullmatch(r"[^\s.*?]+(\.[^\s.*?]+)*", name))
 
 
 _SMALLEST = sys.float_info.min
@@ -177,7 +183,7 @@ class Options:
     )
     modules_to_not_convert: Any = option(
         None,
-        Rule("a list of module names", lambda v: all(type(name) is str and name for name in v)),
+        Rule("a list of module names", lambda v: all(map(_names_module, v))),
         "module paths, suffixes or component names that stay in full precision, besides the output "
         "head and tied modules.",
         flag=Flag("modules that stay in full precision", "NAME"),

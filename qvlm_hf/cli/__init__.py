@@ -30,6 +30,9 @@ _COMMANDS = {
 }
 
 
+_PATHS = ("DIR", "F", "FILE", "MODEL")  # metavars of arguments that may be a path
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -104,10 +107,18 @@ def _run_command(options: argparse.Namespace) -> int:
         # as a path it would be the working directory: a script's variable was not set
         if "" in (given if isinstance(given, list) else [given]):
             raise ValueError(f"{shown_name(action)} is empty: give it a value ({action.help}).")
+        if action.metavar in _PATHS and given is not None:  # no shell expands --output=~/x
+            setattr(options, action.dest, os.path.expanduser(given))
     command = importlib.import_module(f"qvlm_hf.cli.{options.command}")
     if options.threads is not None:
         if options.threads < 1:
             raise ValueError(f"--threads {options.threads} must be at least 1.")
+        # thousands of them take all memory, and then a file seems broken
+        if (cpus := os.cpu_count()) is not None and options.threads > cpus:
+            raise ValueError(
+                f"--threads {options.threads} is more than the {cpus} CPUs here: give {cpus} at "
+                f"most."
+            )
         importlib.import_module("torch").set_num_threads(options.threads)
     return command.run(options)
 

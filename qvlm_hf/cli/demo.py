@@ -1,6 +1,7 @@
 """`qvlm demo`: the embedded LLaVA, quantized before your eyes."""
 
 import argparse
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"  quantized:      {answer(reloaded, processor, test[0])}")
 
     _title("Yours to repeat")
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     load = f"AutoModelForImageTextToText.from_pretrained({options.output!r})"
-    print(f"files    {shown}")
-    print(f"card     {shown / CARD_NAME}")
+    print(f"files    {shlex.quote(options.output)}")
+    print(f"card     {shlex.quote(str(Path(options.output, CARD_NAME)))}")
     print(f"command  {_command(options)}")
     print(f"python   import qvlm_hf; {load}")
     return 0

@@ -1,6 +1,7 @@
 """`qvlm export DIR --format compressed-tensors --output DIR2`."""
 
 import argparse
+import shlex
 from collections import Counter
 
 from qvlm_hf.cli.models import silence
@@ -32,6 +33,6 @@ def run(options: argparse.Namespace) -> int:
         inputs = "8 bits per token" if kind.quantized_input else "floating point"
         bits = f"{kind.weight_bits} bits, {groups}, inputs {inputs}"
         print(f"{count:5} modules {kind.format}: {bits}")
-    left, name = len(exported.full_precision), exported.path.name
-    print(f"{left:5} linear modules in full precision; saved in {name}")
+    left, place = len(exported.full_precision), shlex.quote(options.output)
+    print(f"{left:5} linear modules in full precision; saved in {place}")
     return 0

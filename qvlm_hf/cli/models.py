@@ -219,7 +219,7 @@ def _check_reachable(name: str, revision: str | None) -> None:
 
     Transformers asks again and again, for 23 seconds.
     """
-    if Path(name).exists() or is_offline_mode():
+    if Path(name).exists():
         return
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -227,6 +227,11 @@ def _check_reachable(name: str, revision: str | None) -> None:
         return
     if cached is not None:
         return
+    if is_offline_mode():
+        raise ConnectionError(
+            f"{name}: is no directory here and not in the cache, and offline mode is on "
+            f"(HF_HUB_OFFLINE): check the name, or unset it."
+        )
     try:
         HfApi().file_exists(name, "config.json", revision=revision)
     except HfHubHTTPError:  # an answer, which Transformers explains

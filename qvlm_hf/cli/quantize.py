@@ -77,12 +77,11 @@ def run(options: argparse.Namespace) -> int:
     config.processor = processor = load_processor(options.model, options.revision)
     model = load_model(options.model, config, options.dtype, options.revision)
     report = model.hf_quantizer.report
-    path = save_quantized(
-        model, processor, options.output, report=report, overwrite=options.overwrite
-    )
+    save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
     for line in story(report):
         print(line)
-    print(f"{len(report.modules)} modules quantized to {options.scheme}; saved in {path.name}")
+    place = shlex.quote(options.output)
+    print(f"{len(report.modules)} modules quantized to {options.scheme}; saved in {place}")
     if options.repo_id is not None:
         _push(options)
     return 0

@@ -31,7 +31,7 @@ def parse_scheme(name: str) -> tuple[int, int]:
     Raises:
         ValueError: `name` is no W{2-8}A{3-8,16}.
     """
-    match = re.fullmatch(r"W(\d+)A(\d+)", name.upper()) if isinstance(name, str) else None
+    match = re.fullmatch(r"W([0-9]+)A([0-9]+)", name.upper()) if isinstance(name, str) else None
     if match is None or int(match[1]) not in WEIGHT_BITS or int(match[2]) not in ACTIVATION_BITS:
         raise ValueError(
             f"scheme={name!r} is not W{{2-8}}A{{3-8 or 16}}: write for example 'W4A4', 'W4A8' or "
@@ -80,7 +80,7 @@ class QuantScheme:
             "group_size": (
                 _is_int(self.group_size)
                 and (self.group_size == -1 or 8 <= self.group_size <= 2**20),
-                "-1 (whole row) or an integer of at least 8; 128 is usual",
+                "-1 (whole row) or an integer from 8 to 1048576; 128 is usual",
             ),
             "symmetric": (isinstance(self.symmetric, bool), "True or False"),
             "granularity": (

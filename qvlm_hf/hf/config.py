@@ -113,7 +113,10 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         saved=False,
     )
     hub_model_id: str | None = option(
-        None, None, '"owner/name" to publish to. Never saved.', saved=False
+        None,
+        None,
+        '"owner/name" to publish to, or a "name" among your own. Never saved.',
+        saved=False,
     )
     hub_private: bool | None = option(
         None,

@@ -155,7 +155,7 @@ def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
             "output is empty, which names no directory: give its name, or '.' for this one."
         )
     try:
-        target = Path(output).resolve()
+        target = Path(os.path.expanduser(output)).resolve()
         if target.exists() and not target.is_dir():
             raise ValueError(f"{output}: is a file, must be a directory: choose another name.")
         if target.is_dir() and any(target.iterdir()):

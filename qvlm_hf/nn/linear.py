@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from qvlm_hf.format.grids import QParams, QuantizedWeight, quantize_weight
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.nn.packed_weight import FloatForm, freeze, guarded, plain, read_by_adapters
+from qvlm_hf.nn.packed_weight import (
+    FloatForm,
+    check_replacement,
+    freeze,
+    guarded,
+    plain,
+    read_by_adapters,
+    refuse_removal,
+)
 from qvlm_hf.ops.call import packed_call
 from qvlm_hf.ops.cpu import round_weight
 from qvlm_hf.ops.linear import kernel_name, linear
@@ -204,8 +212,15 @@ class QVLMLinear(nn.Linear):
 
     def register_parameter(self, name: str, param: Any) -> None:
         """As nn.Module's; the weight becomes ordinary, and says why it cannot be trained."""
-        super().register_parameter(name, plain(param))
+        ordinary = plain(param)
+        check_replacement(name, self._parameters.get("weight"), param)
+        super().register_parameter(name, ordinary)
         self._freeze()
+
+    def __delattr__(self, name: str) -> None:
+        if name == "weight":
+            refuse_removal()
+        super().__delattr__(name)
 
     def _freeze(self) -> None:
         weight = self._parameters.get("weight")
@@ -275,10 +290,23 @@ class QVLMLinear(nn.Linear):
         if self.shared is not None:
             self.shared[0].rejoin(self.shared[1], self)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.shared is not None:  # the activation grids that come may differ
             self.shared[0].dissolve()
-        super()._load_from_state_dict(*args, **kwargs)
+        error_msgs = args[-1]
+        wrong = [
+            f"{prefix}{name} holds {given.dtype}, not {own.dtype}: load what a quantized model's "
+            f"state_dict() gave, unchanged, or call model.dequantize() first."
+            for name, own in self.tensors.items()
+            if own is not None
+            and not own.is_floating_point()
+            # a tensor of other integers or of floats would be cut to fit
+            and isinstance(given := state_dict.get(f"{prefix}{name}"), Tensor)
+            and given.dtype != own.dtype
+        ]
+        error_msgs += wrong
+        if not wrong:
+            super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QVLMLinear":
         before = {name: self.tensors[name] for name in _FIXED_DTYPE}

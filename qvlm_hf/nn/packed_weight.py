@@ -13,13 +13,22 @@ than LoRA. So `read_by_adapters` looks at the caller, and PEFT gets a `FloatForm
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["FloatForm", "PackedWeight", "freeze", "guarded", "plain", "read_by_adapters"]
+__all__ = [
+    "FloatForm",
+    "PackedWeight",
+    "check_replacement",
+    "freeze",
+    "guarded",
+    "plain",
+    "read_by_adapters",
+    "refuse_removal",
+]
 
 _REFUSAL = "a quantized module's packed weight takes no arithmetic: call model.dequantize() first."
 _NO_TRAINING = (
@@ -27,13 +36,17 @@ _NO_TRAINING = (
     "the module (quantize_projector=False, modules_to_not_convert), or call model.dequantize() "
     "first."
 )
+_NO_REPLACEMENT = (
+    "a quantized module's packed weight cannot be replaced, pruned or parametrized: call "
+    "model.dequantize() first."
+)
 _ARITHMETIC = {"add", "sub", "mul", "div", "truediv", "multiply", "divide", "matmul", "mm", "norm"}
 _ATTRIBUTES: Any = Tensor  # as descriptors
 _SAME_FORM = {_ATTRIBUTES.data.__get__, _ATTRIBUTES.T.__get__, Tensor.t, Tensor.detach, torch.t}
 _SAME_INTEGERS = _SAME_FORM | {
     *(getattr(Tensor, name) for name in ("transpose", "reshape", "view", "clone", "contiguous")),
     *(getattr(torch, name) for name in ("transpose", "reshape", "detach", "clone")),
-    Tensor.__getitem__,
+    *(Tensor.__getitem__, Tensor.new_empty),
 }
 _TELLS_FORM = {  # methods; so do all attributes
     *(Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.element_size, Tensor.__repr__),
@@ -133,6 +146,26 @@ def plain(weight: Any) -> Any:
     return ordinary
 
 
+def check_replacement(name: str, old: Tensor | None, new: Any) -> None:
+    """Checks what a quantized module registers as its parameter `name`.
+
+    Pruning registers the packed weight under another name. A weight on the meta device is being
+    loaded: it may become the float one, which waits to be rounded.
+
+    Raises:
+        ValueError: it is one of these, or a float weight in place of packed integers.
+    """
+    moved = isinstance(new, PackedWeight) and name != "weight"
+    packed = name == "weight" and old is not None and not (old.is_meta or _is_floating(old))
+    if moved or (packed and _is_floating(new)):
+        raise ValueError(_NO_REPLACEMENT)
+
+
+def refuse_removal() -> NoReturn:
+    """Raises the ValueError for a weight that is taken out: parametrizations begin so."""
+    raise ValueError(_NO_REPLACEMENT)
+
+
 def freeze(weight: nn.Parameter) -> None:
     """Lets `weight.requires_grad_()` raise one line: PEFT calls it for `modules_to_save`."""
     frozen = _Frozen(weight)
@@ -166,7 +199,7 @@ def _refuse_training(requires_grad: bool = True) -> None:
 def _computes(func: Callable[..., Any], arguments: Sequence[Any]) -> bool:
     """Whether it is arithmetic, also in place or reflected, or has a float among its arguments."""
     name = func.__name__.strip("_")
-    if {name, name[1:]} & _ARITHMETIC or name.startswith("linalg"):
+    if {name, name[1:]} & _ARITHMETIC or name.startswith(("linalg", "foreach", "norm", "rand")):
         return True
     in_place = func.__name__ == f"{name}_"  # a plain number may be a tolerance elsewhere
     return any(_is_floating(one) or (in_place and isinstance(one, float)) for one in arguments)

@@ -41,6 +41,10 @@ def _linear(x: Tensor, packed: Packed, scheme: CallScheme) -> Tensor:
     k, bits, length = scheme.in_features, scheme.weight_bits, scheme.group_length
     if not x.dim() or x.shape[-1] != k:
         raise ValueError(f"an input of shape {tuple(x.shape)} does not end in in_features={k}.")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"an input of {x.dtype} is no floating point: convert it, as by x.float()."
+        )
     shape = (packed.weight.shape[0], -(-k // length))
     for name in ("weight_scale", "weight_zero_point"):
         tensor = getattr(packed, name)

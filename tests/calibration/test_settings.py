@@ -42,7 +42,7 @@ def percentile(granularity, value):
         ),
         (
             {"group_size": 0},
-            "group_size=0 must be -1 (whole row) or an integer of at least 8; 128 is usual.",
+            "group_size=0 must be -1 (whole row) or an integer from 8 to 1048576; 128 is usual.",
         ),
         ({"symmetric": "yes"}, "symmetric='yes' must be True or False."),
         *(
@@ -106,7 +106,16 @@ def percentile(granularity, value):
                 {"modules_to_not_convert": value},
                 f"modules_to_not_convert={tuple(value)!r} must be a list of module names.",
             )
-            for value in (["lm_head", ""], [1], [None])
+            for value in (
+                ["lm_head", ""],
+                [1],
+                [None],
+                ["*"],
+                ["."],
+                ["a..b"],
+                ["q_proj\n"],
+                ["a.*"],
+            )
         ),
         (
             {"activation_granularity": {"vision": "channel", "text": "channel", "audio": "token"}},

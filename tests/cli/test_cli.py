@@ -1,6 +1,7 @@
 """The commands as a user runs them, on a tiny model: output, files, failures."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -123,11 +124,11 @@ def test_samples_without_positions_are_left_out_with_counts(folder, tmp_path, ca
 
 
 def test_rounding_takes_the_options_that_it_has_a_use_for(folder, capsys):
-    words = "quantize {f}/model --method rtn --output {f}/rtn --seed 5 --rotation hadamard"
+    words = "quantize {f}/model --method rtn --output '{f}/a b/rtn' --seed 5 --rotation hadamard"
     more = "--modules-to-not-convert down_proj lm_head --activation-granularity dynamic_token"
     assert run(folder, words, more) == 0
-    assert "saved in rtn" in capsys.readouterr().out
-    saved = quantization_config(folder / "rtn")
+    assert f"saved in '{folder}/a b/rtn'\n" in capsys.readouterr().out
+    saved = quantization_config(folder / "a b" / "rtn")
     assert saved["modules_to_not_convert"] == ["down_proj", "lm_head"]
     assert (saved["rotation"], saved["seed"]) == ("hadamard", 5)
     assert saved["modules"]
@@ -162,7 +163,9 @@ def test_a_model_is_quantized_exported_and_checked(folder, capsys):
     assert run(folder, scheme, "--method rtn --output {f}/w8a8") == 0
     assert run(folder, "export {f}/w8a8 --output {f}/exported") == 0
     told = "int-quantized: 8 bits, one scale per output, inputs 8 bits per token"
-    assert told in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert told in printed
+    assert printed.endswith(f"saved in {folder}/exported\n")
     assert run(folder, "check {f}/exported --vllm") == 0
     assert "0 errors, 0 notes" in capsys.readouterr().out
     assert run(folder, "check {f}/exported --vllm --tensor-parallel 3") == 1
@@ -228,6 +231,7 @@ D = "--dataset {f}/samples.jsonl "
         ("inspect {f}/w4a4 --group-size 64", "--group-size: is to plan"),
         ("demo --questions none", "must be a number"),
         ("demo --threads 0", "must be at least 1"),
+        ("demo --threads 100000", f"is more than the {os.cpu_count()} CPUs here: give "),
         ("export {f}/w4a4 --output {f}/x", "no consumer r"),
         ("export {f}/model --output {f}/x", "is not quantized by qvlm_hf"),
         ("check {f}/w4a4 --vllm", "qvlm export writes what it runs"),
@@ -388,6 +392,13 @@ def test_an_empty_word_is_one_line(tmp_path, capsys, monkeypatch, words):
     names = r"--[a-z]+|MODEL|DIR|REPO|question"
     assert re.fullmatch(rf"qvlm: error: ({names}) is empty: give it a value \(.*\)\.\n", said)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_directory(folder, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert run("", "export ~/w4a4 --output=~/x") == 1
+    assert "no consumer r" in capsys.readouterr().err
+    assert run("", "ask ~/w4a4 --image ~/0.png 'what colour ?' --max-new-tokens 3") == 0
 
 
 def test_an_error_of_another_kind_is_one_line_too(capsys, monkeypatch):

@@ -51,6 +51,27 @@ def test_a_hub_out_of_reach_is_asked_once(no_network, capsys, words):
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["nope", "me/missing"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "quantize {} --method rtn --output out",
+        "ask {} what? --image {f}/0.png",
+        "evaluate {} --dataset {f}/samples.jsonl",
+    ],
+)
+def test_offline_mode_is_named_with_the_model(no_network, monkeypatch, capsys, name, command):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(no_network)
+    Image.new("RGB", (8, 8)).save("0.png")
+    (no_network / "samples.jsonl").write_text('{"image": "0.png", "question": "q", "answer": "a"}')
+    words = command.replace("{f}", ".").replace("{}", name)
+    assert main(words.split()) == 1
+    told = f"{name}: is no directory here and not in the cache, and offline mode is on "
+    remedy = "(HF_HUB_OFFLINE): check the name, or unset it."
+    assert capsys.readouterr().err == f"qvlm: error: {told}{remedy}\n"
+
+
 def test_a_cached_model_needs_no_hub(no_network):
     folder = no_network / "models--me--tiny"
     commit = "0" * 40

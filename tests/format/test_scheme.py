@@ -37,7 +37,7 @@ def test_parse_reads_every_scheme(weight_bits, activation_bits):
     "name",
     [
         *["", "W4", "A4", "W4A", "W1A4", "W9A4", "W4A2", "W4A9", "W4A15", "W4A17", "W16A16"],
-        *[" W4A4", "W4A4 ", "W4A4g128", "W-4A4", 44, None],
+        *[" W4A4", "W4A4 ", "W4A4g128", "W-4A4", "W٤A4", "W4A٨", 44, None],
     ],
 )
 def test_parse_names_value_rule_and_remedy(name):
@@ -51,7 +51,7 @@ RULES = {  # field -> rule, values that break it
     "weight_bits": ("an integer from 2 to 8", [1, 9, 4.0, "4"]),
     "activation_bits": ("an integer from 3 to 8, or 16 for floating point", [2, 12, True]),
     "group_size": (
-        "-1 (whole row) or an integer of at least 8; 128 is usual",
+        "-1 (whole row) or an integer from 8 to 1048576; 128 is usual",
         [0, -2, 7, 2**20 + 1, 128.0],
     ),
     "symmetric": ("True or False", [1, None]),

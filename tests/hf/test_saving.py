@@ -387,6 +387,11 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_work(tmp_path, m
     assert os.listdir(tmp_path / "empty") == []
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert saving.check_output("~/out", overwrite=False) == tmp_path.resolve() / "out"
+
+
 def test_a_failed_save_takes_the_folders_above_it_away_again(save, tmp_path, monkeypatch):
     fail_at_second_shard(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(OSError, match="nothing was changed"):

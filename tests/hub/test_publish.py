@@ -779,7 +779,7 @@ def test_quantize_and_push(hub, source, tmp_path, capsys, no_waiting):
     words = ["quantize", str(source), *options, "--push-to-hub", REPO, "--private"]
     assert main(words) == 1
     captured = capsys.readouterr()
-    assert "saved in out" in captured.out
+    assert f"saved in {output}\n" in captured.out
     pattern = r"^qvlm: error: me/tiny: the Hub is out of order.* this publishes it: qvlm (.*)\n$"
     again = re.search(pattern, captured.err)[1]
     hub.heal()

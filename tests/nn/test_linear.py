@@ -116,6 +116,18 @@ def test_forward_keeps_the_dtype_of_its_input(dtype):
     torch.testing.assert_close(y.float(), module(x.to(dtype).float()), rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("reference", [False, True])
+def test_forward_takes_floating_point_alone(granularity, dtype, reference):
+    module, _, x, _ = quantized(scheme_of(granularity))
+    module.reference = reference
+    message = rf"^an input of {dtype} is no floating point: convert it, as by x\.float\(\)\.$"
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+            module(x.to(dtype))
+
+
 def test_from_packed_takes_tensors_bias_and_mode():
     scheme = scheme_of()
     _, linear, _, tensors = quantized(scheme, dtype=torch.bfloat16)
@@ -241,6 +253,37 @@ def test_state_dict_round_trip(granularity):
     other = QVLMLinear(IN, OUT, module.scheme, bias=True, dtype=torch.float32, positions=POSITIONS)
     other.load_state_dict(torch.load(buffer), strict=True)
     assert torch.equal(other(x), module(x))
+
+
+SPOILED = {
+    "half": lambda tensor: tensor.half(),
+    "bfloat16": lambda tensor: tensor.bfloat16(),
+    "average": lambda tensor: (tensor + tensor) / 2,
+    "int64": lambda tensor: tensor.long(),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_takes_no_other_type_for_integers(spoil, granularity, assign):
+    module, _, x, _ = quantized(scheme_of(granularity))
+    expected = module(x)
+    whole = nn.Sequential(module)
+    good = whole.state_dict()
+    integers = [name for name, tensor in good.items() if not tensor.is_floating_point()]
+    assert "0.weight" in integers
+    for name in integers:
+        spoiled = SPOILED[spoil](good[name])
+        words = rf"{name} holds {spoiled.dtype}, not {good[name].dtype}: .*model\.dequantize\(\)"
+        with pytest.raises(RuntimeError, match=words):
+            whole.load_state_dict(good | {name: spoiled}, assign=assign)
+        assert torch.equal(module(x), expected)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        whole.load_state_dict(good | {"0.weight": good["0.weight"][:, 1:]}, assign=assign)
+    widened = {name: good[name].float() for name in good.keys() - set(integers)}
+    whole.load_state_dict(good | widened)  # floats in other types load as ever
+    assert torch.equal(module(x), expected)
 
 
 @pytest.mark.parametrize("weight_bits", range(2, 9))

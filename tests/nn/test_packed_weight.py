@@ -8,6 +8,7 @@ import pytest
 import torch
 from packing_by_hand import pack_linear
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.format.scheme import QuantScheme
@@ -225,3 +226,32 @@ def test_the_form_has_no_values(module, name):
         BY_ADAPTERS(module).requires_grad_()
     with pytest.raises(ValueError, match=UNTRAINABLE):
         require_gradient(BY_ADAPTERS(module))
+
+
+def assign(module):
+    module.weight = nn.Parameter(torch.rand(64, 64))
+
+
+REPLACEMENTS = {
+    "assigned": assign,
+    "deleted": lambda m: delattr(m, "weight"),
+    "registered": lambda m: m.register_parameter("weight", nn.Parameter(torch.rand(64, 8))),
+    "l1 pruning": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "random pruning": lambda m: prune.random_unstructured(m, "weight", 0.5),
+    "custom pruning": lambda m: prune.custom_from_mask(m, "weight", torch.ones(64, 8)),
+    "norm pruning": lambda m: prune.ln_structured(m, "weight", 0.5, 2, 0),
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+}
+REPLACED = "^a quantized module's packed weight cannot be replaced, pruned or parametrized: call "
+
+
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_replacing_it_raises_one_line_and_changes_nothing(module, name):
+    x = torch.rand(2, 64)
+    before, expected = module.state_dict(), module(x)
+    with pytest.raises(ValueError, match=rf"{REPLACED}|{REFUSED}"):
+        REPLACEMENTS[name](module)
+    assert module.state_dict().keys() == before.keys()
+    assert torch.equal(module(x), expected)

@@ -100,7 +100,7 @@ def _recognise(row: Row) -> _Format | None:
 
 
 def _sample(row: Row, layout: _Format) -> Sample:
-    known = layout.known | {"kind", "id"}
+    known = layout.known | {"kind", "id"} | _system_keys(row.value)
     fields = {key: value for key, value in row.value.items() if key not in known}
     check_keys(fields, layout.required, layout.optional, row)
     check_rivals(fields, layout.marker, row)
@@ -109,6 +109,10 @@ def _sample(row: Row, layout: _Format) -> Sample:
     if kind is not None and not isinstance(kind, str):
         raise row.error("kind", f"is {type(kind).__name__}", "give text")
     messages, pictures = layout.convert(record, row)
+    for key in sorted(_system_keys(record)):
+        if messages[0]["role"] == "system":
+            raise row.error(key, "stands beside another system prompt", "keep one of them")
+        messages.insert(0, _turn("system", _text(record[key], key, row)))
     if layout.marker in CHATS:
         check_chat(fields, layout.required | layout.optional, messages, pictures, row)
     if layout.marker == "choices":
@@ -116,6 +120,15 @@ def _sample(row: Row, layout: _Format) -> Sample:
     return Sample(
         messages=tuple(messages), origin=row.origin, kind=kind, image_keys=tuple(pictures)
     )
+
+
+def _system_keys(record: Mapping[str, Any]) -> set[str]:
+    """Keys beside the chat whose text is a system prompt: it becomes the first turn."""
+    return {
+        key
+        for key in ("system", "system_prompt")
+        if isinstance(record.get(key), str) and record[key].strip()
+    }
 
 
 def _present(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +176,7 @@ def _image(value: object, key: str, row: Row) -> Path | Image.Image:
         raise row.error(key, f"is {type(value).__name__}", remedy)
     if _URL.match(str(value)):
         raise row.error(key, f'is a URL ("{str(value)[:80]}")', f"{_FROM_DISK} path")
-    return row.folder / value
+    return row.folder / os.path.expanduser(value)
 
 
 def _turn(role: str, *parts: str | Path | Image.Image) -> Message:

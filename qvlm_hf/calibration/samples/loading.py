@@ -51,11 +51,12 @@ def dataset_name(dataset: object) -> str:
     """How a record names a source: a file or folder without its path, a Hub id, or a class."""
     if not isinstance(dataset, (str, os.PathLike)):
         return f"{type(dataset).__name__} in memory"
-    path = Path(dataset)
+    path = Path(os.path.expanduser(dataset))
     if path.exists():
         return path.resolve().name
     head, _, split = str(dataset).rpartition(":")
-    return f"{Path(head).resolve().name}:{split}" if head and Path(head).is_dir() else str(dataset)
+    folder = Path(os.path.expanduser(head))
+    return f"{folder.resolve().name}:{split}" if head and folder.is_dir() else str(dataset)
 
 
 def hold_out(

@@ -77,6 +77,7 @@ def render(sample: Sample, processor: Processor) -> tuple[str, list[int]]:
         except Exception as error:  # a template is foreign code: it may raise anything
             problem = f"the processor's chat template fails on this sample ({first_line(error)})"
             raise ValueError(f"{sample.origin}: {problem}") from error
+        _check_system(sample, str(text))
         return str(text)
 
     if sample.answer is None:
@@ -92,6 +93,15 @@ def render(sample: Sample, processor: Processor) -> tuple[str, list[int]]:
         text += tokenizer.eos_token or ""
     ids = _tokens(text, tokenizer)
     return text, ids[_shared(ids, _tokens(prompt, tokenizer)) :]
+
+
+def _check_system(sample: Sample, text: str) -> None:
+    """Refuses a template that drops the system prompt without a word."""
+    first = sample.messages[0]
+    said = [part["text"].strip() for part in first["content"] if part["type"] == "text"]
+    if first["role"] == "system" and not all(one in text for one in said):
+        problem = "the chat template does not show the system prompt"
+        raise sample_error(place(sample.origin), problem, "remove it, or use another template")
 
 
 def _render_question(sample: Sample, processor: Any) -> tuple[str, list[int]]:

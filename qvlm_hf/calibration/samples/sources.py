@@ -70,6 +70,8 @@ def read_rows(dataset: object, num_samples: int | None, seed: int) -> list[Row]:
         ValueError: it cannot be read, or is nothing that could be.
     """
     if isinstance(dataset, (str, os.PathLike)):
+        if not os.fspath(dataset):
+            raise sample_error("dataset", "is empty", "give a path, a Hub id, or a list of samples")
         return _read_path(dataset, num_samples, seed)
     if not isinstance(dataset, (list, tuple)):
         _check_type(dataset)
@@ -161,7 +163,7 @@ def _shows_picture(value: object, depth: int = _DEPTH) -> bool:
 
 
 def _read_path(dataset: "str | os.PathLike[str]", num_samples: int | None, seed: int) -> list[Row]:
-    path = Path(dataset)
+    path = Path(os.path.expanduser(dataset))
     if path.is_file():
         if path.suffix not in (".json", ".jsonl"):
             remedy = "give a .jsonl file, a .json file with a list, or a ScienceQA folder"
@@ -173,8 +175,8 @@ def _read_path(dataset: "str | os.PathLike[str]", num_samples: int | None, seed:
     if path.is_dir():
         return _read_scienceqa(path, "train")
     head, _, split = str(dataset).rpartition(":")
-    if head and Path(head).is_dir():
-        return _read_scienceqa(Path(head), split)
+    if head and (folder := Path(os.path.expanduser(head))).is_dir():
+        return _read_scienceqa(folder, split)
     hub_id = _HUB_ID.fullmatch(dataset) if isinstance(dataset, str) else None
     if hub_id and path.suffix not in (".json", ".jsonl"):
         return _read_hub(hub_id["name"], hub_id["split"] or "train", num_samples, seed)

@@ -131,6 +131,26 @@ def test_template_with_bos_gets_no_second(processor):
     assert torch.equal(with_bos.inputs["input_ids"], without.inputs["input_ids"])
 
 
+@pytest.mark.parametrize("key", ["messages", "system"])
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_system_prompt_is_in_the_text_or_refused(key, shown):
+    processor = tiny_processor()
+    loop = TURNS if shown else TURNS.replace("in messages", "in messages if m['role'] != 'system'")
+    processor.chat_template = loop + "{% endfor %}{{ ' ' }}{% endfor %}" + PROMPT
+    row = {"question": "what ?", "image": None, "answer": "red", "system": "which shape"}
+    if key == "messages":
+        turns = [("system", "which shape"), ("user", "what ?"), ("assistant", "red")]
+        row = chat(*({"role": role, "content": text} for role, text in turns))
+    samples = load_samples([row])
+    if shown:
+        ids = collate(samples, processor).inputs["input_ids"][0]
+        assert "which shape" in processor.tokenizer.decode(ids)
+        return
+    message = r"^dataset\[0\]: the chat template does not show the system prompt; remove it, or use"
+    with pytest.raises(ValueError, match=message):
+        collate(samples, processor)
+
+
 def test_nothing_is_truncated(processor):
     own = tiny_processor()
     own.tokenizer.model_max_length = 10

@@ -55,6 +55,34 @@ def test_chat_content_may_be_text_and_images_may_be_in_memory():
     assert sample.images()[0].tobytes() == RED.tobytes()
 
 
+RECORDS = {
+    "messages": {"messages": CHAT},
+    "conversations": {"image": "a.png", "conversations": LLAVA},
+    "question": GOOD,
+    "choices": {"question": "q", "choices": ["a", "b"], "answer": 1},
+}
+
+
+@pytest.mark.parametrize("layout", RECORDS)
+@pytest.mark.parametrize("key", ["system", "system_prompt"])
+def test_a_system_prompt_beside_the_chat_is_its_first_turn(folder, caplog, layout, key):
+    record = RECORDS[layout]
+    (plain,) = load_samples(write_lines(folder, record))
+    (sample,) = load_samples(write_lines(folder, {**record, key: "be short"}))
+    assert sample.messages[0] == {
+        "role": "system",
+        "content": [{"type": "text", "text": "be short"}],
+    }
+    assert sample.messages[1:] == plain.messages
+    assert sample.image_keys == plain.image_keys
+    assert not notes(caplog)
+    for nothing in ("", " ", None):
+        assert load_samples(write_lines(folder, {**record, key: nothing})) == [plain]
+    both = {**record, "system": "a", "system_prompt": "b"}
+    message = 'data.jsonl:1: key "system_prompt" stands beside another system prompt; keep one of'
+    assert message in refusal(write_lines(folder, both))
+
+
 def test_llava_placeholders_keep_their_place(folder):
     turns = [
         {"from": "human", "value": "first <image> then <image>\n?"},

@@ -54,6 +54,26 @@ def test_pictures_of_8_bits_are_what_transformers_makes_of_them(mode):
     assert (found.mode, found.size, found.tobytes()) == ("RGB", expected.size, expected.tobytes())
 
 
+@pytest.mark.parametrize(
+    "kind", ["P with transparency", "P of an RGBA", "RGBA", "transparent", "LA"]
+)
+@pytest.mark.parametrize("ending", ["png", "webp"])
+def test_files_with_transparency_are_what_transformers_makes_of_them(folder, kind, ending):
+    from transformers.image_utils import load_image
+
+    picture = gradient(kind if kind in ("P with transparency", "LA") else "RGBA")
+    if kind == "P of an RGBA":
+        picture = picture.quantize(16)
+    if kind == "transparent":
+        picture.putalpha(0)
+    path = folder / f"seen.{ending}"
+    picture.save(path, **({"lossless": True, "exact": True} if ending == "webp" else {}))
+    (sample,) = load_samples([asked(path)])
+    (found,) = sample.images()
+    expected = load_image(str(path))
+    assert (found.mode, found.size, found.tobytes()) == ("RGB", expected.size, expected.tobytes())
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.tiff", None, "big-endian"])
 def test_pictures_of_16_bits_keep_their_content(folder, name):
     values = np.array([[0, 257, 300, 32896], [65535, 25700, 25828, 128]], dtype=np.uint16)

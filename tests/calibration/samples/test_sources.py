@@ -11,7 +11,7 @@ from PIL import Image
 from sample_rows import GOOD, RED, TEXT_PART, chat, refusal, sample_folder, user, write_lines
 from sample_rows import user_parts as parts
 
-from qvlm_hf.calibration.samples import hold_out, load_samples
+from qvlm_hf.calibration.samples import dataset_name, hold_out, load_samples
 
 folder = sample_folder
 
@@ -230,6 +230,7 @@ def columns():
     ("source", "expected"),
     [
         ([], "dataset has no samples"),
+        ("", "dataset is empty; give a path, a Hub id, or a list of samples"),
         (3, "dataset is int; give a path"),
         ("gone.jsonl", "gone.jsonl: no such file or folder"),
         ("data/train.jsonl", "data/train.jsonl: no such file or folder"),
@@ -256,6 +257,21 @@ def columns():
 )
 def test_near_misses_say_what_to_give(source, expected):
     assert expected in refusal(source)
+
+
+@pytest.mark.parametrize("form", ["file", "picture", "scienceqa", "split"])
+def test_a_tilde_is_the_home_directory(folder, monkeypatch, form):
+    monkeypatch.setenv("HOME", str(folder))
+    write_lines(folder, GOOD)
+    row = {"question": "q", "choices": ["a"], "answer": 0, "split": "train"}
+    (folder / "problems.json").write_text(json.dumps({"1": row}))
+    (folder / "pid_splits.json").write_text('{"train": ["1"]}')
+    forms = {"file": "~/data.jsonl", "picture": [GOOD | {"image": "~/a.png"}]}
+    source = forms | {"scienceqa": "~", "split": "~:train"}
+    (sample,) = load_samples(source[form])
+    assert len(sample.images()) == (form in ("file", "picture"))
+    names = {"file": "data.jsonl", "scienceqa": folder.name, "split": f"{folder.name}:train"}
+    assert dataset_name(source[form]) == names.get(form, "list in memory")
 
 
 def test_folders_of_something_else_are_refused(tmp_path):
