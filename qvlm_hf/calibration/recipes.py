@@ -56,7 +56,7 @@ def compare_recipes(
     first = _first_recipes(settings, rotatable)
     others = [n for n in _VARIED if getattr(settings, n) == getattr(Options, n)]
     counter = steps("recipes", len(first) + len(others))
-    trials = []
+    trials: list[RecipeTrial] = []
 
     def take(recipe: Recipe) -> None:
         trials.append(measure(recipe))
