@@ -30,7 +30,6 @@ _QUICK: dict[str, Any] = {
     "optimize_vision": None,
     "precision_budget": None,
 }
-
 _VARIED = ("equalization", "written_text")
 
 Recipe = dict[str, Any]
@@ -57,7 +56,7 @@ def compare_recipes(
     first = _first_recipes(settings, rotatable)
     others = [n for n in _VARIED if getattr(settings, n) == getattr(Options, n)]
     counter = steps("recipes", len(first) + len(others))
-    trials = []
+    trials: list[RecipeTrial] = []
 
     def take(recipe: Recipe) -> None:
         trials.append(measure(recipe))
@@ -98,14 +97,6 @@ def text_rows(samples: int) -> int:
 def trial(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:
     """The settings of a quick trial of a recipe."""
     return replace(settings, recipe=None, **recipe, **_QUICK)
-
-
-def best_recipe(trials: Sequence[RecipeTrial]) -> RecipeTrial:
-    """The trial whose divergences of answers and of text have the lowest product.
-
-    A recipe may not buy one with the other; in a product only ratios count.
-    """
-    return min(trials, key=lambda found: found.answer_kl * found.text_kl)
 
 
 @torch.no_grad()
