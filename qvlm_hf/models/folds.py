@@ -92,10 +92,12 @@ def why_not_rotatable(model: nn.Module) -> str:
     Raises:
         ValueError: as `resolve`.
     """
+    parts = find_parts(model)
+    writing = [(projector, parts.projector_kind) for projector in parts.projectors]
     return next(
         (
             f"{type(layer).__name__} cannot be rotated, because {kind.no_rotation}"
-            for layer, kind in find_layers(find_parts(model).language)
+            for layer, kind in (*writing, *find_layers(parts.language))
             if kind.no_rotation
         ),
         "",
