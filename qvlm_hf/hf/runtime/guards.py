@@ -1,7 +1,8 @@
 """What a quantized model refuses: a broken result, or one that hides what full precision shows.
 
 - NaN may be turned into a number (by kernels of GPUs), and says nothing of where it came from. So
-  NaN and infinity are looked for where they enter, once per call: pixels, picture features, `inputs_embeds`, and what the language model gives its head.
+  NaN and infinity are looked for where they enter, once per call: pixels, picture features,
+  `inputs_embeds`, and what the language model gives its head.
   A single token is not looked at unless the head is quantized too: its NaN shows in the logits.
   Compiled and traced calls are not looked at.
 - Packed weights cannot be loaded without their configuration, so a part is not saved alone.
