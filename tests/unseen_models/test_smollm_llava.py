@@ -52,7 +52,8 @@ def test_it_is_quantized_from_a_few_chats(full, tmp_path, scheme):
     report = model.hf_quantizer.report
     assert len(report.modules) == 5 * 6 + 2 + 30 * 7
     assert report.decode_check.tokens > 0
-    assert not report.warnings
+    # of a model this small the embeddings are much
+    assert all("of the weights are quantized" in warning for warning in report.warnings)
     assert perplexity(model, full) <= bound
 
     samples = load_samples(path / "test.jsonl", num_samples=3)
