@@ -172,7 +172,9 @@ def test_nothing_is_truncated(processor):
         ),
         (
             "{% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}",
-            r"^dataset\[0\]: LlavaProcessor refuses this batch \(The total number of <image>",
+            # in Transformers 5.21 the processor does not count
+            r"^dataset\[0\]: (LlavaProcessor refuses this batch \(The total number of <image>"
+            r"|0 picture tokens for 1 pictures)",
         ),
     ],
 )
