@@ -19,7 +19,8 @@ from qvlm_hf.calibration.samples import (
 from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.models.families import check_row
-from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
+from qvlm_hf.quantize import CHECK_SAMPLES, round_and_pack
+from qvlm_hf.recipes import calibrate_with_best_recipe
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -78,7 +79,7 @@ def calibrate(
         samples = synthesize(model, config.processor, count, seed=config.seed)
     fitting = without_too_long(samples or (), config.processor, longest_sample(model))
     chosen, held_out = hold_out(fitting, config.num_samples, config.seed)
-    report = calibrate_and_pack(
+    report = calibrate_with_best_recipe(
         model, config.settings(), chosen, config.processor,
         held_out=held_out, callbacks=config.callbacks or (ProgressBar(),),
     )  # fmt: skip
