@@ -69,7 +69,7 @@ class RoundOnLoad(ConversionOps):
             self._replace_experts(full_layer_name, weights[full_layer_name], model)
             (missing_keys or set()).discard(full_layer_name)
             return {}
-        loaded = {}
+        loaded: dict[str, Tensor] = {}
         for path, weight in weights.items():
             name = path.rpartition(".")[0]
             module: Any = model.get_submodule(name)
