@@ -20,12 +20,15 @@ as it was.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qvlm_hf.calibration.layers import capture_inputs
+from qvlm_hf.calibration.layers import LayerInput, capture_inputs
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
@@ -45,6 +48,7 @@ from qvlm_hf.calibration.report import (
     SiteReport,
     settings_dict,
 )
+from qvlm_hf.calibration.resume import SavedSteps, made_from
 from qvlm_hf.calibration.rounding import (
     read_without_row,
     rounding_report,
@@ -107,6 +111,7 @@ def calibrate_and_pack(
     *,
     held_out: Sequence[Sample] = (),
     callbacks: Sequence[Any] = (),
+    resume_dir: Path | None = None,
 ) -> CalibrationReport:
     """Quantizes a model in place with the paper's cross-layer-dependency search.
 
@@ -118,6 +123,8 @@ def calibrate_and_pack(
         held_out: samples that calibration does not see, for the self-check; without any it uses
             calibration samples and says so.
         callbacks: objects with `on_step(name, done, total)`.
+        resume_dir: where finished steps are kept, from `check_resume_dir`; those of a calibration
+            that was stopped are not repeated.
 
     Returns:
         The record of the calibration.
@@ -125,7 +132,8 @@ def calibrate_and_pack(
     Raises:
         ValueError: unsupported model, a module that no sample reaches, a sample that it has no
             positions for, NaN in weights or activations; under `settings.strict` also a model that
-            collapsed. The model is then unchanged.
+            collapsed; `resume_dir` belongs to another calibration. The model is then unchanged.
+        OSError: `resume_dir` cannot be written. Likewise.
     """
     longest = longest_sample(model)
 
@@ -135,19 +143,26 @@ def calibrate_and_pack(
     with experts_split(model, keep=True):
         obstacle = why_not_rotatable(model) if settings.rotation == "auto" else ""
         _check_weights(_resolve_segments(model, settings))
+        data, kept = make_batches(by_picture(samples)), SavedSteps()
+        if resume_dir is not None:
+            origin = made_from(model, settings, [*samples, *held_out], data)
+            kept = SavedSteps(resume_dir, origin)
         trials: tuple[RecipeTrial, ...] = ()
         if settings.recipe == "auto":
-            trials = _compare_recipes(
-                model, settings, samples, held_out, make_batches, callbacks, not obstacle
-            )
+            compare = partial(
+                _compare_recipes,
+                model, settings, samples, held_out, make_batches, callbacks, not obstacle, kept,
+            )  # fmt: skip
+            trials = kept.once("recipes", compare)
             settings = replace(settings, recipe=None, **trials[0].fields)
         settings = settings.for_model(rotatable=not obstacle)
         calibration = Calibration(
             model=model,
             settings=settings,
             segments=_resolve_segments(model, settings),
-            data=make_batches(by_picture(samples)),
+            data=data,
             callbacks=callbacks,
+            kept=kept,
         )
         found = calibration.found
         found["recipes"] = trials
@@ -161,10 +176,15 @@ def calibrate_and_pack(
             with calibration.timed("inputs"):
                 _capture_segment_inputs(calibration, len(samples))
             with calibration.timed("sensitivity"):
-                calibration.precisions = choose_precisions(calibration)
+                calibration.precisions, measured = kept.once(
+                    "precisions", partial(choose_precisions, calibration)
+                )
+                found |= measured
             if settings.token_importance:
                 with calibration.timed("importance"):
-                    calibration.importance = token_importance(calibration)
+                    calibration.importance = kept.once(
+                        "importance", partial(token_importance, calibration)
+                    )
             _learn_vision_ranges(calibration)
             modules = _search(calibration)
             with calibration.timed("check"):
@@ -222,6 +242,7 @@ def _compare_recipes(
     make_batches: Callable[[Sequence[Sample]], list[Batch]],
     callbacks: Sequence[Any],
     rotatable: bool,
+    kept: SavedSteps,
 ) -> tuple[RecipeTrial, ...]:
     """Tries recipes, each on few samples and judged by others, and puts the best one first."""
     few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
@@ -252,8 +273,11 @@ def _compare_recipes(
         kls = [check.kl for check in checks if check is not None]
         return RecipeTrial(fields=recipe, answer_kl=kls[0], text_kl=kls[-1])  # text is never None
 
-    progress = Calibration(model=model, settings=settings, callbacks=callbacks)
-    return compare_recipes(settings, measure, progress.steps, rotatable=rotatable)
+    def measure_once(recipe: dict[str, Any]) -> RecipeTrial:
+        return kept.once(f"recipe-{next(numbers)}", partial(measure, recipe))
+
+    numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
+    return compare_recipes(settings, measure_once, progress.steps, rotatable=rotatable)
 
 
 def _with_text(calibration: Calibration, samples: int) -> Sequence[Batch]:
@@ -330,7 +354,7 @@ def _learn_vision_ranges(calibration: Calibration) -> None:
     if settings.optimize_vision is None:
         return
     with calibration.timed("vision"):
-        vision = optimize_vision(calibration)
+        vision = calibration.kept.once("vision", partial(optimize_vision, calibration))
     if vision is not None:
         calibration.learned, calibration.dependencies = vision.ranges, vision.dependencies
         found["vision"] = vision.report
@@ -357,11 +381,12 @@ def _search(calibration: Calibration) -> _Modules:
     layers = sum(len(segment.layers) for segment in calibration.segments)
     steps = calibration.steps("search", layers)
     with ExitStack() as below:
-        for segment in calibration.segments:
+        for place, segment in enumerate(calibration.segments):
             # eq. 4: how much each layer depends on the one before it
+            measure = partial(layer_dependencies, calibration, segment)
             with calibration.timed("entropy"):
                 dependencies, threshold = calibration.dependencies.get(segment.name) or (
-                    layer_dependencies(calibration, segment),
+                    calibration.kept.once(f"entropies-{place}", measure),
                     settings.entropy_threshold,
                 )
             # eq. 7: layers that depend on each other form a block
@@ -369,12 +394,9 @@ def _search(calibration: Calibration) -> _Modules:
                 dependencies, max_block_depth=settings.max_block_depth, threshold=threshold
             )
             # eq. 3: ranges of a block are searched jointly, on the outputs of the quantized layers
-            inputs = calibration.inputs[segment.name]
-            if modules:
-                with calibration.timed("inputs"):
-                    inputs = capture_inputs(model, calibration.data, [segment])[segment.name]
+            record = partial(_quantized_inputs, calibration, segment, first=not modules)
             searched = []
-            for block in search_segment(calibration, segment, blocks, inputs):
+            for block in search_segment(calibration, segment, blocks, record):
                 modules |= _pack_block(model, block)
                 searched.append(block)
                 steps.advance(len(block.layers))
@@ -401,6 +423,16 @@ def _search(calibration: Calibration) -> _Modules:
         "routing": tuple(routing),
     }
     return modules
+
+
+def _quantized_inputs(
+    calibration: Calibration, segment: Segment, *, first: bool
+) -> list[LayerInput]:
+    """What enters a segment now that those below it run quantized; below the first is none."""
+    if first:
+        return calibration.inputs[segment.name]
+    with calibration.timed("inputs"):
+        return capture_inputs(calibration.model, calibration.data, [segment])[segment.name]
 
 
 def _pack_block(model: nn.Module, block: SearchedBlock) -> _Modules:
