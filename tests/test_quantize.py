@@ -216,7 +216,7 @@ def test_auto_takes_the_recipe_that_it_measured_best():
     model, report = calibrate(recipe="auto", **options)
     assert [tried.fields["rotation"] for tried in report.recipes[:2]] != [None, None]
     best = report.recipes[0]
-    assert best.answer_kl * best.text_kl == min(t.answer_kl * t.text_kl for t in report.recipes)
+    assert best.answer_kl + best.text_kl == min(t.answer_kl + t.text_kl for t in report.recipes)
     fixed, expected = calibrate(**options | best.fields)
     first, second = model.state_dict(), fixed.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in second)

@@ -23,6 +23,7 @@ from qvlm_hf.models.graph import Layer, Segment
 
 __all__ = [
     "LayerInput",
+    "Reached",
     "capture_inputs",
     "count_tokens",
     "frozen",
@@ -78,7 +79,7 @@ class LayerInput:
             )
 
 
-class _Reached(Exception):  # noqa: N818 - control flow, not an error
+class Reached(Exception):  # noqa: N818 - control flow, not an error
     """The last module asked for has been entered; what comes after it need not run."""
 
 
@@ -118,7 +119,7 @@ def capture_inputs(
                 recorder = _Recorder(segment, batch, seen, last=segment is segments[-1])
                 stack.enter_context(recorder.attached())
             stack.enter_context(torch.no_grad())
-            stack.enter_context(suppress(_Reached))
+            stack.enter_context(suppress(Reached))
             run_model(model, batch)
     return captured
 
@@ -184,7 +185,7 @@ class _Recorder:
                 added if added is not None and added.any() else None,
             )
         if self._last and layer is self._segment.layers[-1]:
-            raise _Reached
+            raise Reached
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self._output = _hidden_states(output)

@@ -85,8 +85,11 @@ def _first_recipes(settings: CalibrationSettings, rotatable: bool) -> list[Recip
 
 
 def _best(trials: Sequence[RecipeTrial]) -> RecipeTrial:
-    """The lowest product of divergences: what is bought with one may not cost more of the other."""
-    return min(trials, key=lambda found: found.answer_kl * found.text_kl)
+    """The lowest sum of divergences.
+
+    A product would have no floor: where one divergence is next to nothing, its noise would decide.
+    """
+    return min(trials, key=lambda found: found.answer_kl + found.text_kl)
 
 
 def text_rows(samples: int) -> int:

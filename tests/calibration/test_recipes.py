@@ -39,7 +39,7 @@ def compare(settings, kls, rotatable=True):
         settings, measure, lambda name, total: Steps(name, [told], total), rotatable=rotatable
     )
     assert told.steps == [("recipes", done, len(made)) for done in range(len(made) + 1)]
-    assert found[0] is min(made, key=lambda tried: tried.answer_kl * tried.text_kl)
+    assert found[0] is min(made, key=lambda tried: tried.answer_kl + tried.text_kl)
     assert sorted(map(id, found)) == sorted(map(id, made))
     return made
 
@@ -83,6 +83,24 @@ def test_other_fields_are_varied_on_the_best_of_the_first():
     assert [made.fields for made in compare(auto(), kls)][4:] == varied
     assert [made.fields for made in compare(auto(equalization=False), kls)][4:] == varied[1:]
     assert len(compare(auto(**FIXED), kls)) == 4
+
+
+def test_noise_of_a_divergence_that_is_next_to_nothing_does_not_decide():
+    """Rotation costs answers a third more, and takes .0002 off text: by a product it would win."""
+
+    def kls(recipe):
+        return (0.4, 0.0001) if recipe["rotation"] else (0.3, 0.0003)
+
+    made = compare(auto(**FIXED), kls)
+    best = min(made, key=lambda tried: tried.answer_kl * tried.text_kl)
+    assert best.fields["rotation"] == "hadamard"
+    found = compare_recipes(
+        auto(**FIXED),
+        lambda recipe: RecipeTrial(fields=recipe, answer_kl=kls(recipe)[0], text_kl=kls(recipe)[1]),
+        lambda name, total: Steps(name, [], total),
+        rotatable=True,
+    )
+    assert found[0].fields["rotation"] is None
 
 
 def test_a_trial_is_quick_and_compares_nothing_itself():

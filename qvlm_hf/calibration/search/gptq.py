@@ -9,6 +9,8 @@ Legend: O out_features, I in_features, G groups.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +18,15 @@ from torch import Tensor, nn
 
 from qvlm_hf.calibration.layers import (
     LayerInput,
+    Reached,
     observe_inputs,
     routed,
     run_layer,
     valid_tokens,
 )
 from qvlm_hf.calibration.search.sites import QuantizedSite
-from qvlm_hf.format.grids import QuantizedWeight, group_expand
+from qvlm_hf.format.grids import QuantizedWeight
+from qvlm_hf.models.experts import rows_of
 
 __all__ = ["gptq_round", "gptq_round_layer"]
 
@@ -56,12 +60,24 @@ def gptq_round_layer(
         for part, hessian in zip(
             parts, _hessians(layer, parts, inputs, hidden, tokens), strict=True
         ):
-            part.set_weights(
-                [
-                    gptq_round(part.folded_weight(index), hessian, start, part.scheme.weight_bits)
-                    for index, start in enumerate(part.quantized_weights())
-                ]
-            )
+            part.set_weights(_round_siblings(part, hessian))
+
+
+def _round_siblings(site: QuantizedSite, hessian: Tensor) -> list[QuantizedWeight]:
+    """Rounds the modules that share an input as one: rows do not depend on each other."""
+    starts = site.quantized_weights()
+    values, scale, zero_point = (
+        torch.cat(parts)
+        for parts in zip(*((q.values, q.scale, q.zero_point) for q in starts), strict=True)
+    )
+    weight = torch.cat([site.folded_weight(index) for index in range(len(starts))])
+    start = QuantizedWeight(values, scale, zero_point, starts[0].group_length)
+    integers = gptq_round(weight, hessian, start, site.scheme.weight_bits).values
+    rows = [len(own.values) for own in starts]
+    return [
+        replace(own, values=part.clone())
+        for own, part in zip(starts, integers.split(rows), strict=True)
+    ]
 
 
 def _hessians(
@@ -73,7 +89,8 @@ def _hessians(
 ) -> list[Tensor]:
     """Of each site the weighted sum of a a^T over valid tokens, float32 [I, I].
 
-    W' is multiplied by a.
+    W' is multiplied by a. The layer runs no further than to the input of a site; experts are
+    several, and a batch may not reach each.
     """
     modules = {index: site.linears[0] for index, site in enumerate(sites)}
     totals = [
@@ -95,8 +112,10 @@ def _hessians(
                 a = a * counts.sqrt().unsqueeze(-1)
             a = valid_tokens(a, routed(entry.valid, first, x))
             totals[index].addmm_(a.T, a)
+            if len(sites) == 1 and rows_of(first) is None:
+                raise Reached
 
-        with observe_inputs(modules, add):
+        with observe_inputs(modules, add), suppress(Reached):
             run_layer(layer, [entry], [h])
     return totals
 
@@ -120,42 +139,44 @@ def gptq_round(
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("the Hessian of the inputs holds NaN or infinity: check weights and data.")
-    length = weight.shape[1]
-    scale = group_expand(start.scale, start.group_length, length).float()
-    zero = group_expand(start.zero_point, start.group_length, length).float()
-    top = 2**bits - 1
+    length, top = weight.shape[1], 2**bits - 1
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order])
-    rest, scale, zero = weight.float()[:, order].clone(), scale[:, order], zero[:, order]
-    values = torch.empty_like(rest)
+    rest, integers = weight.float()[:, order], torch.empty_like(start.values)
     for begin in range(0, length, _CHUNK):
         end = min(begin + _CHUNK, length)
+        columns = order[begin:end]
+        groups = columns // start.group_length
         # columns as rows: what an operation touches lies together in memory
-        chunk, scales, zeros = (part[:, begin:end].T.contiguous() for part in (rest, scale, zero))
-        errors = torch.empty_like(chunk)
+        chunk, scales, zeros = (
+            part.T.contiguous().float()
+            for part in (rest[:, begin:end], start.scale[:, groups], start.zero_point[:, groups])
+        )
+        values, errors = torch.empty_like(chunk), torch.empty_like(chunk)
         for k in range(end - begin):
             column = begin + k
-            value = (torch.div(chunk[k], scales[k]).round_() + zeros[k]).clamp_(0, top)
-            values[:, column] = value
-            error = chunk[k] - (value - zeros[k]) * scales[k]
+            values[k] = (torch.div(chunk[k], scales[k]).round_() + zeros[k]).clamp_(0, top)
+            error = chunk[k] - (values[k] - zeros[k]) * scales[k]
             torch.div(error, factor[column, column], out=errors[k])
             chunk[k + 1 :] -= errors[k] * factor[column, column + 1 : end, None]
+        integers[:, columns] = values.T.to(torch.uint8)
         rest[:, end:] -= errors.T.contiguous() @ factor[begin:end, end:]
-    integers = torch.empty_like(start.values)
-    integers[:, order] = values.to(torch.uint8)
-    return QuantizedWeight(integers, start.scale, start.zero_point, start.group_length)
+    return replace(start, values=integers)
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the damped Hessian's inverse, float32 [I, I]."""
+    """Upper Cholesky factor of the damped Hessian's inverse, float32 [I, I].
+
+    With rows and columns in reverse order, the factor of H itself is the inverse of that factor.
+    """
     h = hessian.double()
-    mean = torch.diagonal(h).mean().clamp(min=torch.finfo(torch.float32).tiny)
+    diagonal = torch.diagonal(h).clone()
+    mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     damping = _DAMPING
     while True:
-        damped = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        torch.diagonal(h).copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper.float()
+            identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
         damping *= 10

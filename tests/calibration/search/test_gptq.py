@@ -4,8 +4,12 @@ import itertools
 
 import pytest
 import torch
+from tiny_calibrations import tiny_calibration, tiny_site
 
+from qvlm_hf.calibration.layers import observe_inputs, run_layer
 from qvlm_hf.calibration.search import gptq
+from qvlm_hf.calibration.search.ranges import initialize_sites
+from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.format.grids import group_expand, quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
 
@@ -96,6 +100,53 @@ def test_the_chunk_changes_only_the_speed(monkeypatch):
     monkeypatch.setattr(gptq, "_CHUNK", 7)
     # float32 sums in another order
     assert (rounded(weight, hessian, SCHEME).values != expected).float().mean() < 0.02
+
+
+def test_the_factor_is_that_of_the_inverse():
+    """Against the plain computation: the upper Cholesky factor of the damped Hessian's inverse."""
+    _, inputs = problem(1, 40, 300, 3)
+    hessian = (inputs.T @ inputs).double()
+    damped = hessian + torch.eye(40) * 0.01 * torch.diagonal(hessian).mean()
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    found = gptq._inverse_factor(hessian.float())
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-6 * expected.max())
+
+
+@pytest.mark.parametrize("granularity", ["channel", "dynamic_token", "none"])
+def test_modules_of_one_input_are_rounded_as_each_alone(granularity):
+    """Together their rows are multiplied in other blocks: float32 sums in another order."""
+    site, x = tiny_site(granularity)
+    inputs = site.multiplied_input(x).flatten(0, 1)
+    hessian = inputs.T @ inputs
+    together = gptq._round_siblings(site, hessian)
+    for index, (found, start) in enumerate(zip(together, site.quantized_weights(), strict=True)):
+        alone = gptq.gptq_round(site.folded_weight(index), hessian, start, 4)
+        assert (found.values != alone.values).float().mean() < 0.01
+        assert (found.values != start.values).float().mean() > 0.05
+        assert torch.equal(found.scale, start.scale)
+        assert torch.equal(found.zero_point, start.zero_point)
+
+
+def test_hessians_are_those_of_whole_runs_of_the_layer():
+    """A layer runs no further than the site whose inputs are gathered."""
+    calibration = tiny_calibration(components=["language"])
+    (segment,) = calibration.segments
+    inputs, layer = calibration.inputs[segment.name], segment.layers[0]
+    hidden = [entry.hidden for entry in inputs]
+    (sites,) = initialize_sites(calibration, "language", [layer], inputs, hidden)
+    tokens = [torch.rand(h.shape[:-1]) for h in hidden]
+    with installed(sites):
+        for site in sites:
+            seen = []
+            see = lambda _, args, __, seen=seen: seen.append(args[0])  # noqa: E731
+            with observe_inputs({0: site.linears[0]}, see):
+                run_layer(layer.module, inputs, hidden)
+            expected = 0
+            for x, weight, entry in zip(seen, tokens, inputs, strict=True):
+                a = (site.multiplied_input(x) * weight.sqrt()[..., None])[entry.valid]
+                expected += a.T @ a
+            (found,) = gptq._hessians(layer.module, [site], inputs, hidden, tokens)
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
 def test_a_singular_hessian_is_damped_until_it_factorises():
