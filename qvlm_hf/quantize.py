@@ -17,38 +17,27 @@ The model is changed only at the very end, when every module is ready: an error 
 as it was.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
-from itertools import count
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from qvlm_hf.calibration.layers import LayerInput, capture_inputs
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
+from qvlm_hf.calibration.plan import check_weights, resolve_segments
 from qvlm_hf.calibration.provenance import provenance
-from qvlm_hf.calibration.recipes import (
-    TRIAL_SAMPLES,
-    compare_recipes,
-    text_rows,
-    trial,
-    written_text,
-)
 from qvlm_hf.calibration.report import (
     CalibrationReport,
-    RecipeTrial,
     RoutingReport,
     SegmentReport,
     SiteReport,
     settings_dict,
 )
-from qvlm_hf.calibration.resume import SavedSteps, made_from
+from qvlm_hf.calibration.resume import SavedSteps
 from qvlm_hf.calibration.rounding import (
     read_without_row,
     rounding_report,
@@ -62,7 +51,6 @@ from qvlm_hf.calibration.samples import (
     Sample,
     batches,
     by_picture,
-    hold_out,
     longest_sample,
 )
 from qvlm_hf.calibration.search.blocks import partition_layers
@@ -72,10 +60,10 @@ from qvlm_hf.calibration.search.sensitivity import choose_precisions
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
-from qvlm_hf.calibration.transforms.rotation import rotate, take_snapshot, undone_on_error
-from qvlm_hf.calibration.vision_encoder import optimize_vision
+from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
+from qvlm_hf.calibration.vision_encoder import learn_vision_ranges
 from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.format.grids import not_finite
+from qvlm_hf.calibration.written_text import WRITTEN, with_text
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import experts_split
@@ -86,13 +74,11 @@ from qvlm_hf.models.graph import (
     full_precision_modules,
     get_linear,
     output_head,
-    resolve,
-    why_empty,
 )
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors, rounded_tensors
 from qvlm_hf.nn.replace import replace_modules
 
-__all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "round_and_pack"]
+__all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "make_modules", "round_and_pack", "transformed"]
 
 CHECK_SAMPLES = 16  # held-out samples of the self-check
 # Seen: four equal samples at W8A8 cost the demo model 60 points, and their own self-check could not
@@ -111,7 +97,7 @@ def calibrate_and_pack(
     *,
     held_out: Sequence[Sample] = (),
     callbacks: Sequence[Any] = (),
-    resume_dir: Path | None = None,
+    kept: SavedSteps | None = None,
 ) -> CalibrationReport:
     """Quantizes a model in place with the paper's cross-layer-dependency search.
 
@@ -123,8 +109,7 @@ def calibrate_and_pack(
         held_out: samples that calibration does not see, for the self-check; without any it uses
             calibration samples and says so.
         callbacks: objects with `on_step(name, done, total)`.
-        resume_dir: where finished steps are kept, from `check_resume_dir`; those of a calibration
-            that was stopped are not repeated.
+        kept: steps of this calibration that are finished already, and the place for the others.
 
     Returns:
         The record of the calibration.
@@ -132,8 +117,8 @@ def calibrate_and_pack(
     Raises:
         ValueError: unsupported model, a module that no sample reaches, a sample that it has no
             positions for, NaN in weights or activations; under `settings.strict` also a model that
-            collapsed; `resume_dir` belongs to another calibration. The model is then unchanged.
-        OSError: `resume_dir` cannot be written. Likewise.
+            collapsed. The model is then unchanged.
+        OSError: a step cannot be kept, as on a full disk. Likewise.
     """
     longest = longest_sample(model)
 
@@ -142,51 +127,25 @@ def calibrate_and_pack(
 
     with experts_split(model, keep=True):
         obstacle = why_not_rotatable(model) if settings.rotation == "auto" else ""
-        _check_weights(_resolve_segments(model, settings))
-        data, kept = make_batches(by_picture(samples)), SavedSteps()
-        if resume_dir is not None:
-            origin = made_from(model, settings, [*samples, *held_out], data)
-            kept = SavedSteps(resume_dir, origin)
-        trials: tuple[RecipeTrial, ...] = ()
-        if settings.recipe == "auto":
-            compare = partial(
-                _compare_recipes,
-                model, settings, samples, held_out, make_batches, callbacks, not obstacle, kept,
-            )  # fmt: skip
-            trials = kept.once("recipes", compare)
-            settings = replace(settings, recipe=None, **trials[0].fields)
+        check_weights(resolve_segments(model, settings))
         settings = settings.for_model(rotatable=not obstacle)
         calibration = Calibration(
             model=model,
             settings=settings,
-            segments=_resolve_segments(model, settings),
-            data=data,
+            segments=resolve_segments(model, settings),
+            data=make_batches(by_picture(samples)),
             callbacks=callbacks,
-            kept=kept,
+            kept=kept or SavedSteps(),
         )
         found = calibration.found
-        found["recipes"] = trials
         found["provenance"] = provenance(samples, calibration.data, settings)
         if obstacle:
             found["provenance"]["rotation"] = f"none: {obstacle}"
-        calibration.data = _with_text(calibration, len(samples))
+        calibration.data = with_text(calibration)
         checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
         answers = AnswerComparison(model, checks, held_out=bool(held_out))
-        with _transformed(calibration):
-            with calibration.timed("inputs"):
-                _capture_segment_inputs(calibration, len(samples))
-            with calibration.timed("sensitivity"):
-                calibration.precisions, measured = kept.once(
-                    "precisions", partial(choose_precisions, calibration)
-                )
-                found |= measured
-            if settings.token_importance:
-                with calibration.timed("importance"):
-                    calibration.importance = kept.once(
-                        "importance", partial(token_importance, calibration)
-                    )
-            _learn_vision_ranges(calibration)
-            modules = _search(calibration)
+        with transformed(calibration):
+            modules = make_modules(calibration)
             with calibration.timed("check"):
                 modules, warnings = _replace_and_check(
                     calibration, modules, _round_head(model, settings), answers
@@ -224,100 +183,18 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         )
     structure = read_without_row(model, settings)
     with experts_split(model, keep=True):
-        segments = _resolve_segments(model, settings) if structure is None else structure.segments
-        _check_weights(segments)
+        segments = resolve_segments(model, settings) if structure is None else structure.segments
+        check_weights(segments)
         calibration = Calibration(model=model, settings=settings, segments=segments)
         schemes = rounding_schemes(model, calibration.segments, settings)
-        with _transformed(calibration):
+        with transformed(calibration):
             modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
         replace_modules(model, modules)
         return rounding_report(model, calibration.segments, schemes, settings, structure)
 
 
-def _compare_recipes(
-    model: nn.Module,
-    settings: CalibrationSettings,
-    samples: Sequence[Sample],
-    held_out: Sequence[Sample],
-    make_batches: Callable[[Sequence[Sample]], list[Batch]],
-    callbacks: Sequence[Any],
-    rotatable: bool,
-    kept: SavedSteps,
-) -> tuple[RecipeTrial, ...]:
-    """Tries recipes, each on few samples and judged by others, and puts the best one first."""
-    few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
-    data = make_batches(by_picture(few))
-    judges = make_batches((held_out or rest)[:TRIAL_SAMPLES])
-    answers = AnswerComparison(model, judges, held_out=True)
-    # of another seed than the text that is calibrated on
-    written = written_text(model, text_rows(TRIAL_SAMPLES), seed=settings.seed + 1)
-    text = AnswerComparison(model, written, held_out=True)
-
-    def measure(recipe: dict[str, Any]) -> RecipeTrial:
-        quick = trial(settings, recipe)
-        calibration = Calibration(
-            model=model, settings=quick, segments=_resolve_segments(model, quick), data=data
-        )
-        calibration.data = _with_text(calibration, len(few))
-        restore, floating = take_snapshot(model), dict[str, nn.Module]()
-        try:
-            with _transformed(calibration):
-                _capture_segment_inputs(calibration, len(few))
-                modules = _search(calibration)
-                floating |= {name: get_linear(model, name) for name in modules}
-                replace_modules(model, modules)
-                checks = (answers.measure(), text.measure())
-        finally:
-            replace_modules(model, floating)
-            restore()
-        kls = [check.kl for check in checks if check is not None]
-        return RecipeTrial(fields=recipe, answer_kl=kls[0], text_kl=kls[-1])  # text is never None
-
-    def measure_once(recipe: dict[str, Any]) -> RecipeTrial:
-        return kept.once(f"recipe-{next(numbers)}", partial(measure, recipe))
-
-    numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
-    return compare_recipes(settings, measure_once, progress.steps, rotatable=rotatable)
-
-
-def _with_text(calibration: Calibration, samples: int) -> Sequence[Batch]:
-    """The data, and text that the model writes itself where the settings ask for it."""
-    if not calibration.settings.written_text:
-        return calibration.data
-    text = written_text(calibration.model, text_rows(samples), seed=calibration.settings.seed)
-    return [*calibration.data, *text]
-
-
-def _resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
-    segments = resolve(
-        model,
-        quantize_vision=settings.quantize_vision,
-        quantize_projector=settings.quantize_projector,
-        modules_to_not_convert=settings.modules_to_not_convert,
-        rotated=settings.rotation is not None,
-    )
-    for segment in segments:
-        if segment.packed and settings.start_granularity(segment.component) == "token":
-            raise ValueError(
-                f"activation_granularity='token' for {segment.component} needs a fixed number of "
-                f"positions, which the pictures of this model do not have: use 'channel'."
-            )
-    return segments
-
-
-def _check_weights(segments: Sequence[Segment]) -> None:
-    """Finds a broken checkpoint here and not after the search."""
-    sites = (site for segment in segments for layer in segment.layers for site in layer.sites)
-    named = (pair for site in sites for pair in zip(site.modules, site.linears, strict=True))
-    for name, linear in named:
-        if linear.weight.is_meta:
-            raise ValueError(f"{name} {why_empty(linear)}, then quantize it.")
-        if not torch.isfinite(linear.weight).all():
-            raise ValueError(f"the weight of {name} {not_finite(linear.weight.dtype)}")
-
-
 @contextmanager
-def _transformed(calibration: Calibration) -> Iterator[None]:
+def transformed(calibration: Calibration) -> Iterator[None]:
     """Folds rotation and equalization into the weights; an error inside undoes it."""
     model, settings = calibration.model, calibration.settings
     equalized = settings.equalization and settings.activation_bits < 16 and calibration.data
@@ -330,10 +207,36 @@ def _transformed(calibration: Calibration) -> Iterator[None]:
         yield
 
 
-def _capture_segment_inputs(calibration: Calibration, samples: int) -> None:
+def make_modules(calibration: Calibration) -> _Modules:
+    """The quantized modules of a transformed model, which itself stays as it is.
+
+    Args:
+        calibration: with data; its model inside `transformed`.
+
+    Raises:
+        ValueError: as `calibrate_and_pack`.
+    """
+    with calibration.timed("inputs"):
+        _capture_segment_inputs(calibration)
+    kept = calibration.kept
+    with calibration.timed("sensitivity"):
+        choose = partial(choose_precisions, calibration)
+        calibration.precisions, measured = kept.once("precisions", choose)
+        calibration.found |= measured
+    if calibration.settings.token_importance:
+        with calibration.timed("importance"):
+            measure = partial(token_importance, calibration)
+            calibration.importance = kept.once("importance", measure)
+    learn_vision_ranges(calibration)
+    return _search(calibration)
+
+
+def _capture_segment_inputs(calibration: Calibration) -> None:
     """Records what enters every segment in full precision."""
     captured = capture_inputs(calibration.model, calibration.data, calibration.segments)
     calibration.inputs |= captured
+    origins = (origin for batch in calibration.data for origin in batch.origins)
+    samples = sum(origin != WRITTEN for origin in origins)
     for segment in calibration.segments:
         if captured[segment.name]:
             continue
@@ -346,29 +249,6 @@ def _capture_segment_inputs(calibration: Calibration, samples: int) -> None:
             f"{none} samples has a picture; add pictures to the dataset, or leave the vision side "
             f"alone (modules_to_not_convert={[name.rpartition('.')[2] for name in names]})."
         )
-
-
-def _learn_vision_ranges(calibration: Calibration) -> None:
-    """Visual encoder optimisation (eq. 8-10), if it is asked for."""
-    settings, found = calibration.settings, calibration.found
-    if settings.optimize_vision is None:
-        return
-    with calibration.timed("vision"):
-        vision = calibration.kept.once("vision", partial(optimize_vision, calibration))
-    if vision is not None:
-        calibration.learned, calibration.dependencies = vision.ranges, vision.dependencies
-        found["vision"] = vision.report
-        outcome = "kept" if vision.report.kept else "not kept: no better"
-    else:
-        outcome = "did not run"
-        warning = (
-            "optimize_vision did not run: it needs at least two batches with pictures (a smaller "
-            "batch_size=, or more samples) and a vision encoder or projector to quantize."
-        )
-        if settings.strict:
-            raise ValueError(f"strict=True: {warning}")
-        found["warnings"] = (warning,)
-    found["provenance"]["optimize_vision"] = outcome
 
 
 def _search(calibration: Calibration) -> _Modules:

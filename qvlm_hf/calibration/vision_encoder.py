@@ -15,6 +15,7 @@ Learned on the even calibration batches; kept only if L_err on the odd batches f
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.search.straight_through import StraightThroughSite
 from qvlm_hf.models.graph import Segment
 
-__all__ = ["OptimizedVision", "optimize_vision"]
+__all__ = ["OptimizedVision", "learn_vision_ranges", "optimize_vision"]
 
 _PATIENCE = 3  # epochs without a better L_err on the held-out batches
 _ENTROPY_BUDGET = 2**20  # elements x levels of one pair of layers in one step
@@ -64,6 +65,35 @@ class OptimizedVision:
     ranges: Mapping[str, LearnedRanges]
     dependencies: Mapping[str, tuple[list[float], float]]
     report: VisionReport
+
+
+def learn_vision_ranges(calibration: Calibration) -> None:
+    """The visual encoder optimisation of a calibration, if its settings ask for it.
+
+    Gives it the learned ranges and dependencies, and tells the report what came of it.
+
+    Raises:
+        ValueError: it could not run, and the settings are strict.
+    """
+    settings, found = calibration.settings, calibration.found
+    if settings.optimize_vision is None:
+        return
+    with calibration.timed("vision"):
+        vision = calibration.kept.once("vision", partial(optimize_vision, calibration))
+    if vision is not None:
+        calibration.learned, calibration.dependencies = vision.ranges, vision.dependencies
+        found["vision"] = vision.report
+        outcome = "kept" if vision.report.kept else "not kept: no better"
+    else:
+        outcome = "did not run"
+        warning = (
+            "optimize_vision did not run: it needs at least two batches with pictures (a smaller "
+            "batch_size=, or more samples) and a vision encoder or projector to quantize."
+        )
+        if settings.strict:
+            raise ValueError(f"strict=True: {warning}")
+        found["warnings"] = (warning,)
+    found["provenance"]["optimize_vision"] = outcome
 
 
 def optimize_vision(calibration: Calibration) -> OptimizedVision | None:

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf.bench.shapes import SHAPES, shape_config
+from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.cli.models import read_loadable
 from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.round_on_load import resolve_segments
 from qvlm_hf.models.by_structure import Structure
 from qvlm_hf.models.families import has_row
 from qvlm_hf.models.graph import Segment

@@ -20,7 +20,8 @@ from qvlm_hf.calibration.samples import (
 from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.models.families import check_row
-from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
+from qvlm_hf.quantize import CHECK_SAMPLES, round_and_pack
+from qvlm_hf.recipes import calibrate_with_best_recipe
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -83,7 +84,7 @@ def calibrate(
     chosen, held_out = hold_out(fitting, config.num_samples, config.seed)
     folder = None if config.resume_dir is None else check_resume_dir(config.resume_dir)
     with telling_how_to_go_on(folder):
-        report = calibrate_and_pack(
+        report = calibrate_with_best_recipe(
             model, config.settings(), chosen, config.processor, held_out=held_out,
             callbacks=config.callbacks or (ProgressBar(),), resume_dir=folder,
         )  # fmt: skip

@@ -20,6 +20,7 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
+from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import by_structure
 from qvlm_hf.calibration.samples import Sample
@@ -42,7 +43,6 @@ from qvlm_hf.hf.registry import quantizer_class
 from qvlm_hf.hf.round_on_load import (
     RoundOnLoad,
     planned_report,
-    resolve_segments,
     rounding_skeleton,
 )
 from qvlm_hf.hf.runtime.compiling import compile_as_transformers_does, round_as_eager

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
+from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import find_experts, split_projection
-from qvlm_hf.models.folds import rotation_plan
-from qvlm_hf.models.graph import Segment, canonical_name, output_head, resolve
+from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.linear import QVLMLinear, rounded_tensors
 from qvlm_hf.nn.replace import replace_modules
 
@@ -32,7 +32,6 @@ __all__ = [
     "RoundOnLoad",
     "planned_modules",
     "planned_report",
-    "resolve_segments",
     "rounding_skeleton",
 ]
 
@@ -92,24 +91,6 @@ class RoundOnLoad(ConversionOps):
         except ValueError as error:
             self.errors.append(f"{name}: {error}")
             return rounded_tensors(torch.zeros_like(weight), scheme)
-
-
-def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
-    """`resolve` with the options of `settings`; `model` may be on the meta device.
-
-    Raises:
-        ValueError: as `resolve`, and as `output_head` and `rotation_plan` where they are asked for.
-    """
-    if settings.lm_head_bits is not None:
-        output_head(model)
-    if settings.rotation == "hadamard":
-        rotation_plan(model)
-    return resolve(
-        model,
-        quantize_vision=settings.quantize_vision,
-        quantize_projector=settings.quantize_projector,
-        modules_to_not_convert=settings.modules_to_not_convert,
-    )
 
 
 def planned_modules(model: nn.Module, settings: CalibrationSettings) -> dict[str, QuantScheme]:

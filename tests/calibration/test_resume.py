@@ -99,7 +99,7 @@ def test_other_versions_threads_and_processors_are_refused(begun, monkeypatch):
         ({"inputs": "0"}, "another processor"),
         ({"versions": {"torch": "1.0"}}, "instead of 1.0"),
     ):
-        monkeypatch.setattr("qvlm_hf.quantize.made_from", origin(**change))
+        monkeypatch.setattr("qvlm_hf.recipes.made_from", origin(**change))
         with pytest.raises(ValueError, match=said):
             calibrate(resume_dir=begun, max_block_depth=1)
 
@@ -130,6 +130,12 @@ def test_a_full_disk_keeps_earlier_steps(tmp_path, monkeypatch):
     assert {"importance.json", "state.json"} <= {file.name for file in tmp_path.iterdir()}
     monkeypatch.undo()
     calibrate(model, resume_dir=tmp_path, max_block_depth=1)  # it is as it was
+
+
+def test_a_calibration_that_finished_no_step_binds_nobody(tmp_path):
+    with pytest.raises(ValueError, match="matches no module"):
+        calibrate(resume_dir=tmp_path, modules_to_not_convert=["nothing"])
+    calibrate(resume_dir=tmp_path, max_block_depth=1)
 
 
 def test_every_kind_of_value_comes_back(tmp_path):

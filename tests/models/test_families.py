@@ -11,11 +11,11 @@ from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.calibration.layers import capture_inputs, observe_outputs, run_layer, valid_tokens
+from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.samples import batches, collate, load_samples
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
-from qvlm_hf.hf.round_on_load import resolve_segments
 from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.models import families
 from qvlm_hf.models.experts import split_experts

@@ -7,9 +7,10 @@ import torch
 from tiny_models import tiny_llava
 
 from qvlm_hf.calibration.progress import Steps
-from qvlm_hf.calibration.recipes import compare_recipes, trial, written_text
 from qvlm_hf.calibration.report import RecipeTrial
 from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.written_text import written_text
+from qvlm_hf.recipes import compare_recipes, trial
 
 RANGES = {"vision": "channel", "language": "dynamic_token"}
 

@@ -1,0 +1,55 @@
+"""What of a model is quantized under some settings, and whether its weights can be."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.format.grids import not_finite
+from qvlm_hf.models.folds import rotation_plan
+from qvlm_hf.models.graph import Segment, output_head, resolve, why_empty
+
+__all__ = ["check_weights", "resolve_segments"]
+
+
+def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
+    """`resolve` with the options of `settings`; `model` may be on the meta device.
+
+    Raises:
+        ValueError: as `resolve`, and as `output_head` and `rotation_plan` where they are asked for;
+            ranges per position for a component whose number of positions is not fixed.
+    """
+    if settings.lm_head_bits is not None:
+        output_head(model)
+    if settings.rotation == "hadamard":
+        rotation_plan(model)
+    segments = resolve(
+        model,
+        quantize_vision=settings.quantize_vision,
+        quantize_projector=settings.quantize_projector,
+        modules_to_not_convert=settings.modules_to_not_convert,
+        rotated=settings.rotation is not None,
+    )
+    for segment in segments:
+        if segment.packed and settings.start_granularity(segment.component) == "token":
+            raise ValueError(
+                f"activation_granularity='token' for {segment.component} needs a fixed number of "
+                f"positions, which the pictures of this model do not have: use 'channel'."
+            )
+    return segments
+
+
+def check_weights(segments: Sequence[Segment]) -> None:
+    """Finds a broken checkpoint here and not after the search.
+
+    Raises:
+        ValueError: a weight is empty (on the meta device), or holds NaN or infinity.
+    """
+    sites = (site for segment in segments for layer in segment.layers for site in layer.sites)
+    named = (pair for site in sites for pair in zip(site.modules, site.linears, strict=True))
+    for name, linear in named:
+        if linear.weight.is_meta:
+            raise ValueError(f"{name} {why_empty(linear)}, then quantize it.")
+        if not torch.isfinite(linear.weight).all():
+            raise ValueError(f"the weight of {name} {not_finite(linear.weight.dtype)}")
