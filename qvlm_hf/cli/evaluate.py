@@ -15,8 +15,8 @@ from qvlm_hf.cli.record import (
 )
 from qvlm_hf.evaluation import evaluate, format_comparison
 from qvlm_hf.hub.card import CARD_NAME
-from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
+from qvlm_hf.hub.saved import REPORT_NAME
 
 __all__ = ["add_arguments", "run"]
 
