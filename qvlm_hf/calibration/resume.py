@@ -325,8 +325,8 @@ def _decoded(entry: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tensor" in entry:
         return tensors[entry["tensor"]].to(entry["device"])
     module, name = entry["class"]
-    kind = getattr(sys.modules[module], name) if module.startswith(_OURS) else None
-    if not hasattr(kind, "__dataclass_fields__"):
+    kind: Any = getattr(sys.modules[module], name)
+    if not (module.startswith(_OURS) and hasattr(kind, "__dataclass_fields__")):
         raise TypeError(f"{name} is no dataclass of this package")
     fields = {field: _decoded(item, tensors) for field, item in entry["fields"].items()}
     return kind(**fields)
