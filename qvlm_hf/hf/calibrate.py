@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qvlm_hf.calibration.progress import ProgressBar
+from qvlm_hf.calibration.progress import ProgressBar, planned_steps
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.resume import check_resume_dir, telling_how_to_go_on
 from qvlm_hf.calibration.samples import (
@@ -83,10 +83,12 @@ def calibrate(
     fitting = without_too_long(samples or (), config.processor, longest_sample(model))
     chosen, held_out = hold_out(fitting, config.num_samples, config.seed)
     folder = None if config.resume_dir is None else check_resume_dir(config.resume_dir)
+    settings = config.settings()
+    callbacks = config.callbacks or (ProgressBar(planned_steps(settings)),)
     with telling_how_to_go_on(folder):
         report = calibrate_with_best_recipe(
-            model, config.settings(), chosen, config.processor, held_out=held_out,
-            callbacks=config.callbacks or (ProgressBar(),), resume_dir=folder,
+            model, settings, chosen, config.processor,
+            held_out=held_out, callbacks=callbacks, resume_dir=folder,
         )  # fmt: skip
     if report.recipes:  # config.json holds what was taken
         config.update(recipe=None, **report.recipes[0].fields)

@@ -33,7 +33,6 @@ from qvlm_hf.models.graph import Layer, Segment
 
 __all__ = ["allocate_bits", "choose_precisions", "site_parameters"]
 
-_GUARDED_BITS = 4  # schemes with more bits than this break no site
 # A site that alone moves the answers by more than this is broken, whatever the others do. On the
 # demo model at W4A4 the worst of 42 sites moved them by 0.07 nats at its starting range, the fifth
 # by 0.002, the median by 0.0006.
@@ -58,8 +57,7 @@ def choose_precisions(
         The bits by site, and what the guard measured, as fields of the report.
     """
     settings = calibration.settings
-    few_bits = min(settings.weight_bits, settings.activation_bits) <= _GUARDED_BITS
-    guarded = settings.guard and few_bits
+    guarded = settings.guards
     if not guarded and settings.precision_budget is None:
         return {}, {}
     parameters = site_parameters(calibration)
