@@ -61,7 +61,8 @@ class ProgressBar:
             self._move_bar(done, total)
         elif self._now() - self._told >= _EVERY:
             self._told = self._now()
-            print(self._line(done, total), file=self._stream, flush=True)
+            self._stream.write(f"{self._line(done, total)}\n")
+            self._stream.flush()
 
     def _move_bar(self, done: int, total: int) -> None:
         if self._bar is None:
