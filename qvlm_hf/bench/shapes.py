@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-__all__ = ["SHAPES", "shape_config", "shape_model", "token_positions"]
+__all__ = ["SHAPES", "shape_config", "shape_model"]
 
 
 # Transformers' defaults are Vicuna-7B's sizes.
@@ -75,10 +75,3 @@ def shape_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LlavaForCondi
     config.dtype = dtype
     with torch.device("meta"):
         return LlavaForConditionalGeneration._from_config(config)
-
-
-def token_positions(config: Any) -> dict[str, int]:
-    """Component -> positions of granularity "token": patches and class token, or projected."""
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    projected = patches if config.vision_feature_select_strategy == "default" else patches + 1
-    return {"vision": patches + 1, "projector": projected}

@@ -24,8 +24,8 @@ from qvlm_hf.cli.record import (
 from qvlm_hf.cli.wording import command_arguments, shown_name
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hub.card import CARD_NAME
-from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
+from qvlm_hf.hub.saved import REPORT_NAME
 from qvlm_hf.ops.linear import kernel_name
 
 __all__ = ["add_arguments", "run"]

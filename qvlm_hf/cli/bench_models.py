@@ -1,7 +1,6 @@
 """Whole models for `qvlm bench`: the contenders, how each is built, and the table."""
 
 import argparse
-import copy
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 from qvlm_hf.bench.machine import (
     Limits,
@@ -26,13 +25,13 @@ from qvlm_hf.bench.machine import (
 from qvlm_hf.bench.models import Contender, fits_together, measure_models
 from qvlm_hf.bench.peers import PEERS
 from qvlm_hf.bench.random_models import picture_tokens, random_model, random_prompt
-from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.cli.bench_tables import model_table
-from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import load_model, read_config, silence
-from qvlm_hf.cli.shapes import empty_model, plan, read_shape
+from qvlm_hf.cli.shapes import plan, read_shape
+from qvlm_hf.errors import first_line
 from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hf.runtime.compiling import ROUND_AS_EAGER
+from qvlm_hf.hub.saved import SavedModel, empty_model
 from qvlm_hf.nn.footprint import footprint
 from qvlm_hf.nn.replace import dequantize_modules
 
@@ -177,8 +176,8 @@ def _shape(options: argparse.Namespace, device: torch.device) -> _Subject:
 def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
     """A saved model beside its full-precision one."""
     directory, base = options.directory, options.against
-    quantization, sizes = saved_footprint(directory)
-    config = AutoConfig.from_pretrained(directory)
+    saved = SavedModel(directory)
+    scheme, sizes = saved.quantization["scheme"], saved.sizes(torch.bfloat16)
     if base is not None:
         _check_baseline(base)
 
@@ -190,22 +189,16 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
     def build() -> Any:
         return load_model(directory, dtype=torch.bfloat16).to(device)
 
-    name, bits = f"qvlm_hf {quantization.scheme}", quantization.activation_bits
+    name, bits = f"qvlm_hf {scheme}", parse_scheme(scheme)[1]
     against = "its own weights, dequantized" if base is None else Path(base).name
     return _Subject(
         title=f"{Path(directory).resolve().name} against {against}",
-        config=config,
+        config=saved.config,
         full_precision=full_precision,
-        bfloat16_bytes=2 * sizes.total.parameters,
-        image_tokens=picture_tokens(empty_model(_without_quantization(config))),
+        bfloat16_bytes=sizes.total.full_precision_bytes,
+        image_tokens=picture_tokens(saved.model),
         quantized=[_Quantized(name, build, bits, sizes.total.quantized_bytes)],
     )
-
-
-def _without_quantization(config: Any) -> Any:
-    config = copy.deepcopy(config)
-    del config.quantization_config
-    return config
 
 
 def _check_baseline(base: str) -> None:

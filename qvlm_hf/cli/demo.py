@@ -10,7 +10,6 @@ import torch
 
 from qvlm_hf.calibration.samples import Sample, load_samples
 from qvlm_hf.cli.ask import answer
-from qvlm_hf.cli.inspect import saved_footprint
 from qvlm_hf.cli.models import add_scheme_arguments, load_model, load_processor, make_config
 from qvlm_hf.cli.record import evaluation_entry
 from qvlm_hf.cli.story import story
@@ -19,6 +18,7 @@ from qvlm_hf.evaluation import Evaluation, evaluate
 from qvlm_hf.hf.saving import check_output, save_quantized
 from qvlm_hf.hub.card import CARD_NAME
 from qvlm_hf.hub.record import record_measurement
+from qvlm_hf.hub.saved import SavedModel
 
 __all__ = ["add_arguments", "run"]
 
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     )
 
     _title("Bytes of the saved tensors, against float32")
-    print(saved_footprint(str(path))[1])
+    print(SavedModel(path).sizes(torch.float32))
 
     _title("Answers")
     reloaded = load_model(str(path))

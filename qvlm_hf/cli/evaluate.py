@@ -21,8 +21,8 @@ from qvlm_hf.evaluation import (
     read_text,
 )
 from qvlm_hf.hub.card import CARD_NAME
-from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
+from qvlm_hf.hub.saved import REPORT_NAME
 
 __all__ = ["add_arguments", "run"]
 

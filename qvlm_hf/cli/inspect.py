@@ -3,23 +3,19 @@
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig
-
-from qvlm_hf.bench.shapes import SHAPES, token_positions
+from qvlm_hf.bench.shapes import SHAPES
 from qvlm_hf.cli.models import silence
-from qvlm_hf.cli.shapes import empty_model, plan, read_shape
+from qvlm_hf.cli.shapes import plan, read_shape
 from qvlm_hf.cli.story import story
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hub.contents import REPORT_NAME, read_report_file
+from qvlm_hf.hub.saved import REPORT_NAME, SavedModel, empty_model
 from qvlm_hf.models.families import has_row
 from qvlm_hf.models.folds import why_not_rotatable
-from qvlm_hf.nn.footprint import Footprint, footprint
+from qvlm_hf.nn.footprint import footprint
 
-__all__ = ["add_arguments", "run", "saved_footprint"]
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,42 +76,18 @@ def _print_plan(
 
 
 def _print_saved(directory: str) -> None:
-    config, sizes = saved_footprint(directory)
+    saved = SavedModel(directory)
+    config = QVLMConfig.from_dict(saved.quantization)
     print(
         f"{config.scheme}, {len(config.modules)} modules quantized, "
         "sizes against full precision in the same dtype"
     )
-    print(sizes)
+    print(saved.sizes(saved.dtype))
     kinds = Counter(
         (f"W{s.weight_bits}A{s.activation_bits}", s.granularity) for s in config.modules.values()
     )
     for (bits, granularity), count in sorted(kinds.items()):
         print(f"{count:5} modules {bits}, activations {granularity}")
-    report = Path(directory) / REPORT_NAME
-    if report.is_file():
-        for line in story(read_report_file(report)):
+    if (saved.folder / REPORT_NAME).is_file():
+        for line in story(saved.report):
             print(line)
-
-
-def saved_footprint(directory: str) -> tuple[QVLMConfig, Footprint]:
-    """The configuration of a saved quantized model, and its bytes counted from shapes.
-
-    Raises:
-        ValueError: the directory holds no qvlm model.
-    """
-    if not (Path(directory) / "config.json").is_file():
-        raise ValueError(f"{directory}: holds no config.json: name the directory of a saved model.")
-    config = AutoConfig.from_pretrained(directory)
-    saved = getattr(config, "quantization_config", None)
-    if not isinstance(saved, dict) or saved.get("quant_method") != "qvlm":
-        raise ValueError(
-            f"{directory}: is not quantized by qvlm_hf: "
-            "name the directory that qvlm quantize wrote."
-        )
-    del config.quantization_config
-    model = empty_model(config)
-    quantization, dtype = QVLMConfig.from_dict(saved), config.dtype or torch.float32
-    modules = quantization.modules
-    needed = any(scheme.granularity == "token" for scheme in modules.values())
-    positions = token_positions(config) if needed else None
-    return quantization, footprint(model, modules, positions=positions, dtype=dtype)

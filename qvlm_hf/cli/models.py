@@ -1,7 +1,6 @@
 """Loading models and making configurations for the commands, without the library's own chatter."""
 
 import argparse
-import copy
 from dataclasses import Field
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -18,11 +17,10 @@ from transformers import (
     AutoProcessor,
 )
 
-from qvlm_hf.calibration.samples.errors import first_line
-from qvlm_hf.hf.checkpoint import check_directory
+from qvlm_hf.errors import first_line
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.processor_fit import check_processor_fits
-from qvlm_hf.hub.errors import one_line
+from qvlm_hf.hub.saved import SavedModel, empty_model
 from qvlm_hf.models.graph import shared_inputs
 
 __all__ = [
@@ -168,11 +166,7 @@ def check_fits(name: str, processor: Any) -> None:
     Raises:
         ValueError: as `check_processor_fits`, with the model's name.
     """
-    config = copy.deepcopy(read_config(name))
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    model = empty_model(read_config(name))
     # without a padding token one question can still be asked
     if (
         not shared_inputs(model)
@@ -197,7 +191,7 @@ def read_loadable(name: str, revision: str | None = None) -> Any:
             f"{name}: model_type {kind.model_type!r} is no image-text-to-text model: give one."
         )
     if Path(name).is_dir():
-        check_directory(Path(name), kind)
+        SavedModel(name).check_weights()
     return kind
 
 
@@ -209,8 +203,8 @@ def read_config(name: str, revision: str | None = None) -> Any:
         OSError: there is none; as ConnectionError if the Hub cannot be asked.
     """
     _check_reachable(name, revision)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"{name}: holds no config.json: name the directory of a saved model.")
+    if Path(name).is_dir():
+        _ = SavedModel(name).config_json
     return AutoConfig.from_pretrained(name, revision=revision)
 
 
@@ -238,7 +232,7 @@ def _check_reachable(name: str, revision: str | None) -> None:
         return
     except (HTTPError, ConnectionError, TimeoutError) as error:
         raise ConnectionError(
-            f"{name}: is no directory here, and the Hub cannot be reached ({one_line(error)}): "
+            f"{name}: is no directory here, and the Hub cannot be reached ({first_line(error)}): "
             f"check the name and the network."
         ) from error
 

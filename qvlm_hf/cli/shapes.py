@@ -1,19 +1,15 @@
 """Models by their configuration alone: what would be quantized of them, and how large they are."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 from qvlm_hf.bench.shapes import SHAPES, shape_config
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
-from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.cli.models import read_loadable
 from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hf.config import QVLMConfig
@@ -22,7 +18,7 @@ from qvlm_hf.models.families import has_row
 from qvlm_hf.models.graph import Segment
 from qvlm_hf.models.parts import shared_weights
 
-__all__ = ["Plan", "empty_model", "plan", "read_shape"]
+__all__ = ["Plan", "plan", "read_shape"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,31 +52,13 @@ def read_shape(name: str) -> Any:
     return read_loadable(name)
 
 
-def empty_model(config: Any) -> Any:
-    """The model of a configuration on the meta device: modules and shapes, no memory.
-
-    Raises:
-        ValueError: it cannot be built, for example because a package is missing.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(
-                copy.deepcopy(config), dtype=torch.bfloat16
-            )
-    except Exception as error:  # of a family's own code
-        raise ValueError(
-            f"config.json: no {config.model_type!r} model can be built from it "
-            f"({first_line(error).strip()}): mend the file, or install what is missing."
-        ) from error
-
-
 def plan(
     model: Any, scheme: str, *, group_size: int | None = None, lm_head_bits: int | None = None
 ) -> Plan:
     """Plans a scheme for a model on the meta device.
 
     Args:
-        model: from `empty_model`.
+        model: on the meta device.
         scheme: as "W4A4".
         group_size: inputs per weight scale; None is the default.
         lm_head_bits: of the output head; None leaves it.

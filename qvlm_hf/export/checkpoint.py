@@ -21,7 +21,6 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvlm_hf.export.compressed_tensors import (
     Stored,
@@ -30,12 +29,12 @@ from qvlm_hf.export.compressed_tensors import (
     stored_as,
     with_one_group_size,
 )
-from qvlm_hf.format.files import TensorHeader, weight_files
+from qvlm_hf.format.files import TensorHeader
 from qvlm_hf.hf.checkpoint import check_complete, check_values, empty_modules, read_headers
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.registry import QUANT_METHOD
 from qvlm_hf.hf.saving import REPORT_NAME, check_output, written_whole
 from qvlm_hf.hub.payload import FILES
+from qvlm_hf.hub.saved import SavedModel
 from qvlm_hf.models.families import has_row
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.linear import QVLMLinear
@@ -110,7 +109,7 @@ def export(
         )
     modules = {canonical_name(name): kind for name, kind in plan.stored.items()}
     full_precision = [canonical_name(name) for name in plan.full_precision]
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = SavedModel(source).config_json
     config["quantization_config"] = quantization_config(modules, full_precision)
     with written_whole(target) as partial:
         save_torch_state_dict(dict(_tensors(plan)), partial, max_shard_size=max_shard_size)
@@ -149,26 +148,17 @@ def hub_name(name: str, *, nested_vision: bool) -> str:
 
 
 def _plan(source: Path) -> _Plan:
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source}: holds no config.json: name the directory of a saved model.")
-    config = AutoConfig.from_pretrained(source)
-    saved = getattr(config, "quantization_config", None)
-    if not isinstance(saved, Mapping) or saved.get("quant_method") != QUANT_METHOD:
-        raise ValueError(
-            f"{source}: is not quantized by qvlm_hf: name the directory that qvlm quantize wrote."
-        )
-    del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+    saved = SavedModel(source)
+    quantized = QVLMConfig.from_dict(saved.quantization).modules
+    config, model = saved.config, saved.model
     if not has_row(model):
         raise ValueError(
             f"{source}: model_type {config.model_type!r} cannot be exported: it has no row, and "
             f"Transformers may join or split its tensors, which packed ones cannot be."
         )
-    files = weight_files(source)
-    headers = read_headers(model, files)
-    _check_tower(source, config, QVLMConfig.from_dict(saved).modules)
-    modules = empty_modules(model, QVLMConfig.from_dict(saved).modules, headers)
+    headers = read_headers(model, saved.files)
+    _check_tower(source, config, quantized)
+    modules = empty_modules(model, quantized, headers)
     full_precision = [
         name
         for name, module in model.named_modules()
@@ -187,12 +177,12 @@ def _plan(source: Path) -> _Plan:
     }
     in_features = {name: module.in_features for name, module in modules.items()}
     return _Plan(
-        files=files,
+        files=saved.files,
         headers=headers,
         modules=modules,
         stored=with_one_group_size(stored, in_features),
         full_precision=full_precision,
-        dtype=config.dtype or torch.float32,
+        dtype=saved.dtype,
         nested_vision=has_nested_vision(config) if config.model_type == "llava" else None,
     )
 

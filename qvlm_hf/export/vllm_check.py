@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvlm_hf.export.vllm_layout import (
     Linear,
@@ -23,7 +22,8 @@ from qvlm_hf.export.vllm_layout import (
     read_quantization,
     renamed,
 )
-from qvlm_hf.format.files import tensor_headers, weight_files
+from qvlm_hf.format.files import TensorHeader
+from qvlm_hf.hub.saved import SavedModel
 
 __all__ = ["DEVICES", "Finding", "check_for_vllm"]
 
@@ -82,18 +82,14 @@ def check_for_vllm(
             f"device={device!r}, tensor_parallel={tensor_parallel}: must be one of "
             f"{', '.join(DEVICES)} and at least 1."
         )
-    source = Path(directory).resolve()
-    saved = read_quantization(source)
-    config = AutoConfig.from_pretrained(source)
+    model = SavedModel(Path(directory).resolve())
+    saved, config = read_quantization(model), model.config
     vision = getattr(getattr(config, "vision_config", None), "model_type", None)
     if "LlavaForConditionalGeneration" not in (config.architectures or ()) or vision not in _VISION:
         reason = f"with the vision encoder {vision} is no LLaVA that these rules know"
         return _findings([_Broken("model", f"{config.architectures}", reason)])
-    del config.quantization_config
-    with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(config)
-    setting = _Setting(device=device, devices=tensor_parallel, dtype=config.dtype or torch.float32)
-    return _findings(_broken(source, model, saved, setting))
+    setting = _Setting(device=device, devices=tensor_parallel, dtype=model.dtype)
+    return _findings(_broken(model, saved, setting))
 
 
 def _findings(broken: Iterable[_Broken]) -> list[Finding]:
@@ -108,17 +104,15 @@ def _findings(broken: Iterable[_Broken]) -> list[Finding]:
     return sorted(found, key=lambda finding: not finding.fatal)
 
 
-def _broken(
-    source: Path, model: Any, saved: Mapping[str, Any], setting: _Setting
-) -> Iterator[_Broken]:
-    """Every rule of `RULES` on every module of a model on the meta device."""
-    linears, wanted = read_layout(model, saved, setting.devices)
+def _broken(model: SavedModel, saved: Mapping[str, Any], setting: _Setting) -> Iterator[_Broken]:
+    """Every rule of `RULES` on every module."""
+    linears, wanted = read_layout(model.model, saved, setting.devices)
     yield from _check_heads(model.config, setting.devices)
     for linear in linears:
         yield from _check_linear(linear)
     for parts in fused_parts(linears):
         yield from _check_fused(parts, setting)
-    yield from _check_tensors(source, wanted)
+    yield from _check_tensors(model.headers, wanted)
 
 
 def _check_heads(config: Any, devices: int) -> Iterator[_Broken]:
@@ -234,9 +228,8 @@ def _kernel_problem(
     return None
 
 
-def _check_tensors(source: Path, wanted: Wanted) -> Iterator[_Broken]:
+def _check_tensors(headers: Iterable[TensorHeader], wanted: Wanted) -> Iterator[_Broken]:
     """Compares the headers of the files with what vLLM makes room for."""
-    headers = (header for file in weight_files(source) for header in tensor_headers(file))
     found = {renamed(header.key): header for header in headers}
     for name in sorted(wanted.keys() - found.keys()):
         yield _Broken("names", name, "the tensor is missing")

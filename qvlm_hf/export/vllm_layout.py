@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from qvlm_hf.export.checkpoint import has_nested_vision, hub_name
+from qvlm_hf.hub.saved import SavedModel
 
 __all__ = ["Linear", "Wanted", "fused_parts", "read_layout", "read_quantization", "renamed"]
 
@@ -64,29 +63,24 @@ class Linear:
         return self.out_features // (1 if self.split_inputs else self.devices)
 
 
-def read_quantization(source: Path) -> Mapping[str, Any]:
+def read_quantization(model: SavedModel) -> Mapping[str, Any]:
     """`quantization_config` of an exported model.
 
     Raises:
         ValueError: it has none, or an incomplete one.
     """
-    if not (source / "config.json").is_file():
-        raise ValueError(
-            f"{source}: holds no config.json: name the directory that qvlm export wrote."
-        )
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    saved = config.get("quantization_config")
+    saved: Any = model.config_json.get("quantization_config")
     method = saved.get("quant_method") if isinstance(saved, Mapping) else None
     if method != "compressed-tensors":
         raise ValueError(
-            f"{source}: quant_method is {method!r}, which vLLM does not run as it is: qvlm export "
-            "writes what it runs."
+            f"{model.folder}: quant_method is {method!r}, which vLLM does not run as it is: qvlm "
+            f"export writes what it runs."
         )
     groups = saved.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) and groups else [{}]:
         if not set(group.get("weights") or ()) >= _WEIGHTS or not group.get("targets"):
             raise ValueError(
-                f"{source}: quantization_config has no config_groups with targets and "
+                f"{model.folder}: quantization_config has no config_groups with targets and "
                 f"{sorted(_WEIGHTS)}: export it again."
             )
     return saved

@@ -19,20 +19,18 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qvlm_hf.format.files import INDEX_NAME, SINGLE_NAME, TensorHeader, tensor_headers, weight_files
+from qvlm_hf.format.files import TensorHeader, tensor_headers
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.hf.registry import QUANT_METHOD
 from qvlm_hf.models.experts import find_experts, has_split_experts, split_experts
 from qvlm_hf.models.families import has_row
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.linear import QVLMLinear
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 __all__ = [
     "check_complete",
-    "check_directory",
     "check_files",
     "check_loaded",
     "check_values",
@@ -50,33 +48,6 @@ _DTYPES = {
     torch.int32: "I32", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32",
 }  # fmt: skip
 _MAX_POSITIONS = 2**20  # a vision encoder sees 577 positions; a million is no picture
-
-
-def check_directory(directory: Path, config: PreTrainedConfig) -> None:
-    """Checks that weights are there, and that packed ones have their quantization configuration.
-
-    Without it nothing tells Transformers to ask this package.
-
-    Args:
-        directory: of a saved model.
-        config: its configuration.
-
-    Raises:
-        ValueError: a quantized model lacks its weights or its configuration, or as `weight_files`.
-    """
-    saved = getattr(config, "quantization_config", None)
-    ours = isinstance(saved, dict) and saved.get("quant_method") == QUANT_METHOD
-    if not ours and not any((directory / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
-        return
-    files = weight_files(directory)
-    if saved:
-        return  # Transformers and QVLMConfig read it
-    for header in (header for file in files for header in tensor_headers(file)):
-        if header.key.endswith(".weight_scale"):
-            raise ValueError(
-                f"{directory}: its config.json has no quantization_config, but {header.key} is of "
-                "a quantized model: download or quantize the model again."
-            )
 
 
 def check_files(files: Sequence[str] | None, root: str) -> None:

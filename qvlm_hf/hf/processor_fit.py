@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from qvlm_hf.calibration.samples import Sample, collate
-from qvlm_hf.calibration.samples.errors import first_line
+from qvlm_hf.errors import first_line
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel

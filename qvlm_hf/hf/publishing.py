@@ -21,14 +21,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.calibration.samples.errors import first_line
+from qvlm_hf.errors import first_line
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.runtime.decoding import probe_inputs
 from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.hub.card import write_card
-from qvlm_hf.hub.contents import REPORT_NAME, read_quantization, read_report, read_report_file
 from qvlm_hf.hub.payload import choose_files
 from qvlm_hf.hub.publish import Published, Target, check_target, fetch_card, upload
+from qvlm_hf.hub.saved import REPORT_NAME, SavedModel, read_report
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["check_push", "publish", "publish_folder", "push_result"]
@@ -125,7 +125,8 @@ def publish_folder(
         OSError: as `publish`.
     """
     folder = Path(folder)
-    read_quantization(folder)
+    saved = SavedModel(folder)
+    _ = saved.quantization
     api = _api(api, token)
     target = Target(
         repo_id=repo_id, private=private, revision=revision, create_pr=create_pr,
@@ -133,7 +134,7 @@ def publish_folder(
     )  # fmt: skip
     target = check_target(api, target)
     choose_files(folder, ())
-    read_report(folder)
+    _ = saved.report
     _check_loads(folder)
     return _send(api, folder, target)
 
@@ -194,7 +195,7 @@ def _publish(api: HfApi, model: Any, processor: Any, target: Target) -> Publishe
 
 def _send(api: HfApi, folder: Path, target: Target) -> Published:
     """Card, choice of files, upload."""
-    base = target.base_model or read_report(folder).provenance.get("base_model")
+    base = target.base_model or SavedModel(folder).report.provenance.get("base_model")
     card = write_card(
         folder,
         repo_id=target.repo_id,
@@ -266,7 +267,7 @@ def _report(model: Any) -> CalibrationReport | None:
     )
     if file is None:
         return None
-    report, config = read_report_file(Path(file)), model.hf_quantizer.quantization_config
+    report, config = read_report(Path(file)), model.hf_quantizer.quantization_config
     same = (report.modules, report.provenance) == (config.modules, config.provenance)
     return report if same else None  # a branch's model finds the report of main
 

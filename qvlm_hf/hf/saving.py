@@ -22,8 +22,8 @@ from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.format.files import INDEX_NAME
 from qvlm_hf.hf.earlier_result import OLD, PARTIAL, check_replaceable
 from qvlm_hf.hub.card import write_card
-from qvlm_hf.hub.contents import REPORT_NAME
 from qvlm_hf.hub.file_list import list_files, written_entries
+from qvlm_hf.hub.saved import REPORT_NAME
 from qvlm_hf.nn.footprint import count_parameters
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import

@@ -14,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
+from qvlm_hf.errors import first_line
 from qvlm_hf.format.scheme import QuantScheme, parse_scheme
-from qvlm_hf.hub.contents import Contents, read_contents
 from qvlm_hf.hub.file_list import relist_files
 from qvlm_hf.hub.pictures import entropy_picture
 from qvlm_hf.hub.repeat import config_arguments
+from qvlm_hf.hub.saved import SavedModel
+from qvlm_hf.nn.footprint import Footprint
 
 __all__ = ["CARD_NAME", "PICTURE_NAME", "write_card"]
 
 CARD_NAME, PICTURE_NAME = "README.md", "qvlm_entropy.png"
-_COPIED = ("license", "license_name", "license_link", "language")  # from the base model's card
+_LICENSE = ("license", "license_name", "license_link")
 _GENERATED = (
     "base_model", "base_model_relation", "library_name", "pipeline_tag", "quantized_by", "repo_id",
     "tags", "model-index",
@@ -63,27 +66,26 @@ def write_card(
         ValueError: the directory holds no quantized model, an earlier card cannot be read, or a
             path of this machine would stand in the card.
     """
-    contents, earlier = read_contents(folder), _earlier(folder)
-    found = contents.report.provenance
+    saved, earlier = SavedModel(folder), _earlier(folder)
     repo_id = repo_id or earlier.get("repo_id")
-    name = (repo_id or name or folder.resolve().name).rpartition("/")[2]
-    base = base_model or earlier.get("base_model") or found.get("base_model")
-    picture = entropy_picture(contents.report.segments)
-    owner = repo_id.rpartition("/")[0] if repo_id else None
-    author = author or earlier.get("quantized_by") or owner or None
-    kept = {key: value for key, value in earlier.items() if key not in _GENERATED}
+    owner, _, name = (repo_id or name or folder.resolve().name).rpartition("/")
+    base = base_model or earlier.get("base_model") or saved.report.provenance.get("base_model")
     front = ModelCardData(
-        **_with_license(kept, base_card, license, base),
-        **_generated(contents, name=name, base=base, author=author, repo_id=repo_id),
+        **{key: value for key, value in earlier.items() if key not in (*_GENERATED, *_LICENSE)},
+        **_license(earlier, base_card, license, base),
+        base_model=base,
+        base_model_relation="quantized" if base else None,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["qvlm", saved.quantization["scheme"].lower(), saved.config.model_type],
+        quantized_by=author or earlier.get("quantized_by") or owner or None,
+        repo_id=repo_id,  # for a later measurement, whose card should name it too
+        **_results(saved, name),
     )
-    body = _body(
-        contents,
-        name=name,
-        source=repo_id or name,
-        base=base,
-        base_name=base or found.get("base_directory"),
-        picture=None if picture is None else PICTURE_NAME,
-    )
+    if base_card is not None and base_card.language:
+        front.language = base_card.language
+    picture = entropy_picture(saved.report.segments)
+    body = _body(saved, name=name, source=repo_id or name, base=base, picture=picture)
     text = f"---\n{front.to_yaml()}\n---\n\n{body}"
     if path := _PATH.search(re.sub(r"https?://\S+", "", text)):
         raise ValueError(
@@ -106,132 +108,56 @@ def _earlier(folder: Path) -> dict[str, Any]:
         card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
     except (YAMLError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{CARD_NAME}: its front matter cannot be read ({' '.join(str(error).split())}): mend "
-            f"or delete the file."
+            f"{CARD_NAME}: its front matter cannot be read ({first_line(error)}): mend or delete "
+            f"the file."
         ) from error
     data = card.data.to_dict()
     for name in ("base_model", "repo_id"):
         if not isinstance(data.get(name, ""), str):
-            raise ValueError(
-                f"{CARD_NAME}: its {name} {data[name]!r} must be 'owner/name': mend or delete the "
-                f"line."
-            )
+            raise ValueError(f"{CARD_NAME}: its {name} {data[name]!r} must be 'owner/name'.")
     return data
 
 
-def _with_license(
-    data: dict[str, Any], base_card: ModelCardData | None, license: str | None, base: str | None
+def _license(
+    earlier: dict[str, Any], base_card: ModelCardData | None, asked: str | None, base: str | None
 ) -> dict[str, Any]:
-    """Adds licence and language of the base model, or another licence if one is asked for."""
-    theirs = {} if base_card is None else {key: base_card.get(key) for key in _COPIED}
-    copied = {key: value for key, value in theirs.items() if value is not None}
-    if license is not None and license != copied.get("license", data.get("license")):
-        copied = {key: value for key, value in copied.items() if key == "language"}
-        copied["license"] = license
-    if "license" in copied:  # a name and a link belong to the licence that they came with
-        data = {key: value for key, value in data.items() if not key.startswith("license")}
-    data = data | copied
-    if data.get("license") == "other" and base is not None:
+    """The licence that is asked for, or that of the base model, or the earlier one."""
+    theirs = {} if base_card is None else base_card.to_dict()
+    source = theirs if "license" in theirs else earlier
+    found = {key: source[key] for key in _LICENSE if key in source}
+    if asked is not None and asked != found.get("license"):
+        found = {"license": asked}  # a name and a link belong to the licence that they came with
+    if found.get("license") == "other" and base is not None:
         # old cards have no name and link, and the Hub now asks for both
         link = f"https://huggingface.co/{base}"
-        data = {"license_name": f"license of {base}", "license_link": link} | data
-    return data
+        found = {"license_name": f"license of {base}", "license_link": link} | found
+    return found
 
 
-def _generated(
-    contents: Contents, *, name: str, base: str | None, author: str | None, repo_id: str | None
-) -> dict[str, Any]:
-    """Front matter that follows from the model and from where it goes."""
-    data: dict[str, Any] = {
-        "base_model": base,
-        "base_model_relation": "quantized" if base else None,
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["qvlm", contents.scheme.lower(), contents.family],
-        "quantized_by": author,
-        "repo_id": repo_id,  # for a later measurement, whose card should name it too
-    }
-    if (found := contents.report.evaluation) is not None:
-        result = EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=found["dataset"],
-            dataset_name=found["dataset"],
-            metric_type="exact_match",
-            metric_name="exact match under greedy decoding, %",
-            metric_value=round(100 * found["accuracy"]["value"], 2),
-        )
-        data |= {"eval_results": [result], "model_name": name}
-    return data
-
-
-def _body(contents: Contents, *, name: str, base_name: str | None, **named: str | None) -> str:
-    """Fills card.md.jinja; names as there."""
-    report, calibrated = contents.report, "dataset" in contents.report.provenance
-    weight_bits, activation_bits = parse_scheme(contents.scheme)
-    text = (
-        _environment()
-        .get_template("card.md.jinja")
-        .render(
-            **named,
-            name=name,
-            base_name=base_name,
-            contents=contents,
-            report=report,
-            settings=report.settings,
-            data=report.provenance,
-            calibrated=calibrated,
-            without_report=calibrated and not report.sites,
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            precision=list(_precision_rows(contents)),
-            quantized=[module for module in contents.modules if module.scheme is not None],
-            listed=_listed(contents),
-            full_precision=Counter(
-                ".".join("*" if part.isdigit() else part for part in module.name.split("."))
-                for module in contents.modules
-                if module.scheme is None
-            ),
-            arguments=config_arguments(report, contents.scheme),
-        )
+def _results(saved: SavedModel, name: str) -> dict[str, Any]:
+    """The measured accuracy, as the Hub lists it."""
+    if (found := saved.report.evaluation) is None:
+        return {}
+    result = EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=found["dataset"],
+        dataset_name=found["dataset"],
+        metric_type="exact_match",
+        metric_name="exact match under greedy decoding, %",
+        metric_value=round(100 * found["accuracy"]["value"], 2),
     )
-    return _lay_out(text)
+    return {"eval_results": [result], "model_name": name}
 
 
-def _listed(contents: Contents) -> list[tuple[str, QuantScheme]]:
-    """Name and scheme of every quantized module; experts of one scheme are one line."""
-    modules = ((module.name, module.scheme) for module in contents.modules)
-    named = ((name, scheme) for name, scheme in modules if scheme is not None)
-    return list(dict.fromkeys((re.sub(r"_proj\.\d+$", "_proj.*", n), s) for n, s in named))
-
-
-def _precision_rows(contents: Contents) -> Iterator[dict[str, Any]]:
-    """What every part has of each precision, and what is left of it."""
-    total = contents.sizes.total.parameters
-    for row in contents.sizes.rows:
-        own = [module for module in contents.modules if module.component == row.component]
-        modules: Counter[tuple[int, int, str]] = Counter()
-        weights: Counter[tuple[int, int, str]] = Counter()
-        for scheme, count in ((module.scheme, module.weights) for module in own):
-            if scheme is not None:
-                key = (scheme.weight_bits, scheme.activation_bits, scheme.granularity)
-                modules[key] += 1
-                weights[key] += count
-        for key, count in sorted(modules.items()):
-            what, share = _counted(count, "linear module"), weights[key] / total
-            yield {"part": row.component, "what": what, "scheme": key, "share": share}
-        if rest := row.parameters - weights.total():
-            left = len(own) - modules.total()
-            what = "everything else" if modules else "everything"
-            what = _counted(left, "linear module") if left else what
-            yield {"part": row.component, "what": what, "scheme": None, "share": rest / total}
-
-
-def _environment() -> jinja2.Environment:
+def _body(
+    saved: SavedModel, *, name: str, source: str, base: str | None, picture: bytes | None
+) -> str:
+    """Fills card.md.jinja."""
+    report, scheme, sizes = saved.report, saved.quantization["scheme"], saved.sizes(torch.bfloat16)
+    calibrated = "dataset" in report.provenance
+    weight_bits, activation_bits = parse_scheme(scheme)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
         "cell": _cell,
@@ -243,41 +169,60 @@ def _environment() -> jinja2.Environment:
             f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
         ),
     }
-    return environment
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(
+        name=name,
+        source=source,
+        base=base,
+        base_name=base or report.provenance.get("base_directory"),
+        picture=None if picture is None else PICTURE_NAME,
+        family=saved.config.model_type,
+        dtype=str(saved.dtype).removeprefix("torch."),
+        scheme=scheme,
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        report=report,
+        calibrated=calibrated,
+        without_report=calibrated and not report.sites,
+        sizes=sizes,
+        precision=list(_precision_rows(saved, sizes)),
+        quantized=[module for module in saved.linear_modules if module.scheme is not None],
+        listed=_listed(saved),
+        full_precision=Counter(
+            re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module.name)
+            for module in saved.linear_modules
+            if module.scheme is None
+        ),
+        arguments=config_arguments(report, scheme),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _lay_out(text: str) -> str:
-    """Joins the lines of paragraphs and list items and pads the columns of tables."""
-    blocks = []
-    for part in re.split(r"^(```.*?^```)$", text, flags=re.S | re.M):
-        if part.startswith("```"):
-            blocks.append(part)
-            continue
-        for block in filter(None, (block.strip() for block in re.split(r"\n\s*\n", part))):
-            match block[0]:
-                case "|":
-                    blocks.append(_pad_table(block))
-                case "-":
-                    blocks.append(re.sub(r"\n +", " ", block))
-                case "<":  # HTML
-                    blocks.append(block)
-                case _:
-                    blocks.append(" ".join(block.split()))
-    return "\n\n".join(blocks) + "\n"
+def _listed(saved: SavedModel) -> list[tuple[str, QuantScheme]]:
+    """Name and scheme of every quantized module; experts of one scheme are one line."""
+    modules = ((module.name, module.scheme) for module in saved.linear_modules)
+    named = ((name, scheme) for name, scheme in modules if scheme is not None)
+    return list(dict.fromkeys((re.sub(r"_proj\.\d+$", "_proj.*", n), s) for n, s in named))
 
 
-def _pad_table(text: str) -> str:
-    """Pads the columns of a Markdown table; its second line says which go to the right."""
-    rows = [
-        [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()
-    ]
-    columns = []
-    for cells in zip(*rows, strict=True):
-        width, right = max(3, *map(len, cells)), cells[1].endswith(":")
-        rule = "-" * (width - right) + ":" * right
-        cells = (cells[0], rule, *cells[2:])
-        columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
+def _precision_rows(
+    saved: SavedModel, sizes: Footprint
+) -> Iterator[tuple[str, str, tuple[Any, ...], float]]:
+    """Part, what of it, bits and granularity (empty: full precision), share of all parameters."""
+    for row in sizes.rows:
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for module in saved.linear_modules:
+            if module.component == row.component:
+                kind = () if (s := module.scheme) is None else (
+                    s.weight_bits, s.activation_bits, s.granularity
+                )  # fmt: skip
+                kinds.setdefault(kind, []).append(module.weights)
+        for kind, weights in sorted(kinds.items(), reverse=True):
+            share = sum(weights) / sizes.total.parameters
+            yield row.component, _counted(len(weights), "linear module"), kind, share
+        if rest := row.parameters - sum(map(sum, kinds.values())):
+            what = "everything else" if kinds else "everything"
+            yield row.component, what, (), rest / sizes.total.parameters
 
 
 def _cell(text: object) -> str:

@@ -5,7 +5,6 @@ They are built-in exceptions, so that callers need no class of huggingface_hub: 
 The server's answer is quoted, without whatever looks like a token.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,9 +15,10 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-__all__ = ["TOKEN", "explained", "one_line"]
+from qvlm_hf.errors import TOKEN, first_line
 
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+__all__ = ["explained"]
+
 _LOG_IN = "run `hf auth login` or set HF_TOKEN"
 _CONFLICT = (
     OSError,
@@ -63,12 +63,6 @@ def explained(repo_id: str) -> Iterator[None]:
         raise explanation from error
 
 
-def one_line(error: object) -> str:
-    """Cuts a message to its first line, without tokens."""
-    lines = str(error).strip().splitlines()
-    return TOKEN.sub("hf_***", lines[0].strip().rstrip(".:")) if lines else type(error).__name__
-
-
 def _explanation(repo_id: str, error: BaseException | None) -> Exception | None:
     """What to raise instead of `error`; None: it is no matter of the Hub's."""
     match error:
@@ -82,12 +76,12 @@ def _explanation(repo_id: str, error: BaseException | None) -> Exception | None:
             return _refusal(repo_id, error.response.status_code, error.server_message)
         case PermissionError() if error.errno is None:  # hf_xet's; a file's has a number
             return PermissionError(
-                f"{repo_id}: the Hub does not accept the token ({one_line(error)}): {_LOG_IN}."
+                f"{repo_id}: the Hub does not accept the token ({first_line(error)}): {_LOG_IN}."
             )
         case HTTPError() | ConnectionError() | TimeoutError():
             return ConnectionError(
-                f"{repo_id}: the Hub cannot be reached ({one_line(error)}): check the network and "
-                f"{_REPEAT}."
+                f"{repo_id}: the Hub cannot be reached ({first_line(error)}): check the network "
+                f"and {_REPEAT}."
             )
         case RuntimeError():  # of one file; the reason is its cause
             return _explanation(repo_id, error.__cause__)
@@ -100,5 +94,5 @@ def _refusal(repo_id: str, status: int, said: str | None) -> OSError:
     kind, meaning, remedy = _ANSWERS.get(status, (OSError, "the Hub refuses", "see what it says"))
     if status >= 500:
         kind, meaning, remedy = ConnectionError, "the Hub is out of order", _REPEAT
-    answer = f"{status}: {one_line(said)}" if said else status
+    answer = f"{status}: {first_line(said)}" if said else status
     return kind(f"{repo_id}: {meaning} ({answer}): {remedy}.")

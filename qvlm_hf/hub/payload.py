@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qvlm_hf.errors import TOKEN
 from qvlm_hf.format.files import INDEX_NAME, SINGLE_NAME, read_header, weight_files
-from qvlm_hf.hub.errors import TOKEN
 from qvlm_hf.hub.file_list import FILE_LIST
 
 __all__ = ["FILES", "STALE", "Payload", "check_secrets", "check_text", "choose_files"]

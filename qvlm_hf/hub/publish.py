@@ -22,10 +22,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from yaml import YAMLError
 
+from qvlm_hf.errors import first_line
 from qvlm_hf.format.files import read_header
-from qvlm_hf.hub.contents import read_quantization
-from qvlm_hf.hub.errors import explained, one_line
+from qvlm_hf.hub.errors import explained
 from qvlm_hf.hub.payload import STALE, Payload, check_secrets, check_text
+from qvlm_hf.hub.saved import SavedModel
 
 __all__ = ["Published", "Target", "check_repo_id", "check_target", "fetch_card", "upload", "verify"]
 
@@ -97,7 +98,7 @@ def check_repo_id(repo_id: object, *, field: str = "repo_id") -> None:
     except HFValidationError as error:
         raise ValueError(
             f"{field}={repo_id!r} must be 'owner/name' of letters, digits, '-', '_' and '.' "
-            f"({one_line(error)})."
+            f"({first_line(error)})."
         ) from error
 
 
@@ -152,7 +153,7 @@ def upload(api: HfApi, folder: Path, target: Target, payload: Payload) -> Publis
         OSError: as `explained`, or the Hub holds something else than was sent.
     """
     check_secrets(folder, payload.files, _token(api))
-    scheme = read_quantization(folder)["scheme"]
+    scheme = SavedModel(folder).quantization["scheme"]
     with explained(target.repo_id):
         if not target.create_pr:
             api.create_repo(target.repo_id, private=target.private, exist_ok=True)
@@ -206,7 +207,7 @@ def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision
     try:
         headers = api.get_safetensors_metadata(repo_id, revision=revision).files_metadata
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise differs(one_line(error)) from error
+        raise differs(first_line(error)) from error
     for name in payload.weights:
         tensors = headers[name].tensors if name in headers else {}
         found = {

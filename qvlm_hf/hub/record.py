@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_hf.hub.card import write_card
-from qvlm_hf.hub.contents import REPORT_NAME, read_report
 from qvlm_hf.hub.file_list import relist_files
+from qvlm_hf.hub.saved import REPORT_NAME, SavedModel
 
 __all__ = ["check_recordable", "record_measurement"]
 
@@ -25,7 +25,7 @@ def check_recordable(directory: str) -> Path:
             f"--record: {directory} is no local directory: download the model first, or leave "
             f"--record out."
         )
-    read_report(folder)
+    _ = SavedModel(folder).report
     if not os.access(folder, os.W_OK):
         raise ValueError(
             f"--record: {directory} may not be written: copy it, or leave --record out."
@@ -42,9 +42,9 @@ def record_measurement(
     """Puts measurements into the report, in place of earlier ones, and writes the card anew.
 
     Raises:
-        ValueError: as `read_report` and `write_card`.
+        ValueError: as `SavedModel` and `write_card`.
     """
-    report = read_report(folder)
+    report = SavedModel(folder).report
     report = replace(
         report, evaluation=evaluation or report.evaluation, benchmark=benchmark or report.benchmark
     )

@@ -76,7 +76,6 @@ def footprint(
     model: nn.Module,
     modules: Mapping[str, QuantScheme],
     *,
-    positions: Mapping[str, int] | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Footprint:
     """Sizes a model before and after quantizing.
@@ -84,25 +83,21 @@ def footprint(
     Args:
         model: in full precision; its tensors may be on the meta device.
         modules: canonical names of the modules to quantize, and how.
-        positions: component -> calibrated positions, for modules with granularity "token".
         dtype: of everything in full precision.
 
     Returns:
         The rows; tensors that several modules share count once.
 
     Raises:
-        ValueError: `modules` names something that is no linear module of the model, or `positions`
-            lacks a component.
+        ValueError: `modules` names something that is no linear module of the model, or has
+            granularity "token", whose number of positions only a calibration knows.
     """
     with experts_split(model):
-        return _footprint(model, modules, positions or {}, dtype)
+        return _footprint(model, modules, dtype)
 
 
 def _footprint(
-    model: nn.Module,
-    modules: Mapping[str, QuantScheme],
-    positions: Mapping[str, int],
-    dtype: torch.dtype,
+    model: nn.Module, modules: Mapping[str, QuantScheme], dtype: torch.dtype
 ) -> Footprint:
     linears = {
         canonical_name(name): module
@@ -124,9 +119,8 @@ def _footprint(
         parameters[component] += tensor.numel()
         full[component] += size
         if part == "weight" and (scheme := modules.get(module)):
-            count = _positions(module, scheme, component, positions)
             linear = linears[module]
-            size = linear_bytes(linear.in_features, linear.out_features, scheme, count)
+            size = linear_bytes(linear.in_features, linear.out_features, scheme)
         packed[component] += size
     return Footprint(
         rows=tuple(
@@ -142,21 +136,23 @@ def _footprint(
     )
 
 
-def linear_bytes(
-    in_features: int, out_features: int, scheme: QuantScheme, positions: int | None = None
-) -> int:
+def linear_bytes(in_features: int, out_features: int, scheme: QuantScheme) -> int:
     """Counts the bytes of one quantized module without its bias.
 
     Args:
         in_features: inputs.
         out_features: outputs.
         scheme: of the module.
-        positions: calibrated positions; required by granularity "token".
+
+    Raises:
+        ValueError: granularity "token", whose number of positions only a calibration knows.
     """
+    if scheme.granularity == "token":
+        raise ValueError("granularity 'token': the calibrated positions are known to files alone.")
     weight = 4 * out_features * scheme.words(in_features)
     groups = out_features * scheme.groups(in_features)
     parameters = groups * (2 if scheme.symmetric else 3)  # bfloat16 scale, uint8 zero point
-    statics = {"channel": in_features, "token": positions or 0}.get(scheme.granularity, 0)
+    statics = in_features if scheme.granularity == "channel" else 0
     return weight + parameters + 8 * statics  # float32 scale, int32 zero point
 
 
@@ -176,16 +172,3 @@ def _stored(model: nn.Module) -> list[tuple[str, Tensor]]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         first.setdefault(id(tensor), (canonical_name(name), tensor))
     return list(first.values())
-
-
-def _positions(
-    module: str, scheme: QuantScheme, component: str, positions: Mapping[str, int]
-) -> int | None:
-    if scheme.granularity != "token":
-        return None
-    if component not in positions:
-        raise ValueError(
-            f"{module}: granularity 'token' needs the number of positions: pass "
-            f"positions={{{component!r}: 577}}."
-        )
-    return positions[component]

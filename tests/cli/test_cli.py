@@ -8,11 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from tiny_models import save_tiny, tiny_messages
 
 from qvlm_hf.cli import inspect, main
-from qvlm_hf.cli.inspect import saved_footprint
+from qvlm_hf.hub.saved import SavedModel
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -72,7 +73,9 @@ def test_inspect_counts_the_saved_bytes(folder, capsys):
     assert "language 0" in printed
     with safe_open(folder / "w4a4" / "model.safetensors", "pt") as tensors:
         size = sum(tensors.get_tensor(name).nbytes for name in list(tensors.keys()))
-    assert saved_footprint(str(folder / "w4a4"))[1].total.quantized_bytes == size
+    saved = SavedModel(folder / "w4a4")
+    assert saved.sizes(torch.float32).total.quantized_bytes == size
+    assert str(saved.sizes(torch.float32)) in printed
 
 
 def test_inspect_a_shape_beats_the_papers_memory(capsys):

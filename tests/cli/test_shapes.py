@@ -13,8 +13,9 @@ from qvlm_hf import QVLMConfig
 from qvlm_hf.bench.machine import measure_limits
 from qvlm_hf.bench.random_models import picture_tokens, random_model, random_prompt
 from qvlm_hf.cli import main
-from qvlm_hf.cli.shapes import empty_model, plan
+from qvlm_hf.cli.shapes import plan
 from qvlm_hf.hf.round_on_load import planned_report
+from qvlm_hf.hub.saved import empty_model
 from qvlm_hf.models.by_structure import read_structure
 from qvlm_hf.nn.footprint import footprint
 

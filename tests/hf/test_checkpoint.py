@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForCondit
 from qvlm_hf import QVLMConfig
 from qvlm_hf.cli import main
 from qvlm_hf.format.files import weight_files
-from qvlm_hf.hf.checkpoint import check_directory
+from qvlm_hf.hub.saved import SavedModel
 
 UP = "language_model.model.layers.0.mlp.up_proj"
 FC = "vision_tower.encoder.layers.0.mlp.fc1"
@@ -231,15 +231,16 @@ def test_an_index_beside_the_single_file_is_not_read(tmp_path):
 
 
 def test_a_whole_directory_passes(sharded):
-    check_directory(sharded, AutoConfig.from_pretrained(sharded))
+    SavedModel(sharded).check_weights()
     assert len(weight_files(sharded)) > 1
 
 
 def test_a_quantized_directory_without_weights(damaged):
     (damaged / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds no model\.safetensors: download"):
-        check_directory(damaged, AutoConfig.from_pretrained(damaged))
-    check_directory(damaged, tiny_llava().config)  # of another format: Transformers' business
+        SavedModel(damaged).check_weights()
+    tiny_llava().config.save_pretrained(damaged)
+    SavedModel(damaged).check_weights()  # of another format: Transformers' business
 
 
 @pytest.mark.parametrize("value", [None, {}, ...], ids=["null", "empty", "missing"])

@@ -15,7 +15,7 @@ from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.search import ranges
 from qvlm_hf.cli import main
 from qvlm_hf.format.files import tensor_headers, weight_files
-from qvlm_hf.hub.contents import read_contents
+from qvlm_hf.hub.saved import SavedModel
 from qvlm_hf.models.experts import find_experts
 from qvlm_hf.nn.footprint import count_parameters, footprint
 from qvlm_hf.nn.linear import QVLMLinear
@@ -90,7 +90,9 @@ def test_every_expert_is_quantized_and_counted(calibrated, tmp_path, capsys):
     assert len(files) > 1
     stored = sum(header.nbytes for file in files for header in tensor_headers(file))
     assert (
-        stored == sizes.total.quantized_bytes == read_contents(folder).sizes.total.quantized_bytes
+        stored
+        == sizes.total.quantized_bytes
+        == SavedModel(folder).sizes(torch.float32).total.quantized_bytes
     )
     assert main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out

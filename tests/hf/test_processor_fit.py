@@ -14,8 +14,8 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.calibration.samples import load_samples
-from qvlm_hf.cli.shapes import empty_model
 from qvlm_hf.hf.processor_fit import check_processor_fits
+from qvlm_hf.hub.saved import empty_model
 
 load = AutoModelForImageTextToText.from_pretrained
 

@@ -658,10 +658,10 @@ SECRET = r"holds a Hub token \(hf_\.\.\.\): nothing was sent"
         (nan, "NaN|infinity"),
         (
             changed("config.json", lambda text: text.replace("quantization_config", "no_config")),
-            "^tiny-w4a16: is not quantized by qvlm_hf: name a directory that qvlm quantize wrote",
+            "tiny-w4a16: is not quantized by qvlm_hf: name a directory that qvlm quantize wrote",
         ),
-        (removed("config.json"), "^tiny-w4a16: has no readable config.json: name a directory"),
-        (changed("config.json", lambda text: "{"), "^tiny-w4a16: has no readable config.json"),
+        (removed("config.json"), "tiny-w4a16: holds no config.json: name the directory"),
+        (changed("config.json", lambda text: "{"), "tiny-w4a16: its config.json is no JSON"),
         (changed("qvlm_report.json", lambda text: "{"), "^qvlm_report.json: is no JSON .*: delete"),
     ],
 )

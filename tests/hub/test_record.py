@@ -17,8 +17,8 @@ from qvlm_hf import publish_folder
 from qvlm_hf.cli import main
 from qvlm_hf.cli.record import benchmark_entry
 from qvlm_hf.hub.card import CARD_NAME
-from qvlm_hf.hub.contents import REPORT_NAME, read_report
 from qvlm_hf.hub.record import check_recordable, record_measurement
+from qvlm_hf.hub.saved import REPORT_NAME, SavedModel
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_paths_in_errors_are_not_kept() -> None:
 def test_a_report_that_was_not_kept_is_begun(folder: Path) -> None:
     (folder / "packed" / REPORT_NAME).unlink()
     record_measurement(folder / "packed", benchmark=None, evaluation=None)
-    assert set(read_report(folder / "packed").modules) == set(
+    assert set(SavedModel(folder / "packed").report.modules) == set(
         json.loads((folder / "packed" / "config.json").read_text())["quantization_config"][
             "modules"
         ]

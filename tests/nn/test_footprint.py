@@ -9,7 +9,7 @@ from tiny_models import tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.bench.shapes import shape_config, shape_model, token_positions
+from qvlm_hf.bench.shapes import shape_config, shape_model
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.files import tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
@@ -22,14 +22,10 @@ def saved_bytes(folder: Path) -> int:
     return sum(header.nbytes for file in weight_files(folder) for header in tensor_headers(file))
 
 
-def pack_by_hand(
-    model: LlavaForConditionalGeneration, modules: dict[str, QuantScheme], positions: dict[str, int]
-) -> None:
+def pack_by_hand(model: LlavaForConditionalGeneration, modules: dict[str, QuantScheme]) -> None:
     for name, scheme in modules.items():
         linear = model.get_submodule(name)
-        x = torch.rand(
-            1, positions["vision" if "vision" in name else "projector"], linear.in_features
-        )
+        x = torch.rand(1, 5, linear.in_features)
         replace_modules(model, {name: pack_linear(linear, scheme, x)})
 
 
@@ -42,7 +38,7 @@ def test_the_formula_is_the_saved_file_to_the_byte(
     tmp_path: Path, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, tied: bool
 ) -> None:
     model = tiny_llava(dtype=dtype, tie_word_embeddings=tied)
-    granularities = {"vision": "token", "projector": "dynamic_token", "language": "channel"}
+    granularities = {"vision": "channel", "projector": "dynamic_token", "language": "channel"}
     settings = CalibrationSettings(
         weight_bits=bits,
         group_size=group_size,
@@ -54,16 +50,14 @@ def test_the_formula_is_the_saved_file_to_the_byte(
         weight_bits=8, activation_bits=16, granularity="none"
     )
     assert {scheme.granularity for scheme in modules.values()} == {
-        "token",
         "dynamic_token",
         "channel",
         "none",
     }
-    positions = token_positions(model.config)
-    predicted = footprint(model, modules, positions=positions, dtype=dtype)
+    predicted = footprint(model, modules, dtype=dtype)
     model.save_pretrained(tmp_path / "full")
     count = sum(parameter.numel() for parameter in model.parameters())
-    pack_by_hand(model, modules, positions)
+    pack_by_hand(model, modules)
     model.save_pretrained(tmp_path / "packed")
     assert predicted.total.full_precision_bytes == saved_bytes(tmp_path / "full")
     assert predicted.total.quantized_bytes == saved_bytes(tmp_path / "packed")
@@ -97,7 +91,6 @@ def test_w4a4_shrinks_the_published_models(name: str, parameters: int, ratio: fl
     sizes = footprint(
         model,
         planned_modules(model, CalibrationSettings()),
-        positions=token_positions(model.config),
     )
     assert sizes.total.parameters == parameters  # of the safetensors of llava-hf/llava-1.5-*-hf
     assert sizes.total.full_precision_bytes == 2 * parameters
@@ -121,7 +114,7 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match=r"'model.nothing' is no linear module"):
         footprint(model, {"model.nothing": scheme})
     with pytest.raises(
-        ValueError, match=r"'token' needs the number of positions: pass positions=\{'vision': 577\}"
+        ValueError, match="'token': the calibrated positions are known to files alone"
     ):
         footprint(model, {"model.vision_tower.encoder.layers.0.mlp.fc1": scheme})
     with pytest.raises(
@@ -129,4 +122,3 @@ def test_mistakes() -> None:
         match=r"shape 'gpt' is unknown: this version has demo-1b, llava-1.5-7b, llava-1.5-13b",
     ):
         shape_config("gpt")
-    assert token_positions(shape_config("llava-1.5-7b")) == {"vision": 577, "projector": 576}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from qvlm_hf.calibration.samples.errors import first_line, place, sample_error
+from qvlm_hf.calibration.samples.errors import place, sample_error
 from qvlm_hf.calibration.samples.rendering import (
     Processor,
     adds_special_tokens,
@@ -18,6 +18,7 @@ from qvlm_hf.calibration.samples.rendering import (
 )
 from qvlm_hf.calibration.samples.sample import Sample
 from qvlm_hf.calibration.values import whole_number
+from qvlm_hf.errors import first_line
 
 __all__ = [
     "IGNORE_INDEX",

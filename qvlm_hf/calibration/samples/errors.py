@@ -1,6 +1,6 @@
 """The one way to say what is wrong with a sample: where (file, line, key), problem, remedy."""
 
-__all__ = ["first_line", "place", "sample_error"]
+__all__ = ["place", "sample_error"]
 
 
 def place(origin: str, key: str = "") -> str:
@@ -11,8 +11,3 @@ def place(origin: str, key: str = "") -> str:
 def sample_error(where: str, problem: str, remedy: str) -> ValueError:
     """The error, one line."""
     return ValueError(f"{where} {problem}; {remedy}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of somebody else's error; of an error without a message its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

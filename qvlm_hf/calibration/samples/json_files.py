@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qvlm_hf.calibration.samples.errors import first_line, place, sample_error
+from qvlm_hf.calibration.samples.errors import place, sample_error
+from qvlm_hf.errors import first_line
 
 __all__ = ["read_entries", "read_object"]
 

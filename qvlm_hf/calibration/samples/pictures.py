@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from qvlm_hf.calibration.samples.errors import first_line, sample_error
+from qvlm_hf.calibration.samples.errors import sample_error
+from qvlm_hf.errors import first_line
 
 __all__ = ["check_picture", "image_bytes", "open_image"]
 

@@ -8,8 +8,9 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from qvlm_hf.calibration.samples.errors import first_line, place, sample_error
+from qvlm_hf.calibration.samples.errors import place, sample_error
 from qvlm_hf.calibration.samples.sample import Message, Sample
+from qvlm_hf.errors import first_line
 
 __all__ = ["Processor", "adds_special_tokens", "check_processor", "render", "takes_suffix"]
 

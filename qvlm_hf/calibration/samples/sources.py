@@ -9,9 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from qvlm_hf.calibration.samples.errors import first_line, place, sample_error
+from qvlm_hf.calibration.samples.errors import place, sample_error
 from qvlm_hf.calibration.samples.json_files import read_entries, read_object
 from qvlm_hf.calibration.samples.sample import Sample
+from qvlm_hf.errors import first_line
 
 __all__ = ["Row", "is_empty", "read_rows", "shuffled", "source_name"]
 
