@@ -43,7 +43,7 @@ _PAPER = _BARE | {
     "margins": (),
     "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
 }
-_ADDED = {
+_ADDED: dict[str, dict[str, Any]] = {
     "dependency search": {},
     "+ VEO": {"optimize_vision": True},
     "+ GPTQ": {"weight_rounding": "gptq"},
