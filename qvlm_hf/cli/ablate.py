@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from qvlm_hf.calibration.provenance import versions
 from qvlm_hf.calibration.samples import fingerprint, load_samples, longest_sample, without_too_long
-from qvlm_hf.calibration.samples.errors import first_line
 from qvlm_hf.cli.ablation_tables import check_ablation, read_ablation, write_ablation
 from qvlm_hf.cli.models import check_fits, load_model, load_processor, read_loadable, silence
+from qvlm_hf.errors import first_line
 from qvlm_hf.evaluation import evaluate, evaluate_text, read_text
 from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hf.config import QVLMConfig
