@@ -26,6 +26,7 @@ from qvlm_hf.calibration.samples import batches, load_samples
 
 ROTATED: dict[str, Any] = {"rotation": "hadamard"}
 DYNAMIC: dict[str, Any] = {"activation_granularity": "dynamic_token"}
+GROUPS: dict[str, Any] = {"activation_granularity": "dynamic_group"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain rounding": {**DYNAMIC, "dataset": None, "rotation": None},
     "defaults": {},
@@ -34,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rotation": ROTATED,
     "dynamic": {"rotation": None, **DYNAMIC},
     "rotation, dynamic": {**ROTATED, **DYNAMIC},
+    "groups": {"rotation": None, **GROUPS},
+    "rotation, groups": {**ROTATED, **GROUPS},
     "no equalization": {"equalization": False},
     "no importance": {"token_importance": False},
     "written text": {"written_text": True},
