@@ -124,10 +124,8 @@ class _Probe:
         every = trial.inputs[segment.name]
         (sites,) = initialize_sites(trial, segment.component, [layer], every, hidden)
         inputs, hidden = held_out_half(every), held_out_half(hidden)
-        gradients = [  # of no draw where a batch passes over the layer
-            [draw[layer.name] for draw in draws if layer.name in draw]
-            for draws in self._gradients[segment.name]
-        ]
+        # none where a batch passes over the layer
+        gradients = [draws.get(layer.name, []) for draws in self._gradients[segment.name]]
         full = run_layer(layer.module, inputs, hidden)
         found = {}
         for site in sites:
@@ -143,8 +141,8 @@ class _Probe:
         return found
 
 
-def _held_out_gradients(calibration: Calibration) -> dict[str, list[list[dict[str, Tensor]]]]:
-    """Segment -> per held-out batch that reaches it, per draw: gradients in main memory."""
+def _held_out_gradients(calibration: Calibration) -> dict[str, list[dict[str, list[Tensor]]]]:
+    """Segment -> per held-out batch that reaches it: layer -> draws, in main memory."""
     data = calibration.data
     pictured = [batch for batch in data if "pixel_values" in batch.inputs]
     held_out = {
@@ -160,10 +158,10 @@ def _held_out_gradients(calibration: Calibration) -> dict[str, list[list[dict[st
     )
     most = _GRADIENT_BYTES // max(2 * values, 1)
     draws = max(1, min(most, -(-_DIRECTIONS // max(samples, 1))))
-    found: dict[int, list[dict[str, Tensor]]] = {id(batch): [] for batch in batches}
-    for index, gradients in answer_gradients(calibration, batches, draws=draws):
-        kept = {name: g.to("cpu", torch.bfloat16) for name, g in gradients.items()}
-        found[id(batches[index])].append(kept)
+    found: dict[int, dict[str, list[Tensor]]] = {id(batch): {} for batch in batches}
+    for index, name, gradients in answer_gradients(calibration, batches, draws=draws):
+        kept = [gradient.to("cpu", torch.bfloat16) for gradient in gradients]
+        found[id(batches[index])][name] = kept
     return {name: [found[id(b)] for b in held] for name, held in held_out.items()}
 
 
