@@ -20,6 +20,7 @@ _COMMANDS = {
     "quantize": "calibrate, quantize and save a model",
     "ask": "ask a saved model about a picture",
     "evaluate": "measure accuracy on a data set, against another model if wanted",
+    "ablate": "measure what each part of the method is worth on a model",
     "bench": "measure speed and memory of models, or of the kernels",
     "publish": "put a saved model on the Hugging Face Hub",
     "inspect": "show what a saved model holds, or what would be quantized of another",
@@ -48,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _run(arguments)
-    except KeyboardInterrupt:
-        return interruption.stop()
+    except KeyboardInterrupt as interrupt:
+        return interruption.stop(str(interrupt))
     except SystemExit as end:  # of argparse, which has said why
         interruption.end_with(int(end.code or 0))
         raise
