@@ -100,7 +100,10 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
         ({"resume_dir": "x"}, "resume_dir='x' is not available"),
         ({"push_to_hub": True}, "push_to_hub=True must know where: pass hub_model_id='owner/name'"),
         ({"push_to_hub": "a/b"}, "push_to_hub='a/b' must be True or False"),
-        ({"hub_model_id": "a/b/c"}, "hub_model_id='a/b/c' must be 'owner/name' of letters, digits"),
+        (
+            {"hub_model_id": "a/b/c"},
+            "hub_model_id='a/b/c': Repo id must be in the form 'repo_name' or 'namespace",
+        ),
         ({"hub_private": 1}, "hub_private=1 must be True, False or None"),
         ({"provenance": [1]}, "provenance=.* must be a mapping"),
         (
