@@ -51,11 +51,10 @@ def module_output(directory: str | Path, module_name: str, x: np.ndarray) -> np.
     x = np.asarray(x, dtype=np.float32)
     if entry["input_transform"] is not None:
         x = _hadamard(x, entry["input_transform"]["hadamard"])
-    a, r = _quantize_input(x, entry, tensors)
-
     bits, in_features = entry["weight_bits"], x.shape[-1]
     scale = tensors["weight_scale"]
     length = in_features if entry["group_size"] == -1 else min(entry["group_size"], in_features)
+    a, r = _quantize_input(x, entry, tensors, length)
     zero_point = (
         np.full(scale.shape, 2 ** (bits - 1))
         if entry["symmetric"]
@@ -71,9 +70,12 @@ def module_output(directory: str | Path, module_name: str, x: np.ndarray) -> np.
     for g in range(scale.shape[1]):
         part = slice(g * length, (g + 1) * length)
         shifted = integers[:, part] - zero_point[:, g : g + 1].astype(np.float64)
-        y += scale[:, g] * (a[..., part].astype(np.float64) @ shifted.T).astype(
+        added = scale[:, g] * (a[..., part].astype(np.float64) @ shifted.T).astype(
             np.float32
         )  # float64: sums of integers are exact
+        y += added * r[..., g * length, None] if entry["granularity"] == "dynamic_group" else added
+    if entry["granularity"] == "dynamic_group":
+        r = np.float32(1)
     return (y * r + tensors.get("bias", np.float32(0))).astype(np.float32)
 
 
@@ -121,15 +123,16 @@ def _array(data: bytes, key: str, name: str, info: dict) -> np.ndarray:
 
 
 def _quantize_input(
-    x: np.ndarray, entry: dict, tensors: dict[str, np.ndarray]
+    x: np.ndarray, entry: dict, tensors: dict[str, np.ndarray], length: int
 ) -> tuple[np.ndarray, np.ndarray | float]:
-    """(a, r) of the formula, by granularity."""
+    """(a, r) of the formula, by granularity; r of "dynamic_group" is that of each input."""
     granularity, top = entry["granularity"], 2 ** entry["activation_bits"] - 1
     scale, zero_point = tensors.get("input_scale"), tensors.get("input_zero_point")
     stored = {
         "channel": (True, True),
         "token": (True, True),
         "dynamic_token": (False, False),
+        "dynamic_group": (False, False),
         "none": (scale is not None, False),
     }[granularity]
     if (scale is not None, zero_point is not None) != stored or (
@@ -150,6 +153,20 @@ def _quantize_input(
     elif granularity == "dynamic_token":
         low = np.minimum(x.min(-1, keepdims=True), np.float32(0))
         high = np.maximum(x.max(-1, keepdims=True), np.float32(0))
+        scale = (high - low) / np.float32(top)
+        scale = np.where(scale > 0, scale, np.float32(1))
+        zero_point = np.rint(-low / scale)
+        r = scale
+    elif granularity == "dynamic_group":
+        starts = range(0, x.shape[-1], length)
+        low, high = (
+            np.repeat(
+                np.stack([f(x[..., k : k + length], axis=-1, initial=0) for k in starts], -1),
+                length,
+                axis=-1,
+            )[..., : x.shape[-1]]
+            for f in (np.min, np.max)
+        )
         scale = (high - low) / np.float32(top)
         scale = np.where(scale > 0, scale, np.float32(1))
         zero_point = np.rint(-low / scale)

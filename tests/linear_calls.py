@@ -18,7 +18,7 @@ from qvlm_hf.ops.linear import kernel_name, linear
 OPS = torch.ops.qvlm_hf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATIC = ("channel", "token")
-GRANULARITIES = ("channel", "token", "dynamic_token", "none")
+GRANULARITIES = ("channel", "token", "dynamic_token", "dynamic_group", "none")
 TIGHT = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 NO_COMPILER = "no C++ compiler found: install g++ or set CXX"
 has_compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
@@ -40,7 +40,7 @@ IMPOSSIBLE = (
         for length in (-32, 0, 65, 2**62)
     ),
     *((6, size, f"in_features={size} must be at least 1.") for size in (-64, 0)),
-    (10, "other", "granularity='other' must be one of channel, token, dynamic_token, none."),
+    (10, "other", f"granularity='other' must be one of {', '.join(GRANULARITIES)}."),
     (10, "none", "granularity='none' does not go with activation_bits=4"),
     *(
         (11, block, f"hadamard={block} must be None or a power of two from 2 to 4096.")

@@ -167,11 +167,13 @@ class Options:
     activation_granularity: str | Mapping[str, str] | None = option(
         None,
         None,
-        '"channel", "token" (static, per position), "dynamic_token", or a mapping from "vision", '
-        '"projector" and "language" to one of them. None starts at "channel" for up to 5 bits and '
-        'at "dynamic_token" above; calibration may choose the other one per site.',
+        '"channel", "token" (static, per position), "dynamic_token", "dynamic_group" (per token '
+        'and weight group), or a mapping from "vision", "projector" and "language" to one of them. '
+        'None starts at "channel" for up to 5 bits and at "dynamic_token" above; calibration may '
+        "choose the other one per site.",
         flag=Flag(
-            "of every input (default: the search chooses)", choices=("channel", "dynamic_token")
+            "of every input (default: the search chooses)",
+            choices=("channel", "dynamic_token", "dynamic_group"),
         ),
     )
     quantize_vision: bool = option(True, _SWITCH, "quantize the vision encoder.")

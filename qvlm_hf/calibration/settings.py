@@ -16,7 +16,7 @@ class RangeCandidate:
     """One way to set a site's activation range: a value that the search may choose.
 
     Attributes:
-        granularity: "channel", "token", "dynamic_token" or "none".
+        granularity: as in `QuantScheme`.
         percentile: p; the range is [quantile(1-p), quantile(p)] of the calibration values (1.0: all
             of them). Static only.
         margin: factor on that range, for values that calibration did not reach. Static only.
@@ -72,7 +72,7 @@ class CalibrationSettings(Options):
         if self.recipe is not None and not self.needs_data:
             raise ValueError(
                 f"recipe={self.recipe!r} compares ways to quantize calibrated inputs, and none is "
-                f"calibrated here (16 bits, or 'dynamic_token'): leave it out."
+                f"calibrated here (16 bits, or found at run time): leave it out."
             )
         if self.rotation == "auto" and self.recipe is None and not self._rotation_pays():
             self.rotation = None
@@ -83,7 +83,7 @@ class CalibrationSettings(Options):
 
         Otherwise weights can be rounded one by one.
         """
-        data_free = (("none",), ("dynamic_token",))
+        data_free = (("none",), ("dynamic_token",), ("dynamic_group",))
         return any(self.granularities(component) not in data_free for component in COMPONENTS)
 
     @property
@@ -117,7 +117,7 @@ class CalibrationSettings(Options):
         """Every range candidate of a site: the starting granularity first, wide ranges first."""
         candidates: list[RangeCandidate] = []
         for granularity in self.granularities(component):
-            if granularity in ("dynamic_token", "none"):
+            if granularity not in ("channel", "token"):
                 candidates.append(RangeCandidate(granularity=granularity))
                 continue
             margins, percentiles = sorted(self.margins)[::-1], sorted(self.percentiles)[::-1]
@@ -183,10 +183,15 @@ class CalibrationSettings(Options):
                 f"{', '.join(COMPONENTS)}."
             )
         for component, granularity in chosen.items():
-            if granularity not in ("channel", "token", "dynamic_token"):
+            if granularity not in ("channel", "token", "dynamic_token", "dynamic_group"):
                 raise ValueError(
                     f"activation_granularity={granularity!r} for {component} must be 'channel', "
-                    f"'token' or 'dynamic_token'."
+                    f"'token', 'dynamic_token' or 'dynamic_group'."
+                )
+            if granularity == "dynamic_group" and self.group_size == -1:
+                raise ValueError(
+                    "activation_granularity='dynamic_group' needs groups, and group_size=-1 is the "
+                    "whole row: set group_size, or take 'dynamic_token'."
                 )
             if granularity == "token" and component == "language":
                 raise ValueError(

@@ -120,7 +120,7 @@ def make_config(options: argparse.Namespace, **search: Any) -> QVLMConfig:
             "rtn."
         )
     if QVLMConfig(**fields).activation_bits != 16:
-        fields["activation_granularity"] = "dynamic_token"
+        fields.setdefault("activation_granularity", "dynamic_token")
     return QVLMConfig(**fields, weight_rounding="nearest")
 
 

@@ -95,6 +95,11 @@ def _refusal(scheme: QuantScheme, one_group: bool, has_input_scale: bool) -> str
             "quantize with activation_granularity='dynamic_token' and 8 bits, or to 16-bit "
             "activations"
         )
+    if scheme.granularity == "dynamic_group":
+        return (
+            "its inputs have a range per group, which no consumer computes: quantize with "
+            "activation_granularity='dynamic_token' and 8 bits, or to 16-bit activations"
+        )
     if has_input_scale:
         return (
             "its input is divided by stored scales, which no consumer does: quantize again, which "

@@ -26,6 +26,7 @@ __all__ = [
     "choose_qparams",
     "chosen_clip",
     "dequantize",
+    "dynamic_group_quantize",
     "dynamic_token_qparams",
     "fake_quantize",
     "grid_bounds",
@@ -35,6 +36,7 @@ __all__ = [
     "quantize",
     "quantize_weight",
     "shift_quantize",
+    "split_groups",
 ]
 
 CLIPS = tuple(1.0 - 0.04 * step for step in range(11))  # factors on a group's range that are tried
@@ -90,6 +92,23 @@ def dynamic_token_qparams(x: Tensor, bits: int) -> QParams:
     """
     x = x.float()
     return _grid(x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0), bits)
+
+
+def dynamic_group_quantize(x: Tensor, bits: int, group_length: int) -> tuple[Tensor, Tensor]:
+    """Rounds each group of a token on a grid over its own range.
+
+    Args:
+        x: [..., tokens, channels]; empty tokens are allowed.
+        bits: 3 to 8.
+        group_length: channels of a full group; the last one may be short.
+
+    Returns:
+        q - zero_point, float32 [..., tokens, channels], and scales, float32 [..., tokens, groups].
+    """
+    grouped = split_groups(x, group_length)
+    qparams = dynamic_token_qparams(grouped, bits)
+    shifted = shift_quantize(grouped, qparams).flatten(-2)[..., : x.shape[-1]]
+    return shifted, qparams.scale.squeeze(-1)
 
 
 def _grid(low: Tensor, high: Tensor, bits: int) -> QParams:
@@ -198,15 +217,20 @@ def chosen_clip(weight: Tensor, quantized: QuantizedWeight, scheme: QuantScheme)
 
 
 def grouped_weight(weight: Tensor, scheme: QuantScheme) -> Tensor:
-    """Splits rows into groups, [O, I] -> [O, G, L]; zeros, always exact, fill the last group."""
-    length, groups = scheme.group_length(weight.shape[1]), scheme.groups(weight.shape[1])
-    filled = torch.nn.functional.pad(weight, (0, groups * length - weight.shape[1]))
-    return filled.unflatten(1, (groups, length))
+    """Splits rows into groups, [O, I] -> [O, G, L], as `split_groups`."""
+    return split_groups(weight, scheme.group_length(weight.shape[1]))
+
+
+def split_groups(x: Tensor, group_length: int) -> Tensor:
+    """[..., I] -> [..., G, L]; zeros, always exact and in every range, fill the last group."""
+    groups = -(-x.shape[-1] // group_length)
+    filled = torch.nn.functional.pad(x, (0, groups * group_length - x.shape[-1]))
+    return filled.unflatten(-1, (groups, group_length))
 
 
 def group_expand(per_group: Tensor, group_length: int, in_features: int) -> Tensor:
-    """Repeats the value of each group, [O, G] -> [O, I]: input k is in group k // group_length."""
-    return per_group.repeat_interleave(group_length, dim=1)[:, :in_features]
+    """Repeats values of groups, [..., G] -> [..., I]: input k is in group k // group_length."""
+    return per_group.repeat_interleave(group_length, dim=-1)[..., :in_features]
 
 
 def not_finite(dtype: torch.dtype) -> str:

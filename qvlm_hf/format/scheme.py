@@ -20,7 +20,7 @@ __all__ = [
 
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (*range(3, 9), 16)
-GRANULARITIES = ("channel", "token", "dynamic_token", "none")
+GRANULARITIES = ("channel", "token", "dynamic_token", "dynamic_group", "none")
 MAX_HADAMARD_BLOCK = 4096
 _BLOCKS = [2**power for power in range(1, 13)]
 
@@ -52,7 +52,8 @@ class QuantScheme:
         symmetric: weights have no stored zero point; it is 2^(weight_bits - 1).
         granularity: of the input: "channel" (static, one range per input channel, folded into the
             weight columns), "token" (static, one per position), "dynamic_token" (one per token,
-            found at run time), "none" (floating point).
+            found at run time), "dynamic_group" (the same, one per token and weight group), "none"
+            (floating point).
         hadamard: block size of the normalised Hadamard transform applied to the input first, or
             None.
 

@@ -55,7 +55,7 @@ class CallScheme(NamedTuple):
     Attributes:
         input_scale: float32 [K] for "channel" (and, optionally, "none"), [positions] for "token",
             else None.
-        input_zero_point: int32, like `input_scale`; None for "none" and "dynamic_token".
+        input_zero_point: int32, like `input_scale`; None for "none" and the dynamic ones.
         in_features: K.
         weight_bits: bits of a weight.
         activation_bits: bits of an input value.
@@ -190,7 +190,7 @@ def _grid_has_format(x: Tensor, scheme: CallScheme) -> bool:
     scale, zero_point, k, granularity = *scheme[:3], scheme.granularity
     if granularity == "none":
         return scale is None or scale.shape == (k,)
-    if granularity == "dynamic_token":
+    if granularity in ("dynamic_token", "dynamic_group"):
         return True
     if scale is None or zero_point is None or (granularity == "token" and x.dim() < 2):
         return False

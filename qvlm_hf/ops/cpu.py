@@ -74,6 +74,8 @@ _SLOWER = "20 to 130 times slower per token (docs/benchmarks.md; remedies: docs/
 def misfit(scheme: CallScheme) -> str | None:
     """Why the kernels do not take such modules, or None."""
     length, bits = scheme.group_length, scheme.weight_bits
+    if scheme.granularity == "dynamic_group":
+        return "no CPU kernel has a range per group of inputs"
     if length < scheme.in_features and length * bits % 8:
         return f"groups of {length} x {bits} bits do not start at a byte"
     return int32_overflow(scheme)

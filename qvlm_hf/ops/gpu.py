@@ -72,7 +72,11 @@ class Device:
     processors: int
 
 
-misfit = int32_overflow
+def misfit(scheme: CallScheme) -> str | None:
+    """Why the kernels do not take such modules, or None."""
+    if scheme.granularity == "dynamic_group":
+        return "no GPU kernel has a range per group of inputs"
+    return int32_overflow(scheme)
 
 
 def load(device: torch.device) -> Loaded:

@@ -15,7 +15,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.format.grids import QParams, QuantizedWeight, dynamic_token_qparams, shift_quantize
+from qvlm_hf.format.grids import (
+    QParams,
+    QuantizedWeight,
+    dynamic_group_quantize,
+    dynamic_token_qparams,
+    shift_quantize,
+)
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.packing import pack, unpack
 from qvlm_hf.ops.call import CallScheme, Compute, Packed
@@ -52,7 +58,7 @@ def _linear(x: Tensor, packed: Packed, scheme: CallScheme) -> Tensor:
             raise ValueError(
                 f"{name} has the shape {tuple(tensor.shape)}, not [out_features, groups] = {shape}."
             )
-    a, row_scale = _quantize_input(_transform(x.float(), scheme), scheme)
+    a, input_scale = _quantize_input(_transform(x.float(), scheme), scheme)
     if scheme.granularity != "none":  # an integer cannot say that it was NaN
         a = a.masked_fill(~x.isfinite().all(-1, keepdim=True), torch.nan)
     zero_point = _zero_point(packed, bits)
@@ -61,15 +67,19 @@ def _linear(x: Tensor, packed: Packed, scheme: CallScheme) -> Tensor:
     bound = length * (2**scheme.activation_bits - 1) * (2**bits - 1)
     exact64 = scheme.granularity != "none" and bound >= _EXACT_FLOAT32
     dtype = torch.float64 if exact64 else torch.float32
+    grouped = scheme.granularity == "dynamic_group"
     y = a.new_zeros((*a.shape[:-1], shape[0]))
     for group in range(shape[1]):
         part = slice(group * length, (group + 1) * length)
         shifted = integers[:, part].to(dtype) - zero_point[:, group, None].to(dtype)
         with exact_products(x):
             sums = a[..., part].to(dtype) @ shifted.T
-        y += sums.float() * packed.weight_scale[:, group].float()
-    if row_scale is not None:
-        y *= row_scale
+        scaled = sums.float() * packed.weight_scale[:, group].float()
+        if grouped and input_scale is not None:
+            scaled *= input_scale[..., group, None]
+        y += scaled
+    if not grouped and input_scale is not None:
+        y *= input_scale
     if packed.bias is not None:
         y += packed.bias.float()
     return y.to(x.dtype)
@@ -117,13 +127,18 @@ def _transform(values: Tensor, scheme: CallScheme) -> Tensor:
 
 
 def _quantize_input(x: Tensor, scheme: CallScheme) -> tuple[Tensor, Tensor | None]:
-    """a of x's shape (integers as float32, or `x`); r, broadcastable to [..., N], or None for 1."""
+    """a of x's shape (integers as float32, or `x`), and its scales r, or None for 1.
+
+    They are broadcastable to [..., N]; for "dynamic_group" they are [..., G].
+    """
     scale, zero_point, bits = scheme.input_scale, scheme.input_zero_point, scheme.activation_bits
     if scheme.granularity == "none":
         return (x if scale is None else x / scale), None
     if scheme.granularity == "dynamic_token":
         qparams = dynamic_token_qparams(x, bits)
         return shift_quantize(x, qparams), qparams.scale
+    if scheme.granularity == "dynamic_group":
+        return dynamic_group_quantize(x, bits, scheme.group_length)
     if scale is None or zero_point is None:
         raise ValueError(
             f"granularity {scheme.granularity!r} needs input_scale and input_zero_point: the "

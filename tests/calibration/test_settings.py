@@ -125,17 +125,26 @@ def percentile(granularity, value):
         ),
         (
             {"activation_granularity": "tensor"},
-            "activation_granularity='tensor' for vision must be 'channel', 'token' or "
-            "'dynamic_token'.",
+            "activation_granularity='tensor' for vision must be 'channel', 'token', "
+            "'dynamic_token' or 'dynamic_group'.",
         ),
         (
             {"activation_granularity": {"projector": "none"}},
-            "activation_granularity='none' for projector must be 'channel', 'token' or "
-            "'dynamic_token'.",
+            "activation_granularity='none' for projector must be 'channel', 'token', "
+            "'dynamic_token' or 'dynamic_group'.",
         ),
         (
             {"activation_granularity": 4},
-            "activation_granularity=4 for vision must be 'channel', 'token' or 'dynamic_token'.",
+            "activation_granularity=4 for vision must be 'channel', 'token', 'dynamic_token' or "
+            "'dynamic_group'.",
+        ),
+        *(
+            (
+                {"group_size": -1, "activation_granularity": value},
+                "activation_granularity='dynamic_group' needs groups, and group_size=-1 is the "
+                "whole row: set group_size, or take 'dynamic_token'.",
+            )
+            for value in ("dynamic_group", {"vision": "dynamic_group"})
         ),
         *(
             (
@@ -247,7 +256,7 @@ def test_default_granularities_follow_the_bits(component, activation_bits, expec
 
 
 def test_an_asked_granularity_is_the_only_one():
-    for granularity in ("channel", "dynamic_token"):
+    for granularity in ("channel", "dynamic_token", "dynamic_group"):
         settings = CalibrationSettings(activation_granularity=granularity)
         assert [settings.granularities(component) for component in COMPONENTS] == [
             (granularity,)
@@ -268,6 +277,7 @@ def test_an_asked_granularity_is_the_only_one():
         ({"activation_bits": 16}, False),
         ({"activation_granularity": "channel"}, True),
         ({"activation_granularity": "dynamic_token"}, False),
+        ({"activation_granularity": "dynamic_group"}, False),
         ({"activation_bits": 8, "activation_granularity": "dynamic_token"}, False),
         (
             {"activation_granularity": {"vision": "dynamic_token", "language": "dynamic_token"}},
@@ -329,7 +339,10 @@ def test_candidates_are_distinct_and_belong_to_the_settings():
 
 @pytest.mark.parametrize(
     ("granularity", "static"),
-    [("channel", True), ("token", True), ("dynamic_token", False), ("none", False)],
+    [
+        *(("channel", True), ("token", True)),
+        *((granularity, False) for granularity in ("dynamic_token", "dynamic_group", "none")),
+    ],
 )
 def test_static_candidates(granularity, static):
     assert RangeCandidate(granularity=granularity).static is static

@@ -128,14 +128,15 @@ def test_samples_without_positions_are_left_out_with_counts(folder, tmp_path, ca
 
 def test_rounding_takes_the_options_that_it_has_a_use_for(folder, capsys):
     words = "quantize {f}/model --method rtn --output '{f}/a b/rtn' --seed 5 --rotation hadamard"
-    more = "--modules-to-not-convert down_proj lm_head --activation-granularity dynamic_token"
+    more = "--modules-to-not-convert down_proj lm_head --activation-granularity dynamic_group"
     assert run(folder, words, more) == 0
     assert f"saved in '{folder}/a b/rtn'\n" in capsys.readouterr().out
     saved = quantization_config(folder / "a b" / "rtn")
     assert saved["modules_to_not_convert"] == ["down_proj", "lm_head"]
     assert (saved["rotation"], saved["seed"]) == ("hadamard", 5)
-    assert saved["modules"]
-    assert not [name for name in saved["modules"] if "down_proj" in name]
+    modules = saved["modules"]
+    assert {module["granularity"] for module in modules.values()} == {"dynamic_group"}
+    assert not [name for name in modules if "down_proj" in name]
 
 
 @pytest.mark.parametrize(

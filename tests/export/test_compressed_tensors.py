@@ -49,6 +49,9 @@ REFUSED = {
     "its static activation ranges have a zero point per position, which no consumer reads": [
         (4, 4, "token"), (8, 8, "token"),
     ],
+    "its inputs have a range per group, which no consumer computes: quantize with": [
+        (4, 8, "dynamic_group"), (8, 8, "dynamic_group"),
+    ],
     "no consumer runs W.A. with one scale per row and no zero points: quantize with scheme='W8A8'": [
         (4, 8, "dynamic_token"), (6, 6, "dynamic_token"), (8, 4, "dynamic_token"),
         (8, 7, "dynamic_token"),

@@ -12,6 +12,7 @@ from qvlm_hf.format.grids import (
     QParams,
     choose_qparams,
     dequantize,
+    dynamic_group_quantize,
     dynamic_token_qparams,
     fake_quantize,
     quantize,
@@ -166,3 +167,16 @@ def test_dynamic_token_is_choose_qparams_per_row(bits, rows):
 @pytest.mark.parametrize("shape", [(0,), (2, 0)])
 def test_dynamic_token_takes_empty_batches(shape):
     assert dynamic_token_qparams(torch.zeros(*shape, 8), 4).scale.shape == (*shape, 1)
+
+
+@given(st.integers(3, 8), st.integers(1, 9), st.integers(1, 9), st.integers(0, 3))
+def test_dynamic_group_is_dynamic_token_of_every_group(bits, length, channels, seed):
+    x = torch.randn(2, 3, channels, generator=torch.Generator().manual_seed(seed))
+    a, scales = dynamic_group_quantize(x, bits, length)
+    for group, part in enumerate(x.split(length, dim=-1)):
+        qparams = dynamic_token_qparams(part, bits)
+        where = slice(group * length, group * length + part.shape[-1])
+        assert torch.equal(a[..., where], shift_quantize(part, qparams))
+        assert torch.equal(scales[..., group, None], qparams.scale)
+    assert a.shape == x.shape
+    assert scales.shape == (2, 3, -(-channels // length))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvlm_hf.format.scheme import QuantScheme, parse_scheme
+from qvlm_hf.format.scheme import GRANULARITIES, QuantScheme, parse_scheme
 
 GOOD = {"weight_bits": 4, "activation_bits": 4}
 ENTRY = QuantScheme(**GOOD).to_dict()
@@ -15,7 +15,7 @@ ENTRY = QuantScheme(**GOOD).to_dict()
 @st.composite
 def schemes(draw):
     activation_bits = draw(st.sampled_from([3, 4, 5, 6, 7, 8, 16]))
-    inputs = ["none"] if activation_bits == 16 else ["channel", "token", "dynamic_token"]
+    inputs = GRANULARITIES[-1:] if activation_bits == 16 else GRANULARITIES[:-1]
     return QuantScheme(
         weight_bits=draw(st.integers(2, 8)),
         activation_bits=activation_bits,
@@ -55,7 +55,7 @@ RULES = {  # field -> rule, values that break it
         [0, -2, 7, 2**20 + 1, 128.0],
     ),
     "symmetric": ("True or False", [1, None]),
-    "granularity": ("one of channel, token, dynamic_token, none", ["tensor"]),
+    "granularity": (f"one of {', '.join(GRANULARITIES)}", ["tensor"]),
     "hadamard": ("None or a power of two from 2 to 4096", [0, 1, 12, 8192, True, 8.0, -2]),
 }
 

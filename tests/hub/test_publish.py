@@ -1,6 +1,7 @@
-"""Publishing over real HTTP: what arrives, who may, what is refused, what an interruption leaves."""
+"""Publishing: what arrives, who may, what is refused, what an interruption leaves."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_hub_storage import Blob
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny_messages, tiny_processor
@@ -54,17 +56,13 @@ def saved(tmp_path_factory, source, model, processor):
     """`model` in one file and in shards, and one that answers differently, likewise."""
     root = tmp_path_factory.mktemp("saved")
     other = loaded(source, quantization_config=QVLMConfig(scheme="W2A16"))
-    return {
-        f"{name}{kind}": save_quantized(
-            it,
-            processor,
-            root / f"{name}{kind}",
-            report=it.hf_quantizer.report,
-            max_shard_size=size,
-        )
-        for name, it in (("", model), ("other-", other))
-        for kind, size in (("single", "50GB"), ("sharded", "60KB"))
-    }
+    made = {}
+    for name, it in (("", model), ("other-", other)):
+        for kind, size in (("single", "50GB"), ("sharded", "60KB")):
+            path, report = root / f"{name}{kind}", it.hf_quantizer.report
+            save_quantized(it, processor, path, report=report, max_shard_size=size)
+            made[path.name] = path
+    return made
 
 
 @pytest.fixture
@@ -99,8 +97,7 @@ def push_config(**fields):
 
 
 def content(hub, repo_id=REPO, revision="main"):
-    files = hub.repo(repo_id).files(revision)
-    return {name: data for name, data in files.items() if name != ".gitattributes"}
+    return hub.repo(repo_id).files(revision)
 
 
 def local(folder, names):
@@ -110,9 +107,7 @@ def local(folder, names):
 # ---- what arrives --------------------------------------------------------------------------------
 
 
-def test_another_process_loads_what_was_published(
-    hub, api, source, processor, tmp_path, monkeypatch
-):
+def test_another_process_loads_what_was_published(hub, api, source, processor, tmp_path):
     demo = loaded(model_dir(), quantization_config=QVLMConfig(scheme="W4A16"))
     demo_processor = AutoProcessor.from_pretrained(model_dir())
     published = publish(demo, demo_processor, "me/demo-w4a16", api=api)
@@ -125,18 +120,15 @@ def test_another_process_loads_what_was_published(
         percentiles=(1.0, 0.999), margins=(), max_block_depth=2,
     )  # fmt: skip
     searched = loaded(source, quantization_config=config)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)  # it travels the other way
     publish(searched, processor, "tiny-w4a4", private=True, api=api)  # a bare name is the user's
     made = {"me/demo-w4a16": (demo, demo_processor), "me/tiny-w4a4": (searched, processor)}
     fed = {name: inputs(processor, model.dtype) for name, (model, processor) in made.items()}
     torch.save(fed, tmp_path / "inputs.pt")
+    for name in made:
+        api.snapshot_download(name)  # all that the other process has
     script = Path(__file__).parent / "fresh_load.py"
-    subprocess.run(
-        [sys.executable, script, tmp_path / "inputs.pt", tmp_path / "out.pt", *made],
-        env=hub.environment(tmp_path / "empty"),
-        check=True,
-        timeout=300,
-    )
+    words = [sys.executable, script, tmp_path / "inputs.pt", tmp_path / "out.pt", *made]
+    subprocess.run(words, env=os.environ | {"HF_HUB_OFFLINE": "1"}, check=True, timeout=300)
     found = torch.load(tmp_path / "out.pt")
     for name, pair in made.items():
         assert torch.equal(found[name], answers(*pair)), name
@@ -152,10 +144,8 @@ def test_one_commit_holds_what_belongs_and_a_second_one_sends_nothing(hub, api, 
     first = publish_folder(folder, REPO, api=api)
     assert set(first.left_out) == {*foreign, "checkpoint-1"}
     assert content(hub) == local(folder, first.files)
-    assert {
-        "README.md", "config.json", "model.safetensors", "processor_config.json",
-        "qvlm_report.json", "tokenizer.json",
-    } <= set(first.files)  # fmt: skip
+    wanted = "README.md config.json model.safetensors processor_config.json qvlm_report.json"
+    assert {*wanted.split(), "tokenizer.json"} <= set(first.files)
     titles = [commit.title for commit in hub.repo(REPO).history()]
     assert titles == ["Upload a model that qvlm_hf quantized to W4A16", "initial commit"]
     sent = len(hub.calls("PUT", "/upload/"))
@@ -184,21 +174,16 @@ def test_private_branches_and_pull_requests(hub, api, transfer, folder):
     assert content(hub, revision="w4a16") == local(folder, published.files)
     assert publish_folder(folder, REPO, revision="w4a16", api=api).revision == published.revision
     assert hub.repo(REPO).private  # None leaves it as it is
-    with pytest.raises(
-        ValueError, match=r"^me/tiny: is private on the Hub already, and private=Fal"
-    ):
-        publish_folder(folder, REPO, private=False, api=api)
-    hub.repo(REPO).private = False
-    with pytest.raises(
-        ValueError, match=r"^me/tiny: is public on the Hub already, and private=True"
-    ):
-        publish_folder(folder, REPO, private=True, api=api)
-    stranger = HfApi(endpoint=hub.endpoint, token=hub.add_user("stranger"))
+    for found, there, asked in ((True, "private", False), (False, "public", True)):
+        hub.repo(REPO).private = found
+        message = f"^me/tiny: is {there} on the Hub already, and private={asked} "
+        with pytest.raises(ValueError, match=message):
+            publish_folder(folder, REPO, private=asked, api=api)
+    stranger = HfApi(token=hub.add_user("stranger"))
     published = publish_folder(folder, REPO, create_pr=True, api=stranger)
-    (pull,) = hub.repo(REPO).pull_requests.values()
-    assert published.pull_request_url == f"{hub.endpoint}/me/tiny/discussions/{pull.num}"
-    again = publish_folder(folder, REPO, revision=pull.ref, license="mit", api=stranger)
-    assert content(hub, revision=pull.ref) == local(folder, again.files)
+    assert published.pull_request_url == f"{hub.endpoint}/me/tiny/discussions/1"
+    again = publish_folder(folder, REPO, revision="refs/pr/1", license="mit", api=stranger)
+    assert content(hub, revision="refs/pr/1") == local(folder, again.files)
     assert (content(hub), len(hub.repo(REPO).pull_requests)) == ({}, 1)
 
 
@@ -213,8 +198,7 @@ def test_private_branches_and_pull_requests(hub, api, transfer, folder):
 def test_the_card_takes_the_licence_of_the_base_model(hub, api, folder, card, license):
     api.create_repo("me/base")
     if card is not None:  # not through the client, which would refuse the broken one
-        files = {"README.md": hub.store.regular(card)}
-        hub.repo("me/base").advance("refs/heads/main", files, "card", "", "me")
+        hub.repo("me/base").advance({"README.md": Blob(card)}, "card")
     publish_folder(folder, REPO, base_model="me/base", api=api)
     text = content(hub)["README.md"].decode()
     found = api.model_info(REPO).card_data
@@ -232,9 +216,8 @@ def test_a_model_from_the_hub_is_quantized_and_pushed_when_it_ends(hub, api, sou
     api.upload_folder(repo_id="me/tiny-llava", folder_path=source)
     card = b"---\nlicense: mit\n---\n# tiny"
     api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="me/tiny-llava")
-    model = loaded(
-        "me/tiny-llava", quantization_config=push_config(processor=processor, hub_private=True)
-    )
+    config = push_config(processor=processor, hub_private=True)
+    model = loaded("me/tiny-llava", quantization_config=config)
     assert model.hf_quantizer.published.repo_id == REPO
     assert hub.repo(REPO).private
     assert torch.equal(answers(loaded(REPO), processor), answers(model, processor))
@@ -292,9 +275,8 @@ def test_a_push_that_fails_loses_nothing(hub, source, processor, no_waiting, cap
     with pytest.warns(UserWarning, match=f"^push_to_hub: me/tiny: the Hub {message}") as warned:
         kept = loaded(source, quantization_config=config)
     assert kept.hf_quantizer.published is None
-    command = re.search(
-        r"this publishes it: qvlm (publish \S+ me/tiny.*)$", str(warned[-1].message)
-    )
+    pattern = r"this publishes it: qvlm (publish \S+ me/tiny.*)$"
+    command = re.search(pattern, str(warned[-1].message))
     hub.heal()
     assert main(command[1].split()) == 0  # the command that the warning shows
     assert "published" in capsys.readouterr().out
@@ -322,10 +304,8 @@ def test_publish_names_the_folder_and_the_command_when_it_fails(
         publish(model, processor, REPO, **options, commit_message="it's new", api=api)
     (note,) = failed.value.__notes__
     command = shlex.split(note.removeprefix("The model is saved; this publishes it: qvlm "))
-    assert command == [
-        "publish", command[1], REPO, "--revision", "dev", "--message", "it's new",
-        "--base-model", "me/base", "--license", "mit",
-    ]  # fmt: skip
+    asked = '--revision dev --message "it\'s new" --base-model me/base --license mit'
+    assert command == ["publish", command[1], REPO, *shlex.split(asked)]
     assert main(command) == 0
     assert hub.repo(REPO).commit("dev").title == "it's new"
 
@@ -374,12 +354,10 @@ def test_names_that_the_hub_does_not_have(hub, api, name):
 
 
 def test_what_publish_is_given_must_fit(hub, source, model, processor, tmp_path):
+    needs = "^publish needs a quantized model and its processor: quantize it first"
     for given, message in (
-        (
-            (loaded(source), processor),
-            "^publish needs a quantized model and its processor: quantize",
-        ),
-        ((model, None), "^publish needs a quantized model and its processor: quantize it first"),
+        ((loaded(source), processor), needs),
+        ((model, None), needs),
         ((model, processor.tokenizer), "is no chat processor .*take the one"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -460,9 +438,9 @@ def test_an_upload_that_fails_changes_nothing_and_its_repeat_is_complete(
     assert len(sizes) > 3
     hub.requests.clear()
     {
-        "cut upload": lambda: hub.cut("/upload/", after_bytes=sizes[-2], times=None),
+        "cut upload": lambda: hub.cut("/upload/", after_bytes=sizes[-2]),
         "failed commit": lambda: hub.fail("POST", "/commit/", 503, times=None),
-        "lost answer": lambda: hub.lose_answer("POST", "/commit/", times=None),
+        "lost answer": lambda: hub.lose_answer("POST", "/commit/"),
     }[fault]()
     with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub .* repeat the command"):
         publish_folder(sharded, REPO, api=api)
@@ -495,15 +473,17 @@ def test_refusals_are_one_line_that_says_what_to_do(hub, api, no_waiting, saved,
     hub.fail("GET|POST", path, status, times=None)
     payload, target = choose_files(saved["single"], ()), Target(repo_id=REPO)
     told = rf"^me/tiny: the Hub refuses \({status}: .*\): {remedy}"
+    asked = (check_target, api, target), (upload, api, saved["single"], target, payload)
+    act, *given = asked[path != "whoami"]
     with pytest.raises(kind, match=told) as failed:
-        (
-            check_target(api, target)
-            if path == "whoami"
-            else upload(api, saved["single"], target, payload)
-        )
+        act(*given)
     assert type(failed.value) is kind
     assert "\n" not in str(failed.value)
     assert hub.token not in repr(failed.value)
+
+
+NOT_FOR_ME = "me/new: the token's user may not make repositories for 'me': name one of str.*, club"
+NO_SUCH = "me/new: the Hub refuses .404: .*: check both names"
 
 
 @pytest.mark.parametrize(
@@ -512,19 +492,8 @@ def test_refusals_are_one_line_that_says_what_to_do(hub, api, no_waiting, saved,
         ("stranger", {}, PermissionError, "me/tiny: the Hub refuses .403: Forbidden"),
         ("reader", {}, PermissionError, "me/tiny: the Hub refuses .403"),
         ("wrong", {}, PermissionError, "me/tiny: the Hub refuses .401: "),
-        (
-            "stranger",
-            {"repo_id": "me/new"},
-            PermissionError,
-            "me/new: the token's user may not make repositories for 'me': name one of stranger, "
-            "club",
-        ),
-        (
-            "stranger",
-            {"repo_id": "me/new", "create_pr": True},
-            FileNotFoundError,
-            "me/new: the Hub refuses .404: .*: check both names",
-        ),
+        ("stranger", {"repo_id": "me/new"}, PermissionError, NOT_FOR_ME),
+        ("stranger", {"repo_id": "me/new", "create_pr": True}, FileNotFoundError, NO_SUCH),
         ("stranger", {"create_pr": True}, None, ""),
         ("stranger", {"repo_id": "club/new"}, None, ""),
     ],
@@ -536,8 +505,7 @@ def test_who_may_write_what(hub, api, user, fields, kind, message):
         "reader": hub.add_user("reader", role="read"),
         "wrong": TOKEN,
     }[user]
-    asking = HfApi(endpoint=hub.endpoint, token=token)
-    target = Target(**({"repo_id": REPO} | fields))
+    asking, target = HfApi(token=token), Target(**({"repo_id": REPO} | fields))
     if kind is None:
         assert check_target(asking, target).user == "stranger"
     else:
@@ -552,10 +520,8 @@ def test_without_token_network_or_permission_to_ask(hub, api, monkeypatch):
     with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub cannot be reached .*: repeat"):
         check_target(HfApi(endpoint="http://127.0.0.1:9", token=hub.token), target)
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(
-        PermissionError, match=r"^me/tiny: there is no Hub token: run `hf auth login"
-    ):
-        check_target(HfApi(endpoint=hub.endpoint), target)
+    with pytest.raises(PermissionError, match=r"^me/tiny: there is no Hub token: run `hf auth log"):
+        check_target(HfApi(), target)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub cannot be reached \(.*offline"):
         check_target(api, target)
@@ -656,9 +622,8 @@ def test_the_token_in_use_is_found_whatever_its_form(folder):
 def test_an_index_that_leads_out_of_the_directory(hub, api, sharded):
     index = sharded / "model.safetensors.index.json"
     (sharded.parent / "outside.safetensors").write_bytes(b"secret")
-    index.write_text(
-        re.sub(r'"model-[^"]*"', '"../outside.safetensors"', index.read_text(), count=1)
-    )
+    text = re.sub(r'"model-[^"]*"', '"../outside.safetensors"', index.read_text(), count=1)
+    index.write_text(text)
     with pytest.raises(ValueError, match=r"index.* names .*\.\./outside.safetensors"):
         publish_folder(sharded, REPO, api=api)
     assert not hub.repos
@@ -667,44 +632,33 @@ def test_an_index_that_leads_out_of_the_directory(hub, api, sharded):
 # ---- what the Hub holds --------------------------------------------------------------------------
 
 
-def shorter(repo, files):
-    files["config.json"] = repo.store.regular(b"{}")
+WEIGHTS = "model.safetensors"
 
 
-def other_weights(repo, files):
+def other_weights(data):
     """As many bytes and the same header."""
-    data = repo.store.path(files["model.safetensors"].sha256).read_bytes()
-    kept = repo.store.add([data[:-1], bytes([data[-1] ^ 1])])
-    files["model.safetensors"] = repo.store.pointed(kept)
-
-
-def left_over(repo, files):
-    files["model-00001-of-00002.safetensors"] = files["model.safetensors"]
-
-
-def missing(repo, files):
-    del files["tokenizer.json"]
+    return Blob(data[:-1] + bytes([data[-1] ^ 1]), lfs=True)
 
 
 @pytest.mark.parametrize(
-    ("change", "what"),
+    ("name", "change"),
     [
-        (shorter, "config.json"),
-        (other_weights, "model.safetensors"),
-        (left_over, "model-00001-of-00002.safetensors"),
-        (missing, "tokenizer.json"),
+        ("config.json", lambda _: Blob(b"{}")),
+        (WEIGHTS, other_weights),
+        ("model-00001-of-00002.safetensors", lambda _: Blob(b"0", lfs=True)),
+        ("tokenizer.json", None),
     ],
 )
-def test_what_the_hub_holds_is_compared_with_what_was_sent(hub, api, folder, change, what):
+def test_what_the_hub_holds_is_compared_with_what_was_sent(hub, api, folder, name, change):
     published = publish_folder(folder, REPO, api=api)
     repo, payload = hub.repo(REPO), choose_files(folder, ("README.md",))
     verify(api, folder, payload, repo_id=REPO, revision=published.revision)
-    files = dict(repo.tree())
-    change(repo, files)
-    commit = repo.advance("refs/heads/main", files, "tampered", "", "me")
-    message = f"^me/tiny: the Hub does not hold what was sent .{what} is missing, another or left over.: repeat"
+    files = dict(repo.commit().files)
+    old = files.pop(name, None)
+    files |= {name: change(old and old.content)} if change else {}
+    message = f"^me/tiny: the Hub does not hold what was sent .{name} is missing, another or left"
     with pytest.raises(OSError, match=message):
-        verify(api, folder, payload, repo_id=REPO, revision=commit.oid)
+        verify(api, folder, payload, repo_id=REPO, revision=repo.advance(files, "tampered"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])

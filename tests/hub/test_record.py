@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import HubServer
+from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 from tiny_models import save_tiny, tiny_messages
 
@@ -152,7 +152,7 @@ def test_a_report_that_was_not_kept_is_begun(folder: Path) -> None:
     )
 
 
-def test_a_published_directory_keeps_its_name_on_the_hub(folder: Path, hub: HubServer) -> None:
+def test_a_published_directory_keeps_its_name_on_the_hub(folder: Path, hub: FakeHub) -> None:
     card = folder / "packed" / CARD_NAME
     assert 'from_pretrained("packed")' in card.read_text()
     publish_folder("packed", "me/tiny-w4a16")
@@ -166,7 +166,7 @@ def test_a_published_directory_keeps_its_name_on_the_hub(folder: Path, hub: HubS
 
 @pytest.mark.parametrize("name", ["me/nowhere", "./nowhere"])
 def test_a_missing_full_precision_model_is_named_before_measuring(
-    folder: Path, hub: HubServer, capsys: pytest.CaptureFixture, name: str
+    folder: Path, hub: FakeHub, capsys: pytest.CaptureFixture, name: str
 ) -> None:
     assert main(["bench", "packed", "--against", name, "--record"]) == 1
     captured = capsys.readouterr()

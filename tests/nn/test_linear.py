@@ -16,7 +16,7 @@ from qvlm_hf.nn import QVLMLinear
 from qvlm_hf.nn.linear import packed_tensors
 
 IN, OUT, POSITIONS = 40, 6, 5
-GRANULARITIES = ("channel", "token", "dynamic_token", "none")
+GRANULARITIES = ("channel", "token", "dynamic_token", "dynamic_group", "none")
 FIXED = {"weight": torch.int32, "weight_scale": torch.bfloat16, "weight_zero_point": torch.uint8}
 STATIC = {"input_scale": torch.float32, "input_zero_point": torch.int32}
 

@@ -61,7 +61,14 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"bias": True}, {"symmetric": True}, {"granularity": "dynamic_token"}]
+    "options",
+    [
+        {},
+        {"bias": True},
+        {"symmetric": True},
+        {"granularity": "dynamic_token"},
+        {"granularity": "dynamic_group"},
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_with_one_call(options, dtype, calls):

@@ -92,7 +92,7 @@ def test_equals_the_reference(
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token"])
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "dynamic_group"])
 @pytest.mark.parametrize("tokens", [1, 2, 20])
 @pytest.mark.parametrize("bits", [(4, 4), (4, 8), (8, 8)])
 def test_a_token_that_is_not_finite_gives_nan_and_others_what_they_gave(
@@ -111,7 +111,7 @@ def test_a_token_that_is_not_finite_gives_nan_and_others_what_they_gave(
     assert torch.equal(many.nan_to_num(), OPS.linear(spoilt, *rest).nan_to_num())
 
 
-@pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
+@pytest.mark.parametrize("granularity", ["channel", "dynamic_token", "dynamic_group"])
 @pytest.mark.parametrize("weight_bits", [4, 8])
 @pytest.mark.parametrize(
     ("tokens", "zero_point"),
@@ -124,7 +124,8 @@ def test_sums_are_exact(granularity, weight_bits, tokens, zero_point):
     way must be taken. 1000 tokens are more than the kernel takes at once.
     """
     x = torch.randint(-zero_point, 256 - zero_point, (tokens, 512)).float()
-    x[:, 0], x[:, 1] = -zero_point, 255 - zero_point  # the range of a token is 255 steps of one
+    # the range of a token, and of each of its groups, is 255 steps of one
+    x[:, ::128], x[:, 1::128] = -zero_point, 255 - zero_point
     integers, middle = torch.randint(0, 2**weight_bits, (96, 512)), 2 ** (weight_bits - 1)
     grid = torch.ones(512), torch.full((512,), zero_point, dtype=torch.int32)
     y = OPS.linear(

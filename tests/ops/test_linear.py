@@ -64,30 +64,33 @@ def transform(row, block):
 
 
 def quantize_row(row, position, case):
-    """(a, r) of one token by the formulas of docs/format.md: Python integers (or float32 for
-    "none"), one float32 division per value.
+    """(a, r of every input) of one token by the formulas of docs/format.md: Python integers (or
+    float32 for "none"), one float32 division per value.
     """
     granularity, top = case.scheme.granularity, 2**case.scheme.activation_bits - 1
     scales, zero_points = case.tensors["input_scale"], case.tensors["input_zero_point"]
-    row_scale = F32(1)
+    factors = [1.0] * len(row)
     if granularity == "none":
         scales = torch.ones(len(row)) if scales is None else scales
-        return [F32(x / F32(s)) for x, s in zip(row, scales, strict=True)], row_scale
-    if granularity == "dynamic_token":
-        low, high = min([*row, F32(0)]), max([*row, F32(0)])
-        scale = F32(F32(high - low) / F32(top))
-        row_scale = scale if scale > 0 else F32(1)
-        grid = [(row_scale, round(float(-low / row_scale)))] * len(row)
+        return [F32(x / F32(s)) for x, s in zip(row, scales, strict=True)], factors
+    if granularity.startswith("dynamic"):
+        grid = []
+        length = case.scheme.group_length(len(row)) if "group" in granularity else len(row)
+        for start in range(0, len(row), length):
+            part = row[start : start + length]
+            low, high = min([*part, F32(0)]), max([*part, F32(0)])
+            scale = F32(F32(high - low) / F32(top))
+            scale = scale if scale > 0 else F32(1)
+            grid += [(scale, round(float(-low / scale)))] * len(part)
     elif granularity == "token":
-        row_scale = F32(scales[position])
-        grid = [(row_scale, int(zero_points[position]))] * len(row)
+        grid = [(F32(scales[position]), int(zero_points[position]))] * len(row)
     else:
         grid = [(F32(s), int(z)) for s, z in zip(scales, zero_points, strict=True)]
     a = []
     for value, (scale, zero_point) in zip(row, grid, strict=True):
         q = min(max(round(float(F32(value / scale))) + zero_point, 0), top)
         a.append(q - zero_point)
-    return a, row_scale
+    return a, factors if granularity == "channel" else [float(scale) for scale, _ in grid]
 
 
 def zero_points_of(case):
@@ -110,16 +113,16 @@ def by_loop(case):
     bias = [0.0] * len(weight) if bias is None else bias.tolist()
     y, magnitude = np.zeros((2, len(rows), len(weight)))
     for m, row in enumerate(rows):
-        a, row_scale = quantize_row(transform(list(row), case.scheme.hadamard), m % tokens, case)
-        a, row_scale = [v.item() if isinstance(v, F32) else v for v in a], float(row_scale)
+        a, factors = quantize_row(transform(list(row), case.scheme.hadamard), m % tokens, case)
+        a = [v.item() if isinstance(v, F32) else v for v in a]
         for n, scales in enumerate(weight_scale):
             sums = [0] * len(scales)
             for k, value in enumerate(a):
                 term = value * (weight[n][k] - zero_points[n][k // length])
                 sums[k // length] += term
-                magnitude[m, n] += abs(term) * scales[k // length] * row_scale
-            scaled = sum(scale * total for scale, total in zip(scales, sums, strict=True))
-            y[m, n] = row_scale * scaled + bias[n]
+                magnitude[m, n] += abs(term) * scales[k // length] * factors[k]
+            parts = zip(factors[::length], scales, sums, strict=True)
+            y[m, n] = sum(r * scale * total for r, scale, total in parts) + bias[n]
             magnitude[m, n] += abs(bias[n])
     shape = (*case.x.shape[:-1], len(weight))
     return y.reshape(shape), magnitude.reshape(shape)
@@ -136,7 +139,7 @@ def check(case):
     assert (error <= allowed).all(), f"error {error.max()} at {expected.flat[error.argmax()]}"
 
 
-@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token"])
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "dynamic_group"])
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("activation_bits", range(3, 9))
 def test_every_width_of_weight_and_activation(granularity, weight_bits, activation_bits):
@@ -230,7 +233,7 @@ def given_integers(granularity, q, integers, weight_scale, zero_point):
     return replace(case, x=q.float(), integers=integers).changed(**tensors)
 
 
-@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token"])
+@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "dynamic_group"])
 def test_integer_sums_are_exact_beyond_float32(granularity):
     """Partial sums of 4 * 10^7 that cancel almost to nothing: a float32 accumulator (24 bits) gives
     another integer.

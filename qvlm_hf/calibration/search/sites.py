@@ -21,8 +21,10 @@ from qvlm_hf.format.grids import (
     QParams,
     QuantizedWeight,
     choose_qparams,
+    dynamic_group_quantize,
     dynamic_token_qparams,
     grid_bounds,
+    group_expand,
     quantize_weight,
     shift_quantize,
 )
@@ -137,7 +139,7 @@ class QuantizedSite:
         return self._folded(self.linears[index], self.choice)
 
     def multiplied_input(self, x: Tensor) -> Tensor:
-        """The factor of W': the integers of x, times the token's scale if there is one."""
+        """The factor of W': the integers of x, times the scales of the token if it has any."""
         a, row_scale = self._quantize_input(x, self.choice)
         return a.float() if row_scale is None else a * row_scale
 
@@ -182,13 +184,21 @@ class QuantizedSite:
         return y.to(x.dtype)
 
     def _quantize_input(self, x: Tensor, choice: int) -> tuple[Tensor, Tensor | None]:
-        """a and r of docs/format.md; computed once for the modules that share x."""
+        """a and r of docs/format.md; computed once for the modules that share x.
+
+        Of "dynamic_group" a is multiplied by its scales, and r is None.
+        """
         if self._input is not None and self._input[0] is x and self._input[1] == choice:
             return self._input[2], self._input[3]
         candidate, values = self.candidates[choice], site_input(self.site, x)
         granularity, row_scale = candidate.range.granularity, None
         if granularity == "none":
             a = values
+        elif granularity == "dynamic_group":
+            size, scheme = values.shape[-1], candidate.scheme
+            length = scheme.group_length(size)
+            a, scale = dynamic_group_quantize(values, scheme.activation_bits, length)
+            a = a * group_expand(scale, length, size)
         else:
             dynamic = granularity == "dynamic_token"
             grid = (

@@ -11,7 +11,13 @@ from torch.nn import functional
 
 from qvlm_hf.calibration.run import LearnedRanges
 from qvlm_hf.calibration.search.sites import QuantizedSite, site_input
-from qvlm_hf.format.grids import chosen_clip, grid_bounds, group_expand, grouped_weight
+from qvlm_hf.format.grids import (
+    chosen_clip,
+    grid_bounds,
+    group_expand,
+    grouped_weight,
+    split_groups,
+)
 
 __all__ = ["StraightThroughSite"]
 
@@ -72,6 +78,9 @@ class StraightThroughSite:
         top = 2**self.quantized.scheme.activation_bits - 1
         if granularity == "none":
             return x, None
+        size = x.shape[-1]
+        if granularity == "dynamic_group":
+            x = split_groups(x, self.quantized.scheme.group_length(size))
         if not self._bounds:
             low = x.amin(-1, keepdim=True).clamp(max=0)
             high = x.amax(-1, keepdim=True).clamp(min=0)
@@ -82,6 +91,8 @@ class StraightThroughSite:
             low, high = self._bounds
         scale = _positive((high - low) / top)
         a = _quantized(x, scale, _round(-low / scale), top)
+        if granularity == "dynamic_group":
+            return (a * scale).flatten(-2)[..., :size], None
         return (a, scale) if granularity == "channel" else (a * scale, None)
 
     def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:

@@ -6,10 +6,11 @@ from tiny_calibrations import tiny_site
 
 from qvlm_hf.calibration.search import sites as module
 from qvlm_hf.calibration.search.sites import installed
+from qvlm_hf.format.scheme import GRANULARITIES
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 
 
-@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_equals_the_packed_module(granularity, bits):
     site, x = tiny_site(granularity, bits)

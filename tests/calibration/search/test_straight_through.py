@@ -7,9 +7,10 @@ from tiny_calibrations import tiny_site
 from qvlm_hf.calibration.search import straight_through
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.search.straight_through import StraightThroughSite
+from qvlm_hf.format.scheme import GRANULARITIES
 
 
-@pytest.mark.parametrize("granularity", ["channel", "token", "dynamic_token", "none"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("learn", [False, True])
 def test_forward_equals_the_simulation(granularity, learn):
     site, x = tiny_site(granularity)
