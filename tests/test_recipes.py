@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from demo_model.outliers import plant_outliers
+from tiny_calibrations import calibrate, tiny_samples
 from tiny_models import tiny_llava
 
 from qvlm_hf.calibration.progress import Steps
@@ -137,3 +139,40 @@ def test_written_text_is_the_models_own():
             logits = model(**batch.inputs).logits[:, :-1]
         nats.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
     assert max(nats) < math.log(model.config.text_config.vocab_size)  # text that it expects
+
+
+@torch.no_grad()
+def plant_massive_tokens(model):
+    """Every token of text is massive in one channel, as attention sinks are.
+
+    No scale of a channel undoes that: the next token is massive in the next one.
+    """
+    rows = model.model.language_model.embed_tokens.weight
+    rows[torch.arange(len(rows)), torch.arange(len(rows)) % rows.shape[1]] = 10.0
+
+
+def test_where_the_outliers_sit_decides_the_recipe():
+    """Planted outlier channels are undone by scales, and rotation spoils that; tokens want it."""
+    chosen = {}
+    for plant in (plant_outliers, plant_massive_tokens):
+        model = tiny_llava()
+        plant(model)
+        _, report = calibrate(
+            model,
+            data=tiny_samples(16),
+            recipe="auto",
+            written_text=True,
+            quantize_vision=False,
+            quantize_projector=False,
+            max_block_depth=1,
+            guard=False,
+            token_importance=False,
+        )
+        sums: dict[str | None, list[float]] = {None: [], "hadamard": []}
+        for tried in report.recipes:
+            if tried.fields.get("equalization", True):
+                sums[tried.fields["rotation"]].append(tried.answer_kl + tried.text_kl)
+        chosen[plant] = report.recipes[0].fields["rotation"]
+        best, other = sorted(map(min, sums.values()))
+        assert other > 1.4 * best  # far from chance
+    assert chosen == {plant_outliers: None, plant_massive_tokens: "hadamard"}

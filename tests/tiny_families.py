@@ -16,6 +16,7 @@ from transformers import (
     CLIPImageProcessorPil,
     DeepseekVLHybridImageProcessorPil,
     DeepseekVLHybridProcessor,
+    Exaone4_5_Processor,
     Glm4vImageProcessorPil,
     Glm4vProcessor,
     Glm46VImageProcessorPil,
@@ -154,6 +155,10 @@ class _GlmLists(_WithoutVideos):
         )
 
 
+class _Exaone45Processor(_WithoutVideos, Exaone4_5_Processor):
+    pass
+
+
 class _Glm4vProcessor(_GlmLists, Glm4vProcessor):
     pass
 
@@ -168,6 +173,7 @@ class _VideoLlama3Processor(_WithoutVideos, VideoLlama3Processor):
 
 # Pictures of any size, in one row.
 _PACKING_PROCESSORS = {
+    "exaone4_5": (_Exaone45Processor, Qwen2VLImageProcessorPil),
     "glm46v": (_Glm46VProcessor, Glm46VImageProcessorPil),
     "glm4v": (_Glm4vProcessor, Glm4vImageProcessorPil),
     "glm_ocr": (_Glm46VProcessor, Glm46VImageProcessorPil),
@@ -212,6 +218,15 @@ TOWERS = {
         "projector_input_dim": 40,
         "projector_output_dim": 40,
         "vision_output_dim": 40,
+    },
+    "qianfan_ocr": _VISION
+    | {"model_type": "qianfan_ocr_vision", "use_qk_norm": True, "drop_path_rate": 0.1},
+    "exaone4_5": _QWEN_VISION
+    | {
+        "model_type": "exaone4_5_vision",
+        "num_key_value_heads": 1,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
     },
     "glm4v": _QWEN_VISION | {"model_type": "glm4v_vision", "image_size": IMAGE_SIZE},
     "glm_ocr": _QWEN_VISION | {"model_type": "glm_ocr_vision", "image_size": IMAGE_SIZE},
@@ -324,6 +339,13 @@ OWN_DECODERS = {
         "no_rope_layer_interval": 2,
         "num_local_experts": 4,
     },
+    "exaone4": _TEXT
+    | {
+        "model_type": "exaone4",
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "glm4v": _TEXT
     | {
         "model_type": "glm4v_text",
@@ -390,6 +412,7 @@ FAMILIES = {
     "cohere2_vision": _LAST | {"downsample_factor": 2, "alignment_intermediate_size": 56},
     "deepseek_vl": {},
     "deepseek_vl_hybrid": _LAST | {"high_res_vision_config": TOWERS["sam"]},
+    "exaone4_5": _LAST,
     "fast_vlm": _LAST,
     "gemma3": _LAST | {"mm_tokens_per_image": 4},
     "glm46v": _LAST,
@@ -413,6 +436,7 @@ FAMILIES = {
     "paddleocr_vl": _LAST,
     "perception_lm": _LAST | {"projector_pooling_ratio": 2},
     "paligemma": {"projection_dim": 48, "hidden_size": 48, "vocab_size": 128},
+    "qianfan_ocr": _LAST | {"vision_feature_select_strategy": "default"},
     "qwen2_5_vl": _LAST,
     "qwen2_vl": _LAST,
     "qwen3_5": _LAST,
@@ -441,6 +465,7 @@ _MERGED = {
     "llama4": 4,
     "ovis2": 4,
     "perception_lm": 4,
+    "qianfan_ocr": 4,
     "smolvlm": 4,
 }
 _STACKED = ("idefics3", "perception_lm", "smolvlm")

@@ -7,6 +7,7 @@ Hooks are context managers and leave nothing behind.
 Legend: B samples (or pictures) of a batch, T tokens, H hidden size.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -88,10 +89,18 @@ def live_layers(segment: Segment) -> list[Layer]:
     return [layer for layer in segment.layers if not layer.dead]
 
 
-def run_model(model: nn.Module, batch: Batch) -> Any:
-    """The model's output for a batch, on the model's device and without a cache."""
+def run_model(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
+    """The model's output for a batch, on the model's device and without a cache.
+
+    Args:
+        model: of a known family.
+        batch: its inputs.
+        logits: whether all are needed; else the head, the widest layer, runs on one token only.
+    """
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in batch.inputs.items()}
+    if not logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False, logits_to_keep=1)
     return model(**inputs, use_cache=False)
 
 

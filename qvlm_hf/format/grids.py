@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 CLIPS = tuple(1.0 - 0.04 * step for step in range(11))  # factors on a group's range that are tried
+_CACHED = 2**15  # weights per thread that are rounded at once
 _NORM = 2.4  # of the error that chooses a range (and in csrc/cpu_round.cpp): large ones count more
 
 
@@ -189,24 +190,45 @@ def quantize_weight(
     """
     if not torch.isfinite(weight).all():
         raise ValueError(f"the weight {not_finite(weight.dtype)}")
-    grouped, bits = grouped_weight(weight.float(), scheme), scheme.weight_bits
+    length = weight.shape[1]
+    values = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    grids = []
+    step = _rows_at_once(weight)
+    for begin in range(0, max(1, len(weight)), step):
+        rows = slice(begin, begin + step)
+        grouped = grouped_weight(weight[rows].float(), scheme)
+        grid = _best_grid(grouped, scheme, None if clip is None else clip[rows])
+        rounded = _round(grouped, *grid, scheme.weight_bits)
+        values[rows] = rounded.flatten(1)[:, :length].to(torch.uint8)
+        grids.append(grid)
+    scale, zero = (torch.cat(parts) for parts in zip(*grids, strict=True))
+    return QuantizedWeight(values, scale, zero.to(torch.uint8), scheme.group_length(length))
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    """As many as a processor's caches hold with all that is computed of them."""
+    if weight.device.type != "cpu":
+        return max(1, len(weight))
+    return max(1, _CACHED * torch.get_num_threads() // max(1, weight.shape[1]))
+
+
+def _best_grid(grouped: Tensor, scheme: QuantScheme, clip: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scales and zero points [O, G]: of `clip`, or of the first factor with the lowest error."""
     low, high = _range(grouped)
+    if clip is not None:
+        return _weight_grid(low * clip, high * clip, scheme)
     best = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low, dtype=torch.bfloat16), torch.zeros_like(low)
-    for factor in CLIPS if clip is None else (clip,):
+    for factor in CLIPS:
         tried_scale, tried_zero = _weight_grid(low * factor, high * factor, scheme)
-        shifted = _round(grouped, tried_scale, tried_zero, bits).sub_(tried_zero.unsqueeze(-1))
-        error = shifted.mul_(tried_scale.float().unsqueeze(-1)) - grouped
-        error = error.abs_().pow_(_NORM).sum(-1)
-        better = error < best
-        best = torch.where(better, error, best)
+        error = _round(grouped, tried_scale, tried_zero, scheme.weight_bits)
+        error.sub_(tried_zero.unsqueeze(-1)).mul_(tried_scale.float().unsqueeze(-1))
+        sums = error.sub_(grouped).abs_().pow_(_NORM).sum(-1)
+        better = sums < best
+        best = torch.where(better, sums, best)
         scale = torch.where(better, tried_scale, scale)
         zero = torch.where(better, tried_zero, zero)
-    length = weight.shape[1]
-    values = _round(grouped, scale, zero, bits).flatten(1)[:, :length].to(torch.uint8)
-    return QuantizedWeight(
-        values.contiguous(), scale, zero.to(torch.uint8), scheme.group_length(length)
-    )
+    return scale, zero
 
 
 def chosen_clip(weight: Tensor, quantized: QuantizedWeight, scheme: QuantScheme) -> Tensor:

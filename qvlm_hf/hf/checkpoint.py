@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,12 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from qvlm_hf.format.files import TensorHeader, tensor_headers
 from qvlm_hf.format.scheme import QuantScheme
@@ -117,6 +122,20 @@ def read_headers(model: PreTrainedModel, files: Sequence[str | Path]) -> dict[st
     Raises:
         ValueError: a file cannot be read, or two files hold the same tensor.
     """
+    in_model = _renaming(model)
+    headers: dict[str, TensorHeader] = {}
+    for header in (header for file in files for header in tensor_headers(file)):
+        if (name := in_model(header.key)) in headers:
+            raise ValueError(
+                f"{header.where}: the tensor is also in {headers[name].where}: the directory mixes "
+                f"two models, {_AGAIN}."
+            )
+        headers[name] = header
+    return headers
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """Makes a function from a key in files to the name that loading gives it."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -132,15 +151,7 @@ def read_headers(model: PreTrainedModel, files: Sequence[str | Path]) -> dict[st
         linear = part in _PARTS and renamed.endswith(".weight")  # no bare parameter
         return f"{renamed.removesuffix('weight')}{part}" if linear else renamed
 
-    headers: dict[str, TensorHeader] = {}
-    for header in (header for file in files for header in tensor_headers(file)):
-        if (name := in_model(header.key)) in headers:
-            raise ValueError(
-                f"{header.where}: the tensor is also in {headers[name].where}: the directory mixes "
-                f"two models, {_AGAIN}."
-            )
-        headers[name] = header
-    return headers
+    return in_model
 
 
 def empty_modules(
@@ -268,13 +279,22 @@ def check_complete(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) 
 
 
 def keep_names_on_saving(model: PreTrainedModel) -> None:
-    """Saves a model without a row, or with split experts, under its own names.
+    """Saves a model under its own names where those of older files would not lead back to them.
 
-    Those of older files would join or split tensors (experts, fused qkv), which packed ones cannot
-    be.
+    Those may join or split tensors (experts, fused qkv), which packed ones cannot be.
     """
-    if not has_row(model) or has_split_experts(model):
+    if not has_row(model) or has_split_experts(model) or not _leads_back(model):
         model._weight_conversions = []  # type: ignore[assignment]
+
+
+def _leads_back(model: PreTrainedModel) -> bool:
+    """Whether the keys under which Transformers would save a model load into all its tensors."""
+    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    try:
+        keys = revert_weight_conversion(model, state)
+    except (RuntimeError, ValueError):  # packed tensors that do not fit together
+        return False
+    return set(map(_renaming(model), keys)) == state.keys()
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -191,8 +191,11 @@ class QVLMHfQuantizer(HfQuantizer):
         module, _, part = param_name.rpartition(".")
         if not self.rounds_on_load:
             return False
-        linear = part == "weight" and isinstance(model.get_submodule(module), QVLMLinear)
-        return linear or param_name in self._experts
+        if part != "weight" or not hasattr(model.get_submodule(module), "in_features"):
+            return param_name in self._experts
+        # several weights that files hold as one come under the name of the first
+        siblings = model.get_submodule(module.rpartition(".")[0]).children()
+        return any(isinstance(sibling, QVLMLinear) for sibling in siblings)
 
     def get_quantize_ops(self) -> RoundOnLoad:
         """What rounds them."""

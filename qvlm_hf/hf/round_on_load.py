@@ -59,18 +59,31 @@ class RoundOnLoad(ConversionOps):
     ) -> dict[str, Tensor]:
         """`input_dict` holds the weight, [out, in], alone or in a list, under any name.
 
-        That of experts has three dimensions.
+        That of experts has three dimensions. Where files hold several weights as one, it holds
+        them all, under their names in the model.
         """
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
-        if weight.dim() == 3:
-            self._replace_experts(full_layer_name, weight, model)
+        weights = {name: w[0] if isinstance(w, list) else w for name, w in input_dict.items()}
+        if len(weights) == 1:
+            weights = dict.fromkeys([full_layer_name], *weights.values())
+        if weights[full_layer_name].dim() == 3:
+            self._replace_experts(full_layer_name, weights[full_layer_name], model)
             (missing_keys or set()).discard(full_layer_name)
             return {}
-        name = full_layer_name.rpartition(".")[0]
-        scheme: Any = model.get_submodule(name).scheme
-        tensors = self._rounded(name, weight, scheme)
-        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+        loaded: dict[str, Tensor] = {}
+        for path, weight in weights.items():
+            name = path.rpartition(".")[0]
+            module: Any = model.get_submodule(name)
+            if weight.shape != module.weight.shape:
+                self.errors.append(
+                    f"{path}: is {list(weight.shape)} in the files, must be "
+                    f"{list(module.weight.shape)}: download the model again."
+                )
+            if isinstance(module, QVLMLinear):
+                tensors = self._rounded(name, weight, module.scheme)
+                loaded |= {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+            else:
+                loaded[path] = weight
+        return loaded
 
     def _replace_experts(self, name: str, weight: Tensor, model: PreTrainedModel) -> None:
         parent, _, projection = name.rpartition(".")

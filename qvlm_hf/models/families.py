@@ -96,6 +96,7 @@ FAMILIES = {
         reads_output=True,
         unquantized={"high_res_vision_model": "its layers have no line in the table"},
     ),
+    "exaone4_5": _MERGED_EARLIER,
     "fast_vlm": Family(unquantized=_TIMM),
     "gemma3": Family(
         projector_kind=chain(),
@@ -138,6 +139,7 @@ FAMILIES = {
     ),
     "paligemma": Family(projector_kind=chain("linear"), reads_output=True),
     "perception_lm": Family(unquantized=_TIMM),
+    "qianfan_ocr": Family(projector_kind=chain("linear_1", "linear_2", norm="layer_norm")),
     "qwen2_5_vl": _MERGED_EARLIER,
     "qwen2_vl": _MERGED_EARLIER,
     "qwen3_5": _MERGED,

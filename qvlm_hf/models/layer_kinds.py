@@ -160,6 +160,8 @@ _CROSS_DECODER = replace(
 _POST_NORM_DECODER = replace(
     _DECODER, no_rotation="norms scale channels on their way into the residual stream"
 )
+# the same without a norm before them
+_LATE_NORM_DECODER = replace(_POST_NORM_DECODER, norms=())
 # norm -> attention, norm -> a router and its experts
 _EXPERTS = replace(
     _DECODER,
@@ -324,6 +326,7 @@ LAYER_KINDS = {
     "Idefics3EncoderLayer": _NORMED_ENCODER.named(_CLIP),
     "SmolVLMEncoderLayer": _NORMED_ENCODER.named(_CLIP),
     "InternVLVisionLayer": _ENCODER.named(_INTERNVL),
+    "QianfanOCRVisionLayer": _ENCODER.named(_INTERNVL),
     "JanusVisionEncoderLayer": _NORMED_ENCODER.named(_JANUS),
     "MllamaVisionEncoderLayer": _BIASLESS_ENCODER.named(_MLLAMA_VISION),
     "Siglip2EncoderLayer": _PACKED_ENCODER.named(_CLIP),
@@ -331,6 +334,7 @@ LAYER_KINDS = {
     "VideoLlama3VisionEncoderLayer": _PACKED_ENCODER.named(_CLIP),
     "Ovis2VisionEncoderLayer": _OVIS2_ENCODER.named(_OVIS2),
     "Glm4vVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
+    "Exaone4_5_VisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
     "GlmOcrVisionBlock": _FUSED_GATED_ENCODER.named(_QWEN2_5_VISION),
     "GotOcr2VisionLayer": _WINDOWED_ENCODER.named(_SAM),
     "PixtralAttentionLayer": _GATED_ENCODER.named(_PIXTRAL),
@@ -356,6 +360,7 @@ LAYER_KINDS = {
     "GemmaDecoderLayer": _DECODER.named(_LLAMA),
     "Gemma2DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
     "Gemma3DecoderLayer": _POST_NORM_DECODER.named(_GEMMA2),
+    "Exaone4DecoderLayer": _LATE_NORM_DECODER.named(_LLAMA),
     "Cohere2DecoderLayer": _GATED_PARALLEL_DECODER.named(_COHERE),
     "MllamaSelfAttentionDecoderLayer": _DECODER.named(_LLAMA),
     "MllamaCrossAttentionDecoderLayer": _CROSS_DECODER.named(_CROSS),

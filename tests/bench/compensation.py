@@ -6,8 +6,8 @@ Hessian is that of the full-precision model. What differs is the Hessian:
     nearest     none: rounded to nearest
     as it is    of the samples
     diagonal    of the samples, off-diagonals times a factor: 0 would be rounding to nearest
-    halves      that factor found from the samples: what one half's correlations say of the other's
-    text        of the samples and of as much text that the model wrote
+    halves      that factor found from the samples: what two halves agree on (the product's)
+    text        of the samples and of text that the model wrote, one for every four of them
 
     PYTHONPATH=tests python tests/bench/compensation.py MODEL --data DIR --bits 4 --samples 16
 """
@@ -26,7 +26,7 @@ from unseen_models.text import compare_text, read_texts, text_logits
 from qvlm_hf.calibration.layers import run_model
 from qvlm_hf.calibration.measure.answers import answer_logits
 from qvlm_hf.calibration.samples import Batch, batches, load_samples
-from qvlm_hf.calibration.search.gptq import gptq_round
+from qvlm_hf.calibration.search.gptq import agreed_hessian, gptq_round
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.written_text import text_rows, written_text
 from qvlm_hf.format.grids import quantize_weight
@@ -64,20 +64,6 @@ def shrunk(hessian: Tensor, factor: float) -> Tensor:
     return hessian * factor + torch.diag(torch.diagonal(hessian) * (1 - factor))
 
 
-def supported(first: Tensor, second: Tensor) -> float:
-    """The factor on the correlations of both halves together that the halves agree on."""
-    halves = [correlations(half) for half in (first, second)]
-    common = float((halves[0] * halves[1]).sum())
-    own = sum(float(half.square().sum()) for half in halves) / 2
-    factor = min(1.0, max(0.0, common / own))
-    return 2 * factor / (1 + factor)  # both together have half the noise of one
-
-
-def correlations(hessian: Tensor) -> Tensor:
-    scale = torch.diagonal(hessian).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-    return (hessian * scale * scale[:, None]).fill_diagonal_(0)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -93,15 +79,15 @@ def parse() -> argparse.Namespace:
 
 
 def hessian_of(variant: str, chats: Sequence[Tensor], text: Tensor) -> Tensor | None:
-    """The Hessian of a site: `chats` of the even and the odd batches, `text` of written text."""
+    """The Hessian of a site: `chats` of the even and the odd samples, `text` of written text."""
     both = chats[0] + chats[1]
     found: dict[str, Tensor | None] = {"nearest": None, "as it is": both, "text": both + text}
     if variant.startswith("diagonal"):
         return shrunk(both, float(variant.split()[1]))
     if variant == "halves":
-        return shrunk(both, supported(*chats))
+        return agreed_hessian(torch.stack(list(chats)))
     if variant == "text, halves":
-        return shrunk(both + text, supported(both, text))
+        return agreed_hessian(torch.stack([both, text]))
     return found[variant]
 
 
@@ -123,9 +109,9 @@ def main() -> None:
     sites = [site for layer in language.layers for site in layer.sites]
     weights = {site: [linear.weight.detach().clone() for linear in site.linears] for site in sites}
 
-    def read(name: str, count: int, seed: int) -> list[Batch]:
+    def read(name: str, count: int, seed: int, part: slice = slice(None)) -> list[Batch]:
         found = load_samples(folder / f"{name}.jsonl", num_samples=count, seed=seed)
-        return list(batches(found, processor, 8))
+        return list(batches(found[part], processor, 8))
 
     test = read("test", options.questions, 0)
     prose = read_texts(options.passages, processor.tokenizer, model)
@@ -139,8 +125,9 @@ def main() -> None:
 
     full, rows = look(), []
     for seed in range(options.seeds):
-        data = read("calibration", options.samples, seed)
-        halves = [hessians(model, sites, data[i::2]) for i in (0, 1)]
+        parts = (slice(i, None, 2) for i in (0, 1))
+        data = [read("calibration", options.samples, seed, part) for part in parts]
+        halves = [hessians(model, sites, half) for half in data]
         written = hessians(model, sites, written_text(model, text_rows(options.samples), seed=seed))
         for variant in options.only:
             for site in sites:

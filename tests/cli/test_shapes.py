@@ -29,7 +29,7 @@ WITH_ROW = {
     ("paligemma", "siglip", "gemma2"): ("Gemma2DecoderLayer cannot be rotated, because", 16),
     ("deepseek_vl", "siglip", "llama"): ("can be folded in", 16),
 }
-WITHOUT_ROW = ("exaone4_5", "idefics2")
+WITHOUT_ROW = ("hunyuan_vl", "idefics2")
 
 
 @pytest.mark.parametrize("parts", WITH_ROW, ids="-".join)
@@ -88,12 +88,12 @@ def test_random_models_answer_prompts_with_pictures_where_they_can_be_made(parts
     assert made(**inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["idefics3", "exaone4_5"])
+@pytest.mark.parametrize("family", ["idefics3", "hunyuan_vl"])
 def test_bench_a_configuration(family, tmp_path, capsys, monkeypatch):
     quick = partial(measure_limits, size=64)
     monkeypatch.setattr("qvlm_hf.cli.bench_models.measure_limits", quick)
     config = (
-        tiny_config(family) if family == "exaone4_5" else tiny_family(family, "idefics3").config
+        tiny_config(family) if family == "hunyuan_vl" else tiny_family(family, "idefics3").config
     )
     config.save_pretrained(tmp_path)
     words = ["bench", "--shape", str(tmp_path), "--scheme", "W4A8"]

@@ -259,11 +259,11 @@ def test_a_quantized_siglip_tower_is_exported_for_vllm_alone(tmp_path):
 
 
 def test_a_family_without_a_row_is_not_exported(tmp_path):
-    model = tiny_model("exaone4_5")
+    model = tiny_model("hunyuan_vl")
     quantize_model(model, QVLMConfig(scheme="W4A16", symmetric=True, group_size=16))
     model.save_pretrained(tmp_path / "qvlm")
     with pytest.raises(
-        ValueError, match="model_type 'exaone4_5' cannot be exported: it has no row"
+        ValueError, match="model_type 'hunyuan_vl' cannot be exported: it has no row"
     ):
         export(tmp_path / "qvlm", tmp_path / "exported")
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from qvlm_hf.format.grids import group_expand, quantize_weight
+from qvlm_hf.format import grids
+from qvlm_hf.format.grids import chosen_clip, group_expand, quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
 
 any_bits = pytest.mark.parametrize("bits", range(2, 9))
@@ -204,3 +205,26 @@ def test_group_expand():
         [1, 1, 1, 2, 2, 2, 3, 3],
         [4, 4, 4, 5, 5, 5, 6, 6],
     ]
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_rows_at_once_change_only_the_speed(monkeypatch, clipped):
+    weight = torch.randn(9, 40, generator=torch.Generator().manual_seed(0))
+    clip = torch.linspace(0.6, 1, 27).view(9, 3) if clipped else None
+    found = []
+    for count in (1, 2**8, 2**20):
+        monkeypatch.setattr(grids, "_CACHED", count)
+        found.append(quantize_weight(weight, scheme(), clip))
+    for other in found[1:]:
+        for part in ("values", "scale", "zero_point"):
+            assert torch.equal(getattr(found[0], part), getattr(other, part))
+
+
+@any_bits
+@either_kind
+def test_the_factors_that_were_chosen_give_the_same_again(bits, symmetric):
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(bits))
+    found = quantize_weight(weight, kind := scheme(bits, 16, symmetric))
+    again = quantize_weight(weight, kind, chosen_clip(weight, found, kind))
+    for part in ("values", "scale", "zero_point"):
+        assert torch.equal(getattr(found, part), getattr(again, part))

@@ -16,7 +16,7 @@ from qvlm_hf.nn.replace import quantized_modules
 
 # family -> percent of its weights that are quantized: embeddings are much of a tiny model
 FAMILIES = {
-    "exaone4_5": 70,  # packed patches, a merger inside the tower
+    "hunyuan_vl": 56,  # packed patches, a merger with convolutions inside the tower
     "idefics": 71,  # cross-attention
     "blip-2": 69,  # a whole model without the attribute of its `base_model_prefix`
     "aria": 75,  # experts that have another name in files
@@ -67,7 +67,7 @@ def test_quantized_saved_and_loaded(family, tmp_path):
 def test_quantized_while_loading(scheme, tmp_path):
     granularity = "dynamic_token" if scheme == "W8A8" else None
     chosen = config(scheme=scheme, activation_granularity=granularity)
-    model = tiny_model("exaone4_5")
+    model = tiny_model("hunyuan_vl")
     inputs = dict(read_structure(model).inputs)
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path, quantization_config=chosen)
@@ -78,7 +78,7 @@ def test_quantized_while_loading(scheme, tmp_path):
 
 
 def test_card_and_inspect_say_it(tmp_path, capsys):
-    model = tiny_model("exaone4_5")
+    model = tiny_model("hunyuan_vl")
     report = qvlm_hf.quantize_model(model, config())
     folder = save_quantized(model, None, tmp_path / "saved", report=report)
     percent = report.provenance["coverage"]["percent"]
@@ -106,9 +106,9 @@ REFUSED = {
 @pytest.mark.parametrize("asked", REFUSED)
 def test_what_needs_a_row_is_refused(asked, tmp_path):
     chosen = config(**REFUSED[asked], processor=tiny_processor())
-    model = tiny_model("exaone4_5")
+    model = tiny_model("hunyuan_vl")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    message = "^family 'exaone4_5' has no row: only schemes without calibration, e.g. [^\n]*$"
+    message = "^family 'hunyuan_vl' has no row: only schemes without calibration, e.g. [^\n]*$"
     with pytest.raises(ValueError, match=message):
         qvlm_hf.quantize_model(model, chosen)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

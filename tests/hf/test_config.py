@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import pickle
-import re
 from collections import deque
 from collections.abc import Callable
 from decimal import Decimal
@@ -25,23 +24,16 @@ from qvlm_hf import QVLMConfig, VisionOptimization, quantize_model
 from qvlm_hf.format.scheme import QuantScheme
 
 SCHEME = QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token")
+MANY_BITS = SCHEME.to_dict() | {"weight_bits": 10**9}
+NOT, OBJECT = "modules_to_not_convert", "<object .*> is object, must be what JSON"
 
 
 def test_defaults_are_the_contract() -> None:
     config = QVLMConfig()
-    assert (config.weight_bits, config.activation_bits, config.group_size, config.symmetric) == (
-        4,
-        4,
-        128,
-        False,
-    )
-    assert (config.num_samples, config.batch_size, config.seed, config.max_block_depth) == (
-        64,
-        8,
-        0,
-        3,
-    )
-    assert (config.percentiles, config.margins) == ((1.0, 0.9999, 0.9995, 0.999), (1.1, 1.25))
+    wanted = {"weight_bits": 4, "activation_bits": 4, "group_size": 128, "symmetric": False}
+    wanted |= {"num_samples": 64, "batch_size": 8, "seed": 0, "max_block_depth": 3}
+    wanted |= {"percentiles": (1.0, 0.9999, 0.9995, 0.999), "margins": (1.1, 1.25)}
+    assert {name: getattr(config, name) for name in wanted} == wanted
     assert config.settings().needs_data
 
 
@@ -49,139 +41,36 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
     config = QVLMConfig.paper(scheme="W6A6", seed=3)
     assert config.percentiles == (1.0, 0.995, 0.99, 0.985, 0.98)
     assert config.margins == ()
-    assert config.activation_granularity == {
-        "vision": "token",
-        "projector": "channel",
-        "language": "channel",
-    }
+    channel = {"projector": "channel", "language": "channel"}
+    assert config.activation_granularity == {"vision": "token"} | channel
     assert (config.scheme, config.seed) == ("W6A6", 3)
     assert QVLMConfig.paper(margins=(1.5,)).margins == (1.5,)
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"scheme": "W1A4"}, "scheme='W1A4' is not W"),
-        ({"scheme": 4}, "scheme=4 is not W"),
-        ({"group_size": 10**9}, "group_size=1000000000 must be -1"),
-        ({"group_size": "128"}, "group_size='128' must be"),
-        ({"symmetric": 1}, "symmetric=1 must be True or False"),
-        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
-        ({"percentiles": (2.0,)}, "percentiles=.* must be numbers from 0.9 to 1.0"),
-        ({"lm_head_bits": 4}, "lm_head_bits=4 must be 8 or None"),
-        ({"activation_granularity": "row"}, "activation_granularity='row'"),
-        ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert='lm_head' must be a list"),
-        ({"strict": "yes"}, "strict='yes' must be True or False"),
-        ({"callbacks": "x"}, "callbacks='x' must be a list of objects"),
-        ({"callbacks": [object()]}, "must have on_step"),
-        ({"callbacks": torch.tensor(1.0)}, r"callbacks=tensor\(1\.\) must be a list of objects"),
-        ({"callbacks": torch.ones(2, 2)}, r"callback tensor\(\[1\., 1\.\]\) must have on_step"),
-        ({"callbacks": torch.ones(2, device="meta")}, "callback tensor.* must have on_step"),
-        ({"callbacks": itertools.repeat(torch)}, "callbacks=repeat.* must be a list of objects"),
-        ({"callbacks": 3}, "callbacks=3 must be a list of objects"),
-        (
-            {"provenance": torch.ones(2, 2)},
-            r"provenance=tensor\(\[\[1\., 1\.\], \[1\., 1\.\]\]\) must be a mapping",
-        ),
-        ({"resume_dir": torch.ones(2, 2)}, "resume_dir=tensor.* is not available"),
-        ({"quant_method": np.ones((2, 2))}, "quant_method=array.* must be 'qvlm'"),
-        ({"bits": 4}, "QVLMConfig has no field 'bits': the fields are activation_granularity"),
-        ({"quant_method": "gptq"}, "quant_method='gptq' must be 'qvlm'"),
-        ({"optimize_vision": 0}, "optimize_vision=0 must be True, False or a VisionOptimization"),
-        ({"optimize_vision": {"epoch": 3}}, "does not have the fields of VisionOptimization"),
-        (
-            {"optimize_vision": {"epochs": 0}},
-            "VisionOptimization: epochs=0 must be an integer of at least 1",
-        ),
-        ({"weight_rounding": "best"}, "weight_rounding='best' must be 'nearest' or 'gptq'"),
-        ({"rotation": "givens"}, "rotation='givens' must be 'hadamard', None or 'auto'"),
-        ({"precision_budget": 1.5}, "precision_budget=1.5 must be an average of 2 to 8 bits"),
-        ({"guard": "yes"}, "guard='yes' must be True or False"),
-        ({"resume_dir": "x"}, "resume_dir='x' is not available"),
-        ({"push_to_hub": True}, "push_to_hub=True must know where: pass hub_model_id='owner/name'"),
-        ({"push_to_hub": "a/b"}, "push_to_hub='a/b' must be True or False"),
-        (
-            {"hub_model_id": "a/b/c"},
-            "hub_model_id='a/b/c': Repo id must be in the form 'repo_name' or 'namespace",
-        ),
-        ({"hub_private": 1}, "hub_private=1 must be True, False or None"),
-        ({"provenance": [1]}, "provenance=.* must be a mapping"),
-        (
-            {"provenance": {"x": object()}},
-            "provenance=<object .*> is object, must be what JSON can hold: a number, text, list or",
-        ),
-        (
-            {"provenance": {"x": [float("nan")]}},
-            "provenance must hold what JSON can: Out of range float",
-        ),
-        ({"modules": ["a"]}, "modules must be a mapping"),
-        ({"modules": {"model..up": SCHEME}}, "'model..up' is no canonical module name"),
-        ({"modules": {"a.(b+)+$": SCHEME}}, "is no canonical module name"),
-        (
-            {"modules": {"model.vision_tower.vision_model.fc": SCHEME}},
-            "is no canonical module name",
-        ),
-        (
-            {"modules": {"model.up": {"weight_bits": 4}}},
-            "modules: model.up: a module entry must have exactly the keys",
-        ),
-        (
-            {"modules": {"model.up": SCHEME.to_dict() | {"weight_bits": 10**9}}},
-            "modules: model.up: weight_bits=1000000000 must be",
-        ),
-        (
-            {"format_version": 2},
-            "format_version=2 is newer than 1, which this version reads: upgrade qvlm_hf",
-        ),
-        ({"format_version": "1"}, "format_version='1' must be an integer"),
-    ],
-)
-def test_a_wrong_value_is_a_one_line_error(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
-        QVLMConfig(**fields)
-    assert "\n" not in str(caught.value)
-
-
 def test_a_file_with_unknown_fields_is_newer_or_damaged() -> None:
     entry = QVLMConfig().to_dict() | {"speed": 11}
-    with pytest.raises(
-        ValueError, match=r"unknown fields \['speed'\]: the file is damaged or from a newer qvlm_hf"
-    ):
+    message = r"unknown fields \['speed'\]: the file is damaged or from a newer qvlm_hf"
+    with pytest.raises(ValueError, match=message):
         AutoQuantizationConfig.from_dict(entry)
-    with pytest.raises(
-        ValueError, match="format_version=9 is newer"
-    ):  # the version explains the field
+    # the version explains the field
+    with pytest.raises(ValueError, match="format_version=9 is newer"):
         QVLMConfig.from_dict(entry | {"format_version": 9})
 
 
 def test_json_round_trip_holds_settings_and_results_only() -> None:
     config = QVLMConfig.paper(
-        dataset=[1],
-        processor=object(),
-        strict=True,
-        push_to_hub=True,
-        hub_model_id="me/model",
-        hub_private=True,
-        modules={"model.up": SCHEME},
-        provenance={"samples": 3},
+        dataset=[1], processor=object(), strict=True, push_to_hub=True, hub_model_id="me/model",
+        hub_private=True, modules={"model.up": SCHEME}, provenance={"samples": 3},
         modules_to_not_convert=("fc1",),
-    )
+    )  # fmt: skip
     text = json.dumps(config.to_dict())
     again = AutoQuantizationConfig.from_dict(json.loads(text))
     assert again == config
     assert again.modules == {"model.up": SCHEME}
     assert json.dumps(again.to_dict()) == text
     assert dict(config) == config.to_diff_dict() == config.to_dict()
-    assert not {
-        "dataset",
-        "processor",
-        "callbacks",
-        "strict",
-        "resume_dir",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private",
-    } & set(config.to_dict())
+    unsaved = "dataset processor callbacks strict resume_dir push_to_hub hub_model_id hub_private"
+    assert not set(unsaved.split()) & set(config.to_dict())
     assert '"scheme": "W4A4"' in repr(config)
     assert config != QVLMConfig()
     assert config != "W4A4"
@@ -190,24 +79,17 @@ def test_json_round_trip_holds_settings_and_results_only() -> None:
 
 
 def test_from_dict_hands_back_what_it_does_not_use() -> None:
-    config, unused = QVLMConfig.from_dict(
-        {"scheme": "W8A8"}, return_unused_kwargs=True, other=1, group_size=64
-    )
+    given = {"return_unused_kwargs": True, "other": 1, "group_size": 64}
+    config, unused = QVLMConfig.from_dict({"scheme": "W8A8"}, **given)
     assert (config.scheme, config.group_size, unused) == ("W8A8", 64, {"other": 1})
     with pytest.raises(ValueError, match="QVLMConfig has no field 'other'"):  # it would vanish
         QVLMConfig.from_dict({"scheme": "W8A8"}, other=1)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [None, 3, "W4A4", [("scheme", "W4A4")], torch.ones(2, 2)],
-    ids=lambda bad: type(bad).__name__,
-)
+@pytest.mark.parametrize("bad", [None, 3, "W4A4", [("scheme", "W4A4")], torch.ones(2, 2)])
 def test_from_dict_takes_a_mapping(bad: Any) -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"\Aquantization_config=.* must be a mapping of fields, as to_dict\(\) gives it\.\Z",
-    ):
+    message = r"\Aquantization_config=.* must be a mapping of fields, as to_dict\(\) gives it\.\Z"
+    with pytest.raises(ValueError, match=message):
         QVLMConfig.from_dict(bad)
 
 
@@ -228,28 +110,14 @@ NESTED: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("kind", NESTED)
 @pytest.mark.parametrize(
-    "field",
-    [
-        "provenance",
-        "modules",
-        "modules_to_not_convert",
-        "activation_granularity",
-        "optimize_vision",
-        "seed",
-        "scheme",
-    ],
+    "field", ["provenance", "modules", NOT, "activation_granularity", "optimize_vision", "seed"]
 )
 def test_values_nested_very_deep_are_refused_in_one_line(field: str, kind: str) -> None:
-    value = nested(
-        5_000 if kind in ("list", "dict") else 300, NESTED[kind]
-    )  # Python cannot free deeper others
+    depth = 5_000 if kind in ("list", "dict") else 300  # Python cannot free deeper others
+    value = nested(depth, NESTED[kind])
     named = {"provenance": {"x": value}, "modules": {"model.up": value}}.get(field, value)
-    with pytest.raises(
-        ValueError,
-        match=r"\A(modules: model.up: entry|"
-        + field
-        + r") is nested more than 50 deep, or holds itself: give plain values\.\Z",
-    ):
+    said = "is nested more than 50 deep, or holds itself: give plain values"
+    with pytest.raises(ValueError, match=rf"\A(modules: model.up: entry|{field}) {said}\.\Z"):
         QVLMConfig(**{field: named})
 
 
@@ -260,7 +128,7 @@ def test_values_that_hold_themselves_are_refused_and_40_levels_are_not() -> None
     loop += [loop, loop]
     for value in (mapping, {"x": loop}):
         with pytest.raises(
-            ValueError, match=r"^provenance is nested more than 50 deep, or holds itself"
+            ValueError, match=r"^provenance is nested more than 50 deep, or holds i"
         ):
             QVLMConfig(provenance=value)
     with pytest.raises(ValueError, match=r"^callback \[\[.* must have on_step"):
@@ -280,16 +148,16 @@ class Part(Enum):
 NAMES = ["lm_head", "fc1"]
 # What a user may give -> what the same in plain values is.
 GIVEN: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any]]] = {
-    "map": (lambda: {"modules_to_not_convert": map(str, NAMES)}, {"modules_to_not_convert": NAMES}),
-    "generator": (lambda: {"modules_to_not_convert": (name for name in NAMES)}, {"modules_to_not_convert": NAMES}),
-    "empty generator": (lambda: {"modules_to_not_convert": iter(())}, {"modules_to_not_convert": []}),
-    "set": (lambda: {"modules_to_not_convert": set(NAMES)}, {"modules_to_not_convert": sorted(NAMES)}),
-    "frozenset": (lambda: {"modules_to_not_convert": frozenset(NAMES)}, {"modules_to_not_convert": sorted(NAMES)}),
-    "keys": (lambda: {"modules_to_not_convert": dict.fromkeys(NAMES).keys()}, {"modules_to_not_convert": NAMES}),
-    "values": (lambda: {"modules_to_not_convert": {1: "lm_head", 2: "fc1"}.values()}, {"modules_to_not_convert": NAMES}),
-    "deque": (lambda: {"modules_to_not_convert": deque(NAMES)}, {"modules_to_not_convert": NAMES}),
-    "array of text": (lambda: {"modules_to_not_convert": np.array(NAMES)}, {"modules_to_not_convert": NAMES}),
-    "enum and path": (lambda: {"modules_to_not_convert": [Part.HEAD, Path("fc1")]}, {"modules_to_not_convert": NAMES}),
+    "map": (lambda: {NOT: map(str, NAMES)}, {NOT: NAMES}),
+    "generator": (lambda: {NOT: (name for name in NAMES)}, {NOT: NAMES}),
+    "empty generator": (lambda: {NOT: iter(())}, {NOT: []}),
+    "set": (lambda: {NOT: set(NAMES)}, {NOT: sorted(NAMES)}),
+    "frozenset": (lambda: {NOT: frozenset(NAMES)}, {NOT: sorted(NAMES)}),
+    "keys": (lambda: {NOT: dict.fromkeys(NAMES).keys()}, {NOT: NAMES}),
+    "values": (lambda: {NOT: {1: "lm_head", 2: "fc1"}.values()}, {NOT: NAMES}),
+    "deque": (lambda: {NOT: deque(NAMES)}, {NOT: NAMES}),
+    "array of text": (lambda: {NOT: np.array(NAMES)}, {NOT: NAMES}),
+    "enum and path": (lambda: {NOT: [Part.HEAD, Path("fc1")]}, {NOT: NAMES}),
     "text of NumPy": (lambda: {"scheme": np.str_("W8A8"), "rotation": np.str_("hadamard")}, {"scheme": "W8A8", "rotation": "hadamard"}),
     "integers of NumPy": (
         lambda: {name: np.int64(16) for name in ("group_size", "num_samples", "batch_size", "seed", "max_block_depth")},
@@ -354,34 +222,67 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"scheme": "W1A4"}, "scheme='W1A4' is not W"),
+        ({"scheme": 4}, "scheme=4 is not W"),
+        ({"group_size": 10**9}, "group_size=1000000000 must be -1"),
+        ({"group_size": "128"}, "group_size='128' must be"),
+        ({"symmetric": 1}, "symmetric=1 must be True or False"),
+        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
+        ({"percentiles": (2.0,)}, "percentiles=.* must be numbers from 0.9 to 1.0"),
+        ({"lm_head_bits": 4}, "lm_head_bits=4 must be 8 or None"),
+        ({"activation_granularity": "row"}, "activation_granularity='row'"),
+        ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert='lm_head' must be a list"),
+        ({"strict": "yes"}, "strict='yes' must be True or False"),
+        ({"callbacks": "x"}, "callbacks='x' must be a list of objects"),
+        ({"callbacks": [object()]}, "must have on_step"),
+        ({"callbacks": torch.tensor(1.0)}, r"callbacks=tensor\(1\.\) must be a list of objects"),
+        ({"callbacks": torch.ones(2, 2)}, r"callback tensor\(\[1\., 1\.\]\) must have on_step"),
+        ({"callbacks": torch.ones(2, device="meta")}, "callback tensor.* must have on_step"),
+        ({"callbacks": itertools.repeat(torch)}, "callbacks=repeat.* must be a list of objects"),
+        ({"callbacks": 3}, "callbacks=3 must be a list of objects"),
+        ({"provenance": torch.ones(2, 2)}, r"provenance=tensor\(\[\[1\., .*\) must be a mapping"),
+        ({"resume_dir": torch.ones(2, 2)}, "resume_dir=tensor.* is not available"),
+        ({"quant_method": np.ones((2, 2))}, "quant_method=array.* must be 'qvlm'"),
+        ({"quant_method": "gptq"}, "quant_method='gptq' must be 'qvlm'"),
+        ({"optimize_vision": 0}, "optimize_vision=0 must be True, False or a VisionOptimization"),
+        ({"optimize_vision": {"epoch": 3}}, "does not have the fields of VisionOptimization"),
         (
-            {"modules_to_not_convert": b"lm_head"},
-            "modules_to_not_convert=b'lm_head' is bytes, must be what JSON can hold",
+            {"optimize_vision": {"epochs": 0}},
+            "Optimization: epochs=0 must be an integer of at leas",
         ),
+        ({"weight_rounding": "best"}, "weight_rounding='best' must be 'nearest' or 'gptq'"),
+        ({"rotation": "givens"}, "rotation='givens' must be 'hadamard', None or 'auto'"),
+        ({"precision_budget": 1.5}, "precision_budget=1.5 must be an average of 2 to 8 bits"),
+        ({"guard": "yes"}, "guard='yes' must be True or False"),
+        ({"resume_dir": "x"}, "resume_dir='x' is not available"),
+        ({"push_to_hub": True}, "push_to_hub=True must know where: pass hub_model_id='owner/name'"),
+        ({"push_to_hub": "a/b"}, "push_to_hub='a/b' must be True or False"),
         (
-            {"modules_to_not_convert": [object()]},
-            "modules_to_not_convert=<object .* is object, must be what JSON",
+            {"hub_model_id": "a/b/c"},
+            "hub_model_id='a/b/c': Repo id must be in the form 'repo_name' or",
         ),
-        (
-            {"modules_to_not_convert": {"lm_head": 1}},
-            "modules_to_not_convert={'lm_head': 1} must be a list",
-        ),
-        (
-            {"modules_to_not_convert": {"a", 1}},
-            "modules_to_not_convert={.*} cannot be sorted: give a list",
-        ),
-        (
-            {"modules_to_not_convert": itertools.repeat("a")},
-            "modules_to_not_convert has more than 100000 entries",
-        ),
+        ({"hub_private": 1}, "hub_private=1 must be True, False or None"),
+        ({"provenance": [1]}, "provenance=.* must be a mapping"),
+        ({"provenance": {"x": object()}}, f"provenance={OBJECT} can hold: a number, text, list or"),
+        ({"provenance": {"x": [float("nan")]}}, "provenance must hold what JSON can: Out of rang"),
+        ({"modules": ["a"]}, "modules must be a mapping"),
+        ({"modules": {"model..up": SCHEME}}, "'model..up' is no canonical module name"),
+        ({"modules": {"a.(b+)+$": SCHEME}}, "is no canonical module name"),
+        ({"modules": {"model.vision_tower.vision_model.fc": SCHEME}}, "is no canonical module na"),
+        ({"modules": {"model.up": {"weight_bits": 4}}}, "model.up: a module entry must have exact"),
+        ({"modules": {"model.up": MANY_BITS}}, "modules: model.up: weight_bits=1000000000 must be"),
+        ({"format_version": 2}, "format_version=2 is newer than 1, which this version reads: upg"),
+        ({"format_version": "1"}, "format_version='1' must be an integer"),
+        ({NOT: b"lm_head"}, f"{NOT}=b'lm_head' is bytes, must be what JSON can hold"),
+        ({NOT: [object()]}, f"{NOT}={OBJECT}"),
+        ({NOT: {"lm_head": 1}}, f"{NOT}={{'lm_head': 1}} must be a list"),
+        ({NOT: {"a", 1}}, f"{NOT}={{.*}} cannot be sorted: give a list"),
+        ({NOT: itertools.repeat("a")}, f"{NOT} has more than 100000 entries"),
         (
             {"percentiles": torch.ones(2, device="meta")},
-            "percentiles=tensor.* cannot be read: give numbers",
+            "percentiles=tensor.* cannot be read: give",
         ),
-        (
-            {"percentiles": np.array([1.0 + 1j])},
-            "percentiles=.* is complex, must be what JSON can hold",
-        ),
+        ({"percentiles": np.array([1.0 + 1j])}, "percentiles=.* is complex, must be what JSON can"),
         ({"percentiles": np.ones((1, 2))}, r"percentiles=\(\(1.0, 1.0\),\) must be numbers"),
         ({"entropy_threshold": Fraction(10**400)}, "entropy_threshold=inf must be a number"),
         ({"entropy_threshold": 10**400}, "entropy_threshold=10* must be a number"),
@@ -391,20 +292,11 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
         ({"group_size": object}, "group_size=<class 'object'> is type, must be what JSON"),
         ({"strict": np.int64(1)}, "strict=1 must be True or False"),
         ({"scheme": ["W4A4"]}, r"scheme=\('W4A4',\) is not W"),
-        (
-            {"optimize_vision": {"epochs": object()}},
-            "optimize_vision=<object .* is object, must be what JSON",
-        ),
-        (
-            {"hub_model_id": object(), "push_to_hub": True},
-            "hub_model_id=<object .* is object, must be what JSON",
-        ),
+        ({"optimize_vision": {"epochs": object()}}, f"optimize_vision={OBJECT}"),
+        ({"hub_model_id": object(), "push_to_hub": True}, f"hub_model_id={OBJECT}"),
         ({"hub_private": np.int8(1)}, "hub_private=1 must be True, False or None"),
         ({"group_size": -7}, "group_size=-7 must be -1"),
-        (
-            {"activation_granularity": "dynamic_token", "scheme": "W4A16"},
-            "activation_granularity='dynamic_token' has no meaning",
-        ),
+        ({"activation_granularity": "dynamic_token", "scheme": "W4A16"}, "token' has no meaning"),
     ],
 )
 def test_a_wrong_value_is_refused_wherever_it_is_given(
@@ -443,15 +335,11 @@ def test_fields_can_be_changed_together_and_one_by_one() -> None:
     assert "note" not in config.to_dict()
 
 
+MISSPELT = {"grup_size": "group_size", "Seed": "seed", "callback": "callbacks", "schema": "scheme"}
+
+
 @pytest.mark.parametrize(
-    ("name", "field"),
-    [
-        ("grup_size", "group_size"),
-        ("Seed", "seed"),
-        ("callback", "callbacks"),
-        ("schema", "scheme"),
-        ("module_to_not_convert", "modules_to_not"),
-    ],
+    ("name", "field"), [*MISSPELT.items(), ("module_to_not_convert", "modules_to_not")]
 )
 def test_a_misspelt_field_is_refused_wherever_it_is_given(name: str, field: str) -> None:
     config = QVLMConfig()
@@ -476,7 +364,7 @@ def test_bits_come_from_the_scheme() -> None:
             lambda name=name: config.update(**{name: 8}),
         ):
             with pytest.raises(
-                ValueError, match=f"^{name} comes from the scheme: give scheme, as in scheme='W4A8'"
+                ValueError, match=f"^{name} comes from the scheme: give scheme, as i"
             ):
                 way()
 
@@ -486,22 +374,15 @@ def test_attributes_that_frameworks_set_are_carried_along_and_not_saved() -> Non
     before = config.to_json_string()
     # Transformers' own quantizers set the first four, loading attributes and others' tools the
     # rest.
-    for name in (
-        "dequantize",
-        "tokenizer",
-        "gguf_file",
-        "_marked",
-        "use_cuda_fp16",
-        "skip_modules",
-        "pre_quantized",
-        "bits",
-        "desc_act",
-    ):
+    names = "dequantize tokenizer gguf_file _marked use_cuda_fp16 skip_modules pre_quantized bits"
+    for name in (*names.split(), "desc_act"):
         setattr(config, name, [name])
     assert config.to_json_string() == before
     for twin in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
         assert twin.__dict__ == config.__dict__
         assert twin.gguf_file is not config.gguf_file
+    with pytest.raises(ValueError, match=r"^QVLMConfig has no field 'bits': the fields are act"):
+        QVLMConfig(bits=4)
     config.modules_to_not_convert = ["fc1"]  # as Transformers' FP8 quantizer does
     assert config.to_dict()["modules_to_not_convert"] == ["fc1"]
 
@@ -516,25 +397,11 @@ def test_a_mapping_changed_in_place_is_checked_before_it_is_used() -> None:
     assert config.to_dict()["provenance"] == {"file": "a", "kinds": ["b"]}
     assert copy.deepcopy(config).provenance == {"file": "a", "kinds": ["b"]}
     assert json.loads(config.to_json_string())["provenance"] == {"file": "a", "kinds": ["b"]}
+    positions = "^activation_granularity='token' needs a fixed number of positions"
     for mapping, key, bad, message in (
-        (
-            config.provenance,
-            "x",
-            object(),
-            "^provenance=<object .* is object, must be what JSON can hold",
-        ),
-        (
-            config.activation_granularity,
-            "language",
-            "token",
-            "^activation_granularity='token' needs a fixed number of positions",
-        ),
-        (
-            config.modules,
-            "model..down",
-            SCHEME,
-            "^modules: 'model..down' is no canonical module name",
-        ),
+        (config.provenance, "x", object(), f"^provenance={OBJECT} can hold"),
+        (config.activation_granularity, "language", "token", positions),
+        (config.modules, "model..down", SCHEME, "^modules: 'model..down' is no canonical module"),
     ):
         mapping[key] = bad
         # the copy is what loading and quantize_model begin with: nothing is calibrated first
@@ -564,12 +431,8 @@ def test_copies_share_what_belongs_to_the_process_and_pickles_drop_it() -> None:
     class Callback:
         on_step = staticmethod(lambda name, done, total: None)
 
-    config = QVLMConfig(
-        dataset=(n for n in range(3)),
-        processor=collate,
-        callbacks=[Callback()],
-        provenance={"a": [1]},
-    )
+    own = {"dataset": (n for n in range(3)), "processor": collate, "callbacks": [Callback()]}
+    config = QVLMConfig(**own, provenance={"a": [1]})
     for twin in (copy.deepcopy(config), copy.copy(config)):
         assert twin.dataset is config.dataset
         assert twin.processor is collate
@@ -589,50 +452,29 @@ def test_a_checkpoint_keeps_its_own_configuration(saved: dict) -> None:
         )
     assert model.config.quantization_config.scheme == "W4A16"
     assert model.hf_quantizer.quantization_config.dataset is None
-    with pytest.raises(
-        ValueError, match="quantized with QVLMConfig but you are passing a GPTQConfig"
-    ):
+    with pytest.raises(ValueError, match="quantized with QVLMConfig but you are passing a GPTQCon"):
         AutoModelForImageTextToText.from_pretrained(path, quantization_config=GPTQConfig(bits=4))
 
 
 def test_learned_rounding_is_in_saved_files_alone():
-    with pytest.raises(
-        ValueError, match="weight_rounding='learned' was removed, it gained nothing: take 'gptq'"
-    ):
+    with pytest.raises(ValueError, match=r"weight_rounding='learned' was removed, .*: take 'gptq'"):
         QVLMConfig(weight_rounding="learned")
-    scheme = {
-        "weight_bits": 4,
-        "activation_bits": 4,
-        "group_size": 128,
-        "symmetric": False,
-        "granularity": "channel",
-        "input_transform": None,
-    }
-    config = QVLMConfig.from_dict({"weight_rounding": "learned", "modules": {"lm_head": scheme}})
+    modules = {"lm_head": SCHEME.to_dict()}
+    config = QVLMConfig.from_dict({"weight_rounding": "learned", "modules": modules})
     assert config.to_dict()["weight_rounding"] == "learned"
 
 
 def test_without_data_only_rounding_is_recorded():
     config = QVLMConfig(scheme="W4A16")
     config.settle_without_data()
-    assert (config.weight_rounding, config.equalization, config.token_importance, config.guard) == (
-        "nearest",
-        False,
-        False,
-        False,
-    )
+    names = ("weight_rounding", "equalization", "token_importance", "guard")
+    assert [getattr(config, name) for name in names] == ["nearest", False, False, False]
 
 
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        ({"optimize_vision": True}, "optimize_vision"),
-        ({"precision_budget": 3.0}, "precision_budget"),
-    ],
-)
-def test_without_data_nothing_else_can_be_asked_for(fields, name):
-    with pytest.raises(ValueError, match=f"^{re.escape(name)}.* needs calibration data"):
-        QVLMConfig(scheme="W4A16", **fields).settle_without_data()
+@pytest.mark.parametrize(("name", "value"), [("optimize_vision", True), ("precision_budget", 3.0)])
+def test_without_data_nothing_else_can_be_asked_for(name, value):
+    with pytest.raises(ValueError, match=f"^{name}.* needs calibration data"):
+        QVLMConfig(scheme="W4A16", **{name: value}).settle_without_data()
 
 
 def test_the_papers_settings_fit_weight_only_schemes_too():

@@ -15,20 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import (
-    AdaLoraConfig,
-    BOFTConfig,
-    C3AConfig,
-    FourierFTConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
-    MissConfig,
     OFTConfig,
     PeftModel,
-    RandLoraConfig,
-    VBLoRAConfig,
-    VeraConfig,
     get_peft_model,
     prepare_model_for_kbit_training,
 )
@@ -318,18 +310,10 @@ UNTRAINABLE = (
     "^a quantized module's packed weight cannot be trained: train an adapter, or quantize without"
 )
 ATTENTION = r"model\.language_model\..*(q_proj|v_proj)"
-MERGED = {  # reads the weight only to merge
+MERGED = {  # reads the weight only to merge: adds to it, scales it, turns it
     "LoRA": LoraConfig(r=4),
-    "AdaLoRA": AdaLoraConfig(total_step=10, init_r=4, target_r=2),
-    "BOFT": BOFTConfig(boft_block_size=4),
-    "C3A": C3AConfig(block_size=8),
-    "FourierFT": FourierFTConfig(n_frequency=16),
     "IA3": IA3Config(feedforward_modules=[]),
-    "MiSS": MissConfig(r=8),
     "OFT": OFTConfig(oft_block_size=8),
-    "RandLoRA": RandLoraConfig(r=4),
-    "VB-LoRA": VBLoRAConfig(r=4, num_vectors=8, vector_length=8),
-    "VeRA": VeraConfig(r=4),
 }
 
 
@@ -436,6 +420,8 @@ def tried(model, name, batch):
         if hasattr(adapter.base_model, "merge_and_unload"):
             results.append([logits(adapter.eval().merge_and_unload(), batch)])
     except Exception as error:
+        if len(results) == 2 and re.match(PACKED, str(error)):  # merging changed nothing
+            assert torch.equal(logits(adapter, batch), results[0][0])
         return results, error
     return results, None
 

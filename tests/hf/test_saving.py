@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tiny_models import tiny_llava
 from transformers import AutoModelForImageTextToText, modeling_utils
 
@@ -193,56 +193,41 @@ def changed(path):
     path.write_bytes(path.read_bytes() + b" ")
 
 
-def more_of(file):
-    """Other values under the same header, as those of another training are."""
-    tensors = load_file(file)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    last = max(tensors)  # packed or not: any other bits
-    tensors[last] = torch.roll(tensors[last], 1, 0)
-    save_file(tensors, file, metadata=metadata)
+def weights(file):
+    save_file({"a": torch.ones(1)}, file, metadata={"format": "pt"})
 
 
-FOREIGN = {
-    "a README of the user's": lambda folder: a_file(folder / "README.md"),
+def other_values(file):
+    """Under the same header, as those of another training are."""
+    with file.open("r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        (last,) = opened.read(1)
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([last ^ 1]))
+
+
+TEMPLATES = "additional_chat_templates"  # a folder of ours
+NAMES = [  # of files of the user's: some as ours are named
+    *("README.md", "qvlm_holiday.png", "vocab.json", "merges.txt", "qvlm_report.json", "notes.txt"),
+    *(f"{TEMPLATES}/mine.jinja", f"{TEMPLATES}/notes.txt", ".env", "images/1.png", "cat.png"),
+    *("vocab.txt/x", "pytorch_model.bin", "model-00002-of-00002.safetensors"),
+]
+FOREIGN = {name: lambda folder, name=name: a_file(folder / name) for name in NAMES} | {
     "a card that was edited": lambda folder: changed(folder / "README.md"),
-    "a picture named as ours": lambda folder: a_file(folder / "qvlm_holiday.png"),
-    "a vocabulary": lambda folder: a_file(folder / "vocab.json"),
-    "merges": lambda folder: a_file(folder / "merges.txt"),
-    "a report": lambda folder: a_file(folder / "qvlm_report.json"),
-    "a chat template": lambda folder: a_file(folder / "additional_chat_templates" / "mine.jinja"),
-    "an empty folder named as one of ours": lambda folder: (
-        folder / "additional_chat_templates"
-    ).mkdir(),
     "a configuration that was edited": lambda folder: changed(folder / "config.json"),
-    "other weights": lambda folder: more_of(folder / "model.safetensors"),
+    "other weights": lambda folder: other_values(folder / "model.safetensors"),
+    "an empty folder named as one of ours": lambda folder: (folder / TEMPLATES).mkdir(),
+    "an empty folder": lambda folder: (folder / "data").mkdir(),
     "a file that became a link": lambda folder: (
         (folder / "README.md").rename(folder.parent / "moved"),
         (folder / "README.md").symlink_to(folder.parent / "moved"),
-    ),
-    "a file": lambda folder: a_file(folder / "notes.txt"),
-    "a hidden file": lambda folder: a_file(folder / ".env"),
-    "pictures": lambda folder: a_file(folder / "images" / "1.png"),
-    "another picture": lambda folder: a_file(folder / "cat.png"),
-    "an empty folder": lambda folder: (folder / "data").mkdir(),
-    "a folder named as a file of ours": lambda folder: a_file(folder / "vocab.txt" / "x"),
-    "a file in a folder of ours": lambda folder: a_file(
-        folder / "additional_chat_templates" / "notes.txt"
     ),
     "a link named as a file of ours": lambda folder: (folder / "vocab.json").symlink_to(
         folder / "tokenizer.json"
     ),
     "a dangling link": lambda folder: (folder / "vocab.json").symlink_to("nowhere"),
-    "pickled weights": lambda folder: a_file(folder / "pytorch_model.bin"),
-    "an adapter": lambda folder: save_file(
-        {"a": torch.ones(1)}, folder / "adapter_model.safetensors"
-    ),
-    "full-precision weights": lambda folder: save_file(
-        {"a": torch.ones(1)}, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"}
-    ),
-    "weights that cannot be read": lambda folder: a_file(
-        folder / "model-00002-of-00002.safetensors"
-    ),
+    "an adapter": lambda folder: weights(folder / "adapter_model.safetensors"),
+    "full-precision weights": lambda folder: weights(folder / "model-00001-of-00002.safetensors"),
 }
 
 

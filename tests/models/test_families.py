@@ -54,6 +54,8 @@ COMBINATIONS = [
     ("paddleocr_vl", "paddleocr_vl", "paddleocr_vl"),
     ("video_llama_3", "video_llama_3", "qwen2"),
     ("lfm2_vl", "siglip2", "lfm2"),
+    ("exaone4_5", "exaone4_5", "exaone4"),
+    ("qianfan_ocr", "qianfan_ocr", "qwen3"),
     ("deepseek_vl_hybrid", "siglip", "llama"),
     ("qwen2_vl", "qwen2_vl", "qwen2_vl"),
     ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
@@ -97,6 +99,8 @@ CALIBRATED = [
     ("paddleocr_vl", "paddleocr_vl", "paddleocr_vl"),
     ("video_llama_3", "video_llama_3", "qwen2"),
     ("lfm2_vl", "siglip2", "lfm2"),
+    ("exaone4_5", "exaone4_5", "exaone4"),
+    ("qianfan_ocr", "qianfan_ocr", "qwen3"),
     ("deepseek_vl_hybrid", "siglip", "llama"),
     ("qwen2_5_vl", "qwen2_5_vl", "qwen2_5_vl"),
     ("qwen3_vl", "qwen3_vl", "qwen3_vl"),
@@ -131,6 +135,7 @@ REFUSED = {
     "glm4v": "Glm4vTextDecoderLayer cannot be rotated, because norms scale channels",
     "glm_ocr": "GlmOcrTextDecoderLayer cannot be rotated, because norms scale channels",
     "gemma3": "Gemma3DecoderLayer cannot be rotated, because norms scale channels",
+    "exaone4": "Exaone4DecoderLayer cannot be rotated, because norms scale channels",
     "cohere2": "Cohere2DecoderLayer cannot be rotated, because its norms subtract a mean",
 }
 

@@ -5,6 +5,9 @@ spreading each column's error over the columns that are still to come minimises 
 greedily. Columns go in the order of falling diagonal of H; the groups' grids are fixed beforehand,
 so the order leaves the format alone.
 
+Few samples show correlations of inputs that other samples do not have, and compensation by these
+adds errors. So correlations count as far as two halves of the samples agree (`agreed_hessian`).
+
 Legend: O out_features, I in_features, G groups.
 """
 
@@ -28,7 +31,7 @@ from qvlm_hf.calibration.search.sites import QuantizedSite
 from qvlm_hf.format.grids import QuantizedWeight
 from qvlm_hf.models.experts import rows_of
 
-__all__ = ["gptq_round", "gptq_round_layer"]
+__all__ = ["agreed_hessian", "gptq_round", "gptq_round_layer"]
 
 # Share of the mean diagonal that is added to it (the value of the GPTQ paper); raised tenfold until
 # the factorisation succeeds.
@@ -57,10 +60,10 @@ def gptq_round_layer(
     tokens = weights or [torch.ones(h.shape[:-1], device=h.device) for h in hidden]
     for site in sites:
         parts = [part for part in site.parts if not part.few_tokens]
-        for part, hessian in zip(
+        for part, halves in zip(
             parts, _hessians(layer, parts, inputs, hidden, tokens), strict=True
         ):
-            part.set_weights(_round_siblings(part, hessian))
+            part.set_weights(_round_siblings(part, agreed_hessian(halves)))
 
 
 def _round_siblings(site: QuantizedSite, hessian: Tensor) -> list[QuantizedWeight]:
@@ -87,17 +90,18 @@ def _hessians(
     hidden: Sequence[Tensor],
     tokens: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Of each site the weighted sum of a a^T over valid tokens, float32 [I, I].
+    """Of each site the weighted sum of a a^T over valid tokens, float32 [2, I, I].
 
-    W' is multiplied by a. The layer runs no further than to the input of a site; experts are
-    several, and a batch may not reach each.
+    W' is multiplied by a. Every second sample is in the second half. The layer runs no further than
+    to the input of a site; experts are several, and a batch may not reach each.
     """
     modules = {index: site.linears[0] for index, site in enumerate(sites)}
     totals = [
-        torch.zeros(first.in_features, first.in_features, device=first.weight.device)
+        torch.zeros(2, first.in_features, first.in_features, device=first.weight.device)
         for first in modules.values()
     ]
-    for entry, h, weight in zip(inputs, hidden, tokens, strict=True):
+    for batch, (entry, h, weight) in enumerate(zip(inputs, hidden, tokens, strict=True)):
+        second = _in_second_half(weight, batch)
 
         def add(
             index: int,
@@ -105,19 +109,68 @@ def _hessians(
             _: Any,
             entry: LayerInput = entry,
             weight: Tensor = weight,
+            second: Tensor = second,
         ) -> None:
             x, first = args[0], modules[index]
             a, counts = sites[index].multiplied_input(x), routed(weight, first, x)
             if counts is not None:
                 a = a * counts.sqrt().unsqueeze(-1)
-            a = valid_tokens(a, routed(entry.valid, first, x))
-            totals[index].addmm_(a.T, a)
+            valid, half = (routed(rows, first, x) for rows in (entry.valid, second))
+            if half is None:  # rows that are no tokens: every second one
+                half = (torch.arange(x.shape[:-1].numel(), device=x.device) % 2 > 0).view(
+                    x.shape[:-1]
+                )
+            halves = valid_tokens(half.unsqueeze(-1), valid)[:, 0]
+            a = valid_tokens(a, valid)
+            for total, rows in zip(totals[index], (a[~halves], a[halves]), strict=True):
+                total.addmm_(rows.T, rows)
             if len(sites) == 1 and rows_of(first) is None:
                 raise Reached
 
         with observe_inputs(modules, add), suppress(Reached):
             run_layer(layer, [entry], [h])
     return totals
+
+
+def _in_second_half(weight: Tensor, batch: int) -> Tensor:
+    """Bool [B, T], by sample; packed pictures [T] are one sample."""
+    if weight.dim() < 2:
+        return torch.full(weight.shape, batch % 2 > 0, device=weight.device)
+    odd = (torch.arange(len(weight), device=weight.device) + batch) % 2 > 0
+    return odd.unsqueeze(-1).expand(weight.shape)
+
+
+def agreed_hessian(halves: Tensor) -> Tensor:
+    """The Hessian of all samples, its off-diagonal times what two halves of them agree on.
+
+    With C1 and C2 the off-diagonal correlations of the halves, r = <C1, C2> / mean(|C1|^2, |C2|^2)
+    is the share of a half that is no chance. Of both together it is 2 r / (1 + r) (Spearman and
+    Brown), and that factor has the lowest expected squared error.
+
+    Args:
+        halves: float32 [2, I, I], sums of a a^T; a half without tokens says nothing, and the other
+            one stays as it is.
+
+    Returns:
+        Float32 [I, I].
+    """
+    whole = halves.sum(0)
+    if not (torch.diagonal(halves, dim1=1, dim2=2).sum(-1) > 0).all():
+        return whole
+    first, second = (_correlations(half) for half in halves)
+    own = (first.square().sum() + second.square().sum()) / 2
+    agreement = ((first * second).sum() / own).clamp(0, 1) if own > 0 else own
+    factor = 2 * agreement / (1 + agreement)
+    diagonal = torch.diagonal(whole).clone()
+    whole *= factor
+    whole.diagonal().copy_(diagonal)
+    return whole
+
+
+def _correlations(hessian: Tensor) -> Tensor:
+    """Cosines between inputs, zero on the diagonal."""
+    scale = torch.diagonal(hessian).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+    return (hessian * scale * scale[:, None]).fill_diagonal_(0)
 
 
 def gptq_round(

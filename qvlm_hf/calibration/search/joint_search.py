@@ -32,6 +32,7 @@ Choice = tuple[tuple[int, ...], ...]  # per layer, per site: index of a candidat
 _SCREEN = slice(0, None, 4)
 _SHORTLIST = 3  # candidates of a layer that its block tries jointly
 _FINALISTS = 2
+_CLEAR = 0.01  # relative loss of a candidate at one site that no other site's change makes good
 _MIN_GAIN = 1e-4  # a smaller relative gain is noise of the calibration set
 
 
@@ -153,9 +154,14 @@ def _search(search: BlockSearch) -> tuple[SearchResult, list[int]]:
         # a layer without sites has the one candidate of running as it is
         count = min((len(site.candidates) for site in search.sites[0]), default=1)
         shortlists = [range(count)]
-    combinations = _combinations(search, shortlists)
+    screened = _combinations(search, shortlists)
+    combinations = list(screened)
     finalists = dict.fromkeys([start, *([greedy] if greedy else []), *combinations[:_FINALISTS]])
-    errors = {choice: search.evaluate(choice, search.hidden, 0) for choice in finalists}
+    known = screened if len(search.inputs) == 1 else {}  # one batch is its own screen
+    errors = {
+        choice: known[choice] if choice in known else search.evaluate(choice, search.hidden, 0)
+        for choice in finalists
+    }
     best = min(errors, key=errors.__getitem__)
     best, error = _refine(search, best, errors[best], shortlists)
     result = SearchResult(
@@ -180,11 +186,10 @@ def _greedy(search: BlockSearch) -> tuple[Choice, list[Sequence[int]]]:
     return tuple(choice), shortlists
 
 
-def _combinations(search: BlockSearch, shortlists: Sequence[Sequence[int]]) -> list[Choice]:
+def _combinations(search: BlockSearch, shortlists: Sequence[Sequence[int]]) -> dict[Choice, float]:
     """Combinations of one shortlisted candidate per layer, best first, on the screening batches."""
-    found = _enumerate(search, (), search.hidden[_SCREEN], shortlists)
-    scored = [(error, order, choice) for order, (choice, error) in enumerate(found)]
-    return [choice for _, _, choice in sorted(scored)]
+    found = dict(_enumerate(search, (), search.hidden[_SCREEN], shortlists))
+    return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
 def _enumerate(
@@ -211,9 +216,13 @@ def _enumerate(
 def _refine(
     search: BlockSearch, best: Choice, error: float, shortlists: Sequence[Sequence[int]]
 ) -> tuple[Choice, float]:
-    """Coordinate descent over single sites; ends with a sweep in which no site improves."""
+    """Coordinate descent over single sites; ends with a sweep in which no site improves.
+
+    A candidate that was clearly behind at a site is not tried there again.
+    """
     screened = len(search.inputs) > 1
     tried: set[Choice] = {best}
+    losers: set[tuple[int, int, int]] = set()  # layer, site, candidate
     scores: dict[Choice, float] = {}  # on the screening batches
     prefixes = [search.hidden]  # what enters each layer under `best`, as far as it was needed
     improved = True
@@ -221,20 +230,26 @@ def _refine(
         improved = False
         for layer, sites in enumerate(search.sites):
             for site, candidates in enumerate(map(_indices, sites)):
-                choices = [
-                    _with(best, layer, site, index)
+                places = {
+                    _with(best, layer, site, index): (layer, site, index)
                     for index in (shortlists[layer] if screened else candidates)
-                ]
-                options = [choice for choice in choices if choice not in tried]
+                    if (layer, site, index) not in losers
+                }
+                options = [choice for choice in places if choice not in tried]
                 if not options:
                     continue
                 for below in range(len(prefixes) - 1, layer):
                     prefixes.append(search.run(below, best[below], prefixes[below]))
                 if screened:
-                    options = _promising(search, best, options, prefixes[layer], layer, scores)
+                    promising = _promising(search, best, options, prefixes[layer], layer, scores)
+                    clear = scores[best] * (1 + _CLEAR)
+                    losers |= {places[option] for option in options if scores[option] > clear}
+                    options = promising
                 for option in options:
                     tried.add(option)
                     candidate = search.evaluate(option, prefixes[layer], layer)
+                    if candidate > error * (1 + _CLEAR):
+                        losers.add(places[option])
                     if candidate < error * (1 - _MIN_GAIN):
                         best, error, improved = option, candidate, True
                         del prefixes[layer + 1 :]

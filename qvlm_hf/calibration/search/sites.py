@@ -21,6 +21,7 @@ from qvlm_hf.format.grids import (
     QParams,
     QuantizedWeight,
     choose_qparams,
+    chosen_clip,
     dynamic_group_quantize,
     dynamic_token_qparams,
     grid_bounds,
@@ -90,6 +91,7 @@ class QuantizedSite:
         self.site, self.linears, self.candidates = site, tuple(linears), list(candidates)
         self.active: int | None = None
         self._weights: dict[int, tuple[Tensor, ...]] = {}  # dequantized, by candidate
+        self._clips: dict[str, tuple[Tensor, ...]] = {}  # of tried candidates, by granularity
         self._final: tuple[QuantizedWeight, ...] | None = None
         self._input: tuple[Tensor, int, Tensor, Tensor | None] | None = None
 
@@ -160,12 +162,12 @@ class QuantizedSite:
     def take_final_grids(self) -> None:
         """Replaces the grids that were tried by those of all samples."""
         self.candidates = [replace(c, grid=c.final_grid) for c in self.candidates]
-        self._weights, self._input = {}, None
+        self._weights, self._clips, self._input = {}, {}, None
 
     def free_memory(self) -> None:
         """Forgets the weights of every candidate but the one in force."""
         self._weights = {i: weights for i, weights in self._weights.items() if i == self.choice}
-        self._input = None
+        self._clips, self._input = {}, None
 
     def forward(self, index: int, x: Tensor) -> Tensor:
         """The output of module `index` for x [..., in]: [..., out] in x's dtype."""
@@ -174,7 +176,7 @@ class QuantizedSite:
             return functional.linear(x, linear.weight, linear.bias)
         a, row_scale = self._quantize_input(x, self.active)
         if self.active not in self._weights:
-            self._weights[self.active] = self._dequantize(self._rounded(self.active))
+            self._weights[self.active] = self._dequantize(self._rounded(self.active, tried=True))
         weight = self._weights[self.active][index]
         y = functional.linear(a.to(weight.dtype), weight)
         if row_scale is not None:
@@ -223,13 +225,22 @@ class QuantizedSite:
         channel = self.candidates[choice].range.granularity == "channel"
         return weight * self._grid(choice).scale if channel else weight
 
-    def _rounded(self, choice: int) -> tuple[QuantizedWeight, ...]:
+    def _rounded(self, choice: int, *, tried: bool = False) -> tuple[QuantizedWeight, ...]:
+        """Rounds to nearest; what is only tried takes the factors of its granularity's first."""
         candidate = self.candidates[choice]
-        clips = candidate.clips or (None,) * len(self.linears)
-        return tuple(
-            quantize_weight(self._folded(linear, choice), candidate.scheme, clip)
-            for linear, clip in zip(self.linears, clips, strict=True)
+        folded = [self._folded(linear, choice) for linear in self.linears]
+        granularity = candidate.range.granularity
+        clips = candidate.clips or (self._clips.get(granularity) if tried else None)
+        found = tuple(
+            quantize_weight(weight, candidate.scheme, clip)
+            for weight, clip in zip(folded, clips or (None,) * len(folded), strict=True)
         )
+        if tried and clips is None:
+            self._clips[granularity] = tuple(
+                chosen_clip(weight, rounded, candidate.scheme)
+                for weight, rounded in zip(folded, found, strict=True)
+            )
+        return found
 
     def _dequantize(self, weights: Sequence[QuantizedWeight]) -> tuple[Tensor, ...]:
         dtype = self.linears[0].weight.dtype

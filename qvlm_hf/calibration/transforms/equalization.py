@@ -88,5 +88,5 @@ def _square_sums(
             sums[reader] = sums[reader] + square if reader in sums else square
 
         with observe_inputs(readers, add), torch.no_grad():
-            run_model(model, batch)
+            run_model(model, batch, logits=False)
     return sums

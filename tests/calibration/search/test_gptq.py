@@ -141,10 +141,12 @@ def test_hessians_are_those_of_whole_runs_of_the_layer():
             see = lambda _, args, __, seen=seen: seen.append(args[0])  # noqa: E731
             with observe_inputs({0: site.linears[0]}, see):
                 run_layer(layer.module, inputs, hidden)
-            expected = 0
-            for x, weight, entry in zip(seen, tokens, inputs, strict=True):
-                a = (site.multiplied_input(x) * weight.sqrt()[..., None])[entry.valid]
-                expected += a.T @ a
+            expected = torch.zeros(2, *[site.linears[0].in_features] * 2)
+            for batch, (x, weight, entry) in enumerate(zip(seen, tokens, inputs, strict=True)):
+                a = site.multiplied_input(x) * weight.sqrt()[..., None]
+                for sample in range(len(a)):  # every second one is in the second half
+                    rows = a[sample][entry.valid[sample]]
+                    expected[(batch + sample) % 2] += rows.T @ rows
             (found,) = gptq._hessians(layer.module, [site], inputs, hidden, tokens)
             assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
@@ -159,3 +161,76 @@ def test_a_singular_hessian_is_damped_until_it_factorises():
 def test_a_hessian_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
         rounded(torch.ones(2, 16), torch.full((16, 16), torch.nan), SCHEME)
+
+
+def halves(inputs: torch.Tensor) -> torch.Tensor:
+    return torch.stack([part.T @ part for part in (inputs[::2], inputs[1::2])])
+
+
+def factor(found: torch.Tensor, halved: torch.Tensor) -> float:
+    """What the off-diagonals were multiplied by; the diagonal must have stayed."""
+    whole = halved.sum(0)
+    assert torch.equal(found.diagonal(), whole.diagonal())
+    off = ~torch.eye(len(whole), dtype=torch.bool)
+    ratios = (found / whole)[off & (whole.abs() > 1e-3 * whole.abs().max())]
+    assert ratios.max() - ratios.min() < 1e-4
+    return float(ratios.mean())
+
+
+def test_what_both_halves_show_stays():
+    _, inputs = problem(1, 40, 100, 1)
+    same = (inputs.T @ inputs).expand(2, -1, -1)
+    assert torch.allclose(gptq.agreed_hessian(same), 2 * same[0], rtol=1e-5)
+    unlike = torch.stack([same[0], 7 * same[0]])  # more tokens, or heavier, with the same to say
+    assert torch.allclose(gptq.agreed_hessian(unlike), 8 * same[0], rtol=1e-5)
+
+
+def test_what_only_chance_shows_goes():
+    noise = torch.randn(200, 40, generator=torch.Generator().manual_seed(3))
+    assert factor(gptq.agreed_hessian(halves(noise)), halves(noise)) < 0.1
+
+
+@pytest.mark.parametrize("tokens", [40, 160, 640])
+def test_the_factor_is_near_the_one_that_the_truth_asks_for(tokens):
+    """Of samples of which the true correlations are known; few tokens keep less of theirs."""
+    generator = torch.Generator().manual_seed(4)
+    mixing = torch.eye(40) + 0.08 * torch.randn(40, 40, generator=generator)
+    truth = gptq.agreed_hessian((mixing.T @ mixing).expand(2, -1, -1))
+    truth = truth * truth.diagonal().rsqrt() * truth.diagonal().rsqrt()[:, None]
+    found, best = [], []
+    for _ in range(20):
+        inputs = torch.randn(tokens, 40, generator=generator) @ mixing
+        halved = halves(inputs)
+        found.append(factor(gptq.agreed_hessian(halved), halved))
+        seen = halved.sum(0)
+        seen = seen * seen.diagonal().rsqrt() * seen.diagonal().rsqrt()[:, None]
+        off = ~torch.eye(40, dtype=torch.bool)
+        best.append(float((seen * truth)[off].sum() / seen[off].square().sum()))
+    mean, wanted = (sum(values) / len(values) for values in (found, best))
+    assert abs(mean - wanted) < 0.06, (mean, wanted)
+
+
+def test_few_tokens_are_rounded_better_for_others():
+    """What few samples teach is judged on tokens that they do not hold."""
+    plain = shrunk = 0.0
+    for seed in range(8):
+        weight, inputs = problem(24, 40, 800, seed)
+        few, others = halves(inputs[:48]), inputs[48:]
+        for hessian, taken in ((few.sum(0), False), (gptq.agreed_hessian(few), True)):
+            error = output_error(weight, rounded(weight, hessian, SCHEME).dequantize(), others)
+            plain, shrunk = plain + error * (not taken), shrunk + error * taken
+    assert shrunk < plain
+
+
+def test_a_half_without_tokens_says_nothing():
+    _, inputs = problem(1, 16, 60, 2)
+    one = torch.stack([inputs.T @ inputs, torch.zeros(16, 16)])
+    assert torch.equal(gptq.agreed_hessian(one), one[0])
+    assert torch.equal(gptq.agreed_hessian(torch.zeros(2, 16, 16)), torch.zeros(16, 16))
+
+
+def test_halves_are_every_second_sample():
+    """Of a batch and of batches of one; pictures in one row are one sample."""
+    assert gptq._in_second_half(torch.ones(3, 2), 0)[:, 0].tolist() == [False, True, False]
+    assert gptq._in_second_half(torch.ones(1, 2), 1)[:, 0].tolist() == [True]
+    assert gptq._in_second_half(torch.ones(4), 1).tolist() == [True] * 4

@@ -1,6 +1,7 @@
 """The joint search: never behind greedy, and ahead of it where layers depend on each other."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny_models import tiny_llava
 from torch import nn
 
 from qvlm_hf.calibration.layers import LayerInput, run_layer
+from qvlm_hf.calibration.search import joint_search
 from qvlm_hf.calibration.search.joint_search import BlockSearch, search_block
 from qvlm_hf.calibration.search.ranges import initialize_sites
 from qvlm_hf.calibration.search.sites import QuantizedSite, SiteCandidate, installed
@@ -144,3 +146,19 @@ def test_no_single_site_improves_the_result():
                     row = (*result.choice[layer][:place], index, *result.choice[layer][place + 1 :])
                     other = (*result.choice[:layer], row, *result.choice[layer + 1 :])
                     assert search.evaluate(other, search.hidden, 0) >= result.joint * (1 - 2e-4)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_clear_losers_are_tried_once(monkeypatch, batch_size):
+    """Nearly the same error from fewer runs; screened (four batches) or not (one)."""
+    found = {}
+    for clear in (joint_search._CLEAR, math.inf):
+        monkeypatch.setattr(joint_search, "_CLEAR", clear)
+        searches = [language_block(seed, (4, 4), batch_size) for seed in range(3)]
+        for search in searches:
+            with installed(site for row in search.sites for site in row):
+                found.setdefault(clear, []).append(search_block(search))
+    few, every = found.values()
+    assert sum(r.evaluations for r in few) < sum(r.evaluations for r in every)
+    for one, other in zip(few, every, strict=True):
+        assert one.joint == pytest.approx(other.joint, rel=0.005)

@@ -1,5 +1,7 @@
 """What the search simulates is what the packed integers compute."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_calibrations import tiny_site
@@ -58,3 +60,24 @@ def test_the_shared_input_is_quantized_once(monkeypatch):
         site.linears[1](x)
         site.linears[0](x.clone())
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("margin", [0.9, 1.0, 1.1, 1.25])
+def test_tried_candidates_share_the_factors_of_their_granularity(margin):
+    """They fit nearly as well as a candidate's own, which the final weights have."""
+    site, x = tiny_site("channel")
+    (first,) = site.candidates
+    grid = replace(first.grid, scale=first.grid.scale * margin)
+    site.candidates.append(replace(first, grid=grid, final_grid=grid))
+    own = site._rounded(1)[0].dequantize()
+    with installed([site]):
+        for index in range(2):
+            site.active = index
+            site.linears[0](x)
+        tried, folded = site._weights[1][0], site.folded_weight(0)
+        errors = [float((weight - folded).abs().pow(2.4).sum()) for weight in (own, tried)]
+        assert errors[0] * (1 - 1e-4) <= errors[1] < errors[0] * 1.02
+        site.take_final_grids()
+        site.linears[0](x)
+    assert torch.equal(site._weights[1][0], own)
+    assert torch.equal(site.quantized_weights()[0].dequantize(), own)

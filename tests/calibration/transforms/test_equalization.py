@@ -49,6 +49,13 @@ def test_the_model_computes_the_same(options):
             assert not torch.equal(module.weight, weights[module.weight])
 
 
+def test_words_are_predicted_for_one_token_only():
+    model, seen = uneven_model(), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    equalize(model, scale_paths(model, resolve(model)), tiny_batches(4, 2))
+    assert seen == [1, 1]
+
+
 def test_channels_become_more_alike():
     model = uneven_model()
 
