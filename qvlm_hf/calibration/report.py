@@ -1,9 +1,10 @@
 """The record of a calibration, frozen, to JSON and back (qvlm_report.json, the model card)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
 from qvlm_hf.format.scheme import QuantScheme
@@ -227,31 +228,8 @@ class CalibrationReport:
             ValueError: a key is missing or unknown.
         """
         try:
-            fields = dict(entry) | {
-                "modules": {
-                    name: QuantScheme.from_dict(scheme) for name, scheme in entry["modules"].items()
-                },
-                "segments": tuple(map(_segment, entry["segments"])),
-                "sites": tuple(
-                    SiteReport(
-                        modules=tuple(site["modules"]),
-                        candidate=RangeCandidate(**site["candidate"]),
-                    )
-                    for site in entry["sites"]
-                ),
-                "lifts": tuple(PrecisionRaise(**lift) for lift in entry["lifts"]),
-                # not in reports of older versions
-                "recipes": tuple(RecipeTrial(**tried) for tried in entry.get("recipes", ())),
-                "vision": _optional(VisionReport, entry["vision"]),
-                "routing": tuple(map(_routing, entry.get("routing", ()))),
-                "self_check": _optional(SelfCheck, entry["self_check"]),
-                # not in reports of older versions
-                "decode_check": _optional(DecodeCheck, entry.get("decode_check")),
-            }
-            for name in ("dead", "full_precision", "warnings"):
-                fields[name] = tuple(entry[name])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
+            return _read(cls, entry)
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the report does not have the fields of this version ({error}): it is damaged or "
                 f"from another version."
@@ -263,21 +241,21 @@ def settings_dict(settings: CalibrationSettings) -> dict[str, Any]:
     return _listed(dataclasses.asdict(settings))
 
 
-def _optional(kind: type, entry: Mapping[str, Any] | None) -> Any:
-    return None if entry is None else kind(**entry)
-
-
-def _routing(entry: Mapping[str, Any]) -> RoutingReport:
-    lists = {name: tuple(entry[name]) for name in ("tokens", "few_tokens")}
-    return RoutingReport(**{**entry, **lists})
-
-
-def _segment(entry: Mapping[str, Any]) -> SegmentReport:
-    lists = {name: tuple(entry[name]) for name in ("layers", "entropies")}
-    blocks = tuple(
-        BlockReport(**{**block, "layers": tuple(block["layers"])}) for block in entry["blocks"]
-    )
-    return SegmentReport(**{**entry, **lists, "blocks": blocks})
+def _read(kind: Any, value: Any) -> Any:
+    """A value of JSON as what the annotation `kind` of a field says."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if NoneType in inside:  # kind | None
+        return None if value is None else _read(inside[0], value)
+    if origin is tuple:  # tuple[kind, ...]
+        return tuple(_read(inside[0], item) for item in value)
+    if origin is dict and inside != (str, Any):
+        return {name: _read(inside[1], item) for name, item in value.items()}
+    if kind is QuantScheme:
+        return QuantScheme.from_dict(value)
+    if not dataclasses.is_dataclass(kind):
+        return value
+    make, hints = cast("Callable[..., Any]", kind), get_type_hints(kind)
+    return make(**{name: _read(hints[name], item) for name, item in value.items()})
 
 
 def _listed(value: Any) -> Any:

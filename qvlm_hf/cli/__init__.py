@@ -20,6 +20,7 @@ _COMMANDS = {
     "quantize": "calibrate, quantize and save a model",
     "ask": "ask a saved model about a picture",
     "evaluate": "measure accuracy on a data set, against another model if wanted",
+    "ablate": "measure what each part of the method is worth on a model",
     "bench": "measure speed and memory of models, or of the kernels",
     "publish": "put a saved model on the Hugging Face Hub",
     "inspect": "show what a saved model holds, or what would be quantized of another",

@@ -1,4 +1,4 @@
-"""`qvlm evaluate DIR --dataset F [--against MODEL]`."""
+"""`qvlm evaluate DIR --dataset F [--text F] [--against MODEL]`."""
 
 import argparse
 from pathlib import Path
@@ -13,7 +13,13 @@ from qvlm_hf.cli.record import (
     shown_command,
     write_result_file,
 )
-from qvlm_hf.evaluation import evaluate, format_comparison
+from qvlm_hf.evaluation import (
+    evaluate,
+    evaluate_text,
+    format_comparison,
+    format_text,
+    read_text,
+)
 from qvlm_hf.hub.card import CARD_NAME
 from qvlm_hf.hub.record import check_recordable, record_measurement
 from qvlm_hf.hub.saved import REPORT_NAME
@@ -27,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="DIR", help="directory or Hub id of a model, quantized or not")
     questions = "questions with answers: .jsonl, .json, ScienceQA folder or Hub id"
     add("--dataset", required=True, metavar="F", help=questions)
+    text = "UTF-8 text without pictures: perplexity of the language alone"
+    add("--text", metavar="FILE", help=text)
     against = "full-precision model to compare with, on the same questions"
     add("--against", metavar="MODEL", help=against)
     add("--num-samples", type=int, metavar="N", help="questions to ask (default: all)")
@@ -48,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     samples = load_samples(options.dataset, num_samples=options.num_samples, seed=options.seed)
     model, processor = load_with_processor(options.model)
     samples = without_too_long(samples, processor, longest_sample(model))
+    windows = None if options.text is None else read_text(options.text, processor.tokenizer, model)
     if options.against is not None:
         check_fits(options.against, processor)
     reference = None if options.against is None else load_model(options.against)
@@ -60,10 +69,14 @@ def run(options: argparse.Namespace) -> int:
             reference=reference,
             progress=lambda done, _: bar.update(done - bar.n),
         )
-    for line in format_comparison(result, name=Path(options.model).name):
-        print(line)
+    lines, found = format_comparison(result, name=Path(options.model).name), result.to_dict()
+    if windows is not None:
+        text = evaluate_text(model, windows, reference=reference)
+        lines += format_text(text, name=Path(options.model).name)
+        found["text"] = text.to_dict()
+    print("\n".join(lines))
     if options.json:
-        write_result_file(options.json, result.to_dict())
+        write_result_file(options.json, found)
     if folder is not None:
         asked = {name: getattr(options, name) for name in ("dataset", "batch_size", "seed")}
         command = shown_command(

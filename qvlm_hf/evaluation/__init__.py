@@ -1,5 +1,15 @@
-"""Accuracy of a model with its interval, and the paired comparison of two models."""
+"""Accuracy and language of a model with intervals, and the paired comparison of two models."""
 
 from qvlm_hf.evaluation.evaluate import Comparison, Evaluation, evaluate, format_comparison
+from qvlm_hf.evaluation.text import TextEvaluation, evaluate_text, format_text, read_text
 
-__all__ = ["Comparison", "Evaluation", "evaluate", "format_comparison"]
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "TextEvaluation",
+    "evaluate",
+    "evaluate_text",
+    "format_comparison",
+    "format_text",
+    "read_text",
+]

@@ -25,6 +25,7 @@ from qvlm_hf.calibration.samples import (
     fingerprint,
     longest_sample,
 )
+from qvlm_hf.calibration.samples.scienceqa import COLUMNS
 from qvlm_hf.calibration.values import whole_number
 from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.evaluation.metrics import (
@@ -73,6 +74,7 @@ class Evaluation:
     Attributes:
         correct: per question, in input order.
         kinds: kind of each question, None where the data set names none.
+        columns: published columns that each question counts in, as ScienceQA's.
         origins: where each question was read.
         data_fingerprint: `fingerprint` of the samples.
         answer_logits: per question [answer tokens, vocabulary] on the CPU, in the model's dtype;
@@ -82,6 +84,7 @@ class Evaluation:
 
     correct: tuple[bool, ...]
     kinds: tuple[str | None, ...]
+    columns: tuple[tuple[str, ...], ...]
     origins: tuple[str, ...]
     data_fingerprint: str
     answer_logits: tuple[torch.Tensor, ...] | None = None
@@ -94,13 +97,19 @@ class Evaluation:
 
     @property
     def by_kind(self) -> dict[str, Proportion]:
-        """The same for each kind of question, sorted by name; empty if no kinds are known."""
-        groups: dict[str, list[bool]] = {}
-        for kind, right in zip(self.kinds, self.correct, strict=True):
-            if kind is not None:
-                groups.setdefault(kind, []).append(right)
-        shares = {k: Proportion(successes=sum(g), total=len(g)) for k, g in groups.items()}
-        return dict(sorted(shares.items()))
+        """The same for each kind of question, sorted by name; empty if no kinds are known.
+
+        Where the data set has published columns, these in their order instead.
+        """
+        groups: dict[str, list[bool]] = {name: [] for name in COLUMNS}
+        for kind, columns, right in zip(self.kinds, self.columns, self.correct, strict=True):
+            for name in columns or ((kind,) if kind is not None else ()):
+                groups.setdefault(name, []).append(right)
+        published = [name for name in COLUMNS if groups[name]]
+        return {
+            name: Proportion(successes=sum(groups[name]), total=len(groups[name]))
+            for name in (*published, *sorted(groups.keys() - set(COLUMNS)))
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the logits, for JSON."""
@@ -167,6 +176,7 @@ def evaluate(
     return Evaluation(
         correct=tuple(answer.correct for answer in in_order),
         kinds=tuple(sample.kind for sample in samples),
+        columns=tuple(sample.columns for sample in samples),
         origins=tuple(sample.origin for sample in samples),
         data_fingerprint=data,
         answer_logits=logits if keep_logits else None,

@@ -7,6 +7,7 @@ projector. Where a module of experts ran, all its experts count as run, whoever 
 and no rotation follows from that, sites alone. What is not quantized is listed with the reason.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -215,16 +216,24 @@ def _message(
     missing: Sequence[str],
     problems: Sequence[str],
 ) -> str:
-    kind = type(model).__name__
-    found = ", ".join(
-        f"{sum(parts.component(name) == part for name in trace.linears)} linear modules "
-        f"of the {part} part"
-        for part in ("vision", "projector", "language")
+    """What ran and what did not, of every part; and what can be done about it."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    parts_of = {
+        name: parts.component(name)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head
+    }
+    total = Counter(parts_of.values())
+    ran = Counter(part for name, part in parts_of.items() if name in trace.linears)
+    counts = ", ".join(f"{part} {ran[part]} of {total[part]}" for part in sorted(total))
+    first = next(
+        (n for n, part in parts_of.items() if part in missing and n not in trace.linears), None
     )
-    where = f"vision encoder at {parts.vision!r}, language model at {parts.language!r}"
     last = f" The last attempt: {problems[-1]}." if problems else ""
+    remedy = "leave that part out (quantize_vision=False), or " if missing == ["vision"] else ""
     return (
-        f"{kind} has no row in the table of families, and running it did not reach its "
-        f"{' and '.join(missing)} part ({where}; found {found}).{last} Give a dataset, so that its "
-        f"own inputs are run, or leave the part out."
+        f"{type(model).__name__} has no row in the table of families, and running it did not reach "
+        f"its {' and '.join(missing)} part (vision encoder at {parts.vision!r}, language model at "
+        f"{parts.language!r}). Linear modules that ran: {counts}; missing is {first!r} first."
+        f"{last} To quantize it, {remedy}add a row (docs/contributing.md)."
     )

@@ -90,6 +90,15 @@ def test_kinds(trained, samples, processor):
     assert kinds["shape"].successes == sum(evaluation.correct[1:8:2])
 
 
+def test_published_columns_come_first_and_in_their_order(trained, samples, processor):
+    columns = [("NAT", "TXT", "IMG", "G1-6"), ("SOC", "NO", "G7-12")] * 4
+    placed = [dataclasses.replace(s, columns=c) for s, c in zip(samples[:8], columns, strict=True)]
+    evaluation = evaluate(trained, placed, processor)
+    assert list(evaluation.by_kind) == ["NAT", "SOC", "TXT", "IMG", "NO", "G1-6", "G7-12"]
+    assert evaluation.by_kind["IMG"].total == 4
+    assert evaluation.by_kind["SOC"].successes == sum(evaluation.correct[1:8:2])
+
+
 def test_reference_model_and_kept_evaluation_agree(trained, samples, processor):
     reference = tiny_llava(seed=3)
     direct = evaluate(trained, samples, processor, batch_size=4, reference=reference)
@@ -219,7 +228,10 @@ def test_to_dict_is_json_without_logits(trained, samples, processor):
 def test_format_comparison(trained, samples, processor):
     evaluation = evaluate(trained, samples[:1], processor)
     right = dataclasses.replace(
-        evaluation, correct=(True,) * 942 + (False,) * 58, kinds=("easy",) * 900 + (None,) * 100
+        evaluation,
+        correct=(True,) * 942 + (False,) * 58,
+        kinds=("easy",) * 900 + (None,) * 100,
+        columns=((),) * 1000,
     )
     assert format_comparison(right) == [
         "quantized: accuracy 94.2 % [92.6, 95.5] (942/1000)",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import special, stats
 
 from qvlm_hf.calibration.measure.answers import answer_kl
 from qvlm_hf.evaluation.metrics import (
@@ -174,3 +175,27 @@ def test_answer_kl_refuses(first, second):
         ValueError, match=r"logits have the shapes .* both must be \[tokens, vocabulary\]"
     ):
         answer_kl(torch.zeros(first), torch.zeros(second))
+
+
+# ---- the same by scipy ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("successes", "total"), [(0, 9), (1, 3), (57, 60), (949, 1000), (8, 8)])
+def test_wilson_as_scipy(successes, total):
+    theirs = stats.binomtest(successes, total).proportion_ci(0.95, method="wilson")
+    ours = wilson_interval(successes, total)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("pair", [(0, 0), (3, 9), (11, 0), (40, 41), (130, 90)])
+def test_mcnemar_as_scipys_binomial_test(pair):
+    expected = stats.binomtest(pair[0], sum(pair)).pvalue if sum(pair) else 1.0
+    assert mcnemar_p_value(counts(7, *pair, 2)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_kl_as_scipys_relative_entropy():
+    torch.manual_seed(0)
+    reference, model = torch.randn(2, 50, 300, dtype=torch.float64) * 4
+    p, q = (special.softmax(logits.numpy(), axis=-1) for logits in (reference, model))
+    expected = special.rel_entr(p, q).sum(-1).mean()
+    assert answer_kl(reference, model) == pytest.approx(expected, rel=1e-10)

@@ -4,7 +4,8 @@
 
 Per family: how it was run, sites, norm pairs, percent of the weights in sites; then a W8A8 with
 ranges per token found at run time, saved and loaded again: the same logits bit for bit, the same
-greedy text, and how far the answers are from full precision. Not a test: it takes minutes. `python tests/write_docs.py` puts the file into docs/models.md.
+greedy text, and how far the answers are from full precision. `python tests/write_docs.py` puts the
+file into docs/models.md; test_survey.py, a slow test, compares it.
 """
 
 import argparse

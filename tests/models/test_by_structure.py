@@ -183,8 +183,21 @@ def test_a_model_that_does_not_run():
     with pytest.raises(StructureError, match="did not reach its language part") as error:
         read_structure(Broken())
     assert "RuntimeError: needs a sound" in str(error.value)
-    assert "Give a dataset" in str(error.value)
+    assert "language 0 of 12; missing is 'layers.0.q' first." in str(error.value)
+    assert str(error.value).endswith(" To quantize it, add a row (docs/contributing.md).")
     assert "\n" not in str(error.value)
+
+
+def test_a_tower_that_does_not_run_may_be_left_out():
+    """What the message advises works: Molmo2's tower wants inputs that nobody can guess."""
+    model = tiny_model("molmo2")
+    with pytest.raises(StructureError, match="did not reach its vision part") as error:
+        read_structure(model)
+    assert "ran: language 14 of 14, projector 0 of 7, vision 0 of 13" in str(error.value)
+    assert "missing is 'model.vision_tower." in str(error.value)
+    assert "leave that part out (quantize_vision=False), or add a row" in str(error.value)
+    structure = read_structure(model, quantize_vision=False)
+    assert {segment.component for segment in structure.segments} == {"language"}
 
 
 def test_a_pattern_that_matches_nothing():

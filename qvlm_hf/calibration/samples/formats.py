@@ -20,6 +20,7 @@ from qvlm_hf.calibration.samples.keys import (
     close_matches,
 )
 from qvlm_hf.calibration.samples.sample import Message, Sample
+from qvlm_hf.calibration.samples.scienceqa import published_columns
 from qvlm_hf.calibration.samples.sources import Row, is_empty
 from qvlm_hf.calibration.values import shown
 
@@ -115,11 +116,13 @@ def _sample(row: Row, layout: _Format) -> Sample:
         messages.insert(0, _turn("system", _text(record[key], key, row)))
     if layout.marker in CHATS:
         check_chat(fields, layout.required | layout.optional, messages, pictures, row)
+    columns: tuple[str, ...] = ()
     if layout.marker == "choices":
-        kind = kind or record.get("subject")
+        kind, columns = kind or record.get("subject"), published_columns(record)
     return Sample(
-        messages=tuple(messages), origin=row.origin, kind=kind, image_keys=tuple(pictures)
-    )
+        messages=tuple(messages), origin=row.origin, kind=kind, columns=columns,
+        image_keys=tuple(pictures),
+    )  # fmt: skip
 
 
 def _system_keys(record: Mapping[str, Any]) -> set[str]:

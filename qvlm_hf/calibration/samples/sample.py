@@ -26,6 +26,7 @@ class Sample:
             and "assistant" in turn.
         origin: where it was read, "scienceqa_train.jsonl:12"; opens every error message.
         kind: kind of question, reported by the evaluation.
+        columns: published columns that the question counts in; () where there are none.
         image_keys: key of each picture in the source, in order; empty: named by their place in
             `messages`.
 
@@ -36,6 +37,7 @@ class Sample:
     messages: tuple[dict[str, Any], ...]
     origin: str
     kind: str | None = None
+    columns: tuple[str, ...] = ()
     image_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

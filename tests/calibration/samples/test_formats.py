@@ -107,7 +107,7 @@ def test_question_without_picture_or_answer(folder):
 def test_scienceqa_rows_in_memory():
     row = {"question": "Which?", "choices": ["x", "y"], "answer": 0, "image": RED, "subject": "s"}
     (sample,) = load_samples([{**row, "hint": ""}])
-    assert (sample.answer, sample.kind) == ("A", "s")
+    assert (sample.answer, sample.kind, sample.columns) == ("A", "s", ())  # no subject of theirs
     (sample,) = load_samples([{**row, "answer": np.int64(1)}])
     assert sample.answer == "B"
     assert 'dataset[0]: key "answer" is 2' in refusal([{**row, "answer": 2}])

@@ -109,11 +109,12 @@ def scienceqa(tmp_path):
         "hint": "Look at the picture.",
         "image": "image.png",
         "subject": "natural science",
+        "grade": "grade6",
         "split": "train",
         "lecture": "L",
         "solution": "S",
     }
-    textual = {**problem, "image": None, "hint": "", "answer": 0}
+    textual = {**problem, "image": None, "hint": "", "answer": 0, "grade": "grade12"}
     problems = {"1": problem, "2": textual, "9": {**problem, "split": "val"}}
     for split, pid, colour in (("train", "1", "red"), ("val", "9", "blue")):
         place = root / "images" / split / pid
@@ -133,6 +134,8 @@ def test_scienceqa_folder(scienceqa):
     )
     found = (first.answer, first.kind, first.origin)
     assert found == ("B", "natural science", "ScienceQA/problems.json:1")
+    columns = (first.columns, second.columns)
+    assert columns == (("NAT", "TXT", "IMG", "G1-6"), ("NAT", "NO", "G7-12"))
     assert first.images()[0].getpixel((0, 0)) == (255, 0, 0)
     assert second.images() == []
     assert second.answer == "A"

@@ -1,0 +1,186 @@
+"""`qvlm ablate MODEL --dataset F --questions F --output DIR`: what each part of the method gives.
+
+Every cell (scheme, line, seed) runs in a process of its own, so that its peak memory is its own and
+a crash costs one cell. After each the tables are written anew; a second run goes on where the first
+stopped.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from qvlm_hf.calibration.provenance import versions
+from qvlm_hf.calibration.samples import fingerprint, load_samples, longest_sample, without_too_long
+from qvlm_hf.cli.ablation_tables import check_ablation, read_ablation, write_ablation
+from qvlm_hf.cli.models import check_fits, load_model, load_processor, read_loadable, silence
+from qvlm_hf.errors import first_line
+from qvlm_hf.evaluation import evaluate, evaluate_text, read_text
+from qvlm_hf.format.scheme import parse_scheme
+from qvlm_hf.hf.config import QVLMConfig
+
+__all__ = ["LINES", "add_arguments", "run"]
+
+_SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4", "W3A4")
+_BARE: dict[str, Any] = {
+    "weight_rounding": "nearest",
+    "rotation": None,
+    "guard": False,
+    "token_importance": False,
+    "equalization": False,
+}
+_PAPER = _BARE | {
+    "activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"},
+    "margins": (),
+    "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
+}
+_ADDED: dict[str, dict[str, Any]] = {
+    "dependency search": {},
+    "+ VEO": {"optimize_vision": True},
+    "+ GPTQ": {"weight_rounding": "gptq"},
+    "+ guard": {"guard": True},
+    "+ token importance": {"token_importance": True},
+    "+ equalization": {"equalization": True},
+    "+ rotation": {"rotation": "hadamard"},
+}
+
+
+def _lines() -> dict[str, dict[str, Any]]:
+    """Line -> fields of its `QVLMConfig`; one with a plus adds to the one above it."""
+    lines: dict[str, dict[str, Any]] = {"greedy": _BARE | {"max_block_depth": 1}}
+    fields = _BARE
+    for name, added in _ADDED.items():
+        fields = fields | added
+        lines[name] = fields
+    return {"RTN": {}, "paper": _PAPER, **lines, "defaults": {}, "auto": {"recipe": "auto"}}
+
+
+LINES = _lines()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="directory or Hub id of the full-precision model")
+    add("--dataset", required=True, metavar="F", help="calibration samples")
+    add("--questions", required=True, metavar="F", help="other samples, that judge")
+    add("--text", metavar="FILE", help="UTF-8 text without pictures, that judges too")
+    add("--output", required=True, metavar="DIR", help="where the tables and the picture go")
+    names = "of the table (default: all)"
+    add("--schemes", nargs="+", default=list(_SCHEMES), metavar="S", help=f"schemes {names}")
+    lines = f"lines {names}: {', '.join(LINES)}"
+    add("--lines", nargs="+", default=list(LINES), choices=list(LINES), metavar="L", help=lines)
+    add("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (default: 3)")
+    add("--num-samples", type=int, default=64, metavar="N", help="to calibrate on (default: 64)")
+    asked = "questions to ask (default: all)"
+    add("--num-questions", type=int, metavar="N", help=asked)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the command."""
+    for scheme in options.schemes:
+        parse_scheme(scheme)
+    read_loadable(options.model)
+    processor = load_processor(options.model)
+    check_fits(options.model, processor)
+    questions = load_samples(options.questions, num_samples=options.num_questions)
+    samples = load_samples(options.dataset)
+    setting = {
+        "model": Path(options.model).name,
+        "calibration": fingerprint(samples),
+        "num_samples": options.num_samples,
+        "questions": fingerprint(questions),
+        "text": None if options.text is None else Path(options.text).name,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    folder = Path(options.output)
+    check_ablation(folder, setting)
+    rows = read_ablation(folder)
+    done = {(row["scheme"], row["line"], row["seed"]) for row in rows}
+    cells = [
+        (scheme, line, seed)
+        for scheme in options.schemes
+        for line in options.lines
+        for seed in range(1 if line == "RTN" else options.seeds)
+        if (scheme, line, seed) not in done
+    ]
+    given = {
+        name: getattr(options, name)
+        for name in ("model", "dataset", "questions", "text", "num_samples", "num_questions")
+    }
+    for cell in tqdm(cells, desc="qvlm ablate", unit="cell", disable=None):
+        names = dict(zip(("scheme", "line", "seed"), cell, strict=True))
+        rows.append(names | _in_a_process(given | names, setting["threads"]))
+        write_ablation(folder, setting, rows)
+        print(json.dumps(rows[-1]), flush=True)
+    write_ablation(folder, setting, rows)
+    print(f"{len(rows)} cells in {folder / 'ablation.md'}")
+    return 0
+
+
+def _in_a_process(cell: dict[str, Any], threads: int) -> dict[str, Any]:
+    """The figures of a cell; under "error" why there are none."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measure, cell, threads).result()
+        except BrokenProcessPool:
+            return {"error": "the process was killed: out of memory?"}
+        except Exception as error:
+            return {"error": first_line(error)}
+
+
+def _measure(cell: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Quantizes, then asks the questions of both models; runs in a process of its own."""
+    torch.set_num_threads(threads)
+    silence()
+    processor = load_processor(cell["model"])
+    config = QVLMConfig(scheme=cell["scheme"], seed=cell["seed"], **_fields(cell, processor))
+    start = time.process_time()
+    model = load_model(cell["model"], config, "float32")
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    full = load_model(cell["model"], None, "float32")
+    questions = load_samples(cell["questions"], num_samples=cell["num_questions"])
+    questions = without_too_long(questions, processor, longest_sample(model))
+    found = evaluate(model, questions, processor, reference=full)
+    figures: dict[str, Any] = {
+        "accuracy": found.accuracy.value,
+        "low": found.accuracy.interval.low,
+        "high": found.accuracy.interval.high,
+        "cpu_seconds": round(seconds, 1),
+        "peak_mib": round(peak / (1024 if sys.platform == "linux" else 1024**2)),
+    }
+    if (compared := found.comparison) is not None:
+        figures |= {
+            "full_accuracy": compared.reference_accuracy.value,
+            "answer_kl": compared.kl,
+        }
+    if cell["text"] is not None:
+        text = evaluate_text(
+            model, read_text(cell["text"], processor.tokenizer, model), reference=full
+        )
+        figures |= {
+            "perplexity": text.perplexity,
+            "full_perplexity": text.reference_perplexity,
+            "text_kl": text.kl,
+        }
+    return figures
+
+
+def _fields(cell: dict[str, Any], processor: Any) -> dict[str, Any]:
+    floating = parse_scheme(cell["scheme"])[1] == 16
+    if cell["line"] == "RTN":
+        ranges = {} if floating else {"activation_granularity": "dynamic_token"}
+        return {"weight_rounding": "nearest", **ranges}
+    data = {"dataset": cell["dataset"], "processor": processor, "num_samples": cell["num_samples"]}
+    return data | LINES[cell["line"]]

@@ -1,0 +1,114 @@
+"""`qvlm ablate`: cells, files, going on, and what is refused before anything is measured."""
+
+import csv
+import json
+from itertools import pairwise
+
+import pytest
+from tiny_models import save_tiny, tiny_messages
+
+from qvlm_hf.cli import ablate, main
+from qvlm_hf.hf.config import QVLMConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablate")
+    save_tiny(folder / "model")
+    for name, seed in (("calibration", 3), ("questions", 4)):
+        records = tiny_messages(8, seed=seed)
+        for index, record in enumerate(records):
+            part = record["messages"][0]["content"][0]
+            part.pop("image").save(folder / f"{name}{index}.png")
+            part["path"] = f"{name}{index}.png"
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "text.txt").write_text("what red the blue square is circle green " * 20)
+    return folder
+
+
+def run(folder, output, *words):
+    given = ["ablate", folder / "model", "--dataset", folder / "calibration.jsonl"]
+    given += ["--questions", folder / "questions.jsonl", "--output", output]
+    return main([*map(str, given), *words])
+
+
+def test_cells_are_measured_apart_and_a_second_run_goes_on(folder, tmp_path, monkeypatch):
+    out = tmp_path / "new" / "out"
+    words = ["--schemes", "W4A4", "--num-samples", "4", "--text", str(folder / "text.txt")]
+    assert run(folder, out, *words, "--lines", "RTN", "greedy", "--seeds", "2") == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "ablation.csv", "ablation.json", "ablation.md", "ablation.png",
+    ]  # fmt: skip
+    rows = list(csv.DictReader((out / "ablation.csv").open()))
+    assert [(r["line"], r["seed"]) for r in rows] == [
+        ("RTN", "0"),
+        ("greedy", "0"),
+        ("greedy", "1"),
+    ]
+    for row in rows:
+        assert float(row["answer_kl"]) > 0
+        assert float(row["peak_mib"]) > 50
+        assert float(row["full_perplexity"]) > 1
+        assert not row["error"]
+    assert rows[1]["answer_kl"] != rows[2]["answer_kl"]  # of another seed
+    table = (out / "ablation.md").read_text()
+    assert "## W4A4" in table
+    assert "| greedy | 2 |" in table
+    assert (out / "ablation.png").read_bytes()[:4] == b"\x89PNG"
+
+    asked = []
+
+    def measure(cell, threads):
+        asked.append((cell["line"], cell["seed"]))
+        return {"error": "as told"}
+
+    monkeypatch.setattr(ablate, "_in_a_process", measure)
+    assert run(folder, out, *words, "--lines", "RTN", "greedy", "auto", "--seeds", "2") == 0
+    assert asked == [("auto", 0), ("auto", 1)]  # the others are there
+    assert "| auto (as told) | 0 |" in (out / "ablation.md").read_text()
+    assert run(folder, out, *words, "--lines", "auto", "--seeds", "1") == 0
+    assert asked[2:] == [("auto", 0)]  # what failed is tried again
+
+
+def test_another_setting_and_strangers_files_are_refused(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "_in_a_process", lambda cell, threads: {"accuracy": 1.0})
+    words = ["--schemes", "W4A4", "--lines", "RTN"]
+    assert run(folder, tmp_path / "out", *words) == 0
+    before = (tmp_path / "out" / "ablation.json").read_bytes()
+    assert run(folder, tmp_path / "out", *words, "--num-samples", "5") == 1
+    assert "holds an ablation with another num_samples" in capsys.readouterr().err
+    assert (tmp_path / "out" / "ablation.json").read_bytes() == before
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "ablation.md").write_text("mine")
+    assert run(folder, tmp_path / "theirs", *words) == 1
+    assert "ablation.md is not of an ablation" in capsys.readouterr().err
+    assert (tmp_path / "theirs" / "ablation.md").read_text() == "mine"
+    assert run(folder, tmp_path / "other", "--schemes", "W9A9") == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_cell_that_fails_says_why(folder):
+    cell = {"model": str(folder / "nowhere"), "scheme": "W4A4", "line": "RTN", "seed": 0}
+    (why,) = ablate._in_a_process(cell, 1).values()
+    assert "nowhere" in why
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W4A16"])
+@pytest.mark.parametrize("line", ablate.LINES)
+def test_every_line_is_a_configuration(scheme, line):
+    cell = {"scheme": scheme, "line": line, "dataset": "x.jsonl", "num_samples": 4}
+    fields = ablate._fields(cell, None)
+    if scheme == "W4A16" and line == "auto":
+        with pytest.raises(ValueError, match="leave it out"):
+            QVLMConfig(scheme=scheme, **fields).settings()
+        return
+    config = QVLMConfig(scheme=scheme, **fields)
+    assert (config.dataset is None) == (line == "RTN")
+
+
+def test_a_line_with_a_plus_adds_to_the_one_above():
+    lines = list(ablate.LINES.items())
+    for (_, above), (name, fields) in pairwise(lines):
+        if name.startswith("+"):
+            changed = {key for key in fields if fields[key] != above.get(key)}
+            assert len(changed) == 1, name
