@@ -241,7 +241,7 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
         ({"callbacks": itertools.repeat(torch)}, "callbacks=repeat.* must be a list of objects"),
         ({"callbacks": 3}, "callbacks=3 must be a list of objects"),
         ({"provenance": torch.ones(2, 2)}, r"provenance=tensor\(\[\[1\., .*\) must be a mapping"),
-        ({"resume_dir": torch.ones(2, 2)}, "resume_dir=tensor.* is not available"),
+        ({"resume_dir": torch.ones(2, 2)}, "resume_dir=tensor.* must be the name of a directory"),
         ({"quant_method": np.ones((2, 2))}, "quant_method=array.* must be 'qvlm'"),
         ({"quant_method": "gptq"}, "quant_method='gptq' must be 'qvlm'"),
         ({"optimize_vision": 0}, "optimize_vision=0 must be True, False or a VisionOptimization"),
@@ -254,7 +254,7 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
         ({"rotation": "givens"}, "rotation='givens' must be 'hadamard', None or 'auto'"),
         ({"precision_budget": 1.5}, "precision_budget=1.5 must be an average of 2 to 8 bits"),
         ({"guard": "yes"}, "guard='yes' must be True or False"),
-        ({"resume_dir": "x"}, "resume_dir='x' is not available"),
+        ({"resume_dir": ""}, "resume_dir='' must be the name of a directory"),
         ({"push_to_hub": True}, "push_to_hub=True must know where: pass hub_model_id='owner/name'"),
         ({"push_to_hub": "a/b"}, "push_to_hub='a/b' must be True or False"),
         (
