@@ -1,6 +1,7 @@
 """Values of `QVLMConfig` beside the options: publishing, callbacks, and what files hold."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from itertools import islice
@@ -15,6 +16,7 @@ __all__ = [
     "FORMAT_VERSION",
     "check_version",
     "checked_callbacks",
+    "checked_folder",
     "checked_modules",
     "checked_provenance",
     "checked_publishing",
@@ -70,6 +72,15 @@ def checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
                 f"on_calibration_end(model, report)."
             )
     return kept
+
+
+def checked_folder(folder: Any) -> str | None:
+    """`resume_dir` as text; raises ValueError where it names no directory."""
+    if folder is None:
+        return None
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise ValueError(f"resume_dir={shown(folder)} must be the name of a directory.")
+    return str(os.fspath(folder))
 
 
 def checked_modules(modules: Mapping[str, Any] | None) -> dict[str, QuantScheme]:

@@ -50,6 +50,8 @@ _CHECKED = (
     (3, 6, "channel", 3),
     (5, 8, "token", 70),
     (7, 7, "dynamic_token", 12),
+    (4, 4, "dynamic_group", 1),
+    (8, 8, "dynamic_group", 9),
     (4, 16, "none", 2),
     (5, 16, "none", 1),
     (8, 16, "none", 5),
@@ -58,7 +60,8 @@ _CHECKED = (
 # Beyond so many tokens, portable kernels leave floating-point inputs to PyTorch's product with a
 # dequantized copy of that one weight.
 _DENSE_TOKENS = 32
-_GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2, "none": 3}  # as cpu_direct.cpp
+# As cpu_direct.cpp has them.
+_GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2, "none": 3, "dynamic_group": 4}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PORTABLE = 0
 _VARIANTS = {
@@ -74,8 +77,6 @@ _SLOWER = "20 to 130 times slower per token (docs/benchmarks.md; remedies: docs/
 def misfit(scheme: CallScheme) -> str | None:
     """Why the kernels do not take such modules, or None."""
     length, bits = scheme.group_length, scheme.weight_bits
-    if scheme.granularity == "dynamic_group":
-        return "no CPU kernel has a range per group of inputs"
     if length < scheme.in_features and length * bits % 8:
         return f"groups of {length} x {bits} bits do not start at a byte"
     return int32_overflow(scheme)

@@ -32,6 +32,7 @@ from qvlm_hf.calibration.search import gptq
 
 ROTATED: dict[str, Any] = {"rotation": "hadamard"}
 DYNAMIC: dict[str, Any] = {"activation_granularity": "dynamic_token"}
+GROUPS: dict[str, Any] = {"activation_granularity": "dynamic_group"}
 STATIC: dict[str, Any] = {"rotation": None}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain rounding": {**DYNAMIC, "dataset": None, "rotation": None},
@@ -42,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rotation": ROTATED,
     "dynamic": {**STATIC, **DYNAMIC},
     "rotation, dynamic": {**ROTATED, **DYNAMIC},
+    "groups": {**STATIC, **GROUPS},
+    "rotation, groups": {**ROTATED, **GROUPS},
     "no rotation, no equalization": {**STATIC, "equalization": False},
     "rotation, no equalization": {**ROTATED, "equalization": False},
     "rotation, dynamic, no equalization": {**ROTATED, **DYNAMIC, "equalization": False},

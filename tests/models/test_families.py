@@ -10,8 +10,19 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.calibration.layers import capture_inputs, observe_outputs, run_layer, valid_tokens
+from qvlm_hf.calibration.layers import (
+    capture_inputs,
+    frozen,
+    live_layers,
+    observe_outputs,
+    run_layer,
+    valid_tokens,
+)
+from qvlm_hf.calibration.measure import gradients
+from qvlm_hf.calibration.measure.answers import run_answers
+from qvlm_hf.calibration.measure.gradients import answer_gradients
 from qvlm_hf.calibration.plan import resolve_segments
+from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import batches, collate, load_samples
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
@@ -250,6 +261,28 @@ def test_layers_run_one_by_one_give_what_the_model_gives(combination, data):
             valid = [valid_tokens(h, entry.valid) for h, entry in zip(hidden, inputs, strict=True)]
             whole = valid_tokens(outputs[layer.name], inputs[0].valid)
             torch.testing.assert_close(torch.cat(valid), whole, rtol=1e-4, atol=1e-4)
+
+
+@every_combination
+def test_gradients_layer_by_layer_are_those_of_the_whole_graph(combination, data, monkeypatch):
+    """Pictures that enter between layers, and keys that all layers share, pass theirs on too."""
+    model, batch = tiny_family(*combination), data(*combination)[0]
+    calibration = Calibration(
+        model=model, settings=CalibrationSettings(), segments=resolve(model), data=[batch]
+    )
+    directions = []
+    draw = lambda z, _: directions.append(z.sin()) or directions[-1]  # noqa: E731
+    monkeypatch.setattr(gradients, "_direction", draw)
+    found = {n: g for _, n, (g,) in answer_gradients(calibration, [batch], draws=1)}
+    with frozen(model), observe_outputs(model, found) as outputs, torch.enable_grad():
+        answers = torch.cat(run_answers(model, batch, use_cache=False)).float()
+    whole = torch.autograd.grad(answers, list(outputs.values()), directions, allow_unused=True)
+    live = [layer.name for s in calibration.segments for layer in live_layers(s)]
+    assert sorted(found) == sorted(live)
+    for name, expected in zip(outputs, whole, strict=True):
+        assert expected is not None
+        size = expected.abs().max()
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4 * float(size))
 
 
 def test_samples_without_pictures_pass_over_cross_attention():

@@ -176,6 +176,7 @@ def test_a_forced_class_equals_the_reference(forced_class):
         for activation_bits, granularity in (
             (8, "channel"),
             (8, "dynamic_token"),
+            (8, "dynamic_group"),
             (3, "token"),
             (16, "none"),
         ):
@@ -286,7 +287,9 @@ def at_the_end(tensor):  # of a page behind which nothing may be read
     copy.copy_(tensor)
     return copy
 
-for granularity, activation_bits in (("none", 16), ("dynamic_token", 8), ("channel", 4)):
+for granularity, activation_bits in (
+    ("none", 16), ("dynamic_token", 8), ("channel", 4), ("dynamic_group", 4)
+):
     for weight_bits in range(2, 9):
         for sizes in ((1, 32, 32), (3, 256, 128), (70, 136, 64)):
             rest = arguments(weight_bits, activation_bits, granularity, *sizes, 1)

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration.layers import frozen, live_layers, observe_outputs, recomputed
+from qvlm_hf.calibration.layers import frozen
 from qvlm_hf.calibration.measure.answers import run_answers
+from qvlm_hf.calibration.measure.pull_back import cut_at_layers, pull_back
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import Batch
 
@@ -30,42 +31,29 @@ def answer_gradients(
     *,
     draws: int,
     temperature: float = 1.0,
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
+) -> Iterator[tuple[int, str, list[Tensor]]]:
     """Runs the model on batches and takes g; only one layer's activations are alive at a time.
 
     Args:
         calibration: its model in full precision, in eval mode.
         batches: with labels.
-        draws: directions per answer token, each a backward pass.
+        draws: directions per answer token; all go back through a layer together.
         temperature: T.
 
     Yields:
-        Batch after batch and draw after draw: the batch's index, and name of each live layer that
-        it reaches -> g, in the shape of the layer's output, [B, T, H]. Zeros where there is no
-        answer.
+        Batch after batch, layer after layer from the last to the first: the batch's index, the
+        name of a live layer that it reaches, and g of each draw, in the shape of the layer's
+        output, [B, T, H]. Zeros where there is no answer.
     """
-    model, segments = calibration.model, calibration.segments
-    names = [layer.name for segment in segments for layer in live_layers(segment)]
+    model = calibration.model
     generator = torch.Generator().manual_seed(calibration.settings.seed)
     with frozen(model):
         for index, batch in enumerate(batches):
-            with (
-                recomputed(segments),
-                observe_outputs(model, names) as outputs,
-                torch.enable_grad(),
-            ):
-                answers = run_answers(model, batch, use_cache=False)
-                logits = torch.cat(answers).float() / temperature
-            for draw in range(draws):
-                gradients = torch.autograd.grad(
-                    logits,
-                    list(outputs.values()),
-                    _direction(logits.detach(), generator),
-                    retain_graph=draw + 1 < draws,
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-                yield index, dict(zip(outputs, gradients, strict=True))
+            with cut_at_layers(calibration.segments) as runs, torch.enable_grad():
+                logits = torch.cat(run_answers(model, batch, use_cache=False)).float() / temperature
+            directions = (_direction(logits.detach(), generator) for _ in range(draws))
+            for name, gradients in pull_back(runs, logits, directions):
+                yield index, name, gradients
 
 
 def _direction(logits: Tensor, generator: torch.Generator) -> Tensor:

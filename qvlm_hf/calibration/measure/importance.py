@@ -20,7 +20,7 @@ from qvlm_hf.calibration.run import Calibration
 
 __all__ = ["token_importance"]
 
-_DRAWS = 2  # backward passes per batch
+_DRAWS = 2  # directions per batch
 _TEMPERATURE = 3.0  # softens predictions that are all but certain
 _FLOOR = 0.1  # of the mean weight: what no drawn answer looked at may matter to another question
 
@@ -35,12 +35,11 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
     """
     names = [layer.name for segment in calibration.segments for layer in live_layers(segment)]
     squares: dict[str, dict[int, Tensor]] = {name: {} for name in names}
-    for batch, gradients in answer_gradients(
+    for batch, name, gradients in answer_gradients(
         calibration, calibration.data, draws=_DRAWS, temperature=_TEMPERATURE
     ):
-        for name, gradient in gradients.items():
-            square = gradient.float().square().sum(-1)
-            squares[name][batch] = squares[name].get(batch, 0) + square
+        per_draw = [gradient.float().square().sum(-1) for gradient in gradients]
+        squares[name][batch] = torch.stack(per_draw).sum(0)
     norms: dict[str, list[Tensor]] = {name: [] for name in names}
     for segment in calibration.segments:
         for batch in range(len(calibration.data)):

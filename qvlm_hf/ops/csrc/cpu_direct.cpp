@@ -86,11 +86,11 @@ int64_t integer(PyObject* object) {
     return value;
 }
 
-// 0 ... 3, the numbers of cpu.py.
+// 0 ... 4, the numbers of cpu.py.
 int64_t kind_of(PyObject* granularity) {
     require(PyUnicode_CheckExact(granularity));
-    const char* names[] = {"channel", "token", "dynamic_token", "none"};
-    for (int64_t i = 0; i < 4; ++i)
+    const char* names[] = {"channel", "token", "dynamic_token", "none", "dynamic_group"};
+    for (int64_t i = 0; i < 5; ++i)
         if (!PyUnicode_CompareWithASCIIString(granularity, names[i])) return i;
     throw Unusual{};
 }

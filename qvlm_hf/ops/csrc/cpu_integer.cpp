@@ -1,6 +1,8 @@
 // Quantized inputs: products of integers, straight from the packed bytes on disk. Nothing is repacked, memory holds one copy.
 //
-//   y[m, n] = bias[n] + r[m] * sum_g ws[n, g] * sum_{k in g} a[m, k] (w[n, k] - zp[n, g])
+//   y[m, n] = bias[n] + r[m] * sum_g ws[n, g] * r[m, g] * sum_{k in g} a[m, k] (w[n, k] - zp[n, g])
+//
+// with one of the two r at most.
 //
 // The weights stay unsigned (w, 0 ... 2^bits - 1) and are the unsigned operand of a product of bytes; inputs are the signed one (cpu_quantize.h).
 // Sums are int32, exactly; the only rounding is that of float(sum) * ws and its accumulation over groups, as in reference.py. Up to 8 tokens
@@ -24,18 +26,21 @@ struct Rows {
     const A* a;             // [M, KP]; of tokens in parts [parts, M, KP]
     int64_t apart;          // from a part to the next
     const int32_t* sums;    // [M, G], over each group
-    const int32_t* shift;   // [M], factor of a single correction row
+    const int32_t* shift;   // [M, grids], factor of a single correction row
     const A* more;          // [corrections, KP]
     const int32_t* more_sums;
     int64_t corrections;
     const float* scale;     // [M], of a token's outputs, or null for 1
+    const float* group_scale;  // [M, G], of a group's sums, or null for 1
+    int64_t grids;          // of a token: 1 or G
     bool wide;              // whether a sum over a group can leave the 24 bits that float holds
     int64_t room;           // sums of two products of bytes that 16 bits hold
 
     Rows from(const Weight& w, int64_t m) const {
         Rows rest = *this;
-        rest.a += m * w.stride(), rest.sums += m * w.groups, rest.shift += m;
+        rest.a += m * w.stride(), rest.sums += m * w.groups, rest.shift += m * grids;
         if (scale) rest.scale += m;
+        if (group_scale) rest.group_scale += m * w.groups;
         return rest;
     }
 };
@@ -77,18 +82,28 @@ struct Totals {
         head = minus_fused(as_floats(of.zero * load(sums, count)), of.scale, head);
         tail.shift(of, sums + groups, groups, count);
     }
+    // The same with a scale for each group of a token.
+    QVLM_INLINE void shift(const Parameters& of, const int32_t* sums, const float* own, int64_t groups, int64_t count) {
+        head = minus_fused(as_floats(of.zero * load(sums, count)), of.scale * load(own, count), head);
+        tail.shift(of, sums + groups, own + groups, groups, count);
+    }
     // Adds a group. Its lanes as floats stand for the exact sum: 24 bits hold every one of them.
     template <int PARTS>
     QVLM_INLINE void add(const Sums<ROWS, PARTS>& sums, Floats scale) {
         head = fused(as_floats(sums.head), scale, head);
         tail.add(sums.tail, scale);
     }
-    // Adds a group that needs more than 24 bits: one integer, rounded once. `inputs` are its sums of inputs.
     template <int PARTS>
-    QVLM_INLINE void add_wide(const Sums<ROWS, PARTS>& sums, float scale, int32_t zero, const int32_t* inputs, int64_t groups) {
-        const float one[kLanes] = {float(sum(sums.head) - zero * *inputs) * scale};
+    QVLM_INLINE void add(const Sums<ROWS, PARTS>& sums, Floats scale, const float* own, int64_t groups) {
+        head = fused(as_floats(sums.head), scale * splat(*own), head);
+        tail.add(sums.tail, scale, own + groups, groups);
+    }
+    // Adds a group that needs more than 24 bits: one integer, rounded once. `inputs` are its sums of inputs, `own` its scales or null.
+    template <int PARTS>
+    QVLM_INLINE void add_wide(const Sums<ROWS, PARTS>& sums, float scale, int32_t zero, const int32_t* inputs, const float* own, int64_t groups) {
+        const float one[kLanes] = {float(sum(sums.head) - zero * *inputs) * scale * (own ? *own : 1.0f)};
         head = head + load(one);
-        tail.add_wide(sums.tail, scale, zero, inputs + groups, groups);
+        tail.add_wide(sums.tail, scale, zero, inputs + groups, own ? own + groups : nullptr, groups);
     }
     QVLM_INLINE void store(float* out) const {
         *out = sum(head);
@@ -98,10 +113,13 @@ struct Totals {
 template <>
 struct Totals<0> {
     QVLM_INLINE void shift(const Parameters&, const int32_t*, int64_t, int64_t) {}
+    QVLM_INLINE void shift(const Parameters&, const int32_t*, const float*, int64_t, int64_t) {}
     template <int PARTS>
     QVLM_INLINE void add(const Sums<0, PARTS>&, Floats) {}
     template <int PARTS>
-    QVLM_INLINE void add_wide(const Sums<0, PARTS>&, float, int32_t, const int32_t*, int64_t) {}
+    QVLM_INLINE void add(const Sums<0, PARTS>&, Floats, const float*, int64_t) {}
+    template <int PARTS>
+    QVLM_INLINE void add_wide(const Sums<0, PARTS>&, float, int32_t, const int32_t*, const float*, int64_t) {}
     QVLM_INLINE void store(float*) const {}
 };
 
@@ -142,7 +160,12 @@ struct LineTotals {
         const Parameters of = parameters(w, *row, g, count);
         ask_parameters(w, *row, g + kLanes);
         ::store(scale, of.scale);
-        if (!x.wide) totals.shift(of, x.sums + g, w.groups, count);
+        if (!x.wide) {
+            if (__builtin_expect(x.group_scale != nullptr, 0))
+                totals.shift(of, x.sums + g, x.group_scale + g, w.groups, count);
+            else
+                totals.shift(of, x.sums + g, w.groups, count);
+        }
         tail.begin(w, x, row + 1, g, count, scale + kLanes);
     }
     template <class L>
@@ -151,9 +174,15 @@ struct LineTotals {
         tail.add(lines.tail, scale + kLanes);
     }
     template <class L>
-    QVLM_INLINE void add_wide(const L& lines, const Weight& w, const int32_t* sums, const int64_t* row, int64_t g, const float* scale) {
-        totals.add_wide(lines.sums, *scale, w.zero(*row, g), sums + g, w.groups);
-        tail.add_wide(lines.tail, w, sums, row + 1, g, scale + kLanes);
+    QVLM_INLINE void add(const L& lines, const float* scale, const float* own, int64_t groups) {
+        totals.add(lines.sums, splat(*scale), own, groups);
+        tail.add(lines.tail, scale + kLanes, own, groups);
+    }
+    template <class L>
+    QVLM_INLINE void add_wide(const L& lines, const Weight& w, const int32_t* sums, const float* own, const int64_t* row, int64_t g,
+                              const float* scale) {
+        totals.add_wide(lines.sums, *scale, w.zero(*row, g), sums + g, own ? own + g : nullptr, w.groups);
+        tail.add_wide(lines.tail, w, sums, own, row + 1, g, scale + kLanes);
     }
     QVLM_INLINE void store(float* out, const int64_t* row) const {
         totals.store(out + *row);
@@ -167,7 +196,9 @@ struct LineTotals<ROWS, 0> {
     template <class L>
     QVLM_INLINE void add(const L&, const float*) {}
     template <class L>
-    QVLM_INLINE void add_wide(const L&, const Weight&, const int32_t*, const int64_t*, int64_t, const float*) {}
+    QVLM_INLINE void add(const L&, const float*, const float*, int64_t) {}
+    template <class L>
+    QVLM_INLINE void add_wide(const L&, const Weight&, const int32_t*, const float*, const int64_t*, int64_t, const float*) {}
     QVLM_INLINE void store(float*, const int64_t*) const {}
 };
 
@@ -192,7 +223,9 @@ QVLM_APART void gemv(const Weight& w, const Rows<Integer<LAYOUT>>& x, float* out
                 const Integer<LAYOUT>* a = x.a + g * padded;
                 for (int64_t k = 0, at = start; k < count; k += width, at += step_bytes) lines.step(unpack, rows.bytes, at, a + k, stride, apart);
                 if (__builtin_expect(wide, 0))
-                    totals.add_wide(lines, w, x.sums, rows.row, g, scale + g - begin);
+                    totals.add_wide(lines, w, x.sums, x.group_scale, rows.row, g, scale + g - begin);
+                else if (__builtin_expect(x.group_scale != nullptr, 0))
+                    totals.add(lines, scale + g - begin, x.group_scale + g, groups);
                 else
                     totals.add(lines, scale + g - begin);
             }
@@ -293,6 +326,7 @@ QVLM_INLINE void subtract_zero(const int32_t* zero, const int32_t* sums, int64_t
 // ROWS tokens of one group, added to out [ROWS, kTileN] in float, in the order of groups and without fused rounding: as in reference.py.
 template <bool NARROW, int ROWS, class A>
 QVLM_APART void tile_product(const Weight& w, const Rows<A>& x, int64_t g, const Tile& tile, float* out) {
+    const int64_t own = x.grids > 1 ? g : 0;
     for (int64_t part = 0; part < kTileN; part += kPart) {
         Ints sum[ROWS][kPanels];
         tile_sums<NARROW, ROWS>(x.a + g * w.padded(), w.stride(), tile.weights + part * tile.words * 4, tile.words, x.room, sum);
@@ -303,9 +337,10 @@ QVLM_APART void tile_product(const Weight& w, const Rows<A>& x, int64_t g, const
             QVLM_UNROLL
             for (int m = 0; m < ROWS; ++m) {
                 Ints exact = sum[m][p];
-                if (x.corrections) exact += load(tile.more + part + kLanes * p) * splat(x.corrections == 1 ? x.shift[m] : 1);
+                if (x.corrections) exact += load(tile.more + part + kLanes * p) * splat(x.corrections == 1 ? x.shift[m * x.grids + own] : 1);
                 float* y = out + m * kTileN + part + kLanes * p;
-                const Floats product = as_floats(exact) * scale;
+                Floats product = as_floats(exact) * scale;
+                if (x.group_scale) product = product * splat(x.group_scale[m * w.groups + g]);
                 store(y, g == 0 ? product : load(y) + product);
             }
         }
@@ -362,7 +397,7 @@ template <class A, class T>
 void linears(const std::vector<Module>& modules, const Input& input, const T* x, int64_t m) {
     constexpr int64_t kChunk = 768;  // tokens at once: bounds the memory for inputs
     const Weight& w = modules.front().w;
-    const int64_t stride = w.stride();
+    const int64_t stride = w.stride(), grids = input.grids(w);
 #if QVLM_VECTOR
     const Layout layout = layout_of(w);
     const int64_t block = layout == kSliced ? kBlock : 0;
@@ -371,36 +406,37 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
 #endif
     for (int64_t begin = 0; begin < m; begin += kChunk) {
         const int64_t rows = std::min(kChunk, m - begin);
-        float* row_scale = scratch<float>(3 * rows);
-        float* zero = row_scale + rows;
-        float* sound = zero + rows;  // whether a token is finite
+        float* scale = scratch<float>((2 * grids + 1) * rows);
+        float* zero = scale + grids * rows;
+        float* sound = zero + grids * rows;  // whether a token is finite
         const auto range = [&](int64_t i) {
-            token_range(w, input, x + (begin + i) * w.k, input.positions ? (begin + i) % input.positions : 0, row_scale[i], zero[i]);
+            token_range(w, input, x + (begin + i) * w.k, input.positions ? (begin + i) % input.positions : 0, scale + i * grids, zero + i * grids);
         };
         const bool together = rows <= kFew;  // few tokens are looked at before any becomes integers
         for (int64_t i = 0; together && i < rows; ++i) range(i);
-        int parts = together ? input.parts(w, *std::min_element(zero, zero + rows)) : 1;
+        int parts = together ? input.parts(w, *std::min_element(zero, zero + grids * rows)) : 1;
         const bool few = rows <= most_few(parts);
         if (!few) parts = 1;
         const Form form{input.large() && !few, parts, rows * stride};
         const int64_t extra = few ? 0 : input.corrections();
         A* a = scratch<A>((rows * parts + extra) * stride);
         A* more = a + rows * parts * stride;
-        int32_t* sums = scratch<int32_t>((rows + extra) * w.groups + rows);
+        int32_t* sums = scratch<int32_t>((rows + extra) * w.groups + rows * grids);
         int32_t* more_sums = sums + rows * w.groups;
         int32_t* shift = more_sums + extra * w.groups;
 #pragma omp parallel for schedule(static) if (rows > 4)
         for (int64_t i = 0; i < rows; ++i) {
             if (!together) range(i);
             sound[i] = finite(x + (begin + i) * w.k, w.k);
-            quantize_token(w, input, form, block, x + (begin + i) * w.k, row_scale[i], zero[i], a + i * stride, sums + i * w.groups);
-            shift[i] = 128 - int32_t(zero[i]);
+            quantize_token(w, input, form, block, x + (begin + i) * w.k, scale + i * grids, zero + i * grids, a + i * stride, sums + i * w.groups);
+            for (int64_t g = i * grids; g < (i + 1) * grids; ++g) shift[g] = 128 - int32_t(zero[g]);
         }
         if constexpr (sizeof(A) == 1)
             if (extra) correction_rows(w, input, block, more, more_sums);
         const int64_t top = (1 << input.bits) - 1, largest = (1 << w.bits) - 1, room = 32767 / (2 * largest * std::min<int64_t>(top, 128));
         const bool wide = std::min(w.length, w.k) * largest * top >= 1ll << 24;
-        const Rows<A> packed{a, form.apart, sums, shift, more, more_sums, extra, input.granularity == kChannel ? nullptr : row_scale, wide, room};
+        const Rows<A> packed{a, form.apart, sums, shift, more, more_sums, extra, input.granularity == kChannel || grids > 1 ? nullptr : scale,
+                             grids > 1 ? scale : nullptr, grids, wide, room};
         share_columns(modules, few, [&](const Module& module, int64_t first, int64_t last) {
             alignas(64) float out[kTileM * kTileN];
             for (int64_t i = 0; i < rows; i += kTileM) {
@@ -416,7 +452,7 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
                     }
                 });
 #else
-                columns_portable(module.w, part.a, part.sums, out, some, first, last);
+                columns_portable(module.w, part.a, part.sums, part.group_scale, out, some, first, last);
 #endif
                 for (int64_t r = 0; r < some; ++r)
                     if (!sound[i + r]) std::fill_n(out + r * kTileN, kTileN, NAN);

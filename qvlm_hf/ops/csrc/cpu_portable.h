@@ -17,8 +17,8 @@ inline void unpack_row(const Weight& w, int64_t row, int64_t g, uint8_t* values)
     std::memset(values + count, 0, w.padded() - count);
 }
 
-// Columns first ... last - 1 of M tokens, whose integers have these sums per group. out [M, kTileN] float.
-inline void columns_portable(const Weight& w, const int16_t* a, const int32_t* sums, float* out, int64_t m, int64_t first, int64_t last) {
+// Columns first ... last - 1 of M tokens, whose integers have these sums and scales (or null for 1) per group. out [M, kTileN] float.
+inline void columns_portable(const Weight& w, const int16_t* a, const int32_t* sums, const float* scales, float* out, int64_t m, int64_t first, int64_t last) {
     const int64_t padded = w.padded(), stride = w.stride();
     std::vector<uint8_t> values(padded);
     for (int64_t row = first; row < last; ++row)
@@ -29,7 +29,7 @@ inline void columns_portable(const Weight& w, const int16_t* a, const int32_t* s
                 int32_t total = -w.zero(row, g) * sums[i * w.groups + g];
                 for (int64_t k = 0; k < padded; ++k) total += int32_t(values[k]) * int32_t(inputs[k]);
                 float& y = out[i * kTileN + row - first];
-                y = (g == 0 ? 0.0f : y) + float(total) * w.factor(row, g);
+                y = (g == 0 ? 0.0f : y) + float(total) * w.factor(row, g) * (scales ? scales[i * w.groups + g] : 1.0f);
             }
         }
 }

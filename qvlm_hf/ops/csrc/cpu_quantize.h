@@ -13,7 +13,7 @@
 
 namespace {
 
-enum Granularity { kChannel = 0, kToken = 1, kDynamicToken = 2, kNone = 3 };
+enum Granularity { kChannel = 0, kToken = 1, kDynamicToken = 2, kNone = 3, kDynamicGroup = 4 };
 
 struct Input {
     const float* scale;         // [K] for "channel", [positions] for "token"
@@ -25,9 +25,11 @@ struct Input {
     float top() const { return float((1 << bits) - 1); }
     // Whether q - z does not fit.
     bool large() const { return bytes && bits == 8; }
+    // Grids of a token.
+    int64_t grids(const Weight& w) const { return granularity == kDynamicGroup ? w.groups : 1; }
     // Further rows of the product that put back what q - 128 lacks.
     int64_t corrections() const { return !large() ? 0 : granularity == kChannel ? 2 : 1; }
-    // Parts of q - z that fit: 255 takes three. `zero` is the smallest of the tokens.
+    // Parts of q - z that fit: 255 takes three. `zero` is the smallest of all grids.
     int parts(const Weight& w, float zero) const {
         if (!large()) return 1;
         if (granularity == kChannel) zero = float(*std::min_element(zero_point, zero_point + w.k));
@@ -77,20 +79,27 @@ int32_t quantize_values(const T* x, int64_t count, const float* scales, const in
 #endif
 }
 
-// Scale and zero point of a token, where they are its own.
+// Scale and zero point over the range of `count` values.
 template <class T>
-void token_range(const Weight& w, const Input& input, const T* x, int64_t position, float& scale, float& zero) {
-    scale = 1, zero = 0;
-    if (input.granularity == kDynamicToken) {
-        float low = 0, high = 0;
+void value_range(const T* x, int64_t count, float top, float& scale, float& zero) {
+    float low = 0, high = 0;
 #pragma omp simd reduction(min : low) reduction(max : high)
-        for (int64_t k = 0; k < w.k; ++k) low = std::min(low, widen(x[k])), high = std::max(high, widen(x[k]));
-        const float step = (high - low) / input.top();
-        scale = step > 0 ? step : 1.0f;
-        zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), input.top());
-    } else if (input.granularity == kToken) {
-        scale = input.scale[position], zero = float(input.zero_point[position]);
-    }
+    for (int64_t k = 0; k < count; ++k) low = std::min(low, widen(x[k])), high = std::max(high, widen(x[k]));
+    const float step = (high - low) / top;
+    scale = step > 0 ? step : 1.0f;
+    zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), top);
+}
+
+// Scales and zero points of a token, where they are its own: one each, or one a group.
+template <class T>
+void token_range(const Weight& w, const Input& input, const T* x, int64_t position, float* scale, float* zero) {
+    *scale = 1, *zero = 0;
+    if (input.granularity == kDynamicToken)
+        value_range(x, w.k, input.top(), *scale, *zero);
+    else if (input.granularity == kDynamicGroup)
+        for (int64_t g = 0; g < w.groups; ++g) value_range(x + g * w.length, w.count(g), input.top(), scale[g], zero[g]);
+    else if (input.granularity == kToken)
+        *scale = input.scale[position], *zero = float(input.zero_point[position]);
 }
 
 // Whether a token is finite: an integer cannot say that it was NaN.
@@ -113,14 +122,15 @@ inline void into_slices(int8_t* values, int64_t count, int64_t block) {
 
 // One token: integers [KP], their sums per group. `block`: of values in slices, 0 for natural order.
 template <class A, class T>
-void quantize_token(const Weight& w, const Input& input, const Form& form, int64_t block, const T* x, float scale, float zero, A* a, int32_t* sums) {
-    const int64_t padded = w.padded();
+void quantize_token(const Weight& w, const Input& input, const Form& form, int64_t block, const T* x, const float* scale, const float* zero, A* a,
+                    int32_t* sums) {
+    const int64_t padded = w.padded(), next = input.grids(w) > 1;
     const bool own = input.granularity != kChannel;
     for (int64_t g = 0; g < w.groups; ++g) {
         const int64_t count = w.count(g), begin = g * w.length, at = g * padded;
-        const float* scales = own ? &scale : input.scale + begin;
+        const float* scales = own ? scale + g * next : input.scale + begin;
         const int32_t* zeros = own ? nullptr : input.zero_point + begin;
-        sums[g] = quantize_values(x + begin, count, scales, zeros, zero, input.top(), form, a + at);
+        sums[g] = quantize_values(x + begin, count, scales, zeros, zero[g * next], input.top(), form, a + at);
         for (int part = 0; part < form.parts; ++part) std::fill(a + part * form.apart + at + count, a + part * form.apart + at + padded, A(0));
     }
     if constexpr (sizeof(A) == 1)

@@ -62,9 +62,7 @@ def test_weights_are_norms_of_gradients_over_their_mean(model, monkeypatch):
         torch.tensor([[[3.0, 4.0], [0.0, 0.0]]]),
         torch.tensor([[[0.0, 12.0], [2.0, 0.0]]]),
     ]
-    monkeypatch.setattr(
-        importance, "answer_gradients", lambda *_, **__: [(0, {LAYER: g}) for g in gradients]
-    )
+    monkeypatch.setattr(importance, "answer_gradients", lambda *_, **__: [(0, LAYER, gradients)])
     (found,) = weights(model)[LAYER]
     assert torch.allclose(found, torch.tensor([[13.0, 2.0]]) / 7.5)
 
