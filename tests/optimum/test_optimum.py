@@ -100,6 +100,19 @@ def test_never_replaces_the_full_precision_model(source, config, tmp_path, monke
     assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
 
 
+def test_a_processor_of_the_configuration_goes_first(source, tmp_path, monkeypatch):
+    def load(name, quantization_config):
+        raise RuntimeError(quantization_config.processor)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", load)
+    beside = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(source, processor="beside")
+    for own, used in (("own", "own"), (None, "beside")):
+        with pytest.raises(RuntimeError, match=f"^{used}$"):
+            beside.quantize(
+                tmp_path / "new", config=qvlm_hf.QVLMConfig(scheme="W4A16", processor=own)
+            )
+
+
 def test_calibrates_with_the_processor_beside_the_model(source, tmp_path):
     search = {"num_samples": 4, "batch_size": 4, "percentiles": (1.0,), "margins": ()}
     search |= {"max_block_depth": 1, "weight_rounding": "nearest", "rotation": None}

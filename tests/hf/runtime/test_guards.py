@@ -168,6 +168,15 @@ def test_the_mask_of_a_continued_prompt_is_read_from_its_end(model):
     _check_hidden_states(*given)
 
 
+def test_with_a_mask_of_another_form_the_last_token_counts(model):
+    hidden = torch.zeros(1, 3, 4)
+    given = model.model, (), {"attention_mask": torch.ones(1, 1, 3, 3)}, (hidden,)
+    hidden[0, 0] = torch.nan
+    _check_hidden_states(*given)
+    hidden[0, -1] = torch.nan
+    refused("^the language model's hidden", _check_hidden_states, *given)
+
+
 def test_huge_but_finite_numbers_pass(model, inputs):
     """Their sum leaves float32, they do not."""
     assert _finite(torch.full((8,), 3e38))
