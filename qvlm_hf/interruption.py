@@ -42,13 +42,17 @@ def end_with(status: int) -> None:
         _ending = status
 
 
-def stop() -> int:
-    """Says that Ctrl-C ended the work; a second one adds no line. Returns the exit status."""
+def stop(more: str = "") -> int:
+    """Says that Ctrl-C ended the work, and `more`; a second one adds no line.
+
+    Returns:
+        The exit status.
+    """
     global _ending
     ours = _is_ours()
     if ours:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stderr.write(f"{MESSAGE}\n")
+    sys.stderr.write(f"{MESSAGE}; {more}\n" if more else f"{MESSAGE}\n")
     sys.stderr.flush()
     if ours:
         _ending = STATUS

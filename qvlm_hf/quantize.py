@@ -19,11 +19,12 @@ as it was.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from qvlm_hf.calibration.layers import capture_inputs
+from qvlm_hf.calibration.layers import LayerInput, capture_inputs
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
@@ -36,6 +37,7 @@ from qvlm_hf.calibration.report import (
     SiteReport,
     settings_dict,
 )
+from qvlm_hf.calibration.resume import SavedSteps
 from qvlm_hf.calibration.rounding import (
     read_without_row,
     rounding_report,
@@ -68,6 +70,7 @@ from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.families import find_parts
 from qvlm_hf.models.folds import rotation_plan, scale_paths, why_not_rotatable
 from qvlm_hf.models.graph import (
+    Segment,
     full_precision_modules,
     get_linear,
     output_head,
@@ -94,6 +97,7 @@ def calibrate_and_pack(
     *,
     held_out: Sequence[Sample] = (),
     callbacks: Sequence[Any] = (),
+    kept: SavedSteps | None = None,
 ) -> CalibrationReport:
     """Quantizes a model in place with the paper's cross-layer-dependency search.
 
@@ -105,6 +109,7 @@ def calibrate_and_pack(
         held_out: samples that calibration does not see, for the self-check; without any it uses
             calibration samples and says so.
         callbacks: objects with `on_step(name, done, total)`.
+        kept: steps of this calibration that are finished already, and the place for the others.
 
     Returns:
         The record of the calibration.
@@ -113,6 +118,7 @@ def calibrate_and_pack(
         ValueError: unsupported model, a module that no sample reaches, a sample that it has no
             positions for, NaN in weights or activations; under `settings.strict` also a model that
             collapsed. The model is then unchanged.
+        OSError: a step cannot be kept, as on a full disk. Likewise.
     """
     longest = longest_sample(model)
 
@@ -129,6 +135,7 @@ def calibrate_and_pack(
             segments=resolve_segments(model, settings),
             data=make_batches(by_picture(samples)),
             callbacks=callbacks,
+            kept=kept or SavedSteps(),
         )
         found = calibration.found
         found["provenance"] = provenance(samples, calibration.data, settings)
@@ -211,11 +218,15 @@ def make_modules(calibration: Calibration) -> _Modules:
     """
     with calibration.timed("inputs"):
         _capture_segment_inputs(calibration)
+    kept = calibration.kept
     with calibration.timed("sensitivity"):
-        calibration.precisions = choose_precisions(calibration)
+        choose = partial(choose_precisions, calibration)
+        calibration.precisions, measured = kept.once("precisions", choose)
+        calibration.found |= measured
     if calibration.settings.token_importance:
         with calibration.timed("importance"):
-            calibration.importance = token_importance(calibration)
+            measure = partial(token_importance, calibration)
+            calibration.importance = kept.once("importance", measure)
     learn_vision_ranges(calibration)
     return _search(calibration)
 
@@ -250,11 +261,12 @@ def _search(calibration: Calibration) -> _Modules:
     layers = sum(len(segment.layers) for segment in calibration.segments)
     steps = calibration.steps("search", layers)
     with ExitStack() as below:
-        for segment in calibration.segments:
+        for place, segment in enumerate(calibration.segments):
             # eq. 4: how much each layer depends on the one before it
+            measure = partial(layer_dependencies, calibration, segment)
             with calibration.timed("entropy"):
                 dependencies, threshold = calibration.dependencies.get(segment.name) or (
-                    layer_dependencies(calibration, segment),
+                    calibration.kept.once(f"entropies-{place}", measure),
                     settings.entropy_threshold,
                 )
             # eq. 7: layers that depend on each other form a block
@@ -262,12 +274,9 @@ def _search(calibration: Calibration) -> _Modules:
                 dependencies, max_block_depth=settings.max_block_depth, threshold=threshold
             )
             # eq. 3: ranges of a block are searched jointly, on the outputs of the quantized layers
-            inputs = calibration.inputs[segment.name]
-            if modules:
-                with calibration.timed("inputs"):
-                    inputs = capture_inputs(model, calibration.data, [segment])[segment.name]
+            record = partial(_quantized_inputs, calibration, segment, first=not modules)
             searched = []
-            for block in search_segment(calibration, segment, blocks, inputs):
+            for block in search_segment(calibration, segment, blocks, record):
                 modules |= _pack_block(model, block)
                 searched.append(block)
                 steps.advance(len(block.layers))
@@ -294,6 +303,16 @@ def _search(calibration: Calibration) -> _Modules:
         "routing": tuple(routing),
     }
     return modules
+
+
+def _quantized_inputs(
+    calibration: Calibration, segment: Segment, *, first: bool
+) -> list[LayerInput]:
+    """What enters a segment now that those below it run quantized; below the first is none."""
+    if first:
+        return calibration.inputs[segment.name]
+    with calibration.timed("inputs"):
+        return capture_inputs(calibration.model, calibration.data, [segment])[segment.name]
 
 
 def _pack_block(model: nn.Module, block: SearchedBlock) -> _Modules:

@@ -7,6 +7,9 @@ precision by its answers to other samples and by text that the model writes itse
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +19,7 @@ from qvlm_hf.calibration.options import Options
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.report import CalibrationReport, RecipeTrial
+from qvlm_hf.calibration.resume import SavedSteps, made_from
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,
@@ -61,16 +65,24 @@ def calibrate_with_best_recipe(
     *,
     held_out: Sequence[Sample] = (),
     callbacks: Sequence[Any] = (),
+    resume_dir: Path | None = None,
 ) -> CalibrationReport:
     """`calibrate_and_pack`, after a comparison of recipes where `settings.recipe` is "auto".
 
     The arguments and errors are those of `calibrate_and_pack`; the report tells the trials.
+    `resume_dir`, from `check_resume_dir`, keeps finished steps, and those of a calibration that was
+    stopped are not repeated; ValueError if they are of another one.
     """
-    given: dict[str, Any] = {"held_out": held_out, "callbacks": callbacks}
+    kept = SavedSteps()
+    if resume_dir is not None:
+        data = batches(by_picture(samples), processor, settings.batch_size)
+        kept = SavedSteps(resume_dir, made_from(model, settings, [*samples, *held_out], data))
+    given: dict[str, Any] = {"held_out": held_out, "callbacks": callbacks, "kept": kept}
     if settings.recipe is None:
         return calibrate_and_pack(model, settings, samples, processor, **given)
     with experts_split(model):
-        trials = _try_recipes(model, settings, samples, processor, **given)
+        compare = partial(_try_recipes, model, settings, samples, processor, **given)
+        trials = kept.once("recipes", compare)
     settings = replace(settings, recipe=None, **trials[0].fields)
     report = calibrate_and_pack(model, settings, samples, processor, **given)
     return replace(report, recipes=trials)
@@ -84,6 +96,7 @@ def _try_recipes(
     processor: Processor,
     held_out: Sequence[Sample],
     callbacks: Sequence[Any],
+    kept: SavedSteps,
 ) -> tuple[RecipeTrial, ...]:
     """Tries every recipe on few samples, judged by others; the best one first."""
     check_weights(resolve_segments(model, settings))
@@ -119,11 +132,16 @@ def _try_recipes(
         kls = [check.kl for check in checks if check is not None]
         return RecipeTrial(fields=recipe, answer_kl=kls[0], text_kl=kls[-1])  # text is never None
 
-    progress = Calibration(model=model, settings=settings, callbacks=callbacks)
+    def measure_once(recipe: Recipe) -> RecipeTrial:
+        return kept.once(f"recipe-{next(numbers)}", partial(measure, recipe))
+
+    numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
     rotatable = settings.rotation != "auto" or not why_not_rotatable(model)
     # GPU kernels leave ranges per group to the reference, which is slow
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return compare_recipes(settings, measure, progress.steps, rotatable=rotatable, groups=on_cpu)
+    groups = next(model.parameters()).device.type == "cpu"
+    return compare_recipes(
+        settings, measure_once, progress.steps, rotatable=rotatable, groups=groups
+    )
 
 
 def compare_recipes(

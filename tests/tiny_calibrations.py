@@ -57,7 +57,7 @@ def tiny_calibration(model=None, data=None, components=None, **options):
     )
 
 
-def calibrate(model=None, data=None, held_out=(), callbacks=(), **options):
+def calibrate(model=None, data=None, held_out=(), callbacks=(), resume_dir=None, **options):
     """The whole recipe; returns the model and the report."""
     model = tiny_llava().eval() if model is None else model
     fields = {"group_size": 32, "batch_size": 4, "max_block_depth": 2, **options}
@@ -68,6 +68,7 @@ def calibrate(model=None, data=None, held_out=(), callbacks=(), **options):
         tiny_processor(),
         held_out=held_out,
         callbacks=callbacks,
+        resume_dir=resume_dir,
     )
     return model, report
 

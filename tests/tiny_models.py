@@ -8,6 +8,7 @@ non-zero biases and norm weights that differ from one, so that a dropped bias or
 changes the output.
 """
 
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -267,3 +268,14 @@ def save_tiny(
     tiny_llava(seed, dtype=dtype, **overrides).save_pretrained(path)  # type: ignore[arg-type]
     tiny_processor().save_pretrained(path)
     return path
+
+
+def save_tiny_samples(directory: str | Path, n: int, *, seed: int = 3) -> Path:
+    """Saves `tiny_messages(n, seed)` as samples.jsonl with PNGs beside it and returns the file."""
+    path, records = Path(directory), tiny_messages(n, seed)
+    for index, record in enumerate(records):
+        part = record["messages"][0]["content"][0]
+        part.pop("image").save(path / f"{index}.png")
+        part["path"] = f"{index}.png"
+    (path / "samples.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return path / "samples.jsonl"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qvlm_hf.calibration.layers import LayerInput
 from qvlm_hf.calibration.progress import Steps
+from qvlm_hf.calibration.resume import SavedSteps
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
 from qvlm_hf.models.graph import Segment, Site
@@ -43,6 +44,7 @@ class Calibration:
         segments: what is quantized, in execution order.
         data: the calibration batches, answers included.
         callbacks: objects with `on_step(name, done, total)`.
+        kept: finished steps, to go on with later.
         inputs: segment name -> per batch, what enters the segment in full precision.
         precisions: site name -> bits, where they are not those of the settings.
         importance: layer name -> per batch [B, T], how much a token's error counts; empty: all
@@ -58,6 +60,7 @@ class Calibration:
     segments: tuple[Segment, ...] = ()
     data: Sequence[Batch] = ()
     callbacks: Sequence[Any] = ()
+    kept: SavedSteps = field(default_factory=SavedSteps)
     inputs: dict[str, list[LayerInput]] = field(default_factory=dict)
     precisions: Mapping[str, Precision] = field(default_factory=dict)
     importance: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)

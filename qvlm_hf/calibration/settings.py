@@ -9,6 +9,7 @@ from qvlm_hf.format.scheme import QuantScheme
 __all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate"]
 
 COMPONENTS = ("vision", "projector", "language")
+_GUARDED_BITS = 4  # schemes with more bits than this break no site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,11 @@ class CalibrationSettings(Options):
         """
         data_free = (("none",), ("dynamic_token",), ("dynamic_group",))
         return any(self.granularities(component) not in data_free for component in COMPONENTS)
+
+    @property
+    def guards(self) -> bool:
+        """Whether the guard looks for sites that the scheme's bits would break."""
+        return self.guard and min(self.weight_bits, self.activation_bits) <= _GUARDED_BITS
 
     @property
     def entropy_levels(self) -> int:

@@ -15,6 +15,7 @@ Learned on the even calibration batches; kept only if L_err on the odd batches f
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def learn_vision_ranges(calibration: Calibration) -> None:
     if settings.optimize_vision is None:
         return
     with calibration.timed("vision"):
-        vision = optimize_vision(calibration)
+        vision = calibration.kept.once("vision", partial(optimize_vision, calibration))
     if vision is not None:
         calibration.learned, calibration.dependencies = vision.ranges, vision.dependencies
         found["vision"] = vision.report

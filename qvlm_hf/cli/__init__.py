@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _run(arguments)
-    except KeyboardInterrupt:
-        return interruption.stop()
+    except KeyboardInterrupt as interrupt:
+        return interruption.stop(str(interrupt))
     except SystemExit as end:  # of argparse, which has said why
         interruption.end_with(int(end.code or 0))
         raise

@@ -5,6 +5,11 @@ import shlex
 
 from huggingface_hub import HfApi
 
+from qvlm_hf.calibration.resume import (
+    check_resume_dir,
+    remove_state,
+    telling_how_to_go_on,
+)
 from qvlm_hf.cli.models import (
     add_field_arguments,
     add_scheme_arguments,
@@ -15,7 +20,7 @@ from qvlm_hf.cli.models import (
 )
 from qvlm_hf.cli.publish import describe
 from qvlm_hf.cli.story import story
-from qvlm_hf.hf.publishing import publish_folder
+from qvlm_hf.hf.publishing import publish_command, publish_folder
 from qvlm_hf.hf.saving import check_output, save_quantized
 from qvlm_hf.hub.publish import Target, check_target
 
@@ -54,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_field_arguments(parser, "modules_to_not_convert")
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep finished steps in DIR.resume until the result is saved, and go on with those of "
+        "a stopped run",
+    )
+    parser.add_argument(
         "--push-to-hub",
         dest="repo_id",
         metavar="REPO",
@@ -67,23 +78,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    check_output(options.output, overwrite=options.overwrite)
+    output = check_output(options.output, overwrite=options.overwrite)
     if options.private and options.repo_id is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
     _refuse_unused(options)
     config = make_config(options)
+    target = None
     if options.repo_id is not None:
-        check_target(HfApi(), Target(repo_id=options.repo_id, private=options.private or None))
+        target = Target(repo_id=options.repo_id, private=options.private or None)
+        target = check_target(HfApi(), target)
+    state = None
+    if options.resume:
+        state = check_resume_dir(f"{output}.resume")
+        config.resume_dir = state
     config.processor = processor = load_processor(options.model, options.revision)
-    model = load_model(options.model, config, options.dtype, options.revision)
-    report = model.hf_quantizer.report
-    save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
+    with telling_how_to_go_on(state):
+        model = load_model(options.model, config, options.dtype, options.revision)
+        report = model.hf_quantizer.report
+        save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
+    if state is not None:
+        remove_state(state)
     for line in story(report):
         print(line)
     place = shlex.quote(options.output)
     print(f"{len(report.modules)} modules quantized to {options.scheme}; saved in {place}")
-    if options.repo_id is not None:
-        _push(options)
+    if target is not None:
+        try:
+            published = publish_folder(options.output, target.repo_id, private=target.private)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise OSError(f"{error} {publish_command(options.output, target)}") from error
+        for line in describe(published):
+            print(line)
     return 0
 
 
@@ -91,7 +116,7 @@ def _refuse_unused(options: argparse.Namespace) -> None:
     """An option that would change nothing is an error: whoever gives it expects something of it."""
     given = [
         f"--{name.replace('_', '-')}"
-        for name in search_options()
+        for name in (*search_options(), "resume")
         if getattr(options, name, None) not in (None, False)
     ]
     if given and options.method == "rtn":
@@ -104,22 +129,3 @@ def _refuse_unused(options: argparse.Namespace) -> None:
             f"{', '.join(given)}: is of the search, which needs samples: give --dataset F too, or "
             f"leave it out."
         )
-
-
-def _push(options: argparse.Namespace) -> None:
-    """Publishes the saved result; what went wrong comes with the command that repeats it alone."""
-    try:
-        published = publish_folder(options.output, options.repo_id, private=options.private or None)
-    except (ValueError, OSError, RuntimeError) as error:
-        again = [
-            "qvlm",
-            "publish",
-            options.output,
-            options.repo_id,
-            *(["--private"] if options.private else []),
-        ]
-        raise OSError(
-            f"{error} The model is saved; this publishes it: {shlex.join(again)}"
-        ) from error
-    for line in describe(published):
-        print(line)

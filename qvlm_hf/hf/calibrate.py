@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qvlm_hf.calibration.progress import ProgressBar
+from qvlm_hf.calibration.progress import ProgressBar, planned_steps
 from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.resume import check_resume_dir, telling_how_to_go_on
 from qvlm_hf.calibration.samples import (
     Sample,
     dataset_name,
@@ -35,8 +36,8 @@ def read_samples(config: QVLMConfig) -> list[Sample] | None:
         None without a dataset, or where the model draws it.
 
     Raises:
-        ValueError: the scheme needs data and there is none, the processor is missing, or a sample
-            is wrong.
+        ValueError: the scheme needs data and there is none, the processor is missing, `resume_dir`
+            is of no use, or a sample is wrong.
     """
     if config.dataset is None:
         if config.settings().needs_data:
@@ -52,6 +53,8 @@ def read_samples(config: QVLMConfig) -> list[Sample] | None:
             "dataset needs the model's processor: pass QVLMConfig(..., "
             "processor=AutoProcessor.from_pretrained(model_id))."
         )
+    if config.resume_dir is not None:
+        check_resume_dir(config.resume_dir)
     if config.dataset == SYNTHETIC:
         return None
     count = config.num_samples + CHECK_SAMPLES
@@ -79,10 +82,14 @@ def calibrate(
         samples = synthesize(model, config.processor, count, seed=config.seed)
     fitting = without_too_long(samples or (), config.processor, longest_sample(model))
     chosen, held_out = hold_out(fitting, config.num_samples, config.seed)
-    report = calibrate_with_best_recipe(
-        model, config.settings(), chosen, config.processor,
-        held_out=held_out, callbacks=config.callbacks or (ProgressBar(),),
-    )  # fmt: skip
+    folder = None if config.resume_dir is None else check_resume_dir(config.resume_dir)
+    settings = config.settings()
+    callbacks = config.callbacks or (ProgressBar(planned_steps(settings)),)
+    with telling_how_to_go_on(folder):
+        report = calibrate_with_best_recipe(
+            model, settings, chosen, config.processor,
+            held_out=held_out, callbacks=callbacks, resume_dir=folder,
+        )  # fmt: skip
     if report.recipes:  # config.json holds what was taken
         config.update(recipe=None, **report.recipes[0].fields)
     dataset = {"dataset": dataset_name(config.dataset)}

@@ -25,6 +25,7 @@ from qvlm_hf.hf.checked_fields import (
     FORMAT_VERSION,
     check_version,
     checked_callbacks,
+    checked_folder,
     checked_modules,
     checked_provenance,
     checked_publishing,
@@ -124,8 +125,12 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         "of that repository; None takes the owner's default, or leaves it as it is. Never saved.",
         saved=False,
     )
-    resume_dir: None = option(
-        None, None, "not available in this version; takes None alone.", saved=False
+    resume_dir: Any = option(
+        None,
+        None,
+        "directory to keep finished steps of calibration in: the same call goes on where a stopped "
+        "one was, with the same result. Delete it when the result is saved. Never saved.",
+        saved=False,
     )
     modules: Any = option(
         None,
@@ -149,15 +154,11 @@ class QVLMConfig(Options, QuantizationConfigMixin):
                 f"quant_method={shown(self.quant_method)} must be {QUANT_METHOD!r}: this is "
                 f"another method's configuration."
             )
-        if self.resume_dir is not None:
-            raise ValueError(
-                f"resume_dir={shown(self.resume_dir)} is not available in this version; leave it "
-                f"at None."
-            )
         given |= {
             "quant_method": QUANT_METHOD,  # a str, as in every plugin; in-tree methods have an enum
             "scheme": "W{}A{}".format(*parse_scheme(to_plain("scheme", self.scheme))),
             "callbacks": checked_callbacks(self.callbacks),
+            "resume_dir": checked_folder(self.resume_dir),
             "modules": checked_modules(self.modules),
             "provenance": checked_provenance(self.provenance),
             **checked_publishing(self.push_to_hub, self.hub_model_id, self.hub_private),
@@ -309,6 +310,7 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         needing = {
             "optimize_vision": self.optimize_vision is not None,
             "precision_budget": self.precision_budget is not None,
+            "resume_dir": self.resume_dir is not None,
         }
         for name, asked in needing.items():
             if asked:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import save_tiny, tiny_messages
+from tiny_models import save_tiny, save_tiny_samples
 
 from qvlm_hf.cli import inspect, main
 from qvlm_hf.hub.saved import SavedModel
@@ -27,12 +27,7 @@ def folder(tmp_path_factory):
     """A tiny model, samples as a file, and its quantized form."""
     folder = tmp_path_factory.mktemp("cli")
     save_tiny(folder / "model")
-    records = tiny_messages(12, seed=3)
-    for index, record in enumerate(records):
-        part = record["messages"][0]["content"][0]
-        part.pop("image").save(folder / f"{index}.png")
-        part["path"] = f"{index}.png"
-    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, records)))
+    save_tiny_samples(folder, 12)
     texts = [json.dumps({"image": None, "question": "what ?", "answer": "red"})] * 3
     (folder / "texts.jsonl").write_text("\n".join(texts))
     (folder / "bert").mkdir()

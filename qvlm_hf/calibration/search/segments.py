@@ -4,7 +4,7 @@ Two streams of hidden states run through the layers side by side: full precision
 quantized (the input that a layer will really see). Only one block's worth of either is kept.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from qvlm_hf.calibration.search.blocks import Block
 from qvlm_hf.calibration.search.gptq import gptq_round_layer
 from qvlm_hf.calibration.search.joint_search import BlockSearch, SearchResult, search_block
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
+from qvlm_hf.calibration.search.saved_blocks import SavedBlock, restore_sites, save_block
 from qvlm_hf.calibration.search.sites import QuantizedSite, installed
 from qvlm_hf.models.graph import Layer, Segment
 
@@ -41,30 +42,61 @@ def search_segment(
     calibration: Calibration,
     segment: Segment,
     blocks: Sequence[Block],
-    inputs: Sequence[LayerInput],
+    record: Callable[[], Sequence[LayerInput]],
 ) -> Iterator[SearchedBlock]:
     """Searches the blocks of a segment (eq. 3), then gives dead layers their L_p start.
+
+    Blocks that were searched before the calibration was stopped are read back.
 
     Args:
         calibration: its model runs quantized below the segment.
         segment: in full precision.
         blocks: a partition of the live layers.
-        inputs: per batch, what enters the first layer when everything below is quantized.
+        record: returns, per batch, what enters the first layer when everything below is quantized;
+            called if anything is left to search.
 
     Yields:
         Each block when its search has ended, outside `working_precision`.
     """
     live, dead = live_layers(segment), [layer for layer in segment.layers if layer.dead]
+    # of no live layer there is nothing to search
+    groups = [live[block.start : block.stop] for block in blocks] if live else []
+    groups += [dead] if dead else []
+    kept, place = calibration.kept, calibration.segments.index(segment)
+    steps = [f"block-{place}-{number}" for number in range(len(groups))]
+    complete = all(step in kept for step in steps)
+    inputs = calibration.inputs[segment.name] if complete else record()
     full = [entry.hidden for entry in calibration.inputs[segment.name]]
     hidden = [entry.hidden for entry in inputs]
-    for block in blocks if live else ():  # of no live layer there is nothing to search
-        layers = live[block.start : block.stop]
-        searched, full, hidden = _search_layers(calibration, segment, layers, inputs, full, hidden)
+    for step, layers in zip(steps, groups, strict=True):
+        if step in kept:
+            block: SavedBlock = kept.read(step)
+            with working_precision(layers, inputs):
+                sites = restore_sites(calibration, layers, block)
+                if not complete and layers is not dead:
+                    full = _run_layers(layers, calibration.inputs[segment.name], full)
+                    with installed(sites):
+                        hidden = _run_layers(layers, inputs, hidden)
+            yield SearchedBlock(tuple(layers), sites, block.report)
+            continue
+        if layers is dead:
+            with working_precision(dead, inputs):
+                rows = initialize_sites(calibration, segment.component, dead, inputs, hidden)
+            searched = _finished(dead, rows, None)
+        else:
+            searched, full, hidden = _search_layers(
+                calibration, segment, layers, inputs, full, hidden
+            )
+        kept.write(step, save_block(searched.sites, searched.report))
         yield searched
-    if dead:
-        with working_precision(dead, inputs):
-            rows = initialize_sites(calibration, segment.component, dead, inputs, hidden)
-        yield _finished(dead, rows, None)
+
+
+def _run_layers(
+    layers: Sequence[Layer], inputs: Sequence[LayerInput], hidden: list[Tensor]
+) -> list[Tensor]:
+    for layer in layers:
+        hidden = run_layer(layer.module, inputs, hidden)
+    return hidden
 
 
 def _search_layers(

@@ -16,6 +16,7 @@ Left out: interactions between sites; the search that follows sees them.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,6 @@ from qvlm_hf.models.graph import Layer, Segment
 
 __all__ = ["allocate_bits", "choose_precisions", "site_parameters"]
 
-_GUARDED_BITS = 4  # schemes with more bits than this break no site
 # A site that alone moves the answers by more than this is broken, whatever the others do. On the
 # demo model at W4A4 the worst of 42 sites moved them by 0.07 nats at its starting range, the fifth
 # by 0.002, the median by 0.0006.
@@ -45,36 +45,39 @@ _GRADIENT_BYTES = 4 * 2**30  # fewer directions of large models, but one of ever
 _WIDTHS = (2, 3, 4, 5, 6, 8)  # weight bits that a budget chooses from
 
 
-def choose_precisions(calibration: Calibration) -> dict[str, Precision]:
+def choose_precisions(
+    calibration: Calibration,
+) -> tuple[dict[str, Precision], dict[str, Any]]:
     """The bits of the sites that differ from the scheme: guard, then budget.
-
-    Adds `sensitivities` and `lifts` to what `calibration` found.
 
     Args:
         calibration: with inputs and data; its model in full precision (rotated, if it will be).
+
+    Returns:
+        The bits by site, and what the guard measured, as fields of the report.
     """
     settings = calibration.settings
-    few_bits = min(settings.weight_bits, settings.activation_bits) <= _GUARDED_BITS
-    guarded = settings.guard and few_bits
+    guarded = settings.guards
     if not guarded and settings.precision_budget is None:
-        return {}
+        return {}, {}
     parameters = site_parameters(calibration)
     probe = _Probe(calibration, len(parameters))
     precisions: dict[str, Precision] = {}
+    found: dict[str, Any] = {}
     if guarded:
         sensitivities, raises = _guard(probe, settings.precision)
-        calibration.found |= {"sensitivities": sensitivities, "lifts": tuple(raises)}
+        found = {"sensitivities": sensitivities, "lifts": tuple(raises)}
         precisions = {
-            found.site: Precision(
-                weight_bits=found.weight_bits, activation_bits=found.activation_bits
+            raised.site: Precision(
+                weight_bits=raised.weight_bits, activation_bits=raised.activation_bits
             )
-            for found in raises
+            for raised in raises
         }
     if settings.precision_budget is not None:
         widths = allocate_bits(_measure_widths(probe), parameters, settings.precision_budget)
         for name, bits in widths.items():
             precisions[name] = replace(precisions.get(name, settings.precision), weight_bits=bits)
-    return precisions
+    return precisions, found
 
 
 class _Probe:

@@ -1,0 +1,332 @@
+"""Finished steps of a calibration in a directory: a stopped one goes on where it was.
+
+    state.json             what the calibration is made from: nothing else may go on here
+    STEP.safetensors       tensors of a finished step
+    STEP.json              the rest of it; it comes last, without it the step never happened
+
+Every file is written beside its place, brought to the disk and renamed. So a process that is killed
+at any moment leaves whole steps alone. Steps that are repeated give the bits that they gave before:
+the whole result is that of an undisturbed run (docs/decisions/0025).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qvlm_hf.calibration.provenance import versions
+from qvlm_hf.calibration.report import settings_dict
+from qvlm_hf.calibration.samples import Batch, Sample, fingerprint
+from qvlm_hf.calibration.settings import CalibrationSettings
+
+__all__ = ["SavedSteps", "check_resume_dir", "made_from", "remove_state", "telling_how_to_go_on"]
+
+_STATE, _PARTIAL = "state.json", ".partial"
+_FORMAT = 1
+_OURS = "qvlm_hf."  # modules whose dataclasses a step may hold
+
+_T = TypeVar("_T")
+
+
+class SavedSteps:
+    """Steps of one calibration, kept in a directory; without one nothing is kept.
+
+    Args:
+        folder: from `check_resume_dir`; None keeps nothing.
+        origin: from `made_from`.
+
+    Raises:
+        ValueError: the directory belongs to another calibration, or is damaged.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path | None = None, origin: Mapping[str, Any] | None = None) -> None:
+        self._folder = folder
+        if folder is None:
+            return
+        with _written(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f"*{_PARTIAL}"):  # of a process that was killed
+                left.unlink()
+        if any(file.name != _STATE for file in folder.glob("*.json")):
+            _compare(folder, _read_json(folder / _STATE), json.loads(json.dumps(origin)))
+        else:  # no step was finished: whoever mends a mistake goes on here
+            self._write_json(_STATE, origin)
+
+    def __contains__(self, step: str) -> bool:
+        return self._folder is not None and (self._folder / f"{step}.json").exists()
+
+    def once(self, step: str, compute: Callable[[], _T]) -> _T:
+        """What `compute` returns: read if the step was finished before, else computed and kept.
+
+        Args:
+            step: its name, and that of its files.
+            compute: returns plain values, tensors and dataclasses of this package, in any depth of
+                tuples, lists and dicts.
+
+        Raises:
+            ValueError: the file is damaged.
+            OSError: it cannot be written, as on a full disk; earlier steps stay.
+        """
+        if step in self:
+            kept: _T = self.read(step)
+            return kept
+        value = compute()
+        self.write(step, value)
+        return value
+
+    def read(self, step: str) -> Any:
+        """What was kept of a finished step.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        folder = self._folder or Path()
+        entry, file = _read_json(folder / f"{step}.json"), folder / f"{step}.safetensors"
+        try:
+            tensors = load_file(file) if file.exists() else {}
+            return _decoded(entry, tensors)
+        except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(file) from error
+
+    def write(self, step: str, value: Any) -> None:
+        """Keeps what a finished step found, as `once`.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._folder is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        entry = _encoded(value, tensors)
+        if tensors:
+            self._write_file(f"{step}.safetensors", lambda path: save_file(tensors, path))
+        self._write_json(f"{step}.json", entry)
+
+    def _write_json(self, name: str, entry: Any) -> None:
+        self._write_file(name, lambda path: path.write_text(json.dumps(entry), encoding="utf-8"))
+
+    def _write_file(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Writes a file beside its place and renames it when it is on the disk."""
+        folder = self._folder or Path()
+        partial = folder / f"{name}{_PARTIAL}"
+        with _written(folder):
+            write(partial)
+            with partial.open("rb+") as opened:
+                os.fsync(opened.fileno())
+            partial.replace(folder / name)
+
+
+def check_resume_dir(folder: str | os.PathLike[str]) -> Path:
+    """Checks that a directory is empty, holds steps, or can be made.
+
+    Returns:
+        Its real path.
+
+    Raises:
+        ValueError: it is a file, holds something else, or may not be written.
+    """
+    path = Path(os.path.expanduser(folder)).resolve()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file: choose a directory to resume in.")
+    if path.is_dir() and any(path.iterdir()) and not (path / _STATE).exists():
+        raise ValueError(
+            f"{path}: holds something else than a stopped calibration: choose another directory to "
+            f"resume in."
+        )
+    place = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not os.access(place, os.W_OK):
+        raise ValueError(
+            f"{path}: cannot be written: choose a directory to resume in that you may write to."
+        )
+    return path
+
+
+def remove_state(folder: Path) -> None:
+    """Deletes the steps, and the directory if it holds nothing else.
+
+    What says that it is a directory of steps goes last: a process killed in between leaves one that
+    can be used or deleted.
+    """
+    if not (folder / _STATE).exists():
+        return
+    for pattern in ("*.json", "*.safetensors", f"*{_PARTIAL}"):
+        for file in folder.glob(pattern):
+            if file.name != _STATE:
+                file.unlink()
+    (folder / _STATE).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+@contextmanager
+def telling_how_to_go_on(folder: Path | None) -> Iterator[None]:
+    """Inside, Ctrl-C says where finished steps are kept, if there are any."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if folder is None or not (folder / _STATE).exists():
+            raise
+        kept = f"what is finished is kept in {folder}: run the same again to go on"
+        raise KeyboardInterrupt(kept) from stop
+
+
+def made_from(
+    model: nn.Module,
+    settings: CalibrationSettings,
+    samples: Sequence[Sample],
+    data: Iterable[Batch],
+) -> dict[str, Any]:
+    """All that the bits of a result depend on, ready for JSON.
+
+    Args:
+        model: in full precision; every weight is read once.
+        settings: all of them.
+        samples: for calibration and for checks.
+        data: the batches that the processor makes.
+    """
+    parameter = next(model.parameters())
+    return {
+        "format": _FORMAT,
+        "settings": settings_dict(settings),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "device": _device_name(parameter.device),
+        "model": _hash_tensors(chain(model.named_parameters(), model.named_buffers())),
+        "samples": fingerprint(samples),
+        "inputs": _hash_tensors(
+            (name, tensor)
+            for batch in data
+            for name, tensor in (*sorted(batch.inputs.items()), ("labels", batch.labels))
+        ),
+    }
+
+
+_WORDS = {
+    "format": "another version of qvlm_hf",
+    "model": "another model",
+    "samples": "other samples",
+    "inputs": "another processor",
+}
+
+
+def _compare(folder: Path, found: Any, origin: Mapping[str, Any]) -> None:
+    """Refuses to go on with another calibration, and says what is other."""
+    if not isinstance(found, dict):
+        raise _damaged(folder / _STATE)
+    for key, here in origin.items():
+        there = found.get(key)
+        if there == here:
+            continue
+        pairs = {key: (there, here)}
+        if isinstance(here, dict) and isinstance(there, dict):
+            pairs = {name: (there.get(name), here.get(name)) for name in {**there, **here}}
+        differ = [
+            f"{name} {_shown(old)} instead of {_shown(new)}"
+            for name, (old, new) in pairs.items()
+            if old != new
+        ]
+        other = _WORDS.get(key, " and ".join(differ))
+        raise ValueError(
+            f"{folder}: was begun with {other}: go on as it was begun, or delete it to begin anew."
+        )
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        if tensor.is_meta:  # which calibration refuses
+            continue
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """One kind of error for a directory that cannot be written; safetensors has its own."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(
+            f"{folder}: cannot be written ({reason}): make room there or choose another directory "
+            f"to resume in; finished steps are kept."
+        ) from error
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise _damaged(file) from error
+
+
+def _damaged(file: Path) -> ValueError:
+    return ValueError(f"{file}: is damaged: delete {file.parent} to begin the calibration anew.")
+
+
+def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` for JSON; its tensors go into `tensors`."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list):
+        return [_encoded(item, tensors) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": _encoded(list(value), tensors)}
+    if isinstance(value, Mapping):
+        return {"dict": [_encoded(list(pair), tensors) for pair in value.items()]}
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        # a copy: safetensors saves no shared memory
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": name, "device": str(value.device)}
+    fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    kind = type(value)
+    return {
+        "fields": {name: _encoded(item, tensors) for name, item in fields.items()},
+        "class": [kind.__module__, kind.__name__],
+    }
+
+
+def _decoded(entry: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `_encoded` was given."""
+    if isinstance(entry, list):
+        return [_decoded(item, tensors) for item in entry]
+    if not isinstance(entry, dict):
+        return entry
+    if "tuple" in entry:
+        return tuple(_decoded(entry["tuple"], tensors))
+    if "dict" in entry:
+        return dict(_decoded(pair, tensors) for pair in entry["dict"])
+    if "tensor" in entry:
+        return tensors[entry["tensor"]].to(entry["device"])
+    module, name = entry["class"]
+    kind: Any = getattr(sys.modules[module], name)
+    if not (module.startswith(_OURS) and hasattr(kind, "__dataclass_fields__")):
+        raise TypeError(f"{name} is no dataclass of this package")
+    fields = {field: _decoded(item, tensors) for field, item in entry["fields"].items()}
+    return kind(**fields)
