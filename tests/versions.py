@@ -92,10 +92,9 @@ def interpreter(package: str, version: str, folder: Path) -> str:
     return python
 
 
-def run(python: str, folder: Path, more: list[str]) -> Result:
+def run(python: str, folder: Path, files: list[str], more: list[str]) -> Result:
     """Runs the tests; prints what pytest prints."""
     report = folder / "report.xml"
-    files = [f"tests/hf/{name}" for name in TESTS]
     # -P: the installed package, not the one in the current folder
     command = [python, "-P", "-m", "pytest", "-q", f"--junitxml={report}", *files, *more]
     status = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONWARNINGS": ""}).returncode
@@ -158,7 +157,9 @@ def main() -> None:
     parser.add_argument("versions", nargs="+", metavar="[PACKAGE=]VERSION|oldest|newest|minors")
     parser.add_argument("--write", action="store_true", help="docs/compatibility.md")
     parser.add_argument("--others", action="store_true", help="leave out what is installed here")
+    parser.add_argument("--tests", nargs="+", metavar="FILE", help="others than those of tests/hf")
     options, more = parser.parse_known_args()
+    files = options.tests or [f"tests/hf/{name}" for name in TESTS]
     results = []
     asked = [pair for argument in options.versions for pair in chosen(argument)]
     for package, version in dict.fromkeys(asked):
@@ -166,9 +167,8 @@ def main() -> None:
             continue
         print(f"== {package} {version}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            results.append(
-                run(interpreter(package, version, Path(folder) / "env"), Path(folder), more)
-            )
+            python = interpreter(package, version, Path(folder) / "env")
+            results.append(run(python, Path(folder), files, more))
     if options.write:
         PAGE.write_text(page(results))
     for result in results:

@@ -196,7 +196,7 @@ def models_page() -> str:
         "\n".join(["| layers | sites | limits |", "|---|---|---|", *layers]),
         "A path of experts stands for one linear module an expert. Together they are one site: each "
         "has\na range of its own for the tokens that it gets. Routers stay in full precision. The "
-        "report counts\nthe tokens of every expert. An expert that saw fewer than 32 has the range of "
+        "report counts\nthe tokens of every expert. An expert that saw fewer than 64 has the range of "
         "all experts of its\nlayer and plainly rounded weights, and is named. (Transformers 5.24.0 by "
         "itself runs no `llama4`.)",
         "The output head is quantized with `lm_head_bits=8`. Patch and position embeddings, norms "

@@ -5,7 +5,7 @@ some of them far larger. One expert is quantized from the first n tokens that it
 1000 others. Printed is the error of its output, in squares, over that of an expert without tokens:
 ranges of all experts together, weights rounded to nearest. Either has the best of three margins.
 
-    PYTHONPATH=tests python tests/bench/expert_tokens.py --json tests/bench/results/expert_tokens.json
+    PYTHONPATH=tests python tests/bench/expert_tokens.py --json FILE
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from shrunken_families import tiny_model
 from tiny_families import GRID, WORDS, family_tokenizer, tiny_family, tiny_family_processor
@@ -40,6 +41,21 @@ def without_video(kind):
     return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
 
 
+def with_words(tokenizer, **words):
+    """Adds special words, as attributes of the tokenizer too."""
+    tokenizer.add_tokens(sorted(words.values()))
+    for name, word in words.items():
+        setattr(tokenizer, f"{name}_token", word)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(word))
+    return tokenizer
+
+
+def needing_torchvision(name):
+    """Image processor and processor of a family that exist with torchvision alone."""
+    pytest.importorskip("torchvision")
+    return getattr(transformers, f"{name}ImageProcessor"), getattr(transformers, f"{name}Processor")
+
+
 def paligemma(tokenizer, **_):
     pixels = SiglipImageProcessorPil(size=SQUARE)
     pixels.image_seq_length = 16
@@ -47,11 +63,8 @@ def paligemma(tokenizer, **_):
 
 
 def internvl(tokenizer, **template):
-    tokenizer.add_tokens(["<img>", "</img>"])
     words = {"start_image": "<img>", "end_image": "</img>", "context_image": "<image>"}
-    for name, word in {**words, "video": "<video>"}.items():
-        setattr(tokenizer, f"{name}_token", word)
-        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(word))
+    with_words(tokenizer, **words, video="<video>")
     pixels = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=4)
     kind = without_video(InternVLProcessor)
     return kind(pixels, tokenizer, None, image_seq_length=4, **template)
@@ -64,6 +77,38 @@ def pixtral(tokenizer, **template):
     pixels = PixtralImageProcessorPil(size={"longest_edge": 64}, patch_size=8)
     merged = {"patch_size": 8, "spatial_merge_size": 2}
     return PixtralProcessor(pixels, tokenizer, image_token="<image>", **merged, **template)
+
+
+def smolvlm(tokenizer, **template):
+    pytest.importorskip("num2words")
+    pixels, kind = needing_torchvision("SmolVLM")
+    with_words(tokenizer, fake_image="<fake>", global_image="<global>", end_of_utterance="<end>")
+    tokenizer.add_tokens([f"<row_{r}_col_{c}>" for r in (1, 2, 3) for c in (1, 2, 3)])
+    frames = transformers.SmolVLMVideoProcessor()
+    return kind(pixels(**TILED), tokenizer, frames, image_seq_len=4, **template)
+
+
+def cohere2_vision(tokenizer, **template):
+    pixels, kind = needing_torchvision("Cohere2Vision")
+    with_words(tokenizer, boi="<boi>", eoi="<eoi>", img_line_break="<line>", image="<image>")
+    return kind(pixels(size=SQUARE, max_patches=4, patch_size=2), tokenizer, **template)
+
+
+def lfm2_vl(tokenizer, **template):
+    pixels, kind = needing_torchvision("Lfm2Vl")
+    words = {"image_start": "<start>", "image_end": "<end>", "image_thumbnail": "<thumb>"}
+    counts = {"min_image_tokens": 1, "max_image_tokens": 8, "max_num_patches": 32, "tile_size": 32}
+    images = pixels(encoder_patch_size=8, downsample_factor=2, do_image_splitting=False, **counts)
+    return kind(images, with_words(tokenizer, **words), **template)
+
+
+def llama4(tokenizer, chat_template):
+    pixels, kind = needing_torchvision("Llama4")
+    words = ("image", "image_start", "image_end", "tile_x_separator", "tile_y_separator", "patch")
+    tokenizer.add_tokens([f"<|{word}|>" for word in words])
+    images = pixels(size=SQUARE, max_patches=4, resize_to_max_canvas=False)
+    template = chat_template.replace("<image>", "<|image|>")
+    return kind(images, tokenizer, patch_size=8, chat_template=template)
 
 
 def onevision(tokenizer, **template):
@@ -82,6 +127,7 @@ def qwen2_vl(tokenizer, chat_template):
 
 # family -> its processor, and the tower and decoder of the model
 PROCESSORS = {
+    "cohere2_vision": (cohere2_vision, ("siglip", "cohere2")),
     "deepseek_vl": (
         lambda words, **template: DeepseekVLProcessor(
             DeepseekVLImageProcessorPil(size=SQUARE), words, num_image_tokens=16, **template
@@ -95,11 +141,14 @@ PROCESSORS = {
         ("idefics3", "llama"),
     ),
     "internvl": (internvl, ("internvl", "qwen2")),
+    "lfm2_vl": (lfm2_vl, ("siglip2", "lfm2")),
+    "llama4": (llama4, ("llama4", "llama4")),
     "llava_next": (lambda *_, **__: tiny_family_processor("llava_next"), ("clip", "llama")),
     "llava_onevision": (onevision, ("siglip", "qwen2")),
     "mistral3": (pixtral, ("pixtral", "mistral")),
     "paligemma": (paligemma, ("siglip", "gemma")),
     "qwen2_vl": (qwen2_vl, None),
+    "smolvlm": (smolvlm, ("smolvlm", "llama")),
 }
 
 
@@ -144,8 +193,14 @@ def made(family):
     else:
         model = tiny_family(family, *parts)
         model.resize_token_embeddings(max(128, len(processor.tokenizer)), mean_resizing=False)
-    model.config.image_token_id = WORDS.index("<image>")
+    word = "<|patch|>" if family == "llama4" else "<image>"
+    model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(word)
     return processor, model.eval()
+
+
+def floats(batch):
+    """The inputs; Llama 4's processor makes bfloat16 of pictures."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in batch.inputs.items()}
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
@@ -157,14 +212,14 @@ def test_rows_of_a_batch_are_as_they_are_alone(family):
         if not chosen:
             continue
         batch = collate(samples(chosen), processor)
-        together = model(**batch.inputs).logits
+        together = model(**floats(batch)).logits
         for row, name in enumerate(chosen):
             if family == "paligemma" and name == "open":
                 continue  # in a batch with answers it ends in an empty one
             alone = collate(samples([name]), processor)
             shown = batch.inputs["attention_mask"][row].bool()
             assert torch.equal(alone.inputs["input_ids"][0], batch.inputs["input_ids"][row][shown])
-            logits = model(**alone.inputs).logits[0]
+            logits = model(**floats(alone)).logits[0]
             difference = (together[row][shown] - logits).abs().max()
             assert difference < 1e-5 * logits.abs().max(), name
             answer = CHATS[name][-1]["content"][0]["text"] if name != "open" else ""
