@@ -89,10 +89,12 @@ def test_quantizes_a_model_object_in_place(source, quantized, config, tmp_path):
         quantizer.quantize(tmp_path / "again", config=config)
 
 
-def test_never_replaces_the_full_precision_model(source, config, tmp_path):
+def test_never_replaces_the_full_precision_model(source, config, tmp_path, monkeypatch):
     shutil.copytree(source, tmp_path / "model")
     before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
     quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(tmp_path / "model")
+    # found before weights are read
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", None)
     with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf that lists its files"):
         quantizer.quantize(tmp_path / "model", config=config, overwrite=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
