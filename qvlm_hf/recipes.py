@@ -52,6 +52,7 @@ _QUICK: dict[str, Any] = {
     "precision_budget": None,
 }
 _VARIED = ("equalization", "written_text")
+_GROUPS = {"activation_granularity": "dynamic_group"}
 
 Recipe = dict[str, Any]
 
@@ -136,7 +137,11 @@ def _try_recipes(
 
     numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
     rotatable = settings.rotation != "auto" or not why_not_rotatable(model)
-    return compare_recipes(settings, measure_once, progress.steps, rotatable=rotatable)
+    # GPU kernels leave ranges per group to the reference, which is slow
+    groups = next(model.parameters()).device.type == "cpu"
+    return compare_recipes(
+        settings, measure_once, progress.steps, rotatable=rotatable, groups=groups
+    )
 
 
 def compare_recipes(
@@ -145,21 +150,26 @@ def compare_recipes(
     steps: Callable[[str, int], Steps],
     *,
     rotatable: bool,
+    groups: bool,
 ) -> tuple[RecipeTrial, ...]:
     """Measures rotation and ranges together, then the other fields one by one on the best of these.
+
+    Ranges per token and group come between the two, on the best so far.
 
     Args:
         settings: whose `recipe` is "auto"; a field that is not at its default is fixed.
         measure: tries a recipe, the values of the open fields.
         steps: makes a counter, from its name and total.
         rotatable: whether the model can be rotated.
+        groups: whether ranges per token and group are worth a trial.
 
     Returns:
         All trials, the best one first.
     """
     first = _first_recipes(settings, rotatable)
     others = [n for n in _VARIED if getattr(settings, n) == getattr(Options, n)]
-    counter = steps("recipes", len(first) + len(others))
+    groups &= settings.activation_granularity is None and settings.group_size != -1
+    counter = steps("recipes", len(first) + groups + len(others))
     trials: list[RecipeTrial] = []
 
     def take(recipe: Recipe) -> None:
@@ -168,6 +178,8 @@ def compare_recipes(
 
     for recipe in first:
         take(recipe)
+    if groups:
+        take(_best(trials).fields | _GROUPS)
     best = _best(trials)
     for name in others:
         take(best.fields | {name: not getattr(settings, name)})

@@ -19,7 +19,7 @@ from qvlm_hf.bench.turns import Timing, one_line, summarize, take_turns
 from qvlm_hf.cli import bench, main
 from qvlm_hf.cli.bench_models import _caches, _contenders, _saved
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.round_on_load import planned_modules
+from qvlm_hf.hf.round_on_load import planned_report
 from qvlm_hf.nn.replace import quantized_modules
 
 CPU = torch.device("cpu")
@@ -261,7 +261,7 @@ def test_limits_are_measured():
 @pytest.mark.parametrize("scheme", ["W4A4", "W3A8", "W4A16"])
 def test_random_models_have_the_shapes_of_real_ones_and_finite_answers(scheme):
     model = tiny_llava()
-    modules = planned_modules(model, QVLMConfig(scheme=scheme, group_size=32).settings())
+    modules = planned_report(model, QVLMConfig(scheme=scheme, group_size=32).settings()).modules
     made = random_model(model.config, dtype=torch.bfloat16, device=CPU, modules=modules)
     assert {name for name, _ in quantized_modules(made)} == set(modules)
     assert made.dtype == torch.bfloat16
