@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
+from qvlm_hf.calibration.not_finite import naming_the_source
 from qvlm_hf.calibration.options import Options
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
 from qvlm_hf.calibration.progress import Steps
@@ -73,19 +74,20 @@ def calibrate_with_best_recipe(
     `resume_dir`, from `check_resume_dir`, keeps finished steps, and those of a calibration that was
     stopped are not repeated; ValueError if they are of another one.
     """
-    kept = SavedSteps()
+    everything, kept = [*samples, *held_out], SavedSteps()
     if resume_dir is not None:
         data = batches(by_picture(samples), processor, settings.batch_size)
-        kept = SavedSteps(resume_dir, made_from(model, settings, [*samples, *held_out], data))
+        kept = SavedSteps(resume_dir, made_from(model, settings, everything, data))
     given: dict[str, Any] = {"held_out": held_out, "callbacks": callbacks, "kept": kept}
-    if settings.recipe is None:
-        return calibrate_and_pack(model, settings, samples, processor, **given)
-    with experts_split(model):
-        compare = partial(_try_recipes, model, settings, samples, processor, **given)
-        trials = kept.once("recipes", compare)
-    settings = replace(settings, recipe=None, **trials[0].fields)
-    report = calibrate_and_pack(model, settings, samples, processor, **given)
-    return replace(report, recipes=trials)
+    with naming_the_source(model, everything, processor):
+        if settings.recipe is None:
+            return calibrate_and_pack(model, settings, samples, processor, **given)
+        with experts_split(model):
+            compare = partial(_try_recipes, model, settings, samples, processor, **given)
+            trials = kept.once("recipes", compare)
+        settings = replace(settings, recipe=None, **trials[0].fields)
+        report = calibrate_and_pack(model, settings, samples, processor, **given)
+        return replace(report, recipes=trials)
 
 
 @yield_to_others()

@@ -61,7 +61,7 @@ def test_json_round_trip_holds_settings_and_results_only() -> None:
     config = QVLMConfig.paper(
         dataset=[1], processor=object(), strict=True, push_to_hub=True, hub_model_id="me/model",
         hub_private=True, modules={"model.up": SCHEME}, provenance={"samples": 3},
-        modules_to_not_convert=("fc1",),
+        modules_to_not_convert=("fc1",), resume_dir="stopped",
     )  # fmt: skip
     text = json.dumps(config.to_dict())
     again = AutoQuantizationConfig.from_dict(json.loads(text))
