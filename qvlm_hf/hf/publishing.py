@@ -210,6 +210,8 @@ def _api(api: HfApi | None, token: str | None) -> HfApi:
     """To ask with. A token from a file often ends in a line break, which HTTP would refuse."""
     if api is not None and token is not None:
         raise ValueError("publish takes token= or api=, not both: an HfApi has its own token.")
+    if token is not None and not token.strip():  # a variable that was not set
+        raise ValueError("token= is empty: leave it out to use the one of `hf auth login`.")
     return api or HfApi(token=token and token.strip())
 
 

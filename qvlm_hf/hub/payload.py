@@ -80,9 +80,17 @@ def check_secrets(folder: Path, files: Iterable[str], token: str | None) -> None
     for name in files:
         path = folder / name
         content = read_header(path) if path.suffix == ".safetensors" else path.read_bytes()
-        text = content.decode("utf-8", errors="ignore")
-        if TOKEN.search(text) or (token and token in text):
-            raise ValueError(
-                f"{name}: holds a Hub token (hf_...): nothing was sent; remove it, and revoke it "
-                f"if others could read it."
-            )
+        check_secret(name, content.decode("utf-8", errors="ignore"), token)
+
+
+def check_secret(name: str, text: str, token: str | None) -> None:
+    """Looks for Hub tokens in a text that goes up.
+
+    Raises:
+        ValueError: it holds one, or `token`. The message does not show it.
+    """
+    if TOKEN.search(text) or (token and token in text):
+        raise ValueError(
+            f"{name}: holds a Hub token (hf_...): nothing was sent; remove it, and revoke it if "
+            f"others could read it."
+        )

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
 from qvlm_hf.hub.errors import explained
-from qvlm_hf.hub.payload import STALE, Payload, check_secrets
+from qvlm_hf.hub.payload import STALE, Payload, check_secret, check_secrets
 from qvlm_hf.hub.saved import SavedModel
 
 __all__ = ["Published", "Target", "check_target", "fetch_card", "upload", "verify"]
@@ -79,8 +79,8 @@ def check_target(api: HfApi, target: Target) -> Target:
         The target, with user and owner.
 
     Raises:
-        ValueError: a name or licence is none that the Hub takes, or the repository is public and
-            should be private or the reverse.
+        ValueError: a name or licence is none that the Hub takes, the message holds a token, or the
+            repository is public and should be private or the reverse.
         OSError: as `explained`.
     """
     repo_id, create_pr = target.repo_id, target.create_pr
@@ -92,6 +92,7 @@ def check_target(api: HfApi, target: Target) -> Target:
             f"create_pr=True opens a pull request against main: leave out "
             f"revision={target.revision!r}."
         )
+    check_secret("commit_message", target.message or "", _token(api))
     with explained(repo_id):
         account = api.whoami()
         user = account["name"]
@@ -132,8 +133,7 @@ def upload(api: HfApi, folder: Path, target: Target, payload: Payload) -> Publis
         ValueError: a file holds a token, or the Hub refuses the card.
         OSError: as `explained`, or the Hub holds something else than was sent.
     """
-    token = api.token if isinstance(api.token, str) else get_token()
-    check_secrets(folder, payload.files, token)
+    check_secrets(folder, payload.files, _token(api))
     title = f"Upload a model that qvlm_hf quantized to {SavedModel(folder).quantization['scheme']}"
     with explained(target.repo_id):
         if not target.create_pr:
@@ -194,3 +194,8 @@ def fetch_card(api: HfApi, model_id: str | None) -> ModelCardData | None:
     except (HTTPError, OSError, YAMLError, ValueError):  # HTTPError alone is the network's
         return None
     return data if isinstance(data, ModelCardData) else None
+
+
+def _token(api: HfApi) -> str | None:
+    """The token in use."""
+    return api.token if isinstance(api.token, str) else get_token()

@@ -326,6 +326,8 @@ NO_IDS = ["", "a/b/c", "../x", "me/a--b", "/abs/path", "me/x.git", "me/a b", 3]
             "create_pr=True opens a pull request against main",
         ),
         ({"token": TOKEN, "api": HfApi()}, "publish takes token= or api=, not both"),
+        ({"token": "\n"}, "token= is empty: leave it out"),
+        ({"commit_message": f"with {TOKEN}"}, r"commit_message: holds a Hub token \(hf_\.\.\.\)"),
     ],
 )
 @pytest.mark.parametrize("function", [publish, publish_folder])
