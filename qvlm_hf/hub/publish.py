@@ -92,7 +92,7 @@ def check_target(api: HfApi, target: Target) -> Target:
             f"create_pr=True opens a pull request against main: leave out "
             f"revision={target.revision!r}."
         )
-    check_secret("commit_message", target.message or "", _token(api))
+    check_secret("commit_message", target.commit_message or "", _token(api))
     with explained(repo_id):
         account = api.whoami()
         user = account["name"]
