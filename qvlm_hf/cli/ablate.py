@@ -24,7 +24,7 @@ from qvlm_hf.calibration.samples import fingerprint, load_samples, longest_sampl
 from qvlm_hf.cli.ablation_tables import check_ablation, read_ablation, write_ablation
 from qvlm_hf.cli.models import check_fits, load_model, load_processor, read_loadable, silence
 from qvlm_hf.errors import first_line
-from qvlm_hf.evaluation import evaluate, evaluate_text, read_text
+from qvlm_hf.evaluation import check_text, evaluate, evaluate_text, read_text
 from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hf.config import QVLMConfig
 
@@ -89,6 +89,11 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     for scheme in options.schemes:
         parse_scheme(scheme)
+    QVLMConfig(num_samples=options.num_samples)  # refuses a wrong number
+    if options.seeds < 1:
+        raise ValueError(f"seeds={options.seeds} is below 1: give the number of seeds.")
+    if options.text is not None:
+        check_text(options.text)
     read_loadable(options.model)
     processor = load_processor(options.model)
     check_fits(options.model, processor)
@@ -109,8 +114,8 @@ def run(options: argparse.Namespace) -> int:
     done = {(row["scheme"], row["line"], row["seed"]) for row in rows}
     cells = [
         (scheme, line, seed)
-        for scheme in options.schemes
-        for line in options.lines
+        for scheme in dict.fromkeys(options.schemes)
+        for line in dict.fromkeys(options.lines)
         for seed in range(1 if line == "RTN" else options.seeds)
         if (scheme, line, seed) not in done
     ]
@@ -124,8 +129,9 @@ def run(options: argparse.Namespace) -> int:
         write_ablation(folder, setting, rows)
         print(json.dumps(rows[-1]), flush=True)
     write_ablation(folder, setting, rows)
-    print(f"{len(rows)} cells in {folder / 'ablation.md'}")
-    return 0
+    failed = sum("error" in row for row in rows)
+    print(f"{len(rows) - failed} cells measured, {failed} failed: {folder / 'ablation.md'}")
+    return 1 if failed else 0
 
 
 def _in_a_process(cell: dict[str, Any], threads: int) -> dict[str, Any]:

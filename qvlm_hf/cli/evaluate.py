@@ -14,6 +14,7 @@ from qvlm_hf.cli.record import (
     write_result_file,
 )
 from qvlm_hf.evaluation import (
+    check_text,
     evaluate,
     evaluate_text,
     format_comparison,
@@ -53,6 +54,8 @@ def run(options: argparse.Namespace) -> int:
     folder = check_recordable(options.model) if options.record else None
     if options.against is not None:
         read_config(options.against)  # a wrong name should not wait for the model
+    if options.text is not None:
+        check_text(options.text)
     samples = load_samples(options.dataset, num_samples=options.num_samples, seed=options.seed)
     model, processor = load_with_processor(options.model)
     samples = without_too_long(samples, processor, longest_sample(model))

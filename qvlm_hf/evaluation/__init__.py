@@ -1,12 +1,19 @@
 """Accuracy and language of a model with intervals, and the paired comparison of two models."""
 
 from qvlm_hf.evaluation.evaluate import Comparison, Evaluation, evaluate, format_comparison
-from qvlm_hf.evaluation.text import TextEvaluation, evaluate_text, format_text, read_text
+from qvlm_hf.evaluation.text import (
+    TextEvaluation,
+    check_text,
+    evaluate_text,
+    format_text,
+    read_text,
+)
 
 __all__ = [
     "Comparison",
     "Evaluation",
     "TextEvaluation",
+    "check_text",
     "evaluate",
     "evaluate_text",
     "format_comparison",

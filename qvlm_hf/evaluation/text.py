@@ -16,7 +16,7 @@ from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, longest_sample
 from qvlm_hf.calibration.waiting import yield_to_others
 
-__all__ = ["TextEvaluation", "evaluate_text", "format_text", "read_text"]
+__all__ = ["TextEvaluation", "check_text", "evaluate_text", "format_text", "read_text"]
 
 _WINDOW = 512  # tokens that a model reads at once
 
@@ -42,6 +42,29 @@ class TextEvaluation:
         return asdict(self)
 
 
+def check_text(path: str | Path) -> str:
+    """The content of a text file, checked before any model is loaded.
+
+    Raises:
+        ValueError: it cannot be read, is no UTF-8 text, or is empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is no UTF-8 text ({error.reason}): convert it.") from error
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}): name a file of UTF-8 text."
+        ) from error
+    if not text.strip():
+        raise _too_little(path)
+    return text
+
+
+def _too_little(path: str | Path) -> ValueError:
+    return ValueError(f"{path}: holds too little text: give a few hundred words.")
+
+
 def read_text(path: str | Path, tokenizer: Any, model: nn.Module) -> list[Tensor]:
     """The tokens of a text file in windows that the model can read.
 
@@ -54,13 +77,9 @@ def read_text(path: str | Path, tokenizer: Any, model: nn.Module) -> list[Tensor
         Windows of int64 [tokens]; a last one of less than two tokens is left out.
 
     Raises:
-        ValueError: the file is no text or has too few words.
+        ValueError: the file cannot be read, is no text or has too few words.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is no UTF-8 text ({error.reason}): convert it.") from error
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(check_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     front = whole[: whole.index(plain[0])] if plain and plain[0] in whole else []
@@ -68,7 +87,7 @@ def read_text(path: str | Path, tokenizer: Any, model: nn.Module) -> list[Tensor
     parts = [ids[start : start + size] for start in range(0, len(ids), size)]
     windows = [torch.tensor(front + part) for part in parts if len(front + part) > 1]
     if not windows:
-        raise ValueError(f"{path}: holds too little text: give a few hundred words.")
+        raise _too_little(path)
     return windows
 
 

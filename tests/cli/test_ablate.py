@@ -32,7 +32,7 @@ def run(folder, output, *words):
     return main([*map(str, given), *words])
 
 
-def test_cells_are_measured_apart_and_a_second_run_goes_on(folder, tmp_path, monkeypatch):
+def test_cells_are_measured_apart_and_a_second_run_goes_on(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "out"
     words = ["--schemes", "W4A4", "--num-samples", "4", "--text", str(folder / "text.txt")]
     assert run(folder, out, *words, "--lines", "RTN", "greedy", "--seeds", "2") == 0
@@ -63,10 +63,11 @@ def test_cells_are_measured_apart_and_a_second_run_goes_on(folder, tmp_path, mon
         return {"error": "as told"}
 
     monkeypatch.setattr(ablate, "_in_a_process", measure)
-    assert run(folder, out, *words, "--lines", "RTN", "greedy", "auto", "--seeds", "2") == 0
+    assert run(folder, out, *words, "--lines", "RTN", "greedy", "auto", "--seeds", "2") == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("3 cells measured, 2 failed: ")
     assert asked == [("auto", 0), ("auto", 1)]  # the others are there
     assert "| auto (as told) | 0 |" in (out / "ablation.md").read_text()
-    assert run(folder, out, *words, "--lines", "auto", "--seeds", "1") == 0
+    assert run(folder, out, *words, "--lines", "auto", "auto", "--seeds", "1") == 1
     assert asked[2:] == [("auto", 0)]  # what failed is tried again
 
 
@@ -85,6 +86,21 @@ def test_another_setting_and_strangers_files_are_refused(folder, tmp_path, monke
     assert (tmp_path / "theirs" / "ablation.md").read_text() == "mine"
     assert run(folder, tmp_path / "other", "--schemes", "W9A9") == 1
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--text", "nowhere.txt"], "nowhere.txt: cannot be read (No such file or directory)"),
+        (["--seeds", "0"], "--seeds 0 is below 1"),
+        (["--num-samples", "0"], "--num-samples 0"),
+    ],
+)
+def test_what_would_fail_every_cell_is_refused_at_once(folder, tmp_path, capsys, words, why):
+    assert run(folder, tmp_path / "out", *words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cell_that_fails_says_why(folder):

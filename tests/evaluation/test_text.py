@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_llava, tiny_processor
 
-from qvlm_hf.evaluation import evaluate_text, format_text, read_text
+from qvlm_hf.evaluation import check_text, evaluate_text, format_text, read_text
 
 WORDS = "what red the blue square is circle green "
 
@@ -75,6 +75,12 @@ def test_a_tokenizer_that_puts_nothing_in_front(model, tokenizer, tmp_path):
 
     windows = read_text(path, bare, model)
     assert torch.cat(windows).tolist() == bare(WORDS * 200)["input_ids"]
+
+
+def test_a_file_that_is_not_there_and_a_folder(tmp_path):
+    for path, why in ((tmp_path / "none.txt", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=rf"cannot be read \({why}.*\): name a file of UTF-8"):
+            check_text(path)
 
 
 @pytest.mark.parametrize(
