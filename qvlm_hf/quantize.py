@@ -216,9 +216,9 @@ def make_modules(calibration: Calibration) -> _Modules:
     Raises:
         ValueError: as `calibrate_and_pack`.
     """
+    kept = calibration.kept
     with calibration.timed("inputs"):
         _capture_segment_inputs(calibration)
-    kept = calibration.kept
     with calibration.timed("sensitivity"):
         choose = partial(choose_precisions, calibration)
         calibration.precisions, measured = kept.once("precisions", choose)

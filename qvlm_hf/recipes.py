@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
+from qvlm_hf.calibration.not_finite import naming_the_source
 from qvlm_hf.calibration.options import Options
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
 from qvlm_hf.calibration.progress import Steps
@@ -52,6 +53,7 @@ _QUICK: dict[str, Any] = {
     "precision_budget": None,
 }
 _VARIED = ("equalization", "written_text")
+_GROUPS = {"activation_granularity": "dynamic_group"}
 
 Recipe = dict[str, Any]
 
@@ -72,19 +74,20 @@ def calibrate_with_best_recipe(
     `resume_dir`, from `check_resume_dir`, keeps finished steps, and those of a calibration that was
     stopped are not repeated; ValueError if they are of another one.
     """
-    kept = SavedSteps()
+    everything, kept = [*samples, *held_out], SavedSteps()
     if resume_dir is not None:
         data = batches(by_picture(samples), processor, settings.batch_size)
-        kept = SavedSteps(resume_dir, made_from(model, settings, [*samples, *held_out], data))
+        kept = SavedSteps(resume_dir, made_from(model, settings, everything, data))
     given: dict[str, Any] = {"held_out": held_out, "callbacks": callbacks, "kept": kept}
-    if settings.recipe is None:
-        return calibrate_and_pack(model, settings, samples, processor, **given)
-    with experts_split(model):
-        compare = partial(_try_recipes, model, settings, samples, processor, **given)
-        trials = kept.once("recipes", compare)
-    settings = replace(settings, recipe=None, **trials[0].fields)
-    report = calibrate_and_pack(model, settings, samples, processor, **given)
-    return replace(report, recipes=trials)
+    with naming_the_source(model, everything, processor):
+        if settings.recipe is None:
+            return calibrate_and_pack(model, settings, samples, processor, **given)
+        with experts_split(model):
+            compare = partial(_try_recipes, model, settings, samples, processor, **given)
+            trials = kept.once("recipes", compare)
+        settings = replace(settings, recipe=None, **trials[0].fields)
+        report = calibrate_and_pack(model, settings, samples, processor, **given)
+        return replace(report, recipes=trials)
 
 
 @yield_to_others()
@@ -136,7 +139,11 @@ def _try_recipes(
 
     numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
     rotatable = settings.rotation != "auto" or not why_not_rotatable(model)
-    return compare_recipes(settings, measure_once, progress.steps, rotatable=rotatable)
+    # GPU kernels leave ranges per group to the reference, which is slow
+    groups = next(model.parameters()).device.type == "cpu"
+    return compare_recipes(
+        settings, measure_once, progress.steps, rotatable=rotatable, groups=groups
+    )
 
 
 def compare_recipes(
@@ -145,21 +152,26 @@ def compare_recipes(
     steps: Callable[[str, int], Steps],
     *,
     rotatable: bool,
+    groups: bool,
 ) -> tuple[RecipeTrial, ...]:
     """Measures rotation and ranges together, then the other fields one by one on the best of these.
+
+    Ranges per token and group come between the two, on the best so far.
 
     Args:
         settings: whose `recipe` is "auto"; a field that is not at its default is fixed.
         measure: tries a recipe, the values of the open fields.
         steps: makes a counter, from its name and total.
         rotatable: whether the model can be rotated.
+        groups: whether ranges per token and group are worth a trial.
 
     Returns:
         All trials, the best one first.
     """
     first = _first_recipes(settings, rotatable)
     others = [n for n in _VARIED if getattr(settings, n) == getattr(Options, n)]
-    counter = steps("recipes", len(first) + len(others))
+    groups &= settings.activation_granularity is None and settings.group_size != -1
+    counter = steps("recipes", len(first) + groups + len(others))
     trials: list[RecipeTrial] = []
 
     def take(recipe: Recipe) -> None:
@@ -168,6 +180,8 @@ def compare_recipes(
 
     for recipe in first:
         take(recipe)
+    if groups:
+        take(_best(trials).fields | _GROUPS)
     best = _best(trials)
     for name in others:
         take(best.fields | {name: not getattr(settings, name)})

@@ -214,7 +214,7 @@ def test_excluded_modules_stay_and_progress_reaches_the_end():
 def test_auto_takes_the_recipe_that_it_measured_best():
     options = {"activation_granularity": "channel", "max_block_depth": 1, "guard": False}
     model, report = calibrate(recipe="auto", **options)
-    assert [tried.fields["rotation"] for tried in report.recipes[:2]] != [None, None]
+    assert {tried.fields["rotation"] for tried in report.recipes} == {None, "hadamard"}
     best = report.recipes[0]
     assert best.answer_kl + best.text_kl == min(t.answer_kl + t.text_kl for t in report.recipes)
     fixed, expected = calibrate(**options | best.fields)

@@ -29,7 +29,7 @@ class Told:
         self.steps.append((name, done, total))
 
 
-def compare(settings, kls, rotatable=True):
+def compare(settings, kls, rotatable=True, groups=False):
     """The trials in the order in which they were made, and sorted; `kls` of a recipe's values."""
     made, told = [], Told()
 
@@ -39,7 +39,11 @@ def compare(settings, kls, rotatable=True):
         return made[-1]
 
     found = compare_recipes(
-        settings, measure, lambda name, total: Steps(name, [told], total), rotatable=rotatable
+        settings,
+        measure,
+        lambda name, total: Steps(name, [told], total),
+        rotatable=rotatable,
+        groups=groups,
     )
     assert told.steps == [("recipes", done, len(made)) for done in range(len(made) + 1)]
     assert found[0] is min(made, key=lambda tried: tried.answer_kl + tried.text_kl)
@@ -102,8 +106,26 @@ def test_noise_of_a_divergence_that_is_next_to_nothing_does_not_decide():
         lambda recipe: RecipeTrial(fields=recipe, answer_kl=kls(recipe)[0], text_kl=kls(recipe)[1]),
         lambda name, total: Steps(name, [], total),
         rotatable=True,
+        groups=False,
     )
     assert found[0].fields["rotation"] is None
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_ranges_per_group_are_tried_on_the_best_of_the_first(better):
+    def kls(recipe):
+        grouped = recipe["activation_granularity"] == "dynamic_group"
+        return 0.1 if recipe["rotation"] else 0.2, (0.1 if better else 0.3) if grouped else 0.2
+
+    made = [one.fields for one in compare(auto(written_text=True), kls, groups=True)]
+    granularity = "dynamic_group" if better else None
+    assert made[4:] == [
+        {"rotation": "hadamard", "activation_granularity": "dynamic_group"},
+        {"rotation": "hadamard", "activation_granularity": granularity, "equalization": False},
+    ]
+    for options in ({"group_size": -1}, {"activation_granularity": "channel"}):
+        made = compare(auto(**options), kls, groups=True)
+        assert not [one for one in made if one.fields["activation_granularity"] == "dynamic_group"]
 
 
 def test_a_trial_is_quick_and_compares_nothing_itself():

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-__all__ = ["SHAPES", "shape_config", "shape_model"]
+__all__ = ["SHAPES", "shape_config"]
 
 
 # Transformers' defaults are Vicuna-7B's sizes.
@@ -63,15 +62,3 @@ def shape_config(name: str) -> LlavaConfig:
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-
-
-def shape_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LlavaForConditionalGeneration:
-    """The model behind a name, on the meta device: modules and shapes, no memory.
-
-    Raises:
-        ValueError: no such name.
-    """
-    config = shape_config(name)
-    config.dtype = dtype
-    with torch.device("meta"):
-        return LlavaForConditionalGeneration._from_config(config)

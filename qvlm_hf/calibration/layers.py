@@ -24,6 +24,7 @@ from qvlm_hf.models.graph import Layer, Segment
 
 __all__ = [
     "LayerInput",
+    "NotFiniteError",
     "Reached",
     "capture_inputs",
     "count_tokens",
@@ -38,6 +39,18 @@ __all__ = [
     "valid_tokens",
     "working_precision",
 ]
+
+
+class NotFiniteError(ValueError):
+    """Values of a batch hold NaN or infinity.
+
+    Attributes:
+        origins: of its samples.
+    """
+
+    def __init__(self, message: str, origins: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.origins = origins
 
 
 class _LayerCall(NamedTuple):
@@ -72,11 +85,12 @@ class LayerInput:
     calls: Mapping[nn.Module, _LayerCall | None] = field(default_factory=dict)
 
     def require_finite(self, values: Tensor, what: str) -> None:
-        """Raises ValueError if values of this batch hold NaN or infinity."""
+        """Raises NotFiniteError if values of this batch hold NaN or infinity."""
         if not torch.isfinite(values).all():
-            raise ValueError(
+            raise NotFiniteError(
                 f"{what} holds NaN or infinity for the samples {', '.join(self.origins)}: "
-                f"check weights and data."
+                f"check weights and data.",
+                self.origins,
             )
 
 

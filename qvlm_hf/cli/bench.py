@@ -1,8 +1,8 @@
-"""`qvlm bench DIR`, `--shape NAME` or `--kernels`: speed here, beside full precision and peers."""
+"""`qvlm bench DIR`, `--shape NAME` or `--kernels`: speed here, beside full precision."""
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, NoReturn
@@ -13,7 +13,7 @@ from tqdm import tqdm
 from qvlm_hf.bench.kernels import measure_kernels
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.bench.shapes import SHAPES
-from qvlm_hf.cli.bench_models import bench_models
+from qvlm_hf.cli.bench_models import Peer, bench_models
 from qvlm_hf.cli.bench_tables import kernel_table
 from qvlm_hf.cli.record import (
     benchmark_entry,
@@ -42,7 +42,6 @@ _MODELS: dict[str, Any] = {
     "new_tokens": 32,
     "device": "cpu",
     "compile": False,
-    "peers": True,
     "record": False,
 }
 _KERNEL_ROUNDS, _MODEL_ROUNDS = 9, 5
@@ -80,8 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), help="where (default: cpu)")
     compiled = "decode with torch.compile and a static cache, every way"
     add("--compile", action="store_true", default=None, help=compiled)
-    peers = "leave out bitsandbytes, torchao, gptqmodel"
-    add("--no-peers", dest="peers", action="store_false", default=None, help=peers)
+    add("--no-peers", action="store_true", help=argparse.SUPPRESS)  # in cards of earlier versions
     record = "DIR: keep the result there: in its report and model card"
     add("--record", action="store_true", default=None, help=record)
     add = parser.add_argument_group("single layers (--kernels)").add_argument
@@ -92,8 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, nargs="+", metavar="M", help=tokens)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Runs the command."""
+def run(options: argparse.Namespace, peers: Sequence[Peer] = ()) -> int:
+    """Runs the command, with other packages if `peers` are given (tests/bench/peers.py)."""
     _check_usage(options)
     for name, value in (_KERNELS if options.kernels else _MODELS).items():
         if getattr(options, name) is None:
@@ -105,15 +103,14 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         check_result_file(options.json)
     folder = check_recordable(options.directory) if options.record else None
-    result = _bench_kernels(options) if options.kernels else bench_models(options)
+    result = _bench_kernels(options) if options.kernels else bench_models(options, peers)
     if options.json:
         write_result_file(options.json, result)
     if folder is not None:
         defaults = _MODELS | {"rounds": _MODEL_ROUNDS}
         given = {name: getattr(options, name) for name in _RECORDED}
         given = {name: value for name, value in given.items() if value != defaults[name]}
-        given |= {"no_peers": not options.peers, "record": True}
-        command = shown_command("bench", folder, against=options.against, **given)
+        command = shown_command("bench", folder, against=options.against, **given, record=True)
         record_measurement(folder, benchmark=benchmark_entry(result, command=command))
         print(f"recorded in {REPORT_NAME} and {CARD_NAME}")
     return 0

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from qvlm_hf.bench.machine import (
     measure_limits,
 )
 from qvlm_hf.bench.models import Contender, fits_together, measure_models
-from qvlm_hf.bench.peers import PEERS
 from qvlm_hf.bench.random_models import picture_tokens, random_model, random_prompt
 from qvlm_hf.cli.bench_tables import model_table
 from qvlm_hf.cli.models import load_model, read_config, silence
@@ -35,7 +35,7 @@ from qvlm_hf.hub.saved import SavedModel, empty_model
 from qvlm_hf.nn.footprint import footprint
 from qvlm_hf.nn.replace import dequantize_modules
 
-__all__ = ["bench_models"]
+__all__ = ["Peer", "bench_models"]
 
 _QUESTION = 32  # tokens of a short question
 _VERSIONS = ("qvlm_hf", "torch", "transformers", "bitsandbytes", "torchao", "gptqmodel", "triton")
@@ -47,6 +47,22 @@ class _Quantized:
     build: Callable[[], Any]
     activation_bits: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another package's way to quantize (tests/bench/peers.py)."""
+
+    name: str  # of the row
+    package: str  # to import
+    quantize: Callable[[Any], None]  # changes a model in place
+    compute: str  # type of its products
+    share: float  # bytes of its weights over those of bfloat16, roughly
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        return None if find_spec(self.package) else "not installed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +77,12 @@ class _Subject:
     quantized: Sequence[_Quantized]
 
 
-def bench_models(options: argparse.Namespace) -> dict[str, Any]:
+def bench_models(options: argparse.Namespace, peers: Sequence[Peer] = ()) -> dict[str, Any]:
     """Measures, prints and returns the result as JSON has it.
+
+    Args:
+        options: of `qvlm bench`.
+        peers: to measure too.
 
     Raises:
         ValueError: a value makes no sense, there is no such device, or the baseline failed.
@@ -106,9 +126,7 @@ def bench_models(options: argparse.Namespace) -> dict[str, Any]:
         device=device,
     )
     prompt(1, dtype=torch.bfloat16)  # a wrong length should not wait for the models
-    contenders = list(
-        _contenders(subject, prompt, device, static=options.compile, peers=options.peers)
-    )
+    contenders = list(_contenders(subject, prompt, device, static=options.compile, peers=peers))
     together = fits_together(contenders, available_bytes(device))
     print(
         f"{subject.title}; prompt tokens: {prompt_tokens}, pictures: {images}, "
@@ -227,7 +245,7 @@ def _contenders(
     device: torch.device,
     *,
     static: bool,
-    peers: bool,
+    peers: Sequence[Peer],
 ) -> Iterator[Contender]:
     """The baseline first."""
     size, bfloat16 = subject.bfloat16_bytes, torch.bfloat16
@@ -261,7 +279,7 @@ def _contenders(
         quantize(model)
         return model
 
-    for peer in PEERS if peers else ():
+    for peer in peers:
         yield contender(
             peer.name,
             partial(quantized_by, peer.quantize),

@@ -20,7 +20,7 @@ from qvlm_hf.cli.models import (
 )
 from qvlm_hf.cli.publish import describe
 from qvlm_hf.cli.story import story
-from qvlm_hf.hf.publishing import publish_folder
+from qvlm_hf.hf.publishing import publish_command, publish_folder
 from qvlm_hf.hf.saving import check_output, save_quantized
 from qvlm_hf.hub.publish import Target, check_target
 
@@ -83,8 +83,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
     _refuse_unused(options)
     config = make_config(options)
+    target = None
     if options.repo_id is not None:
-        check_target(HfApi(), Target(repo_id=options.repo_id, private=options.private or None))
+        target = Target(repo_id=options.repo_id, private=options.private or None)
+        target = check_target(HfApi(), target)
     state = None
     if options.resume:
         state = check_resume_dir(f"{output}.resume")
@@ -100,8 +102,13 @@ def run(options: argparse.Namespace) -> int:
         print(line)
     place = shlex.quote(options.output)
     print(f"{len(report.modules)} modules quantized to {options.scheme}; saved in {place}")
-    if options.repo_id is not None:
-        _push(options)
+    if target is not None:
+        try:
+            published = publish_folder(options.output, target.repo_id, private=target.private)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise OSError(f"{error} {publish_command(options.output, target)}") from error
+        for line in describe(published):
+            print(line)
     return 0
 
 
@@ -122,22 +129,3 @@ def _refuse_unused(options: argparse.Namespace) -> None:
             f"{', '.join(given)}: is of the search, which needs samples: give --dataset F too, or "
             f"leave it out."
         )
-
-
-def _push(options: argparse.Namespace) -> None:
-    """Publishes the saved result; what went wrong comes with the command that repeats it alone."""
-    try:
-        published = publish_folder(options.output, options.repo_id, private=options.private or None)
-    except (ValueError, OSError, RuntimeError) as error:
-        again = [
-            "qvlm",
-            "publish",
-            options.output,
-            options.repo_id,
-            *(["--private"] if options.private else []),
-        ]
-        raise OSError(
-            f"{error} The model is saved; this publishes it: {shlex.join(again)}"
-        ) from error
-    for line in describe(published):
-        print(line)

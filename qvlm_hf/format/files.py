@@ -7,6 +7,7 @@ that, Transformers ends in a KeyError or a page of tensor names.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = [
     "INDEX_NAME",
     "SINGLE_NAME",
     "TensorHeader",
+    "check_readable",
     "read_header",
     "read_index",
     "tensor_headers",
@@ -115,6 +117,17 @@ def read_header(file: str | Path) -> bytes:
     if not header or len(header) < size:
         raise ValueError(f"{file}: is no complete safetensors file: {_AGAIN}.")
     return header
+
+
+def check_readable(files: Iterable[str | Path]) -> None:
+    """Reads the headers of the safetensors files among `files`: Transformers names none of them.
+
+    Raises:
+        ValueError: as `tensor_headers`.
+    """
+    for file in map(Path, files):
+        if file.suffix == ".safetensors":
+            tensor_headers(file)
 
 
 def tensor_headers(file: str | Path) -> list[TensorHeader]:

@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from qvlm_hf.calibration.values import shown, to_plain
+from qvlm_hf.errors import first_line
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.hub.publish import check_repo_id
 from qvlm_hf.models.graph import canonical_name
 
 __all__ = [
@@ -53,7 +56,10 @@ def checked_publishing(push_to_hub: Any, hub_model_id: Any, hub_private: Any) ->
     if push_to_hub and hub_model_id is None:
         raise ValueError("push_to_hub=True must know where: pass hub_model_id='owner/name'.")
     if hub_model_id is not None:
-        check_repo_id(hub_model_id, field="hub_model_id")
+        try:
+            validate_repo_id(hub_model_id)
+        except HFValidationError as error:
+            raise ValueError(f"hub_model_id={hub_model_id!r}: {first_line(error)}.") from error
     return {"push_to_hub": push_to_hub, "hub_model_id": hub_model_id, "hub_private": hub_private}
 
 

@@ -31,7 +31,7 @@ from qvlm_hf.hub.publish import Published, Target, check_target, fetch_card, upl
 from qvlm_hf.hub.saved import REPORT_NAME, SavedModel, read_report
 from qvlm_hf.nn.replace import quantized_modules
 
-__all__ = ["check_push", "publish", "publish_folder", "push_result"]
+__all__ = ["check_push", "publish", "publish_command", "publish_folder", "push_result"]
 
 
 def publish(
@@ -82,11 +82,11 @@ def publish(
             "AutoProcessor.from_pretrained(model_id)."
         )
     probe_inputs(processor)  # one that makes none should not wait for the saving
-    api = _api(api, token)
     target = Target(
         repo_id=repo_id, private=private, revision=revision, create_pr=create_pr,
-        message=commit_message, base_model=base_model, license=license,
+        commit_message=commit_message, base_model=base_model, license=license,
     )  # fmt: skip
+    api = _api(api, token)
     return _publish(api, model, processor, check_target(api, target))
 
 
@@ -94,28 +94,18 @@ def publish_folder(
     folder: str | Path,
     repo_id: str,
     *,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
     token: str | None = None,
-    commit_message: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
     api: HfApi | None = None,
+    **options: Any,
 ) -> Published:
     """Publishes a directory that `save_quantized` or `qvlm quantize` wrote, with a new card.
 
     Args:
         folder: with config.json, weights and processor; other files stay behind.
-        repo_id: as in `publish`, and so on.
-        private: as there.
-        revision: as there.
-        create_pr: as there.
+        repo_id: as in `publish`.
         token: as there.
-        commit_message: as there.
-        base_model: as there.
-        license: as there.
         api: as there.
+        **options: the others of `publish`.
 
     Returns:
         Repository, commit and files.
@@ -124,19 +114,13 @@ def publish_folder(
         ValueError: the directory holds no complete quantized model, or as `publish`.
         OSError: as `publish`.
     """
-    folder = Path(folder)
-    saved = SavedModel(folder)
+    target, saved, api = Target(repo_id=repo_id, **options), SavedModel(folder), _api(api, token)
     _ = saved.quantization
-    api = _api(api, token)
-    target = Target(
-        repo_id=repo_id, private=private, revision=revision, create_pr=create_pr,
-        message=commit_message, base_model=base_model, license=license,
-    )  # fmt: skip
     target = check_target(api, target)
-    choose_files(folder, ())
+    choose_files(saved.folder, ())
     _ = saved.report
-    _check_loads(folder)
-    return _send(api, folder, target)
+    _check_loads(saved.folder)
+    return _send(api, saved.folder, target)
 
 
 def check_push(config: QVLMConfig) -> Target:
@@ -184,8 +168,7 @@ def _publish(api: HfApi, model: Any, processor: Any, target: Target) -> Publishe
         published = _send(api, folder, target)
     except BaseException as error:  # an interruption too
         if folder.is_dir():
-            command = _command(folder, target)
-            error.add_note(f"The model is saved; this publishes it: {command}")
+            error.add_note(publish_command(folder, target))
         else:
             shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -207,51 +190,29 @@ def _send(api: HfApi, folder: Path, target: Target) -> Published:
     return upload(api, folder, target, choose_files(folder, card))
 
 
-def _command(folder: Path, target: Target) -> str:
+def publish_command(folder: str | Path, target: Target) -> str:
     """What publishes a saved directory as it was asked for."""
     words = ["qvlm", "publish", str(folder), target.repo_id]
-    for name in ("private", "create_pr", "revision", "message", "base_model", "license"):
-        value, option = getattr(target, name), f"--{name.replace('_', '-')}"
+    options = ("private", "create_pr", "revision", "commit_message", "base_model", "license")
+    for name in options:
+        value = getattr(target, name)
+        option = f"--{name.removeprefix('commit_').replace('_', '-')}"
         words += [] if value in (None, False) else [option] if value is True else [option, value]
-    return shlex.join(words)
+    return f"The model is saved; this publishes it: {shlex.join(words)}"
 
 
 def _scratch() -> Path:
-    """A new directory beside the Hub's own cache, which has room for models.
-
-    Raises:
-        OSError: it cannot be made.
-    """
-    try:
-        root = cached_assets_path("qvlm_hf", "publish")
-        return Path(tempfile.mkdtemp(prefix="publish-", dir=root))
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"publish saves below HF_HOME/assets, where nothing can be written ({error}): set "
-            f"HF_HOME to a directory that can be."
-        ) from error
+    """A new directory beside the Hub's own cache, which has room for models."""
+    return Path(tempfile.mkdtemp(prefix="publish-", dir=cached_assets_path("qvlm_hf", "publish")))
 
 
 def _api(api: HfApi | None, token: str | None) -> HfApi:
-    """To ask with. A token from a file often has a line break behind it, which HTTP would refuse.
-
-    Raises:
-        ValueError: there are two tokens, or an empty one.
-    """
-    if api is None:
-        if token is not None and not token.strip():
-            raise ValueError(
-                "token= is empty: leave it out to use the one of `hf auth login` or HF_TOKEN."
-            )
-        return HfApi(token=None if token is None else token.strip())
-    if token is not None:
+    """To ask with. A token from a file often ends in a line break, which HTTP would refuse."""
+    if api is not None and token is not None:
         raise ValueError("publish takes token= or api=, not both: an HfApi has its own token.")
-    if isinstance(api.token, str) and api.token != api.token.strip():
-        raise ValueError(
-            "the token of api= has spaces or line breaks around it: make the HfApi with "
-            "token.strip()."
-        )
-    return api
+    if token is not None and not token.strip():  # a variable that was not set
+        raise ValueError("token= is empty: leave it out to use the one of `hf auth login`.")
+    return api or HfApi(token=token and token.strip())
 
 
 def _report(model: Any) -> CalibrationReport | None:
@@ -280,9 +241,8 @@ def _difference(folder: Path, model: Any, processor: Any) -> str | None:
     """
     inputs = probe_inputs(processor)
     again = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
-    if inputs.keys() != again.keys() or not all(
-        torch.equal(inputs[name], again[name]) for name in inputs
-    ):
+    same = inputs.keys() == again.keys()
+    if not same or not all(torch.equal(inputs[name], again[name]) for name in inputs):
         return (
             "the saved processor does not turn a picture and a question into the same inputs as "
             "the one in memory"
@@ -309,22 +269,19 @@ def _check_loads(folder: Path) -> None:
     """Loads a saved model with every check of a checkpoint and asks it once.
 
     Raises:
-        ValueError: its processor is missing or cannot be read, its answer holds NaN or infinity, or
-            as loading does.
+        ValueError: its processor does not load, its answer holds NaN or infinity, or as loading.
     """
     try:
         inputs = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        reason = first_line(error)
         raise ValueError(
-            f"{folder}: holds no processor that loads ({reason}): save the model's processor there "
-            f"too."
+            f"{folder}: holds no processor that loads ({first_line(error)}): save the model's "
+            f"processor there too."
         ) from error
     model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
     if not bool(_logits(model, inputs).isfinite().all()):
         raise ValueError(
-            f"{folder}: the model answers with NaN or infinity: quantize it again, in bfloat16 if "
-            f"it was float16."
+            f"{folder}: the model answers with NaN or infinity: quantize it again, in bfloat16."
         )
 
 

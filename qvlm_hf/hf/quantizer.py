@@ -24,7 +24,7 @@ from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import by_structure
 from qvlm_hf.calibration.samples import Sample
-from qvlm_hf.format.files import INDEX_NAME, weight_files
+from qvlm_hf.format.files import INDEX_NAME, check_readable, weight_files
 from qvlm_hf.hf.calibrate import calibrate, read_samples
 from qvlm_hf.hf.checkpoint import (
     check_complete,
@@ -228,6 +228,8 @@ class QVLMHfQuantizer(HfQuantizer):
             if config.dataset is not None or not by_structure(model, settings):
                 resolve_segments(model, settings)
             self.check_processor(model)
+        if not self.pre_quantized:  # what the user can mend at once comes before
+            check_readable(self._files)
 
     def check_processor(self, model: PreTrainedModel) -> None:
         """Checks that the processor, saved with the result even without data, serves the model."""

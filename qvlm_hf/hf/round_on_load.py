@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # transformers' modeling code takes a second to import
 
 __all__ = [
     "RoundOnLoad",
-    "planned_modules",
     "planned_report",
     "rounding_skeleton",
 ]
@@ -104,11 +103,6 @@ class RoundOnLoad(ConversionOps):
         except ValueError as error:
             self.errors.append(f"{name}: {error}")
             return rounded_tensors(torch.zeros_like(weight), scheme)
-
-
-def planned_modules(model: nn.Module, settings: CalibrationSettings) -> dict[str, QuantScheme]:
-    """Canonical module name -> its scheme without a search; errors as of `resolve_segments`."""
-    return rounding_schemes(model, resolve_segments(model, settings), settings)
 
 
 def planned_report(model: nn.Module, settings: CalibrationSettings) -> CalibrationReport:

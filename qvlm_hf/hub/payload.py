@@ -12,7 +12,7 @@ from qvlm_hf.errors import TOKEN
 from qvlm_hf.format.files import INDEX_NAME, SINGLE_NAME, read_header, weight_files
 from qvlm_hf.hub.file_list import FILE_LIST
 
-__all__ = ["FILES", "STALE", "Payload", "check_secrets", "check_text", "choose_files"]
+__all__ = ["FILES", "STALE", "Payload", "check_secrets", "choose_files"]
 
 # Besides weights and card: what Transformers writes for a model and its processor, and our report.
 FILES = (
@@ -49,7 +49,7 @@ def choose_files(folder: Path, card: Iterable[str]) -> Payload:
     """Chooses what goes up: `card` names the card and its pictures.
 
     Raises:
-        ValueError: config.json or weights are missing or ambiguous, or a file is a link that leaves
+        ValueError: weights are missing or ambiguous, or a file is a link that leaves
             the directory.
     """
     if (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
@@ -60,8 +60,6 @@ def choose_files(folder: Path, card: Iterable[str]) -> Payload:
     weights = [file.name for file in weight_files(folder)]
     paths = [path for pattern in (*FILES, INDEX_NAME) for path in folder.glob(pattern)]
     found = {path.relative_to(folder).as_posix() for path in paths if path.is_file()}
-    if "config.json" not in found:
-        raise ValueError(f"{folder}: holds no config.json: name the directory of a saved model.")
     files = tuple(sorted(found.union(card, weights)))
     for name in files:
         if not (folder / name).resolve().is_relative_to(folder.resolve()):
@@ -82,11 +80,15 @@ def check_secrets(folder: Path, files: Iterable[str], token: str | None) -> None
     for name in files:
         path = folder / name
         content = read_header(path) if path.suffix == ".safetensors" else path.read_bytes()
-        check_text(name, content.decode("utf-8", errors="ignore"), token)
+        check_secret(name, content.decode("utf-8", errors="ignore"), token)
 
 
-def check_text(name: str, text: str, token: str | None) -> None:
-    """Looks for Hub tokens in a text, as `check_secrets` does in files."""
+def check_secret(name: str, text: str, token: str | None) -> None:
+    """Looks for Hub tokens in a text that goes up.
+
+    Raises:
+        ValueError: it holds one, or `token`. The message does not show it.
+    """
     if TOKEN.search(text) or (token and token in text):
         raise ValueError(
             f"{name}: holds a Hub token (hf_...): nothing was sent; remove it, and revoke it if "

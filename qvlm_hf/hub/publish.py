@@ -6,37 +6,19 @@ so an upload that was cut short changes nothing that a reader sees; repeating it
 """
 
 import glob
-import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
-from huggingface_hub.errors import (
-    HFValidationError,
-    HTTPError,
-    NotASafetensorsRepoError,
-    RepositoryNotFoundError,
-    SafetensorsParsingError,
-)
-from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from yaml import YAMLError
 
-from qvlm_hf.errors import first_line
-from qvlm_hf.format.files import read_header
 from qvlm_hf.hub.errors import explained
-from qvlm_hf.hub.payload import STALE, Payload, check_secrets, check_text
+from qvlm_hf.hub.payload import STALE, Payload, check_secret, check_secrets
 from qvlm_hf.hub.saved import SavedModel
 
-__all__ = ["Published", "Target", "check_repo_id", "check_target", "fetch_card", "upload", "verify"]
-
-# What git refuses (git-check-ref-format), and what git or the Hub would take for a commit or for a
-# reference that is no branch.
-_NO_BRANCH = re.compile(
-    r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[-/]|(?:^|/)\.|\.lock(?:/|$)|[./]$|^$"
-    r"|^(?:@|HEAD|refs(?:/.*)?|[0-9a-fA-F]{40})$"
-)
-_PULL_REQUEST = re.compile(r"refs/pr/[1-9][0-9]*")
+__all__ = ["Published", "Target", "check_target", "fetch_card", "upload", "verify"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +30,7 @@ class Target:
         private: for a repository that is made; None is the owner's default.
         revision: branch, made where it is missing, or "refs/pr/N"; None is main.
         create_pr: open a pull request instead of writing to main.
-        message: of the commit; None names the scheme.
+        commit_message: None names the scheme.
         base_model: Hub id of the full-precision model; None takes what quantizing recorded.
         license: identifier of a licence; None copies that of the base model.
         user: whose token it is; `check_target` finds it.
@@ -58,7 +40,7 @@ class Target:
     private: bool | None = None
     revision: str | None = None
     create_pr: bool = False
-    message: str | None = None
+    commit_message: str | None = None
     base_model: str | None = None
     license: str | None = None
     user: str = ""
@@ -87,62 +69,61 @@ class Published:
     folder: Path | None
 
 
-def check_repo_id(repo_id: object, *, field: str = "repo_id") -> None:
-    """Checks the form of a repository's name.
-
-    Raises:
-        ValueError: it is no "name" or "owner/name" that the Hub would accept.
-    """
-    try:
-        validate_repo_id(repo_id if isinstance(repo_id, str) else "")
-    except HFValidationError as error:
-        raise ValueError(
-            f"{field}={repo_id!r} must be 'owner/name' of letters, digits, '-', '_' and '.' "
-            f"({first_line(error)})."
-        ) from error
-
-
 def check_target(api: HfApi, target: Target) -> Target:
     """Asks the Hub whether the token may publish there. Creates nothing.
 
-    What it cannot foresee: whether a fine-grained token may create repositories.
+    What it cannot foresee: whether a fine-grained token may create repositories, and whether the
+    Hub takes the name of a branch.
 
     Returns:
         The target, with user and owner.
 
     Raises:
-        ValueError: a field breaks a rule, or the repository is public and should be private or the
-            reverse.
+        ValueError: a name or licence is none that the Hub takes, the message holds a token, or the
+            repository is public and should be private or the reverse.
         OSError: as `explained`.
     """
-    repo_id, revision = target.repo_id, target.revision
-    check_repo_id(repo_id)
-    check_text("commit_message", target.message or "", _token(api))
+    repo_id, create_pr = target.repo_id, target.create_pr
+    validate_repo_id(repo_id)
     if target.base_model is not None:
-        check_repo_id(target.base_model, field="base_model")
-    if revision is not None and target.create_pr:
+        validate_repo_id(target.base_model)
+    if target.revision is not None and create_pr:
         raise ValueError(
-            f"create_pr=True opens a pull request against main: leave out revision={revision!r}."
+            f"create_pr=True opens a pull request against main: leave out "
+            f"revision={target.revision!r}."
         )
-    is_known = revision is None or _PULL_REQUEST.fullmatch(revision)
-    if not is_known and _NO_BRANCH.search(str(revision)):
-        raise ValueError(
-            f"revision={revision!r} is no branch name: take letters, digits, '-', '_', '.' and "
-            f"'/', as in 'dev', or 'refs/pr/N'."
-        )
+    check_secret("commit_message", target.commit_message or "", _token(api))
     with explained(repo_id):
         account = api.whoami()
+        user = account["name"]
+        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
         if target.license not in (None, "other"):  # which needs a name and a link besides
-            _ask_validator(api, ModelCardData(license=target.license))
+            ModelCard(f"---\nlicense: {target.license}\n---\n").validate()
+        try:
+            there = api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            if create_pr:
+                raise
+            there = None
+        if there is not None and not create_pr and not (target.revision or "").startswith("refs/"):
+            api.auth_check(repo_id, write=True)
     if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PermissionError(
             f"{repo_id}: the token may only read: make one with write permission at "
             f"huggingface.co/settings/tokens."
         )
-    full = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
-    target = replace(target, repo_id=full, user=account["name"])
-    _check_repository(api, target, [org["name"] for org in account.get("orgs", [])])
-    return target
+    owners = [user, *(organization["name"] for organization in account.get("orgs", []))]
+    if there is None and (owner := repo_id.split("/")[0]) not in owners:
+        raise PermissionError(
+            f"{repo_id}: the token's user may not make repositories for {owner!r}: name one of "
+            f"{', '.join(owners)}."
+        )
+    if there is not None and target.private not in (None, there.private):
+        raise ValueError(
+            f"{repo_id}: is {'private' if there.private else 'public'} on the Hub already, and "
+            f"private={target.private} was asked for: change it in its settings, or leave it out."
+        )
+    return replace(target, repo_id=repo_id, user=user)
 
 
 def upload(api: HfApi, folder: Path, target: Target, payload: Payload) -> Published:
@@ -153,7 +134,7 @@ def upload(api: HfApi, folder: Path, target: Target, payload: Payload) -> Publis
         OSError: as `explained`, or the Hub holds something else than was sent.
     """
     check_secrets(folder, payload.files, _token(api))
-    scheme = SavedModel(folder).quantization["scheme"]
+    title = f"Upload a model that qvlm_hf quantized to {SavedModel(folder).quantization['scheme']}"
     with explained(target.repo_id):
         if not target.create_pr:
             api.create_repo(target.repo_id, private=target.private, exist_ok=True)
@@ -164,7 +145,7 @@ def upload(api: HfApi, folder: Path, target: Target, payload: Payload) -> Publis
             folder_path=folder,
             revision=target.revision,
             create_pr=target.create_pr,
-            commit_message=target.message or f"Upload a model that qvlm_hf quantized to {scheme}",
+            commit_message=target.commit_message or title,
             allow_patterns=[glob.escape(name) for name in payload.files],
             delete_patterns=list(STALE),
         )
@@ -181,43 +162,21 @@ def upload(api: HfApi, folder: Path, target: Target, payload: Payload) -> Publis
 
 
 def verify(api: HfApi, folder: Path, payload: Payload, *, repo_id: str, revision: str) -> None:
-    """Compares a commit with the directory it was made from: names, hashes, headers of weights.
-
-    Only the headers are downloaded, which shows that what the Hub hands out is what it tells.
+    """Compares names and hashes of a commit with the directory that it was made from.
 
     Raises:
         OSError: the Hub holds something else.
     """
-
-    def differs(what: str) -> OSError:
-        return OSError(
-            f"{repo_id}: the Hub does not hold what was sent ({what}): repeat the command; if it "
-            f"stays, delete that file there first."
-        )
-
+    found = api.verify_repo_checksums(repo_id, revision=revision, local_dir=folder)
+    wrong = {*found.extra_paths, *(one["path"] for one in found.mismatches)} & set(payload.files)
     there = api.list_repo_files(repo_id, revision=revision)
-    if missing := sorted(set(payload.files) - set(there)):
-        raise differs(missing[0])
-    hashes = api.verify_repo_checksums(repo_id, revision=revision, local_dir=folder)
-    if wrong := {found["path"] for found in hashes.mismatches} & set(payload.files):
-        raise differs(f"the hash of {min(wrong)}")
     weights = {name for name in there if name.endswith((".safetensors", ".bin"))}
-    if stale := weights - set(payload.weights):
-        raise differs(f"{min(stale)} is left over")
-    try:
-        headers = api.get_safetensors_metadata(repo_id, revision=revision).files_metadata
-    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise differs(first_line(error)) from error
-    for name in payload.weights:
-        tensors = headers[name].tensors if name in headers else {}
-        found = {
-            key: {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": list(t.data_offsets)}
-            for key, t in tensors.items()
-        }
-        expected = json.loads(read_header(folder / name))
-        expected.pop("__metadata__", None)
-        if found != expected:
-            raise differs(f"the header of {name}")
+    wrong |= weights - set(payload.weights)  # these would be loaded instead
+    if wrong:
+        raise OSError(
+            f"{repo_id}: the Hub does not hold what was sent ({min(wrong)} is missing, another or "
+            f"left over): repeat the command; if it stays, delete that file there first."
+        )
 
 
 def fetch_card(api: HfApi, model_id: str | None) -> ModelCardData | None:
@@ -235,41 +194,6 @@ def fetch_card(api: HfApi, model_id: str | None) -> ModelCardData | None:
     except (HTTPError, OSError, YAMLError, ValueError):  # HTTPError alone is the network's
         return None
     return data if isinstance(data, ModelCardData) else None
-
-
-def _ask_validator(api: HfApi, data: ModelCardData) -> None:
-    """Has the Hub check front matter, as it does again when a README.md arrives."""
-    body = {"repoType": "model", "content": f"---\n{data.to_yaml()}\n---\n"}
-    hf_raise_for_status(get_session().post(f"{api.endpoint}/api/validate-yaml", json=body))
-
-
-def _check_repository(api: HfApi, target: Target, organizations: list[str]) -> None:
-    """One that is there must be writable; another must be one that the user may make."""
-    repo_id, owners = target.repo_id, [target.user, *organizations]
-    with explained(repo_id):
-        try:
-            there = api.model_info(repo_id)
-        except RepositoryNotFoundError:
-            there = None
-    if there is None:
-        if target.create_pr:
-            raise FileNotFoundError(
-                f"{repo_id}: there is no such repository to open a pull request in: check its name."
-            )
-        if (owner := repo_id.split("/")[0]) not in owners:
-            raise PermissionError(
-                f"{repo_id}: the token's user may not make repositories for {owner!r}: name one "
-                f"of {', '.join(owners)}."
-            )
-        return
-    if target.private is not None and there.private != target.private:
-        raise ValueError(
-            f"{repo_id}: is {'private' if there.private else 'public'} on the Hub already, and "
-            f"private={target.private} was asked for: change it in its settings, or leave it out."
-        )
-    if not target.create_pr and not (target.revision or "").startswith("refs/pr/"):
-        with explained(repo_id):
-            api.auth_check(repo_id, write=True)
 
 
 def _token(api: HfApi) -> str | None:

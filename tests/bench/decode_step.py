@@ -23,10 +23,11 @@ from transformers import DynamicCache
 from qvlm_hf import QVLMConfig
 from qvlm_hf.bench.generation import cache_argument
 from qvlm_hf.bench.random_models import random_model
-from qvlm_hf.bench.shapes import shape_config, shape_model
+from qvlm_hf.bench.shapes import shape_config
 from qvlm_hf.bench.turns import summarize, take_turns
-from qvlm_hf.hf.round_on_load import planned_modules
+from qvlm_hf.hf.round_on_load import planned_report
 from qvlm_hf.hf.runtime import fusion, growing_cache
+from qvlm_hf.hub.saved import empty_model
 
 SHAPE = "demo-1b"
 
@@ -34,7 +35,7 @@ SHAPE = "demo-1b"
 def models() -> dict[str, Any]:
     cpu = torch.device("cpu")
     settings = QVLMConfig(scheme="W4A8", lm_head_bits=8).settings()
-    planned = planned_modules(shape_model(SHAPE), settings)
+    planned = planned_report(empty_model(shape_config(SHAPE)), settings).modules
     quantized = random_model(shape_config(SHAPE), dtype=torch.bfloat16, device=cpu, modules=planned)
     full = random_model(shape_config(SHAPE), dtype=torch.bfloat16, device=cpu)
     return {"bfloat16": full, "kernels": quantized, "norms": quantized, "all": quantized}

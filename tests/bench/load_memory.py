@@ -28,8 +28,9 @@ import qvlm_hf
 from qvlm_hf.bench.machine import device_name, proc_bytes
 from qvlm_hf.bench.memory import stored_bytes
 from qvlm_hf.bench.random_models import random_tensors, skeleton
-from qvlm_hf.bench.shapes import shape_config, shape_model
-from qvlm_hf.hf.round_on_load import planned_modules
+from qvlm_hf.bench.shapes import shape_config
+from qvlm_hf.hf.round_on_load import planned_report
+from qvlm_hf.hub.saved import empty_model
 from qvlm_hf.nn.replace import quantized_modules
 
 _SHARD = 10**9
@@ -42,7 +43,7 @@ def write(folder: Path, shape: str, scheme: str) -> int:
     """Writes the checkpoint; returns the bytes of its tensors."""
     config = shape_config(shape)
     quantization = qvlm_hf.QVLMConfig(scheme=scheme)
-    modules = planned_modules(shape_model(shape), quantization.settings())
+    modules = planned_report(empty_model(shape_config(shape)), quantization.settings()).modules
     model = skeleton(config, dtype=torch.bfloat16, modules=modules)
     quantization.modules = modules
     config.dtype, config.architectures = torch.bfloat16, [type(model).__name__]

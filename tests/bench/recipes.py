@@ -36,6 +36,7 @@ GROUPS: dict[str, Any] = {"activation_granularity": "dynamic_group"}
 STATIC: dict[str, Any] = {"rotation": None}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain rounding": {**DYNAMIC, "dataset": None, "rotation": None},
+    "plain rounding, groups": {**GROUPS, "dataset": None, "rotation": None},
     "defaults": {},
     "defaults, whole Hessian": {},
     "auto": {"recipe": "auto"},
@@ -156,7 +157,7 @@ def main() -> None:
         for seed in range(options.seeds)
         for scheme in options.schemes
         for variant in options.variants
-        if variant != "plain rounding" or not seed
+        if not variant.startswith("plain rounding") or not seed
     ]
     missing = [row for row in wanted if key(row) not in set(map(key, rows))]
     harness = Harness(options) if missing else None

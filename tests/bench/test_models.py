@@ -1,10 +1,12 @@
 """Whole models: phases, turns, ratios and limits are what they say, whatever the figures."""
 
+import argparse
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from bench.peers import PEERS, _gptq_tensors
 from tiny_models import IMAGE_TOKENS, save_tiny, tiny_llava
 from transformers import DynamicCache, StaticCache
 
@@ -12,13 +14,12 @@ from qvlm_hf.bench.generation import generate
 from qvlm_hf.bench.machine import Clock, Limits, measure_limits
 from qvlm_hf.bench.memory import decoder_bytes, peak_bytes, stored_bytes
 from qvlm_hf.bench.models import Contender, fits_together, measure_models, phase
-from qvlm_hf.bench.peers import PEERS, _gptq_tensors
 from qvlm_hf.bench.random_models import random_model, random_prompt
 from qvlm_hf.bench.turns import Timing, one_line, summarize, take_turns
-from qvlm_hf.cli import main
+from qvlm_hf.cli import bench, main
 from qvlm_hf.cli.bench_models import _caches, _contenders, _saved
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.round_on_load import planned_modules
+from qvlm_hf.hf.round_on_load import planned_report
 from qvlm_hf.nn.replace import quantized_modules
 
 CPU = torch.device("cpu")
@@ -260,7 +261,7 @@ def test_limits_are_measured():
 @pytest.mark.parametrize("scheme", ["W4A4", "W3A8", "W4A16"])
 def test_random_models_have_the_shapes_of_real_ones_and_finite_answers(scheme):
     model = tiny_llava()
-    modules = planned_modules(model, QVLMConfig(scheme=scheme, group_size=32).settings())
+    modules = planned_report(model, QVLMConfig(scheme=scheme, group_size=32).settings()).modules
     made = random_model(model.config, dtype=torch.bfloat16, device=CPU, modules=modules)
     assert {name for name, _ in quantized_modules(made)} == set(modules)
     assert made.dtype == torch.bfloat16
@@ -367,7 +368,7 @@ def test_every_contender_is_compiled_with_its_own_options(monkeypatch):
 def test_only_models_quantized_by_this_package_round_as_eager(saved):
     options = SimpleNamespace(directory=f"{saved}/w4a8", against=f"{saved}/model")
     subject = _saved(options, CPU)
-    contenders = list(_contenders(subject, random_prompt, CPU, static=True, peers=True))
+    contenders = list(_contenders(subject, random_prompt, CPU, static=True, peers=PEERS))
     compiled = {one.name: dict(one.compile_options) for one in contenders if one.compile_options}
     assert compiled == {"qvlm_hf W4A8": {"emulate_precision_casts": True}}
     assert len(contenders) >= 2 + len(PEERS)
@@ -401,7 +402,7 @@ def saved(tmp_path_factory):
 
 
 def test_the_command_times_a_saved_model(saved, capsys):
-    options = f"--against {saved}/model --batch 1 2 --new-tokens 3 --rounds 2 --no-peers"
+    options = f"--against {saved}/model --batch 1 2 --new-tokens 3 --rounds 2"
     assert main(f"bench {saved}/w4a8 {options} --json {saved}/rows.json".split()) == 0
     printed = capsys.readouterr().out
     assert "w4a8 against model; prompt tokens: 48, pictures: 1, new tokens: 3" in printed
@@ -418,8 +419,11 @@ def test_the_command_times_a_saved_model(saved, capsys):
 
 
 def test_peers_that_are_not_installed_say_so(saved, capsys, monkeypatch):
-    monkeypatch.setattr("qvlm_hf.bench.peers.find_spec", lambda name: None)
-    assert main(["bench", f"{saved}/w4a8", "--new-tokens", "2", "--rounds", "2"]) == 0
+    monkeypatch.setattr("qvlm_hf.cli.bench_models.find_spec", lambda name: None)
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    words = [f"{saved}/w4a8", "--new-tokens", "2", "--rounds", "2", "--no-peers"]
+    assert bench.run(parser.parse_args(words), PEERS) == 0
     printed = capsys.readouterr().out
     assert "against its own weights, dequantized" in printed
     assert printed.count("not installed") == len(PEERS)
@@ -432,7 +436,6 @@ def test_peers_that_are_not_installed_say_so(saved, capsys, monkeypatch):
         ("x --kernels", "exactly one of"),
         ("--shape demo-1b --kernels", "exactly one of"),
         ("--kernels --batch 2", "--batch belongs to DIR and --shape"),
-        ("--kernels --no-peers", "--no-peers belongs to DIR and --shape"),
         ("x --tokens 3", "--tokens belongs to --kernels"),
         ("x --scheme W4A4", "--scheme belongs to --shape"),
         ("--shape demo-1b --against y", "--against belongs to DIR"),

@@ -46,7 +46,7 @@ MODULES = (
     "qvlm_hf.hf.config",
     "qvlm_hf.cli.wording",
     "qvlm_hf.cli.inspect",
-    "qvlm_hf.hub.contents",
+    "qvlm_hf.hub.saved",
 )
 LINE = "qvlm: interrupted\n"
 WRONG = "qvlm: error: {}: holds no config.json: name the directory of a saved model.\n"

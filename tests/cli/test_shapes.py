@@ -96,7 +96,7 @@ def test_bench_a_configuration(family, tmp_path, capsys, monkeypatch):
         tiny_config(family) if family == "hunyuan_vl" else tiny_family(family, "idefics3").config
     )
     config.save_pretrained(tmp_path)
-    words = ["bench", "--shape", str(tmp_path), "--scheme", "W4A8", "--no-peers"]
+    words = ["bench", "--shape", str(tmp_path), "--scheme", "W4A8"]
     words += ["--rounds", "2", "--new-tokens", "2", "--json", str(tmp_path / "rows.json")]
     assert main(words) == 0
     result = json.loads((tmp_path / "rows.json").read_text())

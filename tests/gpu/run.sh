@@ -42,14 +42,16 @@ layer() { # out_features, in_features, minutes
     python3 tests/gpu/bench_kernels.py --out-features "$1" --in-features "$2" --minutes "$3" --output "$out/kernels_${device}_$1.json"
 }
 kernels() { layer 4096 4096 2.3 && layer 13824 5120 1.2; } # the second finds most kernels compiled
-bench() { # shape, name of the result, options
-    python3 -m qvlm_hf bench --device cuda --shape "$1" --lm-head-bits 8 --prompt-tokens 608 --rounds 3 --json "$out/bench_${device}_$1$2.json" "${@:3}"
+bench() { # shape, name of the result, options; PEERS=1 times other packages too
+    local program=(-m qvlm_hf bench)
+    [ -z "${PEERS:-}" ] || program=(tests/bench/peers.py)
+    python3 "${program[@]}" --device cuda --shape "$1" --lm-head-bits 8 --prompt-tokens 608 --rounds 3 --json "$out/bench_${device}_$1$2.json" "${@:3}"
 }
-models_7b() { bench llava-1.5-7b "" --scheme W4A8 W8A8 W4A4 --new-tokens 32; }
-models_13b() { bench llava-1.5-13b "" --scheme W4A8 W8A8 --new-tokens 32 --no-peers; }
+models_7b() { PEERS=1 bench llava-1.5-7b "" --scheme W4A8 W8A8 W4A4 --new-tokens 32; }
+models_13b() { bench llava-1.5-13b "" --scheme W4A8 W8A8 --new-tokens 32; }
 # Two ways: compiling a model takes a minute.
-graphs_7b() { bench llava-1.5-7b _graphs --scheme W4A8 --new-tokens 128 --no-peers --compile; }
-graphs_13b() { bench llava-1.5-13b _graphs --scheme W4A8 --new-tokens 128 --no-peers --compile; }
+graphs_7b() { bench llava-1.5-7b _graphs --scheme W4A8 --new-tokens 128 --compile; }
+graphs_13b() { bench llava-1.5-13b _graphs --scheme W4A8 --new-tokens 128 --compile; }
 calibration() { # layers are calibrated one after the other: a quarter of them tells the time of all
     python3 tests/gpu/calibrate_shape.py --shape llava-1.5-7b --scheme W4A4 --layers 8 --json "$out/calibration_${device}_7b_8layers.json"
 }

@@ -61,7 +61,7 @@ def test_json_round_trip_holds_settings_and_results_only() -> None:
     config = QVLMConfig.paper(
         dataset=[1], processor=object(), strict=True, push_to_hub=True, hub_model_id="me/model",
         hub_private=True, modules={"model.up": SCHEME}, provenance={"samples": 3},
-        modules_to_not_convert=("fc1",),
+        modules_to_not_convert=("fc1",), resume_dir="stopped",
     )  # fmt: skip
     text = json.dumps(config.to_dict())
     again = AutoQuantizationConfig.from_dict(json.loads(text))
@@ -257,7 +257,10 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
         ({"resume_dir": ""}, "resume_dir='' must be the name of a directory"),
         ({"push_to_hub": True}, "push_to_hub=True must know where: pass hub_model_id='owner/name'"),
         ({"push_to_hub": "a/b"}, "push_to_hub='a/b' must be True or False"),
-        ({"hub_model_id": "a/b/c"}, "hub_model_id='a/b/c' must be 'owner/name' of letters, digits"),
+        (
+            {"hub_model_id": "a/b/c"},
+            "hub_model_id='a/b/c': Repo id must be in the form 'repo_name' or",
+        ),
         ({"hub_private": 1}, "hub_private=1 must be True, False or None"),
         ({"provenance": [1]}, "provenance=.* must be a mapping"),
         ({"provenance": {"x": object()}}, f"provenance={OBJECT} can hold: a number, text, list or"),

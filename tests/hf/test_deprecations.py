@@ -28,8 +28,7 @@ save_quantized(model, tiny_processor(), output, report=model.hf_quantizer.report
 ask = pipeline("image-text-to-text", model=output)
 ask(text=chat["messages"][:1], max_new_tokens=3, do_sample=False)
 assert main(["check", output]) == 0
-assert main(["bench", output, "--prompt-tokens", "20", "--new-tokens", "3", "--rounds", "2",
-             "--no-peers"]) == 0
+assert main(["bench", output, "--prompt-tokens", "20", "--new-tokens", "3", "--rounds", "2"]) == 0
 model.dequantize()
 print("all of it ran")
 """

@@ -80,7 +80,7 @@ def spoil_weights(folder, rng):
 
 @functools.cache
 def sound_config(name):
-    """Read once: a quarter of the time that loading takes, and damaged weights do not change it."""
+    """Read once: damaged weights do not change it."""
     return AutoConfig.from_pretrained(SAVED / name)
 
 

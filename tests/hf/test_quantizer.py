@@ -205,6 +205,17 @@ def test_the_planned_report_is_the_one_that_rounding_gives(lm_head_bits):
     assert planned == round_and_pack(model, settings)
 
 
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A4"])
+def test_a_shard_that_is_cut_short_is_named(tmp_path, processor, scheme):
+    tiny_llava().save_pretrained(tmp_path, max_shard_size="100KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    data = {"dataset": tiny_messages(3), "processor": processor} if scheme == "W4A4" else {}
+    with pytest.raises(ValueError, match=rf"{shard.name}: is no readable safetensors file") as told:
+        load(tmp_path, quantization_config=QVLMConfig(scheme=scheme, **data))
+    assert "\n" not in str(told.value)
+
+
 def test_a_weight_that_is_no_number_is_named(tmp_path):
     model = tiny_llava()
     with torch.no_grad():

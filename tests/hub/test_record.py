@@ -110,13 +110,11 @@ def test_a_benchmark_is_kept_beside_the_evaluation(folder: Path) -> None:
         "2",
         "--new-tokens",
         "2",
-        "--no-peers",
     ]
     assert main([*arguments, "--record"]) == 0
     found = entry(folder, "benchmark")
     assert (
-        found["command"]
-        == "qvlm bench packed --against model --new-tokens 2 --rounds 2 --no-peers --record"
+        found["command"] == "qvlm bench packed --against model --new-tokens 2 --rounds 2 --record"
     )
     assert {row["way"] for row in found["rows"]} >= {"bfloat16", "qvlm_hf W4A16"}
     assert entry(folder, "evaluation") is not None

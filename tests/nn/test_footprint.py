@@ -9,11 +9,12 @@ from tiny_models import tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.bench.shapes import shape_config, shape_model
+from qvlm_hf.bench.shapes import shape_config
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.files import tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.hf.round_on_load import planned_modules
+from qvlm_hf.hf.round_on_load import planned_report
+from qvlm_hf.hub.saved import empty_model
 from qvlm_hf.nn.footprint import count_parameters, footprint, linear_bytes
 from qvlm_hf.nn.replace import replace_modules
 
@@ -45,7 +46,7 @@ def test_the_formula_is_the_saved_file_to_the_byte(
         symmetric=symmetric,
         activation_granularity=granularities,
     )
-    modules = planned_modules(model, settings)
+    modules = planned_report(model, settings).modules
     modules["model.language_model.layers.1.mlp.up_proj"] = QuantScheme(
         weight_bits=8, activation_bits=16, granularity="none"
     )
@@ -74,7 +75,9 @@ def test_the_formula_is_the_saved_file_to_the_byte(
 def test_a_model_from_the_quantizer_agrees_too(tmp_path: Path) -> None:
     model = tiny_llava()
     config = QVLMConfig(scheme="W5A8", activation_granularity="dynamic_token", lm_head_bits=8)
-    predicted = footprint(model, planned_modules(model, config.settings()), dtype=torch.float32)
+    predicted = footprint(
+        model, planned_report(model, config.settings()).modules, dtype=torch.float32
+    )
     quantize_model(model, config)
     model.save_pretrained(tmp_path)
     assert predicted.total.quantized_bytes == saved_bytes(tmp_path)
@@ -85,12 +88,11 @@ def test_a_model_from_the_quantizer_agrees_too(tmp_path: Path) -> None:
     [("llava-1.5-7b", 7_063_427_072, 3.4), ("llava-1.5-13b", 13_351_494_656, 3.5)],
 )
 def test_w4a4_shrinks_the_published_models(name: str, parameters: int, ratio: float) -> None:
-    model = shape_model(name)
-    assert model.dtype == torch.bfloat16
+    model = empty_model(shape_config(name))
     assert all(parameter.is_meta for parameter in model.parameters())
     sizes = footprint(
         model,
-        planned_modules(model, CalibrationSettings()),
+        planned_report(model, CalibrationSettings()).modules,
     )
     assert sizes.total.parameters == parameters  # of the safetensors of llava-hf/llava-1.5-*-hf
     assert sizes.total.full_precision_bytes == 2 * parameters

@@ -59,6 +59,19 @@ def soon_compiled(monkeypatch, fresh_kernels):
     return lambda: native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
 
 
+@pytest.fixture(scope="module")
+def filled_cache(tmp_path_factory):
+    """A cache that holds the library, compiled as `soon_compiled` does, and the way into it."""
+    if not has_compiler:
+        pytest.skip("no compiler")
+    direct = native.compiled(fast_path._SOURCES, fast_path._FLAGS, fast_path._LINKED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("filled")))
+        folder = native.compiled(cpu._SOURCES, SOON_COMPILED, native.openmp()).parent
+    shutil.copy2(direct, folder)  # 20 seconds of compiling that others have done
+    return folder.parent
+
+
 def test_this_machine_has_kernels():
     """Where there is a compiler the kernels must compile and pass their self-check; where there is
     none, the name says so.
@@ -267,10 +280,9 @@ print("refused")
 """
 
 
-@needs_compiler
-def test_impossible_numbers_do_not_reach_portable_kernels(tmp_path):
+def test_impossible_numbers_do_not_reach_portable_kernels(filled_cache):
     """In a process of its own: they end it there."""
-    assert run_python(IMPOSSIBLE_NUMBERS, XDG_CACHE_HOME=str(tmp_path)) == "refused\n"
+    assert run_python(IMPOSSIBLE_NUMBERS, XDG_CACHE_HOME=str(filled_cache)) == "refused\n"
 
 
 BEHIND = """
@@ -440,10 +452,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_a_damaged_library_is_compiled_again(soon_compiled, caplog, damage):
+def test_a_damaged_library_is_compiled_again(filled_cache, soon_compiled, tmp_path, caplog, damage):
     """A library that lost its end loads, and kills the process at the first call: it must not be
     loaded.
     """
+    shutil.copytree(filled_cache, tmp_path, dirs_exist_ok=True)
     library = soon_compiled()
     whole = library.read_bytes()
     library.write_bytes(damage(whole))

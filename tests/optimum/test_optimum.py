@@ -89,13 +89,28 @@ def test_quantizes_a_model_object_in_place(source, quantized, config, tmp_path):
         quantizer.quantize(tmp_path / "again", config=config)
 
 
-def test_never_replaces_the_full_precision_model(source, config, tmp_path):
+def test_never_replaces_the_full_precision_model(source, config, tmp_path, monkeypatch):
     shutil.copytree(source, tmp_path / "model")
     before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
     quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(tmp_path / "model")
+    # found before weights are read
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", None)
     with pytest.raises(ValueError, match="holds no earlier result of qvlm_hf that lists its files"):
         quantizer.quantize(tmp_path / "model", config=config, overwrite=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
+
+
+def test_a_processor_of_the_configuration_goes_first(source, tmp_path, monkeypatch):
+    def load(name, quantization_config):
+        raise RuntimeError(quantization_config.processor)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", load)
+    beside = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(source, processor="beside")
+    for own, used in (("own", "own"), (None, "beside")):
+        with pytest.raises(RuntimeError, match=f"^{used}$"):
+            beside.quantize(
+                tmp_path / "new", config=qvlm_hf.QVLMConfig(scheme="W4A16", processor=own)
+            )
 
 
 def test_calibrates_with_the_processor_beside_the_model(source, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvlm_hf.calibration.layers import NotFiniteError
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 
 __all__ = ["answer_kl", "answer_logits", "eval_mode", "run_answers"]
@@ -31,7 +32,7 @@ def run_answers(model: nn.Module, batch: Batch, **options: Any) -> list[Tensor]:
         Per row [answer tokens, vocabulary] in the model's dtype; empty for a row without an answer.
 
     Raises:
-        ValueError: logits that are not numbers.
+        NotFiniteError: logits that are not numbers.
     """
     # Packed weights are integers: the first floating parameter tells dtype and device.
     floating = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
@@ -53,9 +54,10 @@ def run_answers(model: nn.Module, batch: Batch, **options: Any) -> list[Tensor]:
         # The logits at position p - 1 predict the token at p.
         own = logits[row, answered[row].nonzero().flatten().to(logits.device) - 1 - offset]
         if own.isnan().any():
-            raise ValueError(
+            raise NotFiniteError(
                 f"{origin}: the model's logits are not numbers (NaN); it is broken, or its dtype "
-                f"overflows: try bfloat16"
+                f"overflows: try bfloat16",
+                (origin,),
             )
         rows.append(own)
     return rows

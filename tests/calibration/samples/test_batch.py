@@ -331,7 +331,8 @@ def test_longest_sample_follows_the_text_models_configuration():
     assert scaled() == 4096
     assert scaled(rope_type="default", rope_theta=1e4) == 4096
     assert scaled(rope_type="linear", factor=4.0) == 16384  # the figure is that before scaling
-    assert (
-        scaled(rope_type="llama3", factor=8.0, original_max_position_embeddings=512) == 4096
-    )  # that after it
+    for factor in (8.0, 4.0):  # that after it
+        assert (
+            scaled(rope_type="llama3", factor=factor, original_max_position_embeddings=512) == 4096
+        )
     assert scaled(rope_type="yarn", factor=4.0, original_max_position_embeddings=4096) == 16384

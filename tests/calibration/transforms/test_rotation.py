@@ -101,10 +101,8 @@ def test_an_outlier_channel_disappears_from_every_input_it_reached():
 
 def test_an_error_gives_back_the_very_parameters():
     model = tiny_llava(tie_word_embeddings=True)
-    before, pointers = (
-        tiny_logits(model),
-        {name: p.data_ptr() for name, p in model.named_parameters()},
-    )
+    before, tied = tiny_logits(model), dict(model.all_tied_weights_keys)
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
 
     def interrupted():
         with undone_on_error(model):
@@ -116,6 +114,7 @@ def test_an_error_gives_back_the_very_parameters():
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
     assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert model.config.tie_word_embeddings
+    assert model.all_tied_weights_keys == tied != {}
     assert torch.equal(tiny_logits(model), before)
 
 

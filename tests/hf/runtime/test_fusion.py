@@ -389,15 +389,24 @@ def one_dtype(scores):
     return scores * 1.5 if scores.dtype == torch.bfloat16 else scores
 
 
+def as_it_is(value):
+    return value
+
+
+def unless_added(mask):
+    return mask if mask is None or mask.dtype == torch.bool else None
+
+
 SCORES = [soft_cap, window, sink, beyond, one_dtype]
+ATTENTIONS = [*((change, as_it_is) for change in SCORES), (as_it_is, unless_added)]
 
 
-@pytest.mark.parametrize("change", SCORES)
+@pytest.mark.parametrize(("change", "seen"), ATTENTIONS)
 def test_attention_that_differs_in_some_inputs_is_left_to_transformers(
-    directory, monkeypatch, change
+    directory, monkeypatch, change, seen
 ):
     def attend(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **kwargs):
-        scores = change(attention_weights(module, query, key, attention_mask, scaling))
+        scores = change(attention_weights(module, query, key, seen(attention_mask), scaling))
         weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
         value = value.repeat_interleave(module.num_key_value_groups, 1)
         return (weights @ value).transpose(1, 2).contiguous(), None
@@ -409,7 +418,7 @@ def test_attention_that_differs_in_some_inputs_is_left_to_transformers(
         ):
             model = quantized(directory, torch.bfloat16)
         assert model.config.text_config._attn_implementation == "sdpa"
-        change = lambda scores: scores  # noqa: E731 - the same function, and nothing changed
+        change = seen = as_it_is  # the same function, and nothing changed
         assert quantized(directory, torch.bfloat16).stepped_aside == ()
 
 

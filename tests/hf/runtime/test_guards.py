@@ -12,7 +12,7 @@ from tiny_models import tiny_llava
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from qvlm_hf import quantize_model
-from qvlm_hf.hf.runtime.guards import _finite
+from qvlm_hf.hf.runtime.guards import _check_hidden_states, _finite
 
 OVERFLOW = r"a value left the range of torch.{}"
 
@@ -155,6 +155,26 @@ def test_padding_may_hold_anything(model, inputs):
                     )
         finally:
             handle.remove()
+
+
+def test_the_mask_of_a_continued_prompt_is_read_from_its_end(model):
+    """It covers the cache too: the hidden states are those of its last places."""
+    hidden, mask = torch.zeros(1, 3, 4), torch.ones(1, 9)
+    hidden[0, 0] = torch.nan
+    given = model.model, (), {"attention_mask": mask}, (hidden,)
+    mask[0, :3] = 0
+    refused("^the language model's hidden", _check_hidden_states, *given)
+    mask[0, -3] = 0
+    _check_hidden_states(*given)
+
+
+def test_with_a_mask_of_another_form_the_last_token_counts(model):
+    hidden = torch.zeros(1, 3, 4)
+    given = model.model, (), {"attention_mask": torch.ones(1, 1, 3, 3)}, (hidden,)
+    hidden[0, 0] = torch.nan
+    _check_hidden_states(*given)
+    hidden[0, -1] = torch.nan
+    refused("^the language model's hidden", _check_hidden_states, *given)
 
 
 def test_huge_but_finite_numbers_pass(model, inputs):

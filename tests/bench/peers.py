@@ -1,42 +1,29 @@
-"""Other packages, where they are installed: bitsandbytes, torchao and gptqmodel.
+"""`qvlm bench` with other packages in turn, where installed: bitsandbytes, torchao, gptqmodel.
+
+    python tests/bench/peers.py --shape demo-1b --scheme W4A8 --new-tokens 16 --rounds 3
 
 Each quantizes a float model as it would inside Transformers: every nn.Linear but the output head;
 gptqmodel those of the decoder. Left out: gptqmodel's calibration, which changes values and no time;
 and its QQQ (W4A8), which unpacks all weights at every call on a CPU without AVX512-BF16.
 """
 
+import argparse
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from importlib.util import find_spec
 from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qvlm_hf.cli import bench
+from qvlm_hf.cli.bench_models import Peer
 from qvlm_hf.nn.replace import replace_modules
 
-__all__ = ["PEERS", "Peer"]
+__all__ = ["PEERS"]
 
 _GROUP = 128
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Another package's way to quantize."""
-
-    name: str  # of the row
-    package: str  # to import
-    quantize: Callable[[Any], None]  # changes a model in place
-    compute: str  # type of its products
-    share: float  # bytes of its weights over those of bfloat16, roughly
-
-    @property
-    def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
-        return None if find_spec(self.package) else "not installed"
 
 
 def _bitsandbytes_8bit(model: Any) -> None:
@@ -178,3 +165,12 @@ def _replace(
         if linear in among:
             # bitsandbytes quantizes when the weight is moved
             replace_modules(model, {name: quantized(linear).to(linear.weight.device).eval()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    bench.add_arguments(parser)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    bench.run(chosen, PEERS)
