@@ -83,7 +83,7 @@ def measure_coverage(
         seen |= set(map(id, own.values()))
         if canonical_name(name) in quantized:
             linear: Any = module
-            total += linear.in_features * linear.out_features
+            total += int(linear.in_features) * int(linear.out_features)  # some are tensors
             kept += [Kept(name, "bias", p.numel()) for part, p in own.items() if part == "bias"]
         elif "weight" in own or "bias" in own:
             count = sum(p.numel() for p in own.values())

@@ -27,6 +27,7 @@ import qvlm_hf
 from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.models.by_structure import Structure, read_structure
 from qvlm_hf.models.coverage import measure_coverage
+from qvlm_hf.models.experts import experts_split
 
 NEW_TOKENS = 4
 torch.set_num_threads(1)  # tiny matrices
@@ -82,7 +83,8 @@ def survey(family: str) -> dict:
 
 
 def described(model: torch.nn.Module, structure: Structure) -> dict:
-    coverage = measure_coverage(model, structure.modules, structure.left_out)
+    with experts_split(model):
+        coverage = measure_coverage(model, structure.modules, structure.left_out)
     sites: dict[str, int] = {}
     for segment in structure.segments:
         count = sum(len(layer.sites) for layer in segment.layers)
