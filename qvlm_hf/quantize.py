@@ -355,7 +355,9 @@ def _replace_and_check(
             replace_modules(model, head)
             with_head = answers.measure()
         harmful = head_warning(check, with_head)
-        warnings = [warning for warning in (collapse_warning(check), harmful) if warning]
+        chosen = calibration.settings.activation_granularity is not None
+        collapsed = collapse_warning(check, ranges_chosen=chosen)
+        warnings = [warning for warning in (collapsed, harmful) if warning]
         if calibration.settings.strict and warnings:
             raise ValueError(f"strict=True: {warnings[0]}")
     except BaseException:

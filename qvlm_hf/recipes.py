@@ -20,7 +20,7 @@ from qvlm_hf.calibration.options import Options
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.report import CalibrationReport, RecipeTrial
-from qvlm_hf.calibration.resume import SavedSteps, made_from
+from qvlm_hf.calibration.resume import SavedSteps, alone_in, made_from
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,
@@ -74,20 +74,21 @@ def calibrate_with_best_recipe(
     `resume_dir`, from `check_resume_dir`, keeps finished steps, and those of a calibration that was
     stopped are not repeated; ValueError if they are of another one.
     """
-    everything, kept = [*samples, *held_out], SavedSteps()
-    if resume_dir is not None:
-        data = batches(by_picture(samples), processor, settings.batch_size)
-        kept = SavedSteps(resume_dir, made_from(model, settings, everything, data))
-    given: dict[str, Any] = {"held_out": held_out, "callbacks": callbacks, "kept": kept}
-    with naming_the_source(model, everything, processor):
-        if settings.recipe is None:
-            return calibrate_and_pack(model, settings, samples, processor, **given)
-        with experts_split(model):
-            compare = partial(_try_recipes, model, settings, samples, processor, **given)
-            trials = kept.once("recipes", compare)
-        settings = replace(settings, recipe=None, **trials[0].fields)
-        report = calibrate_and_pack(model, settings, samples, processor, **given)
-        return replace(report, recipes=trials)
+    with alone_in(resume_dir):
+        everything, kept = [*samples, *held_out], SavedSteps()
+        if resume_dir is not None:
+            data = batches(by_picture(samples), processor, settings.batch_size)
+            kept = SavedSteps(resume_dir, made_from(model, settings, everything, data))
+        given: dict[str, Any] = {"held_out": held_out, "callbacks": callbacks, "kept": kept}
+        with naming_the_source(model, everything, processor):
+            if settings.recipe is None:
+                return calibrate_and_pack(model, settings, samples, processor, **given)
+            with experts_split(model):
+                compare = partial(_try_recipes, model, settings, samples, processor, **given)
+                trials = kept.once("recipes", compare)
+            settings = replace(settings, recipe=None, **trials[0].fields)
+            report = calibrate_and_pack(model, settings, samples, processor, **given)
+            return replace(report, recipes=trials)
 
 
 @yield_to_others()

@@ -146,6 +146,12 @@ def test_collapse_is_a_warning_and_under_strict_an_error_that_leaves_the_model()
     _, report = calibrate(weight_rounding="nearest", **options)
     assert len(report.warnings) == 1
     assert "agrees with full precision on only" in report.warnings[0]
+    assert "leave out activation_granularity=" in report.warnings[0]
+    (line, *_) = calibrate(weight_bits=2, activation_bits=3, max_block_depth=1, guard=False)[
+        1
+    ].warnings
+    assert "agrees with full precision on only" in line
+    assert "activation_granularity" not in line  # which nobody gave
     model = tiny_llava().eval()
     with pytest.raises(ValueError, match="strict=True: "):
         calibrate(model, strict=True, weight_rounding="nearest", **options)

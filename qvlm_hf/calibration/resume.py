@@ -30,7 +30,19 @@ from qvlm_hf.calibration.report import settings_dict
 from qvlm_hf.calibration.samples import Batch, Sample, fingerprint
 from qvlm_hf.calibration.settings import CalibrationSettings
 
-__all__ = ["SavedSteps", "check_resume_dir", "made_from", "remove_state", "telling_how_to_go_on"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "SavedSteps",
+    "alone_in",
+    "check_resume_dir",
+    "made_from",
+    "remove_state",
+    "telling_how_to_go_on",
+]
 
 _STATE, _PARTIAL = "state.json", ".partial"
 _FORMAT = 1
@@ -168,6 +180,35 @@ def remove_state(folder: Path) -> None:
     (folder / _STATE).unlink()
     if not any(folder.iterdir()):
         folder.rmdir()
+
+
+@contextmanager
+def alone_in(folder: Path | None) -> Iterator[None]:
+    """Inside, no other calibration goes on in the directory; a killed one holds nothing.
+
+    Raises:
+        ValueError: another one is running in it.
+        OSError: it cannot be made.
+    """
+    if folder is None or fcntl is None:
+        yield
+        return
+    with _written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder}: another calibration is running in it: wait until that ends, or choose "
+                f"another directory."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(opened)
 
 
 @contextmanager

@@ -197,7 +197,7 @@ class CalibrationSettings(Options):
             if granularity == "dynamic_group" and self.group_size == -1:
                 raise ValueError(
                     "activation_granularity='dynamic_group' needs groups, and group_size=-1 is the "
-                    "whole row: set group_size, or take 'dynamic_token'."
+                    "whole row: give group_size=128, or take 'dynamic_token'."
                 )
             if granularity == "token" and component == "language":
                 raise ValueError(

@@ -10,7 +10,7 @@ from tiny_models import tiny_llava
 
 from qvlm_hf.calibration import resume
 from qvlm_hf.calibration.report import BlockReport
-from qvlm_hf.calibration.resume import SavedSteps, check_resume_dir, remove_state
+from qvlm_hf.calibration.resume import SavedSteps, alone_in, check_resume_dir, remove_state
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.grids import QParams
 
@@ -111,6 +111,14 @@ def test_a_damaged_file_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=rf"{name}: is damaged: delete .* to begin"):
         calibrate(resume_dir=tmp_path, max_block_depth=1)
+
+
+def test_two_at_once_in_one_directory(tmp_path):
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another calibration is running in"):
+        calibrate(resume_dir=tmp_path, max_block_depth=1)
+    assert not list(tmp_path.iterdir())
+    with alone_in(tmp_path):  # which is free again
+        pass
 
 
 def test_a_full_disk_keeps_earlier_steps(tmp_path, monkeypatch):

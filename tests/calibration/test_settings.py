@@ -142,7 +142,7 @@ def percentile(granularity, value):
             (
                 {"group_size": -1, "activation_granularity": value},
                 "activation_granularity='dynamic_group' needs groups, and group_size=-1 is the "
-                "whole row: set group_size, or take 'dynamic_token'.",
+                "whole row: give group_size=128, or take 'dynamic_token'.",
             )
             for value in ("dynamic_group", {"vision": "dynamic_group"})
         ),

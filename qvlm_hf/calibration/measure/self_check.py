@@ -56,15 +56,24 @@ class AnswerComparison:
             yield from answer_logits(self._model, batch)
 
 
-def collapse_warning(check: SelfCheck | None) -> str | None:
-    """One line if the model no longer answers like itself, else None."""
+def collapse_warning(check: SelfCheck | None, *, ranges_chosen: bool) -> str | None:
+    """One line if the model no longer answers like itself, else None.
+
+    Args:
+        check: what was measured; None where no sample has an answer to compare.
+        ranges_chosen: the user set `activation_granularity`, so that leaving it out may help.
+    """
     if check is None or check.agreement >= _COLLAPSED_AGREEMENT:
         return None
+    remedies = "use more bits, or calibrate with data like yours."
+    if ranges_chosen:
+        remedies = (
+            "use more bits, calibrate with data like yours, or leave out activation_granularity=."
+        )
     return (
         f"the quantized model agrees with full precision on only {100 * check.agreement:.0f} % of "
         f"{check.answer_tokens} answer tokens "
-        f"(KL {check.kl:.2g}): "
-        "use more bits, calibrate with data like yours, or leave out activation_granularity=."
+        f"(KL {check.kl:.2g}): {remedies}"
     )
 
 
