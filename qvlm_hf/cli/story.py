@@ -52,11 +52,16 @@ def story(report: CalibrationReport) -> Iterator[str]:
 
 
 def _recipes(report: CalibrationReport) -> Iterator[str]:
-    if report.recipes:
-        yield f"{'recipes, the one taken first':<66}{'answers':>9}{'text':>9}"
-    for tried in report.recipes:
-        fields = ", ".join(f"{name}={value}" for name, value in tried.fields.items())
-        yield f"  {fields:<64}{tried.answer_kl:>9.4f}{tried.text_kl:>9.4f}"
+    if not report.recipes:
+        return
+    names = [
+        ", ".join(f"{name}={value}" for name, value in tried.fields.items())
+        for tried in report.recipes
+    ]
+    width = max(map(len, names)) + 2
+    yield f"{'recipes, the one taken first':<{width}}{'answers':>9}{'text':>9}"
+    for name, tried in zip(names, report.recipes, strict=True):
+        yield f"{'  ' + name:<{width}}{tried.answer_kl:>9.4f}{tried.text_kl:>9.4f}"
 
 
 def _entropies(segment: SegmentReport, longest: float) -> Iterator[str]:

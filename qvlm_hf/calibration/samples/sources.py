@@ -197,6 +197,10 @@ def _read_scienceqa(folder: Path, split: str) -> list[Row]:
         problem = f'has no split "{split}"'
         remedy = f"choose one of {', '.join(splits)}"
         raise sample_error(place(f"{folder}/pid_splits.json"), problem, remedy)
+    if not splits[split]:
+        problem = f'has nothing in split "{split}"'
+        remedy = f"name another behind the folder, as {folder.name}:test"
+        raise sample_error(place(f"{folder}/pid_splits.json"), problem, remedy)
     rows = []
     for pid in splits[split]:
         origin = f"{folder.name}/problems.json:{pid}"

@@ -148,6 +148,8 @@ def test_scienceqa_mistakes(scienceqa):
     assert "choose one of train, minival" in refusal(f"{scienceqa}:test")
     (scienceqa / "images" / "train" / "1" / "image.png").unlink()
     assert 'ScienceQA/problems.json:1: key "image": no such picture' in refusal(scienceqa)
+    (scienceqa / "pid_splits.json").write_text(json.dumps({"train": [], "test": ["1"]}))
+    assert 'pid_splits.json: has nothing in split "train"; name another' in refusal(scienceqa)
     (scienceqa / "pid_splits.json").write_text(json.dumps({"train": ["3"]}))
     assert "ScienceQA/problems.json:3: no such problem" in refusal(scienceqa)
     problems = scienceqa / "problems.json"
