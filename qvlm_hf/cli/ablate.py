@@ -184,9 +184,9 @@ def _measure(cell: dict[str, Any], threads: int) -> dict[str, Any]:
 
 
 def _fields(cell: dict[str, Any], processor: Any) -> dict[str, Any]:
-    floating = parse_scheme(cell["scheme"])[1] == 16
-    if cell["line"] == "RTN":
-        ranges = {} if floating else {"activation_granularity": "dynamic_token"}
-        return {"weight_rounding": "nearest", **ranges}
+    rounded = {"weight_rounding": "nearest", "activation_granularity": "dynamic_token"}
     data = {"dataset": cell["dataset"], "processor": processor, "num_samples": cell["num_samples"]}
-    return data | LINES[cell["line"]]
+    fields = rounded if cell["line"] == "RTN" else data | LINES[cell["line"]]
+    if parse_scheme(cell["scheme"])[1] == 16:  # floating point inputs have no ranges
+        fields = {k: value for k, value in fields.items() if k != "activation_granularity"}
+    return fields
