@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import TypeVar
 
-from qvlm_hf.errors import first_line
-
 __all__ = ["Timing", "one_line", "summarize", "take_turns"]
 
 _Result = TypeVar("_Result")
@@ -59,4 +57,5 @@ def summarize(times: list[float], baseline: list[float]) -> Timing:
 
 def one_line(error: BaseException) -> str:
     """An error as a cell of a table: type and first words."""
-    return f"{type(error).__name__}: {first_line(error)[:_LONGEST]}"
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

@@ -6,6 +6,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvlm_hf import QVLMConfig, save_quantized
 from qvlm_hf.calibration.samples import batches, load_samples
+from qvlm_hf.hf.runtime.decoding import check_decoding
 from unseen_models.smollm_llava import smollm_llava
 from unseen_models.text import compare_text, read_texts, text_logits
 
@@ -60,9 +61,10 @@ def test_it_is_quantized_from_a_few_chats(full, tmp_path, scheme):
     prompts = [sample.messages[:1] for sample in samples]
     inputs = next(batches(load_samples([{"messages": p} for p in prompts]), processor, 1)).inputs
     options = {"max_new_tokens": 12, "do_sample": False}
+    # not by greedy text: a sum in another order puts a massive activation on another level
+    assert check_decoding(model, inputs).kl < 1e-6
     with torch.no_grad():
         answers = model.generate(**inputs, **options)
-        assert torch.equal(answers, model.generate(**inputs, use_cache=False, **options))
         logits = model(**inputs).logits
 
     save_quantized(model, processor, tmp_path / "saved", report=report)

@@ -133,11 +133,11 @@ def _hessians(
 
 
 def _in_second_half(weight: Tensor, batch: int) -> Tensor:
-    """Bool [B, T], by sample; packed pictures [T] are one sample."""
+    """Bool, shaped like `weight` [B, T] or [B, height, width], by sample; packed [T] are one."""
     if weight.dim() < 2:
         return torch.full(weight.shape, batch % 2 > 0, device=weight.device)
     odd = (torch.arange(len(weight), device=weight.device) + batch) % 2 > 0
-    return odd.unsqueeze(-1).expand(weight.shape)
+    return odd.view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape)
 
 
 def agreed_hessian(halves: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Left out: models of which parts are offloaded.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ def _decode(
 
 def _special_tokens(config: Any) -> list[int]:
     """Tokens that stand for something else than text: a picture's placeholder without a picture."""
-    named = (
-        value for name, value in vars(config).items() if name.endswith(("_token_id", "_index"))
-    )
-    return sorted({value for value in named if type(value) is int and value >= 0})
+    ends = ("_token_id", "_token_ids", "_index")
+    named = [value for name, value in vars(config).items() if name.endswith(ends)]
+    lists = (value if isinstance(value, list | tuple) else [value] for value in named)
+    return sorted({value for value in chain(*lists) if type(value) is int and value >= 0})

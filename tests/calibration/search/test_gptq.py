@@ -234,3 +234,4 @@ def test_halves_are_every_second_sample():
     assert gptq._in_second_half(torch.ones(3, 2), 0)[:, 0].tolist() == [False, True, False]
     assert gptq._in_second_half(torch.ones(1, 2), 1)[:, 0].tolist() == [True]
     assert gptq._in_second_half(torch.ones(4), 1).tolist() == [True] * 4
+    assert gptq._in_second_half(torch.ones(2, 4, 3), 0).sum((1, 2)).tolist() == [0, 12]

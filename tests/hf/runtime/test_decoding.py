@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import qvlm_hf
 from qvlm_hf import QVLMConfig
 from qvlm_hf.calibration.report import CalibrationReport, DecodeCheck
 from qvlm_hf.cli import main
-from qvlm_hf.hf.runtime import growing_cache
+from qvlm_hf.hf.runtime import decoding, growing_cache
 from qvlm_hf.hf.runtime.decoding import check_decoding, decoding_problem, probe_inputs
 from qvlm_hf.hf.runtime.growing_cache import GrowingLayer
 from qvlm_hf.nn.linear import QVLMLinear
@@ -235,3 +236,11 @@ def test_the_threshold():
     assert decoding_problem(None) is None
     assert decoding_problem(DecodeCheck(tokens=8, kl=9e-4)) is None
     assert decoding_problem(DecodeCheck(tokens=8, kl=2e-3)) is not None
+
+
+def test_no_token_is_decoded_that_stands_for_a_picture():
+    config = SimpleNamespace(
+        image_token_id=4, visual_indicator_token_ids=[7, 8], pad_token_id=None, image_token_index=-1,
+        vocab_size=9,
+    )  # fmt: skip
+    assert decoding._special_tokens(config) == [4, 7, 8]
