@@ -1,6 +1,7 @@
 """Ctrl-C ends the command line with one line and status 130, whatever it is doing."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,12 +53,18 @@ LINE = "qvlm: interrupted\n"
 WRONG = "qvlm: error: {}: holds no config.json: name the directory of a saved model.\n"
 
 
+def hear_interrupts():
+    """A background job of a shell ignores Ctrl-C, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(tmp_path, *words, script=SCRIPT, **options):
     """Runs a script named qvlm, or `-m qvlm_hf`, in a process of its own."""
     (tmp_path / "qvlm").write_text(script)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path} | options.pop("environment", {})
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options["preexec_fn"] = hear_interrupts
     return subprocess.run([sys.executable, *words], text=True, env=environment, **options)
 
 
