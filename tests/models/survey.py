@@ -30,7 +30,6 @@ from qvlm_hf.models.coverage import measure_coverage
 from qvlm_hf.models.experts import experts_split
 
 NEW_TOKENS = 4
-torch.set_num_threads(1)  # tiny matrices
 
 
 def main() -> None:
@@ -38,6 +37,7 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=FAMILIES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # tiny matrices
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     rows = {}
