@@ -45,14 +45,7 @@ from qvlm_hf.calibration.rounding import (
     with_coverage,
 )
 from qvlm_hf.calibration.run import Calibration
-from qvlm_hf.calibration.samples import (
-    Batch,
-    Processor,
-    Sample,
-    batches,
-    by_picture,
-    longest_sample,
-)
+from qvlm_hf.calibration.samples import Processor, Sample, batches, by_picture
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.routing import few_tokens_warning, routing_reports
 from qvlm_hf.calibration.search.segments import SearchedBlock, search_segment
@@ -120,11 +113,7 @@ def calibrate_and_pack(
             collapsed. The model is then unchanged.
         OSError: a step cannot be kept, as on a full disk. Likewise.
     """
-    longest = longest_sample(model)
-
-    def make_batches(samples: Sequence[Sample]) -> list[Batch]:
-        return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
-
+    prepared = partial(batches, processor=processor, batch_size=settings.batch_size, model=model)
     with experts_split(model, keep=True):
         obstacle = why_not_rotatable(model) if settings.rotation == "auto" else ""
         check_weights(resolve_segments(model, settings))
@@ -133,7 +122,7 @@ def calibrate_and_pack(
             model=model,
             settings=settings,
             segments=resolve_segments(model, settings),
-            data=make_batches(by_picture(samples)),
+            data=list(prepared(by_picture(samples))),
             callbacks=callbacks,
             kept=kept or SavedSteps(),
         )
@@ -142,7 +131,7 @@ def calibrate_and_pack(
         if obstacle:
             found["provenance"]["rotation"] = f"none: {obstacle}"
         calibration.data = with_text(calibration)
-        checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
+        checks = list(prepared((held_out or samples)[:CHECK_SAMPLES]))
         answers = AnswerComparison(model, checks, held_out=bool(held_out))
         with transformed(calibration):
             modules = make_modules(calibration)

@@ -23,13 +23,11 @@ from qvlm_hf.calibration.report import CalibrationReport, RecipeTrial
 from qvlm_hf.calibration.resume import SavedSteps, alone_in, made_from
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
-    Batch,
     Processor,
     Sample,
     batches,
     by_picture,
     hold_out,
-    longest_sample,
 )
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.rotation import take_snapshot
@@ -103,14 +101,10 @@ def _try_recipes(
 ) -> tuple[RecipeTrial, ...]:
     """Tries every recipe on few samples, judged by others; the best one first."""
     check_weights(resolve_segments(model, settings))
-    longest = longest_sample(model)
-
-    def make_batches(samples: Sequence[Sample]) -> list[Batch]:
-        return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
-
+    prepared = partial(batches, processor=processor, batch_size=settings.batch_size, model=model)
     few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
-    data = make_batches(by_picture(few))
-    judges = make_batches((held_out or rest)[:TRIAL_SAMPLES])
+    data = list(prepared(by_picture(few)))
+    judges = list(prepared((held_out or rest)[:TRIAL_SAMPLES]))
     answers = AnswerComparison(model, judges, held_out=True)
     # of another seed than the text that is calibrated on
     written = written_text(model, text_rows(TRIAL_SAMPLES), seed=settings.seed + 1)

@@ -17,7 +17,6 @@ import torch
 from qvlm_hf.calibration.cost import (
     Data,
     Rates,
-    Work,
     count_work,
     measure_rates,
     rounding_work,
