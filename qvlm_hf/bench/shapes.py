@@ -47,10 +47,10 @@ def shape_config(name: str) -> Any:
     Raises:
         ValueError: no such name.
     """
-    if name not in _LANGUAGE:
-        raise ValueError(f"shape {name!r} is unknown: this version has {', '.join(SHAPES)}.")
     if name == _QWEN:
         return _qwen2_vl_72b()
+    if name not in _LANGUAGE:
+        raise ValueError(f"shape {name!r} is unknown: this version has {', '.join(SHAPES)}.")
     vision = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 __all__ = ["free_disk", "free_memory", "proc_bytes", "whole_memory"]
 
-_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUPS, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def free_memory() -> int | None:
@@ -48,7 +48,7 @@ def proc_bytes(file: str, field: str) -> int | None:
 def _limits() -> Iterator[tuple[int, int]]:
     """Limit and use, without what can be dropped, of the control groups that this process is in."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN.read_text().splitlines()
     except OSError:
         return
     for line in lines:

@@ -6,6 +6,7 @@ into the machine is refused with what would make it fit.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -45,8 +46,9 @@ from qvlm_hf.recipes import TRIAL_SAMPLES, compare_recipes, trial
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["Expected", "announce", "check_disk", "check_memory", "expect"]
+__all__ = ["Expected", "check_disk", "check_memory", "expect", "preflight", "result_bytes"]
 
+_CPU = torch.device("cpu")
 # Of measured to expected seconds, and memory: docs/scaling.md.
 _FASTER, _SLOWER = 0.7, 1.5
 _TOO_HIGH = 1.3
@@ -84,10 +86,24 @@ class Expected:
         return _span(_FASTER * whole, _SLOWER * whole)
 
     def __str__(self) -> str:
-        return (
-            f"{self.duration}, {_gigabytes(self.memory)} of memory and {_gigabytes(self.result)} "
-            f"of disk for the result"
-        )
+        disk = f"{_gigabytes(self.result)} of disk for the result"
+        return f"{self.duration}, {_gigabytes(self.memory)} of memory and {disk}"
+
+    def lines(self) -> Iterator[str]:
+        """All of it."""
+        whole = sum(self.seconds.values())
+        named = ((name, own) for name, own in self.seconds.items() if name != "other")
+        longest = sorted(named, key=lambda pair: -pair[1])[:4]
+        shares = ", ".join(f"{name} {own / whole:.0%}" for name, own in longest)
+        yield f"time    {self.duration}; of it {shares}"
+        if self.data is not None:
+            counted = "assumed, --dataset counts them" if self.assumed else "counted"
+            tokens = ", ".join(f"{name} {count:.0f}" for name, count in self.data.tokens.items())
+            yield f"        {self.data.samples} samples; tokens of each: {tokens} ({counted})"
+        gpu = _gigabytes(self.device)
+        yield f"memory  {_gigabytes(self.memory)} at the peak; {gpu} of a GPU, for a model on one"
+        kept = f", {_gigabytes(self.kept)} to resume from" if self.kept else ""
+        yield f"disk    {_gigabytes(self.result)} for the result{kept}"
 
 
 def expect(
@@ -95,7 +111,7 @@ def expect(
     config: QVLMConfig,
     samples: Sequence[Sample] | None = None,
     *,
-    rates: Rates | None = None,
+    device: torch.device = _CPU,
 ) -> Expected:
     """What quantizing a model takes.
 
@@ -104,13 +120,13 @@ def expect(
         config: of the run, its processor for `samples`.
         samples: from `read_samples`; None: pictures of the configured size and some text are
             assumed where samples are needed.
-        rates: of the machine; None measures them.
+        device: that the model will lie on, whose rates are measured.
 
     Raises:
         ValueError: as `resolve_segments`, or a sample is wrong.
     """
     settings = config.settings()
-    rates = rates or measure_rates(torch.device("cpu"), model.dtype)
+    rates = measure_rates(device, model.dtype)
     settings = settings.for_model(rotatable=has_row(model) and not why_not_rotatable(model))
     if not has_row(model):
         return _without_segments(model, settings, rates)
@@ -122,7 +138,12 @@ def expect(
         )
         seconds = {"rounding": rates.seconds(rounding_work(segments))}
         return Expected(
-            seconds=seconds, memory=memory, device=memory, data=None, assumed=False, **sizes
+            seconds=seconds,
+            memory=memory,
+            device=memory,
+            data=None,
+            assumed=False,
+            **sizes | {"kept": 0.0},
         )
     data = _count_data(model, segments, config, samples)
     steps = seconds_of(count_work(model, segments, settings, data), rates)
@@ -139,32 +160,64 @@ def expect(
     )
 
 
-def announce(expected: Expected) -> None:
-    """Says on standard error what a run takes that is not over at once."""
-    if sum(expected.seconds.values()) >= _SHOWN:
+def preflight(
+    model: PreTrainedModel,
+    config: QVLMConfig,
+    samples: Sequence[Sample] | None,
+    device_map: Any = None,
+) -> None:
+    """`expect`, told on standard error where it is not over at once, and checked.
+
+    Callbacks in the configuration take the place of what is told, as of the progress bar.
+
+    Args:
+        model: on the meta device.
+        config: of the run.
+        samples: from `read_samples`.
+        device_map: that the model will be loaded with.
+
+    Raises:
+        ValueError: memory or the disk of `resume_dir` is too small, or as `expect`.
+    """
+    placed = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
+    devices = {torch.device(device) for device in placed}
+    gpus = [device for device in devices if device.type == "cuda"]
+    expected = expect(model, config, samples, device=next(iter(gpus), torch.device("cpu")))
+    if config.resume_dir is not None:
+        check_disk(expected.kept, config.resume_dir, "what is kept to resume from")
+    warning = None
+    if len(devices) == 1:  # nobody knows what lies where
+        warning = check_memory(expected, config, *devices)
+    if sum(expected.seconds.values()) >= _SHOWN and not config.callbacks:
         sys.stderr.write(f"qvlm expects {expected}\n")
         sys.stderr.flush()
+    if warning is not None:
+        logging.getLogger(__name__).warning("%s", warning)
 
 
-def check_memory(expected: Expected, config: QVLMConfig) -> str | None:
-    """Compares with the machine's memory.
+def check_memory(expected: Expected, config: QVLMConfig, device: torch.device = _CPU) -> str | None:
+    """Compares with the memory of the machine, or of a GPU.
 
     Returns:
         A warning where only what others hold now is in the way; None where it fits.
 
     Raises:
-        ValueError: the machine does not have as much, with what would make it fit.
+        ValueError: there is not as much, with what would make it fit.
     """
+    needed, owner = expected.memory, "this machine"
     whole, free = whole_memory(), free_memory()
-    if whole is not None and expected.memory > whole * _TOO_HIGH:
+    if device.type == "cuda":
+        needed, owner = expected.device, str(device)
+        free, whole = torch.cuda.mem_get_info(device)
+    if whole is not None and needed > whole * _TOO_HIGH:
         raise ValueError(
-            f"about {_gigabytes(expected.memory)} of memory are needed, and this machine has "
-            f"{_gigabytes(whole)}: {_remedy(config)}"
+            f"about {_gigabytes(needed)} of memory are needed, and {owner} has "
+            f"{_gigabytes(whole)}: {_remedy(expected, config)}"
         )
-    if free is not None and expected.memory > free:
+    if free is not None and needed > free:
         return (
-            f"about {_gigabytes(expected.memory)} of memory are expected and "
-            f"{_gigabytes(free)} are free: end other programs, or {_remedy(config)}"
+            f"about {_gigabytes(needed)} of memory are expected and {_gigabytes(free)} of {owner} "
+            f"are free: end other programs, or {_remedy(expected, config)}"
         )
     return None
 
@@ -188,13 +241,29 @@ def check_disk(size: float, folder: str, what: str) -> None:
         )
 
 
-def _remedy(config: QVLMConfig) -> str:
+def _remedy(expected: Expected, config: QVLMConfig) -> str:
     """What takes less memory, of a run with this configuration."""
-    if config.dataset is None:
+    if expected.data is None:
         return "take a machine with more."
     ways = [] if config.max_block_depth == 1 else ["max_block_depth=1"]
     ways += [] if config.num_samples <= TRIAL_SAMPLES else [f"num_samples={TRIAL_SAMPLES}"]
     return f"{', '.join(['take a machine with more', *ways])}."
+
+
+def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:
+    """Bytes of the saved weights; 0 where only a run tells.
+
+    Args:
+        model: may be on the meta device.
+        config: of the run.
+
+    Raises:
+        ValueError: as `resolve_segments`.
+    """
+    if not has_row(model):
+        return 0.0
+    settings = config.settings()
+    return _sizes(model, resolve_segments(model, settings), settings)["result"]
 
 
 def _sizes(
@@ -336,7 +405,7 @@ def _gigabytes(size: float) -> str:
 
 def _span(low: float, high: float) -> str:
     """Two durations in the unit of the longer one."""
-    for unit, seconds in (("h", 3600), ("min", 60)):
-        if high >= 1.5 * seconds:
-            return f"{low / seconds:.2g} to {high / seconds:.2g} {unit}"
-    return f"{low:.2g} to {high:.2g} s"
+    units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    unit, length = next((pair for pair in units if high >= 2 * pair[1]), units[-1])
+    digits = 0 if low >= 9.5 * length else 1
+    return f"{low / length:.{digits}f} to {high / length:.{digits}f} {unit}"
