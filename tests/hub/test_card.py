@@ -2,9 +2,11 @@
 picture.
 """
 
+import copy
 import dataclasses
 import io
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from safetensors.torch import load_file
+from spoiled import spoil
 from tiny_models import save_tiny, tiny_messages, tiny_processor
 from transformers import AutoModelForImageTextToText
 
@@ -388,6 +391,29 @@ def full_report(measured: CalibrationReport) -> CalibrationReport:
             "command": "qvlm bench llava-tiny-qvlm-w4a4 --against org/llava-tiny --record",
         },
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("cases", [50, pytest.param(4000, marks=pytest.mark.slow)])
+def test_a_damaged_report_ends_in_one_line_or_is_shown(folder, cases, capsys):
+    whole, refused = full_report(SavedModel(folder).report).to_dict(), 0
+    parts = ("segments", "settings", "provenance", "evaluation", "benchmark")
+    for seed in range(cases):
+        rng, report = random.Random(seed), copy.deepcopy(whole)
+        said = spoil(rng.choice([report, *(report[part] for part in parts)]), rng)
+        (folder / REPORT_NAME).write_text(json.dumps(report))
+        message = ""
+        try:
+            write_card(folder)
+        except ValueError as error:
+            message = str(error)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {said}: {error!r}") from error
+        assert "\n" not in message, f"seed {seed}, {said}"
+        refused += message != ""
+        status = main(["inspect", str(folder)])
+        told = capsys.readouterr().err
+        assert (status, told) == (0, "") or f"qvlm: error: {REPORT_NAME}: cannot be used (" in told
+    assert cases / 4 < refused < cases  # most figures and names are only shown
 
 
 @pytest.mark.parametrize("name", ["full", "rounded"])
