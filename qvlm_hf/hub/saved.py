@@ -188,9 +188,10 @@ def as_damaged_report(*others: type[Exception]) -> Iterator[None]:
     Args:
         others: kinds of errors that can come from nothing else there.
     """
+    kinds = (TypeError, AttributeError, LookupError, TemplateError, *others)
     try:
         yield
-    except (TypeError, AttributeError, LookupError, TemplateError, *others) as error:
+    except kinds as error:
         no_json = isinstance(error, json.JSONDecodeError)
         raise ValueError(
             f"{REPORT_NAME}: {'is no JSON' if no_json else 'cannot be used'} "

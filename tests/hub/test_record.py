@@ -126,7 +126,7 @@ def test_a_benchmark_is_kept_beside_the_evaluation(folder: Path) -> None:
         f"{100 * quantized['first_token']['spread']:.0f} %)" in text
     )
     assert str(folder) not in (folder / "packed" / REPORT_NAME).read_text()
-    assert "Not measured. This asks this model" not in text
+    assert "Not measured. This times it" not in text
 
 
 def test_paths_in_errors_are_not_kept() -> None:
