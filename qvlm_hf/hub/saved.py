@@ -188,6 +188,7 @@ def as_damaged_report(*others: type[Exception]) -> Iterator[None]:
     Args:
         others: kinds of errors that can come from nothing else there.
     """
+    kinds: tuple[type[Exception], ...]
     kinds = (TypeError, AttributeError, LookupError, TemplateError, *others)
     try:
         yield
