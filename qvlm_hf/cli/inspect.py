@@ -89,6 +89,7 @@ def _print_saved(directory: str) -> None:
     for (bits, granularity), count in sorted(kinds.items()):
         print(f"{count:5} modules {bits}, activations {granularity}")
     if (saved.folder / REPORT_NAME).is_file():
+        report = saved.report
         with as_damaged_report(ValueError):  # of names that no segment holds
-            lines = list(story(saved.report))
+            lines = list(story(report))
         print(*lines, sep="\n")
