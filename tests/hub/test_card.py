@@ -364,12 +364,12 @@ def test_a_panel_per_segment_with_blocks_as_bands(layers):
     assert set(bands if layers > 2 else bands[:1]) <= large
 
 
-def test_points_between_two_blocks_are_told_from_those_inside_one():
+def test_a_band_is_a_block_and_a_point_lies_between_two_layers():
     from matplotlib.figure import Figure
 
     axes, drawn = Figure().subplots(), segment("language", [1.5, 1.6, 1.9, 1.4, 1.5, 1.6, 1.7])
     _draw_entropies(axes, drawn)
-    found = {line.get_label(): set(line.get_xdata()) for line in axes.lines}
-    between = {drawn.layers.index(block.layers[-1]) + 0.5 for block in drawn.blocks[:-1]}
-    assert found["between two blocks"] == between != set()
-    assert found["inside a block"] == {k + 0.5 for k in range(7)} - between != set()
+    bands = [(band.get_x() + 0.5, band.get_width()) for band in axes.patches]
+    layers = drawn.layers.index
+    assert bands == [(layers(block.layers[0]), len(block.layers)) for block in drawn.blocks]
+    assert list(axes.lines[0].get_xdata()) == [k + 0.5 for k in range(7)]
