@@ -5,9 +5,9 @@ The only file that imports triton.
     y[m, n] = bias[n] + r[m] * sum_g ws[n, g] * sum_{k in g} a[m, k] (w[n, k] - zp[n, g])
 
 Two steps. `arrange` quantizes the inputs into int8 and writes them in the order in which the
-weights come out of their bytes; `multiply` unpacks weights in registers, multiplies on the integer matrix
-units with int32 sums, takes the zero points off as integers and scales each group in float32.
-Floating-point inputs go the same way with float sums.
+weights come out of their bytes; `multiply` unpacks weights in registers, multiplies on the integer
+matrix units with int32 sums, takes the zero points off as integers and scales each group in
+float32. Floating-point inputs go the same way with float sums.
 
 Order. The inputs of a group are padded with zeros to blocks of `block`; a block is cut into
 `slices`: slice s holds the inputs s, s + slices, s + 2 slices ... of the block, so that a shift and
