@@ -22,7 +22,7 @@ from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hub.file_list import relist_files
 from qvlm_hf.hub.pictures import entropy_picture
 from qvlm_hf.hub.repeat import config_arguments
-from qvlm_hf.hub.saved import SavedModel
+from qvlm_hf.hub.saved import SavedModel, as_damaged_report
 
 __all__ = ["CARD_NAME", "PICTURE_NAME", "write_card"]
 
@@ -82,8 +82,9 @@ def write_card(
     )
     if base_card is not None and base_card.language:
         front.language = base_card.language
-    picture = entropy_picture(saved.report.segments)
-    body = _body(saved, name=name, source=repo_id or name, base=base, picture=picture)
+    with as_damaged_report():
+        picture = entropy_picture(saved.report.segments)
+        body = _body(saved, name=name, source=repo_id or name, base=base, picture=picture)
     text = f"---\n{front.to_yaml()}\n---\n\n{body}"
     if path := _PATH.search(re.sub(r"https?://\S+", "", text)):
         raise ValueError(
@@ -136,14 +137,15 @@ def _results(saved: SavedModel, name: str) -> dict[str, Any]:
     """The measured accuracy, as the Hub lists it."""
     if (found := saved.report.evaluation) is None:
         return {}
-    result = EvalResult(
-        task_type="image-text-to-text",
-        dataset_type=found["dataset"],
-        dataset_name=found["dataset"],
-        metric_type="exact_match",
-        metric_name="exact match under greedy decoding, %",
-        metric_value=round(100 * found["accuracy"]["value"], 2),
-    )
+    with as_damaged_report():
+        result = EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=found["dataset"],
+            dataset_name=found["dataset"],
+            metric_type="exact_match",
+            metric_name="exact match under greedy decoding, %",
+            metric_value=round(100 * found["accuracy"]["value"], 2),
+        )
     return {"eval_results": [result], "model_name": name}
 
 

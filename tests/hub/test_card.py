@@ -2,8 +2,10 @@
 picture.
 """
 
+import copy
 import io
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from safetensors.torch import load_file
+from spoiled import spoil
 from tiny_models import save_tiny, save_tiny_samples, tiny_messages, tiny_processor
 from transformers import AutoModelForImageTextToText
 
@@ -263,6 +266,36 @@ def test_no_path_of_this_machine_gets_into_a_card(folder, path):
 # ---- golden --------------------------------------------------------------------------------------
 
 
+def full_report(folder):
+    """A report with everything in it, of fixed figures, about the modules of a saved model."""
+    fixed = json.loads((GOLDEN / "report_full.json").read_text())
+    measured = json.loads((folder / REPORT_NAME).read_text())
+    return measured | fixed | {"settings": measured["settings"] | fixed["settings"]}
+
+
+@pytest.mark.parametrize("cases", [50, pytest.param(4000, marks=pytest.mark.slow)])
+def test_a_damaged_report_ends_in_one_line_or_is_shown(folder, cases, capsys):
+    whole, refused = full_report(folder), 0
+    parts = ("segments", "settings", "provenance", "evaluation", "benchmark")
+    for seed in range(cases):
+        rng, report = random.Random(seed), copy.deepcopy(whole)
+        said = spoil(rng.choice([report, *(report[part] for part in parts)]), rng)
+        (folder / REPORT_NAME).write_text(json.dumps(report))
+        message = ""
+        try:
+            write_card(folder)
+        except ValueError as error:
+            message = str(error)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {said}: {error!r}") from error
+        assert "\n" not in message, f"seed {seed}, {said}"
+        refused += message != ""
+        status = main(["inspect", str(folder)])
+        told = capsys.readouterr().err
+        assert (status, told) == (0, "") or f"qvlm: error: {REPORT_NAME}: cannot be used (" in told
+    assert cases / 4 < refused < cases  # most figures and names are only shown
+
+
 @pytest.mark.parametrize("name", ["full", "rounded"])
 def test_golden(saved, tmp_path, name):
     """A report with everything in it, and one with next to nothing, of fixed figures."""
@@ -270,7 +303,7 @@ def test_golden(saved, tmp_path, name):
     fixed, hub = json.loads((GOLDEN / "report_full.json").read_text()), {}
     measured = json.loads((folder / REPORT_NAME).read_text())
     if name == "full":
-        measured |= fixed | {"settings": measured["settings"] | fixed["settings"]}
+        measured = full_report(folder)
         base_card = ModelCardData(license="llama2", language="en")
         hub = {"repo_id": "me/llava-tiny-qvlm", "base_card": base_card}
     else:
