@@ -47,6 +47,9 @@ from qvlm_hf.nn.replace import replace_modules
 from qvlm_hf.quantize import calibrate_and_pack, make_modules, round_modules, transformed
 
 __all__ = [
+    "JUDGES",
+    "JUDGING_TEXTS",
+    "TRIAL_SAMPLES",
     "calibrate_with_best_recipe",
     "compare_recipes",
     "plain_rounding",
@@ -55,9 +58,9 @@ __all__ = [
     "typical",
 ]
 
-_TRIAL_SAMPLES = 16  # that a recipe is tried on
-_JUDGES = 64  # other samples that it is judged by, at most
-_TEXTS = 16  # that the model writes, to judge it by as well
+TRIAL_SAMPLES = 16  # that a recipe is tried on
+JUDGES = 64  # other samples that it is judged by, at most
+JUDGING_TEXTS = 16  # that the model writes, to judge it by as well
 _FEW_BITS = 5
 _LEAST = 1e-9  # nats: less is rounding of float32, and has no logarithm
 # What a trial leaves out: parts that help every recipe, and cost more than all the rest.
@@ -125,12 +128,12 @@ def _try_recipes(
     """Tries every recipe on few samples, judged by others; the best one first."""
     check_weights(resolve_segments(model, settings))
     prepared = partial(batches, processor=processor, batch_size=settings.batch_size, model=model)
-    few, rest = hold_out(samples, min(_TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
+    few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
     data = list(prepared(by_picture(few)))
-    judges = list(prepared([*held_out, *rest][:_JUDGES]))
+    judges = list(prepared([*held_out, *rest][:JUDGES]))
     answers = AnswerComparison(model, judges, held_out=True)
     # of another seed than the text that is calibrated on
-    written = written_text(model, _TEXTS, seed=settings.seed + 1)
+    written = written_text(model, JUDGING_TEXTS, seed=settings.seed + 1)
     text = AnswerComparison(model, written, held_out=True)
 
     def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> tuple[float, float]:
