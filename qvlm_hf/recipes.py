@@ -39,9 +39,9 @@ from qvlm_hf.models.graph import get_linear
 from qvlm_hf.nn.replace import replace_modules
 from qvlm_hf.quantize import calibrate_and_pack, make_modules, transformed
 
-__all__ = ["calibrate_with_best_recipe", "compare_recipes", "trial"]
+__all__ = ["TRIAL_SAMPLES", "calibrate_with_best_recipe", "compare_recipes", "trial"]
 
-_TRIAL_SAMPLES = 16  # that a recipe is tried on, and as many others that it is judged by
+TRIAL_SAMPLES = 16  # that a recipe is tried on, and as many others that it is judged by
 # What a trial leaves out: parts that help every recipe, and cost more than all the rest.
 _QUICK: dict[str, Any] = {
     "max_block_depth": 1,
@@ -102,12 +102,12 @@ def _try_recipes(
     """Tries every recipe on few samples, judged by others; the best one first."""
     check_weights(resolve_segments(model, settings))
     prepared = partial(batches, processor=processor, batch_size=settings.batch_size, model=model)
-    few, rest = hold_out(samples, min(_TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
+    few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
     data = list(prepared(by_picture(few)))
-    judges = list(prepared((held_out or rest)[:_TRIAL_SAMPLES]))
+    judges = list(prepared((held_out or rest)[:TRIAL_SAMPLES]))
     answers = AnswerComparison(model, judges, held_out=True)
     # of another seed than the text that is calibrated on
-    written = written_text(model, text_rows(_TRIAL_SAMPLES), seed=settings.seed + 1)
+    written = written_text(model, text_rows(TRIAL_SAMPLES), seed=settings.seed + 1)
     text = AnswerComparison(model, written, held_out=True)
 
     def measure(recipe: Recipe) -> RecipeTrial:
