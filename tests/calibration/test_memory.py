@@ -1,6 +1,7 @@
 """The memory that the preflight promises against that of a process."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,12 @@ TOKENS = {"vision": 577.0, "projector": 576.0, "language": 700.0}
 
 @pytest.mark.skipif(proc_bytes("self/status", "RssAnon") is None, reason="Linux tells it")
 def test_a_process_holds_what_was_promised():
-    program = Path(__file__).parent / "fresh_calibration.py"
-    done = subprocess.run([sys.executable, str(program)], stdout=subprocess.PIPE, check=True)
+    program, tests = Path(__file__).with_name("fresh_calibration.py"), Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, program], env=os.environ | {"PYTHONPATH": path}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     # what Python and the libraries hold is another question
     taken = found["highest"] - found["before"]
