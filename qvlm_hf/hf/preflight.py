@@ -7,6 +7,7 @@ into the machine is refused with what would make it fit.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -41,7 +42,7 @@ from qvlm_hf.models.families import has_row
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import Segment
 from qvlm_hf.quantize import CHECK_SAMPLES
-from qvlm_hf.recipes import TRIAL_SAMPLES, compare_recipes, trial
+from qvlm_hf.recipes import JUDGES, JUDGING_TEXTS, TRIAL_SAMPLES, compare_recipes, trial
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -306,7 +307,8 @@ def _trial_seconds(
 ) -> float:
     """Of recipes.py, all its trials."""
     few = min(TRIAL_SAMPLES, (data.samples + 1) // 2)
-    quick = replace(data, samples=few, checks=2 * few)
+    judges = min(JUDGES, data.samples - few + CHECK_SAMPLES)
+    quick = replace(data, samples=few, checks=judges + JUDGING_TEXTS)
     total = 0.0
 
     def measure(recipe: dict[str, Any]) -> RecipeTrial:
@@ -320,6 +322,7 @@ def _trial_seconds(
         settings,
         measure,
         lambda name, count: Steps(name, (), count),
+        bar=math.inf,
         rotatable=not why_not_rotatable(model),
         groups=model.device.type != "cuda",
     )
