@@ -5,6 +5,7 @@ is tried on few samples, layer by layer, without guard and token importance, and
 precision by its answers to other samples and by text that the model writes itself.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
 from qvlm_hf.calibration.not_finite import naming_the_source
 from qvlm_hf.calibration.options import Options
@@ -27,6 +29,7 @@ from qvlm_hf.calibration.samples import (
     Sample,
     batches,
     by_picture,
+    fingerprint,
     hold_out,
 )
 from qvlm_hf.calibration.settings import CalibrationSettings
@@ -72,7 +75,8 @@ def calibrate_with_best_recipe(
     `resume_dir`, from `check_resume_dir`, keeps finished steps, and those of a calibration that was
     stopped are not repeated; ValueError if they are of another one.
     """
-    with alone_in(resume_dir):
+    with ranks.sharing_errors(), alone_in(resume_dir):
+        ranks.check_alike(fingerprint([*samples, *held_out]), "samples")
         everything, kept = [*samples, *held_out], SavedSteps()
         if resume_dir is not None:
             data = batches(by_picture(samples), processor, settings.batch_size)
@@ -81,10 +85,11 @@ def calibrate_with_best_recipe(
         with naming_the_source(model, everything, processor):
             if settings.recipe is None:
                 return calibrate_and_pack(model, settings, samples, processor, **given)
-            with experts_split(model):
+            with experts_split(model), ranks.apart():
                 compare = partial(_try_recipes, model, settings, samples, processor, **given)
                 trials = kept.once("recipes", compare)
-            settings = replace(settings, recipe=None, **trials[0].fields)
+            best = json.loads(ranks.told_by_first(json.dumps(trials[0].fields)))
+            settings = replace(settings, recipe=None, **best)
             report = calibrate_and_pack(model, settings, samples, processor, **given)
             return replace(report, recipes=trials)
 
