@@ -10,7 +10,7 @@ __all__ = ["run_together"]
 
 # a process of its own, without threads, that has imported everything: the others are copies of it
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tiny_calibrations"])
+_CONTEXT.set_forkserver_preload(["together"])
 
 
 def run_together(processes, folder, work, *args):

@@ -1,18 +1,24 @@
 """What `several_processes.run_together` runs in each of them."""
 
 import hashlib
+import io
+import os
+from contextlib import redirect_stderr, redirect_stdout
 
 import torch
+import torch.distributed as dist
 from tiny_calibrations import calibrate, tiny_samples
 from tiny_models import tiny_llava
 
 from qvlm_hf.calibration import ranks
+from qvlm_hf.cli import main
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.nn.linear import QVLMLinear
 
 __all__ = [
     "VALUES",
     "calibrated",
+    "command",
     "differ",
     "exchange",
     "fail_in_first_later",
@@ -101,3 +107,17 @@ def calibrated(_, options):
         },
         "scales": {n: t.float().numpy() for n, t in state.items() if n.endswith("_scale")},
     }
+
+
+def command(number, words):
+    """Exit status of `qvlm`, and what it writes to standard output and standard error."""
+    count = str(dist.get_world_size())
+    os.environ |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
+    said, complained = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(complained):
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+    return status, said.getvalue(), complained.getvalue()

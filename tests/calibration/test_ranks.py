@@ -1,15 +1,21 @@
 """Several processes calibrate one model as one process does."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import together
 from several_processes import run_together
+from tiny_models import save_tiny, save_tiny_samples
+from transformers import AutoModelForImageTextToText
 
 from qvlm_hf.calibration import ranks
 
-OPTIONS = {"batch_size": 1, "max_block_depth": 2, "percentiles": (1.0, 0.999)}
+OPTIONS = {"batch_size": 1, "max_block_depth": 2, "percentiles": (1.0,), "margins": ()}
 
 
 def dealt(monkeypatch, pictured, processes):
@@ -111,3 +117,75 @@ def test_two_processes_decide_as_one_and_repeat_their_bytes(tmp_path):
     compare(together.calibrated(0, OPTIONS), found, 1e-3)
     again = run_together(2, tmp_path, together.calibrated, OPTIONS)
     assert again[0]["bytes"] == found[0]["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (4, {}),
+        (3, {"count": 15, "activation_granularity": "channel", "max_block_depth": 3}),
+        (2, {"optimize_vision": {"epochs": 1}, "precision_budget": 3.5}),
+        (4, {"batch_size": 2, "count": 16, "written_text": True}),
+        (2, {"recipe": "auto", "rotation": None}),
+    ],
+)
+def test_more_processes_and_options(processes, options, tmp_path):
+    options = {"batch_size": 1} | options
+    compare(
+        together.calibrated(0, options),
+        run_together(processes, tmp_path, together.calibrated, options),
+        1e-2,
+    )
+
+
+@pytest.fixture
+def words(tmp_path):
+    save_tiny(tmp_path / "model")
+    save_tiny_samples(tmp_path, 6)
+    data = ["--dataset", f"{tmp_path}/samples.jsonl", "--num-samples", "4"]
+    options = ["--max-block-depth", "1", "--group-size", "32", "--resume"]
+    return ["quantize", f"{tmp_path}/model", *data, *options, "--output", f"{tmp_path}/out"]
+
+
+def check_output(folder, said):
+    assert said.count(f"34 modules quantized to W4A4; saved in {folder}/out") == 1
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert config["quantization_config"]["provenance"]["processes"] == 2
+    assert not (folder / "out.resume").exists()
+    assert AutoModelForImageTextToText.from_pretrained(folder / "out")
+
+
+def test_the_first_process_alone_saves_and_speaks(words, tmp_path):
+    words += ["--batch-size", "1"]
+    first, second = run_together(2, tmp_path, together.command, words)
+    assert first[0] == 0, first
+    assert second == (0, "", "")
+    check_output(tmp_path, first[1])
+
+
+def test_an_error_of_all_is_told_by_the_first(words, tmp_path):
+    words += ["--batch-size", "2"]
+    first, second = run_together(2, tmp_path, together.command, words)
+    assert first[0] == second[0] == 1
+    said = (
+        "qvlm: error: 2 processes need 4 batches with pictures, and there are 2: start fewer "
+        "processes, give more samples, or a smaller batch_size than 2.\n"
+    )
+    assert first[1:] == ("", said)
+    assert second[1:] == ("", "")
+
+
+@pytest.mark.slow
+def test_accelerate_starts_them(words, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    place = ["--num_machines", "1", "--main_process_port", "0", "-m", "qvlm_hf"]
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, *launch, *place, *words, "--batch-size", "1"],
+        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    check_output(tmp_path, done.stdout)
