@@ -72,7 +72,14 @@ from qvlm_hf.models.graph import (
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors, rounded_tensors
 from qvlm_hf.nn.replace import replace_modules
 
-__all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "make_modules", "round_and_pack", "transformed"]
+__all__ = [
+    "CHECK_SAMPLES",
+    "calibrate_and_pack",
+    "make_modules",
+    "round_and_pack",
+    "round_modules",
+    "transformed",
+]
 
 CHECK_SAMPLES = 16  # held-out samples of the self-check
 # Seen: four equal samples at W8A8 cost the demo model 60 points, and their own self-check could not
@@ -177,10 +184,10 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         segments = resolve_segments(model, settings) if structure is None else structure.segments
         check_weights(segments)
         calibration = Calibration(model=model, settings=settings, segments=segments)
-        schemes = rounding_schemes(model, calibration.segments, settings)
         with transformed(calibration):
-            modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
+            modules = round_modules(calibration)
         replace_modules(model, modules)
+        schemes = {name: module.scheme for name, module in modules.items()}
         return rounding_report(model, calibration.segments, schemes, settings, structure)
 
 
@@ -226,6 +233,13 @@ def make_modules(calibration: Calibration) -> _Modules:
             calibration.importance = kept.once("importance", measure)
     learn_vision_ranges(calibration)
     return _search(calibration)
+
+
+def round_modules(calibration: Calibration) -> _Modules:
+    """The quantized modules of a transformed model, rounded to nearest without data."""
+    model = calibration.model
+    schemes = rounding_schemes(model, calibration.segments, calibration.settings)
+    return {name: _round(model, name, scheme) for name, scheme in schemes.items()}
 
 
 def _capture_segment_inputs(calibration: Calibration) -> None:

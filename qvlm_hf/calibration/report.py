@@ -104,8 +104,9 @@ class RecipeTrial:
 
     Attributes:
         fields: of `QVLMConfig` -> value.
-        answer_kl: divergence of the answers to samples that the trial did not see, in nats.
-        text_kl: of text without pictures that the full-precision model wrote, in nats.
+        answer_kl: divergence of the answers to samples that the trial did not see, in nats a token;
+            the geometric mean over samples.
+        text_kl: the same of text without pictures that the full-precision model wrote.
     """
 
     fields: dict[str, Any]

@@ -2,15 +2,18 @@
 
 import argparse
 import shlex
+from typing import Any
 
 from huggingface_hub import HfApi
 
+from qvlm_hf.bench.shapes import SHAPES
 from qvlm_hf.calibration.ranks import is_first
 from qvlm_hf.calibration.resume import (
     check_resume_dir,
     remove_state,
     telling_how_to_go_on,
 )
+from qvlm_hf.cli.cost import check_room, tell_cost
 from qvlm_hf.cli.models import (
     add_field_arguments,
     add_scheme_arguments,
@@ -35,7 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="directory or Hub id of the full-precision model"
     )
     add_field_arguments(parser, "dataset")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to save the result")
+    output = parser.add_argument(
+        "--output", required=True, metavar="DIR", help="where to save the result"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action=_Optional,
+        other=output,
+        help="only tell time, memory and disk that it takes, from shapes and a few samples; MODEL "
+        f"may also be a config.json or one of {', '.join(SHAPES)}",
+    )
     add_scheme_arguments(parser)
     add_field_arguments(
         parser,
@@ -78,8 +90,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_field_arguments(parser, "strict")
 
 
+class _Optional(argparse.Action):
+    """A switch that makes another argument optional."""
+
+    def __init__(self, other: argparse.Action, **kwargs: Any) -> None:
+        super().__init__(nargs=0, default=False, **kwargs)
+        self._other = other
+
+    def __call__(self, _: object, namespace: argparse.Namespace, *__: object) -> None:
+        setattr(namespace, self.dest, True)
+        self._other.required = False
+
+
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    if options.dry_run:
+        return tell_cost(options)
     output = check_output(options.output, overwrite=options.overwrite)
     if options.private and options.repo_id is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
@@ -95,6 +121,7 @@ def run(options: argparse.Namespace) -> int:
             state = check_resume_dir(f"{output}.resume")
             config.resume_dir = state
         config.processor = processor = load_processor(options.model, options.revision)
+        check_room(options, config)
         with telling_how_to_go_on(state):
             model = load_model(options.model, config, options.dtype, options.revision, **loading)
             report = model.hf_quantizer.report

@@ -39,6 +39,7 @@ from qvlm_hf.hf.checkpoint import (
 )
 from qvlm_hf.hf.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.hf.origin import origin
+from qvlm_hf.hf.preflight import preflight
 from qvlm_hf.hf.processor_fit import check_processor_fits, pictured
 from qvlm_hf.hf.registry import quantizer_class
 from qvlm_hf.hf.round_on_load import (
@@ -211,6 +212,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self,
         model: PreTrainedModel,
         checkpoint_files: Sequence[str] | None = None,
+        device_map: Any = None,
         **kwargs: object,
     ) -> None:
         del kwargs
@@ -223,12 +225,14 @@ class QVLMHfQuantizer(HfQuantizer):
         elif self.rounds_on_load:
             self.report = planned_report(model, settings)
             self.check_processor(model)
+            preflight(model, config, None, device_map)
             self._experts = rounding_skeleton(model, self.report.modules)
         else:
             # what cannot be done should not wait for the weights
             if config.dataset is not None or not by_structure(model, settings):
                 resolve_segments(model, settings)
             self.check_processor(model)
+            preflight(model, config, self._samples, device_map)
         if not self.pre_quantized:  # what the user can mend at once comes before
             check_readable(self._files)
 

@@ -4,10 +4,10 @@ The only file that imports triton.
 
     y[m, n] = bias[n] + r[m] * sum_g ws[n, g] * sum_{k in g} a[m, k] (w[n, k] - zp[n, g])
 
-Two steps. `arrange` quantizes the inputs into int8 and writes them in the order in which the
-weights come out of their bytes; `multiply` unpacks weights in registers, multiplies on the integer
-matrix units with int32 sums, takes the zero points off as integers and scales each group in
-float32. Floating-point inputs go the same way with float sums.
+Two steps. `arrange` quantizes the inputs (a norm or SwiGLU can be part of it) into int8 and writes
+them in the order in which the weights come out of their bytes; `multiply` unpacks weights in
+registers, multiplies on the integer matrix units with int32 sums, takes the zero points off as
+integers and scales each group in float32. Floating-point inputs go the same way with float sums.
 
 Order. The inputs of a group are padded with zeros to blocks of `block`; a block is cut into
 `slices`: slice s holds the inputs s, s + slices, s + 2 slices ... of the block, so that a shift and
@@ -162,6 +162,10 @@ def arrange(
     input_zero_point: Tensor | None = None,
     *,
     rows: int,
+    source: str = "plain",
+    other: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> Arranged:
     """Quantizes inputs, rounding as the reference does, and lays them out for `multiply`.
 
@@ -174,6 +178,11 @@ def arrange(
         input_scale: float32, as in `ops.schema.linear`.
         input_zero_point: int32, as in `ops.schema.linear`.
         rows: rows to allocate, at least M.
+        source: what is computed first, rounded to x's dtype where Transformers rounds: "plain"
+            nothing; "rms_norm" LlamaRMSNorm; "layer_norm" nn.LayerNorm; "swiglu" silu(x) * other.
+        other: [K] weight of the norm, or [M, K] the second factor of "swiglu"; of x's dtype.
+        norm_bias: [K], of "layer_norm".
+        epsilon: of the norm.
 
     Returns:
         The inputs; for granularity "none" floating point: x's dtype, or two bfloat16 terms where a
@@ -205,12 +214,13 @@ def arrange(
     # the token's statistics by itself.
     parts = max(1, min(8 if tokens <= 64 else 1, number // at_once))
     _arrange[(tokens, parts)](
-        x, input_scale, input_zero_point, arranged.values, arranged.sums, arranged.more,
-        arranged.more_sums, arranged.shift, arranged.row_scale, layout.in_features,
+        x, other, norm_bias, input_scale, input_zero_point, arranged.values, arranged.sums,
+        arranged.more, arranged.more_sums, arranged.shift, arranged.row_scale, layout.in_features,
         layout.group_length, number, rows, 1 if input_scale is None else input_scale.shape[0],
-        BITS=bits, GRANULARITY=granularity, HAS_SCALE=input_scale is not None, TERMS=terms,
-        EXTRA=extra, ROUND=_ROUND, BLOCK=layout.block, BLOCKS=layout.blocks, SLICES=layout.slices,
-        AT_ONCE=at_once, CHUNK=min(2048, triton.next_power_of_2(layout.in_features)), num_warps=4,
+        epsilon, BITS=bits, GRANULARITY=granularity, SOURCE=source,
+        HAS_SCALE=input_scale is not None, TERMS=terms, EXTRA=extra, ROUND=_ROUND,
+        BLOCK=layout.block, BLOCKS=layout.blocks, SLICES=layout.slices, AT_ONCE=at_once,
+        CHUNK=min(2048, triton.next_power_of_2(layout.in_features)), num_warps=4,
     )  # fmt: skip
     return arranged
 
@@ -288,17 +298,68 @@ def _slices(bits: int, bytewise: bool) -> int:
     return 8 // bits if bytewise else 4
 
 
+@triton.jit
+def _source(x_ptr, other_ptr, norm_bias_ptr, row, k, exists, mean, factor, SOURCE: tl.constexpr):
+    """Float32 values k of a token before quantizing, rounded to its dtype where the model would."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
+    if SOURCE == "rms_norm":
+        x = (x * factor).to(dtype).to(tl.float32)
+        x = (
+            (tl.load(other_ptr + k, mask=exists, other=0.0).to(tl.float32) * x)
+            .to(dtype)
+            .to(tl.float32)
+        )
+    elif SOURCE == "layer_norm":
+        x = (x - mean) * factor * tl.load(other_ptr + k, mask=exists, other=0.0).to(tl.float32)
+        x = (
+            (x + tl.load(norm_bias_ptr + k, mask=exists, other=0.0).to(tl.float32))
+            .to(dtype)
+            .to(tl.float32)
+        )
+    elif SOURCE == "swiglu":
+        x = tl.math.div_rn(x, 1.0 + tl.exp(-x)).to(dtype).to(tl.float32)
+        x = (
+            (x * tl.load(other_ptr + row + k, mask=exists, other=0.0).to(tl.float32))
+            .to(dtype)
+            .to(tl.float32)
+        )
+    return x
+
+
+@triton.jit
+def _norm_statistics(x_ptr, row, K, epsilon, SOURCE: tl.constexpr, CHUNK: tl.constexpr):
+    """A token's mean (0 for RMSNorm) and the factor 1 / sqrt(variance + epsilon)."""
+    mean = 0.0
+    if SOURCE == "layer_norm":
+        total = tl.zeros((CHUNK,), tl.float32)
+        for start in range(0, K, CHUNK):
+            k = start + tl.arange(0, CHUNK)
+            total += tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)
+        mean = tl.math.div_rn(tl.sum(total, 0), K * 1.0)
+    squares = tl.zeros((CHUNK,), tl.float32)
+    for start in range(0, K, CHUNK):
+        k = start + tl.arange(0, CHUNK)
+        x = tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)
+        x = tl.where(k < K, x - mean, 0.0)
+        squares += x * x
+    return mean, tl.rsqrt(tl.math.div_rn(tl.sum(squares, 0), K * 1.0) + epsilon)
+
+
 @triton.jit(do_not_specialize=["number", "positions"])
 def _arrange(
-    x_ptr, input_scale_ptr, input_zero_point_ptr, values_ptr, sums_ptr, more_ptr, more_sums_ptr,
-    shift_ptr, row_scale_ptr, K, L, number, rows, positions, BITS: tl.constexpr,
-    GRANULARITY: tl.constexpr, HAS_SCALE: tl.constexpr, TERMS: tl.constexpr, EXTRA: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SLICES: tl.constexpr, AT_ONCE: tl.constexpr,
-    CHUNK: tl.constexpr, ROUND: tl.constexpr,
+    x_ptr, other_ptr, norm_bias_ptr, input_scale_ptr, input_zero_point_ptr, values_ptr, sums_ptr,
+    more_ptr, more_sums_ptr, shift_ptr, row_scale_ptr, K, L, number, rows, positions, epsilon,
+    BITS: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, HAS_SCALE: tl.constexpr,
+    TERMS: tl.constexpr, EXTRA: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    SLICES: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Program (m, part): statistics of token m, then every `parts`-th run of AT_ONCE blocks."""
     m = tl.program_id(0)
     row = m.to(tl.int64) * K
+    mean, factor = 0.0, 1.0
+    if SOURCE == "rms_norm" or SOURCE == "layer_norm":
+        mean, factor = _norm_statistics(x_ptr, row, K, epsilon, SOURCE, CHUNK)
     top: tl.constexpr = 2**BITS - 1
     scale, zero_point = 1.0, 0.0
     if GRANULARITY == "token":
@@ -309,7 +370,8 @@ def _arrange(
         high = tl.zeros((CHUNK,), tl.float32)
         for start in range(0, K, CHUNK):
             k = start + tl.arange(0, CHUNK)
-            x = tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)
+            x = _source(x_ptr, other_ptr, norm_bias_ptr, row, k, k < K, mean, factor, SOURCE)
+            x = tl.where(k < K, x, 0.0)
             low = tl.minimum(low, x)
             high = tl.maximum(high, x)
         lowest = tl.min(low, 0)
@@ -333,7 +395,7 @@ def _arrange(
         exists = k < tl.minimum((group + 1) * L, K)[:, None]
         written = (block < number)[:, None]
         target = m.to(tl.int64) * number * BLOCK + block[:, None] * BLOCK + place
-        x = tl.load(x_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
+        x = _source(x_ptr, other_ptr, norm_bias_ptr, row, k, exists, mean, factor, SOURCE)
         if GRANULARITY == "none":
             if HAS_SCALE:
                 x = tl.math.div_rn(x, tl.load(input_scale_ptr + k, mask=exists, other=1.0))

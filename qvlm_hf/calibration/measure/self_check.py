@@ -33,16 +33,18 @@ class AnswerComparison:
         self._batches = batches[ranks.number() :: ranks.count()]
         self._reference = [logits.cpu() for logits in self._answers()]
 
+    def divergences(self) -> list[float]:
+        """The mean KL (nats a token) of every own sample with an answer, as the model is now."""
+        return [answer_kl(full, logits) for full, logits in self._compared()]
+
     def measure(self) -> SelfCheck | None:
         """Compares the model as it is now; None if no sample has an answer."""
         agree = tokens = 0
         divergence = 0.0
-        for full, logits in zip(self._reference, self._answers(), strict=True):
-            if len(full):
-                full = full.to(logits.device)
-                tokens += len(full)
-                agree += int((full.argmax(-1) == logits.argmax(-1)).sum())
-                divergence += answer_kl(full, logits) * len(full)
+        for full, logits in self._compared():
+            tokens += len(full)
+            agree += int((full.argmax(-1) == logits.argmax(-1)).sum())
+            divergence += answer_kl(full, logits) * len(full)
         samples, agree, tokens = ranks.add(len(self._reference), agree, tokens)
         (divergence,) = ranks.add(divergence)
         if not tokens:
@@ -54,6 +56,11 @@ class AnswerComparison:
             agreement=agree / tokens,
             kl=divergence / tokens,
         )
+
+    def _compared(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for full, logits in zip(self._reference, self._answers(), strict=True):
+            if len(full):
+                yield full.to(logits.device), logits
 
     def _answers(self) -> Iterator[Tensor]:
         for batch in self._batches:
