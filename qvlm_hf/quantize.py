@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, capture_inputs
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
@@ -138,6 +139,7 @@ def calibrate_and_pack(
         if obstacle:
             found["provenance"]["rotation"] = f"none: {obstacle}"
         calibration.data = with_text(calibration)
+        calibration.places = _deal(calibration)
         checks = list(prepared((held_out or samples)[:CHECK_SAMPLES]))
         answers = AnswerComparison(model, checks, held_out=bool(held_out))
         with transformed(calibration):
@@ -189,6 +191,12 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         return rounding_report(model, calibration.segments, schemes, settings, structure)
 
 
+def _deal(calibration: Calibration) -> list[int]:
+    """The batches that this process runs; all, where there is one process."""
+    remedy = f", give more samples, or a smaller batch_size than {calibration.settings.batch_size}"
+    return ranks.deal(["pixel_values" in batch.inputs for batch in calibration.data], remedy)
+
+
 @contextmanager
 def transformed(calibration: Calibration) -> Iterator[None]:
     """Folds rotation and equalization into the weights; an error inside undoes it."""
@@ -199,7 +207,7 @@ def transformed(calibration: Calibration) -> Iterator[None]:
             if settings.rotation is not None:
                 rotate(model, rotation_plan(model), seed=settings.seed)
             if equalized:
-                equalize(model, scale_paths(model, calibration.segments), calibration.data)
+                equalize(model, scale_paths(model, calibration.segments), calibration.own_data)
         yield
 
 
@@ -236,7 +244,7 @@ def round_modules(calibration: Calibration) -> _Modules:
 
 def _capture_segment_inputs(calibration: Calibration) -> None:
     """Records what enters every segment in full precision."""
-    captured = capture_inputs(calibration.model, calibration.data, calibration.segments)
+    captured = capture_inputs(calibration.model, calibration.own_data, calibration.segments)
     calibration.inputs |= captured
     origins = (origin for batch in calibration.data for origin in batch.origins)
     samples = sum(origin != WRITTEN for origin in origins)
@@ -315,7 +323,7 @@ def _quantized_inputs(
     if first:
         return calibration.inputs[segment.name]
     with calibration.timed("inputs"):
-        return capture_inputs(calibration.model, calibration.data, [segment])[segment.name]
+        return capture_inputs(calibration.model, calibration.own_data, [segment])[segment.name]
 
 
 def _pack_block(model: nn.Module, block: SearchedBlock) -> _Modules:

@@ -9,6 +9,7 @@ Divergences are geometric means over samples. Of 64 samples the worst three hold
 sum, so that an arithmetic mean tells chance (docs/decisions/0029-the-typical-sample-decides.md).
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
 from qvlm_hf.calibration.not_finite import naming_the_source
@@ -35,6 +37,7 @@ from qvlm_hf.calibration.samples import (
     Sample,
     batches,
     by_picture,
+    fingerprint,
     hold_out,
 )
 from qvlm_hf.calibration.settings import CalibrationSettings
@@ -101,7 +104,8 @@ def calibrate_with_best_recipe(
     `resume_dir`, from `check_resume_dir`, keeps finished steps, and those of a calibration that was
     stopped are not repeated; ValueError if they are of another one.
     """
-    with alone_in(resume_dir):
+    with ranks.sharing_errors(), alone_in(resume_dir):
+        ranks.check_alike(fingerprint([*samples, *held_out]), "samples")
         everything, kept = [*samples, *held_out], SavedSteps()
         if resume_dir is not None:
             data = batches(by_picture(samples), processor, settings.batch_size)
@@ -110,10 +114,11 @@ def calibrate_with_best_recipe(
         with naming_the_source(model, everything, processor):
             if settings.recipe is None:
                 return calibrate_and_pack(model, settings, samples, processor, **given)
-            with experts_split(model):
+            with experts_split(model), ranks.apart():
                 compare = partial(_try_recipes, model, settings, samples, processor, **given)
                 trials = kept.once("recipes", compare)
-            settings = replace(settings, recipe=None, **trials[0].fields)
+            best = json.loads(ranks.told_by_first(json.dumps(trials[0].fields)))
+            settings = replace(settings, recipe=None, **best)
             report = calibrate_and_pack(model, settings, samples, processor, **given)
             return replace(report, recipes=trials)
 

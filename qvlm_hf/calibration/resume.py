@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.coded import decode, encode
 from qvlm_hf.calibration.provenance import versions
 from qvlm_hf.calibration.report import settings_dict
@@ -52,6 +53,8 @@ _T = TypeVar("_T")
 class SavedSteps:
     """Steps of one calibration, kept in a directory; without one nothing is kept.
 
+    The first process writes, and all read.
+
     Args:
         folder: from `check_resume_dir`; None keeps nothing.
         origin: from `made_from`.
@@ -62,9 +65,16 @@ class SavedSteps:
     """
 
     def __init__(self, folder: Path | None = None, origin: Mapping[str, Any] | None = None) -> None:
-        self._folder = folder
+        self._folder, self._finished = folder, frozenset[str]()
         if folder is None:
             return
+        if ranks.is_first():
+            self._begin(folder, origin)
+        # what is there now, so that all processes agree while the first one writes more
+        names = sorted(file.stem for file in folder.glob("*.json"))
+        self._finished = frozenset(json.loads(ranks.told_by_first(json.dumps(names))))
+
+    def _begin(self, folder: Path, origin: Mapping[str, Any] | None) -> None:
         with _written(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"*{_PARTIAL}"):  # of a process that was killed
@@ -75,7 +85,7 @@ class SavedSteps:
             self._write_json(_STATE, origin)
 
     def __contains__(self, step: str) -> bool:
-        return self._folder is not None and (self._folder / f"{step}.json").exists()
+        return step in self._finished
 
     def once(self, step: str, compute: Callable[[], _T]) -> _T:
         """What `compute` returns: read if the step was finished before, else computed and kept.
@@ -115,7 +125,7 @@ class SavedSteps:
         Raises:
             OSError: it cannot be written.
         """
-        if self._folder is None:
+        if self._folder is None or not ranks.is_first():
             return
         entry, tensors = encode(value)
         if tensors:
@@ -186,7 +196,7 @@ def alone_in(folder: Path | None) -> Iterator[None]:
         ValueError: another one is running in it.
         OSError: it cannot be made.
     """
-    if folder is None or fcntl is None:
+    if folder is None or fcntl is None or not ranks.is_first():
         yield
         return
     with _written(folder):
@@ -239,6 +249,7 @@ def made_from(
         "settings": settings_dict(settings),
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.count(),
         "device": _device_name(parameter.device),
         "model": _hash_tensors(chain(model.named_parameters(), model.named_buffers())),
         "samples": fingerprint(samples),

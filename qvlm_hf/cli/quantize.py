@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from qvlm_hf.bench.shapes import SHAPES
+from qvlm_hf.calibration.ranks import is_first
 from qvlm_hf.calibration.resume import (
     check_resume_dir,
     remove_state,
@@ -21,6 +22,7 @@ from qvlm_hf.cli.models import (
     make_config,
     search_options,
 )
+from qvlm_hf.cli.processes import joined
 from qvlm_hf.cli.publish import describe
 from qvlm_hf.cli.story import story
 from qvlm_hf.hf.publishing import publish_command, publish_folder
@@ -108,21 +110,27 @@ def run(options: argparse.Namespace) -> int:
     if options.private and options.repo_id is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
     _refuse_unused(options)
-    config = make_config(options)
-    target = None
-    if options.repo_id is not None:
-        target = Target(repo_id=options.repo_id, private=options.private or None)
-        target = check_target(HfApi(), target)
-    state = None
-    if options.resume:
-        state = check_resume_dir(f"{output}.resume")
-        config.resume_dir = state
-    config.processor = processor = load_processor(options.model, options.revision)
-    check_room(options, config)
-    with telling_how_to_go_on(state):
-        model = load_model(options.model, config, options.dtype, options.revision)
-        report = model.hf_quantizer.report
-        save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
+    with joined() as loading:
+        config = make_config(options)
+        target = None
+        if options.repo_id is not None:
+            target = Target(repo_id=options.repo_id, private=options.private or None)
+            target = check_target(HfApi(), target)
+        state = None
+        if options.resume:
+            state = check_resume_dir(f"{output}.resume")
+            config.resume_dir = state
+        config.processor = processor = load_processor(options.model, options.revision)
+        check_room(options, config)
+        with telling_how_to_go_on(state):
+            model = load_model(options.model, config, options.dtype, options.revision, **loading)
+            report = model.hf_quantizer.report
+            if is_first():
+                save_quantized(
+                    model, processor, options.output, report=report, overwrite=options.overwrite
+                )
+    if not is_first():
+        return 0
     if state is not None:
         remove_state(state)
     for line in story(report):

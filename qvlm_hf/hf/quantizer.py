@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
 from qvlm_hf.calibration.plan import resolve_segments
+from qvlm_hf.calibration.ranks import is_first
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import by_structure
 from qvlm_hf.calibration.samples import Sample
@@ -86,6 +87,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self.published: Published | None = None
         self._has_row = True  # in the table of families; told by the model when it comes
         self._samples: list[Sample] | None = None
+        self._expected: dict[str, float] | None = None  # seconds by step
         self._files: tuple[str, ...] = ()  # of the checkpoint
         self._errors: list[str] = []
         self._experts: frozenset[str] = frozenset()  # parameters of experts to round on load
@@ -231,7 +233,7 @@ class QVLMHfQuantizer(HfQuantizer):
             if config.dataset is not None or not by_structure(model, settings):
                 resolve_segments(model, settings)
             self.check_processor(model)
-            preflight(model, config, self._samples, device_map)
+            self._expected = preflight(model, config, self._samples, device_map)
         if not self.pre_quantized:  # what the user can mend at once comes before
             check_readable(self._files)
 
@@ -259,7 +261,9 @@ class QVLMHfQuantizer(HfQuantizer):
 
     def calibrate(self, model: PreTrainedModel) -> CalibrationReport:
         """Quantizes the loaded model and keeps the samples that it has positions for."""
-        report, self._samples = calibrate(model, self.quantization_config, self._samples)
+        report, self._samples = calibrate(
+            model, self.quantization_config, self._samples, self._expected
+        )
         return report
 
     def finish(self, model: PreTrainedModel) -> None:
@@ -307,7 +311,7 @@ class QVLMHfQuantizer(HfQuantizer):
         for callback in config.callbacks:
             if hasattr(callback, "on_calibration_end"):
                 callback.on_calibration_end(model, report)
-        if self._target is not None:
+        if self._target is not None and is_first():
             from qvlm_hf.hf.publishing import push_result
 
             self.published = push_result(model, config.processor, self._target)

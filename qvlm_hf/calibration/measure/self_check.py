@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.report import SelfCheck
 from qvlm_hf.calibration.samples import Batch
@@ -23,16 +24,17 @@ class AnswerComparison:
 
     Args:
         model: in full precision.
-        batches: with labels.
+        batches: with labels; every process compares its share of them.
         held_out: whether calibration does not see these samples.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], *, held_out: bool) -> None:
-        self._model, self._batches, self._held_out = model, batches, held_out
+        self._model, self._held_out = model, held_out
+        self._batches = batches[ranks.number() :: ranks.count()]
         self._reference = [logits.cpu() for logits in self._answers()]
 
     def divergences(self) -> list[float]:
-        """The mean KL (nats a token) of every sample with an answer, for the model as it is now."""
+        """The mean KL (nats a token) of every own sample with an answer, as the model is now."""
         return [answer_kl(full, logits) for full, logits in self._compared()]
 
     def measure(self) -> SelfCheck | None:
@@ -43,10 +45,12 @@ class AnswerComparison:
             tokens += len(full)
             agree += int((full.argmax(-1) == logits.argmax(-1)).sum())
             divergence += answer_kl(full, logits) * len(full)
+        samples, agree, tokens = ranks.add(len(self._reference), agree, tokens)
+        (divergence,) = ranks.add(divergence)
         if not tokens:
             return None
         return SelfCheck(
-            samples=len(self._reference),
+            samples=samples,
             held_out=self._held_out,
             answer_tokens=tokens,
             agreement=agree / tokens,
