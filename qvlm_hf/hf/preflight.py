@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +66,8 @@ class Expected:
     Attributes:
         seconds: step -> seconds, trials of recipes as one step.
         memory: bytes of main memory at the peak, on a CPU.
-        device: bytes of a GPU's memory, for a model that lies there.
+        weights: bytes of the model besides, mapped from its files where they have its dtype.
+        device: bytes of a GPU's memory with the model, if it lies there.
         result: bytes of the saved weights.
         kept: bytes of what `resume_dir` keeps.
         data: samples; None where none are used.
@@ -74,6 +76,7 @@ class Expected:
 
     seconds: Mapping[str, float]
     memory: float
+    weights: float
     device: float
     result: float
     kept: float
@@ -102,7 +105,9 @@ class Expected:
             tokens = ", ".join(f"{name} {count:.0f}" for name, count in self.data.tokens.items())
             yield f"        {self.data.samples} samples; tokens of each: {tokens} ({counted})"
         gpu = _gigabytes(self.device)
-        yield f"memory  {_gigabytes(self.memory)} at the peak; {gpu} of a GPU, for a model on one"
+        weights = f"{_gigabytes(self.weights)} of weights mapped from files"
+        yield f"memory  {_gigabytes(self.memory)} at the peak, besides {weights}"
+        yield f"        {gpu} of a GPU's, where the model is on one"
         kept = f", {_gigabytes(self.kept)} to resume from" if self.kept else ""
         yield f"disk    {_gigabytes(self.result)} for the result{kept}"
 
@@ -133,15 +138,15 @@ def expect(
         return _without_segments(model, settings, rates)
     segments = resolve_segments(model, settings)
     sizes = _sizes(model, segments, settings)
+    whole = model_bytes(model, model.dtype)
     if config.dataset is None and not settings.needs_data:
-        memory = count_rounding_memory(
-            model, segments, settings, dtype=model.dtype, on_load=settings.rotation is None
-        )
+        memory = count_rounding_memory(segments, settings, model.dtype)
         seconds = {"rounding": rates.seconds(rounding_work(segments))}
         return Expected(
             seconds=seconds,
             memory=memory,
-            device=memory,
+            weights=whole,
+            device=memory + whole,
             data=None,
             assumed=False,
             **sizes | {"kept": 0.0},
@@ -150,11 +155,12 @@ def expect(
     steps = seconds_of(count_work(model, segments, settings, data), rates)
     if settings.recipe is not None:
         steps = {"recipes": _trial_seconds(model, settings, data, rates)} | steps
-    count = {"dtype": model.dtype}
+    count = partial(count_memory, model, segments, settings, data, dtype=model.dtype)
     return Expected(
         seconds=steps,
-        memory=count_memory(model, segments, settings, data, **count),
-        device=count_memory(model, segments, settings, data, **count, compute=model.dtype),
+        memory=count().together,
+        weights=whole,
+        device=whole + count(compute=model.dtype).together,
         data=data,
         assumed=samples is None,
         **sizes,
@@ -166,7 +172,7 @@ def preflight(
     config: QVLMConfig,
     samples: Sequence[Sample] | None,
     device_map: Any = None,
-) -> None:
+) -> dict[str, float]:
     """`expect`, told on standard error where it is not over at once, and checked.
 
     Callbacks in the configuration take the place of what is told, as of the progress bar.
@@ -176,6 +182,9 @@ def preflight(
         config: of the run.
         samples: from `read_samples`.
         device_map: that the model will be loaded with.
+
+    Returns:
+        Seconds by step.
 
     Raises:
         ValueError: memory or the disk of `resume_dir` is too small, or as `expect`.
@@ -194,6 +203,7 @@ def preflight(
         sys.stderr.flush()
     if warning is not None:
         logging.getLogger(__name__).warning("%s", warning)
+    return dict(expected.seconds)
 
 
 def check_memory(expected: Expected, config: QVLMConfig, device: torch.device = _CPU) -> str | None:
@@ -289,12 +299,13 @@ def _without_segments(
     """Of a family without a row: all of its weights are rounded, once it is in memory."""
     weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
     whole = model_bytes(model, model.dtype)
-    memory = count_rounding_memory(model, (), settings, dtype=model.dtype, on_load=False)
+    memory = count_rounding_memory((), settings, model.dtype)
     packed = weights * (settings.weight_bits / 8 + 3 / 128)
     return Expected(
         seconds={"rounding": rates.seconds(rounding_work((), weights))},
         memory=memory + packed,
-        device=memory + packed,
+        weights=whole,
+        device=memory + packed + whole,
         result=whole - weights * model.dtype.itemsize + packed,
         kept=0,
         data=None,

@@ -89,6 +89,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self.published: Published | None = None
         self._has_row = True  # in the table of families; told by the model when it comes
         self._samples: list[Sample] | None = None
+        self._expected: dict[str, float] | None = None  # seconds by step
         self._files: tuple[str, ...] = ()  # of the checkpoint
         self._errors: list[str] = []
         self._experts: frozenset[str] = frozenset()  # parameters of experts to round on load
@@ -234,7 +235,7 @@ class QVLMHfQuantizer(HfQuantizer):
             if config.dataset is not None or not by_structure(model, settings):
                 resolve_segments(model, settings)
             self.check_processor(model)
-            preflight(model, config, self._samples, device_map)
+            self._expected = preflight(model, config, self._samples, device_map)
         if not self.pre_quantized:  # what the user can mend at once comes before
             check_readable(self._files)
 
@@ -262,7 +263,9 @@ class QVLMHfQuantizer(HfQuantizer):
 
     def calibrate(self, model: PreTrainedModel) -> CalibrationReport:
         """Quantizes the loaded model and keeps the samples that it has positions for."""
-        report, self._samples = calibrate(model, self.quantization_config, self._samples)
+        report, self._samples = calibrate(
+            model, self.quantization_config, self._samples, self._expected
+        )
         return report
 
     def finish(self, model: PreTrainedModel) -> None:
