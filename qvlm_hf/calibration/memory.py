@@ -17,9 +17,17 @@ from torch import nn
 from qvlm_hf.calibration.cost import Data, Sums, active_share, gradient_draws
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Layer, Segment, Site
 
-__all__ = ["Memory", "count_memory", "count_rounding_memory", "model_bytes", "packed_bytes"]
+__all__ = [
+    "Memory",
+    "count_memory",
+    "count_rounding_memory",
+    "model_bytes",
+    "packed_bytes",
+    "packed_size",
+]
 
 _PROCESS = 420 * 2**20  # Python, PyTorch and Transformers, without their files
 _SLACK = 1.15  # what the C library holds back of what was freed
@@ -67,9 +75,14 @@ def packed_bytes(segments: Sequence[Segment], settings: CalibrationSettings) -> 
     """Of all quantized weights, with their grids."""
     scheme = settings.module_scheme("none" if settings.activation_bits == 16 else "dynamic_token")
     linears = [x for segment in segments for layer in segment.layers for x in _linears(layer)]
-    words = sum(x.out_features * scheme.words(x.in_features) for x in linears)
-    groups = sum(x.out_features * scheme.groups(x.in_features) for x in linears)
-    return 4 * words + 3 * groups
+    return sum(packed_size(x.out_features, x.in_features, scheme) for x in linears)
+
+
+def packed_size(out_features: int, in_features: int, scheme: QuantScheme) -> int:
+    """Bytes of a weight as docs/format.md packs it, with its grids and those of its input."""
+    grid = 2 if scheme.symmetric else 3
+    row = 4 * scheme.words(in_features) + grid * scheme.groups(in_features)
+    return out_features * row + (8 * in_features if scheme.granularity == "channel" else 0)
 
 
 def count_memory(

@@ -30,6 +30,7 @@ from qvlm_hf.calibration.memory import (
     model_bytes,
     packed_bytes,
 )
+from qvlm_hf.calibration.options import size_in_bytes
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.report import RecipeTrial
@@ -289,7 +290,10 @@ def _sizes(
     ]
     floats = sum(linear.weight.numel() for linear in linears) * model.dtype.itemsize
     packed = packed_bytes(segments, settings)
-    return {"result": model_bytes(model, model.dtype) - floats + packed, "kept": packed}
+    result = model_bytes(model, model.dtype) - floats + packed
+    if isinstance(settings.precision_budget, str):
+        result = size_in_bytes(settings.precision_budget)
+    return {"result": result, "kept": packed}
 
 
 def _without_segments(
