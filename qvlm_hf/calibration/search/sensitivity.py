@@ -14,27 +14,26 @@ second order. So time grows with the number of layers, not with its square.
 Left out: interactions between sites; the search that follows sees them.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, live_layers, run_layer, working_precision
 from qvlm_hf.calibration.measure.gradients import answer_gradients
-from qvlm_hf.calibration.memory import packed_size
-from qvlm_hf.calibration.options import size_in_bytes
 from qvlm_hf.calibration.report import PrecisionRaise
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX
+from qvlm_hf.calibration.search.budget import WIDTHS, allocate_bits, fit_bits, saved_bytes
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.settings import Precision
-from qvlm_hf.models.graph import Layer, Segment, get_linear, output_head
+from qvlm_hf.models.graph import Layer, Segment
 
-__all__ = ["allocate_bits", "choose_precisions", "fit_bits", "saved_bytes", "site_parameters"]
+__all__ = ["choose_precisions", "site_parameters"]
 
 # A site that alone moves the answers by more than this is broken, whatever the others do. On the
 # demo model at W4A4 the worst of 42 sites moved them by 0.07 nats at its starting range, the fifth
@@ -45,8 +44,6 @@ _RAISED_BITS = 8
 # Of a site, over all held-out samples. With 16 a random model's worst site came fifth.
 _DIRECTIONS = 64
 _GRADIENT_BYTES = 4 * 2**30  # fewer directions of large models, but one of every sample
-_WIDTHS = (2, 3, 4, 5, 6, 8)  # weight bits that a budget chooses from
-_HEADER = 160  # bytes of a file's header that name a tensor
 
 
 def choose_precisions(
@@ -218,7 +215,7 @@ def _guard(probe: _Probe, scheme: Precision) -> tuple[dict[str, float], list[Pre
 def _measure_widths(probe: _Probe) -> dict[str, dict[int, float]]:
     """Site -> weight bits -> divergence with floating-point inputs, never rising with the bits."""
     curves: dict[str, dict[int, float]] = {}
-    for bits in _WIDTHS:
+    for bits in WIDTHS:
         for name, kl in probe.divergences(Precision(weight_bits=bits, activation_bits=16)).items():
             before = min(curves.setdefault(name, {}).values(), default=kl)
             curves[name][bits] = min(before, kl)
@@ -233,119 +230,3 @@ def site_parameters(calibration: Calibration) -> dict[str, int]:
         for layer in segment.layers
         for site in layer.sites
     }
-
-
-def saved_bytes(calibration: Calibration) -> tuple[dict[str, dict[int, int]], int]:
-    """What the saved weights of a model take.
-
-    Every site is counted with a static range per channel, the largest there is.
-
-    Returns:
-        Site -> weight bits -> bytes; and the bytes of all the rest, with the files' headers.
-    """
-    model, settings = calibration.model, calibration.settings
-    sites = [s for segment in calibration.segments for layer in segment.layers for s in layer.sites]
-    granularity = "none" if settings.activation_bits == 16 else "channel"
-    parameters = list(model.parameters())
-    rest = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    costs: dict[str, dict[int, int]] = {}
-    for site in sites:
-        weights = [linear.weight for linear in site.linears]
-        rest -= sum(weight.numel() * weight.element_size() for weight in weights)
-        for bits in _WIDTHS:
-            precision = replace(settings.precision, weight_bits=bits)
-            scheme = settings.module_scheme(granularity, site.hadamard, precision)
-            costs.setdefault(site.name, {})[bits] = sum(
-                packed_size(linear.out_features, linear.in_features, scheme)
-                for linear in site.linears
-            )
-    if head_scheme := settings.head_scheme():
-        head = get_linear(model, output_head(model))
-        rest += packed_size(head.out_features, head.in_features, head_scheme)
-        if not any(module.weight is head.weight for module in _embeddings(model)):
-            rest -= head.weight.numel() * head.weight.element_size()
-    return costs, rest + _HEADER * (len(parameters) + 4 * sum(len(s.linears) for s in sites))
-
-
-def _embeddings(model: nn.Module) -> Iterator[nn.Embedding]:
-    return (module for module in model.modules() if isinstance(module, nn.Embedding))
-
-
-def fit_bits(
-    curves: Mapping[str, Mapping[int, float]],
-    costs: Mapping[str, Mapping[int, int]],
-    rest: int,
-    size: str,
-) -> dict[str, int]:
-    """Weight bits of every site so that the saved weights take at most `size`.
-
-    Args:
-        curves: as of `allocate_bits`.
-        costs: site -> bits -> bytes.
-        rest: bytes of what has no choice.
-        size: such as "3.9GB".
-
-    Returns:
-        Site -> bits. No further raise of any site fits.
-
-    Raises:
-        ValueError: the fewest bits do not fit.
-    """
-    room = size_in_bytes(size) - rest - sum(cost[_WIDTHS[0]] for cost in costs.values())
-    if room < 0:
-        least = (size_in_bytes(size) - room) / 1e6
-        raise ValueError(
-            f"precision_budget={size!r} is below {least:.3g}MB, which the model takes with weights "
-            f"of {_WIDTHS[0]} bits: raise it."
-        )
-    return _spend(curves, costs, room)
-
-
-def allocate_bits(
-    curves: Mapping[str, Mapping[int, float]], parameters: Mapping[str, int], budget: float
-) -> dict[str, int]:
-    """Weight bits of every site so that the average over all weights stays within the budget.
-
-    Starts with the fewest bits everywhere and takes, as long as one fits, the raise that lowers the
-    divergence most per added bit. A site without a curve (of a dead layer) stays at the fewest
-    bits.
-
-    Args:
-        curves: site -> bits -> divergence; every site has the same widths.
-        parameters: site -> number of weights.
-        budget: average bits of a weight.
-
-    Returns:
-        Site -> bits. No further raise of any site fits into the budget.
-
-    Raises:
-        ValueError: the budget is below the fewest bits.
-    """
-    widths = sorted(next(iter(curves.values())))
-    room = budget * sum(parameters.values()) - widths[0] * sum(parameters.values())
-    if room < 0:
-        raise ValueError(
-            f"precision_budget={budget} is below {widths[0]} bits, the fewest a weight can have: "
-            f"raise it."
-        )
-    costs = {name: {b: b * count for b in widths} for name, count in parameters.items()}
-    return _spend(curves, costs, room)
-
-
-def _spend(
-    curves: Mapping[str, Mapping[int, float]],
-    costs: Mapping[str, Mapping[int, float]],
-    room: float,
-) -> dict[str, int]:
-    bits = {name: min(cost) for name, cost in costs.items()}
-    while True:
-        raises = [
-            ((curve[bits[name]] - curve[wider]) / cost, -cost, name, wider)
-            for name, curve in curves.items()
-            for wider in curve
-            if wider > bits[name] and (cost := costs[name][wider] - costs[name][bits[name]]) <= room
-        ]
-        if not raises:
-            return bits
-        _, cost, name, wider = max(raises)
-        bits[name], room = wider, room + cost

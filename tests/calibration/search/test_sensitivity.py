@@ -14,8 +14,9 @@ from tiny_models import tiny_llava
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.search import sensitivity
+from qvlm_hf.calibration.search.budget import allocate_bits
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
-from qvlm_hf.calibration.search.sensitivity import allocate_bits, site_parameters
+from qvlm_hf.calibration.search.sensitivity import site_parameters
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.nn.replace import quantized_modules
 
