@@ -333,15 +333,14 @@ def _count_data(
         pixels = {} if size is None else {"pixel_values": torch.empty(1, 3, *size, device="meta")}
         found = [_feature_tokens(model, segments, pixels)]
         text = _TEXT + found[0]["projector"][0]
-    tokens, context = {"language": text}, {"language": text}
-    for name in ("vision", "projector"):
-        tokens[name] = sum(own[name][0] for own in found) / len(found)
-        context[name] = max(own[name][1] for own in found)
+    parts = ("vision", "projector")
+    tokens = {name: sum(own[name][0] for own in found) / len(found) for name in parts}
+    context = {name: max(own[name][1] for own in found) for name in parts}
     return Data(
         samples=config.num_samples if samples is None else min(config.num_samples, len(samples)),
         batch_size=config.batch_size,
-        tokens=tokens,
-        context=context,
+        tokens=tokens | {"language": text},
+        context=context | {"language": text},
         answers=answers,
         checks=CHECK_SAMPLES,
     )
