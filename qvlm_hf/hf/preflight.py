@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -305,7 +304,6 @@ def _trial_seconds(
         settings,
         measure,
         lambda name, count: Steps(name, (), count),
-        bar=math.inf,
         rotatable=not why_not_rotatable(model),
         groups=model.device.type != "cuda",
     )
