@@ -139,6 +139,15 @@ def test_more_processes_and_options(processes, options, tmp_path):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "mllama", "qwen2_vl"])
+def test_other_families_and_samples_without_pictures(name, tmp_path):
+    """Experts that only one process feeds, layers that text passes over, packed pictures."""
+    options = {"num_samples": 14, "max_block_depth": 1}
+    found = run_together(2, tmp_path, together.quantized_family, name, options)
+    compare(together.quantized_family(0, name, options), found, 1e-2)
+
+
 @pytest.fixture
 def words(tmp_path):
     save_tiny(tmp_path / "model")
