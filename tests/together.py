@@ -13,6 +13,7 @@ from tiny_models import tiny_llava, tiny_messages
 
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.resume import SavedSteps
 from qvlm_hf.cli import main
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.nn.linear import QVLMLinear
@@ -27,6 +28,7 @@ __all__ = [
     "fail_in_second",
     "other_samples",
     "quantized_family",
+    "stopped",
 ]
 
 VALUES = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
@@ -138,3 +140,20 @@ def quantized_family(_, name, options):
     rows = [*tiny_messages(options["num_samples"] - len(TEXT)), *TEXT]
     config = QVLMConfig(scheme="W4A4", dataset=rows, processor=processor, **options)
     return described(model, quantize_model(model, config))
+
+
+def stopped(number, options, steps):
+    """As `calibrated`, but the first process fails when so many steps are kept."""
+    write, left = SavedSteps.write, [steps]
+
+    def counted(self, step, value):
+        write(self, step, value)
+        left[0] -= 1
+        if not left[0] and not number:
+            raise OSError("stopped")
+
+    SavedSteps.write = counted
+    try:
+        return calibrated(number, options)
+    finally:
+        SavedSteps.write = write
