@@ -7,7 +7,6 @@ into the machine is refused with what would make it fit.
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -335,7 +334,6 @@ def _trial_seconds(
         settings,
         measure,
         lambda name, count: Steps(name, (), count),
-        bar=math.inf,
         rotatable=not why_not_rotatable(model),
         groups=model.device.type != "cuda",
     )
