@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.report import SelfCheck
 from qvlm_hf.calibration.samples import Batch
+from qvlm_hf.calibration.scratch import keep
 
 __all__ = ["AnswerComparison", "collapse_warning", "head_warning"]
 
@@ -29,7 +30,7 @@ class AnswerComparison:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], *, held_out: bool) -> None:
         self._model, self._batches, self._held_out = model, batches, held_out
-        self._reference = [logits.cpu() for logits in self._answers()]
+        self._reference = [keep(logits.cpu()) for logits in self._answers()]
 
     def measure(self) -> SelfCheck | None:
         """Compares the model as it is now; None if no sample has an answer."""
