@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, capture_inputs
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
@@ -46,14 +47,7 @@ from qvlm_hf.calibration.rounding import (
     with_coverage,
 )
 from qvlm_hf.calibration.run import Calibration
-from qvlm_hf.calibration.samples import (
-    Batch,
-    Processor,
-    Sample,
-    batches,
-    by_picture,
-    longest_sample,
-)
+from qvlm_hf.calibration.samples import Processor, Sample, batches, by_picture
 from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.routing import few_tokens_warning, routing_reports
@@ -80,7 +74,14 @@ from qvlm_hf.models.graph import (
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors, rounded_tensors
 from qvlm_hf.nn.replace import replace_modules
 
-__all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "make_modules", "round_and_pack", "transformed"]
+__all__ = [
+    "CHECK_SAMPLES",
+    "calibrate_and_pack",
+    "make_modules",
+    "round_and_pack",
+    "round_modules",
+    "transformed",
+]
 
 CHECK_SAMPLES = 16  # held-out samples of the self-check
 # Seen: four equal samples at W8A8 cost the demo model 60 points, and their own self-check could not
@@ -122,11 +123,7 @@ def calibrate_and_pack(
             collapsed. The model is then unchanged.
         OSError: a step cannot be kept, as on a full disk. Likewise.
     """
-    longest = longest_sample(model)
-
-    def make_batches(samples: Sequence[Sample]) -> list[Batch]:
-        return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
-
+    prepared = partial(batches, processor=processor, batch_size=settings.batch_size, model=model)
     with experts_split(model, keep=True):
         obstacle = why_not_rotatable(model) if settings.rotation == "auto" else ""
         check_weights(resolve_segments(model, settings))
@@ -135,7 +132,7 @@ def calibrate_and_pack(
             model=model,
             settings=settings,
             segments=resolve_segments(model, settings),
-            data=make_batches(by_picture(samples)),
+            data=list(prepared(by_picture(samples))),
             callbacks=callbacks,
             kept=kept or SavedSteps(),
         )
@@ -144,7 +141,8 @@ def calibrate_and_pack(
         if obstacle:
             found["provenance"]["rotation"] = f"none: {obstacle}"
         calibration.data = with_text(calibration)
-        checks = make_batches((held_out or samples)[:CHECK_SAMPLES])
+        calibration.places = _deal(calibration)
+        checks = list(prepared((held_out or samples)[:CHECK_SAMPLES]))
         answers = AnswerComparison(model, checks, held_out=bool(held_out))
         with transformed(calibration):
             modules = make_modules(calibration)
@@ -188,11 +186,17 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         segments = resolve_segments(model, settings) if structure is None else structure.segments
         check_weights(segments)
         calibration = Calibration(model=model, settings=settings, segments=segments)
-        schemes = rounding_schemes(model, calibration.segments, settings)
         with transformed(calibration):
-            modules = {name: _round(model, name, scheme) for name, scheme in schemes.items()}
+            modules = round_modules(calibration)
         replace_modules(model, modules)
+        schemes = {name: module.scheme for name, module in modules.items()}
         return rounding_report(model, calibration.segments, schemes, settings, structure)
+
+
+def _deal(calibration: Calibration) -> list[int]:
+    """The batches that this process runs; all, where there is one process."""
+    remedy = f", give more samples, or a smaller batch_size than {calibration.settings.batch_size}"
+    return ranks.deal(["pixel_values" in batch.inputs for batch in calibration.data], remedy)
 
 
 @contextmanager
@@ -205,7 +209,7 @@ def transformed(calibration: Calibration) -> Iterator[None]:
             if settings.rotation is not None:
                 rotate(model, rotation_plan(model), seed=settings.seed)
             if equalized:
-                equalize(model, scale_paths(model, calibration.segments), calibration.data)
+                equalize(model, scale_paths(model, calibration.segments), calibration.own_data)
         yield
 
 
@@ -233,9 +237,16 @@ def make_modules(calibration: Calibration) -> _Modules:
     return _search(calibration)
 
 
+def round_modules(calibration: Calibration) -> _Modules:
+    """The quantized modules of a transformed model, rounded to nearest without data."""
+    model = calibration.model
+    schemes = rounding_schemes(model, calibration.segments, calibration.settings)
+    return {name: _round(model, name, scheme) for name, scheme in schemes.items()}
+
+
 def _capture_segment_inputs(calibration: Calibration) -> None:
     """Records what enters every segment in full precision."""
-    captured = capture_inputs(calibration.model, calibration.data, calibration.segments)
+    captured = capture_inputs(calibration.model, calibration.own_data, calibration.segments)
     calibration.inputs |= captured
     origins = (origin for batch in calibration.data for origin in batch.origins)
     samples = sum(origin != WRITTEN for origin in origins)
@@ -317,7 +328,7 @@ def _quantized_inputs(
     if first:
         return calibration.inputs[segment.name]
     with calibration.timed("inputs"):
-        return capture_inputs(calibration.model, calibration.data, [segment])[segment.name]
+        return capture_inputs(calibration.model, calibration.own_data, [segment])[segment.name]
 
 
 def _pack_block(model: nn.Module, block: SearchedBlock) -> _Modules:

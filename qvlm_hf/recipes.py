@@ -2,9 +2,15 @@
 
 Where a model's outliers sit decides which recipe is best (docs/results.md), so it is measured: each
 is tried on few samples, layer by layer, without guard and token importance, and compared with full
-precision by its answers to other samples and by text that the model writes itself.
+precision by its answers to other samples. Text that the model writes itself must not suffer more
+than from plain rounding.
+
+Divergences are geometric means over samples. Of 64 samples the worst three hold two fifths of the
+sum, so that an arithmetic mean tells chance (docs/decisions/0029-the-typical-sample-decides.md).
 """
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
 from qvlm_hf.calibration.not_finite import naming_the_source
 from qvlm_hf.calibration.options import Options
@@ -28,22 +36,36 @@ from qvlm_hf.calibration.samples import (
     Sample,
     batches,
     by_picture,
+    fingerprint,
     hold_out,
-    longest_sample,
 )
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.rotation import take_snapshot
 from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.calibration.written_text import text_rows, with_text, written_text
+from qvlm_hf.calibration.written_text import with_text, written_text
 from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import get_linear
 from qvlm_hf.nn.replace import replace_modules
-from qvlm_hf.quantize import calibrate_and_pack, make_modules, transformed
+from qvlm_hf.quantize import calibrate_and_pack, make_modules, round_modules, transformed
 
-__all__ = ["calibrate_with_best_recipe", "compare_recipes", "trial"]
+__all__ = [
+    "JUDGES",
+    "JUDGING_TEXTS",
+    "TRIAL_SAMPLES",
+    "calibrate_with_best_recipe",
+    "compare_recipes",
+    "plain_rounding",
+    "trial",
+    "try_settings",
+    "typical",
+]
 
-_TRIAL_SAMPLES = 16  # that a recipe is tried on, and as many others that it is judged by
+TRIAL_SAMPLES = 16  # that a recipe is tried on
+JUDGES = 64  # other samples that it is judged by, at most
+JUDGING_TEXTS = 16  # that the model writes, to judge it by as well
+_FEW_BITS = 5
+_LEAST = 1e-9  # nats: less is rounding of float32, and has no logarithm
 # What a trial leaves out: parts that help every recipe, and cost more than all the rest.
 _QUICK: dict[str, Any] = {
     "max_block_depth": 1,
@@ -53,7 +75,12 @@ _QUICK: dict[str, Any] = {
     "precision_budget": None,
 }
 _VARIED = ("equalization", "written_text")
-_GROUPS = {"activation_granularity": "dynamic_group"}
+_PLAIN: dict[str, Any] = {
+    "activation_granularity": "dynamic_token",
+    "rotation": None,
+    "lm_head_bits": None,
+    "written_text": False,
+}
 
 Recipe = dict[str, Any]
 
@@ -74,7 +101,8 @@ def calibrate_with_best_recipe(
     `resume_dir`, from `check_resume_dir`, keeps finished steps, and those of a calibration that was
     stopped are not repeated; ValueError if they are of another one.
     """
-    with alone_in(resume_dir):
+    with ranks.sharing_errors(), alone_in(resume_dir):
+        ranks.check_alike(fingerprint([*samples, *held_out]), "samples")
         everything, kept = [*samples, *held_out], SavedSteps()
         if resume_dir is not None:
             data = batches(by_picture(samples), processor, settings.batch_size)
@@ -83,10 +111,11 @@ def calibrate_with_best_recipe(
         with naming_the_source(model, everything, processor):
             if settings.recipe is None:
                 return calibrate_and_pack(model, settings, samples, processor, **given)
-            with experts_split(model):
+            with experts_split(model), ranks.apart():
                 compare = partial(_try_recipes, model, settings, samples, processor, **given)
                 trials = kept.once("recipes", compare)
-            settings = replace(settings, recipe=None, **trials[0].fields)
+            best = json.loads(ranks.told_by_first(json.dumps(trials[0].fields)))
+            settings = replace(settings, recipe=None, **best)
             report = calibrate_and_pack(model, settings, samples, processor, **given)
             return replace(report, recipes=trials)
 
@@ -103,47 +132,37 @@ def _try_recipes(
 ) -> tuple[RecipeTrial, ...]:
     """Tries every recipe on few samples, judged by others; the best one first."""
     check_weights(resolve_segments(model, settings))
-    longest = longest_sample(model)
-
-    def make_batches(samples: Sequence[Sample]) -> list[Batch]:
-        return list(batches(samples, processor, settings.batch_size, max_tokens=longest))
-
-    few, rest = hold_out(samples, min(_TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
-    data = make_batches(by_picture(few))
-    judges = make_batches((held_out or rest)[:_TRIAL_SAMPLES])
+    prepared = partial(batches, processor=processor, batch_size=settings.batch_size, model=model)
+    few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
+    data = list(prepared(by_picture(few)))
+    judges = list(prepared([*held_out, *rest][:JUDGES]))
     answers = AnswerComparison(model, judges, held_out=True)
     # of another seed than the text that is calibrated on
-    written = written_text(model, text_rows(_TRIAL_SAMPLES), seed=settings.seed + 1)
+    written = written_text(model, JUDGING_TEXTS, seed=settings.seed + 1)
     text = AnswerComparison(model, written, held_out=True)
 
-    def measure(recipe: Recipe) -> RecipeTrial:
-        quick = trial(settings, recipe)
-        calibration = Calibration(
-            model=model, settings=quick, segments=resolve_segments(model, quick), data=data
-        )
-        calibration.data = with_text(calibration)
-        restore, floating = take_snapshot(model), dict[str, nn.Module]()
-        try:
-            with transformed(calibration):
-                modules = make_modules(calibration)
-                floating |= {name: get_linear(model, name) for name in modules}
-                replace_modules(model, modules)
-                checks = (answers.measure(), text.measure())
-        finally:
-            replace_modules(model, floating)
-            restore()
-        kls = [check.kl for check in checks if check is not None]
-        return RecipeTrial(fields=recipe, answer_kl=kls[0], text_kl=kls[-1])  # text is never None
+    def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> tuple[float, float]:
+        answer_kls, text_kls = try_settings(model, tried, data, (answers, text))
+        text_kl = typical(text_kls)
+        return typical(answer_kls) if answer_kls else text_kl, text_kl
+
+    def measure_recipe(recipe: Recipe) -> RecipeTrial:
+        answer_kl, text_kl = measure(trial(settings, recipe), data)
+        return RecipeTrial(fields=recipe, answer_kl=answer_kl, text_kl=text_kl)
 
     def measure_once(recipe: Recipe) -> RecipeTrial:
-        return kept.once(f"recipe-{next(numbers)}", partial(measure, recipe))
+        return kept.once(f"recipe-{next(numbers)}", partial(measure_recipe, recipe))
 
     numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
-    rotatable = settings.rotation != "auto" or not why_not_rotatable(model)
-    # GPU kernels leave ranges per group to the reference, which is slow
-    groups = next(model.parameters()).device.type == "cpu"
+    plain = plain_rounding(settings)
     return compare_recipes(
-        settings, measure_once, progress.steps, rotatable=rotatable, groups=groups
+        settings,
+        measure_once,
+        progress.steps,
+        bar=kept.once("plain", partial(measure, plain, ()))[1],
+        rotatable=settings.rotation != "auto" or not why_not_rotatable(model),
+        # GPU kernels leave ranges per group to the reference, which is slow
+        groups=next(model.parameters()).device.type == "cpu",
     )
 
 
@@ -152,27 +171,27 @@ def compare_recipes(
     measure: Callable[[Recipe], RecipeTrial],
     steps: Callable[[str, int], Steps],
     *,
+    bar: float,
     rotatable: bool,
     groups: bool,
 ) -> tuple[RecipeTrial, ...]:
     """Measures rotation and ranges together, then the other fields one by one on the best of these.
 
-    Ranges per token and group come between the two, on the best so far.
-
     Args:
         settings: whose `recipe` is "auto"; a field that is not at its default is fixed.
         measure: tries a recipe, the values of the open fields.
         steps: makes a counter, from its name and total.
+        bar: divergence of text after plain rounding, in nats. A recipe above it is taken only if
+            all are, and then the lowest.
         rotatable: whether the model can be rotated.
-        groups: whether ranges per token and group are worth a trial.
+        groups: whether ranges per token and group are fast here.
 
     Returns:
-        All trials, the best one first.
+        All trials, the best one first: of those below the bar the lowest divergence of answers.
     """
-    first = _first_recipes(settings, rotatable)
+    first = _first_recipes(settings, rotatable, groups)
     others = [n for n in _VARIED if getattr(settings, n) == getattr(Options, n)]
-    groups &= settings.activation_granularity is None and settings.group_size != -1
-    counter = steps("recipes", len(first) + groups + len(others))
+    counter = steps("recipes", len(first) + len(others))
     trials: list[RecipeTrial] = []
 
     def take(recipe: Recipe) -> None:
@@ -181,20 +200,20 @@ def compare_recipes(
 
     for recipe in first:
         take(recipe)
-    if groups:
-        take(_best(trials).fields | _GROUPS)
-    best = _best(trials)
+    best = _best(trials, bar)
     for name in others:
         take(best.fields | {name: not getattr(settings, name)})
-    best = _best(trials)
+    best = _best(trials, bar)
     return (best, *(tried for tried in trials if tried is not best))
 
 
-def _first_recipes(settings: CalibrationSettings, rotatable: bool) -> list[Recipe]:
+def _first_recipes(settings: CalibrationSettings, rotatable: bool, groups: bool) -> list[Recipe]:
     rotations = [None, "hadamard"] if settings.rotation == "auto" else [settings.rotation]
     ranges = [settings.activation_granularity]
     if ranges == [None]:
-        ranges.append("dynamic_token")
+        # with more bits a range for every group gains nothing (docs/results.md)
+        groups &= settings.group_size != -1 and settings.activation_bits <= _FEW_BITS
+        ranges.append("dynamic_group" if groups else "dynamic_token")
     return [
         {"rotation": rotation, "activation_granularity": granularity}
         for rotation in rotations
@@ -203,14 +222,60 @@ def _first_recipes(settings: CalibrationSettings, rotatable: bool) -> list[Recip
     ]
 
 
-def _best(trials: Sequence[RecipeTrial]) -> RecipeTrial:
-    """The lowest sum of divergences.
-
-    A product would have no floor: where one divergence is next to nothing, its noise would decide.
-    """
-    return min(trials, key=lambda found: found.answer_kl + found.text_kl)
+def _best(trials: Sequence[RecipeTrial], bar: float) -> RecipeTrial:
+    sound = [tried for tried in trials if tried.text_kl <= bar]
+    if not sound:
+        return min(trials, key=lambda tried: tried.text_kl)
+    return min(sound, key=lambda tried: tried.answer_kl)
 
 
 def trial(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:
     """The settings of a quick trial of a recipe."""
     return replace(settings, recipe=None, **recipe, **_QUICK)
+
+
+def plain_rounding(settings: CalibrationSettings) -> CalibrationSettings:
+    """The settings of rounding to nearest without data, inputs with a range per token."""
+    return replace(settings, recipe=None, **(_QUICK | _PLAIN))
+
+
+def try_settings(
+    model: nn.Module,
+    settings: CalibrationSettings,
+    data: Sequence[Batch],
+    comparisons: Sequence[AnswerComparison],
+) -> list[list[float]]:
+    """Quantizes a model, compares it with full precision, and puts it back.
+
+    Args:
+        model: in full precision.
+        settings: of a trial, so that layers are searched one by one.
+        data: to calibrate on; without any, weights are rounded to nearest.
+        comparisons: of that model.
+
+    Returns:
+        Of each comparison every sample's divergence, in nats a token.
+    """
+    segments = resolve_segments(model, settings)
+    calibration = Calibration(model=model, settings=settings, segments=segments, data=data)
+    calibration.data = with_text(calibration)
+    # layers that are searched one by one need no entropy
+    calibration.dependencies = {
+        segment.name: ([0.0] * (len(live_layers(segment)) - 1), 0.0) for segment in segments
+    }
+    restore, floating = take_snapshot(model), dict[str, nn.Module]()
+    try:
+        with transformed(calibration):
+            modules = make_modules(calibration) if data else round_modules(calibration)
+            floating |= {name: get_linear(model, name) for name in modules}
+            replace_modules(model, modules)
+            return [comparison.divergences() for comparison in comparisons]
+    finally:
+        replace_modules(model, floating)
+        restore()
+
+
+def typical(divergences: Sequence[float]) -> float:
+    """The geometric mean of samples' divergences, in nats."""
+    logs = [math.log(max(divergence, _LEAST)) for divergence in divergences]
+    return math.exp(math.fsum(logs) / len(logs))

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from qvlm_hf.calibration.room import free_memory
+
 __all__ = [
     "Clock",
     "Limits",
@@ -20,7 +22,6 @@ __all__ = [
     "device_name",
     "has_bfloat16_units",
     "measure_limits",
-    "proc_bytes",
 ]
 
 _TRIES = 5
@@ -131,13 +132,7 @@ def available_bytes(device: torch.device) -> int | None:
     """Memory that a model may still take; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return proc_bytes("meminfo", "MemAvailable")
-
-
-def proc_bytes(file: str, field: str) -> int | None:
-    """Bytes of a field of a file in Linux's /proc; None where there is none."""
-    sizes = [int(line.split()[1]) * 1024 for line in _proc(file, f"{field}:")]
-    return sizes[0] if sizes else None
+    return free_memory()
 
 
 def _bandwidth(device: torch.device, clock: Clock) -> float:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2VLConfig
 
 __all__ = ["SHAPES", "shape_config"]
 
@@ -23,18 +23,32 @@ _LANGUAGE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 40,
         "num_attention_heads": 40,
     },
+    "llava-34b": {
+        "hidden_size": 7168,
+        "intermediate_size": 20480,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 56,
+        "num_key_value_heads": 8,
+        "vocab_size": 64000,
+    },
 }
-SHAPES = tuple(_LANGUAGE)
+_QWEN = "qwen2-vl-72b"
+SHAPES = (*_LANGUAGE, _QWEN)
 
 
-def shape_config(name: str) -> LlavaConfig:
-    """The configuration behind a name: LLaVA-1.5 as llava-hf publishes it.
+def shape_config(name: str) -> Any:
+    """The configuration behind a name: LLaVA-1.5 as llava-hf publishes it, or Qwen2-VL.
 
-    CLIP ViT-L/14 at 336 pixels and a Llama with its vocabulary padded to 32064.
+    LLaVA: CLIP ViT-L/14 at 336 pixels and a Llama with its vocabulary padded to 32064. One of 34
+    billion weights has the decoder of Yi-34B (arXiv 2403.04652, table 2), as LLaVA-1.6 does.
+    Qwen2-VL-72B: the decoder of Qwen2-72B (arXiv 2407.10671, table 1) and the 675M encoder of all
+    sizes (arXiv 2409.12191).
 
     Raises:
         ValueError: no such name.
     """
+    if name == _QWEN:
+        return _qwen2_vl_72b()
     if name not in _LANGUAGE:
         raise ValueError(f"shape {name!r} is unknown: this version has {', '.join(SHAPES)}.")
     vision = CLIPVisionConfig(
@@ -47,11 +61,9 @@ def shape_config(name: str) -> LlavaConfig:
         projection_dim=768,
     )
     language = LlamaConfig(
-        vocab_size=32064,
-        max_position_embeddings=4096,
+        **{"vocab_size": 32064, "max_position_embeddings": 4096} | _LANGUAGE[name],
         rms_norm_eps=1e-5,
         pad_token_id=32001,
-        **_LANGUAGE[name],
     )
     return LlavaConfig(
         vision_config=vision,
@@ -62,3 +74,18 @@ def shape_config(name: str) -> LlavaConfig:
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
+
+
+def _qwen2_vl_72b() -> Qwen2VLConfig:
+    language = {
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    }
+    vision = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "hidden_size": 8192}
+    return Qwen2VLConfig(text_config=language, vision_config=vision, tie_word_embeddings=False)

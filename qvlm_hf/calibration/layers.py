@@ -31,6 +31,7 @@ __all__ = [
     "count_tokens",
     "frozen",
     "live_layers",
+    "model_inputs",
     "observe_inputs",
     "observe_outputs",
     "recomputed",
@@ -112,11 +113,21 @@ def run_model(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
         batch: its inputs.
         logits: whether all are needed; else the head, the widest layer, runs on one token only.
     """
-    device = next(model.parameters()).device
-    inputs = {key: value.to(device) for key, value in batch.inputs.items()}
+    inputs = model_inputs(model, batch)
     if not logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=1)
     return model(**inputs, use_cache=False)
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch on the model's device, floating ones in its dtype."""
+    # packed weights are integers: the first floating parameter tells dtype and device
+    floating = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = getattr(model, "dtype", floating.dtype)
+    return {
+        name: tensor.to(floating.device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in batch.inputs.items()
+    }
 
 
 def capture_inputs(

@@ -1,12 +1,13 @@
 """Progress of a calibration: told to its callbacks, and shown by one of them.
 
 On a terminal a bar per step, elsewhere a plain line every half minute: a log file says how far a
-run of hours is. Either says which step of how many it is, how long it will take, and the memory.
+run of hours is. Either says which step of how many it is, the time left of it and of all, and the
+memory.
 """
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,16 @@ __all__ = ["ProgressBar", "Steps", "planned_steps"]
 
 _EVERY = 30.0  # seconds between two plain lines
 _UNITS = {"recipes": "recipe", "sensitivity": "site", "vision": "epoch", "search": "layer"}
+# Steps of the report, in the order of their time; each with those that are told under its name.
+_ORDER = {
+    "recipes": ("recipes",),
+    "transform": ("transform", "inputs"),
+    "sensitivity": ("sensitivity",),
+    "importance": ("importance",),
+    "vision": (),
+    "search": ("entropy", "ranges", "search", "rounding", "other"),
+    "check": ("check",),
+}
 _STATUS = Path("/proc/self/status")
 
 
@@ -40,6 +51,8 @@ class ProgressBar:
         plan: the steps, from `planned_steps`.
         stream: None is standard error.
         now: a clock, in seconds.
+        expected: seconds by step of the report, from cost.py, to tell the time of all steps; None
+            tells that of the step alone.
     """
 
     def __init__(
@@ -47,7 +60,12 @@ class ProgressBar:
         plan: Sequence[str] = (),
         stream: TextIO | None = None,
         now: Callable[[], float] = time.monotonic,
+        expected: Mapping[str, float] | None = None,
     ) -> None:
+        self._expected = {
+            name: sum((expected or {}).get(part, 0.0) for part in parts)
+            for name, parts in _ORDER.items()
+        }
         self._plan, self._stream, self._now = tuple(plan), stream or sys.stderr, now
         self._bar: tqdm | None = None
         self._step, self._began, self._first = "", now(), 0
@@ -68,7 +86,8 @@ class ProgressBar:
         if self._bar is None:
             unit = _UNITS.get(self._step, "part")
             self._bar = tqdm(total=total, desc=self._title(), unit=unit, file=self._stream)
-        self._bar.set_postfix_str(_memory(), refresh=False)
+        said = filter(None, [self._whole(done, total), _memory()])
+        self._bar.set_postfix_str(", ".join(said), refresh=False)
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._bar.close()
@@ -81,11 +100,29 @@ class ProgressBar:
 
     def _line(self, done: int, total: int) -> str:
         parts = [f"{self._title()}: {done} of {total} {_UNITS.get(self._step, 'part')}s"]
-        passed, moved = self._now() - self._began, done - self._first
-        if moved:
-            seconds = round(passed * (total - done) / moved)
-            parts.append(f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left of it")
-        return ", ".join([*parts, *filter(None, [_memory()])])
+        seconds = self._left(done, total)
+        if seconds is not None:
+            parts.append(f"{_clock(seconds)} left of it")
+        return ", ".join([*parts, *filter(None, [self._whole(done, total), _memory()])])
+
+    def _left(self, done: int, total: int) -> float | None:
+        """Seconds until the end of the step, at the speed so far."""
+        moved = done - self._first
+        return (self._now() - self._began) * (total - done) / moved if moved else None
+
+    def _whole(self, done: int, total: int) -> str:
+        """The time until the end of all steps: those to come are as far off as this one."""
+        left, own = self._left(done, total), self._expected.get(self._step, 0.0)
+        if left is None or not own or done >= total:
+            return ""
+        names = list(_ORDER)
+        after = sum(self._expected[name] for name in names[names.index(self._step) + 1 :])
+        return f"{_clock(left * (1 + after / own * total / (total - done)))} of all"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def _memory() -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.samples import Batch, Sample, fingerprint
 from qvlm_hf.calibration.settings import CalibrationSettings
 
@@ -16,7 +17,7 @@ __all__ = ["provenance", "versions"]
 def provenance(
     samples: Sequence[Sample], data: Sequence[Batch], settings: CalibrationSettings
 ) -> dict[str, Any]:
-    """Counts and hash of the samples, the seed, the threads (they split sums) and the versions."""
+    """Counts and hash of the samples, seed, threads and processes (which split sums), versions."""
     return {
         "samples": len(samples),
         "images": sum(len(sample.images()) for sample in samples),
@@ -24,6 +25,7 @@ def provenance(
         "sha256": fingerprint(samples),
         "seed": settings.seed,
         "threads": torch.get_num_threads(),
+        **({"processes": ranks.count()} if ranks.count() > 1 else {}),
         "versions": versions(),
     }
 

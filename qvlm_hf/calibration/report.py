@@ -104,8 +104,9 @@ class RecipeTrial:
 
     Attributes:
         fields: of `QVLMConfig` -> value.
-        answer_kl: divergence of the answers to samples that the trial did not see, in nats.
-        text_kl: of text without pictures that the full-precision model wrote, in nats.
+        answer_kl: divergence of the answers to samples that the trial did not see, in nats a token;
+            the geometric mean over samples.
+        text_kl: the same of text without pictures that the full-precision model wrote.
     """
 
     fields: dict[str, Any]
@@ -247,15 +248,25 @@ def _read(kind: Any, value: Any) -> Any:
     if NoneType in inside:  # kind | None
         return None if value is None else _read(inside[0], value)
     if origin is tuple:  # tuple[kind, ...]
-        return tuple(_read(inside[0], item) for item in value)
-    if origin is dict and inside != (str, Any):
-        return {name: _read(inside[1], item) for name, item in value.items()}
+        return tuple(_read(inside[0], item) for item in _checked(list, value))
+    if origin is dict:
+        return {name: _read(inside[1], item) for name, item in _checked(dict, value).items()}
     if kind is QuantScheme:
         return QuantScheme.from_dict(value)
-    if not dataclasses.is_dataclass(kind):
+    if kind is Any:
         return value
+    if not dataclasses.is_dataclass(kind):
+        return _checked(kind, value)
     make, hints = cast("Callable[..., Any]", kind), get_type_hints(kind)
     return make(**{name: _read(hints[name], item) for name, item in value.items()})
+
+
+def _checked(kind: Any, value: Any) -> Any:
+    """`value`, which must be of `kind`; a whole number is a float too, and true is no number."""
+    kinds = (int, float) if kind is float else (kind,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
 
 
 def _listed(value: Any) -> Any:

@@ -9,11 +9,9 @@ at any moment leaves whole steps alone. Steps that are repeated give the bits th
 the whole result is that of an undisturbed run (docs/decisions/0025).
 """
 
-import dataclasses
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -25,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.coded import decode, encode
 from qvlm_hf.calibration.provenance import versions
 from qvlm_hf.calibration.report import settings_dict
 from qvlm_hf.calibration.samples import Batch, Sample, fingerprint
@@ -46,13 +46,14 @@ __all__ = [
 
 _STATE, _PARTIAL = "state.json", ".partial"
 _FORMAT = 1
-_OURS = "qvlm_hf."  # modules whose dataclasses a step may hold
 
 _T = TypeVar("_T")
 
 
 class SavedSteps:
     """Steps of one calibration, kept in a directory; without one nothing is kept.
+
+    The first process writes, and all read.
 
     Args:
         folder: from `check_resume_dir`; None keeps nothing.
@@ -64,9 +65,16 @@ class SavedSteps:
     """
 
     def __init__(self, folder: Path | None = None, origin: Mapping[str, Any] | None = None) -> None:
-        self._folder = folder
+        self._folder, self._finished = folder, frozenset[str]()
         if folder is None:
             return
+        if ranks.is_first():
+            self._begin(folder, origin)
+        # what is there now, so that all processes agree while the first one writes more
+        names = sorted(file.stem for file in folder.glob("*.json"))
+        self._finished = frozenset(json.loads(ranks.told_by_first(json.dumps(names))))
+
+    def _begin(self, folder: Path, origin: Mapping[str, Any] | None) -> None:
         with _written(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"*{_PARTIAL}"):  # of a process that was killed
@@ -77,15 +85,14 @@ class SavedSteps:
             self._write_json(_STATE, origin)
 
     def __contains__(self, step: str) -> bool:
-        return self._folder is not None and (self._folder / f"{step}.json").exists()
+        return step in self._finished
 
     def once(self, step: str, compute: Callable[[], _T]) -> _T:
         """What `compute` returns: read if the step was finished before, else computed and kept.
 
         Args:
             step: its name, and that of its files.
-            compute: returns plain values, tensors and dataclasses of this package, in any depth of
-                tuples, lists and dicts.
+            compute: returns what `encode` takes.
 
         Raises:
             ValueError: the file is damaged.
@@ -108,7 +115,7 @@ class SavedSteps:
         entry, file = _read_json(folder / f"{step}.json"), folder / f"{step}.safetensors"
         try:
             tensors = load_file(file) if file.exists() else {}
-            return _decoded(entry, tensors)
+            return decode(entry, tensors)
         except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(file) from error
 
@@ -118,10 +125,9 @@ class SavedSteps:
         Raises:
             OSError: it cannot be written.
         """
-        if self._folder is None:
+        if self._folder is None or not ranks.is_first():
             return
-        tensors: dict[str, Tensor] = {}
-        entry = _encoded(value, tensors)
+        entry, tensors = encode(value)
         if tensors:
             self._write_file(f"{step}.safetensors", lambda path: save_file(tensors, path))
         self._write_json(f"{step}.json", entry)
@@ -190,7 +196,7 @@ def alone_in(folder: Path | None) -> Iterator[None]:
         ValueError: another one is running in it.
         OSError: it cannot be made.
     """
-    if folder is None or fcntl is None:
+    if folder is None or fcntl is None or not ranks.is_first():
         yield
         return
     with _written(folder):
@@ -243,6 +249,7 @@ def made_from(
         "settings": settings_dict(settings),
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "processes": ranks.count(),
         "device": _device_name(parameter.device),
         "model": _hash_tensors(chain(model.named_parameters(), model.named_buffers())),
         "samples": fingerprint(samples),
@@ -328,46 +335,3 @@ def _read_json(file: Path) -> Any:
 
 def _damaged(file: Path) -> ValueError:
     return ValueError(f"{file}: is damaged: delete {file.parent} to begin the calibration anew.")
-
-
-def _encoded(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` for JSON; its tensors go into `tensors`."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list):
-        return [_encoded(item, tensors) for item in value]
-    if isinstance(value, tuple):
-        return {"tuple": _encoded(list(value), tensors)}
-    if isinstance(value, Mapping):
-        return {"dict": [_encoded(list(pair), tensors) for pair in value.items()]}
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        # a copy: safetensors saves no shared memory
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        return {"tensor": name, "device": str(value.device)}
-    fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-    kind = type(value)
-    return {
-        "fields": {name: _encoded(item, tensors) for name, item in fields.items()},
-        "class": [kind.__module__, kind.__name__],
-    }
-
-
-def _decoded(entry: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `_encoded` was given."""
-    if isinstance(entry, list):
-        return [_decoded(item, tensors) for item in entry]
-    if not isinstance(entry, dict):
-        return entry
-    if "tuple" in entry:
-        return tuple(_decoded(entry["tuple"], tensors))
-    if "dict" in entry:
-        return dict(_decoded(pair, tensors) for pair in entry["dict"])
-    if "tensor" in entry:
-        return tensors[entry["tensor"]].to(entry["device"])
-    module, name = entry["class"]
-    kind: Any = getattr(sys.modules[module], name)
-    if not (module.startswith(_OURS) and hasattr(kind, "__dataclass_fields__")):
-        raise TypeError(f"{name} is no dataclass of this package")
-    fields = {field: _decoded(item, tensors) for field, item in entry["fields"].items()}
-    return kind(**fields)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.resume import SavedSteps
@@ -42,12 +43,13 @@ class Calibration:
         model: in full precision until every module is ready.
         settings: the options.
         segments: what is quantized, in execution order.
-        data: the calibration batches, answers included.
+        data: the calibration batches, answers included, of all processes.
+        places: of those in `data` that this process runs, rising; None: all.
         callbacks: objects with `on_step(name, done, total)`.
         kept: finished steps, to go on with later.
-        inputs: segment name -> per batch, what enters the segment in full precision.
+        inputs: segment name -> per own batch, what enters the segment in full precision.
         precisions: site name -> bits, where they are not those of the settings.
-        importance: layer name -> per batch [B, T], how much a token's error counts; empty: all
+        importance: layer name -> per own batch [B, T], how much a token's error counts; empty: all
             tokens count alike.
         learned: site name -> learned ranges, one more candidate.
         dependencies: component -> D(k, k+1) in nats and the threshold h0, where they are not those
@@ -59,6 +61,7 @@ class Calibration:
     settings: CalibrationSettings
     segments: tuple[Segment, ...] = ()
     data: Sequence[Batch] = ()
+    places: Sequence[int] | None = None
     callbacks: Sequence[Any] = ()
     kept: SavedSteps = field(default_factory=SavedSteps)
     inputs: dict[str, list[LayerInput]] = field(default_factory=dict)
@@ -67,6 +70,19 @@ class Calibration:
     learned: Mapping[str, LearnedRanges] = field(default_factory=dict)
     dependencies: Mapping[str, tuple[list[float], float]] = field(default_factory=dict)
     found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def own_data(self) -> Sequence[Batch]:
+        """The batches that this process runs."""
+        return self.data if self.places is None else [self.data[place] for place in self.places]
+
+    def reached(self, segment: Segment) -> Sequence[int]:
+        """The places of the segment's `inputs` among those of all processes.
+
+        Batches that do not reach a segment come last (samples/identity.py).
+        """
+        count = len(self.inputs[segment.name])
+        return range(count) if self.places is None else self.places[:count]
 
     def precision(self, site: Site) -> Precision:
         """The bits of a site."""
@@ -78,7 +94,7 @@ class Calibration:
 
     def steps(self, name: str, total: int) -> Steps:
         """A counter that tells the callbacks how far the step `name` is."""
-        return Steps(name, self.callbacks, total)
+        return Steps(name, self.callbacks if ranks.is_first() else (), total)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

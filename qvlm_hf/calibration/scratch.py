@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +61,9 @@ def keep(tensor: Tensor) -> Tensor:
     try:
         with NamedTemporaryFile(prefix="qvlm-scratch-", dir=folder) as file:
             # written and then mapped: a full disk is an error here, in a mapping it kills
-            file.write(memoryview(in_order.view(torch.uint8).numpy()))
+            file.write(in_order.view(torch.uint8).numpy().data)
             file.flush()
-            storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=size)
+            storage: Any = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=size)
     except OSError as error:
         raise OSError(
             f"{folder}: cannot be written ({error.strerror}): make room there, or choose another "

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     frozen,
     live_layers,
@@ -113,16 +114,29 @@ def optimize_vision(calibration: Calibration) -> OptimizedVision | None:
     data = [batch for batch in calibration.data if "pixel_values" in batch.inputs]
     if options is None or not learning or len(data) < 2:
         return None
-    calibration = replace(calibration, data=data)
     steps = calibration.steps("vision", options.epochs)
     sites = _differentiable_sites(calibration)
     vision = next((segment for segment in learning if segment.component == "vision"), None)
-    loss = _Loss(calibration, options)
+    # a step follows on the one before: they cannot be split
+    with ranks.apart():
+        loss = _Loss(replace(calibration, data=data), options)
     before = None if vision is None else _partition(calibration, vision, sites)
     parameters = [parameter for site in sites for parameter in site.parameters()]
-    with frozen(calibration.model), installed(sites), recomputed(calibration.segments):
+    with (
+        frozen(calibration.model),
+        installed(sites),
+        recomputed(calibration.segments),
+        ranks.apart(),
+    ):
         start = loss.held_out_error()
         error, epochs = _descend(loss, parameters, options, start, steps.advance)
+    found = torch.tensor([start, error], dtype=torch.float64)
+    start, error = ranks.of_first(
+        found
+    ).tolist()  # the same on equal machines, but for a GPU's sums
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(ranks.of_first(parameter))
     after = before and vision and _partition(calibration, vision, sites, before.threshold)
     report = VisionReport(
         epochs=epochs,

@@ -6,13 +6,16 @@ stopped.
 """
 
 import argparse
+import hashlib
 import json
 import resource
+import signal
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from qvlm_hf.errors import first_line
 from qvlm_hf.evaluation import check_text, evaluate, evaluate_text, read_text
 from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hub.saved import SavedModel
 
 __all__ = ["LINES", "add_arguments", "run"]
 
@@ -94,17 +98,18 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"seeds={options.seeds} is below 1: give the number of seeds.")
     if options.text is not None:
         check_text(options.text)
-    read_loadable(options.model)
+    config = read_loadable(options.model)
     processor = load_processor(options.model)
     check_fits(options.model, processor)
     questions = load_samples(options.questions, num_samples=options.num_questions)
     samples = load_samples(options.dataset)
     setting = {
         "model": Path(options.model).name,
+        "weights": _version(options.model, config),
         "calibration": fingerprint(samples),
         "num_samples": options.num_samples,
         "questions": fingerprint(questions),
-        "text": None if options.text is None else Path(options.text).name,
+        "text": None if options.text is None else _digest([Path(options.text)]),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -134,15 +139,38 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _version(model: str, config: Any) -> str:
+    """Which weights a name stands for: the commit on the Hub, or a digest of the directory's."""
+    if not Path(model).is_dir():
+        return str(config._commit_hash)
+    return _digest(SavedModel(model).files)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _in_a_process(cell: dict[str, Any], threads: int) -> dict[str, Any]:
-    """The figures of a cell; under "error" why there are none."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    """The figures of a cell; under "error" why there are none. Ctrl-C ends the process silently."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_end_on_interrupt) as pool:
         try:
             return pool.submit(_measure, cell, threads).result()
+        except KeyboardInterrupt:
+            for process in active_children():
+                process.terminate()
+            raise
         except BrokenProcessPool:
             return {"error": "the process was killed: out of memory?"}
         except Exception as error:
             return {"error": first_line(error)}
+
+
+def _end_on_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _measure(cell: dict[str, Any], threads: int) -> dict[str, Any]:

@@ -135,13 +135,14 @@ def load_model(
     config: QVLMConfig | None = None,
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
+    **loading: Any,
 ) -> Any:
     """A model from a directory or the Hub, quantized on the way if there is a configuration."""
     silence()
     kind = read_loadable(name, revision)
     if config is not None and getattr(kind, "quantization_config", None) is not None:
         raise ValueError(f"{name}: is quantized already: give the full-precision model.")
-    options = {} if config is None else {"quantization_config": config}
+    options = loading if config is None else loading | {"quantization_config": config}
     return AutoModelForImageTextToText.from_pretrained(
         name, dtype=dtype, revision=revision, **options
     )

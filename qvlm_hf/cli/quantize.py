@@ -2,14 +2,18 @@
 
 import argparse
 import shlex
+from typing import Any
 
 from huggingface_hub import HfApi
 
+from qvlm_hf.bench.shapes import SHAPES
+from qvlm_hf.calibration.ranks import is_first
 from qvlm_hf.calibration.resume import (
     check_resume_dir,
     remove_state,
     telling_how_to_go_on,
 )
+from qvlm_hf.cli.cost import check_room, tell_cost
 from qvlm_hf.cli.models import (
     add_field_arguments,
     add_scheme_arguments,
@@ -18,6 +22,7 @@ from qvlm_hf.cli.models import (
     make_config,
     search_options,
 )
+from qvlm_hf.cli.processes import joined
 from qvlm_hf.cli.publish import describe
 from qvlm_hf.cli.story import story
 from qvlm_hf.hf.publishing import publish_command, publish_folder
@@ -33,7 +38,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="directory or Hub id of the full-precision model"
     )
     add_field_arguments(parser, "dataset")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where to save the result")
+    output = parser.add_argument(
+        "--output", required=True, metavar="DIR", help="where to save the result"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action=_Optional,
+        other=output,
+        help="only tell time, memory and disk that it takes, from shapes and a few samples; MODEL "
+        f"may also be a config.json or one of {', '.join(SHAPES)}",
+    )
     add_scheme_arguments(parser)
     add_field_arguments(
         parser,
@@ -77,26 +91,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_field_arguments(parser, "strict")
 
 
+class _Optional(argparse.Action):
+    """A switch that makes another argument optional."""
+
+    def __init__(self, other: argparse.Action, **kwargs: Any) -> None:
+        super().__init__(nargs=0, default=False, **kwargs)
+        self._other = other
+
+    def __call__(self, _: object, namespace: argparse.Namespace, *__: object) -> None:
+        setattr(namespace, self.dest, True)
+        self._other.required = False
+
+
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
+    if options.dry_run:
+        return tell_cost(options)
     output = check_output(options.output, overwrite=options.overwrite)
     if options.private and options.repo_id is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
     _refuse_unused(options)
-    config = make_config(options)
-    target = None
-    if options.repo_id is not None:
-        target = Target(repo_id=options.repo_id, private=options.private or None)
-        target = check_target(HfApi(), target)
-    state = None
-    if options.resume:
-        state = check_resume_dir(f"{output}.resume")
-        config.resume_dir = state
-    config.processor = processor = load_processor(options.model, options.revision)
-    with telling_how_to_go_on(state):
-        model = load_model(options.model, config, options.dtype, options.revision)
-        report = model.hf_quantizer.report
-        save_quantized(model, processor, options.output, report=report, overwrite=options.overwrite)
+    with joined() as loading:
+        config = make_config(options)
+        target = None
+        if options.repo_id is not None:
+            target = Target(repo_id=options.repo_id, private=options.private or None)
+            target = check_target(HfApi(), target)
+        state = None
+        if options.resume:
+            state = check_resume_dir(f"{output}.resume")
+            config.resume_dir = state
+        config.processor = processor = load_processor(options.model, options.revision)
+        check_room(options, config)
+        with telling_how_to_go_on(state):
+            model = load_model(options.model, config, options.dtype, options.revision, **loading)
+            report = model.hf_quantizer.report
+            if is_first():
+                save_quantized(
+                    model, processor, options.output, report=report, overwrite=options.overwrite
+                )
+    if not is_first():
+        return 0
     if state is not None:
         remove_state(state)
     for line in story(report):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -65,7 +65,10 @@ def read_samples(config: QVLMConfig) -> list[Sample] | None:
 
 
 def calibrate(
-    model: PreTrainedModel, config: QVLMConfig, samples: Sequence[Sample] | None
+    model: PreTrainedModel,
+    config: QVLMConfig,
+    samples: Sequence[Sample] | None,
+    expected: Mapping[str, float] | None = None,
 ) -> tuple[CalibrationReport, list[Sample]]:
     """Quantizes a loaded model in place, with data or without.
 
@@ -73,6 +76,7 @@ def calibrate(
         model: in full precision.
         config: of the result.
         samples: from `read_samples`.
+        expected: seconds by step, for the progress bar; None where nobody counted.
 
     Returns:
         The report, and the samples that the model has positions for.
@@ -88,7 +92,7 @@ def calibrate(
     folder = None if config.resume_dir is None else check_resume_dir(config.resume_dir)
     files = None if config.scratch_dir is None else check_scratch_dir(config.scratch_dir)
     settings = config.settings()
-    callbacks = config.callbacks or (ProgressBar(planned_steps(settings)),)
+    callbacks = config.callbacks or (ProgressBar(planned_steps(settings), expected=expected),)
     with telling_how_to_go_on(folder), scratch(files):
         report = calibrate_with_best_recipe(
             model, settings, chosen, config.processor,

@@ -146,7 +146,7 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
         base, _, part = key.rpartition(".")
         known = f"{base}.weight" if part in _PARTS else key
         renamed = rename_source_key(known, renamings, converters, model.base_model_prefix, state)[0]
-        if renamed not in state and known in state:
+        if renamed not in state and known in state:  # as Transformers' loading
             renamed = known
         linear = part in _PARTS and renamed.endswith(".weight")  # no bare parameter
         return f"{renamed.removesuffix('weight')}{part}" if linear else renamed

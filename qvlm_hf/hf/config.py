@@ -63,6 +63,10 @@ def _with_names_checked(cls: Any) -> Any:
     return cls
 
 
+def _of_this_process(default: Any, doc: str, flag: Flag | None = None) -> Any:
+    return option(default, None, f"{doc} Never saved.", flag=flag, saved=False)
+
+
 @config_class
 @_with_names_checked
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -83,63 +87,43 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         "any W{2-8}A{3-8,16}: bits of weights and of the inputs of linear modules.",
         flag=Flag("bits of weights and activations, W{2-8}A{3-8,16}", "SCHEME"),
     )
-    dataset: Any = option(
-        None,
+    dataset: Any = _of_this_process(
         None,
         'calibration samples: a path, a Hub id, a list, a Dataset or another iterable; "synthetic" '
-        "draws pictures and lets the model answer. Never saved.",
-        flag=Flag(
-            "calibration samples: .jsonl, .json, ScienceQA folder or Hub id", "F", search=True
-        ),
-        saved=False,
+        "draws pictures and lets the model answer.",
+        Flag("calibration samples: .jsonl, .json, ScienceQA folder or Hub id", "F", search=True),
     )
-    processor: Any = option(
-        None, None, "of the model; turns samples into inputs. Never saved.", saved=False
-    )
-    callbacks: Any = option(
+    processor: Any = _of_this_process(None, "of the model; turns samples into inputs.")
+    callbacks: Any = _of_this_process(
         (),
-        None,
         "objects with `on_step(name, done, total)` or `on_calibration_end(model, report)`. An "
         "error in the first leaves the model unquantized; one in the second comes after the work: "
         "`quantize_model` leaves the model quantized, `from_pretrained` returns none, and nothing "
-        "is published. Never saved.",
-        saved=False,
+        "is published.",
     )
-    push_to_hub: bool = option(
+    push_to_hub: bool = _of_this_process(
         False,
-        None,
         "publish the result when quantizing ends, as `publish` does; "
         "`model.hf_quantizer.published` says where. Needs `hub_model_id` and `processor`. A "
-        "failure is a warning that names the saved directory. Never saved.",
-        saved=False,
+        "failure is a warning that names the saved directory.",
     )
-    hub_model_id: str | None = option(
-        None,
-        None,
-        '"owner/name" to publish to, or a "name" among your own. Never saved.',
-        saved=False,
+    hub_model_id: str | None = _of_this_process(
+        None, '"owner/name" to publish to, or a "name" among your own.'
     )
-    hub_private: bool | None = option(
-        None,
-        None,
-        "of that repository; None takes the owner's default, or leaves it as it is. Never saved.",
-        saved=False,
+    hub_private: bool | None = _of_this_process(
+        None, "of that repository; None takes the owner's default, or leaves it as it is."
     )
-    resume_dir: Any = option(
-        None,
+    resume_dir: Any = _of_this_process(
         None,
         "directory to keep finished steps of calibration in: the same call goes on where a stopped "
-        "one was, with the same result. Delete it when the result is saved. Never saved.",
-        saved=False,
+        "one was, with the same result. Delete it when the result is saved.",
     )
-    scratch_dir: Any = option(
-        None,
+    scratch_dir: Any = _of_this_process(
         None,
         "directory on a disk for what calibration would hold in memory: changed and quantized "
         "weights, hidden states, gradients. They are mapped from files without names, with the "
-        "same result; so is the quantized model until the process ends. Never saved.",
+        "same result; so is the quantized model until the process ends.",
         flag=Flag("hold weights and hidden states in files there", "DIR", search=True),
-        saved=False,
     )
     modules: Any = option(
         None,
@@ -244,17 +228,11 @@ class QVLMConfig(Options, QuantizationConfigMixin):
                 f"quantization_config has the unknown fields {unknown}: the file is damaged or "
                 f"from a newer qvlm_hf (then upgrade)."
             )
-        changes = {
-            name: value
-            for name, value in kwargs.items()
-            if name in _FIELDS or not return_unused_kwargs
-        }
-        config = cls(**(dict(config_dict) | changes))
-        return (
-            (config, {name: kwargs[name] for name in kwargs.keys() - changes})
-            if return_unused_kwargs
-            else config
-        )
+        unused = {}
+        if return_unused_kwargs:
+            unused = {name: kwargs.pop(name) for name in kwargs.keys() - _FIELDS}
+        config = cls(**(dict(config_dict) | kwargs))
+        return (config, unused) if return_unused_kwargs else config
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Changes fields, all or none, checked together as at construction.
@@ -265,12 +243,12 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         Raises:
             ValueError: a value breaks a rule, or a name is a misspelt field.
         """
-        changes = {name: value for name, value in kwargs.items() if name in _FIELDS}
-        for name in kwargs.keys() - changes:
+        others = {name: kwargs.pop(name) for name in kwargs.keys() - _FIELDS}
+        for name in others:
             _check_attribute(name)
-        if changes:
-            self.__dict__.update(self._checked(**changes).__dict__)
-        return {name: kwargs[name] for name in kwargs.keys() - changes}
+        if kwargs:
+            self.__dict__.update(self._checked(**kwargs).__dict__)
+        return others
 
     def _checked(self, **changes: Any) -> "QVLMConfig":
         """A checked copy with `changes`: a mapping may have been changed in place."""
@@ -366,16 +344,9 @@ class QVLMConfig(Options, QuantizationConfigMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QVLMConfig":
         other = object.__new__(type(self))
-        other.__dict__.update(
-            self._checked().__dict__
-        )  # now, rather than after hours of calibration
-        other.__dict__.update(
-            {
-                name: copy.deepcopy(value, memo)
-                for name, value in self.__dict__.items()
-                if name not in _FIELDS
-            }
-        )
+        checked = self._checked()  # now, rather than after hours of calibration
+        others = {name: value for name, value in self.__dict__.items() if name not in _FIELDS}
+        other.__dict__.update(checked.__dict__, **copy.deepcopy(others, memo))
         return other
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from qvlm_hf.errors import first_line
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["check_processor_fits", "pictured", "sample_of_noise"]
+__all__ = ["ask_features", "check_processor_fits", "pictured", "sample_of_noise"]
 
 _OWN = "take the processor that was saved with the model"
 
@@ -107,15 +107,8 @@ def _count_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
     """
     if "pixel_values" not in inputs:
         return None
-    rest = {
-        key: value
-        for key, value in inputs.items()
-        if key not in ("input_ids", "attention_mask", "pixel_values")
-    }
     try:
-        ask: Any = getattr(model, "get_image_features", None) or model.base_model.get_image_features
-        with torch.no_grad(), torch.device(model.device):
-            output = ask(inputs["pixel_values"].to(model.device, model.dtype), **rest)
+        output = ask_features(model, inputs)
         features = getattr(output, "pooler_output", output)
         parts = [features] if isinstance(features, torch.Tensor) else list(features)
         return sum(part.shape[:-1].numel() for part in parts)
@@ -123,6 +116,15 @@ def _count_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
         raise
     except Exception:  # of a family, or a device, that this cannot be asked of
         return None
+
+
+def ask_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Any:
+    """What `get_image_features` makes of a batch's pictures; raises what the family raises."""
+    text = ("input_ids", "attention_mask", "pixel_values")
+    rest = {key: value for key, value in inputs.items() if key not in text}
+    ask: Any = getattr(model, "get_image_features", None) or model.base_model.get_image_features
+    with torch.no_grad(), torch.device(model.device):
+        return ask(inputs["pixel_values"].to(model.device, model.dtype), **rest)
 
 
 def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> str | None:

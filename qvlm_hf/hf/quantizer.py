@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
 from qvlm_hf.calibration.plan import resolve_segments
+from qvlm_hf.calibration.ranks import is_first
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import by_structure
 from qvlm_hf.calibration.samples import Sample
@@ -38,6 +39,7 @@ from qvlm_hf.hf.checkpoint import (
 )
 from qvlm_hf.hf.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.hf.origin import origin
+from qvlm_hf.hf.preflight import preflight
 from qvlm_hf.hf.processor_fit import check_processor_fits, pictured
 from qvlm_hf.hf.registry import quantizer_class
 from qvlm_hf.hf.round_on_load import (
@@ -85,6 +87,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self.published: Published | None = None
         self._has_row = True  # in the table of families; told by the model when it comes
         self._samples: list[Sample] | None = None
+        self._expected: dict[str, float] | None = None  # seconds by step
         self._files: tuple[str, ...] = ()  # of the checkpoint
         self._errors: list[str] = []
         self._experts: frozenset[str] = frozenset()  # parameters of experts to round on load
@@ -210,6 +213,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self,
         model: PreTrainedModel,
         checkpoint_files: Sequence[str] | None = None,
+        device_map: Any = None,
         **kwargs: object,
     ) -> None:
         del kwargs
@@ -222,12 +226,14 @@ class QVLMHfQuantizer(HfQuantizer):
         elif self.rounds_on_load:
             self.report = planned_report(model, settings)
             self.check_processor(model)
+            preflight(model, config, None, device_map)
             self._experts = rounding_skeleton(model, self.report.modules)
         else:
             # what cannot be done should not wait for the weights
             if config.dataset is not None or not by_structure(model, settings):
                 resolve_segments(model, settings)
             self.check_processor(model)
+            self._expected = preflight(model, config, self._samples, device_map)
         if not self.pre_quantized:  # what the user can mend at once comes before
             check_readable(self._files)
 
@@ -255,7 +261,9 @@ class QVLMHfQuantizer(HfQuantizer):
 
     def calibrate(self, model: PreTrainedModel) -> CalibrationReport:
         """Quantizes the loaded model and keeps the samples that it has positions for."""
-        report, self._samples = calibrate(model, self.quantization_config, self._samples)
+        report, self._samples = calibrate(
+            model, self.quantization_config, self._samples, self._expected
+        )
         return report
 
     def finish(self, model: PreTrainedModel) -> None:
@@ -303,7 +311,7 @@ class QVLMHfQuantizer(HfQuantizer):
         for callback in config.callbacks:
             if hasattr(callback, "on_calibration_end"):
                 callback.on_calibration_end(model, report)
-        if self._target is not None:
+        if self._target is not None and is_first():
             from qvlm_hf.hf.publishing import push_result
 
             self.published = push_result(model, config.processor, self._target)

@@ -9,7 +9,6 @@ written anew.
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from qvlm_hf.errors import first_line
-from qvlm_hf.format.scheme import QuantScheme, parse_scheme
+from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hub.file_list import relist_files
 from qvlm_hf.hub.pictures import entropy_picture
 from qvlm_hf.hub.repeat import config_arguments
-from qvlm_hf.hub.saved import SavedModel
-from qvlm_hf.nn.footprint import Footprint
+from qvlm_hf.hub.saved import SavedModel, as_damaged_report
 
 __all__ = ["CARD_NAME", "PICTURE_NAME", "write_card"]
 
@@ -84,8 +82,9 @@ def write_card(
     )
     if base_card is not None and base_card.language:
         front.language = base_card.language
-    picture = entropy_picture(saved.report.segments)
-    body = _body(saved, name=name, source=repo_id or name, base=base, picture=picture)
+    with as_damaged_report():
+        picture = entropy_picture(saved.report.segments)
+        body = _body(saved, name=name, source=repo_id or name, base=base, picture=picture)
     text = f"---\n{front.to_yaml()}\n---\n\n{body}"
     if path := _PATH.search(re.sub(r"https?://\S+", "", text)):
         raise ValueError(
@@ -138,14 +137,15 @@ def _results(saved: SavedModel, name: str) -> dict[str, Any]:
     """The measured accuracy, as the Hub lists it."""
     if (found := saved.report.evaluation) is None:
         return {}
-    result = EvalResult(
-        task_type="image-text-to-text",
-        dataset_type=found["dataset"],
-        dataset_name=found["dataset"],
-        metric_type="exact_match",
-        metric_name="exact match under greedy decoding, %",
-        metric_value=round(100 * found["accuracy"]["value"], 2),
-    )
+    with as_damaged_report():
+        result = EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=found["dataset"],
+            dataset_name=found["dataset"],
+            metric_type="exact_match",
+            metric_name="exact match under greedy decoding, %",
+            metric_value=round(100 * found["accuracy"]["value"], 2),
+        )
     return {"eval_results": [result], "model_name": name}
 
 
@@ -162,7 +162,7 @@ def _body(
     environment.filters |= {
         "cell": _cell,
         "code": lambda text: "`" + _cell(text).replace("`", "'") + "`",
-        "counted": _counted,
+        "counted": lambda count, noun: f"{count:,} {noun}{'' if count == 1 else 's'}",
         "percent": lambda share, digits=1: f"{100 * share:.{digits}f} %",
         "quote": shlex.quote,
         "size": lambda size: (
@@ -185,9 +185,14 @@ def _body(
         calibrated=calibrated,
         without_report=calibrated and not report.sites,
         sizes=sizes,
-        precision=list(_precision_rows(saved, sizes)),
-        quantized=[module for module in saved.linear_modules if module.scheme is not None],
-        listed=_listed(saved),
+        # of a module without scheme nothing
+        kinds=Counter(
+            (
+                module.component,
+                (s := module.scheme) and (s.weight_bits, s.activation_bits, s.granularity),
+            )
+            for module in saved.linear_modules
+        ),
         full_precision=Counter(
             re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module.name)
             for module in saved.linear_modules
@@ -198,37 +203,6 @@ def _body(
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _listed(saved: SavedModel) -> list[tuple[str, QuantScheme]]:
-    """Name and scheme of every quantized module; experts of one scheme are one line."""
-    modules = ((module.name, module.scheme) for module in saved.linear_modules)
-    named = ((name, scheme) for name, scheme in modules if scheme is not None)
-    return list(dict.fromkeys((re.sub(r"_proj\.\d+$", "_proj.*", n), s) for n, s in named))
-
-
-def _precision_rows(
-    saved: SavedModel, sizes: Footprint
-) -> Iterator[tuple[str, str, tuple[Any, ...], float]]:
-    """Part, what of it, bits and granularity (empty: full precision), share of all parameters."""
-    for row in sizes.rows:
-        kinds: dict[tuple[Any, ...], list[int]] = {}
-        for module in saved.linear_modules:
-            if module.component == row.component:
-                kind = () if (s := module.scheme) is None else (
-                    s.weight_bits, s.activation_bits, s.granularity
-                )  # fmt: skip
-                kinds.setdefault(kind, []).append(module.weights)
-        for kind, weights in sorted(kinds.items(), reverse=True):
-            share = sum(weights) / sizes.total.parameters
-            yield row.component, _counted(len(weights), "linear module"), kind, share
-        if rest := row.parameters - sum(map(sum, kinds.values())):
-            what = "everything else" if kinds else "everything"
-            yield row.component, what, (), rest / sizes.total.parameters
-
-
 def _cell(text: object) -> str:
     """Text for a table: nothing in it can end the cell."""
     return " ".join(str(text).split()).replace("|", "\\|")
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -47,24 +47,13 @@ def entropy_picture(segments: Sequence[SegmentReport]) -> bytes | None:
 def _draw_entropies(axes: "Axes", segment: SegmentReport) -> None:
     """Blocks as bands, entropies as points between two layers, the threshold as a line."""
     entropies, last_layer = segment.entropies, len(segment.entropies)  # layers behind are dead
-    between = set()  # two blocks
     for number, block in enumerate(segment.blocks):
         first, last = (segment.layers.index(block.layers[end]) for end in (0, -1))
-        fill, gap = _BANDS[number % 2], "white"
-        axes.axvspan(first - 0.5, last + 0.5, facecolor=fill, edgecolor=gap, linewidth=3, zorder=0)
-        between.add(last)
-    axes.plot([k + 0.5 for k in range(last_layer)], entropies, color=_LINE, linewidth=1.3, zorder=3)
-    for fill, wanted, label in (
-        (_LINE, False, "inside a block"),
-        ("white", True, "between two blocks"),
-    ):
-        chosen = [k for k in range(last_layer) if (k in between) == wanted]
-        axes.plot(
-            [k + 0.5 for k in chosen],
-            [entropies[k] for k in chosen],
-            linestyle="", marker="o", markersize=5, color=_LINE, markerfacecolor=fill, zorder=4,
-            label=label,
-        )  # fmt: skip
+        axes.axvspan(first - 0.5, last + 0.5, facecolor=_BANDS[number % 2], zorder=0)
+    axes.plot(
+        [k + 0.5 for k in range(last_layer)], entropies,
+        color=_LINE, linewidth=1.3, marker="o", markersize=5, zorder=3,
+    )  # fmt: skip
     label = f"threshold, {segment.threshold:.3f} nats"
     axes.axhline(
         segment.threshold, color=_THRESHOLD, linestyle="--", linewidth=1.1, zorder=2, label=label
@@ -78,7 +67,7 @@ def _draw_entropies(axes: "Axes", segment: SegmentReport) -> None:
 def _style(axes: "Axes") -> None:
     axes.margins(y=0.15)
     axes.legend(
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=8.5,
+        loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize=8.5,
         labelcolor=_TEXT, borderpad=0, borderaxespad=0.6,
     )  # fmt: skip
     label = "layer k (a point lies between the two layers that it compares; a band is a block)"

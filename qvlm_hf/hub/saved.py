@@ -3,12 +3,15 @@
 import copy
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 
 from qvlm_hf.calibration.report import CalibrationReport
@@ -20,7 +23,14 @@ from qvlm_hf.models.families import component_finder
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.footprint import Footprint, footprint
 
-__all__ = ["REPORT_NAME", "LinearModule", "SavedModel", "empty_model", "read_report"]
+__all__ = [
+    "REPORT_NAME",
+    "LinearModule",
+    "SavedModel",
+    "as_damaged_report",
+    "empty_model",
+    "read_report",
+]
 
 REPORT_NAME = "qvlm_report.json"
 _NO_SETTINGS = ("quant_method", "format_version", "scheme", "provenance", "modules")
@@ -167,9 +177,22 @@ def read_report(file: Path) -> CalibrationReport:
     Raises:
         ValueError: it is damaged, or of another version.
     """
-    try:
+    with as_damaged_report(ValueError):  # of JSON, UTF-8, schemes
         return CalibrationReport.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:  # of JSON, UTF-8, fields, a list for a mapping
+
+
+@contextmanager
+def as_damaged_report(*others: type[Exception]) -> Iterator[None]:
+    """Inside, what a damaged qvlm_report.json leads to becomes one line with the remedy.
+
+    Args:
+        others: kinds of errors that can come from nothing else there.
+    """
+    kinds: tuple[type[Exception], ...]
+    kinds = (TypeError, AttributeError, LookupError, TemplateError, *others)
+    try:
+        yield
+    except kinds as error:
         no_json = isinstance(error, json.JSONDecodeError)
         raise ValueError(
             f"{REPORT_NAME}: {'is no JSON' if no_json else 'cannot be used'} "

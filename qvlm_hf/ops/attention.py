@@ -106,7 +106,7 @@ def load() -> str | None:
         log.info("attention of one token is computed by PyTorch: %s", wrong)
         return wrong
     try:
-        library = native.load(_SOURCES, _FLAGS, native.openmp())
+        library = native.load(native.library, _SOURCES, _FLAGS, native.openmp())
     except native.ERRORS as error:
         wrong = str(error)
     else:

@@ -148,7 +148,7 @@ def _kernels() -> tuple[str, ctypes.CDLL | None]:
 
 
 def _load() -> ctypes.CDLL:
-    library = native.load(_SOURCES, _FLAGS, native.openmp())
+    library = native.load(native.library, _SOURCES, _FLAGS, native.openmp())
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     library.qvlm_variant.argtypes, library.qvlm_variant.restype = [], ctypes.c_int
     library.qvlm_linears.argtypes = [ctypes.c_char_p]

@@ -15,6 +15,7 @@ import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,12 @@ def load() -> str | None:
     """Puts the functions in place, once per process; returns why not, or None."""
     with ThreadPoolExecutor(1) as pool:  # they compile side by side
         with suppress(RuntimeError):  # Python is about to end
-            pool.submit(native.compiled, _SOURCES, _FLAGS, _LINKED)
+            pool.submit(native.load, Path, _SOURCES, _FLAGS, _LINKED)
         entries = cpu.entries()
     if entries is None:
         return "there are no kernels"
     try:
-        library = native.load_module("cpu_direct", _SOURCES, _FLAGS, _LINKED)
+        library = native.load(partial(native.module, "cpu_direct"), _SOURCES, _FLAGS, _LINKED)
     except (*native.ERRORS, ImportError) as error:
         remedy = ""
         if "Python.h" in str(error):

@@ -3,9 +3,8 @@
 The key is a hash of sources, flags, compiler, processor and PyTorch. QVLM_CPU names a class of
 processors (`_CLASSES`) to compile for instead of the one at hand: for tests and comparisons.
 
-Where the cache cannot be used, a private folder of the user under the temporary directories keeps
-the library. That happens when the cache is read-only, full, mounted noexec or open to others. A
-library is only loaded from where nobody else could have put it.
+It is kept in a private folder (private_folders.py): a library is only loaded from where nobody else
+could have put it.
 
 A library is written whole or not at all and ends with the digest of all before it, because one that
 lost its end loads, and kills the process at the first call into it.
@@ -24,11 +23,10 @@ import platform
 import re
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -40,7 +38,9 @@ from typing import Any, TextIO, TypeVar
 
 import torch
 
-__all__ = ["ERRORS", "address", "compiled", "compiler", "in_clean_thread", "load", "load_module"]
+from qvlm_hf.ops.private_folders import cache_folders, make_private, stranger
+
+__all__ = ["ERRORS", "address", "compiler", "in_clean_thread", "library", "load", "module"]
 __all__ += ["openmp", "sources"]
 
 # Of `load`: no compiler or a failing one, no folder, a CXX that shlex cannot read, minutes of work.
@@ -53,7 +53,6 @@ _CLASSES = {
     "avx2-vnni": (("-march=native", "-DQVLM_YMM"), ()),
     "portable": ((), ()),
 }
-_TEMPORARY = ("/tmp", "/var/tmp")  # a folder in them is made private, and checked
 _ROOM = 64 * 2**20  # bytes: the compiler's temporary files and the library
 T = TypeVar("T")
 
@@ -63,54 +62,22 @@ def sources(*names: str) -> tuple[Path, ...]:
     return tuple(Path(__file__).with_name("csrc") / name for name in names)
 
 
-def load(
-    sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()
-) -> ctypes.CDLL:
-    """Compiles a library if no cache has it, and loads it.
+def library(path: Path) -> ctypes.CDLL:
+    """Loads a library, for `load`."""
+    return ctypes.CDLL(str(path))
 
-    Args:
-        sources: files to compile (.cpp), side by side, the first names the library; and those that
-            they include.
-        flags: of the compiler; -march=native becomes what QVLM_CPU asks for.
-        libraries: what to link with, as arguments after the objects.
 
-    Raises:
-        RuntimeError: there is no compiler, or it failed.
-        OSError: no folder can be written and loaded from.
-        ValueError: CXX cannot be read, or QVLM_CPU asks for what is not there.
-        subprocess.TimeoutExpired: the compiler takes minutes.
-    """
-    return _first_that_works(lambda path: ctypes.CDLL(str(path)), sources, flags, libraries)
+def module(name: str, path: Path) -> ModuleType:
+    """Loads an extension module, for `load`; `PyInit_...` has its name."""
+    loader = ExtensionFileLoader(name, str(path))
+    made = module_from_spec(ModuleSpec(name, loader, origin=str(path)))
+    loader.exec_module(made)
+    return made
 
 
 def address(function: Any) -> int:
     """Where a function of a library begins."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-def load_module(
-    name: str, sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()
-) -> ModuleType:
-    """The same for an extension module of Python.
-
-    Args:
-        name: of the module, for which `PyInit_...` is named.
-        sources: as in `load`.
-        flags: as in `load`.
-        libraries: as in `load`.
-
-    Raises:
-        ImportError: it cannot be imported.
-        OSError, RuntimeError, ValueError, subprocess.TimeoutExpired: as in `load` (`ERRORS`).
-    """
-    return _first_that_works(lambda path: _module(name, str(path)), sources, flags, libraries)
-
-
-def _module(name: str, path: str) -> ModuleType:
-    loader = ExtensionFileLoader(name, path)
-    module = module_from_spec(ModuleSpec(name, loader, origin=path))
-    loader.exec_module(module)
-    return module
 
 
 def in_clean_thread(check: Callable[[], T]) -> T:
@@ -122,18 +89,27 @@ def in_clean_thread(check: Callable[[], T]) -> T:
         return pool.submit(check).result()
 
 
-def compiled(sources: Sequence[Path], flags: Sequence[str], libraries: Sequence[str] = ()) -> Path:
-    """The library, from a cache or compiled now; arguments and errors as in `load`."""
-    return _first_that_works(lambda path: path, sources, flags, libraries)
-
-
-def _first_that_works(
+def load(
     use: Callable[[Path], T],
     sources: Sequence[Path],
     flags: Sequence[str],
-    libraries: Sequence[str],
+    libraries: Sequence[str] = (),
 ) -> T:
-    """What `use` returns for the library in the first folder where it can be kept and loaded."""
+    """What `use` returns for a compiled file in the first folder where it can be kept and loaded.
+
+    Args:
+        use: `library`, `module` with a name, or `Path` for the file itself.
+        sources: files to compile (.cpp), side by side, the first names the library; and those that
+            they include.
+        flags: of the compiler; -march=native becomes what QVLM_CPU asks for.
+        libraries: what to link with, as arguments after the objects.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed.
+        OSError: no folder can be written and loaded from.
+        ValueError: CXX cannot be read, or QVLM_CPU asks for what is not there.
+        subprocess.TimeoutExpired: the compiler takes minutes.
+    """
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
         raise RuntimeError(f"no kernels for {platform.system()} on {platform.machine()}")
     command, flags = compiler(), _of_class(flags)
@@ -144,9 +120,9 @@ def _first_that_works(
     name = f"{sources[0].stem}-{hashlib.sha256(b'|'.join(identity)).hexdigest()[:20]}.so"
     refused: list[str] = []
     compile_to = partial(_compile, [*command, *flags], sources, libraries, refused)
-    for folder in _folders():
+    for folder in cache_folders():
         try:
-            target = _private(folder) / name
+            target = make_private(folder) / name
             new = _keep(target, compile_to)
             try:
                 return use(target)
@@ -282,7 +258,7 @@ def _intact(path: Path) -> bool:
     A cut one would end the process when its missing pages are touched.
     """
     try:
-        code, mine = path.read_bytes(), _stranger(path) is None
+        code, mine = path.read_bytes(), stranger(path) is None
     except (FileNotFoundError, PermissionError):
         return False
     size = hashlib.sha256().digest_size
@@ -298,74 +274,6 @@ def _output(*command: str, temporary: str | None = None) -> bytes:
         first = next((line for line in lines if "error" in line), lines[-1])
         raise RuntimeError(f"{Path(command[0]).name} failed: {first}")
     return done.stdout
-
-
-def _folders() -> Iterator[Path]:
-    """Where libraries may be kept, the user's cache first; the XDG rules ignore relative paths."""
-    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    home = Path(os.path.expanduser("~"))  # Path.home() raises for a user that has no home
-    if asked.is_absolute():
-        yield asked / "qvlm_hf"
-    elif home.is_absolute():
-        yield home / ".cache" / "qvlm_hf"
-    for base in dict.fromkeys((os.environ.get("TMPDIR", ""), *_TEMPORARY)):
-        if Path(base).is_absolute() and Path(base).is_dir():
-            yield Path(base) / f"qvlm_hf-{os.getuid()}"
-
-
-def _private(folder: Path) -> Path:
-    """The folder without symbolic links, made if need be, if nobody else can change what is in it.
-
-    Raises:
-        OSError: it cannot be made, nothing is loaded from it, or others can write to it or to a
-            directory on the way.
-    """
-    _make(folder)
-    if folder.is_symlink() and folder.lstat().st_uid not in (os.getuid(), 0):
-        raise PermissionError(errno.EPERM, "a symbolic link that another user made", str(folder))
-    if os.statvfs(folder).f_flag & os.ST_NOEXEC:
-        raise PermissionError(errno.EPERM, "mounted noexec", str(folder))
-    real = folder.resolve()  # a link on the way may be changed between this check and loading
-    for path in (real, *real.parents):
-        if why := _stranger(path):
-            raise PermissionError(errno.EPERM, why, str(path))
-    return real
-
-
-def _make(folder: Path) -> None:
-    """As `mkdir -p`, every new directory for the user alone."""
-    if not folder.is_dir():
-        _make(folder.parent)
-        folder.mkdir(mode=0o700, exist_ok=True)
-
-
-def _stranger(path: Path) -> str | None:
-    """Why another user can change what lies at `path`, or None.
-
-    Others may write to a directory with the sticky bit, such as /tmp: what is ours in it stays
-    ours. The owner of / is trusted, because it can change everything (root, or whoever root is
-    called in a user namespace).
-    """
-    found = path.lstat()
-    if found.st_uid not in (os.getuid(), 0, Path("/").stat().st_uid):
-        return f"it belongs to another user (uid {found.st_uid})"
-    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-    group = found.st_mode & stat.S_IWGRP and not _alone_in(found.st_gid)
-    if (found.st_mode & stat.S_IWOTH or group) and not sticky:
-        return "others can write to it (chmod go-w mends that)"
-    return None
-
-
-def _alone_in(group: int) -> bool:
-    """Whether this is the user's private group, which many systems make and let write."""
-    import grp  # not at the top: Windows has neither
-    import pwd
-
-    try:
-        user, found = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(group)
-    except KeyError:
-        return False
-    return found.gr_name == user and set(found.gr_mem) <= {user}
 
 
 def _processor() -> bytes:

@@ -1,11 +1,14 @@
 """What goes wrong in a calibration: one line that names module, file or sample."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
-from tiny_calibrations import calibrate, tiny_logits
+from tiny_calibrations import calibrate, tiny_batches, tiny_logits
 from tiny_models import tiny_llava, tiny_messages
 
+from qvlm_hf.calibration.layers import model_inputs, run_model
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.nn.replace import quantized_modules
 
@@ -86,3 +89,13 @@ def test_a_picture_that_cannot_be_used_is_named(tmp_path, spoiled, said):
     with pytest.raises(ValueError, match=rf"unreadable picture .*a\.png .*({said})") as caught:
         load_samples(rows)
     assert "\n" not in str(caught.value)
+
+
+def test_pictures_come_in_the_dtype_of_the_processor_or_of_the_model():
+    batch = tiny_batches(2, 2)[0]
+    half = {**batch.inputs, "pixel_values": batch.inputs["pixel_values"].bfloat16()}
+    model = tiny_llava().eval()
+    same = replace(batch, inputs=half)
+    assert model_inputs(model, same)["pixel_values"].dtype == torch.float32
+    assert model_inputs(model, same)["input_ids"].dtype == torch.int64
+    assert torch.isfinite(run_model(model, same).logits).all()

@@ -68,3 +68,17 @@ def test_on_a_terminal_a_bar(plan, title):
     assert "3/3" in last
     bar.on_step("search", 0, 3)  # of another calibration
     assert "0/3" in stream.getvalue().split("\r")[-1]
+
+
+def test_the_time_of_all_steps_follows_what_was_expected():
+    stream, clock = io.StringIO(), Clock()
+    expected = {"sensitivity": 30.0, "importance": 10.0, "search": 40.0, "rounding": 20.0}
+    bar = ProgressBar(("sensitivity", "search"), stream, clock, expected)
+    for seconds, step in ((0, ("sensitivity", 0, 10)), (60, ("sensitivity", 5, 10)),
+                          (120, ("search", 0, 10)), (180, ("search", 4, 10))):  # fmt: skip
+        clock.seconds = seconds
+        bar.on_step(*step)
+    first, _, last = stream.getvalue().splitlines()
+    # half of the step took a minute, four times as long as expected; so will the other 70 s
+    assert "0:01:00 left of it, 0:05:40 of all" in first
+    assert "0:01:30 left of it, 0:01:30 of all" in last

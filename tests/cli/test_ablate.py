@@ -2,6 +2,11 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from itertools import pairwise
 
 import pytest
@@ -26,8 +31,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, output, *words):
-    given = ["ablate", folder / "model", "--dataset", folder / "calibration.jsonl"]
+def run(folder, output, *words, model=None):
+    given = ["ablate", model or folder / "model", "--dataset", folder / "calibration.jsonl"]
     given += ["--questions", folder / "questions.jsonl", "--output", output]
     return main([*map(str, given), *words])
 
@@ -79,6 +84,9 @@ def test_another_setting_and_strangers_files_are_refused(folder, tmp_path, monke
     assert run(folder, tmp_path / "out", *words, "--num-samples", "5") == 1
     assert "holds an ablation with another num_samples" in capsys.readouterr().err
     assert (tmp_path / "out" / "ablation.json").read_bytes() == before
+    other = save_tiny(tmp_path / "model", seed=1)  # of the same name
+    assert run(folder, tmp_path / "out", *words, model=other) == 1
+    assert "holds an ablation with another weights" in capsys.readouterr().err
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "ablation.md").write_text("mine")
     assert run(folder, tmp_path / "theirs", *words) == 1
@@ -107,6 +115,25 @@ def test_a_cell_that_fails_says_why(folder):
     cell = {"model": str(folder / "nowhere"), "scheme": "W4A4", "line": "RTN", "seed": 0}
     (why,) = ablate._in_a_process(cell, 1).values()
     assert "nowhere" in why
+
+
+def test_ctrl_c_ends_the_cell_in_one_line(folder, tmp_path, capfd):
+    def interrupt():
+        while not multiprocessing.active_children():
+            time.sleep(0.1)
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=interrupt).start()
+    try:
+        assert run(folder, tmp_path / "out", "--schemes", "W4A4", "--lines", "paper") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    told = capfd.readouterr().err
+    assert told.endswith("qvlm: interrupted\n")
+    assert "Traceback" not in told
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("scheme", ["W4A4", "W4A16"])

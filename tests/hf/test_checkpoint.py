@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, tiny_llava
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers.core_model_loading import WeightRenaming
 
 from qvlm_hf import QVLMConfig
 from qvlm_hf.cli import main
 from qvlm_hf.format.files import weight_files
+from qvlm_hf.hf import checkpoint
 from qvlm_hf.hub.saved import SavedModel
 
 UP = "language_model.model.layers.0.mlp.up_proj"
@@ -104,6 +106,7 @@ TENSORS = [
     (f"{UP}.input_zero_point", at(1, -1), r"input_zero_point: holds a value outside 0 ... 15"),
     (f"{UP}.bias", new(104), r"up_proj.bias: has no place in a module with its scheme \(channel\)"),
     (f"{FC}.input_scale", lambda t: t[:5], r"zero_point: is I32 \[17\], must be I32 \[5\]"),
+    (f"{FC}.input_scale", new(), r"input_scale: is F32 \[\], must be F32 \[1\]"),
     (f"{FC}.input_scale", new(2**20 + 1), r"1048577 positions must be 1 to 1048576"),
     (f"{FC}.input_scale", at(1, torch.inf), f"input_scale: {POSITIVE}"),
     (f"{FC}.input_zero_point", None, r"fc1.input_zero_point: is missing"),
@@ -121,6 +124,24 @@ TENSORS = [
 def test_damaged_tensors(damaged, name, change, message):
     change_tensor(damaged, name, change)
     refused(damaged, message)
+
+
+def test_a_key_that_a_rule_leads_astray_keeps_its_name(tmp_path, monkeypatch):
+    """As in Transformers' loading."""
+    rules = [WeightRenaming("^lm_head", "nowhere")]
+    monkeypatch.setattr(checkpoint, "get_model_conversion_mapping", lambda model: rules)
+    model = tiny_llava()
+    save_file({"lm_head.weight": torch.ones(1)}, tmp_path / "a.safetensors")
+    assert set(checkpoint.read_headers(model, [tmp_path / "a.safetensors"])) == {"lm_head.weight"}
+
+
+def test_memory_that_loading_did_not_fill_is_refused(damaged):
+    model = load(damaged)
+    checkpoint.check_loaded(model)
+    linear = model.get_submodule(MODULE)
+    linear.weight_scale = torch.nn.Parameter(linear.weight_scale.clone(), requires_grad=False)
+    with pytest.raises(ValueError, match=r"up_proj.weight_scale: is not in the checkpoint: downl"):
+        checkpoint.check_loaded(model)
 
 
 def test_no_option_waves_damage_through(damaged, tmp_path):

@@ -102,8 +102,6 @@ def test_every_expert_is_quantized_and_counted(calibrated, tmp_path, capsys):
     assert line in shown
     card = (folder / "README.md").read_text()
     assert f"Each of {len(seen)} experts got {min(seen)} to {max(seen)} tokens" in card
-    assert f"`{report.routing[0].experts}.down_proj.*`" in card
-    assert ".down_proj.0" not in card
     loaded = load(folder)
     assert torch.equal(logits(loaded, name), logits(model, name))
     assert not loaded.hf_quantizer.is_compileable

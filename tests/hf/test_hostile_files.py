@@ -13,39 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from spoiled import spoil
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 SAVED = Path(__file__).parent.parent / "golden" / "saved"
 DIRECTORIES = sorted(path.name for path in SAVED.iterdir())
-JUNK = (
-    None, True, False, -1, 0, 1, 3, 7, 2**63, -(2**63), 1.5, float("nan"), float("inf"), "", "x", "\0", "../../x",
-    "W99A1", "none", "channel", "token", [], [1], ["a"] * 3, {}, {"a": 1}, [[[[]]]],
-)  # fmt: skip
-
-
-def places(tree):
-    """Every place in a tree of dicts and lists, as (container, key)."""
-    for key in tree if isinstance(tree, dict) else range(len(tree)):
-        yield tree, key
-        if isinstance(tree[key], dict | list):
-            yield from places(tree[key])
-
-
-def spoil(tree, rng):
-    """Changes, drops or repeats one place of a tree; says which."""
-    container, key = rng.choice(list(places(tree)))
-    match rng.choice(["set", "set", "set", "drop", "repeat"]):
-        case "set":
-            container[key] = copy.deepcopy(rng.choice(JUNK))
-            return f"{key!r} is {container[key]!r}"
-        case "drop":
-            del container[key]
-            return f"{key!r} is gone"
-        case _ if isinstance(container, dict):
-            container[rng.choice(["x", "", f"{key}x"])] = container[key]
-        case _:
-            container.append(container[key])
-    return f"{key!r} is there twice"
 
 
 def spoil_config(folder, rng):

@@ -23,6 +23,7 @@ from qvlm_hf import QVLMConfig, publish, publish_folder, save_quantized
 from qvlm_hf.calibration.samples import Sample, collate
 from qvlm_hf.cli import main
 from qvlm_hf.demo import model_dir
+from qvlm_hf.hf.publishing import publish_command
 from qvlm_hf.hub.errors import explained
 from qvlm_hf.hub.payload import check_secrets, choose_files
 from qvlm_hf.hub.publish import Target, check_target, fetch_card, upload, verify
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.hub
 
 TOKEN = "hf_" + "x" * 34
 REPO = "me/tiny"
+ROUND = ["--scheme", "W4A16", "--method", "rtn"]
 
 
 @pytest.fixture(scope="module")
@@ -255,33 +257,43 @@ def test_a_push_is_checked_before_anything_is_read(
     assert not hub.repos
 
 
-@pytest.mark.parametrize("when", ["from the start", "when calibration ends"])
-def test_a_push_that_fails_loses_nothing(hub, source, processor, no_waiting, capsys, when):
-    class Unplugged:
-        def on_calibration_end(self, model, report):
-            hub.fail(".*", "", 401, times=None)
+class Unplugged:
+    """The Hub knows nobody any more when calibration ends."""
 
-    if when == "from the start":
+    def on_calibration_end(self, model, report):
+        self.hub.fail(".*", "", 401, times=None)
+
+
+@pytest.mark.parametrize("way", ["publish", "push", "push at the end", "shell"])
+def test_what_fails_after_saving_is_finished_by_the_command_that_is_told(
+    hub, api, source, model, processor, no_waiting, capsys, tmp_path, way
+):
+    Unplugged.hub = hub
+    if way != "push at the end":
         hub.fail("POST", "/commit/", 500, times=None)
-        config, message = (
-            push_config(processor=processor, hub_private=True),
-            r"refuses .500: .*what has arrived is not",
-        )
+    if way == "publish":
+        with pytest.raises(ConnectionError, match=r"refuses .500: ") as failed:
+            publish(model, processor, REPO, private=True, api=api)
+        (said,) = failed.value.__notes__
+    elif way == "shell":
+        output = str(tmp_path / "out")
+        words = ["quantize", str(source), *ROUND, "--output", output, "--push-to-hub", REPO]
+        assert main([*words, "--private"]) == 1
+        printed, said = capsys.readouterr()
+        assert f"saved in {output}\n" in printed
+        assert re.match(r"qvlm: error: me/tiny: the Hub refuses .500: .*what has arrived is", said)
     else:
-        config, message = (
-            push_config(processor=processor, callbacks=[Unplugged()]),
-            r"refuses .401: .*: run `hf auth",
-        )
-    with pytest.warns(UserWarning, match=f"^push_to_hub: me/tiny: the Hub {message}") as warned:
-        kept = loaded(source, quantization_config=config)
-    assert kept.hf_quantizer.published is None
-    pattern = r"this publishes it: qvlm (publish \S+ me/tiny.*)$"
-    command = re.search(pattern, str(warned[-1].message))
+        fields = {"hub_private": True, "callbacks": [Unplugged()] if "end" in way else ()}
+        message = f"^push_to_hub: me/tiny: the Hub refuses .{401 if 'end' in way else 500}: "
+        with pytest.warns(UserWarning, match=message) as warned:
+            model = loaded(source, quantization_config=push_config(processor=processor, **fields))
+        assert model.hf_quantizer.published is None
+        said = str(warned[-1].message)
     hub.heal()
-    assert main(command[1].split()) == 0  # the command that the warning shows
+    assert main(shlex.split(re.search(r"this publishes it: qvlm (.*)", said)[1])) == 0
     assert "published" in capsys.readouterr().out
-    assert hub.repo(REPO).private == bool(config.hub_private)
-    assert torch.equal(answers(loaded(REPO), processor), answers(kept, processor))
+    assert hub.repo(REPO).private
+    assert torch.equal(answers(loaded(REPO), processor), answers(model, processor))
 
 
 def test_a_callback_that_raises_stops_the_push(hub, source, processor):
@@ -295,36 +307,15 @@ def test_a_callback_that_raises_stops_the_push(hub, source, processor):
     assert not hub.repos
 
 
-def test_publish_names_the_folder_and_the_command_when_it_fails(
-    hub, api, model, processor, no_waiting
-):
-    hub.fail("POST", "/commit/", 403)
-    options = {"revision": "dev", "base_model": "me/base", "license": "mit"}
-    with pytest.raises(PermissionError) as failed:
-        publish(model, processor, REPO, **options, commit_message="it's new", api=api)
-    (note,) = failed.value.__notes__
-    command = shlex.split(note.removeprefix("The model is saved; this publishes it: qvlm "))
-    asked = '--revision dev --message "it\'s new" --base-model me/base --license mit'
-    assert command == ["publish", command[1], REPO, *shlex.split(asked)]
-    assert main(command) == 0
-    assert hub.repo(REPO).commit("dev").title == "it's new"
-
-
 NO_IDS = ["", "a/b/c", "../x", "me/a--b", "/abs/path", "me/x.git", "me/a b", 3]
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (
-            {"license": "apache2"},
-            "me/tiny: .*license.* must be one",
-        ),
+        ({"license": "apache2"}, "me/tiny: .*license.* must be one"),
         ({"base_model": "/models/base"}, "Repo id must be in the form .*: '/models/base'"),
-        (
-            {"create_pr": True, "revision": "dev"},
-            "create_pr=True opens a pull request against main",
-        ),
+        ({"create_pr": True, "revision": "dev"}, "create_pr=True opens a pull request against ma"),
         ({"token": TOKEN, "api": HfApi()}, "publish takes token= or api=, not both"),
         ({"token": "\n"}, "token= is empty: leave it out"),
         ({"commit_message": f"with {TOKEN}"}, r"commit_message: holds a Hub token \(hf_\.\.\.\)"),
@@ -574,6 +565,13 @@ def nan(folder):
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def index_outside(folder):
+    """Weights in a file above the directory."""
+    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 PROCESSOR = (
     "processor_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja"
 )  # fmt: skip
@@ -593,6 +591,7 @@ SECRET = r"holds a Hub token \(hf_\.\.\.\): nothing was sent"
             lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
             "holds model.safetensors and model.safetensors.index.json, two models: delete the one",
         ),
+        (index_outside, r"index.* names .*\.\./outside.safetensors"),
         (removed("model.safetensors"), "holds no model.safetensors: "),
         (removed(*PROCESSOR), "holds no processor that loads .*: save the model's processor there"),
         (cut_weights, "model.safetensors: is no (readable|complete) safetensors file"),
@@ -619,16 +618,6 @@ def test_the_token_in_use_is_found_whatever_its_form(folder):
     (folder / "config.json").write_text('{"note": "plain-secret"}')
     with pytest.raises(ValueError, match=r"^config.json: holds a Hub token"):
         check_secrets(folder, ["config.json"], "plain-secret")
-
-
-def test_an_index_that_leads_out_of_the_directory(hub, api, sharded):
-    index = sharded / "model.safetensors.index.json"
-    (sharded.parent / "outside.safetensors").write_bytes(b"secret")
-    text = re.sub(r'"model-[^"]*"', '"../outside.safetensors"', index.read_text(), count=1)
-    index.write_text(text)
-    with pytest.raises(ValueError, match=r"index.* names .*\.\./outside.safetensors"):
-        publish_folder(sharded, REPO, api=api)
-    assert not hub.repos
 
 
 # ---- what the Hub holds --------------------------------------------------------------------------
@@ -676,43 +665,36 @@ def test_another_hash_than_the_file_has_is_noticed(hub, api, transfer, folder, n
 
 
 def test_the_command(hub, folder, capsys):
+    """As the errors write it: every option of `publish`."""
     (folder / "secret.env").write_text("no")
-    options = shlex.split("--private --revision dev --message Try --base-model me/b --license mit")
-    assert main(["publish", str(folder), REPO, *options]) == 0
-    printed, repo = capsys.readouterr().out.splitlines(), hub.repo(REPO)
+    asked = {"private": True, "revision": "dev", "commit_message": "it's new", "license": "mit"}
+    asked |= {"base_model": "me/base"}
+    for options in (asked, {"create_pr": True}):
+        command = publish_command(folder, Target(repo_id=REPO, **options)).partition(": qvlm ")[2]
+        assert main(shlex.split(command)) == 0
+    repo, printed = hub.repo(REPO), capsys.readouterr().out.splitlines()
     commit = repo.commit("dev")
     assert printed[0].endswith(f" files to me/tiny: {hub.endpoint}/me/tiny/commit/{commit.oid}")
     assert printed[1] == "not sent: secret.env"
-    assert (repo.private, commit.title) == (True, "Try")
+    assert printed[2].endswith(f" files to me/tiny: {hub.endpoint}/me/tiny/discussions/1")
+    assert (repo.private, commit.title) == (True, "it's new")
     card = content(hub, revision="dev")["README.md"].decode()
-    assert {"license: mit", "base_model: me/b"} <= set(card.splitlines())
-    assert main(["publish", str(folder), REPO, "--create-pr"]) == 0
-    assert f"{hub.endpoint}/me/tiny/discussions/1" in capsys.readouterr().out
+    assert {"license: mit", "base_model: me/base"} <= set(card.splitlines())
     assert main(["publish", str(folder), "you/tiny"]) == 1
     message = "qvlm: error: you/tiny: the token's user may not make repositories for 'you'"
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_quantize_and_push(hub, source, tmp_path, capsys, no_waiting):
-    output = str(tmp_path / "out")
-    options = ["--scheme", "W4A16", "--method", "rtn", "--output", output]
-    hub.fail("POST", "/commit/", 500, times=None)
-    words = ["quantize", str(source), *options, "--push-to-hub", REPO, "--private"]
-    assert main(words) == 1
-    captured = capsys.readouterr()
-    assert f"saved in {output}\n" in captured.out
-    pattern = r"^qvlm: error: me/tiny: the Hub refuses .500.* this publishes it: qvlm (.*)\n$"
-    again = re.search(pattern, captured.err)[1]
-    hub.heal()
-    assert main(again.split()) == 0
-    assert hub.repo(REPO).private
-    assert main([*words, "--overwrite"]) == 0
+def test_quantize_and_push(hub, source, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "out")]
+    assert main(["quantize", str(source), *ROUND, *output, "--push-to-hub", REPO]) == 0
     assert "published" in capsys.readouterr().out
+    assert not hub.repo(REPO).private
     for wrong, message in (
         (["--push-to-hub", "you/tiny"], "may not make repositories for 'you'"),
         (["--private"], "--private is of the repository: name it with --push-to-hub REPO"),
     ):  # before anything is read
-        assert main(["quantize", "no-model", "--output", f"{output}-2", *wrong]) == 1
+        assert main(["quantize", "no-model", "--output", str(tmp_path / "2"), *wrong]) == 1
         assert message in capsys.readouterr().err
 
 

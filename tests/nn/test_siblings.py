@@ -156,10 +156,11 @@ def test_hooks_see_and_change_what_they_always_do(calls):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("write", [lambda x: x.mul_(1.5), lambda x: x.data.mul_(1.5)])
-def test_hooks_may_write_to_the_input(mode, write):
+@pytest.mark.parametrize("when", ["register_forward_pre_hook", "register_forward_hook"])
+def test_hooks_may_write_to_the_input(mode, write, when):
     results = []
     for model in (shared(), layer()):
-        model.k.register_forward_pre_hook(lambda module, args: (write(args[0]), None)[1])
+        getattr(model.k, when)(lambda module, args, *_: (write(args[0]), None)[1])
         with mode():
             results.append(outputs(model, torch.linspace(-1, 1, 3 * IN).reshape(3, IN)))
     assert same(*results)

@@ -28,7 +28,7 @@ from linear_calls import (
 from qvlm_hf.format.grids import QuantizedWeight, grouped_weight, quantize_weight
 from qvlm_hf.format.packing import pack, unpack
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.ops import attention, cpu, fast_path, native
+from qvlm_hf.ops import attention, cpu, fast_path, native, private_folders
 
 CLASSES = ("cpu avx512-vnni", "cpu avx2-vnni", "cpu avx2", "cpu portable")
 
@@ -56,7 +56,7 @@ def soon_compiled(monkeypatch, fresh_kernels):
     if not has_compiler:
         pytest.skip("no compiler")
     monkeypatch.setattr(cpu, "_FLAGS", SOON_COMPILED)
-    return lambda: native.compiled(cpu._SOURCES, cpu._FLAGS, native.openmp())
+    return lambda: native.load(Path, cpu._SOURCES, cpu._FLAGS, native.openmp())
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,10 @@ def filled_cache(tmp_path_factory):
     """A cache that holds the library, compiled as `soon_compiled` does, and the way into it."""
     if not has_compiler:
         pytest.skip("no compiler")
-    direct = native.compiled(fast_path._SOURCES, fast_path._FLAGS, fast_path._LINKED)
+    direct = native.load(Path, fast_path._SOURCES, fast_path._FLAGS, fast_path._LINKED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("filled")))
-        folder = native.compiled(cpu._SOURCES, SOON_COMPILED, native.openmp()).parent
+        folder = native.load(Path, cpu._SOURCES, SOON_COMPILED, native.openmp()).parent
     shutil.copy2(direct, folder)  # 20 seconds of compiling that others have done
     return folder.parent
 
@@ -392,7 +392,7 @@ def test_without_a_place_to_write_the_reference_computes_and_says_so(
     file.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     monkeypatch.setenv("TMPDIR", str(file))
-    monkeypatch.setattr(native, "_TEMPORARY", ())
+    monkeypatch.setattr(private_folders, "_TEMPORARY", ())
     name = cpu_kernel()
     error = f"[Errno {errno.EEXIST}] File exists: '{file}'"
     assert name.startswith(f"reference ({file}/qvlm_hf: {error}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qvlm_hf.ops import native
+from qvlm_hf.ops import native, private_folders
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
 
@@ -28,7 +28,7 @@ folder = Path(sys.argv[1])
 (folder / f"ready-{{sys.argv[2]}}").touch()
 while not (folder / "go").exists():
     time.sleep(0.01)
-print(native.load([folder / "answer.cpp"], ["-shared", "-fPIC"]).answer())
+print(native.load(native.library, [folder / "answer.cpp"], ["-shared", "-fPIC"]).answer())
 """
 
 
@@ -54,7 +54,7 @@ def compilations(tmp_path, monkeypatch):
 
 
 def compile_answer(folder):
-    return native.compiled([folder / "answer.cpp"], ["-shared", "-fPIC"])
+    return native.load(Path, [folder / "answer.cpp"], ["-shared", "-fPIC"])
 
 
 def count(folder):
@@ -228,8 +228,8 @@ def test_a_library_that_the_loader_refuses_is_made_elsewhere(
             raise OSError("failed to map segment from shared object")
         return path
 
-    words = [compilations.parent / "answer.cpp"], ["-shared", "-fPIC"], ()
-    assert native._first_that_works(use, *words).parent == elsewhere
+    words = [compilations.parent / "answer.cpp"], ["-shared", "-fPIC"]
+    assert native.load(use, *words).parent == elsewhere
     assert tried == [cache, elsewhere]
 
 
@@ -275,9 +275,9 @@ def test_a_library_that_others_can_write_is_made_anew(compilations):
 def test_a_group_may_write_if_it_is_the_users_own(compilations, cache, monkeypatch):
     target = compile_answer(compilations.parent)
     cache.chmod(0o770)
-    monkeypatch.setattr(native, "_alone_in", lambda group: group == cache.stat().st_gid)
+    monkeypatch.setattr(private_folders, "_alone_in", lambda group: group == cache.stat().st_gid)
     assert compile_answer(compilations.parent) == target
-    monkeypatch.setattr(native, "_alone_in", lambda group: False)
+    monkeypatch.setattr(private_folders, "_alone_in", lambda group: False)
     assert compile_answer(compilations.parent).parent != cache
 
 
@@ -292,11 +292,11 @@ def test_whose_own_a_group_is(monkeypatch):
         "getgrgid",
         lambda gid: grp.struct_group(({7: "ann", 8: "users"}[gid], "x", gid, members)),
     )
-    assert native._alone_in(7)
-    assert not native._alone_in(8)
+    assert private_folders._alone_in(7)
+    assert not private_folders._alone_in(8)
     members += ["ann", "bob"]
-    assert not native._alone_in(7)
-    assert not native._alone_in(9)  # no such group
+    assert not private_folders._alone_in(7)
+    assert not private_folders._alone_in(9)  # no such group
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
@@ -335,14 +335,14 @@ def test_a_compiler_of_c_links_what_c_plus_plus_needs(tmp_path, monkeypatch, nam
     """)
     monkeypatch.setenv("CXX", name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert native.load([source], ["-shared", "-fPIC"]).answer(7) == 42
+    assert native.load(native.library, [source], ["-shared", "-fPIC"]).answer(7) == 42
 
 
 def test_what_never_loads_is_compiled_once_a_folder(compilations, cache, elsewhere, monkeypatch):
     """An undefined symbol is no damaged file: compiling again gives the same."""
     source = compilations.parent / "answer.cpp"
     source.write_text('extern "C" int nowhere(); extern "C" int answer() { return nowhere(); }\n')
-    monkeypatch.setattr(native, "_TEMPORARY", ())
+    monkeypatch.setattr(private_folders, "_TEMPORARY", ())
     with pytest.raises(OSError, match="undefined symbol"):
-        native.load([source], ["-shared", "-fPIC", "-Wl,-z,now"])
+        native.load(native.library, [source], ["-shared", "-fPIC", "-Wl,-z,now"])
     assert len(list(compilations.iterdir())) == len([cache, elsewhere])

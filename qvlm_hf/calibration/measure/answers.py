@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.layers import NotFiniteError
+from qvlm_hf.calibration.layers import NotFiniteError, model_inputs
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 
 __all__ = ["answer_kl", "answer_logits", "eval_mode", "run_answers"]
@@ -34,13 +34,7 @@ def run_answers(model: nn.Module, batch: Batch, **options: Any) -> list[Tensor]:
     Raises:
         NotFiniteError: logits that are not numbers.
     """
-    # Packed weights are integers: the first floating parameter tells dtype and device.
-    floating = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    dtype = getattr(model, "dtype", floating.dtype)
-    inputs = {
-        name: tensor.to(floating.device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in batch.inputs.items()
-    }
+    inputs = model_inputs(model, batch)
     answered = batch.labels != IGNORE_INDEX
     tokens = batch.labels.shape[1]
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     count_tokens,
     live_layers,
@@ -71,6 +72,7 @@ def layer_dependencies(calibration: Calibration, segment: Segment) -> list[float
     per_position = calibration.per_position(segment)
     live = live_layers(segment)
     hidden = [entry.hidden for entry in inputs]
+    (tokens_in_all,) = ranks.add(count_tokens(inputs))
     previous: list[Tensor] | None = None
     dependencies = []
     for layer in live if len(live) > 1 else ():
@@ -87,10 +89,13 @@ def layer_dependencies(calibration: Calibration, segment: Segment) -> list[float
                 value_bounds(previous, per_position),
                 value_bounds(current, per_position),
                 levels=calibration.settings.entropy_levels,
-                elements=count_tokens(inputs) * hidden[0].shape[-1],
+                elements=tokens_in_all * hidden[0].shape[-1],
             )
-            for first, second in zip(previous, current, strict=True):
-                histogram.update(first, second)
+            seen = ranks.seen_before(
+                calibration.reached(segment), [v.shape[:-1].numel() for v in current]
+            )
+            for first, second, before in zip(previous, current, seen, strict=True):
+                histogram.update(first, second, seen=before)
             dependencies.append(float(histogram.entropy()))
         previous = current
     return dependencies
@@ -125,8 +130,13 @@ class DependencyHistogram:
         self._sum = torch.zeros(levels, levels, dtype=torch.float64, device=first_range[0].device)
         self._count = self._seen = 0
 
-    def update(self, first: Tensor, second: Tensor) -> None:
+    def update(self, first: Tensor, second: Tensor, *, seen: int | None = None) -> None:
         """Adds [..., tokens, H] values of both layers.
+
+        Args:
+            first: of the first layer.
+            second: of the other.
+            seen: tokens of the batches before; None: those that came here.
 
         Raises:
             ValueError: the shapes differ.
@@ -138,7 +148,7 @@ class DependencyHistogram:
             )
         # The stride runs on across batches: restarting it would sample every batch's first token,
         # the attention sink, too often.
-        start = -self._seen % self._stride
+        start = -(self._seen if seen is None else seen) % self._stride
         self._seen += first.shape[:-1].numel()
         a, b = (
             self._units(x, bounds).flatten(0, -2)[start :: self._stride].reshape(-1)
@@ -151,8 +161,9 @@ class DependencyHistogram:
         self._count += a.numel()
 
     def entropy(self) -> Tensor:
-        """D(k, k+1) in nats, float64 scalar."""
-        return conditional_entropy(self._sum / max(self._count, 1))
+        """D(k, k+1) in nats, float64 scalar, of what all processes added."""
+        (count,) = ranks.add(self._count)
+        return conditional_entropy(ranks.total(self._sum) / max(count, 1))
 
     def _units(self, x: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
         low, high = bounds
@@ -161,8 +172,11 @@ class DependencyHistogram:
 
 
 def value_bounds(values: Sequence[Tensor], per_position: bool) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value per channel, [H], or per position, [T, 1] (of [B, T, H])."""
+    """Smallest and largest value per channel, [H], or per position, [T, 1] (of [B, T, H]).
+
+    Over the batches of all processes.
+    """
     axes = (0, 2) if per_position else (0,)
-    low = torch.stack([v.amin(axes) for v in values]).amin(0)
-    high = torch.stack([v.amax(axes) for v in values]).amax(0)
+    low = ranks.smallest(torch.stack([v.amin(axes) for v in values]).amin(0))
+    high = ranks.largest(torch.stack([v.amax(axes) for v in values]).amax(0))
     return (low[:, None], high[:, None]) if per_position else (low, high)

@@ -20,7 +20,7 @@ from qvlm_hf.calibration.layers import frozen
 from qvlm_hf.calibration.measure.answers import run_answers
 from qvlm_hf.calibration.measure.pull_back import cut_at_layers, pull_back
 from qvlm_hf.calibration.run import Calibration
-from qvlm_hf.calibration.samples import Batch
+from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 
 __all__ = ["answer_gradients"]
 
@@ -36,7 +36,7 @@ def answer_gradients(
 
     Args:
         calibration: its model in full precision, in eval mode.
-        batches: with labels.
+        batches: with labels, of all processes; their own ones alone run.
         draws: directions per answer token; all go back through a layer together.
         temperature: T.
 
@@ -47,10 +47,19 @@ def answer_gradients(
     """
     model = calibration.model
     generator = torch.Generator().manual_seed(calibration.settings.seed)
+    foreign = {id(batch) for batch in calibration.data}
+    foreign -= {id(batch) for batch in calibration.own_data}
+    skipped = 0
     with frozen(model):
         for index, batch in enumerate(batches):
+            if id(batch) in foreign:
+                skipped += int((batch.labels != IGNORE_INDEX).sum())
+                continue
             with cut_at_layers(calibration.segments) as runs, torch.enable_grad():
                 logits = torch.cat(run_answers(model, batch, use_cache=False)).float() / temperature
+            for _ in range(draws):  # every process gives a batch the directions of one process
+                _signs((skipped, logits.shape[1]), generator)
+            skipped = 0
             directions = (_direction(logits.detach(), generator) for _ in range(draws))
             for name, gradients in pull_back(runs, logits, directions):
                 yield index, name, gradients
@@ -60,5 +69,9 @@ def _direction(logits: Tensor, generator: torch.Generator) -> Tensor:
     """v for logits [tokens, vocabulary]: mean 0, covariance diag(p) - p p^T, from random signs."""
     chances = torch.softmax(logits, dim=-1)
     roots = chances.sqrt()
-    signs = torch.randint(0, 2, roots.shape, generator=generator).to(roots) * 2 - 1
+    signs = _signs(roots.shape, generator).to(roots) * 2 - 1
     return roots * signs - chances * (roots * signs).sum(-1, keepdim=True)
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, tuple(shape), generator=generator)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.gradients import answer_gradients
 from qvlm_hf.calibration.run import Calibration
@@ -29,7 +30,7 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
     """Weights of the tokens that leave each live layer; the model is in full precision.
 
     Returns:
-        Layer name -> per batch that reached its segment, float32 [B, T], mean 1 over all tokens
+        Layer name -> per own batch that reached its segment, float32 [B, T], mean 1 over all tokens
         before the floor. Each is 1 without answers. A layer that a batch passes over has the
         weights of the one before.
     """
@@ -52,7 +53,9 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
 
 
 def _weights(norms: Sequence[Tensor]) -> list[Tensor]:
-    total, count = sum(float(norm.sum()) for norm in norms), sum(norm.numel() for norm in norms)
+    total, count = ranks.add(
+        sum(float(norm.sum()) for norm in norms), sum(norm.numel() for norm in norms)
+    )
     if total == 0:
         return [torch.ones_like(norm) for norm in norms]
     return [(norm * (count / total)).clamp(min=_FLOOR) for norm in norms]

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.report import SelfCheck
 from qvlm_hf.calibration.samples import Batch
@@ -24,33 +25,43 @@ class AnswerComparison:
 
     Args:
         model: in full precision.
-        batches: with labels.
+        batches: with labels; every process compares its share of them.
         held_out: whether calibration does not see these samples.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], *, held_out: bool) -> None:
-        self._model, self._batches, self._held_out = model, batches, held_out
+        self._model, self._held_out = model, held_out
+        self._batches = batches[ranks.number() :: ranks.count()]
         self._reference = [keep(logits.cpu()) for logits in self._answers()]
+
+    def divergences(self) -> list[float]:
+        """The mean KL (nats a token) of every own sample with an answer, as the model is now."""
+        return [answer_kl(full, logits) for full, logits in self._compared()]
 
     def measure(self) -> SelfCheck | None:
         """Compares the model as it is now; None if no sample has an answer."""
         agree = tokens = 0
         divergence = 0.0
-        for full, logits in zip(self._reference, self._answers(), strict=True):
-            if len(full):
-                full = full.to(logits.device)
-                tokens += len(full)
-                agree += int((full.argmax(-1) == logits.argmax(-1)).sum())
-                divergence += answer_kl(full, logits) * len(full)
+        for full, logits in self._compared():
+            tokens += len(full)
+            agree += int((full.argmax(-1) == logits.argmax(-1)).sum())
+            divergence += answer_kl(full, logits) * len(full)
+        samples, agree, tokens = ranks.add(len(self._reference), agree, tokens)
+        (divergence,) = ranks.add(divergence)
         if not tokens:
             return None
         return SelfCheck(
-            samples=len(self._reference),
+            samples=samples,
             held_out=self._held_out,
             answer_tokens=tokens,
             agreement=agree / tokens,
             kl=divergence / tokens,
         )
+
+    def _compared(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for full, logits in zip(self._reference, self._answers(), strict=True):
+            if len(full):
+                yield full.to(logits.device), logits
 
     def _answers(self) -> Iterator[Tensor]:
         for batch in self._batches:

@@ -55,14 +55,21 @@ def batches(
     processor: Processor,
     batch_size: int,
     *,
-    max_tokens: int | None = None,
+    model: torch.nn.Module | None = None,
 ) -> Iterator[Batch]:
     """Yields the samples in order, `batch_size` at a time (the last batch may be smaller).
+
+    Args:
+        samples: any number.
+        processor: as in `collate`.
+        batch_size: samples of a batch.
+        model: that has positions for every sample; None: not checked.
 
     Raises:
         ValueError: for a batch size that is no integer of at least 1, and as `collate` does.
     """
     batch_size = whole_number("batch_size", batch_size, 1)
+    max_tokens = None if model is None else longest_sample(model)
     for start in range(0, len(samples), batch_size):
         yield collate(samples[start : start + batch_size], processor, max_tokens=max_tokens)
 

@@ -11,12 +11,17 @@ __all__ = ["by_picture", "fingerprint"]
 
 
 def by_picture(samples: Sequence[Sample]) -> list[Sample]:
-    """The same samples, those with the same pictures side by side.
+    """The same samples, those with the same pictures side by side, and those without any last.
 
-    Neighbouring batches then know little of each other.
+    Neighbouring batches then know little of each other, and those that do not reach the vision
+    encoder come behind those that do.
     """
     places: dict[str, int] = {}
-    return sorted(samples, key=lambda sample: places.setdefault(_picture_hash(sample), len(places)))
+
+    def place(sample: Sample) -> tuple[bool, int]:
+        return not sample.pictures(), places.setdefault(_picture_hash(sample), len(places))
+
+    return sorted(samples, key=place)
 
 
 def _picture_hash(sample: Sample) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     LayerInput,
     Reached,
@@ -53,9 +54,9 @@ def gptq_round_layer(
     Args:
         layer: in the compute dtype, its sites installed, their candidates final.
         sites: in execution order.
-        inputs: per batch, masks and other arguments of the segment.
-        hidden: per batch [B, T, H], what enters the layer.
-        weights: per batch [B, T], how much a token's error counts; None is all alike.
+        inputs: per own batch, masks and other arguments of the segment.
+        hidden: per own batch [B, T, H], what enters the layer.
+        weights: per own batch [B, T], how much a token's error counts; None is all alike.
     """
     tokens = weights or [torch.ones(h.shape[:-1], device=h.device) for h in hidden]
     for site in sites:
@@ -66,15 +67,20 @@ def gptq_round_layer(
 
 
 def _round_siblings(site: QuantizedSite, hessian: Tensor) -> list[QuantizedWeight]:
-    """Rounds the modules that share an input as one: rows do not depend on each other."""
+    """Rounds the modules that share an input as one: rows do not depend on each other.
+
+    So every process rounds a part of them.
+    """
     starts = site.quantized_weights()
     values, scale, zero_point = (
         torch.cat(parts)
         for parts in zip(*((q.values, q.scale, q.zero_point) for q in starts), strict=True)
     )
     weight = torch.cat([site.folded_weight(index) for index in range(len(starts))])
-    start = QuantizedWeight(values, scale, zero_point, starts[0].group_length)
-    integers = gptq_round(weight, hessian, start, site.scheme.weight_bits).values
+    own = ranks.share(len(weight))
+    start = QuantizedWeight(values[own], scale[own], zero_point[own], starts[0].group_length)
+    rounded = gptq_round(weight[own], hessian, start, site.scheme.weight_bits)
+    integers = torch.cat(ranks.gathered(rounded.values))
     rows = [len(own.values) for own in starts]
     return [
         replace(own, values=part.clone())
@@ -91,8 +97,9 @@ def _hessians(
 ) -> list[Tensor]:
     """Of each site the weighted sum of a a^T over valid tokens, float32 [2, I, I].
 
-    W' is multiplied by a. Every second sample is in the second half. The layer runs no further than
-    to the input of a site; experts are several, and a batch may not reach each.
+    Over the batches of all processes. W' is multiplied by a. Every second sample is in the second
+    half. The layer runs no further than to the input of a site; experts are several, and a batch
+    may not reach each.
     """
     modules = {index: site.linears[0] for index, site in enumerate(sites)}
     totals = [
@@ -128,7 +135,7 @@ def _hessians(
 
         with observe_inputs(modules, add), suppress(Reached):
             run_layer(layer, [entry], [h])
-    return totals
+    return [ranks.total(sums) for sums in totals]
 
 
 def _in_second_half(weight: Tensor, batch: int) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.grids import (
     QParams,
@@ -30,20 +31,29 @@ class TailObserver:
     Args:
         count: values that each series will have (an upper bound).
         percentile: the smallest percentile that will be asked for.
+
+    Attributes:
+        seen: values of each series so far.
     """
 
     def __init__(self, *, count: int, percentile: float) -> None:
         self._tail = min(count, math.ceil((1 - percentile) * max(count - 1, 0)) + 2)
-        self._seen = 0
+        self.seen = 0
         self._top: Tensor | None = None
         self._bottom: Tensor | None = None
 
     def update(self, values: Tensor) -> None:
         """Adds [series, n] values."""
         values = values.float()
-        self._seen += values.shape[1]
+        self.seen += values.shape[1]
         self._top = self._merge(self._top, values)
         self._bottom = self._merge(self._bottom, -values)
+
+    def join(self, device: torch.device) -> None:
+        """Adds what the other processes observed of the same series; any may have seen nothing."""
+        (self.seen,) = ranks.add(self.seen)
+        self._tail = int(ranks.largest(torch.tensor([self._tail])))
+        self._top, self._bottom = (self._joined(t, device) for t in (self._top, self._bottom))
 
     def range(self, percentile: float) -> tuple[Tensor, Tensor]:
         """(quantile(1 - percentile), quantile(percentile)), each [series], as torch.quantile's.
@@ -55,12 +65,18 @@ class TailObserver:
             raise ValueError("no value was observed: calibration did not reach this input.")
         return -self._quantile(self._bottom, percentile), self._quantile(self._top, percentile)
 
+    def _joined(self, tail: Tensor | None, device: torch.device) -> Tensor | None:
+        together: Tensor | None = None
+        for part in ranks.gathered(torch.empty(0, 0, device=device) if tail is None else tail):
+            together = self._merge(together, part) if part.numel() else together
+        return together
+
     def _merge(self, tail: Tensor | None, values: Tensor) -> Tensor:
         together = values if tail is None else torch.cat((tail, values), dim=1)
         return together.topk(min(self._tail, together.shape[1]), dim=1).values
 
     def _quantile(self, descending: Tensor, percentile: float) -> Tensor:
-        place = (1 - percentile) * (self._seen - 1)
+        place = (1 - percentile) * (self.seen - 1)
         low = min(int(place), descending.shape[1] - 1)
         high = min(low + 1, descending.shape[1] - 1)
         return torch.lerp(descending[:, low], descending[:, high], place - low)

@@ -13,8 +13,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     LayerInput,
     count_tokens,
@@ -68,8 +70,8 @@ def initialize_sites(
             ranges.
         component: "vision", "projector" or "language".
         layers: consecutive layers of one segment.
-        inputs: per batch, the masks and other arguments of the segment.
-        hidden: per batch [B, T, H], what enters the first layer.
+        inputs: per own batch, the masks and other arguments of the segment.
+        hidden: per own batch [B, T, H], what enters the first layer.
 
     Returns:
         Per layer, per site.
@@ -89,6 +91,10 @@ def initialize_sites(
     everything: dict[str, dict[str, TailObserver]] = defaultdict(dict)
     even_ids = {id(entry) for entry in inputs[::2]}
     percentile = min(candidate.percentile for candidate in ranges)
+    granularities = sorted({candidate.granularity for candidate in ranges if candidate.static})
+    tokens_in_all, rows_in_all = ranks.add(
+        count_tokens(inputs), sum(entry.hidden.shape[0] for entry in inputs)
+    )
 
     def observe(site: Site, x: Tensor, entry: LayerInput) -> None:
         entry.require_finite(x, f"the input of {site.name}")
@@ -98,18 +104,22 @@ def initialize_sites(
             names.append(_pool(whole[site.name]))
         if not len(values):
             return
-        for granularity in {candidate.granularity for candidate in ranges if candidate.static}:
+        for granularity in granularities:
             if granularity == "channel":
-                series, count = values.T, count_tokens(inputs)
+                series, count = values.T, tokens_in_all
             else:
                 series = (x if x.dim() == 3 else x.unsqueeze(0)).transpose(0, 1).flatten(1)
-                count = sum(e.hidden.shape[0] for e in inputs) * x.shape[-1]
+                count = rows_in_all * x.shape[-1]
             for tails in (even, everything) if id(entry) in even_ids else (everything,):
                 for name in names:
                     observer = TailObserver(count=count, percentile=percentile)
                     tails[name].setdefault(granularity, observer).update(series)
 
     _feed(layers, inputs, hidden, observe)
+    tokens = dict(zip(tokens, ranks.add(*tokens.values()), strict=True))
+    names = [*(part.name for _, part in parts), *{_pool(site): 0 for site in whole.values()}]
+    every = [tails[name] for tails in (even, everything) for name in names]
+    _join_processes(every, granularities, hidden[0].device)
     made = {
         part.name: _quantized_site(
             calibration.settings,
@@ -140,7 +150,7 @@ def initialize_sites(
         _feed(layers, held_out_half(inputs), held_out_half(hidden), measure)
     for name, quantized in found.items():
         totals = [errors[part.name].totals for part in quantized.site.parts]
-        sums = [sum(column) for column in zip(*totals, strict=True)]
+        sums = ranks.add(*(sum(column) for column in zip(*totals, strict=True)))
         quantized.active = starts[min(range(len(starts)), key=sums.__getitem__)]
         if name in calibration.learned:
             quantized.add_learned(calibration.learned[name])
@@ -158,6 +168,20 @@ def _joined(
     for quantized, count in zip(parts, seen, strict=True):
         quantized.few_tokens = count < _FEW_TOKENS
     return ExpertsSite(site, parts, seen)
+
+
+def _join_processes(
+    every: Sequence[dict[str, TailObserver]], granularities: Sequence[str], device: torch.device
+) -> None:
+    """Adds to the sites' tails what other processes saw; an expert may get tokens in some alone."""
+    if ranks.count() == 1:
+        return
+    for tails in every:
+        for granularity in granularities:
+            observer = tails.pop(granularity, None) or TailObserver(count=0, percentile=1.0)
+            observer.join(device)
+            if observer.seen:
+                tails[granularity] = observer
 
 
 def _pool(site: Site) -> str:

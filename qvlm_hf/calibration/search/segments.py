@@ -52,8 +52,8 @@ def search_segment(
         calibration: its model runs quantized below the segment.
         segment: in full precision.
         blocks: a partition of the live layers.
-        record: returns, per batch, what enters the first layer when everything below is quantized;
-            called if anything is left to search.
+        record: returns, per own batch, what enters the first layer when everything below is
+            quantized; called if anything is left to search.
 
     Yields:
         Each block when its search has ended, outside `working_precision`.
@@ -127,6 +127,7 @@ def _search_layers(
                         held_out_half(hidden),
                         [held_out_half(target) for target in targets],
                         [held_out_half(weights) for weights in importance if weights is not None],
+                        [place // 2 for place in held_out_half(calibration.reached(segment))],
                     )
                 )
             for module, row, choice, weights in zip(

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, live_layers, run_layer, working_precision
 from qvlm_hf.calibration.measure.gradients import answer_gradients
 from qvlm_hf.calibration.report import PrecisionRaise
@@ -137,33 +138,39 @@ class _Probe:
             errors = (output - own for output, own in zip(outputs, full, strict=True))
             batches = zip(inputs, errors, gradients, strict=True)
             squares = sum(_mean_square(*batch) for batch in batches)
+            (squares,) = ranks.add(squares)
             found[site.site.name] = squares / 2 / max(self._tokens, 1)
             self._steps.advance()
         return found
 
 
 def _held_out_gradients(calibration: Calibration) -> dict[str, list[dict[str, list[Tensor]]]]:
-    """Segment -> per held-out batch that reaches it: layer -> draws, in main memory."""
-    data = calibration.data
+    """Segment -> per own held-out batch that reaches it: layer -> draws, in main memory."""
+    data, own = calibration.data, calibration.own_data
     pictured = [batch for batch in data if "pixel_values" in batch.inputs]
     held_out = {
-        name: held_out_half(data if len(inputs) == len(data) else pictured)
+        name: held_out_half(data if len(inputs) == len(own) else pictured)
         for name, inputs in calibration.inputs.items()
     }
     batches = list({id(batch): batch for held in held_out.values() for batch in held}.values())
     samples = sum(len(batch.origins) for batch in batches)
-    values = sum(
-        len(live_layers(segment)) * entry.hidden.numel()
-        for segment in calibration.segments
-        for entry in held_out_half(calibration.inputs[segment.name])
+    (values,) = ranks.add(
+        sum(
+            len(live_layers(segment)) * entry.hidden.numel()
+            for segment in calibration.segments
+            for entry in held_out_half(calibration.inputs[segment.name])
+        )
     )
     most = _GRADIENT_BYTES // max(2 * values, 1)
     draws = max(1, min(most, -(-_DIRECTIONS // max(samples, 1))))
-    found: dict[int, dict[str, list[Tensor]]] = {id(batch): {} for batch in batches}
+    found: dict[int, dict[str, list[Tensor]]] = {id(batch): {} for batch in own}
     for index, name, gradients in answer_gradients(calibration, batches, draws=draws):
         kept = [keep(gradient.to("cpu", torch.bfloat16)) for gradient in gradients]
         found[id(batches[index])][name] = kept
-    return {name: [found[id(b)] for b in held] for name, held in held_out.items()}
+    return {
+        name: [found[id(batch)] for batch in held if id(batch) in found]
+        for name, held in held_out.items()
+    }
 
 
 def _mean_square(entry: LayerInput, error: Tensor, gradients: Sequence[Tensor]) -> float:

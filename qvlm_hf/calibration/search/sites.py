@@ -180,15 +180,19 @@ class QuantizedSite:
         if self.active is None:
             return functional.linear(x, linear.weight, linear.bias)
         a, row_scale = self._quantize_input(x, self.active)
-        if self.active not in self._weights:
-            self._weights[self.active] = self._dequantize(self._rounded(self.active, tried=True))
-        weight = self._weights[self.active][index]
+        weight = self.tried_weights()[index]
         y = functional.linear(a.to(weight.dtype), weight)
         if row_scale is not None:
             y = y * row_scale.to(y.dtype)
         if linear.bias is not None:
             y = y + linear.bias.to(y.dtype)
         return y.to(x.dtype)
+
+    def tried_weights(self) -> tuple[Tensor, ...]:
+        """Every module's weight under the candidate in force; it depends on those tried before."""
+        if self.choice not in self._weights:
+            self._weights[self.choice] = self._dequantize(self._rounded(self.choice, tried=True))
+        return self._weights[self.choice]
 
     def _quantize_input(self, x: Tensor, choice: int) -> tuple[Tensor, Tensor | None]:
         """a and r of docs/format.md; computed once for the modules that share x.

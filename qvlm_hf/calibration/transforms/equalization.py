@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import observe_inputs, routed, run_model, valid_tokens
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.calibration.scratch import keep
@@ -41,12 +42,12 @@ def equalize(model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
     Args:
         model: in full precision (rotated, if it will be).
         paths: from `scale_paths`.
-        data: calibration batches; paths that none of them reaches stay as they are.
+        data: calibration batches of this process; paths that none of them reaches stay as they are.
     """
     squares = _square_sums(model, paths, data)
     for path in paths:
-        if path.readers[0] in squares:
-            _fold(path, _scales(path, squares[path.readers[0]]))
+        if (sums := squares[path.readers[0]]).any():
+            _fold(path, _scales(path, sums))
 
 
 def _fold(path: ScalePath, scale: Tensor) -> None:
@@ -78,17 +79,23 @@ def _scales(path: ScalePath, inputs: Tensor) -> Tensor:
 def _square_sums(
     model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]
 ) -> dict[nn.Module, Tensor]:
-    """First reader -> sum of squares of its input per channel, float32 [I], over valid tokens."""
-    sums: dict[nn.Module, Tensor] = {}
-    readers = {path.readers[0]: path.readers[0] for path in paths}
+    """First reader -> sum of squares of its input per channel, float32 [I], over valid tokens.
+
+    Over those of all processes; zeros where none came.
+    """
+    readers: dict[nn.Module, nn.Linear] = {path.readers[0]: path.readers[0] for path in paths}
+    sums = {
+        reader: linear.weight.new_zeros(linear.weight.shape[1]).float()
+        for reader, linear in readers.items()
+    }
     for batch in data:
 
         def add(reader: nn.Module, args: tuple[Any, ...], _: Any, batch: Batch = batch) -> None:
             mask = batch.inputs["attention_mask"].bool().to(args[0].device)
             x = args[0].detach()
             square = valid_tokens(x, routed(mask, reader, x)).float().square().sum(0)
-            sums[reader] = sums[reader] + square if reader in sums else square
+            sums[reader] += square
 
         with observe_inputs(readers, add), torch.no_grad():
             run_model(model, batch, logits=False)
-    return sums
+    return {reader: ranks.total(own) for reader, own in sums.items()}

@@ -310,19 +310,23 @@ def test_samples_without_positions_are_left_out_with_counts(processor, caplog):
         match=rf"^dataset\[1\]: {lengths[1]} tokens are more than the model's {lengths[1] - 1} "
         rf"positions; leave",
     ):
-        list(batches(samples, processor, 2, max_tokens=lengths[1] - 1))
+        list(batches(samples, processor, 2, model=with_positions(lengths[1] - 1)))
 
 
-def scaled(**rope):
+def with_positions(count, **rope):
     class Text:
-        max_position_embeddings, rope_parameters = 4096, rope or None
+        max_position_embeddings, rope_parameters = count, rope or None
 
     class Config:
         get_text_config = Text
 
     model = torch.nn.Module()
     model.config = Config()
-    return longest_sample(model)
+    return model
+
+
+def scaled(**rope):
+    return longest_sample(with_positions(4096, **rope))
 
 
 def test_longest_sample_follows_the_text_models_configuration():

@@ -372,6 +372,10 @@ def soft_cap(scores):
     return 50 * torch.tanh(scores / 50)
 
 
+def clip(scores):
+    return scores.clamp(max=10)
+
+
 def window(scores):
     kept = torch.arange(scores.shape[-1]) >= scores.shape[-1] - 100
     return scores.masked_fill(~kept, -torch.inf)
@@ -397,7 +401,7 @@ def unless_added(mask):
     return mask if mask is None or mask.dtype == torch.bool else None
 
 
-SCORES = [soft_cap, window, sink, beyond, one_dtype]
+SCORES = [soft_cap, clip, window, sink, beyond, one_dtype]
 ATTENTIONS = [*((change, as_it_is) for change in SCORES), (as_it_is, unless_added)]
 
 

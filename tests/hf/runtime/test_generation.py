@@ -6,7 +6,10 @@ text anew for each token. Weights are quantized in both; float32, so that equal 
 
 import copy
 import inspect
+import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -229,3 +232,21 @@ def test_a_quantized_cache(pair, backend, bits):
         },
     }
     assert torch.equal(answer(model, inputs, **options), answer(plain, inputs, **options))
+
+
+def test_threads_and_forks_share_a_model(saved):
+    model = load(saved["demo"])
+    inputs = [{"input_ids": torch.arange(start, start + 24).view(2, 12)} for start in range(5, 9)]
+    alone = [answer(model, one) for one in inputs]
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        for _ in range(3):
+            assert all(map(torch.equal, pool.map(partial(answer, model), inputs), alone))
+    child = os.fork()
+    if not child:
+        differs = True
+        try:
+            torch.set_num_threads(1)  # PyTorch's threads are not forked, and it would wait for them
+            differs = not torch.equal(answer(model, inputs[0]), alone[0])
+        finally:
+            os._exit(differs)
+    assert os.waitpid(child, 0)[1] == 0

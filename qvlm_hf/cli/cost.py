@@ -1,0 +1,67 @@
+"""`qvlm quantize MODEL --dry-run`: what quantizing takes, told before any weight is read."""
+
+import argparse
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from qvlm_hf.bench.shapes import SHAPES
+from qvlm_hf.cli.models import load_processor, make_config, read_loadable, silence
+from qvlm_hf.cli.shapes import read_shape
+from qvlm_hf.hf.calibrate import read_samples
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.preflight import check_disk, check_memory, expect, result_bytes
+from qvlm_hf.hub.saved import empty_model
+
+__all__ = ["check_room", "tell_cost"]
+
+
+def check_room(options: argparse.Namespace, config: QVLMConfig) -> None:
+    """Checks that the result will fit on the disk of --output.
+
+    Raises:
+        ValueError: it will not.
+    """
+    size = 0.0
+    with suppress(ValueError, OSError):  # told where the model is loaded
+        size = result_bytes(_empty(options), config)
+    check_disk(size, options.output, "a result")
+
+
+def _empty(options: argparse.Namespace) -> Any:
+    """The model in the dtype of the run, on the meta device."""
+    name = options.model
+    kind = read_shape(name) if name in SHAPES else read_loadable(name, options.revision)
+    if getattr(kind, "quantization_config", None) is not None:
+        raise ValueError(f"{name}: is quantized already: give the full-precision model.")
+    asked = (kind.dtype or torch.bfloat16) if options.dtype == "auto" else options.dtype
+    return empty_model(kind).to(asked if isinstance(asked, torch.dtype) else getattr(torch, asked))
+
+
+def tell_cost(options: argparse.Namespace) -> int:
+    """Runs `qvlm quantize` with --dry-run.
+
+    Raises:
+        ValueError: as the run itself would before it reads a weight, memory and disk included.
+    """
+    silence()
+    config = make_config(options)
+    if config.dataset is not None and options.model in SHAPES:
+        raise ValueError(
+            f"--dataset: {options.model} is a shape without a processor that could read it: leave "
+            f"it out, or give a model."
+        )
+    samples = None
+    if config.dataset is not None:
+        config.processor = load_processor(options.model, options.revision)
+        samples = read_samples(config)
+    expected = expect(_empty(options), config, samples)
+    print(f"{options.model}, {config.scheme}, on this machine")
+    for line in expected.lines():
+        print(line)
+    if warning := check_memory(expected, config):
+        print(f"warning: {warning}")
+    if options.output is not None:
+        check_disk(expected.result, options.output, "a result")
+    return 0

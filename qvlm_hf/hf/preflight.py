@@ -1,0 +1,425 @@
+"""What quantizing a model will take, before a weight is read: time, memory and disk.
+
+Shapes and a few samples tell it (calibration/cost.py, calibration/memory.py). A run that cannot fit
+into the machine is refused with what would make it fit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qvlm_hf.calibration.cost import (
+    Data,
+    Rates,
+    count_work,
+    measure_rates,
+    rounding_work,
+    seconds_of,
+)
+from qvlm_hf.calibration.memory import (
+    count_memory,
+    count_rounding_memory,
+    model_bytes,
+    packed_bytes,
+)
+from qvlm_hf.calibration.plan import resolve_segments
+from qvlm_hf.calibration.progress import Steps
+from qvlm_hf.calibration.report import RecipeTrial
+from qvlm_hf.calibration.room import free_disk, free_memory, whole_memory
+from qvlm_hf.calibration.samples import IGNORE_INDEX, Sample, collate
+from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.processor_fit import ask_features
+from qvlm_hf.models.families import has_row
+from qvlm_hf.models.folds import why_not_rotatable
+from qvlm_hf.models.graph import Segment
+from qvlm_hf.quantize import CHECK_SAMPLES
+from qvlm_hf.recipes import JUDGES, JUDGING_TEXTS, TRIAL_SAMPLES, compare_recipes, trial
+
+if TYPE_CHECKING:  # transformers' modeling code takes a second to import
+    from transformers import PreTrainedModel
+
+__all__ = ["Expected", "check_disk", "check_memory", "expect", "preflight", "result_bytes"]
+
+_CPU = torch.device("cpu")
+# Of measured to expected seconds, and memory: docs/scaling.md.
+_FASTER, _SLOWER = 0.7, 1.5
+_TOO_HIGH = 1.3
+_SHOWN = 10.0  # seconds from which a run says beforehand how long it will take
+_ASKED = 8  # samples that are rendered to count tokens
+_TEXT, _PATCHES = 128, 1024  # assumed of a sample: tokens besides the picture, and of a picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a run takes.
+
+    Attributes:
+        seconds: step -> seconds, trials of recipes as one step.
+        memory: bytes of main memory at the peak, on a CPU.
+        weights: bytes of the model besides, mapped from its files where they have its dtype.
+        device: bytes of a GPU's memory with the model, if it lies there.
+        result: bytes of the saved weights.
+        kept: bytes of what `resume_dir` keeps.
+        data: samples; None where none are used.
+        assumed: whether their tokens are a guess.
+    """
+
+    seconds: Mapping[str, float]
+    memory: float
+    weights: float
+    device: float
+    result: float
+    kept: float
+    data: Data | None
+    assumed: bool
+
+    @property
+    def duration(self) -> str:
+        """The span of likely times, in words."""
+        whole = sum(self.seconds.values())
+        return _span(_FASTER * whole, _SLOWER * whole)
+
+    def __str__(self) -> str:
+        disk = f"{_gigabytes(self.result)} of disk for the result"
+        return f"{self.duration}, {_gigabytes(self.memory)} of memory and {disk}"
+
+    def lines(self) -> Iterator[str]:
+        """All of it."""
+        whole = sum(self.seconds.values())
+        named = ((name, own) for name, own in self.seconds.items() if name != "other")
+        longest = sorted(named, key=lambda pair: -pair[1])[:4]
+        shares = ", ".join(f"{name} {own / whole:.0%}" for name, own in longest)
+        yield f"time    {self.duration}; of it {shares}"
+        if self.data is not None:
+            counted = "assumed, --dataset counts them" if self.assumed else "counted"
+            tokens = ", ".join(f"{name} {count:.0f}" for name, count in self.data.tokens.items())
+            yield f"        {self.data.samples} samples; tokens of each: {tokens} ({counted})"
+        gpu = _gigabytes(self.device)
+        weights = f"{_gigabytes(self.weights)} of weights mapped from files"
+        yield f"memory  {_gigabytes(self.memory)} at the peak, besides {weights}"
+        yield f"        {gpu} of a GPU's, where the model is on one"
+        kept = f", {_gigabytes(self.kept)} to resume from" if self.kept else ""
+        yield f"disk    {_gigabytes(self.result)} for the result{kept}"
+
+
+def expect(
+    model: PreTrainedModel,
+    config: QVLMConfig,
+    samples: Sequence[Sample] | None = None,
+    *,
+    device: torch.device = _CPU,
+) -> Expected:
+    """What quantizing a model takes.
+
+    Args:
+        model: on the meta device, its dtype that of the run.
+        config: of the run, its processor for `samples`.
+        samples: from `read_samples`; None: pictures of the configured size and some text are
+            assumed where samples are needed.
+        device: that the model will lie on, whose rates are measured.
+
+    Raises:
+        ValueError: as `resolve_segments`, or a sample is wrong.
+    """
+    settings = config.settings()
+    rates = measure_rates(device, model.dtype)
+    settings = settings.for_model(rotatable=has_row(model) and not why_not_rotatable(model))
+    if not has_row(model):
+        return _without_segments(model, settings, rates)
+    segments = resolve_segments(model, settings)
+    sizes = _sizes(model, segments, settings)
+    whole = model_bytes(model, model.dtype)
+    if config.dataset is None and not settings.needs_data:
+        memory = count_rounding_memory(segments, settings, model.dtype)
+        seconds = {"rounding": rates.seconds(rounding_work(segments))}
+        return Expected(
+            seconds=seconds,
+            memory=memory,
+            weights=whole,
+            device=memory + whole,
+            data=None,
+            assumed=False,
+            **sizes | {"kept": 0.0},
+        )
+    data = _count_data(model, segments, config, samples)
+    steps = seconds_of(count_work(model, segments, settings, data), rates)
+    if settings.recipe is not None:
+        steps = {"recipes": _trial_seconds(model, settings, data, rates)} | steps
+    count = partial(count_memory, model, segments, settings, data, dtype=model.dtype)
+    return Expected(
+        seconds=steps,
+        memory=count().together,
+        weights=whole,
+        device=whole + count(compute=model.dtype).together,
+        data=data,
+        assumed=samples is None,
+        **sizes,
+    )
+
+
+def preflight(
+    model: PreTrainedModel,
+    config: QVLMConfig,
+    samples: Sequence[Sample] | None,
+    device_map: Any = None,
+) -> dict[str, float]:
+    """`expect`, told on standard error where it is not over at once, and checked.
+
+    Callbacks in the configuration take the place of what is told, as of the progress bar.
+
+    Args:
+        model: on the meta device.
+        config: of the run.
+        samples: from `read_samples`.
+        device_map: that the model will be loaded with.
+
+    Returns:
+        Seconds by step.
+
+    Raises:
+        ValueError: memory or the disk of `resume_dir` is too small, or as `expect`.
+    """
+    placed = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
+    devices = {torch.device(device) for device in placed}
+    gpus = [device for device in devices if device.type == "cuda"]
+    expected = expect(model, config, samples, device=next(iter(gpus), torch.device("cpu")))
+    if config.resume_dir is not None:
+        check_disk(expected.kept, config.resume_dir, "what is kept to resume from")
+    warning = None
+    if len(devices) == 1:  # nobody knows what lies where
+        warning = check_memory(expected, config, *devices)
+    if sum(expected.seconds.values()) >= _SHOWN and not config.callbacks:
+        sys.stderr.write(f"qvlm expects {expected}\n")
+        sys.stderr.flush()
+    if warning is not None:
+        logging.getLogger(__name__).warning("%s", warning)
+    return dict(expected.seconds)
+
+
+def check_memory(expected: Expected, config: QVLMConfig, device: torch.device = _CPU) -> str | None:
+    """Compares with the memory of the machine, or of a GPU.
+
+    Returns:
+        A warning where only what others hold now is in the way; None where it fits.
+
+    Raises:
+        ValueError: there is not as much, with what would make it fit.
+    """
+    needed, owner = expected.memory, "this machine"
+    whole, free = whole_memory(), free_memory()
+    if device.type == "cuda":
+        needed, owner = expected.device, str(device)
+        free, whole = torch.cuda.mem_get_info(device)
+    if whole is not None and needed > whole * _TOO_HIGH:
+        raise ValueError(
+            f"about {_gigabytes(needed)} of memory are needed, and {owner} has "
+            f"{_gigabytes(whole)}: {_remedy(expected, config)}"
+        )
+    if free is not None and needed > free:
+        return (
+            f"about {_gigabytes(needed)} of memory are expected and {_gigabytes(free)} of {owner} "
+            f"are free: end other programs, or {_remedy(expected, config)}"
+        )
+    return None
+
+
+def check_disk(size: float, folder: str, what: str) -> None:
+    """Checks that a disk has room.
+
+    Args:
+        size: bytes.
+        folder: that will be written to; need not exist.
+        what: will be written, for the message.
+
+    Raises:
+        ValueError: it has not.
+    """
+    free = free_disk(folder)
+    if free is not None and size > free:
+        raise ValueError(
+            f"{folder}: {what} of {_gigabytes(size)} does not fit, {_gigabytes(free)} are free: "
+            f"make room, or name a directory on another disk."
+        )
+
+
+def _remedy(expected: Expected, config: QVLMConfig) -> str:
+    """What takes less memory, of a run with this configuration."""
+    if expected.data is None:
+        return "take a machine with more."
+    ways = [] if config.max_block_depth == 1 else ["max_block_depth=1"]
+    ways += [] if config.num_samples <= TRIAL_SAMPLES else [f"num_samples={TRIAL_SAMPLES}"]
+    return f"{', '.join(['take a machine with more', *ways])}."
+
+
+def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:
+    """Bytes of the saved weights; 0 where only a run tells.
+
+    Args:
+        model: may be on the meta device.
+        config: of the run.
+
+    Raises:
+        ValueError: as `resolve_segments`.
+    """
+    if not has_row(model):
+        return 0.0
+    settings = config.settings()
+    return _sizes(model, resolve_segments(model, settings), settings)["result"]
+
+
+def _sizes(
+    model: PreTrainedModel, segments: Sequence[Segment], settings: CalibrationSettings
+) -> dict[str, float]:
+    """Bytes of the result, and of the blocks that `resume_dir` keeps."""
+    linears = [
+        linear
+        for segment in segments
+        for layer in segment.layers
+        for site in layer.sites
+        for linear in site.linears
+    ]
+    floats = sum(linear.weight.numel() for linear in linears) * model.dtype.itemsize
+    packed = packed_bytes(segments, settings)
+    return {"result": model_bytes(model, model.dtype) - floats + packed, "kept": packed}
+
+
+def _without_segments(
+    model: PreTrainedModel, settings: CalibrationSettings, rates: Rates
+) -> Expected:
+    """Of a family without a row: all of its weights are rounded, once it is in memory."""
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
+    whole = model_bytes(model, model.dtype)
+    memory = count_rounding_memory((), settings, model.dtype)
+    packed = weights * (settings.weight_bits / 8 + 3 / 128)
+    return Expected(
+        seconds={"rounding": rates.seconds(rounding_work((), weights))},
+        memory=memory + packed,
+        weights=whole,
+        device=memory + packed + whole,
+        result=whole - weights * model.dtype.itemsize + packed,
+        kept=0,
+        data=None,
+        assumed=False,
+    )
+
+
+def _trial_seconds(
+    model: PreTrainedModel, settings: CalibrationSettings, data: Data, rates: Rates
+) -> float:
+    """Of recipes.py, all its trials."""
+    few = min(TRIAL_SAMPLES, (data.samples + 1) // 2)
+    judges = min(JUDGES, data.samples - few + CHECK_SAMPLES)
+    quick = replace(data, samples=few, checks=judges + JUDGING_TEXTS)
+    total = 0.0
+
+    def measure(recipe: dict[str, Any]) -> RecipeTrial:
+        nonlocal total
+        tried = trial(settings, recipe).for_model(rotatable=True)
+        segments = resolve_segments(model, tried)
+        total += sum(seconds_of(count_work(model, segments, tried, quick), rates).values())
+        return RecipeTrial(fields=recipe, answer_kl=0.0, text_kl=0.0)
+
+    compare_recipes(
+        settings,
+        measure,
+        lambda name, count: Steps(name, (), count),
+        bar=math.inf,
+        rotatable=not why_not_rotatable(model),
+        groups=model.device.type != "cuda",
+    )
+    return total
+
+
+def _count_data(
+    model: PreTrainedModel,
+    segments: Sequence[Segment],
+    config: QVLMConfig,
+    samples: Sequence[Sample] | None,
+) -> Data:
+    """Renders a few samples, or assumes some, and asks the model how many tokens they are."""
+    inputs: dict[str, torch.Tensor] = {}
+    answers, rows = 8.0, 1
+    if samples is not None:
+        few = list(samples[:: max(1, len(samples) // _ASKED)][:_ASKED])
+        with torch.device("cpu"):  # from_pretrained makes "meta" the default
+            batch = collate(few, config.processor)
+        inputs, rows = batch.inputs, len(few)
+        answers = float((batch.labels != IGNORE_INDEX).sum()) / rows
+    elif (size := _picture_size(model.config)) is not None:
+        inputs = {"pixel_values": torch.empty(1, 3, *size, device="meta")}
+    found = _feature_tokens(model, segments, inputs)
+    pictures = found.get("projector", (0.0, 0.0))[0]
+    text = _TEXT + pictures if samples is None else inputs["input_ids"].shape[1] * rows
+    tokens = {name: whole / rows for name, (whole, _) in found.items()} | {"language": text / rows}
+    context = {name: own for name, (_, own) in found.items()} | {"language": text / rows}
+    return Data(
+        samples=config.num_samples if samples is None else min(config.num_samples, len(samples)),
+        batch_size=config.batch_size,
+        tokens=tokens,
+        context=context,
+        answers=answers,
+        checks=CHECK_SAMPLES,
+    )
+
+
+def _feature_tokens(
+    model: PreTrainedModel, segments: Sequence[Segment], inputs: dict[str, torch.Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Component -> tokens that enter it, and those of a row, for the pictures of `inputs`."""
+    found: dict[str, tuple[float, float]] = {}
+    if inputs and "pixel_values" not in inputs:
+        return {"vision": (0.0, 0.0), "projector": (0.0, 0.0)}
+    with _watched(segments, found):
+        try:
+            ask_features(model, inputs)
+        except Exception:  # of a family that cannot be asked without weights, or without a picture
+            merge = getattr(model.config.vision_config, "spatial_merge_size", 1) ** 2
+            return {"vision": (_PATCHES, _PATCHES), "projector": (_PATCHES / merge, 1.0)}
+    return {"vision": (0.0, 0.0), "projector": (0.0, 0.0)} | found
+
+
+@contextmanager
+def _watched(segments: Sequence[Segment], found: dict[str, tuple[float, float]]) -> Iterator[None]:
+    """Inside, `found` gets the tokens that enter vision encoder and projector."""
+
+    def see(component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        values = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        shape = values[0].shape
+        found.setdefault(component, (shape[:-1].numel(), shape[-2]))
+
+    with ExitStack() as stack:
+        for segment in segments:
+            hook = lambda _, args, kwargs, name=segment.component: see(name, args, kwargs)  # noqa: E731
+            module = segment.layers[0].module
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _picture_size(config: Any) -> tuple[int, int] | None:
+    size = getattr(getattr(config, "vision_config", None), "image_size", None)
+    if size is None:
+        return None
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return height, width
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _span(low: float, high: float) -> str:
+    """Two durations in the unit of the longer one."""
+    units = (("days", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    unit, length = next((pair for pair in units if high >= 2 * pair[1]), units[-1])
+    digits = 0 if low >= 9.5 * length else 1
+    return f"{low / length:.{digits}f} to {high / length:.{digits}f} {unit}"

@@ -1,0 +1,128 @@
+"""The preflight: told, warned of and refused before a weight is read."""
+
+import logging
+
+import pytest
+import torch
+from tiny_models import IMAGE_TOKENS, save_tiny, tiny_messages, tiny_processor
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from qvlm_hf import QVLMConfig
+from qvlm_hf.calibration import room
+from qvlm_hf.calibration.cost import Rates
+from qvlm_hf.calibration.samples import load_samples
+from qvlm_hf.hf import preflight as module
+from qvlm_hf.hf.preflight import check_disk, expect, result_bytes
+from qvlm_hf.hub.saved import empty_model
+
+
+class Silent:
+    def on_step(self, name, done, total):
+        pass
+
+
+SLOW = Rates(single=1e8, native=1e8, values=1e7)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preflight")
+    return save_tiny(folder / "model")
+
+
+@pytest.fixture
+def unread(folder, monkeypatch):
+    """Loads the model; nothing of it is read."""
+
+    def fails(*_args, **_kwargs):
+        raise AssertionError("a weight was read")
+
+    def load(**fields):
+        config = QVLMConfig(dataset=tiny_messages(4), processor=tiny_processor(), **fields)
+        return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+
+    monkeypatch.setattr("transformers.PreTrainedModel._load_pretrained_model", fails)
+    return load
+
+
+def test_samples_are_counted(folder):
+    model, config = empty_model(AutoConfig.from_pretrained(folder)), QVLMConfig()
+    config.processor = tiny_processor()
+    counted = expect(model, config, load_samples(tiny_messages(4)))
+    assert counted.data.samples == 4
+    assert counted.data.tokens["vision"] == IMAGE_TOKENS + 1
+    assert counted.data.tokens["projector"] == IMAGE_TOKENS
+    assert counted.data.tokens["language"] > IMAGE_TOKENS
+    assumed = expect(model, config)
+    assert assumed.data.samples == 64
+    assert assumed.data.tokens["vision"] == IMAGE_TOKENS + 1
+    assert (counted.assumed, assumed.assumed) == (False, True)
+    assert sum(expect(model, QVLMConfig(recipe="auto")).seconds.values()) > 1.5 * sum(
+        assumed.seconds.values()
+    )
+
+
+def test_a_long_run_says_what_it_takes(unread, monkeypatch, capsys):
+    monkeypatch.setattr(module, "measure_rates", lambda *_: SLOW)
+    with pytest.raises(AssertionError, match="a weight was read"):
+        unread()
+    told = capsys.readouterr().err
+    assert told.startswith("qvlm expects ")
+    assert " of memory and 0.0 GB of disk for the result\n" in told
+    with pytest.raises(AssertionError, match="a weight was read"):
+        unread(callbacks=[Silent()])
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_fit_is_refused_before_a_weight_is_read(unread, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "whole_memory", lambda: 10**8)
+    with pytest.raises(ValueError, match=r"this machine has 0.1 GB: .*, max_block_depth=1, num_s"):
+        unread()
+    with pytest.raises(ValueError, match=r"has 0.1 GB: take a machine with more\.$"):
+        unread(max_block_depth=1, num_samples=16)
+    monkeypatch.undo()
+
+
+def test_a_full_disk_is_refused_before_a_weight_is_read(unread, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "free_disk", lambda _: 1000)
+    with pytest.raises(ValueError, match=r"does not fit, 0.0 GB are free: make room"):
+        unread(resume_dir=tmp_path / "state")
+
+
+def test_what_others_hold_is_a_warning(unread, monkeypatch, caplog):
+    monkeypatch.setattr(module, "free_memory", lambda: 10**8)
+    with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="was read"):
+        unread()
+    assert "0.1 GB of this machine are free: end other programs, or take" in caplog.text
+
+
+def test_a_result_is_as_large_as_was_said(folder, tmp_path):
+    config = QVLMConfig(scheme="W4A16")
+    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+    model.save_pretrained(tmp_path)
+    size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    empty = empty_model(AutoConfig.from_pretrained(folder)).to(torch.float32)
+    assert result_bytes(empty, config) == pytest.approx(size, rel=0.1)  # and a header
+
+
+def test_limits_of_control_groups_count(tmp_path, monkeypatch):
+    group = tmp_path / "a" / "b"
+    group.mkdir(parents=True)
+    (tmp_path / "a" / "memory.max").write_text("3000000\n")
+    (tmp_path / "a" / "memory.current").write_text("1000000\n")
+    (tmp_path / "a" / "memory.stat").write_text("anon 1\ninactive_file 400000\n")
+    (group / "memory.max").write_text("max\n")
+    (tmp_path / "cgroup").write_text("0::/a/b\n")
+    monkeypatch.setattr(room, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(room, "_OWN", tmp_path / "cgroup")
+    assert room.whole_memory() == 3000000
+    assert room.free_memory() == 2400000
+    (tmp_path / "cgroup").write_text("0::/elsewhere\n")
+    assert room.whole_memory() == room.proc_bytes("meminfo", "MemTotal") + room.proc_bytes(
+        "meminfo", "SwapTotal"
+    )
+
+
+def test_a_directory_to_be_made_lies_on_the_disk_of_the_next_above(tmp_path):
+    assert room.free_disk(tmp_path / "a" / "b") == pytest.approx(room.free_disk(tmp_path), rel=0.1)
+    check_disk(1, str(tmp_path / "a" / "b"), "a result")

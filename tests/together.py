@@ -1,0 +1,123 @@
+"""What `several_processes.run_together` runs in each of them."""
+
+import hashlib
+import io
+import os
+from contextlib import redirect_stderr, redirect_stdout
+
+import torch
+import torch.distributed as dist
+from tiny_calibrations import calibrate, tiny_samples
+from tiny_models import tiny_llava
+
+from qvlm_hf.calibration import ranks
+from qvlm_hf.cli import main
+from qvlm_hf.format.packing import unpack
+from qvlm_hf.nn.linear import QVLMLinear
+
+__all__ = [
+    "VALUES",
+    "calibrated",
+    "command",
+    "differ",
+    "exchange",
+    "fail_in_first_later",
+    "fail_in_second",
+    "other_samples",
+]
+
+VALUES = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+
+
+def exchange(number):
+    own = ranks.share(7)
+    rows = torch.arange(7)[own]
+    with ranks.apart():
+        apart = (ranks.count(), ranks.total(torch.tensor([3.0])).tolist())
+    ranks._PIECE = 1024  # several pieces
+    return {
+        "number": ranks.number(),
+        "sum": ranks.total(VALUES[number]).tolist(),
+        "largest": ranks.largest(torch.tensor([number + 1.0, 5.0 - 6 * number])).tolist(),
+        "smallest": ranks.smallest(torch.tensor([number + 1.0, 5.0 - 6 * number])).tolist(),
+        "numbers": (*ranks.add(3 + number), *ranks.add(0.5 - 0.25 * number)),
+        "gathered": [
+            t.tolist() for t in ranks.gathered(torch.full([(1, 3), (3, 1)][number], number))
+        ],
+        "rows": torch.cat(ranks.gathered(rows)).tolist(),
+        "first": ranks.of_first(torch.tensor([float(number)])).tolist(),
+        "told": ranks.told_by_first(["first, ä", "second"][number]),
+        "apart": apart,
+        "seen": ranks.seen_before([[0, 1, 4], [2, 3]][number], [[1, 2, 16], [4, 8]][number]),
+    }
+
+
+def fail_in_second(number):
+    with ranks.sharing_errors():
+        if number:
+            raise ValueError("no second")
+        ranks.total(torch.ones(3))
+
+
+def fail_in_first_later(number):
+    with ranks.sharing_errors():
+        ranks.add(1)
+        if not number:
+            raise KeyError("late")
+
+
+def differ(number):
+    ranks.total(torch.ones(3 + number))
+
+
+def other_samples(number):
+    with ranks.sharing_errors():
+        ranks.check_alike(f"samples {number}", "samples")
+
+
+def calibrated(_, options):
+    """A tiny model after the whole recipe, as plain values."""
+    options = dict(options)
+    data = tiny_samples(options.pop("count", 8))
+    model, report = calibrate(
+        tiny_llava().eval(), data=data, held_out=tiny_samples(4, seed=9), **options
+    )
+    digest = hashlib.sha256()
+    state = model.state_dict()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, QVLMLinear)}
+    blocks = [block for segment in report.segments for block in segment.blocks]
+    return {
+        "bytes": digest.hexdigest(),
+        "processes": report.provenance.get("processes"),
+        "choices": [(site.modules, site.candidate) for site in report.sites],
+        "raised": [(r.site, r.weight_bits, r.activation_bits) for r in report.lifts],
+        "blocks": [(block.layers, block.evaluations) for block in blocks],
+        "errors": [(block.initial, block.greedy, block.joint) for block in blocks],
+        "entropies": [e for segment in report.segments for e in segment.entropies],
+        "sensitivities": list(report.sensitivities.values()),
+        "kl": report.self_check.kl,
+        "recipes": [(t.fields, t.answer_kl, t.text_kl) for t in report.recipes],
+        "vision": report.vision,
+        "integers": {
+            n: unpack(m.weight, m.scheme.weight_bits, m.in_features).numpy()
+            for n, m in packed.items()
+        },
+        "scales": {n: t.float().numpy() for n, t in state.items() if n.endswith("_scale")},
+    }
+
+
+def command(number, words):
+    """Exit status of `qvlm`, and what it writes to standard output and standard error."""
+    count = str(dist.get_world_size())
+    os.environ |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
+    said, complained = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(complained):
+        try:
+            status = main(words)
+        except SystemExit as end:
+            status = end.code
+    return status, said.getvalue(), complained.getvalue()
