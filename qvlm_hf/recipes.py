@@ -1,9 +1,9 @@
 """`recipe="auto"`: the values of a few fields that are best on the model at hand.
 
 Where a model's outliers sit decides which recipe is best (docs/results.md), so it is measured: each
-is tried on few samples, layer by layer, without guard and token importance, and compared with full
-precision by its answers to other samples. Text that the model writes itself must not suffer more
-than from plain rounding.
+is tried on few samples, layer by layer, without guard, token importance and error compensation, and
+compared with full precision by its answers to other samples. Text that the model writes itself must
+not clearly suffer more than from plain rounding.
 
 Divergences are geometric means over samples. Of 64 samples the worst three hold two fifths of the
 sum, so that an arithmetic mean tells chance (docs/decisions/0029-the-typical-sample-decides.md).
@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from torch import nn
@@ -54,6 +55,7 @@ __all__ = [
     "JUDGING_TEXTS",
     "TRIAL_SAMPLES",
     "calibrate_with_best_recipe",
+    "clearly_above",
     "compare_recipes",
     "plain_rounding",
     "trial",
@@ -66,15 +68,16 @@ JUDGES = 64  # other samples that it is judged by, at most
 JUDGING_TEXTS = 16  # that the model writes, to judge it by as well
 _FEW_BITS = 5
 _LEAST = 1e-9  # nats: less is rounding of float32, and has no logarithm
-# What a trial leaves out: parts that help every recipe, and cost more than all the rest.
+# What a trial leaves out: parts that help every recipe, and cost more than all the rest. Error
+# compensation also fits the few samples, each time otherwise, which hides the recipe behind chance.
 _QUICK: dict[str, Any] = {
     "max_block_depth": 1,
     "guard": False,
     "token_importance": False,
+    "weight_rounding": "nearest",
     "optimize_vision": None,
     "precision_budget": None,
 }
-_VARIED = ("equalization", "written_text")
 _PLAIN: dict[str, Any] = {
     "activation_granularity": "dynamic_token",
     "rotation": None,
@@ -141,25 +144,28 @@ def _try_recipes(
     written = written_text(model, JUDGING_TEXTS, seed=settings.seed + 1)
     text = AnswerComparison(model, written, held_out=True)
 
-    def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> tuple[float, float]:
+    def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> list[list[float]]:
         answer_kls, text_kls = try_settings(model, tried, data, (answers, text))
-        text_kl = typical(text_kls)
-        return typical(answer_kls) if answer_kls else text_kl, text_kl
+        return [answer_kls or text_kls, text_kls]
 
     def measure_recipe(recipe: Recipe) -> RecipeTrial:
-        answer_kl, text_kl = measure(trial(settings, recipe), data)
-        return RecipeTrial(fields=recipe, answer_kl=answer_kl, text_kl=text_kl)
+        answer_kls, text_kls = measure(trial(settings, recipe), data)
+        return RecipeTrial(
+            fields=recipe,
+            answer_kl=typical(answer_kls),
+            text_kl=typical(text_kls),
+            keeps_text=not clearly_above(text_kls, plain),
+        )
 
     def measure_once(recipe: Recipe) -> RecipeTrial:
         return kept.once(f"recipe-{next(numbers)}", partial(measure_recipe, recipe))
 
     numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
-    plain = plain_rounding(settings)
+    _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
     return compare_recipes(
         settings,
         measure_once,
         progress.steps,
-        bar=kept.once("plain", partial(measure, plain, ()))[1],
         rotatable=settings.rotation != "auto" or not why_not_rotatable(model),
         # GPU kernels leave ranges per group to the reference, which is slow
         groups=next(model.parameters()).device.type == "cpu",
@@ -171,27 +177,25 @@ def compare_recipes(
     measure: Callable[[Recipe], RecipeTrial],
     steps: Callable[[str, int], Steps],
     *,
-    bar: float,
     rotatable: bool,
     groups: bool,
 ) -> tuple[RecipeTrial, ...]:
-    """Measures rotation and ranges together, then the other fields one by one on the best of these.
+    """Measures rotation and ranges together, then equalization on the best of these.
 
     Args:
         settings: whose `recipe` is "auto"; a field that is not at its default is fixed.
         measure: tries a recipe, the values of the open fields.
         steps: makes a counter, from its name and total.
-        bar: divergence of text after plain rounding, in nats. A recipe above it is taken only if
-            all are, and then the lowest.
         rotatable: whether the model can be rotated.
         groups: whether ranges per token and group are fast here.
 
     Returns:
-        All trials, the best one first: of those below the bar the lowest divergence of answers.
+        All trials, the best one first: the lowest divergence of answers among those that keep text,
+        or the lowest divergence of text if none does.
     """
     first = _first_recipes(settings, rotatable, groups)
-    others = [n for n in _VARIED if getattr(settings, n) == getattr(Options, n)]
-    counter = steps("recipes", len(first) + len(others))
+    equalized = settings.equalization == Options.equalization
+    counter = steps("recipes", len(first) + equalized)
     trials: list[RecipeTrial] = []
 
     def take(recipe: Recipe) -> None:
@@ -200,10 +204,9 @@ def compare_recipes(
 
     for recipe in first:
         take(recipe)
-    best = _best(trials, bar)
-    for name in others:
-        take(best.fields | {name: not getattr(settings, name)})
-    best = _best(trials, bar)
+    if equalized:
+        take(_best(trials).fields | {"equalization": not Options.equalization})
+    best = _best(trials)
     return (best, *(tried for tried in trials if tried is not best))
 
 
@@ -222,8 +225,8 @@ def _first_recipes(settings: CalibrationSettings, rotatable: bool, groups: bool)
     ]
 
 
-def _best(trials: Sequence[RecipeTrial], bar: float) -> RecipeTrial:
-    sound = [tried for tried in trials if tried.text_kl <= bar]
+def _best(trials: Sequence[RecipeTrial]) -> RecipeTrial:
+    sound = [tried for tried in trials if tried.keeps_text]
     if not sound:
         return min(trials, key=lambda tried: tried.text_kl)
     return min(sound, key=lambda tried: tried.answer_kl)
@@ -277,5 +280,17 @@ def try_settings(
 
 def typical(divergences: Sequence[float]) -> float:
     """The geometric mean of samples' divergences, in nats."""
-    logs = [math.log(max(divergence, _LEAST)) for divergence in divergences]
-    return math.exp(math.fsum(logs) / len(logs))
+    return math.exp(fmean(map(_logarithm, divergences)))
+
+
+def clearly_above(divergences: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether the geometric mean is above that of `others`, by more than two standard errors.
+
+    Both are of the same samples, at least two, whose ratios count.
+    """
+    ratios = [_logarithm(a) - _logarithm(b) for a, b in zip(divergences, others, strict=True)]
+    return fmean(ratios) > 2 * stdev(ratios) / math.sqrt(len(ratios))
+
+
+def _logarithm(divergence: float) -> float:
+    return math.log(max(divergence, _LEAST))

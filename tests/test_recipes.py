@@ -12,7 +12,7 @@ from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.report import RecipeTrial
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.written_text import written_text
-from qvlm_hf.recipes import compare_recipes, trial, typical
+from qvlm_hf.recipes import clearly_above, compare_recipes, trial, typical
 
 RANGES = {"vision": "channel", "language": "dynamic_token"}
 
@@ -29,31 +29,29 @@ class Told:
         self.steps.append((name, done, total))
 
 
-def compare(settings, kls, rotatable=True, groups=False, bar=math.inf):
+def compare(settings, kls, rotatable=True, groups=False):
     """The trials in the order in which they were made; `kls` of a recipe's values."""
     made, told = [], Told()
 
     def measure(recipe):
-        answers, text = kls(recipe)
-        made.append(RecipeTrial(fields=recipe, answer_kl=answers, text_kl=text))
+        answers, text, *keeps = kls(recipe)
+        trial = RecipeTrial(fields=recipe, answer_kl=answers, text_kl=text, keeps_text=all(keeps))
+        made.append(trial)
         return made[-1]
 
     found = compare_recipes(
         settings,
         measure,
         lambda name, total: Steps(name, [told], total),
-        bar=bar,
         rotatable=rotatable,
         groups=groups,
     )
     assert told.steps == [("recipes", done, len(made)) for done in range(len(made) + 1)]
-    if bar == math.inf:
-        assert found[0] is min(made, key=lambda tried: tried.answer_kl)
     assert sorted(map(id, found)) == sorted(map(id, made))
     return made, found[0]
 
 
-FIXED = {"equalization": False, "written_text": True}
+FIXED = {"equalization": False}
 
 
 @pytest.mark.parametrize(
@@ -82,26 +80,29 @@ def test_fixed_fields_stay(options, rotatable, expected):
     assert found == expected
 
 
-def test_other_fields_are_varied_on_the_best_of_the_first():
+def test_equalization_is_tried_on_the_best_of_the_first():
     def kls(recipe):  # rotation is good, ranges at run time are not
         rotated, dynamic = recipe["rotation"], recipe["activation_granularity"]
         return (0.1 if rotated else 0.2) * (2 if dynamic else 1), 0.3
 
-    best = {"rotation": "hadamard", "activation_granularity": None}
-    varied = [best | {"equalization": False}, best | {"written_text": True}]
-    assert [made.fields for made in compare(auto(), kls)[0]][4:] == varied
-    assert [made.fields for made in compare(auto(equalization=False), kls)[0]][4:] == varied[1:]
+    made, best = compare(auto(), kls)
+    varied = {"rotation": "hadamard", "activation_granularity": None, "equalization": False}
+    assert [one.fields for one in made][4:] == [varied]
+    assert best.fields == {"rotation": "hadamard", "activation_granularity": None}
     assert len(compare(auto(**FIXED), kls)[0]) == 4
 
 
-@pytest.mark.parametrize(("bar", "rotation"), [(0.5, "hadamard"), (0.2, None), (0.05, None)])
-def test_text_must_not_suffer_more_than_from_plain_rounding(bar, rotation):
-    """Rotated answers are better and text is worse: above the bar it is out, or all are."""
+@pytest.mark.parametrize(
+    ("kept", "rotation"),
+    [((True, True), "hadamard"), ((True, False), None), ((False, False), None)],
+)
+def test_text_must_not_suffer_more_than_from_plain_rounding(kept, rotation):
+    """Rotated answers are better and text is worse: it is out, or all are and text decides."""
 
     def kls(recipe):
-        return (0.1, 0.3) if recipe["rotation"] else (0.4, 0.1)
+        return (0.1, 0.3, kept[1]) if recipe["rotation"] else (0.4, 0.1, kept[0])
 
-    _, best = compare(auto(**FIXED), kls, bar=bar)
+    _, best = compare(auto(**FIXED), kls)
     assert best.fields["rotation"] == rotation
 
 
@@ -126,10 +127,23 @@ def test_the_typical_sample_decides():
     assert typical([0.0, 0.0]) == pytest.approx(1e-9)
 
 
+def test_only_what_is_clear_is_above():
+    others = [0.001, 0.002, 0.1, 0.003]
+    assert clearly_above([2.2 * kl for kl in others[:2]] + [1.8 * kl for kl in others[2:]], others)
+    assert not clearly_above([0.01, 0.0005, 0.2, 0.002], others)  # two better, two worse
+    assert not clearly_above([kl / 2 for kl in others], others)
+    assert not clearly_above(others, others)
+
+
 def test_a_trial_is_quick_and_compares_nothing_itself():
     settings = trial(auto(num_samples=5), {"rotation": "hadamard"})
     assert settings == CalibrationSettings(
-        num_samples=5, rotation="hadamard", max_block_depth=1, guard=False, token_importance=False
+        num_samples=5,
+        rotation="hadamard",
+        max_block_depth=1,
+        guard=False,
+        token_importance=False,
+        weight_rounding="nearest",
     )
 
 
@@ -181,7 +195,7 @@ def test_where_the_outliers_sit_decides_the_recipe():
             model,
             data=tiny_samples(16),
             recipe="auto",
-            written_text=True,
+            weight_bits=8,  # rounding of weights would hide what inputs lose
             quantize_vision=False,
             quantize_projector=False,
             max_block_depth=1,

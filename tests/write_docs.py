@@ -29,7 +29,8 @@ from qvlm_hf.cli import _COMMANDS, main  # noqa: E402
 from qvlm_hf.hf.round_on_load import planned_report  # noqa: E402
 from qvlm_hf.models.families import FAMILIES, Family  # noqa: E402
 from qvlm_hf.models.folds import why_not_rotatable  # noqa: E402
-from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind  # noqa: E402
+from qvlm_hf.models.layer_kinds import LAYER_KINDS  # noqa: E402
+from qvlm_hf.models.wirings import LayerKind  # noqa: E402
 
 WRITTEN = "Written by `python tests/write_docs.py`. Change the code, not this page."
 

@@ -275,16 +275,8 @@ def count_work(
     return steps
 
 
-def rounding_work(segments: Sequence[Segment], weights: int = 0) -> Work:
-    """Of plain rounding: of all segments, or of so many weights."""
-    linears = [
-        linear
-        for segment in segments
-        for layer in segment.layers
-        for site in layer.sites
-        for linear in site.linears
-    ]
-    weights += sum(linear.weight.numel() for linear in linears)
+def rounding_work(weights: float) -> Work:
+    """Of plain rounding of so many weights."""
     return Work(values=weights * (_CLIPPED + _PACKED))
 
 

@@ -63,13 +63,10 @@ def model_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
-def packed_bytes(segments: Sequence[Segment], settings: CalibrationSettings) -> float:
-    """Of all quantized weights, with their grids."""
-    scheme = settings.module_scheme("none" if settings.activation_bits == 16 else "dynamic_token")
-    linears = [x for segment in segments for layer in segment.layers for x in _linears(layer)]
-    words = sum(x.out_features * scheme.words(x.in_features) for x in linears)
-    groups = sum(x.out_features * scheme.groups(x.in_features) for x in linears)
-    return 4 * words + 3 * groups
+def packed_bytes(weights: float, settings: CalibrationSettings) -> float:
+    """Of quantized weights, with their grids."""
+    group = settings.group_size if settings.group_size > 0 else 4096
+    return weights * (settings.weight_bits / 8 + 3 / group)
 
 
 def count_memory(
@@ -78,8 +75,7 @@ def count_memory(
     settings: CalibrationSettings,
     data: Data,
     *,
-    dtype: torch.dtype,
-    compute: torch.dtype = torch.float32,
+    compute: torch.dtype,
 ) -> Memory:
     """What a calibration holds at its peak, besides the weights that it reads.
 
@@ -88,9 +84,9 @@ def count_memory(
         segments: of `resolve_segments`.
         settings: of the calibration.
         data: its samples.
-        dtype: of the model.
-        compute: of layers while they are searched.
+        compute: dtype of layers while they are searched.
     """
+    dtype = model.dtype
     sums = [Sums(segment, data, active_share(model)) for segment in segments]
     streams = [one.hidden * compute.itemsize for one in sums]
     transforms = settings.rotation == "hadamard" or (
@@ -104,7 +100,8 @@ def count_memory(
     steps += [_gradients(model, sums, settings, data, dtype).plus(kept=sum(streams))]
     for place, (segment, one) in enumerate(zip(segments, sums, strict=True)):
         below = sum(before.weights for before in sums[:place]) * compute.itemsize
-        held_here = below + packed_bytes(segments[: place + 1], settings) + sum(streams[place:])
+        packed = packed_bytes(sum(ready.weights for ready in sums[: place + 1]), settings)
+        held_here = below + packed + sum(streams[place:])
         steps += [
             step.plus(kept=held_here) for step in _search(segment, one, settings, data, compute)
         ]
@@ -177,12 +174,8 @@ def _linears(layer: Layer) -> list[nn.Linear]:
     return [linear for site in layer.sites for linear in site.linears]
 
 
-def count_rounding_memory(
-    segments: Sequence[Segment], settings: CalibrationSettings, dtype: torch.dtype
-) -> float:
-    """Bytes of a process at the peak of plain rounding, besides the weights that it reads."""
-    linears = [x for segment in segments for layer in segment.layers for x in _linears(layer)]
-    floats = sum(x.weight.numel() for x in linears) * dtype.itemsize
-    largest = max((x.weight.numel() for x in linears), default=0)
-    changed = floats if settings.rotation == "hadamard" else 0
-    return changed + packed_bytes(segments, settings) + largest * _TRIED + _PROCESS
+def count_rounding_memory(model: Any, weights: float, settings: CalibrationSettings) -> float:
+    """Bytes of a process at the peak of plain rounding of so many weights, besides the model."""
+    largest = max((weight.numel() for weight in model.parameters()), default=0)
+    changed = weights * model.dtype.itemsize * (settings.rotation == "hadamard")
+    return changed + packed_bytes(weights, settings) + largest * _TRIED + _PROCESS

@@ -276,10 +276,10 @@ class Options:
     recipe: str | None = option(
         None,
         Rule("'auto' or None", lambda value: value in ("auto", None)),
-        '"auto" measures which of a few recipes (rotation, granularity, equalization, written '
-        "text) answers most like full precision, on samples that the comparison does not "
-        "calibrate on, and takes it. Fields that differ from their defaults stay; calibrated "
-        "inputs only. None compares nothing.",
+        '"auto" measures which of a few recipes (rotation, granularity, equalization) answers most '
+        "like full precision, on samples that the comparison does not calibrate on, and takes it. "
+        "Fields that differ from their defaults stay; calibrated inputs only. None compares "
+        "nothing.",
         flag=Flag("measure which recipe suits the model", choices=("auto",), search=True),
     )
     precision_budget: float | None = option(

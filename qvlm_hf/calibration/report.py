@@ -107,11 +107,13 @@ class RecipeTrial:
         answer_kl: divergence of the answers to samples that the trial did not see, in nats a token;
             the geometric mean over samples.
         text_kl: the same of text without pictures that the full-precision model wrote.
+        keeps_text: whether that is not clearly more than after plain rounding.
     """
 
     fields: dict[str, Any]
     answer_kl: float
     text_kl: float
+    keeps_text: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

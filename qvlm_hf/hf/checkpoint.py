@@ -9,25 +9,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from qvlm_hf.format.files import TensorHeader, tensor_headers
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.models.experts import find_experts, has_split_experts, split_experts
-from qvlm_hf.models.families import has_row
+from qvlm_hf.hf.key_names import PARTS, names_when_loaded
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.linear import QVLMLinear
 
@@ -40,14 +32,10 @@ __all__ = [
     "check_loaded",
     "check_values",
     "empty_modules",
-    "keep_names_on_saving",
     "read_headers",
-    "split_saved_experts",
-    "without_rules_for_experts",
 ]
 
 _AGAIN = "download or quantize it again"
-_PARTS = ("weight", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point", "bias")
 _BIAS = ("F32", "F16", "BF16")
 _DTYPES = {
     torch.int32: "I32", torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32",
@@ -85,33 +73,6 @@ def check_files(files: Sequence[str] | None, root: str) -> None:
         )
 
 
-def split_saved_experts(model: PreTrainedModel, modules: Iterable[str]) -> None:
-    """Splits the experts of a model if config.json lists one of them: then all are saved apart."""
-    places = [f".{name}." for name in find_experts(model)]
-    if any(place in f".{name}" for name in modules for place in places):
-        split_experts(model)
-
-
-def without_rules_for_experts(rules: Sequence[Any], model: PreTrainedModel) -> list[Any]:
-    """Transformers' conversion rules without those that would make one parameter of split experts.
-
-    Args:
-        rules: WeightRenaming and WeightConverter.
-        model: nothing is left out for one without split experts.
-    """
-    if not has_split_experts(model):
-        return list(rules)
-    held = {
-        child for module in find_experts(model).values() for child, _ in module.named_children()
-    }
-    return [
-        rule
-        for rule in rules
-        if not isinstance(rule, WeightConverter)
-        or held.isdisjoint(target.rpartition(".")[2] for target in rule.target_patterns)
-    ]
-
-
 def read_headers(model: PreTrainedModel, files: Sequence[str | Path]) -> dict[str, TensorHeader]:
     """Reads the headers, no weights, under the names that the tensors have in `model`.
 
@@ -122,7 +83,7 @@ def read_headers(model: PreTrainedModel, files: Sequence[str | Path]) -> dict[st
     Raises:
         ValueError: a file cannot be read, or two files hold the same tensor.
     """
-    in_model = _renaming(model)
+    in_model = names_when_loaded(model)
     headers: dict[str, TensorHeader] = {}
     for header in (header for file in files for header in tensor_headers(file)):
         if (name := in_model(header.key)) in headers:
@@ -132,26 +93,6 @@ def read_headers(model: PreTrainedModel, files: Sequence[str | Path]) -> dict[st
             )
         headers[name] = header
     return headers
-
-
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """Makes a function from a key in files to the name that loading gives it."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-
-    def in_model(key: str) -> str:
-        # A module's tensors are renamed as its `weight`, the one that the float model has too.
-        base, _, part = key.rpartition(".")
-        known = f"{base}.weight" if part in _PARTS else key
-        renamed = rename_source_key(known, renamings, converters, model.base_model_prefix, state)[0]
-        if renamed not in state and known in state:  # as Transformers' loading
-            renamed = known
-        linear = part in _PARTS and renamed.endswith(".weight")  # no bare parameter
-        return f"{renamed.removesuffix('weight')}{part}" if linear else renamed
-
-    return in_model
 
 
 def empty_modules(
@@ -215,7 +156,7 @@ def empty_modules(
 def _empty_module(
     name: str, linear: Any, scheme: QuantScheme, headers: Mapping[str, TensorHeader]
 ) -> QVLMLinear:
-    found = {part: headers[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in headers}
+    found = {part: headers[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in headers}
     if scheme.hadamard and linear.in_features % scheme.hadamard:
         raise ValueError(
             f"{name}: a Hadamard block of {scheme.hadamard} does not divide its "
@@ -227,7 +168,7 @@ def _empty_module(
         positions=_positions(found.get("input_scale")) if scheme.granularity == "token" else None,
     )  # fmt: skip
     wanted = dict(module.named_parameters())
-    for part in _PARTS:
+    for part in PARTS:
         if part in wanted and part not in found:
             raise ValueError(f"{name}.{part}: is missing from the checkpoint: {_AGAIN}.")
         if part in found and part not in wanted:
@@ -276,25 +217,6 @@ def check_complete(model: PreTrainedModel, headers: Mapping[str, TensorHeader]) 
             f"{model.config.name_or_path}: {len(missing)} tensors are missing, among them "
             f"{missing[0]}: {_AGAIN}."
         )
-
-
-def keep_names_on_saving(model: PreTrainedModel) -> None:
-    """Saves a model under its own names where those of older files would not lead back to them.
-
-    Those may join or split tensors (experts, fused qkv), which packed ones cannot be.
-    """
-    if not has_row(model) or has_split_experts(model) or not _leads_back(model):
-        model._weight_conversions = []  # type: ignore[assignment]
-
-
-def _leads_back(model: PreTrainedModel) -> bool:
-    """Whether the keys under which Transformers would save a model load into all its tensors."""
-    state = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    try:
-        keys = revert_weight_conversion(model, state)
-    except (RuntimeError, ValueError):  # packed tensors that do not fit together
-        return False
-    return set(map(_renaming(model), keys)) == state.keys()
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -6,11 +6,11 @@ into the machine is refused with what would make it fit.
 
 from __future__ import annotations
 
+import copy
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from qvlm_hf.calibration.cost import (
     rounding_work,
     seconds_of,
 )
+from qvlm_hf.calibration.layers import observe_inputs
 from qvlm_hf.calibration.memory import (
     count_memory,
     count_rounding_memory,
@@ -134,33 +135,31 @@ def expect(
     settings = config.settings()
     rates = measure_rates(device, model.dtype)
     settings = settings.for_model(rotatable=has_row(model) and not why_not_rotatable(model))
-    if not has_row(model):
-        return _without_segments(model, settings, rates)
-    segments = resolve_segments(model, settings)
-    sizes = _sizes(model, segments, settings)
-    whole = model_bytes(model, model.dtype)
+    segments = resolve_segments(model, settings) if has_row(model) else ()
+    weights, whole = _quantized(model, segments), model_bytes(model, model.dtype)
+    packed = packed_bytes(weights, settings)
+    sizes = {"weights": whole, "result": whole - weights * model.dtype.itemsize + packed}
     if config.dataset is None and not settings.needs_data:
-        memory = count_rounding_memory(segments, settings, model.dtype)
-        seconds = {"rounding": rates.seconds(rounding_work(segments))}
+        memory = count_rounding_memory(model, weights, settings)
         return Expected(
-            seconds=seconds,
+            seconds={"rounding": rates.seconds(rounding_work(weights))},
             memory=memory,
-            weights=whole,
             device=memory + whole,
+            kept=0.0,
             data=None,
             assumed=False,
-            **sizes | {"kept": 0.0},
+            **sizes,
         )
     data = _count_data(model, segments, config, samples)
     steps = seconds_of(count_work(model, segments, settings, data), rates)
     if settings.recipe is not None:
         steps = {"recipes": _trial_seconds(model, settings, data, rates)} | steps
-    count = partial(count_memory, model, segments, settings, data, dtype=model.dtype)
+    count = partial(count_memory, model, segments, settings, data)
     return Expected(
         seconds=steps,
-        memory=count().together,
-        weights=whole,
+        memory=count(compute=torch.float32).together,
         device=whole + count(compute=model.dtype).together,
+        kept=packed,
         data=data,
         assumed=samples is None,
         **sizes,
@@ -262,7 +261,7 @@ def _remedy(expected: Expected, config: QVLMConfig) -> str:
 
 
 def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:
-    """Bytes of the saved weights; 0 where only a run tells.
+    """Bytes of the saved weights.
 
     Args:
         model: may be on the meta device.
@@ -271,46 +270,18 @@ def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:
     Raises:
         ValueError: as `resolve_segments`.
     """
-    if not has_row(model):
-        return 0.0
     settings = config.settings()
-    return _sizes(model, resolve_segments(model, settings), settings)["result"]
+    weights = _quantized(model, resolve_segments(model, settings) if has_row(model) else ())
+    floats = model_bytes(model, model.dtype) - weights * model.dtype.itemsize
+    return floats + packed_bytes(weights, settings)
 
 
-def _sizes(
-    model: PreTrainedModel, segments: Sequence[Segment], settings: CalibrationSettings
-) -> dict[str, float]:
-    """Bytes of the result, and of the blocks that `resume_dir` keeps."""
-    linears = [
-        linear
-        for segment in segments
-        for layer in segment.layers
-        for site in layer.sites
-        for linear in site.linears
-    ]
-    floats = sum(linear.weight.numel() for linear in linears) * model.dtype.itemsize
-    packed = packed_bytes(segments, settings)
-    return {"result": model_bytes(model, model.dtype) - floats + packed, "kept": packed}
-
-
-def _without_segments(
-    model: PreTrainedModel, settings: CalibrationSettings, rates: Rates
-) -> Expected:
-    """Of a family without a row: all of its weights are rounded, once it is in memory."""
-    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
-    whole = model_bytes(model, model.dtype)
-    memory = count_rounding_memory((), settings, model.dtype)
-    packed = weights * (settings.weight_bits / 8 + 3 / 128)
-    return Expected(
-        seconds={"rounding": rates.seconds(rounding_work((), weights))},
-        memory=memory + packed,
-        weights=whole,
-        device=memory + packed + whole,
-        result=whole - weights * model.dtype.itemsize + packed,
-        kept=0,
-        data=None,
-        assumed=False,
-    )
+def _quantized(model: PreTrainedModel, segments: Sequence[Segment]) -> int:
+    """How many weights are quantized; without segments, of all matrices."""
+    if not segments:
+        return sum(weight.numel() for weight in model.parameters() if weight.dim() == 2)
+    sites = (site for segment in segments for layer in segment.layers for site in layer.sites)
+    return sum(linear.weight.numel() for site in sites for linear in site.linears)
 
 
 def _trial_seconds(
@@ -333,7 +304,6 @@ def _trial_seconds(
         settings,
         measure,
         lambda name, count: Steps(name, (), count),
-        bar=math.inf,
         rotatable=not why_not_rotatable(model),
         groups=model.device.type != "cuda",
     )
@@ -347,26 +317,28 @@ def _count_data(
     samples: Sequence[Sample] | None,
 ) -> Data:
     """Renders a few samples, or assumes some, and asks the model how many tokens they are."""
-    inputs: dict[str, torch.Tensor] = {}
-    answers, rows = 8.0, 1
+    answers, size = 8.0, _picture_size(model.config)
     if samples is not None:
-        few = list(samples[:: max(1, len(samples) // _ASKED)][:_ASKED])
+        few = samples[:: max(1, len(samples) // _ASKED)][:_ASKED]
+        processor = copy.deepcopy(config.processor)  # a tokenizer keeps how it padded
         with torch.device("cpu"):  # from_pretrained makes "meta" the default
-            batch = collate(few, config.processor)
-        inputs, rows = batch.inputs, len(few)
-        answers = float((batch.labels != IGNORE_INDEX).sum()) / rows
-    elif (size := _picture_size(model.config)) is not None:
-        inputs = {"pixel_values": torch.empty(1, 3, *size, device="meta")}
-    found = _feature_tokens(model, segments, inputs)
-    pictures = found.get("projector", (0.0, 0.0))[0]
-    text = _TEXT + pictures if samples is None else inputs["input_ids"].shape[1] * rows
-    tokens = {name: whole / rows for name, (whole, _) in found.items()} | {"language": text / rows}
-    context = {name: own for name, (_, own) in found.items()} | {"language": text / rows}
+            batches = [collate([sample], processor) for sample in few]
+        answers = sum(int((one.labels != IGNORE_INDEX).sum()) for one in batches) / len(few)
+        found = [_feature_tokens(model, segments, one.inputs) for one in batches]
+        lengths = [one.inputs["input_ids"].shape[1] for one in batches]
+        text = (max(lengths) + sum(lengths) / len(few)) / 2  # with padding
+    else:
+        pixels = {} if size is None else {"pixel_values": torch.empty(1, 3, *size, device="meta")}
+        found = [_feature_tokens(model, segments, pixels)]
+        text = _TEXT + found[0]["projector"][0]
+    parts = ("vision", "projector")
+    tokens = {name: sum(own[name][0] for own in found) / len(found) for name in parts}
+    context = {name: max(own[name][1] for own in found) for name in parts}
     return Data(
         samples=config.num_samples if samples is None else min(config.num_samples, len(samples)),
         batch_size=config.batch_size,
-        tokens=tokens,
-        context=context,
+        tokens=tokens | {"language": text},
+        context=context | {"language": text},
         answers=answers,
         checks=CHECK_SAMPLES,
     )
@@ -376,33 +348,47 @@ def _feature_tokens(
     model: PreTrainedModel, segments: Sequence[Segment], inputs: dict[str, torch.Tensor]
 ) -> dict[str, tuple[float, float]]:
     """Component -> tokens that enter it, and those of a row, for the pictures of `inputs`."""
-    found: dict[str, tuple[float, float]] = {}
+    found = {"vision": (0.0, 0.0), "projector": (0.0, 0.0)}
     if inputs and "pixel_values" not in inputs:
-        return {"vision": (0.0, 0.0), "projector": (0.0, 0.0)}
-    with _watched(segments, found):
-        try:
-            ask_features(model, inputs)
-        except Exception:  # of a family that cannot be asked without weights, or without a picture
-            merge = getattr(model.config.vision_config, "spatial_merge_size", 1) ** 2
-            return {"vision": (_PATCHES, _PATCHES), "projector": (_PATCHES / merge, 1.0)}
-    return {"vision": (0.0, 0.0), "projector": (0.0, 0.0)} | found
+        return found
 
-
-@contextmanager
-def _watched(segments: Sequence[Segment], found: dict[str, tuple[float, float]]) -> Iterator[None]:
-    """Inside, `found` gets the tokens that enter vision encoder and projector."""
-
-    def see(component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(key: tuple[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        shape = values[0].shape
-        found.setdefault(component, (shape[:-1].numel(), shape[-2]))
+        if found[key[0]] == (0.0, 0.0):
+            shape = values[0].shape
+            found[key[0]] = (shape[:-1].numel(), shape[-2])
 
-    with ExitStack() as stack:
-        for segment in segments:
-            hook = lambda _, args, kwargs, name=segment.component: see(name, args, kwargs)  # noqa: E731
-            module = segment.layers[0].module
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
+    seen = {
+        (segment.component, place): segment.layers[0].module
+        for place, segment in enumerate(segments)
+        if segment.component in found
+    }
+    # a family may be one that cannot be asked without weights
+    with suppress(Exception), observe_inputs(seen, see):
+        ask_features(model, inputs)
+    for name, tokens in _guessed_tokens(model.config, inputs).items():
+        found[name] = found[name] if found[name][0] else (tokens, tokens)
+    return found
+
+
+def _guessed_tokens(config: Any, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The same from shapes and placeholders alone, and without a picture a usual number."""
+    vision, pixels = getattr(config, "vision_config", None), inputs.get("pixel_values")
+    patch = getattr(vision, "patch_size", 14)
+    patch = patch if isinstance(patch, int) else patch[0]
+    patches = float(_PATCHES)
+    if pixels is not None:  # rows of patches, or whole pictures
+        whole = pixels.dim() > 3
+        shape = pixels.shape
+        patches = (
+            shape[:-3].numel() * (shape[-2] // patch) * (shape[-1] // patch)
+            if whole
+            else shape[:-1].numel()
+        )
+    token, ids = getattr(config, "image_token_id", None), inputs.get("input_ids")
+    places = 0 if token is None or ids is None else int((ids == token).sum())
+    merged = patches / getattr(vision, "spatial_merge_size", 1) ** 2
+    return {"vision": patches, "projector": places or merged}
 
 
 def _picture_size(config: Any) -> tuple[int, int] | None:

@@ -32,12 +32,14 @@ from qvlm_hf.hf.checkpoint import (
     check_files,
     check_loaded,
     empty_modules,
-    keep_names_on_saving,
     read_headers,
+)
+from qvlm_hf.hf.config import FORMAT_VERSION, QVLMConfig
+from qvlm_hf.hf.key_names import (
+    keep_names_on_saving,
     split_saved_experts,
     without_rules_for_experts,
 )
-from qvlm_hf.hf.config import FORMAT_VERSION, QVLMConfig
 from qvlm_hf.hf.origin import origin
 from qvlm_hf.hf.preflight import preflight
 from qvlm_hf.hf.processor_fit import check_processor_fits, pictured

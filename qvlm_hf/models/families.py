@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.layer_kinds import LAYER_KINDS, LayerKind, chain
+from qvlm_hf.models.layer_kinds import LAYER_KINDS
 from qvlm_hf.models.parts import PartNames
+from qvlm_hf.models.wirings import LayerKind, chain
 
 __all__ = [
     "FAMILIES",

@@ -23,7 +23,7 @@ from qvlm_hf.models.families import (
     module_paths,
     path_below,
 )
-from qvlm_hf.models.layer_kinds import LayerKind
+from qvlm_hf.models.wirings import LayerKind
 
 __all__ = [
     "Layer",

@@ -1,9 +1,10 @@
 r"""What few samples tell about recipes: the trials of `recipe="auto"`, judged by many questions.
 
-Every recipe is tried as `auto` tries it. Its divergences from full precision (nats a token) are
-told for the samples that judge it, and for test questions, which are what it should be chosen by.
-An arithmetic and a geometric mean over samples compete: how do they go with the mean of the
-questions over all seeds, and how do two seeds' judges agree?
+Every recipe is tried as `auto` tries it, and with error compensation. Its divergences from full
+precision (nats a token) are told for the samples that judge it, and for test questions. What should
+be chosen by is the mean over questions, with compensation, and over all seeds. An arithmetic and a
+geometric mean of the judges compete, from trials with compensation and without: how do they go with
+what should be chosen by, and how do two seeds agree?
 
     PYTHONPATH=tests python tests/bench/judges.py MODEL --data DIR --scheme W4A4 --seeds 3 \
         --json tests/bench/results/judges_demo.json
@@ -16,8 +17,10 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -45,6 +48,7 @@ RECIPES: dict[str, dict[str, Any] | None] = {
         for rotation, (granularity, ranges) in product((None, "hadamard"), RANGES.items())
     },
 }
+CALIBRATED = [name for name, recipe in RECIPES.items() if recipe is not None]
 Row = dict[str, Any]
 
 
@@ -79,7 +83,7 @@ class Harness:
         data = list(batches(samples, self.processor, 8))
         return AnswerComparison(self.model, data, held_out=True)
 
-    def rows(self, seed: int, names: Sequence[str]) -> Any:
+    def rows(self, seed: int, names: Sequence[tuple[str, bool]]) -> Any:
         samples = load_samples(
             self.folder / "calibration.jsonl", num_samples=self.options.samples, seed=seed
         )
@@ -98,11 +102,14 @@ class Harness:
             recipe="auto",
         )
         settings = config.settings()
-        for name in names:
+        for name, compensated in names:
             recipe, start = RECIPES[name], time.process_time()
             tried = plain_rounding(settings) if recipe is None else trial(settings, recipe)
+            if compensated:
+                tried = replace(tried, weight_rounding="gptq")
             found = try_settings(self.model, tried, () if recipe is None else data, comparisons)
             row = {"scheme": self.options.scheme, "seed": seed, "recipe": name}
+            row["compensated"] = compensated
             row["seconds"] = round(time.process_time() - start, 1)
             yield row | {
                 part: {"mean": sum(kls) / len(kls), "typical": typical(kls)}
@@ -111,36 +118,44 @@ class Harness:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A table of means over seeds, and how well each kind of mean ranks the calibrated recipes."""
-    seeds = sorted({row["seed"] for row in rows})
-    names = [name for name in RECIPES if sum(row["recipe"] == name for row in rows) == len(seeds)]
+    """A table of means over seeds, and how well each kind of trial and mean ranks the recipes."""
 
-    def value(name: str, seed: int, part: str, kind: str) -> float:
-        (row,) = (row for row in rows if (row["recipe"], row["seed"]) == (name, seed))
+    def value(key: tuple[str, bool, int], part: str, kind: str) -> float:
+        (row,) = (row for row in rows if (row["recipe"], row["compensated"], row["seed"]) == key)
         return float(row[part][kind])
 
-    def mean(name: str, part: str, kind: str) -> float:
-        return sum(value(name, seed, part, kind) for seed in seeds) / len(seeds)
+    done = {(row["recipe"], row["compensated"], row["seed"]) for row in rows}
+    names = [n for n in CALIBRATED if any((n, False, row["seed"]) in done for row in rows)]
+    seeds = {
+        compensated: [
+            seed
+            for seed in sorted({row["seed"] for row in rows})
+            if all((name, compensated, seed) in done for name in names)
+        ]
+        for compensated in (True, False)
+    }
 
-    lines = ["| recipe | questions | text | judges, typical | seconds |", "|---|---|---|---|---|"]
-    for name in names:
-        kls = [mean(name, *which) for which in (("questions", "mean"), ("text", "mean"))]
-        seconds = [row["seconds"] for row in rows if row["recipe"] == name]
-        judged = " ".join(f"{value(name, seed, 'judges', 'typical'):.5f}" for seed in seeds)
-        lines.append(
-            f"| {name} | {kls[0]:.5f} | {kls[1]:.5f} | {judged} | {sum(seconds) / len(seeds):.1f} |"
-        )
-    tried = [name for name in names if RECIPES[name] is not None]
-    truth = [mean(name, "questions", "mean") for name in tried]
-    for kind in ("mean", "typical"):
-        found = [[math.log(value(name, s, "judges", kind)) for name in tried] for s in seeds]
-        with_truth = [np.corrcoef(one, np.log(truth))[0, 1] for one in found]
+    def mean(name: str, part: str) -> float:
+        return fmean(value((name, True, seed), part, "mean") for seed in seeds[True])
+
+    lines = ["| recipe, compensated | questions | text |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {mean(name, 'questions'):.5f} | {mean(name, 'text'):.5f} |" for name in names
+    ]
+    truth = [mean(name, "questions") for name in names]
+    for compensated, kind in product((True, False), ("mean", "typical")):
+        found = [
+            [math.log(value((name, compensated, seed), "judges", kind)) for name in names]
+            for seed in seeds[compensated]
+        ]
+        with_truth = fmean(np.corrcoef(one, np.log(truth))[0, 1] for one in found)
         of_seeds = [np.corrcoef(*two)[0, 1] for two in combinations(found, 2)] or [math.nan]
         taken = [int(np.argmin(one)) for one in found]
         lines.append(
-            f"{kind} of the judges: correlation with the questions {np.mean(with_truth):.2f}, "
-            f"between seeds {np.mean(of_seeds):.2f}, takes {sorted({tried[i] for i in taken})}: "
-            f"{np.mean([truth[i] for i in taken]):.5f} of at best {min(truth):.5f}"
+            f"{'compensated' if compensated else 'nearest'}, {kind} of the judges: correlation with "
+            f"the questions {with_truth:.2f}, between seeds {fmean(of_seeds):.2f}, takes "
+            f"{[names[i] for i in taken]}: {fmean(truth[i] for i in taken):.5f} of at best "
+            f"{min(truth):.5f}"
         )
     return "\n".join(lines)
 
@@ -151,12 +166,13 @@ def main() -> None:
     rows: list[Row] = []
     if options.json and options.json.exists():
         rows = json.loads(options.json.read_text())["rows"]
-    known = {(row["scheme"], row["seed"], row["recipe"]) for row in rows}
+    known = {(r["scheme"], r["seed"], r["recipe"], r["compensated"]) for r in rows}
+    wanted = [("plain rounding", False), *product(CALIBRATED, (True, False))]
     harness: Harness | None = None
     for seed in range(options.seeds):
-        if names := [name for name in RECIPES if (options.scheme, seed, name) not in known]:
+        if missing := [each for each in wanted if (options.scheme, seed, *each) not in known]:
             harness = harness or Harness(options)
-            for row in harness.rows(seed, names):
+            for row in harness.rows(seed, missing):
                 rows.append(row)
                 print(row, flush=True)
                 if options.json:

@@ -35,12 +35,14 @@ def test_a_process_holds_what_was_promised():
     assert found["promised"] > 0.95 * found["highest"]
 
 
-def bytes_of(layers=4, samples=64, tokens=TOKENS, dtype=torch.bfloat16, **options):
+def bytes_of(layers=4, samples=64, **options):
     settings = CalibrationSettings(**options).for_model(rotatable=True)
     with torch.device("meta"):
         model = tiny_llava(text_layers=layers, text_hidden_size=512, text_intermediate_size=1408)
-    data = Data(samples=samples, batch_size=8, tokens=tokens, context=tokens)
-    return count_memory(model, resolve_segments(model, settings), settings, data, dtype=dtype)
+    model.to(torch.bfloat16)
+    data = Data(samples=samples, batch_size=8, tokens=TOKENS, context=TOKENS)
+    segments = resolve_segments(model, settings)
+    return count_memory(model, segments, settings, data, compute=torch.float32)
 
 
 def test_scratch_files_take_what_grows():

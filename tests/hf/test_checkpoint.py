@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightRenaming
 from qvlm_hf import QVLMConfig
 from qvlm_hf.cli import main
 from qvlm_hf.format.files import weight_files
-from qvlm_hf.hf import checkpoint
+from qvlm_hf.hf import checkpoint, key_names
 from qvlm_hf.hub.saved import SavedModel
 
 UP = "language_model.model.layers.0.mlp.up_proj"
@@ -129,7 +129,7 @@ def test_damaged_tensors(damaged, name, change, message):
 def test_a_key_that_a_rule_leads_astray_keeps_its_name(tmp_path, monkeypatch):
     """As in Transformers' loading."""
     rules = [WeightRenaming("^lm_head", "nowhere")]
-    monkeypatch.setattr(checkpoint, "get_model_conversion_mapping", lambda model: rules)
+    monkeypatch.setattr(key_names, "get_model_conversion_mapping", lambda model: rules)
     model = tiny_llava()
     save_file({"lm_head.weight": torch.ones(1)}, tmp_path / "a.safetensors")
     assert set(checkpoint.read_headers(model, [tmp_path / "a.safetensors"])) == {"lm_head.weight"}

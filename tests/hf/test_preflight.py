@@ -4,6 +4,8 @@ import logging
 
 import pytest
 import torch
+from models.test_families import CALIBRATED
+from tiny_families import tiny_family, tiny_family_processor
 from tiny_models import IMAGE_TOKENS, save_tiny, tiny_messages, tiny_processor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -126,3 +128,18 @@ def test_limits_of_control_groups_count(tmp_path, monkeypatch):
 def test_a_directory_to_be_made_lies_on_the_disk_of_the_next_above(tmp_path):
     assert room.free_disk(tmp_path / "a" / "b") == pytest.approx(room.free_disk(tmp_path), rel=0.1)
     check_disk(1, str(tmp_path / "a" / "b"), "a result")
+
+
+@pytest.mark.parametrize("family", dict.fromkeys(one[0] for one in CALIBRATED))
+def test_every_family_is_counted(family):
+    """The tokens of its pictures are those that its own processor and tower make."""
+    combination = next(one for one in CALIBRATED if one[0] == family)
+    model, processor = tiny_family(*combination), tiny_family_processor(*combination[:2])
+    config = QVLMConfig(processor=processor)
+    found = expect(model.to("meta"), config, load_samples(tiny_messages(2)))
+    tokens = found.data.tokens
+    assert all(count > 0 for count in tokens.values())
+    if family != "got_ocr2":  # whose projector starts with a convolution over channels
+        assert tokens["vision"] >= tokens["projector"]
+    if family not in ("got_ocr2", "mllama"):  # which reads pictures beside the text
+        assert tokens["language"] > tokens["projector"]

@@ -22,9 +22,9 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from qvlm_hf import QVLMConfig, precision_table, quantize_model
 from qvlm_hf.calibration.samples import batches, load_samples
-from qvlm_hf.models import families, layer_kinds
+from qvlm_hf.models import families, layer_kinds, wirings
 from qvlm_hf.models.families import Family
-from qvlm_hf.models.layer_kinds import chain
+from qvlm_hf.models.wirings import chain
 
 
 def add_row(families, kinds):
@@ -39,14 +39,14 @@ def add_row(families, kinds):
         "up": "grow",
         "down": "shrink",
     }
-    kinds["SketchLayer"] = layer_kinds._ENCODER.named(names)
+    kinds["SketchLayer"] = wirings.ENCODER.named(names)
     names = {role: f"mixer.{role}_proj" for role in ("q", "k", "v")} | {
         "attention_norm": "before",
         "attention_out": "mixer.o_proj",
         "mlp_norm": "between",
         **{role: f"swiglu.{role}_proj" for role in ("gate", "up", "down")},
     }
-    kinds["StoryLayer"] = layer_kinds._DECODER.named(names)
+    kinds["StoryLayer"] = wirings.DECODER.named(names)
 
 
 class MadeUpConfig(LlavaConfig):
