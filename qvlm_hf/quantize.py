@@ -232,7 +232,9 @@ def make_modules(calibration: Calibration) -> _Modules:
     if calibration.settings.token_importance:
         with calibration.timed("importance"):
             measure = partial(token_importance, calibration)
-            calibration.importance = kept.once("importance", measure)
+            # of several processes each has its own batches, and the first one alone keeps steps
+            several = ranks.count() > 1
+            calibration.importance = measure() if several else kept.once("importance", measure)
     learn_vision_ranges(calibration)
     return _search(calibration)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.cost import (
     Data,
     Rates,
@@ -197,7 +198,8 @@ def preflight(
     warning = None
     if len(devices) == 1:  # nobody knows what lies where
         warning = check_memory(expected, config, *devices)
-    if sum(expected.seconds.values()) >= _SHOWN and not config.callbacks:
+    shown = sum(expected.seconds.values()) >= _SHOWN and not config.callbacks
+    if shown and ranks.is_first():
         sys.stderr.write(f"qvlm expects {expected}\n")
         sys.stderr.flush()
     if warning is not None:
@@ -214,7 +216,7 @@ def check_memory(expected: Expected, config: QVLMConfig, device: torch.device = 
     Raises:
         ValueError: there is not as much, with what would make it fit.
     """
-    needed, owner = expected.memory, "this machine"
+    needed, owner = expected.memory * ranks.on_this_machine(), "this machine"
     whole, free = whole_memory(), free_memory()
     if device.type == "cuda":
         needed, owner = expected.device, str(device)
