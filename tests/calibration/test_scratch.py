@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 import qvlm_hf
 from qvlm_hf.calibration import scratch as module
 from qvlm_hf.calibration.scratch import check_scratch_dir, keep, scratch
+from qvlm_hf.hf.saving import save_quantized
 
 LARGE = 2**19
 
@@ -108,8 +109,9 @@ def test_saved_files_have_the_same_bytes(tmp_path, monkeypatch):
             scratch_dir=scratch_dir,
         )
         model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=config)
-        model.save_pretrained(tmp_path / str(scratch_dir is None))
-        files = sorted((tmp_path / str(scratch_dir is None)).iterdir())
+        output = tmp_path / str(scratch_dir is None) / "saved"  # a card names its directory
+        save_quantized(model, config.processor, output, report=None)
+        files = sorted(output.iterdir())
         saved.append([(file.name, file.read_bytes()) for file in files])
     assert saved[0] == saved[1]
     assert not list((tmp_path / "scratch").iterdir())
