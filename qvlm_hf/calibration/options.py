@@ -291,8 +291,8 @@ class Options:
     guard: bool = option(
         True,
         _SWITCH,
-        "lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth of "
-        "them at most; needs data.",
+        "keep up to a tenth of the sites at 8 bits, those that the scheme's bits would break; only "
+        "if inputs or weights have at most 4 bits; needs data.",
     )
     recipe: str | None = option(
         None,
