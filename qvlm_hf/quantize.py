@@ -4,7 +4,7 @@
             visual encoder optimisation (eq. 8-10) -> per segment: entropy (eq. 4), partition
             (eq. 7), joint search (eq. 3), GPTQ -> pack -> self-check
 
-`calibrate_and_pack` is the recipe of Q-VLM (arXiv 2410.08119) as docs/algorithm.md maps it. A
+`calibrate_and_pack` is the method of Q-VLM (arXiv 2410.08119) as docs/algorithm.md maps it. A
 `Calibration` walks through the steps. Activation entropy measures how much a layer depends on the
 one before it (eq. 4-6, calibration/measure/entropy.py). Layers that depend on each other form a
 block (eq. 7, calibration/search/blocks.py). Rounding functions are searched jointly inside a block

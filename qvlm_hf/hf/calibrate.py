@@ -1,4 +1,4 @@
-"""The calibration that a `QVLMConfig` asks for: samples, read before any weight, and the recipe."""
+"""The calibration that a `QVLMConfig` asks for: samples, read before any weight, and the method."""
 
 from __future__ import annotations
 
