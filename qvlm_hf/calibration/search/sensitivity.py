@@ -27,6 +27,7 @@ from qvlm_hf.calibration.measure.gradients import answer_gradients
 from qvlm_hf.calibration.report import PrecisionRaise
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX
+from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.calibration.search.budget import WIDTHS, allocate_bits, fit_bits, saved_bytes
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
@@ -139,7 +140,7 @@ class _Probe:
                 continue
             with installed([site]):
                 outputs = run_layer(layer.module, inputs, hidden)
-            errors = [output - own for output, own in zip(outputs, full, strict=True)]
+            errors = (output - own for output, own in zip(outputs, full, strict=True))
             batches = zip(inputs, errors, gradients, strict=True)
             squares = sum(_mean_square(*batch) for batch in batches)
             (squares,) = ranks.add(squares)
@@ -169,7 +170,7 @@ def _held_out_gradients(calibration: Calibration) -> dict[str, list[dict[str, li
     draws = max(1, min(most, -(-_DIRECTIONS // max(samples, 1))))
     found: dict[int, dict[str, list[Tensor]]] = {id(batch): {} for batch in own}
     for index, name, gradients in answer_gradients(calibration, batches, draws=draws):
-        kept = [gradient.to("cpu", torch.bfloat16) for gradient in gradients]
+        kept = [keep(gradient.to("cpu", torch.bfloat16)) for gradient in gradients]
         found[id(batches[index])][name] = kept
     return {
         name: [found[id(batch)] for batch in held if id(batch) in found]
