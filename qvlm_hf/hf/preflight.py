@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.cost import (
     Data,
     Rates,
@@ -197,7 +198,8 @@ def preflight(
     warning = None
     if len(devices) == 1:  # nobody knows what lies where
         warning = check_memory(expected, config, *devices)
-    if sum(expected.seconds.values()) >= _SHOWN and not config.callbacks:
+    told = ranks.is_first() and not config.callbacks
+    if told and sum(expected.seconds.values()) >= _SHOWN:
         sys.stderr.write(f"qvlm expects {expected}\n")
         sys.stderr.flush()
     if warning is not None:
@@ -334,8 +336,9 @@ def _count_data(
     parts = ("vision", "projector")
     tokens = {name: sum(own[name][0] for own in found) / len(found) for name in parts}
     context = {name: max(own[name][1] for own in found) for name in parts}
+    count = config.num_samples if samples is None else min(config.num_samples, len(samples))
     return Data(
-        samples=config.num_samples if samples is None else min(config.num_samples, len(samples)),
+        samples=-(-count // ranks.count()),  # of this process
         batch_size=config.batch_size,
         tokens=tokens | {"language": text},
         context=context | {"language": text},
