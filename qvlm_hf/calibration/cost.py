@@ -39,16 +39,16 @@ __all__ = [
 
 # Measured over counted seconds: `python tests/bench/calibration_time.py`, docs/scaling.md.
 FACTORS: Mapping[str, float] = {
-    "transform": 1.2,
-    "inputs": 1.1,
-    "sensitivity": 1.4,
-    "importance": 1.2,
-    "entropy": 0.65,
-    "ranges": 0.95,
-    "search": 1.05,
-    "rounding": 1.3,
-    "check": 0.6,
-    "other": 1.55,
+    "transform": 1.17,
+    "inputs": 0.96,
+    "sensitivity": 1.78,
+    "importance": 1.8,
+    "entropy": 0.8,
+    "ranges": 1.06,
+    "search": 1.12,
+    "rounding": 1.41,
+    "check": 1.36,
+    "other": 1.8,
 }
 
 # Limits of the steps themselves, see there.
@@ -137,7 +137,7 @@ class Rates:
     single: float
     native: float
     values: float
-    call: float = 5e-4  # seconds of Python in a layer of a decoder
+    call: float = 2e-3  # seconds of Python in a layer of a decoder
 
     def seconds(self, work: Work) -> float:
         """Of the work, none of it at a time with other work."""

@@ -26,7 +26,7 @@ def check_room(options: argparse.Namespace, config: QVLMConfig) -> None:
     size = 0.0
     with suppress(ValueError, OSError):  # told where the model is loaded
         size = result_bytes(_empty(options), config)
-    check_disk(size, options.output, "a result")
+    check_disk(size, options.output, "the result")
 
 
 def _empty(options: argparse.Namespace) -> Any:
@@ -63,5 +63,5 @@ def tell_cost(options: argparse.Namespace) -> int:
     if warning := check_memory(expected, config):
         print(f"warning: {warning}")
     if options.output is not None:
-        check_disk(expected.result, options.output, "a result")
+        check_disk(expected.result, options.output, "the result")
     return 0

@@ -54,7 +54,7 @@ __all__ = ["Expected", "check_disk", "check_memory", "expect", "preflight", "res
 
 _CPU = torch.device("cpu")
 # Of measured to expected seconds, and memory: docs/scaling.md.
-_FASTER, _SLOWER = 0.7, 1.5
+_FASTER, _SLOWER = 0.6, 1.4
 _TOO_HIGH = 1.3
 _SHOWN = 10.0  # seconds from which a run says beforehand how long it will take
 _ASKED = 8  # samples that are rendered to count tokens
@@ -68,6 +68,8 @@ class Expected:
     Attributes:
         seconds: step -> seconds, trials of recipes as one step.
         memory: bytes of main memory at the peak, on a CPU.
+        working: the same with `scratch_dir`.
+        scratch: bytes of scratch files then.
         weights: bytes of the model besides, mapped from its files where they have its dtype.
         device: bytes of a GPU's memory with the model, if it lies there.
         result: bytes of the saved weights.
@@ -78,6 +80,8 @@ class Expected:
 
     seconds: Mapping[str, float]
     memory: float
+    working: float
+    scratch: float
     weights: float
     device: float
     result: float
@@ -109,6 +113,11 @@ class Expected:
         gpu = _gigabytes(self.device)
         weights = f"{_gigabytes(self.weights)} of weights mapped from files"
         yield f"memory  {_gigabytes(self.memory)} at the peak, besides {weights}"
+        if self.scratch:
+            yield (
+                f"        {_gigabytes(self.working)} with scratch files of "
+                f"{_gigabytes(self.scratch)} (--scratch-dir)"
+            )
         yield f"        {gpu} of a GPU's, where the model is on one"
         kept = f", {_gigabytes(self.kept)} to resume from" if self.kept else ""
         yield f"disk    {_gigabytes(self.result)} for the result{kept}"
@@ -145,6 +154,8 @@ def expect(
         return Expected(
             seconds={"rounding": rates.seconds(rounding_work(weights))},
             memory=memory,
+            working=memory,
+            scratch=0.0,
             device=memory + whole,
             kept=0.0,
             data=None,
@@ -156,9 +167,12 @@ def expect(
     if settings.recipe is not None:
         steps = {"recipes": _trial_seconds(model, settings, data, rates)} | steps
     count = partial(count_memory, model, segments, settings, data)
+    found = count(compute=torch.float32)
     return Expected(
         seconds=steps,
-        memory=count(compute=torch.float32).together,
+        memory=found.together if config.scratch_dir is None else found.working,
+        working=found.working,
+        scratch=found.kept,
         device=whole + count(compute=model.dtype).together,
         kept=packed,
         data=data,
@@ -187,14 +201,17 @@ def preflight(
         Seconds by step.
 
     Raises:
-        ValueError: memory or the disk of `resume_dir` is too small, or as `expect`.
+        ValueError: memory, or the disk of `resume_dir` or `scratch_dir`, is too small; or as
+            `expect`.
     """
     placed = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
     devices = {torch.device(device) for device in placed}
     gpus = [device for device in devices if device.type == "cuda"]
     expected = expect(model, config, samples, device=next(iter(gpus), torch.device("cpu")))
     if config.resume_dir is not None:
-        check_disk(expected.kept, config.resume_dir, "what is kept to resume from")
+        check_disk(expected.kept, config.resume_dir, "steps to resume from")
+    if config.scratch_dir is not None:
+        check_disk(expected.scratch, config.scratch_dir, "scratch files")
     warning = None
     if len(devices) == 1:  # nobody knows what lies where
         warning = check_memory(expected, config, *devices)
@@ -248,7 +265,7 @@ def check_disk(size: float, folder: str, what: str) -> None:
     free = free_disk(folder)
     if free is not None and size > free:
         raise ValueError(
-            f"{folder}: {what} of {_gigabytes(size)} does not fit, {_gigabytes(free)} are free: "
+            f"{folder}: no room for {_gigabytes(size)} of {what}, {_gigabytes(free)} are free: "
             f"make room, or name a directory on another disk."
         )
 
@@ -257,7 +274,8 @@ def _remedy(expected: Expected, config: QVLMConfig) -> str:
     """What takes less memory, of a run with this configuration."""
     if expected.data is None:
         return "take a machine with more."
-    ways = [] if config.max_block_depth == 1 else ["max_block_depth=1"]
+    ways = [] if config.scratch_dir is not None else ["give scratch_dir="]
+    ways += [] if config.max_block_depth == 1 else ["max_block_depth=1"]
     ways += [] if config.num_samples <= TRIAL_SAMPLES else [f"num_samples={TRIAL_SAMPLES}"]
     return f"{', '.join(['take a machine with more', *ways])}."
 

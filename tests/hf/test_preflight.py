@@ -87,7 +87,7 @@ def test_what_cannot_fit_is_refused_before_a_weight_is_read(unread, monkeypatch,
 
 def test_a_full_disk_is_refused_before_a_weight_is_read(unread, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "free_disk", lambda _: 1000)
-    with pytest.raises(ValueError, match=r"does not fit, 0.0 GB are free: make room"):
+    with pytest.raises(ValueError, match=r"no room for .* are free: make room"):
         unread(resume_dir=tmp_path / "state")
 
 
@@ -127,7 +127,7 @@ def test_limits_of_control_groups_count(tmp_path, monkeypatch):
 
 def test_a_directory_to_be_made_lies_on_the_disk_of_the_next_above(tmp_path):
     assert room.free_disk(tmp_path / "a" / "b") == pytest.approx(room.free_disk(tmp_path), rel=0.1)
-    check_disk(1, str(tmp_path / "a" / "b"), "a result")
+    check_disk(1, str(tmp_path / "a" / "b"), "the result")
 
 
 @pytest.mark.parametrize("family", dict.fromkeys(one[0] for one in CALIBRATED))
