@@ -23,9 +23,9 @@ __all__ = ["Memory", "count_memory", "count_rounding_memory", "model_bytes", "pa
 
 _PROCESS = 420 * 2**20  # Python, PyTorch and Transformers, without their files
 _SLACK = 1.15  # what the C library holds back of what was freed
-_FACTOR = 60  # bytes per entry of a Hessian while one is factorised in float64
+_FACTOR = 32  # bytes per entry of a Hessian while one is factorised in float64
 _HALVES = 8  # and while it is summed: two halves in float32
-_ROUNDED = 18  # bytes per weight that is rounded: folded, reordered, its integers
+_ROUNDED = 14  # bytes per weight that is rounded: folded, reordered, its integers
 _RUN, _GRAPH = 1.5, 4.5  # tensors like the sites' inputs of a layer: it runs, or with its graph
 _LOGITS = 4  # tensors like the logits while a direction is drawn
 _EMBEDDINGS, _HEAD = 32, 16  # bytes per weight: of embeddings that are rotated, a head rounded
