@@ -274,10 +274,10 @@ def _remedy(expected: Expected, config: QVLMConfig) -> str:
     """What takes less memory, of a run with this configuration."""
     if expected.data is None:
         return "take a machine with more."
-    ways = [] if config.scratch_dir is not None else ["give scratch_dir="]
+    ways = [] if config.scratch_dir is not None else ["scratch_dir="]
     ways += [] if config.max_block_depth == 1 else ["max_block_depth=1"]
     ways += [] if config.num_samples <= TRIAL_SAMPLES else [f"num_samples={TRIAL_SAMPLES}"]
-    return f"{', '.join(['take a machine with more', *ways])}."
+    return "take a machine with more" + (f", or {', '.join(ways)}." if ways else ".")
 
 
 def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:

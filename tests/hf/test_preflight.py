@@ -81,14 +81,15 @@ def test_what_cannot_fit_is_refused_before_a_weight_is_read(unread, monkeypatch,
     with pytest.raises(ValueError, match=r"this machine has 0.1 GB: .*, max_block_depth=1, num_s"):
         unread()
     with pytest.raises(ValueError, match=r"has 0.1 GB: take a machine with more\.$"):
-        unread(max_block_depth=1, num_samples=16)
-    monkeypatch.undo()
+        unread(max_block_depth=1, num_samples=16, scratch_dir=tmp_path)
 
 
 def test_a_full_disk_is_refused_before_a_weight_is_read(unread, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "free_disk", lambda _: 1000)
     with pytest.raises(ValueError, match=r"no room for .* are free: make room"):
         unread(resume_dir=tmp_path / "state")
+    with pytest.raises(ValueError, match=r"no room for .* of scratch files, 0.0 GB are free"):
+        unread(scratch_dir=tmp_path / "scratch")
 
 
 def test_what_others_hold_is_a_warning(unread, monkeypatch, caplog):
