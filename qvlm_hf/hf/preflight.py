@@ -204,17 +204,15 @@ def preflight(
         ValueError: memory, or the disk of `resume_dir` or `scratch_dir`, is too small; or as
             `expect`.
     """
-    placed = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
-    devices = {torch.device(device) for device in placed}
-    gpus = [device for device in devices if device.type == "cuda"]
-    expected = expect(model, config, samples, device=next(iter(gpus), torch.device("cpu")))
+    devices = _devices(device_map)
+    expected = expect(model, config, samples, device=devices[0])
     if config.resume_dir is not None:
         check_disk(expected.kept, config.resume_dir, "steps to resume from")
     if config.scratch_dir is not None:
         check_disk(expected.scratch, config.scratch_dir, "scratch files")
     warning = None
-    if len(devices) == 1:  # nobody knows what lies where
-        warning = check_memory(expected, config, *devices)
+    if len(devices) == 1:  # else nobody knows what lies where
+        warning = check_memory(expected, config, devices[0])
     told = ranks.is_first() and not config.callbacks
     if told and sum(expected.seconds.values()) >= _SHOWN:
         sys.stderr.write(f"qvlm expects {expected}\n")
@@ -222,6 +220,18 @@ def preflight(
     if warning is not None:
         logging.getLogger(__name__).warning("%s", warning)
     return dict(expected.seconds)
+
+
+def _devices(device_map: Any) -> list[torch.device]:
+    """Where a model will lie, GPUs first; Transformers makes a dict of all but None and "auto"."""
+    if isinstance(device_map, dict):
+        return sorted({torch.device(place) for place in device_map.values()}, key=_is_cpu)
+    gpus = 0 if device_map is None else torch.cuda.device_count()
+    return [torch.device("cuda", index) for index in range(gpus)] or [_CPU]
+
+
+def _is_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def check_memory(expected: Expected, config: QVLMConfig, device: torch.device = _CPU) -> str | None:

@@ -92,6 +92,15 @@ def test_a_full_disk_is_refused_before_a_weight_is_read(unread, monkeypatch, tmp
         unread(scratch_dir=tmp_path / "scratch")
 
 
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "cpu", {"": "cpu"}, None])
+def test_any_device_map_is_understood(folder, device_map):
+    config = QVLMConfig(scheme="W4A16")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=config, device_map=device_map
+    )
+    assert model.hf_quantizer.report.modules
+
+
 def test_what_others_hold_is_a_warning(unread, monkeypatch, caplog):
     monkeypatch.setattr(module, "free_memory", lambda: 10**8)
     with caplog.at_level(logging.WARNING), pytest.raises(AssertionError, match="was read"):
