@@ -92,11 +92,13 @@ def count_memory(
     transforms = settings.rotation == "hadamard" or (
         settings.equalization and settings.activation_bits < 16
     )
-    held = sum(one.weights for one in sums) * dtype.itemsize * transforms
+    weights = sum(one.weights for one in sums)
+    held = weights * dtype.itemsize * transforms
     whole = model.get_input_embeddings().weight.numel()
     once = _EMBEDDINGS * whole * (settings.rotation == "hadamard")
     once = max(once, _HEAD * whole * (settings.lm_head_bits is not None))
-    steps = [_Step(0.0, once)]
+    copied = compute.itemsize * weights * (settings.optimize_vision is not None)
+    steps = [_Step(0.0, once), _Step(copied, 0.0)]
     steps += [_gradients(model, sums, settings, data, dtype).plus(kept=sum(streams))]
     for place, (segment, one) in enumerate(zip(segments, sums, strict=True)):
         below = sum(before.weights for before in sums[:place]) * compute.itemsize
