@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +50,15 @@ from qvlm_hf.recipes import JUDGES, JUDGING_TEXTS, TRIAL_SAMPLES, compare_recipe
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["Expected", "check_disk", "check_memory", "expect", "preflight", "result_bytes"]
+__all__ = [
+    "Expected",
+    "check_disk",
+    "check_memory",
+    "expect",
+    "gigabytes",
+    "preflight",
+    "result_bytes",
+]
 
 _CPU = torch.device("cpu")
 # Of measured to expected seconds, and memory: docs/scaling.md.
@@ -96,31 +104,8 @@ class Expected:
         return _span(_FASTER * whole, _SLOWER * whole)
 
     def __str__(self) -> str:
-        disk = f"{_gigabytes(self.result)} of disk for the result"
-        return f"{self.duration}, {_gigabytes(self.memory)} of memory and {disk}"
-
-    def lines(self) -> Iterator[str]:
-        """All of it."""
-        whole = sum(self.seconds.values())
-        named = ((name, own) for name, own in self.seconds.items() if name != "other")
-        longest = sorted(named, key=lambda pair: -pair[1])[:4]
-        shares = ", ".join(f"{name} {own / whole:.0%}" for name, own in longest)
-        yield f"time    {self.duration}; of it {shares}"
-        if self.data is not None:
-            counted = "assumed, --dataset counts them" if self.assumed else "counted"
-            tokens = ", ".join(f"{name} {count:.0f}" for name, count in self.data.tokens.items())
-            yield f"        {self.data.samples} samples; tokens of each: {tokens} ({counted})"
-        gpu = _gigabytes(self.device)
-        weights = f"{_gigabytes(self.weights)} of weights mapped from files"
-        yield f"memory  {_gigabytes(self.memory)} at the peak, besides {weights}"
-        if self.scratch:
-            yield (
-                f"        {_gigabytes(self.working)} with scratch files of "
-                f"{_gigabytes(self.scratch)} (--scratch-dir)"
-            )
-        yield f"        {gpu} of a GPU's, where the model is on one"
-        kept = f", {_gigabytes(self.kept)} to resume from" if self.kept else ""
-        yield f"disk    {_gigabytes(self.result)} for the result{kept}"
+        disk = f"{gigabytes(self.result)} of disk for the result"
+        return f"{self.duration}, {gigabytes(self.memory)} of memory and {disk}"
 
 
 def expect(
@@ -250,12 +235,12 @@ def check_memory(expected: Expected, config: QVLMConfig, device: torch.device = 
         free, whole = torch.cuda.mem_get_info(device)
     if whole is not None and needed > whole * _TOO_HIGH:
         raise ValueError(
-            f"about {_gigabytes(needed)} of memory are needed, and {owner} has "
-            f"{_gigabytes(whole)}: {_remedy(expected, config)}"
+            f"about {gigabytes(needed)} of memory are needed, and {owner} has "
+            f"{gigabytes(whole)}: {_remedy(expected, config)}"
         )
     if free is not None and needed > free:
         return (
-            f"about {_gigabytes(needed)} of memory are expected and {_gigabytes(free)} of {owner} "
+            f"about {gigabytes(needed)} of memory are expected and {gigabytes(free)} of {owner} "
             f"are free: end other programs, or {_remedy(expected, config)}"
         )
     return None
@@ -275,7 +260,7 @@ def check_disk(size: float, folder: str, what: str) -> None:
     free = free_disk(folder)
     if free is not None and size > free:
         raise ValueError(
-            f"{folder}: no room for {_gigabytes(size)} of {what}, {_gigabytes(free)} are free: "
+            f"{folder}: no room for {gigabytes(size)} of {what}, {gigabytes(free)} are free: "
             f"make room, or name a directory on another disk."
         )
 
@@ -430,7 +415,8 @@ def _picture_size(config: Any) -> tuple[int, int] | None:
     return height, width
 
 
-def _gigabytes(size: float) -> str:
+def gigabytes(size: float) -> str:
+    """A size for messages."""
     return f"{size / 1e9:.1f} GB"
 
 
