@@ -7,10 +7,13 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 import torch.distributed as dist
-from tiny_calibrations import calibrate, tiny_samples
-from tiny_models import tiny_llava
+from tiny_calibrations import TEXT, calibrate, tiny_samples
+from tiny_families import tiny_family, tiny_family_processor
+from tiny_models import tiny_llava, tiny_messages
 
+from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.resume import SavedSteps
 from qvlm_hf.cli import main
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.nn.linear import QVLMLinear
@@ -24,6 +27,8 @@ __all__ = [
     "fail_in_first_later",
     "fail_in_second",
     "other_samples",
+    "quantized_family",
+    "stopped",
 ]
 
 VALUES = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
@@ -82,6 +87,11 @@ def calibrated(_, options):
     model, report = calibrate(
         tiny_llava().eval(), data=data, held_out=tiny_samples(4, seed=9), **options
     )
+    return described(model, report)
+
+
+def described(model, report):
+    """Bytes, choices and figures of a quantized model."""
     digest = hashlib.sha256()
     state = model.state_dict()
     for name, tensor in sorted(state.items()):
@@ -121,3 +131,29 @@ def command(number, words):
         except SystemExit as end:
             status = end.code
     return status, said.getvalue(), complained.getvalue()
+
+
+def quantized_family(_, name, options):
+    """A tiny model of a family after `quantize_model`, as `calibrated`."""
+    model, processor = tiny_family(name, name, name), tiny_family_processor(name, name)
+    options = {"group_size": 16, "percentiles": (1.0,), "margins": (), "batch_size": 1, **options}
+    rows = [*tiny_messages(options["num_samples"] - len(TEXT)), *TEXT]
+    config = QVLMConfig(scheme="W4A4", dataset=rows, processor=processor, **options)
+    return described(model, quantize_model(model, config))
+
+
+def stopped(number, options, steps):
+    """As `calibrated`, but the first process fails when so many steps are kept."""
+    write, left = SavedSteps.write, [steps]
+
+    def counted(self, step, value):
+        write(self, step, value)
+        left[0] -= 1
+        if not left[0] and not number:
+            raise OSError("stopped")
+
+    SavedSteps.write = counted
+    try:
+        return calibrated(number, options)
+    finally:
+        SavedSteps.write = write

@@ -40,16 +40,16 @@ __all__ = [
 
 # Measured over counted seconds: `python tests/bench/promise.py`, docs/scaling.md.
 FACTORS: Mapping[str, float] = {
-    "transform": 1.17,
-    "inputs": 0.96,
-    "sensitivity": 1.78,
-    "importance": 1.8,
-    "entropy": 0.8,
-    "ranges": 1.06,
-    "search": 1.12,
-    "rounding": 1.41,
-    "check": 1.36,
-    "other": 1.8,
+    "transform": 1.27,
+    "inputs": 0.94,
+    "sensitivity": 1.66,
+    "importance": 1.54,
+    "entropy": 0.77,
+    "ranges": 0.94,
+    "search": 1.05,
+    "rounding": 1.3,
+    "check": 1.26,
+    "other": 1.67,
 }
 
 # Limits of the steps themselves, see there.

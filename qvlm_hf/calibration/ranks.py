@@ -7,6 +7,7 @@ through the processes in the order of their numbers: the same run gives the same
 In one process, without `torch.distributed`, everything here returns what it is given.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
@@ -28,6 +29,7 @@ __all__ = [
     "largest",
     "number",
     "of_first",
+    "on_this_machine",
     "seen_before",
     "share",
     "sharing_errors",
@@ -61,6 +63,11 @@ def number() -> int:
 def is_first() -> bool:
     """Whether this process writes files and tells progress; `apart` does not change that."""
     return not _joined() or dist.get_rank() == 0
+
+
+def on_this_machine() -> int:
+    """Processes among them that share this machine's memory, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
 
 
 def _joined() -> bool:

@@ -272,9 +272,7 @@ def _compare(answers: Sequence[_Answer]) -> Comparison:
     )
 
 
-def format_comparison(
-    evaluation: Evaluation, *, name: str = "quantized", reference_name: str = "full precision"
-) -> list[str]:
+def format_comparison(evaluation: Evaluation, *, name: str = "quantized") -> list[str]:
     """An evaluation as lines of text: accuracy, kinds and the comparison with the reference."""
     lines = [f"{name}: accuracy {_percent(evaluation.accuracy)}"]
     lines += [f"  {kind}: {_percent(share)}" for kind, share in evaluation.by_kind.items()]
@@ -282,13 +280,13 @@ def format_comparison(
         return lines
     counts, ends = found.counts, found.difference_interval
     return [
-        f"{reference_name}: accuracy {_percent(found.reference_accuracy)}",
+        f"full precision: accuracy {_percent(found.reference_accuracy)}",
         *lines,
         f"difference {100 * found.difference:+.1f} points [{100 * ends.low:+.1f}, "
         f"{100 * ends.high:+.1f}], McNemar p = {found.p_value:.3g}",
-        f"both right {counts.both_right}, only {reference_name} {counts.only_first}, "
+        f"both right {counts.both_right}, only full precision {counts.only_first}, "
         f"only {name} {counts.only_second}, both wrong {counts.both_wrong}",
-        f"KL({reference_name} || {name}) {found.kl:.4g} nats per answer token "
+        f"KL(full precision || {name}) {found.kl:.4g} nats per answer token "
         f"({found.answer_tokens} tokens)",
     ]
 

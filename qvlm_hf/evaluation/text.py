@@ -131,17 +131,15 @@ def evaluate_text(
     )
 
 
-def format_text(
-    found: TextEvaluation, *, name: str = "quantized", reference_name: str = "full precision"
-) -> list[str]:
+def format_text(found: TextEvaluation, *, name: str = "quantized") -> list[str]:
     """A text evaluation as lines."""
     line = f"{name}: perplexity {found.perplexity:.2f} on {found.tokens} tokens of text"
     if found.reference_perplexity is None:
         return [line]
     return [
-        f"{reference_name}: perplexity {found.reference_perplexity:.2f} on text",
+        f"full precision: perplexity {found.reference_perplexity:.2f} on text",
         line,
-        f"KL({reference_name} || {name}) {found.kl:.4g} nats per token of text",
+        f"KL(full precision || {name}) {found.kl:.4g} nats per token of text",
     ]
 
 

@@ -23,17 +23,9 @@ __all__ = ["Published", "Target", "check_target", "fetch_card", "upload", "verif
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where to publish and how.
+    """Where to publish and how: the arguments of `publish`, and whose token it is.
 
-    Attributes:
-        repo_id: "owner/name"; a bare name belongs to the token's user.
-        private: for a repository that is made; None is the owner's default.
-        revision: branch, made where it is missing, or "refs/pr/N"; None is main.
-        create_pr: open a pull request instead of writing to main.
-        commit_message: None names the scheme.
-        base_model: Hub id of the full-precision model; None takes what quantizing recorded.
-        license: identifier of a licence; None copies that of the base model.
-        user: whose token it is; `check_target` finds it.
+    `check_target` finds the user.
     """
 
     repo_id: str

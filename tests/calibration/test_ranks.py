@@ -139,6 +139,31 @@ def test_more_processes_and_options(processes, options, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_what_the_first_process_kept_all_go_on_with(tmp_path):
+    options = {"batch_size": 1, "max_block_depth": 1, "percentiles": (1.0,), "margins": ()}
+    undisturbed = run_together(2, tmp_path, together.calibrated, options)
+    options["resume_dir"] = tmp_path / "kept"
+    assert run_together(2, tmp_path, together.stopped, options, 6) == [
+        "OSError: stopped",
+        "OtherProcessError: stopped",
+    ]
+    assert (tmp_path / "kept" / "block-0-1.json").exists()
+    found = run_together(2, tmp_path, together.calibrated, options)
+    assert {result["bytes"] for result in found} == {undisturbed[0]["bytes"]}
+    (refused,) = run_together(1, tmp_path, together.calibrated, options)
+    assert "was begun with processes 2 instead of 1" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "mllama", "qwen2_vl"])
+def test_other_families_and_samples_without_pictures(name, tmp_path):
+    """Experts that only one process feeds, layers that text passes over, packed pictures."""
+    options = {"num_samples": 14, "max_block_depth": 1}
+    found = run_together(2, tmp_path, together.quantized_family, name, options)
+    compare(together.quantized_family(0, name, options), found, 1e-2)
+
+
 @pytest.fixture
 def words(tmp_path):
     save_tiny(tmp_path / "model")

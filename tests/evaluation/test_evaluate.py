@@ -239,11 +239,12 @@ def test_format_comparison(trained, samples, processor):
     ]
     compared = evaluate(trained, samples, processor, reference=trained)
     right_count = compared.accuracy.successes
-    lines = format_comparison(compared, name="W4A4", reference_name="bf16")
-    assert lines[0] == lines[1].replace("W4A4", "bf16")
+    lines = format_comparison(compared, name="W4A4")
+    assert lines[0] == lines[1].replace("W4A4", "full precision")
     assert lines[-3].startswith("difference +0.0 points [")
     assert lines[-3].endswith("McNemar p = 1")
     assert lines[-2:] == [
-        f"both right {right_count}, only bf16 0, only W4A4 0, both wrong {10 - right_count}",
-        "KL(bf16 || W4A4) 0 nats per answer token (22 tokens)",
+        f"both right {right_count}, only full precision 0, only W4A4 0, "
+        f"both wrong {10 - right_count}",
+        "KL(full precision || W4A4) 0 nats per answer token (22 tokens)",
     ]
