@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _PROCESS = 420 * 2**20  # Python, PyTorch and Transformers, without their files
+_CHUNKS = 120 * 2**20  # of entropies, which show where scratch files take the rest
 _SLACK = 1.15  # what the C library holds back of what was freed
 _FACTOR = 32  # bytes per entry of a Hessian while one is factorised in float64
 _HALVES = 8  # and while it is summed: two halves in float32
@@ -127,7 +128,7 @@ def count_memory(
     return Memory(
         together=_SLACK * (held + together) + _PROCESS,
         kept=held + kept,
-        working=_SLACK * working + _PROCESS,
+        working=_SLACK * working + _CHUNKS + _PROCESS,
     )
 
 
