@@ -4,7 +4,7 @@
             visual encoder optimisation (eq. 8-10) -> per segment: entropy (eq. 4), partition
             (eq. 7), joint search (eq. 3), GPTQ -> pack -> self-check
 
-`calibrate_and_pack` is the recipe of Q-VLM (arXiv 2410.08119) as docs/algorithm.md maps it. A
+`calibrate_and_pack` is the method of Q-VLM (arXiv 2410.08119) as docs/algorithm.md maps it. A
 `Calibration` walks through the steps. Activation entropy measures how much a layer depends on the
 one before it (eq. 4-6, calibration/measure/entropy.py). Layers that depend on each other form a
 block (eq. 7, calibration/search/blocks.py). Rounding functions are searched jointly inside a block
@@ -32,6 +32,7 @@ from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_wa
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
 from qvlm_hf.calibration.provenance import provenance
 from qvlm_hf.calibration.report import (
+    BlockReport,
     CalibrationReport,
     RoutingReport,
     SegmentReport,
@@ -47,11 +48,12 @@ from qvlm_hf.calibration.rounding import (
 )
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import Processor, Sample, batches, by_picture
+from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.routing import few_tokens_warning, routing_reports
 from qvlm_hf.calibration.search.segments import SearchedBlock, search_segment
 from qvlm_hf.calibration.search.sensitivity import choose_precisions
-from qvlm_hf.calibration.search.sites import installed
+from qvlm_hf.calibration.search.sites import QuantizedSite, installed
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
@@ -288,10 +290,13 @@ def _search(calibration: Calibration) -> _Modules:
             )
             # eq. 3: ranges of a block are searched jointly, on the outputs of the quantized layers
             record = partial(_quantized_inputs, calibration, segment, first=not modules)
-            searched = []
+            reports: list[BlockReport | None] = []
+            quantized: list[QuantizedSite] = []
             for block in search_segment(calibration, segment, blocks, record):
                 modules |= _pack_block(model, block)
-                searched.append(block)
+                reports.append(block.report)
+                if segment is not calibration.segments[-1]:
+                    quantized += block.sites
                 steps.advance(len(block.layers))
                 sites += [
                     SiteReport(modules=site.site.modules, candidate=site.chosen.range)
@@ -304,11 +309,11 @@ def _search(calibration: Calibration) -> _Modules:
                     layers=tuple(layer.name for layer in segment.layers),
                     entropies=tuple(dependencies),
                     threshold=threshold,
-                    blocks=tuple(block.report for block in searched if block.report),
+                    blocks=tuple(report for report in reports if report),
                 )
             )
             # from here on the segment runs as quantized, and the next one sees its real output
-            below.enter_context(installed(site for block in searched for site in block.sites))
+            below.enter_context(installed(quantized))
             del calibration.inputs[segment.name]
     calibration.found |= {
         "segments": tuple(segments),
@@ -334,7 +339,9 @@ def _pack_block(model: nn.Module, block: SearchedBlock) -> _Modules:
     for site in (part for whole in block.sites for part in whole.parts):
         for name, quantized in zip(site.site.modules, site.quantized_weights(), strict=True):
             tensors = packed_tensors(quantized, site.scheme, site.input_qparams)
+            tensors = {part: keep(tensor) for part, tensor in tensors.items()}
             packed[name] = QVLMLinear.from_packed(get_linear(model, name), site.scheme, tensors)
+        site.free_integers()
     return packed
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qvlm_hf.calibration.samples import Batch
+from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.models.experts import rows_of
 from qvlm_hf.models.graph import Layer, Segment
 
@@ -200,7 +201,7 @@ class _Recorder:
             mask = self._batch.inputs.get("attention_mask")
             valid = mask.bool() if mask is not None and mask.shape == hidden.shape[:-1] else None
             self._entry = LayerInput(
-                hidden.detach().to(dtype),
+                keep(hidden.detach().to(dtype)),
                 self._cast(args, dtype),
                 self._cast(kwargs, dtype),
                 valid,
@@ -229,7 +230,7 @@ class _Recorder:
             if id(value) not in self._casts:
                 own = value.detach()
                 own = own.to(dtype) if own.is_floating_point() else own
-                self._casts[id(value)] = (value, own)
+                self._casts[id(value)] = (value, keep(own))
             return self._casts[id(value)][1]
         if isinstance(value, tuple):
             return tuple(self._cast(item, dtype) for item in value)
@@ -250,7 +251,7 @@ def working_precision(layers: Iterable[Layer], inputs: Sequence[LayerInput]) -> 
     ]
     try:
         for parameter, data in stored:
-            parameter.data = data.to(dtype)
+            parameter.data = keep(data.to(dtype))
         yield
     finally:
         for parameter, data in stored:
@@ -275,7 +276,7 @@ def run_layer(
             continue
         entering = h if call.added is None else h + call.added
         with torch.no_grad():
-            outputs.append(_hidden_states(layer(entering, *call.args, **call.kwargs)))
+            outputs.append(keep(_hidden_states(layer(entering, *call.args, **call.kwargs))))
     return outputs
 
 

@@ -17,9 +17,17 @@ from torch import nn
 from qvlm_hf.calibration.cost import Data, Sums, active_share, gradient_draws
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Layer, Segment, Site
 
-__all__ = ["Memory", "count_memory", "count_rounding_memory", "model_bytes", "packed_bytes"]
+__all__ = [
+    "Memory",
+    "count_memory",
+    "count_rounding_memory",
+    "model_bytes",
+    "packed_bytes",
+    "packed_size",
+]
 
 _PROCESS = 420 * 2**20  # Python, PyTorch and Transformers, without their files
 _SLACK = 1.15  # what the C library holds back of what was freed
@@ -67,6 +75,13 @@ def packed_bytes(weights: float, settings: CalibrationSettings) -> float:
     """Of quantized weights, with their grids."""
     group = settings.group_size if settings.group_size > 0 else 4096
     return weights * (settings.weight_bits / 8 + 3 / group)
+
+
+def packed_size(out_features: int, in_features: int, scheme: QuantScheme) -> int:
+    """Bytes of a weight as docs/format.md packs it, with its grids and those of its input."""
+    grid = 2 if scheme.symmetric else 3
+    row = 4 * scheme.words(in_features) + grid * scheme.groups(in_features)
+    return out_features * row + (8 * in_features if scheme.granularity == "channel" else 0)
 
 
 def count_memory(

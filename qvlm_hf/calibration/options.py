@@ -20,6 +20,7 @@ __all__ = [
     "VisionOptimization",
     "check_fields",
     "option",
+    "size_in_bytes",
 ]
 
 
@@ -84,6 +85,26 @@ def _names_module(name: Any) -> bool:
     return type(name) is str and bool(re.fullmatch(r"[^\s.*?]+(\.[^\s.*?]+)*", name))
 
 
+def size_in_bytes(size: str) -> int:
+    """Bytes of a size such as "3.9GB" or "350 MB".
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])B", size)
+    if found is None:
+        raise ValueError(f"{size!r} is no size: write it as in '3.9GB' or '350MB'.")
+    return int(float(found[1]) * {"M": 1e6, "G": 1e9}[found[2]])
+
+
+def _is_size(value: Any) -> bool:
+    try:
+        return type(value) is str and size_in_bytes(value) > 0
+    except ValueError:
+        return False
+
+
+_AVERAGE_BITS = _number("an average of 2 to 8 bits", 2, 8)
 _SMALLEST = sys.float_info.min
 _SWITCH = Rule("True or False", lambda value: type(value) is bool)
 _NOT_NEGATIVE = _number("a number of at least 0", 0)
@@ -270,8 +291,8 @@ class Options:
     guard: bool = option(
         True,
         _SWITCH,
-        "lift sites whose inputs or weights the scheme's bits would break to 8 bits, a tenth of "
-        "them at most; needs data.",
+        "keep up to a tenth of the sites at 8 bits, those that the scheme's bits would break; only "
+        "if inputs or weights have at most 4 bits; needs data.",
     )
     recipe: str | None = option(
         None,
@@ -282,12 +303,20 @@ class Options:
         "nothing.",
         flag=Flag("measure which recipe suits the model", choices=("auto",), search=True),
     )
-    precision_budget: float | None = option(
+    precision_budget: float | str | None = option(
         None,
-        _none_or(_number("an average of 2 to 8 bits per weight: or leave it out", 2, 8)),
-        "average bits of a weight: calibration gives every site its own width, from 2 to 8. None: "
-        "those of the scheme.",
-        flag=Flag("average bits of a weight; widths are chosen per site", "BITS", search=True),
+        Rule(
+            "an average of 2 to 8 bits per weight, or a size as in '3.9GB': or leave it out",
+            lambda value: value is None or _AVERAGE_BITS.accepts(value) or _is_size(value),
+        ),
+        'average bits of a weight, or the size of the saved weights in decimal units ("3.9GB", '
+        '"350MB"): calibration gives every site its own width, from 2 to 8. None: those of the '
+        "scheme.",
+        flag=Flag(
+            "average bits of a weight, or a size such as 3.9GB; widths are chosen per site",
+            "BUDGET",
+            search=True,
+        ),
     )
     optimize_vision: Any = option(
         None,

@@ -1,4 +1,4 @@
-"""`Calibration`: the one object that walks through the recipe of qvlm_hf/quantize.py."""
+"""`Calibration`: the one object that walks through qvlm_hf/quantize.py."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,6 +1,7 @@
 """Loading models and making configurations for the commands, without the library's own chatter."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import Field
 from dataclasses import fields as fields_of
 from pathlib import Path
@@ -74,12 +75,26 @@ def add_field_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(
             word,
             default=None if flag.search else each.default,
-            type=next((kind for kind in (int, float) if kind.__name__ in str(each.type)), str),
+            type=_reader(str(each.type)),
             metavar=flag.metavar,
             choices=flag.choices or None,
             help=text,
             **several,
         )
+
+
+def _reader(annotation: str) -> Callable[[str], Any]:
+    """What makes a value of a word of the command line."""
+    if "float" in annotation and "str" in annotation:
+        return _number_or_word
+    return next((kind for kind in (int, float) if kind.__name__ in annotation), str)
+
+
+def _number_or_word(word: str) -> float | str:
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "rotation",
         "activation_granularity",
         "precision_budget",
+        "scratch_dir",
     )
     parser.add_argument(
         "--revision",

@@ -1,4 +1,4 @@
-"""The calibration that a `QVLMConfig` asks for: samples, read before any weight, and the recipe."""
+"""The calibration that a `QVLMConfig` asks for: samples, read before any weight, and the method."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qvlm_hf.calibration.samples import (
     without_too_long,
 )
 from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
+from qvlm_hf.calibration.scratch import check_scratch_dir, scratch
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.models.families import check_row
 from qvlm_hf.quantize import CHECK_SAMPLES, round_and_pack
@@ -37,7 +38,7 @@ def read_samples(config: QVLMConfig) -> list[Sample] | None:
 
     Raises:
         ValueError: the scheme needs data and there is none, the processor is missing, `resume_dir`
-            is of no use, or a sample is wrong.
+            or `scratch_dir` is of no use, or a sample is wrong.
     """
     if config.dataset is None:
         if config.settings().needs_data:
@@ -55,6 +56,8 @@ def read_samples(config: QVLMConfig) -> list[Sample] | None:
         )
     if config.resume_dir is not None:
         check_resume_dir(config.resume_dir)
+    if config.scratch_dir is not None:
+        check_scratch_dir(config.scratch_dir)
     if config.dataset == SYNTHETIC:
         return None
     count = config.num_samples + CHECK_SAMPLES
@@ -87,9 +90,10 @@ def calibrate(
     fitting = without_too_long(samples or (), config.processor, longest_sample(model))
     chosen, held_out = hold_out(fitting, config.num_samples, config.seed)
     folder = None if config.resume_dir is None else check_resume_dir(config.resume_dir)
+    files = None if config.scratch_dir is None else check_scratch_dir(config.scratch_dir)
     settings = config.settings()
     callbacks = config.callbacks or (ProgressBar(planned_steps(settings), expected=expected),)
-    with telling_how_to_go_on(folder):
+    with telling_how_to_go_on(folder), scratch(files):
         report = calibrate_with_best_recipe(
             model, settings, chosen, config.processor,
             held_out=held_out, callbacks=callbacks, resume_dir=folder,

@@ -80,12 +80,12 @@ def checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
     return kept
 
 
-def checked_folder(folder: Any) -> str | None:
-    """`resume_dir` as text; raises ValueError where it names no directory."""
+def checked_folder(name: str, folder: Any) -> str | None:
+    """The field `name` as text; raises ValueError where it names no directory."""
     if folder is None:
         return None
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise ValueError(f"resume_dir={shown(folder)} must be the name of a directory.")
+        raise ValueError(f"{name}={shown(folder)} must be the name of a directory.")
     return str(os.fspath(folder))
 
 

@@ -118,6 +118,13 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         "directory to keep finished steps of calibration in: the same call goes on where a stopped "
         "one was, with the same result. Delete it when the result is saved.",
     )
+    scratch_dir: Any = _of_this_process(
+        None,
+        "directory on a disk for what calibration would hold in memory: changed and quantized "
+        "weights, hidden states, gradients. They are mapped from files without names, with the "
+        "same result; so is the quantized model until the process ends.",
+        flag=Flag("hold weights and hidden states in files there", "DIR", search=True),
+    )
     modules: Any = option(
         None,
         None,
@@ -144,7 +151,8 @@ class QVLMConfig(Options, QuantizationConfigMixin):
             "quant_method": QUANT_METHOD,  # a str, as in every plugin; in-tree methods have an enum
             "scheme": "W{}A{}".format(*parse_scheme(to_plain("scheme", self.scheme))),
             "callbacks": checked_callbacks(self.callbacks),
-            "resume_dir": checked_folder(self.resume_dir),
+            "resume_dir": checked_folder("resume_dir", self.resume_dir),
+            "scratch_dir": checked_folder("scratch_dir", self.scratch_dir),
             "modules": checked_modules(self.modules),
             "provenance": checked_provenance(self.provenance),
             **checked_publishing(self.push_to_hub, self.hub_model_id, self.hub_private),
@@ -291,6 +299,7 @@ class QVLMConfig(Options, QuantizationConfigMixin):
             "optimize_vision": self.optimize_vision is not None,
             "precision_budget": self.precision_budget is not None,
             "resume_dir": self.resume_dir is not None,
+            "scratch_dir": self.scratch_dir is not None,
         }
         for name, asked in needing.items():
             if asked:

@@ -33,6 +33,7 @@ from qvlm_hf.calibration.memory import (
     model_bytes,
     packed_bytes,
 )
+from qvlm_hf.calibration.options import size_in_bytes
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.report import RecipeTrial
@@ -139,7 +140,7 @@ def expect(
     segments = resolve_segments(model, settings) if has_row(model) else ()
     weights, whole = _quantized(model, segments), model_bytes(model, model.dtype)
     packed = packed_bytes(weights, settings)
-    sizes = {"weights": whole, "result": whole - weights * model.dtype.itemsize + packed}
+    sizes = {"weights": whole, "result": result_bytes(model, config)}
     if config.dataset is None and not settings.needs_data:
         memory = count_rounding_memory(model, weights, settings)
         return Expected(
@@ -273,6 +274,8 @@ def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:
         ValueError: as `resolve_segments`.
     """
     settings = config.settings()
+    if isinstance(settings.precision_budget, str):
+        return size_in_bytes(settings.precision_budget)
     weights = _quantized(model, resolve_segments(model, settings) if has_row(model) else ())
     floats = model_bytes(model, model.dtype) - weights * model.dtype.itemsize
     return floats + packed_bytes(weights, settings)

@@ -54,8 +54,8 @@ def picture() -> str:
     ]
     height = TOP + ROW * max(len(quality), len(tokens)) + 6
     elements = [
-        *panel(0, "Right answers", "percent of 2400 questions, demo model, W4A4", quality),
-        *panel(460, "Speed of a further token", "times bfloat16, LLaVA of 1.1 B, CPU", tokens),
+        *panel(0, "Accuracy", "percent of 2400 questions, demo model, W4A4", quality),
+        *panel(460, "Speed of a decoded token", "times bfloat16, LLaVA of 1.1 B, CPU", tokens),
     ]
     return "\n".join(
         [

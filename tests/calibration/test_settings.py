@@ -66,10 +66,10 @@ def percentile(granularity, value):
         *(
             (
                 {"precision_budget": value},
-                f"precision_budget={value!r} must be an average of 2 to 8 bits per weight: or "
-                f"leave it out.",
+                f"precision_budget={value!r} must be an average of 2 to 8 bits per weight, or a size "
+                f"as in '3.9GB': or leave it out.",
             )
-            for value in (1.99, 8.01, True, "4", float("nan"))
+            for value in (1.99, 8.01, True, "4", "3.9", "0GB", "-1GB", "3.9 TB", float("nan"))
         ),
         *(
             (
@@ -179,6 +179,8 @@ def test_validation_names_value_rule_and_remedy(change, message):
         {"entropy_threshold": 0},
         {"precision_budget": 2},
         {"precision_budget": 8},
+        {"precision_budget": "3.9GB"},
+        {"precision_budget": "350 MB"},
         {"entropy_threshold": -1.5},
         {"lm_head_bits": 8},
         {"seed": 0},

@@ -61,7 +61,7 @@ def test_json_round_trip_holds_settings_and_results_only() -> None:
     config = QVLMConfig.paper(
         dataset=[1], processor=object(), strict=True, push_to_hub=True, hub_model_id="me/model",
         hub_private=True, modules={"model.up": SCHEME}, provenance={"samples": 3},
-        modules_to_not_convert=("fc1",), resume_dir="stopped",
+        modules_to_not_convert=("fc1",), resume_dir="stopped", scratch_dir="files",
     )  # fmt: skip
     text = json.dumps(config.to_dict())
     again = AutoQuantizationConfig.from_dict(json.loads(text))
@@ -69,7 +69,7 @@ def test_json_round_trip_holds_settings_and_results_only() -> None:
     assert again.modules == {"model.up": SCHEME}
     assert json.dumps(again.to_dict()) == text
     assert dict(config) == config.to_diff_dict() == config.to_dict()
-    unsaved = "dataset processor callbacks strict resume_dir push_to_hub hub_model_id hub_private"
+    unsaved = "dataset processor callbacks strict resume_dir scratch_dir push_to_hub hub_model_id hub_private"
     assert not set(unsaved.split()) & set(config.to_dict())
     assert '"scheme": "W4A4"' in repr(config)
     assert config != QVLMConfig()

@@ -182,7 +182,9 @@ def test_private_branches_and_pull_requests(hub, api, transfer, folder):
         with pytest.raises(ValueError, match=message):
             publish_folder(folder, REPO, private=asked, api=api)
     stranger = HfApi(token=hub.add_user("stranger"))
+    hub.requests.clear()
     published = publish_folder(folder, REPO, create_pr=True, api=stranger)
+    assert not hub.calls("POST", "/repos/create")
     assert published.pull_request_url == f"{hub.endpoint}/me/tiny/discussions/1"
     again = publish_folder(folder, REPO, revision="refs/pr/1", license="mit", api=stranger)
     assert content(hub, revision="refs/pr/1") == local(folder, again.files)

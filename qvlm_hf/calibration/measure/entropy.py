@@ -24,6 +24,7 @@ from qvlm_hf.calibration.layers import (
     working_precision,
 )
 from qvlm_hf.calibration.run import Calibration
+from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.models.graph import Segment
 
 __all__ = [
@@ -77,7 +78,9 @@ def layer_dependencies(calibration: Calibration, segment: Segment) -> list[float
     for layer in live if len(live) > 1 else ():
         with working_precision([layer], inputs):
             hidden = run_layer(layer.module, inputs, hidden)
-        tokens = [valid_tokens(h, entry.valid) for h, entry in zip(hidden, inputs, strict=True)]
+        tokens = [
+            keep(valid_tokens(h, entry.valid)) for h, entry in zip(hidden, inputs, strict=True)
+        ]
         for entry, values in zip(inputs, tokens, strict=True):
             entry.require_finite(values, f"the output of {layer.name}")
         current = hidden if per_position else tokens

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qvlm_hf.calibration.layers import live_layers
+from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.models.graph import Segment
 
 __all__ = ["LayerRun", "cut_at_layers", "pull_back"]
@@ -110,7 +111,9 @@ def _record(
     with torch.no_grad():
         output = forward(*args, **kwargs)
     values = output if isinstance(output, tuple) else (output,)
-    values = tuple(value.detach().requires_grad_() if _floats(value) else value for value in values)
+    values = tuple(
+        keep(value.detach()).requires_grad_() if _floats(value) else value for value in values
+    )
     leaving = [value for value in values if _floats(value)]
     runs.append(LayerRun(name, forward, (args, kwargs), entering, leaving))
     return values if isinstance(output, tuple) else values[0]

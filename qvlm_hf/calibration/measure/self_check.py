@@ -8,6 +8,7 @@ from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.report import SelfCheck
 from qvlm_hf.calibration.samples import Batch
+from qvlm_hf.calibration.scratch import keep
 
 __all__ = ["AnswerComparison", "collapse_warning", "head_warning"]
 
@@ -31,7 +32,7 @@ class AnswerComparison:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], *, held_out: bool) -> None:
         self._model, self._held_out = model, held_out
         self._batches = batches[ranks.number() :: ranks.count()]
-        self._reference = [logits.cpu() for logits in self._answers()]
+        self._reference = [keep(logits.cpu()) for logits in self._answers()]
 
     def divergences(self) -> list[float]:
         """The mean KL (nats a token) of every own sample with an answer, as the model is now."""

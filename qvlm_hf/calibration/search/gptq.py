@@ -61,10 +61,9 @@ def gptq_round_layer(
     tokens = weights or [torch.ones(h.shape[:-1], device=h.device) for h in hidden]
     for site in sites:
         parts = [part for part in site.parts if not part.few_tokens]
-        for part, halves in zip(
-            parts, _hessians(layer, parts, inputs, hidden, tokens), strict=True
-        ):
-            part.set_weights(_round_siblings(part, agreed_hessian(halves)))
+        found = _hessians(layer, parts, inputs, hidden, tokens)
+        for part in parts:  # a Hessian goes when it was used: wide inputs have large ones
+            part.set_weights(_round_siblings(part, agreed_hessian(found.pop(0))))
 
 
 def _round_siblings(site: QuantizedSite, hessian: Tensor) -> list[QuantizedWeight]:
@@ -229,14 +228,19 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
 
     With rows and columns in reverse order, the factor of H itself is the inverse of that factor.
     """
-    h = hessian.double()
-    diagonal = torch.diagonal(h).clone()
+    diagonal = torch.diagonal(hessian).double()
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
     damping = _DAMPING
     while True:
-        torch.diagonal(h).copy_(diagonal + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+        # of a wide input each such matrix takes a gigabyte: few are alive at a time
+        damped = hessian.flip(0, 1).double()
+        torch.diagonal(damped).copy_((diagonal + damping * mean).flip(0))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not failed:
-            identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float()
+            del hessian
+            upper = lower.flip(0, 1)
+            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).T
+            del lower
+            return torch.linalg.solve_triangular(upper, inverse, upper=True, out=inverse).float()
         damping *= 10

@@ -14,7 +14,7 @@ second order. So time grows with the number of layers, not with its square.
 Left out: interactions between sites; the search that follows sees them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -27,12 +27,14 @@ from qvlm_hf.calibration.measure.gradients import answer_gradients
 from qvlm_hf.calibration.report import PrecisionRaise
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX
+from qvlm_hf.calibration.scratch import keep
+from qvlm_hf.calibration.search.budget import WIDTHS, allocate_bits, fit_bits, saved_bytes
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.settings import Precision
 from qvlm_hf.models.graph import Layer, Segment
 
-__all__ = ["allocate_bits", "choose_precisions", "site_parameters"]
+__all__ = ["choose_precisions", "site_parameters"]
 
 # A site that alone moves the answers by more than this is broken, whatever the others do. On the
 # demo model at W4A4 the worst of 42 sites moved them by 0.07 nats at its starting range, the fifth
@@ -43,7 +45,6 @@ _RAISED_BITS = 8
 # Of a site, over all held-out samples. With 16 a random model's worst site came fifth.
 _DIRECTIONS = 64
 _GRADIENT_BYTES = 4 * 2**30  # fewer directions of large models, but one of every sample
-_WIDTHS = (2, 3, 4, 5, 6, 8)  # weight bits that a budget chooses from
 
 
 def choose_precisions(
@@ -74,8 +75,13 @@ def choose_precisions(
             )
             for raised in raises
         }
-    if settings.precision_budget is not None:
-        widths = allocate_bits(_measure_widths(probe), parameters, settings.precision_budget)
+    budget = settings.precision_budget
+    if budget is not None:
+        curves = _measure_widths(probe)
+        if isinstance(budget, str):
+            widths = fit_bits(curves, *saved_bytes(calibration), budget)
+        else:
+            widths = allocate_bits(curves, parameters, budget)
         for name, bits in widths.items():
             precisions[name] = replace(precisions.get(name, settings.precision), weight_bits=bits)
     return precisions, found
@@ -134,7 +140,7 @@ class _Probe:
                 continue
             with installed([site]):
                 outputs = run_layer(layer.module, inputs, hidden)
-            errors = [output - own for output, own in zip(outputs, full, strict=True)]
+            errors = (output - own for output, own in zip(outputs, full, strict=True))
             batches = zip(inputs, errors, gradients, strict=True)
             squares = sum(_mean_square(*batch) for batch in batches)
             (squares,) = ranks.add(squares)
@@ -164,7 +170,7 @@ def _held_out_gradients(calibration: Calibration) -> dict[str, list[dict[str, li
     draws = max(1, min(most, -(-_DIRECTIONS // max(samples, 1))))
     found: dict[int, dict[str, list[Tensor]]] = {id(batch): {} for batch in own}
     for index, name, gradients in answer_gradients(calibration, batches, draws=draws):
-        kept = [gradient.to("cpu", torch.bfloat16) for gradient in gradients]
+        kept = [keep(gradient.to("cpu", torch.bfloat16)) for gradient in gradients]
         found[id(batches[index])][name] = kept
     return {
         name: [found[id(batch)] for batch in held if id(batch) in found]
@@ -210,7 +216,7 @@ def _guard(probe: _Probe, scheme: Precision) -> tuple[dict[str, float], list[Pre
 def _measure_widths(probe: _Probe) -> dict[str, dict[int, float]]:
     """Site -> weight bits -> divergence with floating-point inputs, never rising with the bits."""
     curves: dict[str, dict[int, float]] = {}
-    for bits in _WIDTHS:
+    for bits in WIDTHS:
         for name, kl in probe.divergences(Precision(weight_bits=bits, activation_bits=16)).items():
             before = min(curves.setdefault(name, {}).values(), default=kl)
             curves[name][bits] = min(before, kl)
@@ -225,44 +231,3 @@ def site_parameters(calibration: Calibration) -> dict[str, int]:
         for layer in segment.layers
         for site in layer.sites
     }
-
-
-def allocate_bits(
-    curves: Mapping[str, Mapping[int, float]], parameters: Mapping[str, int], budget: float
-) -> dict[str, int]:
-    """Weight bits of every site so that the average over all weights stays within the budget.
-
-    Starts with the fewest bits everywhere and takes, as long as one fits, the raise that lowers the
-    divergence most per added bit. A site without a curve (of a dead layer) stays at the fewest
-    bits.
-
-    Args:
-        curves: site -> bits -> divergence; every site has the same widths.
-        parameters: site -> number of weights.
-        budget: average bits of a weight.
-
-    Returns:
-        Site -> bits. No further raise of any site fits into the budget.
-
-    Raises:
-        ValueError: the budget is below the fewest bits.
-    """
-    widths = sorted(next(iter(curves.values())))
-    bits = dict.fromkeys(parameters, widths[0])
-    room = budget * sum(parameters.values()) - widths[0] * sum(parameters.values())
-    if room < 0:
-        raise ValueError(
-            f"precision_budget={budget} is below {widths[0]} bits, the fewest a weight can have: "
-            f"raise it."
-        )
-    while True:
-        raises = [
-            ((curve[bits[name]] - curve[wider]) / cost, -cost, name, wider)
-            for name, curve in curves.items()
-            for wider in widths
-            if wider > bits[name] and (cost := (wider - bits[name]) * parameters[name]) <= room
-        ]
-        if not raises:
-            return bits
-        _, cost, name, wider = max(raises)
-        bits[name], room = wider, room + cost

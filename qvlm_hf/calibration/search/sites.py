@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qvlm_hf.calibration.run import LearnedRanges
+from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.grids import (
     QParams,
@@ -136,6 +137,10 @@ class QuantizedSite:
         self._final = tuple(weights)
         self._weights = {self.choice: self._dequantize(weights)}
 
+    def free_integers(self) -> None:
+        """Forgets the integers, which are packed by now; it goes on computing."""
+        self._final = None
+
     def folded_weight(self, index: int) -> Tensor:
         """W', float32 [out, in], of a module: W diag(input scale) for "channel", else W."""
         return self._folded(self.linears[index], self.choice)
@@ -248,7 +253,7 @@ class QuantizedSite:
 
     def _dequantize(self, weights: Sequence[QuantizedWeight]) -> tuple[Tensor, ...]:
         dtype = self.linears[0].weight.dtype
-        return tuple(weight.dequantize().to(dtype) for weight in weights)
+        return tuple(keep(weight.dequantize().to(dtype)) for weight in weights)
 
 
 class ExpertsSite(QuantizedSite):

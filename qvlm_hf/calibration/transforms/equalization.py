@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import observe_inputs, routed, run_model, valid_tokens
 from qvlm_hf.calibration.samples import Batch
+from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.models.folds import ScalePath, norm_offset
 
 __all__ = ["equalize"]
@@ -54,13 +55,14 @@ def _fold(path: ScalePath, scale: Tensor) -> None:
     for reader in path.readers:
         repeats = reader.weight.shape[1] // scale.numel()  # a router may be no nn.Linear
         columns = scale.unsqueeze(1).expand(-1, repeats, -1).flatten()
-        reader.weight.data = (reader.weight.detach().float() * columns).to(reader.weight.dtype)
+        scaled = reader.weight.detach().float() * columns
+        reader.weight.data = keep(scaled.to(reader.weight.dtype))
     for name, parameter in path.source.named_parameters(recurse=False):
         rows = scale.flatten().view(-1, *[1] * (parameter.dim() - 1))
         offset = norm_offset(path.source) if name == "weight" else 0.0
         values = parameter.detach().float().clone()
         values[-path.channels :] = (values[-path.channels :] + offset) / rows - offset
-        parameter.data = values.to(parameter.dtype)
+        parameter.data = keep(values.to(parameter.dtype))
 
 
 def _scales(path: ScalePath, inputs: Tensor) -> Tensor:

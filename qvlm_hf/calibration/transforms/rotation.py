@@ -28,6 +28,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.format.hadamard import block_hadamard, largest_block
 from qvlm_hf.models.folds import RotationPlan, ValuePath, norm_offset
 from qvlm_hf.models.graph import why_empty
@@ -175,7 +176,7 @@ def _change(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) ->
 
 
 def _changed(parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> Tensor:
-    return change(parameter.detach().double()).to(parameter.dtype).contiguous()
+    return keep(change(parameter.detach().double()).to(parameter.dtype).contiguous())
 
 
 def _untie(model: nn.Module, head: nn.Linear) -> None:

@@ -14,8 +14,9 @@ from tiny_models import tiny_llava
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
 from qvlm_hf.calibration.search import sensitivity
+from qvlm_hf.calibration.search.budget import allocate_bits
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
-from qvlm_hf.calibration.search.sensitivity import allocate_bits, site_parameters
+from qvlm_hf.calibration.search.sensitivity import site_parameters
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.nn.replace import quantized_modules
 
@@ -110,6 +111,27 @@ def test_a_calibrated_model_keeps_to_its_budget(budget):
     assert budget - average < 2 * largest / sum(sizes.values())
     assert len(set(bits.values())) > 1
     assert {module.scheme.activation_bits for module in modules.values()} == {4}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"symmetric": True, "rotation": "hadamard"}, {"lm_head_bits": 8}]
+)
+def test_a_budget_in_megabytes_is_what_the_file_takes(options, tmp_path):
+    options = {"guard": False, "max_block_depth": 1, "token_importance": False} | options
+    model, _ = calibrate(tiny_llava(), precision_budget="0.3MB", **options)
+    model.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert 0.9 * 300_000 < file.stat().st_size <= 300_000
+    assert len({module.scheme.weight_bits for _, module in quantized_modules(model)}) > 1
+
+
+def test_a_size_that_the_fewest_bits_exceed_is_refused():
+    model = tiny_llava()
+    with pytest.raises(
+        ValueError, match=r"'0\.01MB' is below 0\.\d+MB, which the model takes with"
+    ):
+        calibrate(model, precision_budget="0.01MB", guard=False)
+    assert not dict(quantized_modules(model))
 
 
 def test_the_guard_raises_what_four_bits_break_and_says_so():

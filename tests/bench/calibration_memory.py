@@ -1,0 +1,133 @@
+r"""Memory that calibration takes for language models of growing depth, and a line through it.
+
+The demo model's configuration with a wider language model of random weights, `--layers` deep,
+calibrated from a checkpoint on the demo's samples, in a process each, with scratch files and
+without. Memory is anonymous: mapped files are what the kernel can drop and read again.
+
+    python tests/bench/calibration_memory.py --json tests/bench/results/calibration_memory.json
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from calibration_time import line
+from results_file import options_of, write
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import qvlm_hf
+from qvlm_hf.bench.machine import proc_bytes
+from qvlm_hf.bench.random_models import random_model
+from qvlm_hf.demo import dataset_path, model_dir
+
+_EVERY = 0.002  # seconds between two looks at the memory
+# The C library gives blocks from 64 KiB on back at once: what it hoards is no need of calibration.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def save_model(folder: Path, layers: int, hidden: int, dtype: torch.dtype) -> int:
+    """Saves a random model; returns the bytes of a decoder layer."""
+    config = AutoConfig.from_pretrained(model_dir())
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "head_dim": 64}
+    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), hidden // 64)
+    config.text_config.update(sizes | heads | {"num_hidden_layers": layers})
+    model = random_model(config, dtype=dtype, device=torch.device("cpu"))
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(model_dir()).save_pretrained(folder)
+    layer = model.get_decoder().layers[0]
+    return sum(parameter.nbytes for parameter in layer.parameters())
+
+
+@contextmanager
+def highest_anonymous() -> Iterator[list[int]]:
+    """Inside, the highest anonymous memory of this process is written into the list."""
+    highest, stop = [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(_EVERY):
+            highest[0] = max(highest[0], proc_bytes("self/status", "RssAnon") or 0)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield highest
+    finally:
+        stop.set()
+        watcher.join()
+
+
+def calibrate(folder: Path, scratch: str | None, output: str | None, **fields: object) -> dict:
+    """Calibrates the model there, in this process; returns what it took."""
+    config = qvlm_hf.QVLMConfig(
+        dataset=str(dataset_path("calibration")),
+        processor=AutoProcessor.from_pretrained(folder),
+        scratch_dir=scratch,
+        **fields,
+    )
+    before, start = proc_bytes("self/status", "RssAnon"), time.process_time()
+    with highest_anonymous() as highest:
+        model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+        if output:
+            model.save_pretrained(output)
+    seconds = time.process_time() - start
+    return {"anonymous": highest[0] - before, "seconds": seconds}
+
+
+def in_a_process(folder: Path, *options: str) -> dict:
+    """The same, in a process of its own."""
+    command = [sys.executable, __file__, "--child", str(folder), *options]
+    environment = os.environ | MALLOC
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = options_of(__doc__, rounds=1)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--scheme", default="W4A4")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--folder", help="where to write; default: a temporary directory")
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        fields = {"scheme": options.scheme, "num_samples": options.samples}
+        print(json.dumps(calibrate(Path(options.child), options.scratch, None, **fields)))
+        return
+    same = ["--scheme", options.scheme, "--samples", str(options.samples), "--threads", "1"]
+    found: dict[str, dict[int, dict]] = {"memory": {}, "scratch": {}}
+    for layers in options.layers:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            layer = save_model(Path(folder), layers, options.hidden, torch.bfloat16)
+            for way, places in (("memory", []), ("scratch", ["--scratch", folder])):
+                result = in_a_process(Path(folder), *same, *places)
+                found[way][layers] = result
+                size, seconds = result["anonymous"] / 2**20, result["seconds"]
+                print(f"{layers} layers, {way}: {size:.0f} MiB, {seconds:.0f} s", flush=True)
+    fits = {}
+    for way, results in found.items():
+        sizes = [result["anonymous"] for result in results.values()]
+        base, slope = line(options.layers, sizes)
+        fits[way] = {"base": base, "per_layer": slope, "of_a_layer": slope / layer}
+        print(
+            f"{way}: {base / 2**20:.0f} MiB + {slope / 2**20:.2f} MiB a layer, "
+            f"{slope / layer:.1%} of its weights"
+        )
+    write(options.json, scheme=options.scheme, hidden=options.hidden, found=found, fits=fits)
+
+
+if __name__ == "__main__":
+    main()
