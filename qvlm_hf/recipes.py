@@ -149,22 +149,27 @@ def _try_recipes(
         return [answer_kls or text_kls, text_kls]
 
     def measure_recipe(recipe: Recipe) -> RecipeTrial:
-        answer_kls, text_kls = measure(trial(settings, recipe), data)
-        return RecipeTrial(
+        once = partial(measure, trial(settings, recipe), data)
+        answer_kls, text_kls = kept.once(f"recipe-{next(numbers)}", once)
+        found = RecipeTrial(
             fields=recipe,
             answer_kl=typical(answer_kls),
             text_kl=typical(text_kls),
             keeps_text=not clearly_above(text_kls, plain),
         )
+        judged[id(found)] = answer_kls
+        return found
 
-    def measure_once(recipe: Recipe) -> RecipeTrial:
-        return kept.once(f"recipe-{next(numbers)}", partial(measure_recipe, recipe))
+    def better(one: RecipeTrial, other: RecipeTrial) -> bool:
+        return clearly_above(judged[id(other)], judged[id(one)])
 
+    judged: dict[int, list[float]] = {}
     numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
     _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
     return compare_recipes(
         settings,
-        measure_once,
+        measure_recipe,
+        better,
         progress.steps,
         rotatable=settings.rotation != "auto" or not why_not_rotatable(model),
         # GPU kernels leave ranges per group to the reference, which is slow
@@ -175,6 +180,7 @@ def _try_recipes(
 def compare_recipes(
     settings: CalibrationSettings,
     measure: Callable[[Recipe], RecipeTrial],
+    better: Callable[[RecipeTrial, RecipeTrial], bool],
     steps: Callable[[str, int], Steps],
     *,
     rotatable: bool,
@@ -185,13 +191,14 @@ def compare_recipes(
     Args:
         settings: whose `recipe` is "auto"; a field that is not at its default is fixed.
         measure: tries a recipe, the values of the open fields.
+        better: whether the answers of the first one are clearly better.
         steps: makes a counter, from its name and total.
         rotatable: whether the model can be rotated.
         groups: whether ranges per token and group are fast here.
 
     Returns:
-        All trials, the best one first: the lowest divergence of answers among those that keep text,
-        or the lowest divergence of text if none does.
+        All trials, the best one first, of those that keep text: the first of the list that none is
+        clearly better than. If none keeps text it is the one with the lowest divergence of text.
     """
     first = _first_recipes(settings, rotatable, groups)
     equalized = settings.equalization == Options.equalization
@@ -205,31 +212,39 @@ def compare_recipes(
     for recipe in first:
         take(recipe)
     if equalized:
-        take(_best(trials).fields | {"equalization": not Options.equalization})
-    best = _best(trials)
+        take(_best(trials, better).fields | {"equalization": not Options.equalization})
+    best = _best(trials, better)
     return (best, *(tried for tried in trials if tried is not best))
 
 
 def _first_recipes(settings: CalibrationSettings, rotatable: bool, groups: bool) -> list[Recipe]:
-    rotations = [None, "hadamard"] if settings.rotation == "auto" else [settings.rotation]
-    ranges = [settings.activation_granularity]
+    """What is likely to be best comes first: it is taken unless another is clearly better."""
+    rotations, ranges = [settings.rotation], [settings.activation_granularity]
+    if rotations == ["auto"]:
+        pays = replace(settings, recipe=None).rotation == "auto"
+        rotations = ["hadamard", None] if pays else [None, "hadamard"]
+        rotations = rotations if rotatable else [None]
     if ranges == [None]:
         # with more bits a range for every group gains nothing (docs/results.md)
         groups &= settings.group_size != -1 and settings.activation_bits <= _FEW_BITS
-        ranges.append("dynamic_group" if groups else "dynamic_token")
+        ranges = ["dynamic_group", None] if groups else [None, "dynamic_token"]
     return [
         {"rotation": rotation, "activation_granularity": granularity}
         for rotation in rotations
         for granularity in ranges
-        if rotatable or rotation is None or settings.rotation != "auto"
     ]
 
 
-def _best(trials: Sequence[RecipeTrial]) -> RecipeTrial:
+def _best(
+    trials: Sequence[RecipeTrial], better: Callable[[RecipeTrial, RecipeTrial], bool]
+) -> RecipeTrial:
     sound = [tried for tried in trials if tried.keeps_text]
     if not sound:
         return min(trials, key=lambda tried: tried.text_kl)
-    return min(sound, key=lambda tried: tried.answer_kl)
+    best = sound[0]
+    for tried in sound[1:]:
+        best = tried if better(tried, best) else best
+    return best
 
 
 def trial(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:

@@ -42,6 +42,7 @@ def compare(settings, kls, rotatable=True, groups=False):
     found = compare_recipes(
         settings,
         measure,
+        lambda one, other: one.answer_kl < 0.9 * other.answer_kl,
         lambda name, total: Steps(name, [told], total),
         rotatable=rotatable,
         groups=groups,
@@ -104,6 +105,18 @@ def test_text_must_not_suffer_more_than_from_plain_rounding(kept, rotation):
 
     _, best = compare(auto(**FIXED), kls)
     assert best.fields["rotation"] == rotation
+
+
+def test_what_is_likely_to_be_best_gives_way_to_what_is_clearly_better_alone():
+    """By default 8-bit inputs are rotated, 4-bit ones not and have ranges per group."""
+
+    def close(recipe):
+        return (0.095 if recipe["rotation"] else 0.1, 0.1)
+
+    _, best = compare(auto(**FIXED), close, groups=True)
+    assert best.fields == {"rotation": None, "activation_granularity": "dynamic_group"}
+    _, best = compare(auto(**FIXED, activation_bits=8), lambda _: (0.1, 0.1), groups=True)
+    assert best.fields == {"rotation": "hadamard", "activation_granularity": None}
 
 
 def ranges(settings, **options):

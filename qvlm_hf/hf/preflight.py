@@ -308,6 +308,7 @@ def _trial_seconds(
     compare_recipes(
         settings,
         measure,
+        lambda *_: False,
         lambda name, count: Steps(name, (), count),
         rotatable=not why_not_rotatable(model),
         groups=model.device.type != "cuda",

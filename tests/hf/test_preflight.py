@@ -59,9 +59,8 @@ def test_samples_are_counted(folder):
     assert assumed.data.samples == 64
     assert assumed.data.tokens["vision"] == IMAGE_TOKENS + 1
     assert (counted.assumed, assumed.assumed) == (False, True)
-    assert sum(expect(model, QVLMConfig(recipe="auto")).seconds.values()) > 1.5 * sum(
-        assumed.seconds.values()
-    )
+    auto = sum(expect(model, QVLMConfig(recipe="auto")).seconds.values())
+    assert 1.2 < auto / sum(assumed.seconds.values()) < 2  # at most twice the time is promised
 
 
 def test_a_long_run_says_what_it_takes(unread, monkeypatch, capsys):
