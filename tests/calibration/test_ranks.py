@@ -80,7 +80,7 @@ def test_what_processes_exchange(tmp_path):
     ("work", "said"),
     [
         (together.fail_in_second, ["OtherProcessError: no second", "ValueError: no second"]),
-        (together.fail_in_first_later, ["KeyError: 'late'", "OtherProcessError: 'late'"]),
+        (together.fail_in_first_later, ["KeyError: 'late'", "OtherProcessError: KeyError('late')"]),
         (together.differ, ["RuntimeError: the processes took different ways"] * 2),
         (together.other_samples, ["OtherProcessError: process 1", "ValueError: process 1"]),
     ],
