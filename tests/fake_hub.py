@@ -224,15 +224,10 @@ class FakeHub:
 
 
 def _response(request: Any, reply: Reply) -> Any:
-    """The client's form of an answer: the range of a file that was asked for, or all of it."""
+    """The client's form of an answer."""
     body, status, headers = reply.body, reply.status, dict(reply.headers)
     if not isinstance(body, bytes):
         body, headers["Content-Type"] = json.dumps(body).encode(), "application/json"
-    wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
-    if wanted and status == 200:
-        start, stop = int(wanted[1]), min(int(wanted[2] or len(body)) + 1, len(body))
-        status, headers["Content-Range"] = 206, f"bytes {start}-{stop - 1}/{len(body)}"
-        body = body[start:stop]
     headers |= {"Content-Length": str(len(body)), "X-Request-Id": secrets.token_hex(8)}
     content = b"" if request.method == "HEAD" else body
     return httpx.Response(status, headers=headers, content=content)

@@ -215,8 +215,9 @@ def sharing_errors() -> Iterator[None]:
     except OtherProcessError:
         raise
     except Exception as error:
+        told = isinstance(error, ValueError | OSError | RuntimeError) and str(error)
         with suppress(OtherProcessError, RuntimeError):  # another one failed as well, or has ended
-            _exchange(_bytes(str(error)), failed=True)
+            _exchange(_bytes(told or repr(error)), failed=True)
         raise
     finally:
         _shares_errors = False
@@ -265,4 +266,4 @@ def _all_gather(values: Tensor) -> list[Tensor]:
 
 
 def _bytes(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+    return torch.tensor(list(text.encode(errors="replace")), dtype=torch.uint8)

@@ -21,8 +21,11 @@ _PATIENCE = timedelta(hours=6)  # with a process that is busy; of one that ended
 
 
 @contextmanager
-def joined() -> Iterator[dict[str, Any]]:
+def joined(*, debug: bool) -> Iterator[dict[str, Any]]:
     """Joins the processes of a launcher, if there is one, until all of them leave the context.
+
+    Args:
+        debug: whether an error shows its traceback in every process.
 
     Yields:
         Options for `from_pretrained`: each process has a GPU of its own, where there are any.
@@ -41,6 +44,6 @@ def joined() -> Iterator[dict[str, Any]]:
         with ranks.sharing_errors():
             yield options
     except Exception:
-        if ranks.is_first():
+        if ranks.is_first() or debug:
             raise
         sys.exit(1)

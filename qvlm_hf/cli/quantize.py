@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -107,11 +108,12 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     if options.dry_run:
         return tell_cost(options)
-    output = check_output(options.output, overwrite=options.overwrite)
     if options.private and options.repo_id is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
     _refuse_unused(options)
-    with joined() as loading:
+    with joined(debug=options.debug) as loading:
+        if is_first():  # the check writes there, which others would see
+            check_output(options.output, overwrite=options.overwrite)
         config = make_config(options)
         target = None
         if options.repo_id is not None:
@@ -119,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
             target = check_target(HfApi(), target)
         state = None
         if options.resume:
-            state = check_resume_dir(f"{output}.resume")
+            state = check_resume_dir(f"{Path(options.output).resolve()}.resume")
             config.resume_dir = state
         config.processor = processor = load_processor(options.model, options.revision)
         check_room(options, config)
@@ -139,13 +141,18 @@ def run(options: argparse.Namespace) -> int:
     place = shlex.quote(options.output)
     print(f"{len(report.modules)} modules quantized to {options.scheme}; saved in {place}")
     if target is not None:
-        try:
-            published = publish_folder(options.output, target.repo_id, private=target.private)
-        except (ValueError, OSError, RuntimeError) as error:
-            raise OSError(f"{error} {publish_command(options.output, target)}") from error
-        for line in describe(published):
-            print(line)
+        _publish(options.output, target)
     return 0
+
+
+def _publish(output: str, target: Target) -> None:
+    """Publishes what was saved, and says what may be done where that fails."""
+    try:
+        published = publish_folder(output, target.repo_id, private=target.private)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise OSError(f"{error} {publish_command(output, target)}") from error
+    for line in describe(published):
+        print(line)
 
 
 def _refuse_unused(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.offloading import map_weights
 from qvlm_hf.hf.quantizer import QVLMHfQuantizer
 from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.nn.replace import quantized_modules
@@ -26,7 +27,7 @@ def quantize_model(
     """Quantizes a model in memory, in place, as `from_pretrained` does with a `QVLMConfig`.
 
     Args:
-        model: in full precision, of a known family.
+        model: in full precision, of a known family; what is offloaded from the CPU is mapped.
         config: as for `from_pretrained`, or its fields in a dict; not changed.
 
     Returns:
@@ -66,6 +67,7 @@ def quantize_model(
     quantizer = QVLMHfQuantizer(config, pre_quantized=False)
     quantizer.validate_environment()
     quantizer.update_dtype(model.dtype)
+    map_weights(model)
     quantizer.check_processor(model)
     register_experts(model)
     quantizer.report = quantizer.calibrate(model)

@@ -40,6 +40,7 @@ from qvlm_hf.hf.key_names import (
     split_saved_experts,
     without_rules_for_experts,
 )
+from qvlm_hf.hf.offloading import mapped_device_map
 from qvlm_hf.hf.origin import origin
 from qvlm_hf.hf.preflight import preflight
 from qvlm_hf.hf.processor_fit import check_processor_fits, pictured
@@ -114,18 +115,14 @@ class QVLMHfQuantizer(HfQuantizer):
         May be called twice.
 
         Raises:
-            ValueError: a model that is to be quantized would lie on disk, `hub_model_id` cannot be
-                published to, or as `read_samples`.
+            ValueError: a model that is to be quantized would lie on a GPU and on disk,
+                `hub_model_id` cannot be published to, or as `read_samples`.
             OSError: the Hub refuses, or cannot be reached, and `push_to_hub` is True.
         """
         del args, kwargs
         if self.pre_quantized:
             return
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "device_map offloads to disk, where weights cannot be quantized: quantize without "
-                "it, save, and load the result with it."
-            )
+        mapped_device_map(device_map)
         if self._samples is not None:
             return
         config = self.quantization_config
@@ -134,6 +131,10 @@ class QVLMHfQuantizer(HfQuantizer):
 
             self._target = check_push(config)
         self._samples = read_samples(config)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Maps from the files, to be quantized, what would be offloaded from the CPU to disk."""
+        return device_map if self.pre_quantized else mapped_device_map(device_map)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of everything in full precision, unchanged.

@@ -273,7 +273,7 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
 def why_empty(module: nn.Module) -> str:
     """Says why the tensors of a module lie on the meta device, and what to do, for messages."""
     if hasattr(module, "_hf_hook"):  # accelerate's, which brings them when the module runs
-        return "is offloaded: load the model without offloading (no disk or cpu in device_map)"
+        return "is offloaded: load the model without offloading (device_map='cpu')"
     return (
         "has no values, it lies on the meta device: load the weights first, as from_pretrained does"
     )

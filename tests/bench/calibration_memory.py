@@ -94,10 +94,15 @@ def in_a_process(folder: Path, *options: str) -> dict:
 
 def main() -> None:
     parser = options_of(__doc__, rounds=1)
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--scheme", default="W4A4")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument(
+        "--fields",
+        default='{"percentiles": [1.0], "margins": [], "max_block_depth": 1}',
+        help="further fields of QVLMConfig, as JSON",
+    )
     parser.add_argument("--folder", help="where to write; default: a temporary directory")
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -105,9 +110,11 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.child:
         fields = {"scheme": options.scheme, "num_samples": options.samples}
+        fields |= json.loads(options.fields)
         print(json.dumps(calibrate(Path(options.child), options.scratch, None, **fields)))
         return
     same = ["--scheme", options.scheme, "--samples", str(options.samples), "--threads", "1"]
+    same += ["--fields", options.fields]
     found: dict[str, dict[int, dict]] = {"memory": {}, "scratch": {}}
     for layers in options.layers:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -126,7 +133,8 @@ def main() -> None:
             f"{way}: {base / 2**20:.0f} MiB + {slope / 2**20:.2f} MiB a layer, "
             f"{slope / layer:.1%} of its weights"
         )
-    write(options.json, scheme=options.scheme, hidden=options.hidden, found=found, fits=fits)
+    about = {name: vars(options)[name] for name in ("scheme", "hidden", "samples", "fields")}
+    write(options.json, **about, found=found, fits=fits)
 
 
 if __name__ == "__main__":

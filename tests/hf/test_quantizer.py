@@ -235,9 +235,13 @@ def test_a_quantized_model_is_not_quantized_again():
         quantize_model(model, config)
 
 
-def test_disk_offload_and_tensor_parallelism_are_refused(source):
-    with pytest.raises(ValueError, match="offloads to disk, where weights cannot be quantized"):
-        load(source, quantization_config=QVLMConfig(scheme="W4A16"), device_map={"": "disk"})
+def test_disk_beside_a_gpu_and_tensor_parallelism_are_refused(source):
+    with pytest.raises(ValueError, match="offloads to disk, where weights of a GPU cannot be"):
+        load(
+            source,
+            quantization_config=QVLMConfig(scheme="W4A16"),
+            device_map={"model": "disk", "lm_head": "cuda:0"},
+        )
     quantizer = QVLMHfQuantizer(QVLMConfig(scheme="W4A16"))
     model = SimpleNamespace(config=SimpleNamespace(distributed_config=SimpleNamespace(tp_size=2)))
     with pytest.raises(ValueError, match="tp_size=2: qvlm models cannot be split"):
@@ -372,7 +376,12 @@ def test_meta_and_offloaded_are_told_apart(rotation):
     with pytest.raises(ValueError, match=f"{META}quantize it"):
         quantize_model(tiny_llava().to("meta"), config)
     model = tiny_llava()
-    cpu_offload(model)
+    cpu_offload(model)  # for a GPU
+    for module in model.modules():
+        for hook in getattr(getattr(module, "_hf_hook", None), "hooks", ()):
+            hook.execution_device = "cuda:0"
+        if hasattr(getattr(module, "_hf_hook", None), "execution_device"):
+            module._hf_hook.execution_device = "cuda:0"
     with pytest.raises(ValueError, match=r"is offloaded: load the model without .*, then quantize"):
         quantize_model(model, config)
     model = tiny_llava()

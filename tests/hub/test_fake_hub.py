@@ -24,8 +24,6 @@ def folder(api, tmp_path):
 def test_what_is_pushed_is_downloaded_and_the_token_stays_with_the_hub(hub, api, folder, transfer):
     api.upload_folder(repo_id=REPO, folder_path=folder)
     hub.requests.clear()
-    assert api.get_safetensors_metadata(REPO).parameter_count == {"F32": 100_000}
-    assert [request.status for request in hub.calls("GET", "^/objects/")] == [206]  # a range
     local = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert hub.repo(REPO).files() == local
     for name, content in local.items():
