@@ -20,13 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from calibration_time import line
 from results_file import options_of, write
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
-from qvlm_hf.bench.machine import proc_bytes
 from qvlm_hf.bench.random_models import random_model
+from qvlm_hf.calibration.room import proc_bytes
 from qvlm_hf.demo import dataset_path, model_dir
 
 _EVERY = 0.002  # seconds between two looks at the memory
@@ -90,6 +89,14 @@ def in_a_process(folder: Path, *options: str) -> dict:
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(layers: list[int], sizes: list[float]) -> tuple[float, float]:
+    """Least squares: bytes of no layer, and of each."""
+    x = torch.tensor([[1.0, count] for count in layers], dtype=torch.float64)
+    y = torch.tensor(sizes, dtype=torch.float64).unsqueeze(1)
+    base, slope = torch.linalg.lstsq(x, y).solution.flatten().tolist()
+    return base, slope
 
 
 def main() -> None:
