@@ -3,7 +3,7 @@
 A step of qvlm_hf/quantize.py is a number of passes over layers and of work on their weights. Counts
 follow the code: a pass of T tokens through a layer of P weights is 2 T P operations, a Hessian is
 2 T I^2. Rates are measured on the machine at hand. What is left is a factor per step, fitted by
-tests/bench/calibration_time.py; docs/scaling.md says how far off the result is.
+tests/bench/promise.py; docs/scaling.md says how far off the result is.
 
 Legend: I in_features of a site, T tokens of all samples, P weights.
 """
@@ -11,8 +11,9 @@ Legend: I in_features of a site, T tokens of all samples, P weights.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
+from operator import add
 from typing import Any
 
 import torch
@@ -37,18 +38,18 @@ __all__ = [
     "seconds_of",
 ]
 
-# Measured over counted seconds: `python tests/bench/calibration_time.py`, docs/scaling.md.
+# Measured over counted seconds: `python tests/bench/promise.py`, docs/scaling.md.
 FACTORS: Mapping[str, float] = {
-    "transform": 1.2,
-    "inputs": 1.1,
-    "sensitivity": 1.4,
-    "importance": 1.2,
-    "entropy": 0.65,
-    "ranges": 0.95,
+    "transform": 1.27,
+    "inputs": 0.94,
+    "sensitivity": 1.66,
+    "importance": 1.54,
+    "entropy": 0.77,
+    "ranges": 0.94,
     "search": 1.05,
     "rounding": 1.3,
-    "check": 0.6,
-    "other": 1.55,
+    "check": 1.26,
+    "other": 1.67,
 }
 
 # Limits of the steps themselves, see there.
@@ -117,17 +118,10 @@ class Work:
     calls: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(
-            self.single + other.single,
-            self.native + other.native,
-            self.values + other.values,
-            self.calls + other.calls,
-        )
+        return Work(*map(add, astuple(self), astuple(other)))
 
     def __mul__(self, factor: float) -> "Work":
-        return Work(
-            self.single * factor, self.native * factor, self.values * factor, self.calls * factor
-        )
+        return Work(*(part * factor for part in astuple(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +131,7 @@ class Rates:
     single: float
     native: float
     values: float
-    call: float = 5e-4  # seconds of Python in a layer of a decoder
+    call: float = 2e-3  # seconds of Python in a layer of a decoder
 
     def seconds(self, work: Work) -> float:
         """Of the work, none of it at a time with other work."""
@@ -181,7 +175,17 @@ def seconds_of(steps: Mapping[str, Work], rates: Rates) -> dict[str, float]:
 
 
 class Sums:
-    """Sums over the live layers of a segment, for all samples."""
+    """Sums over the live layers of a segment, for all samples.
+
+    Attributes:
+        layers, sites: how many.
+        operations: of a pass.
+        values: that enter the sites.
+        hidden: that enter a layer.
+        weights: of the sites.
+        spread, squares, cubes: weights times inputs, inputs squared and cubed, of the sites.
+        hessians: operations of all Hessians.
+    """
 
     def __init__(self, segment: Segment, data: Data, active: float) -> None:
         layers = live_layers(segment)

@@ -30,10 +30,11 @@ __all__ = [
 ]
 
 _PROCESS = 420 * 2**20  # Python, PyTorch and Transformers, without their files
+_CHUNKS = 120 * 2**20  # of entropies, which show where scratch files take the rest
 _SLACK = 1.15  # what the C library holds back of what was freed
-_FACTOR = 60  # bytes per entry of a Hessian while one is factorised in float64
+_FACTOR = 32  # bytes per entry of a Hessian while one is factorised in float64
 _HALVES = 8  # and while it is summed: two halves in float32
-_ROUNDED = 18  # bytes per weight that is rounded: folded, reordered, its integers
+_ROUNDED = 14  # bytes per weight that is rounded: folded, reordered, its integers
 _RUN, _GRAPH = 1.5, 4.5  # tensors like the sites' inputs of a layer: it runs, or with its graph
 _LOGITS = 4  # tensors like the logits while a direction is drawn
 _EMBEDDINGS, _HEAD = 32, 16  # bytes per weight: of embeddings that are rotated, a head rounded
@@ -107,11 +108,13 @@ def count_memory(
     transforms = settings.rotation == "hadamard" or (
         settings.equalization and settings.activation_bits < 16
     )
-    held = sum(one.weights for one in sums) * dtype.itemsize * transforms
+    weights = sum(one.weights for one in sums)
+    held = weights * dtype.itemsize * transforms
     whole = model.get_input_embeddings().weight.numel()
     once = _EMBEDDINGS * whole * (settings.rotation == "hadamard")
     once = max(once, _HEAD * whole * (settings.lm_head_bits is not None))
-    steps = [_Step(0.0, once)]
+    copied = compute.itemsize * weights * (settings.optimize_vision is not None)
+    steps = [_Step(0.0, once), _Step(copied, 0.0)]
     steps += [_gradients(model, sums, settings, data, dtype).plus(kept=sum(streams))]
     for place, (segment, one) in enumerate(zip(segments, sums, strict=True)):
         below = sum(before.weights for before in sums[:place]) * compute.itemsize
@@ -125,7 +128,7 @@ def count_memory(
     return Memory(
         together=_SLACK * (held + together) + _PROCESS,
         kept=held + kept,
-        working=_SLACK * working + _PROCESS,
+        working=_SLACK * working + _CHUNKS + _PROCESS,
     )
 
 

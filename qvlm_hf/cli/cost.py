@@ -1,6 +1,7 @@
 """`qvlm quantize MODEL --dry-run`: what quantizing takes, told before any weight is read."""
 
 import argparse
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +12,14 @@ from qvlm_hf.cli.models import load_processor, make_config, read_loadable, silen
 from qvlm_hf.cli.shapes import read_shape
 from qvlm_hf.hf.calibrate import read_samples
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.preflight import check_disk, check_memory, expect, result_bytes
+from qvlm_hf.hf.preflight import (
+    Expected,
+    check_disk,
+    check_memory,
+    expect,
+    gigabytes,
+    result_bytes,
+)
 from qvlm_hf.hub.saved import empty_model
 
 __all__ = ["check_room", "tell_cost"]
@@ -26,7 +34,7 @@ def check_room(options: argparse.Namespace, config: QVLMConfig) -> None:
     size = 0.0
     with suppress(ValueError, OSError):  # told where the model is loaded
         size = result_bytes(_empty(options), config)
-    check_disk(size, options.output, "a result")
+    check_disk(size, options.output, "the result")
 
 
 def _empty(options: argparse.Namespace) -> Any:
@@ -58,10 +66,33 @@ def tell_cost(options: argparse.Namespace) -> int:
         samples = read_samples(config)
     expected = expect(_empty(options), config, samples)
     print(f"{options.model}, {config.scheme}, on this machine")
-    for line in expected.lines():
+    for line in _lines(expected):
         print(line)
     if warning := check_memory(expected, config):
         print(f"warning: {warning}")
     if options.output is not None:
-        check_disk(expected.result, options.output, "a result")
+        check_disk(expected.result, options.output, "the result")
     return 0
+
+
+def _lines(expected: Expected) -> Iterator[str]:
+    whole = sum(expected.seconds.values())
+    named = ((name, own) for name, own in expected.seconds.items() if name != "other")
+    longest = sorted(named, key=lambda pair: -pair[1])[:4]
+    shares = ", ".join(f"{name} {own / whole:.0%}" for name, own in longest)
+    yield f"time    {expected.duration}; of it {shares}"
+    if expected.data is not None:
+        counted = "assumed, --dataset counts them" if expected.assumed else "counted"
+        tokens = ", ".join(f"{name} {count:.0f}" for name, count in expected.data.tokens.items())
+        yield f"        {expected.data.samples} samples; tokens of each: {tokens} ({counted})"
+    gpu = gigabytes(expected.device)
+    weights = f"{gigabytes(expected.weights)} of weights mapped from files"
+    yield f"memory  {gigabytes(expected.memory)} at the peak, besides {weights}"
+    if expected.scratch:
+        yield (
+            f"        {gigabytes(expected.working)} with scratch files of "
+            f"{gigabytes(expected.scratch)} (--scratch-dir)"
+        )
+    yield f"        {gpu} of a GPU's, where the model is on one"
+    kept = f", {gigabytes(expected.kept)} to resume from" if expected.kept else ""
+    yield f"disk    {gigabytes(expected.result)} for the result{kept}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,6 @@ from qvlm_hf.calibration.memory import (
     model_bytes,
     packed_bytes,
 )
-from qvlm_hf.calibration.options import size_in_bytes
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.report import RecipeTrial
@@ -51,11 +50,19 @@ from qvlm_hf.recipes import JUDGES, JUDGING_TEXTS, TRIAL_SAMPLES, compare_recipe
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["Expected", "check_disk", "check_memory", "expect", "preflight", "result_bytes"]
+__all__ = [
+    "Expected",
+    "check_disk",
+    "check_memory",
+    "expect",
+    "gigabytes",
+    "preflight",
+    "result_bytes",
+]
 
 _CPU = torch.device("cpu")
 # Of measured to expected seconds, and memory: docs/scaling.md.
-_FASTER, _SLOWER = 0.7, 1.5
+_FASTER, _SLOWER = 0.6, 1.4
 _TOO_HIGH = 1.3
 _SHOWN = 10.0  # seconds from which a run says beforehand how long it will take
 _ASKED = 8  # samples that are rendered to count tokens
@@ -69,6 +76,8 @@ class Expected:
     Attributes:
         seconds: step -> seconds, trials of recipes as one step.
         memory: bytes of main memory at the peak, on a CPU.
+        working: the same with `scratch_dir`.
+        scratch: bytes of scratch files then.
         weights: bytes of the model besides, mapped from its files where they have its dtype.
         device: bytes of a GPU's memory with the model, if it lies there.
         result: bytes of the saved weights.
@@ -79,6 +88,8 @@ class Expected:
 
     seconds: Mapping[str, float]
     memory: float
+    working: float
+    scratch: float
     weights: float
     device: float
     result: float
@@ -93,26 +104,8 @@ class Expected:
         return _span(_FASTER * whole, _SLOWER * whole)
 
     def __str__(self) -> str:
-        disk = f"{_gigabytes(self.result)} of disk for the result"
-        return f"{self.duration}, {_gigabytes(self.memory)} of memory and {disk}"
-
-    def lines(self) -> Iterator[str]:
-        """All of it."""
-        whole = sum(self.seconds.values())
-        named = ((name, own) for name, own in self.seconds.items() if name != "other")
-        longest = sorted(named, key=lambda pair: -pair[1])[:4]
-        shares = ", ".join(f"{name} {own / whole:.0%}" for name, own in longest)
-        yield f"time    {self.duration}; of it {shares}"
-        if self.data is not None:
-            counted = "assumed, --dataset counts them" if self.assumed else "counted"
-            tokens = ", ".join(f"{name} {count:.0f}" for name, count in self.data.tokens.items())
-            yield f"        {self.data.samples} samples; tokens of each: {tokens} ({counted})"
-        gpu = _gigabytes(self.device)
-        weights = f"{_gigabytes(self.weights)} of weights mapped from files"
-        yield f"memory  {_gigabytes(self.memory)} at the peak, besides {weights}"
-        yield f"        {gpu} of a GPU's, where the model is on one"
-        kept = f", {_gigabytes(self.kept)} to resume from" if self.kept else ""
-        yield f"disk    {_gigabytes(self.result)} for the result{kept}"
+        disk = f"{gigabytes(self.result)} of disk for the result"
+        return f"{self.duration}, {gigabytes(self.memory)} of memory and {disk}"
 
 
 def expect(
@@ -140,12 +133,14 @@ def expect(
     segments = resolve_segments(model, settings) if has_row(model) else ()
     weights, whole = _quantized(model, segments), model_bytes(model, model.dtype)
     packed = packed_bytes(weights, settings)
-    sizes = {"weights": whole, "result": result_bytes(model, config)}
+    sizes = {"weights": whole, "result": whole - weights * model.dtype.itemsize + packed}
     if config.dataset is None and not settings.needs_data:
         memory = count_rounding_memory(model, weights, settings)
         return Expected(
             seconds={"rounding": rates.seconds(rounding_work(weights))},
             memory=memory,
+            working=memory,
+            scratch=0.0,
             device=memory + whole,
             kept=0.0,
             data=None,
@@ -157,9 +152,12 @@ def expect(
     if settings.recipe is not None:
         steps = {"recipes": _trial_seconds(model, settings, data, rates)} | steps
     count = partial(count_memory, model, segments, settings, data)
+    found = count(compute=torch.float32)
     return Expected(
         seconds=steps,
-        memory=count(compute=torch.float32).together,
+        memory=found.together if config.scratch_dir is None else found.working,
+        working=found.working,
+        scratch=found.kept,
         device=whole + count(compute=model.dtype).together,
         kept=packed,
         data=data,
@@ -188,24 +186,37 @@ def preflight(
         Seconds by step.
 
     Raises:
-        ValueError: memory or the disk of `resume_dir` is too small, or as `expect`.
+        ValueError: memory, or the disk of `resume_dir` or `scratch_dir`, is too small; or as
+            `expect`.
     """
-    placed = device_map.values() if isinstance(device_map, dict) else [device_map or "cpu"]
-    devices = {torch.device(device) for device in placed}
-    gpus = [device for device in devices if device.type == "cuda"]
-    expected = expect(model, config, samples, device=next(iter(gpus), torch.device("cpu")))
+    devices = _devices(device_map)
+    expected = expect(model, config, samples, device=devices[0])
     if config.resume_dir is not None:
-        check_disk(expected.kept, config.resume_dir, "what is kept to resume from")
+        check_disk(expected.kept, config.resume_dir, "steps to resume from")
+    if config.scratch_dir is not None:
+        check_disk(expected.scratch, config.scratch_dir, "scratch files")
     warning = None
-    if len(devices) == 1:  # nobody knows what lies where
-        warning = check_memory(expected, config, *devices)
-    shown = sum(expected.seconds.values()) >= _SHOWN and not config.callbacks
-    if shown and ranks.is_first():
+    if len(devices) == 1:  # else nobody knows what lies where
+        warning = check_memory(expected, config, devices[0])
+    told = ranks.is_first() and not config.callbacks
+    if told and sum(expected.seconds.values()) >= _SHOWN:
         sys.stderr.write(f"qvlm expects {expected}\n")
         sys.stderr.flush()
     if warning is not None:
         logging.getLogger(__name__).warning("%s", warning)
     return dict(expected.seconds)
+
+
+def _devices(device_map: Any) -> list[torch.device]:
+    """Where a model will lie, GPUs first; Transformers makes a dict of all but None and "auto"."""
+    if isinstance(device_map, dict):
+        return sorted({torch.device(place) for place in device_map.values()}, key=_is_cpu)
+    gpus = 0 if device_map is None else torch.cuda.device_count()
+    return [torch.device("cuda", index) for index in range(gpus)] or [_CPU]
+
+
+def _is_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def check_memory(expected: Expected, config: QVLMConfig, device: torch.device = _CPU) -> str | None:
@@ -217,19 +228,19 @@ def check_memory(expected: Expected, config: QVLMConfig, device: torch.device = 
     Raises:
         ValueError: there is not as much, with what would make it fit.
     """
-    needed, owner = expected.memory * ranks.on_this_machine(), "this machine"
+    needed, owner = expected.memory, "this machine"
     whole, free = whole_memory(), free_memory()
     if device.type == "cuda":
         needed, owner = expected.device, str(device)
         free, whole = torch.cuda.mem_get_info(device)
     if whole is not None and needed > whole * _TOO_HIGH:
         raise ValueError(
-            f"about {_gigabytes(needed)} of memory are needed, and {owner} has "
-            f"{_gigabytes(whole)}: {_remedy(expected, config)}"
+            f"about {gigabytes(needed)} of memory are needed, and {owner} has "
+            f"{gigabytes(whole)}: {_remedy(expected, config)}"
         )
     if free is not None and needed > free:
         return (
-            f"about {_gigabytes(needed)} of memory are expected and {_gigabytes(free)} of {owner} "
+            f"about {gigabytes(needed)} of memory are expected and {gigabytes(free)} of {owner} "
             f"are free: end other programs, or {_remedy(expected, config)}"
         )
     return None
@@ -249,7 +260,7 @@ def check_disk(size: float, folder: str, what: str) -> None:
     free = free_disk(folder)
     if free is not None and size > free:
         raise ValueError(
-            f"{folder}: {what} of {_gigabytes(size)} does not fit, {_gigabytes(free)} are free: "
+            f"{folder}: no room for {gigabytes(size)} of {what}, {gigabytes(free)} are free: "
             f"make room, or name a directory on another disk."
         )
 
@@ -258,9 +269,10 @@ def _remedy(expected: Expected, config: QVLMConfig) -> str:
     """What takes less memory, of a run with this configuration."""
     if expected.data is None:
         return "take a machine with more."
-    ways = [] if config.max_block_depth == 1 else ["max_block_depth=1"]
+    ways = [] if config.scratch_dir is not None else ["scratch_dir="]
+    ways += [] if config.max_block_depth == 1 else ["max_block_depth=1"]
     ways += [] if config.num_samples <= TRIAL_SAMPLES else [f"num_samples={TRIAL_SAMPLES}"]
-    return f"{', '.join(['take a machine with more', *ways])}."
+    return "take a machine with more" + (f", or {', '.join(ways)}." if ways else ".")
 
 
 def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:
@@ -274,8 +286,6 @@ def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:
         ValueError: as `resolve_segments`.
     """
     settings = config.settings()
-    if isinstance(settings.precision_budget, str):
-        return size_in_bytes(settings.precision_budget)
     weights = _quantized(model, resolve_segments(model, settings) if has_row(model) else ())
     floats = model_bytes(model, model.dtype) - weights * model.dtype.itemsize
     return floats + packed_bytes(weights, settings)
@@ -340,8 +350,9 @@ def _count_data(
     parts = ("vision", "projector")
     tokens = {name: sum(own[name][0] for own in found) / len(found) for name in parts}
     context = {name: max(own[name][1] for own in found) for name in parts}
+    count = config.num_samples if samples is None else min(config.num_samples, len(samples))
     return Data(
-        samples=config.num_samples if samples is None else min(config.num_samples, len(samples)),
+        samples=-(-count // ranks.count()),  # of this process
         batch_size=config.batch_size,
         tokens=tokens | {"language": text},
         context=context | {"language": text},
@@ -405,7 +416,8 @@ def _picture_size(config: Any) -> tuple[int, int] | None:
     return height, width
 
 
-def _gigabytes(size: float) -> str:
+def gigabytes(size: float) -> str:
+    """A size for messages."""
     return f"{size / 1e9:.1f} GB"
 
 

@@ -13,12 +13,13 @@ def test_shapes_are_promised_by_one_command(shape, capsys, monkeypatch):
     monkeypatch.setattr(preflight, "whole_memory", lambda: None)
     monkeypatch.setattr(preflight, "free_memory", lambda: None)
     assert main(["quantize", shape, "--dry-run"]) == 0
-    name, time, samples, memory, gpu, disk = capsys.readouterr().out.splitlines()
+    name, time, samples, memory, scratch, gpu, disk = capsys.readouterr().out.splitlines()
     assert name == f"{shape}, W4A4, on this machine"
     assert time.startswith("time ")
     assert samples.strip().startswith("64 samples; tokens of each: vision ")
     assert samples.endswith("(assumed, --dataset counts them)")
     assert memory.startswith("memory ")
+    assert scratch.endswith(" (--scratch-dir)")
     assert " of a GPU's" in gpu
     assert disk.startswith("disk ")
 
@@ -27,12 +28,15 @@ def test_the_status_is_that_of_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preflight, "whole_memory", lambda: 2 * 10**9)
     assert main(["quantize", SHAPES[0], "--dry-run"]) == 1
     printed = capsys.readouterr()
-    assert printed.out.count("\n") == 6
-    assert "this machine has 2.0 GB: take a machine with more, --max-block-depth 1, " in printed.err
+    assert printed.out.count("\n") == 7
+    assert (
+        "this machine has 2.0 GB: take a machine with more, or --scratch-dir, --max-block-depth 1, "
+        in printed.err
+    )
     monkeypatch.setattr(preflight, "whole_memory", lambda: None)
     monkeypatch.setattr(preflight, "free_disk", lambda _: 10**6)
     assert main(["quantize", SHAPES[0], "--dry-run", "--output", str(tmp_path / "x")]) == 1
-    assert "a result of " in capsys.readouterr().err
+    assert "no room for " in capsys.readouterr().err
 
 
 def test_a_model_with_samples_is_counted_and_nothing_written(tmp_path, capsys):
@@ -56,6 +60,6 @@ def test_no_room_for_the_result_is_told_before_the_run(tmp_path, capsys, monkeyp
     output = tmp_path / "out"
     words = ["quantize", str(tmp_path / "model"), "--scheme", "W4A16", "--output", str(output)]
     assert main(words) == 1
-    assert f"{output}: a result of " in capsys.readouterr().err
+    assert f"{output}: no room for " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["quantize", str(tmp_path / "model")])  # where to

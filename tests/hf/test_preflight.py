@@ -80,14 +80,24 @@ def test_what_cannot_fit_is_refused_before_a_weight_is_read(unread, monkeypatch,
     with pytest.raises(ValueError, match=r"this machine has 0.1 GB: .*, max_block_depth=1, num_s"):
         unread()
     with pytest.raises(ValueError, match=r"has 0.1 GB: take a machine with more\.$"):
-        unread(max_block_depth=1, num_samples=16)
-    monkeypatch.undo()
+        unread(max_block_depth=1, num_samples=16, scratch_dir=tmp_path)
 
 
 def test_a_full_disk_is_refused_before_a_weight_is_read(unread, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "free_disk", lambda _: 1000)
-    with pytest.raises(ValueError, match=r"does not fit, 0.0 GB are free: make room"):
+    with pytest.raises(ValueError, match=r"no room for .* are free: make room"):
         unread(resume_dir=tmp_path / "state")
+    with pytest.raises(ValueError, match=r"no room for .* of scratch files, 0.0 GB are free"):
+        unread(scratch_dir=tmp_path / "scratch")
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "cpu", {"": "cpu"}, None])
+def test_any_device_map_is_understood(folder, device_map):
+    config = QVLMConfig(scheme="W4A16")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=config, device_map=device_map
+    )
+    assert model.hf_quantizer.report.modules
 
 
 def test_what_others_hold_is_a_warning(unread, monkeypatch, caplog):
@@ -126,7 +136,7 @@ def test_limits_of_control_groups_count(tmp_path, monkeypatch):
 
 def test_a_directory_to_be_made_lies_on_the_disk_of_the_next_above(tmp_path):
     assert room.free_disk(tmp_path / "a" / "b") == pytest.approx(room.free_disk(tmp_path), rel=0.1)
-    check_disk(1, str(tmp_path / "a" / "b"), "a result")
+    check_disk(1, str(tmp_path / "a" / "b"), "the result")
 
 
 @pytest.mark.parametrize("family", dict.fromkeys(one[0] for one in CALIBRATED))
