@@ -155,13 +155,13 @@ def _try_recipes(
             fields=recipe,
             answer_kl=typical(answer_kls),
             text_kl=typical(text_kls),
-            keeps_text=not clearly_above(text_kls, plain),
+            keeps_text=not clearly_above(text_kls, plain, errors=2),
         )
         judged[id(found)] = answer_kls
         return found
 
     def better(one: RecipeTrial, other: RecipeTrial) -> bool:
-        return clearly_above(judged[id(other)], judged[id(one)])
+        return clearly_above(judged[id(other)], judged[id(one)], errors=1)
 
     judged: dict[int, list[float]] = {}
     numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
@@ -298,13 +298,13 @@ def typical(divergences: Sequence[float]) -> float:
     return math.exp(fmean(map(_logarithm, divergences)))
 
 
-def clearly_above(divergences: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether the geometric mean is above that of `others`, by more than two standard errors.
+def clearly_above(divergences: Sequence[float], others: Sequence[float], *, errors: float) -> bool:
+    """Whether the geometric mean is above that of `others`, by more than some standard errors.
 
     Both are of the same samples, at least two, whose ratios count.
     """
     ratios = [_logarithm(a) - _logarithm(b) for a, b in zip(divergences, others, strict=True)]
-    return fmean(ratios) > 2 * stdev(ratios) / math.sqrt(len(ratios))
+    return fmean(ratios) > errors * stdev(ratios) / math.sqrt(len(ratios))
 
 
 def _logarithm(divergence: float) -> float:

@@ -140,12 +140,17 @@ def test_the_typical_sample_decides():
     assert typical([0.0, 0.0]) == pytest.approx(1e-9)
 
 
-def test_only_what_is_clear_is_above():
+@pytest.mark.parametrize("errors", [1, 2])
+def test_only_what_is_clear_is_above(errors):
     others = [0.001, 0.002, 0.1, 0.003]
-    assert clearly_above([2.2 * kl for kl in others[:2]] + [1.8 * kl for kl in others[2:]], others)
-    assert not clearly_above([0.01, 0.0005, 0.2, 0.002], others)  # two better, two worse
-    assert not clearly_above([kl / 2 for kl in others], others)
-    assert not clearly_above(others, others)
+    assert clearly_above(
+        [2.2 * kl for kl in others[:2]] + [1.8 * kl for kl in others[2:]], others, errors=errors
+    )
+    assert not clearly_above(
+        [0.01, 0.0005, 0.2, 0.002], others, errors=errors
+    )  # two better, two worse
+    assert not clearly_above([kl / 2 for kl in others], others, errors=errors)
+    assert not clearly_above(others, others, errors=errors)
 
 
 def test_a_trial_is_quick_and_compares_nothing_itself():

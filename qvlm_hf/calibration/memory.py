@@ -30,8 +30,9 @@ __all__ = [
 ]
 
 _PROCESS = 420 * 2**20  # Python, PyTorch and Transformers, without their files
-_CHUNKS = 120 * 2**20  # of entropies, which show where scratch files take the rest
-_SLACK = 1.15  # what the C library holds back of what was freed
+# What the C library holds back of what was freed; it shows where scratch files take the rest.
+_SLACK, _HELD_BACK = 1.2, 1.6
+_CHUNKS = 120 * 2**20  # of entropies, likewise
 _FACTOR = 32  # bytes per entry of a Hessian while one is factorised in float64
 _HALVES = 8  # and while it is summed: two halves in float32
 _ROUNDED = 14  # bytes per weight that is rounded: folded, reordered, its integers
@@ -128,7 +129,7 @@ def count_memory(
     return Memory(
         together=_SLACK * (held + together) + _PROCESS,
         kept=held + kept,
-        working=_SLACK * working + _CHUNKS + _PROCESS,
+        working=_HELD_BACK * working + _CHUNKS + _PROCESS,
     )
 
 
@@ -155,7 +156,9 @@ def _search(
     segment: Segment, one: Sums, settings: CalibrationSettings, data: Data, compute: torch.dtype
 ) -> tuple[_Step, _Step]:
     """Of a segment while its largest block is searched, and rounded."""
-    depth = min(settings.max_block_depth, max(one.layers, 1))
+    # not all dependencies are above their mean
+    longest = one.layers - (settings.entropy_threshold is None)
+    depth = min(settings.max_block_depth, max(longest, 1))
     candidates = len(settings.candidates(segment.component))
     layers = live_layers(segment)
     weights = max((sum(x.weight.numel() for x in _linears(own)) for own in layers), default=0)

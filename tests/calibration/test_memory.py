@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_models import tiny_llava
 
-from qvlm_hf.calibration import memory
 from qvlm_hf.calibration.cost import Data
 from qvlm_hf.calibration.memory import count_memory
 from qvlm_hf.calibration.plan import resolve_segments
@@ -29,9 +28,8 @@ def test_a_process_holds_what_was_promised():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    # what Python and the libraries hold is another question
-    taken = found["highest"] - found["before"]
-    assert 0.9 < (found["promised"] - memory._PROCESS) / taken < 1.5
+    taken = found["highest"] - found["before"]  # what Python held before is another question
+    assert 0.95 < (found["promised"] - found["before"]) / taken < 1.5
     assert found["promised"] > 0.95 * found["highest"]
 
 
