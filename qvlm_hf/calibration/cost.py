@@ -21,6 +21,10 @@ from torch import nn
 from torch.nn import functional
 
 from qvlm_hf.calibration.layers import live_layers
+from qvlm_hf.calibration.measure.entropy import HISTOGRAM_VALUES
+from qvlm_hf.calibration.measure.importance import DRAWS
+from qvlm_hf.calibration.search.budget import WIDTHS
+from qvlm_hf.calibration.search.sensitivity import gradient_draws
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.models.graph import Layer, Segment
 
@@ -32,7 +36,7 @@ __all__ = [
     "Work",
     "active_share",
     "count_work",
-    "gradient_draws",
+    "directions",
     "measure_rates",
     "rounding_work",
     "seconds_of",
@@ -52,13 +56,7 @@ FACTORS: Mapping[str, float] = {
     "other": 1.67,
 }
 
-# Limits of the steps themselves, see there.
-_DIRECTIONS, _GRADIENT_BYTES = 64, 4 * 2**30  # search/sensitivity.py
-_DRAWS = 2  # measure/importance.py
-_HISTOGRAM = 2**26  # measure/entropy.py
-_WIDTHS = 6  # search/sensitivity.py
-
-# Passes over memory per value, in those of one rounding to a grid (`Rates.value`). Measured one by
+# Passes over memory per value, in those of one rounding to a grid (`Rates.values`). Measured one by
 # one on 512 to 2048 inputs.
 _RUN, _SIMULATED = 2.0, 3.5  # of a site's input: a layer runs, or runs quantized
 _TAILS, _RANGE_ERROR = 6.0, 2.5  # of a site's input: TailObserver, LpError per candidate
@@ -266,10 +264,10 @@ def count_work(
     if settings.equalization and settings.activation_bits < 16:
         steps["transform"] += whole + Work(values=2 * weights)
     if settings.token_importance:
-        steps["importance"] += whole * (2 + _DRAWS)
-    probes = settings.guards + _WIDTHS * (settings.precision_budget is not None)
+        steps["importance"] += whole * (2 + DRAWS)
+    probes = settings.guards + len(WIDTHS) * (settings.precision_budget is not None)
     if probes:
-        steps["sensitivity"] += whole * data.half * (2 + gradient_draws(sums, data))
+        steps["sensitivity"] += whole * data.half * (2 + directions(sums, data))
     for place, (segment, one) in enumerate(zip(segments, sums, strict=True)):
         if place:  # what enters it from quantized layers
             below = (before.run(1, simulated=True) for before in sums[:place])
@@ -284,11 +282,10 @@ def rounding_work(weights: float) -> Work:
     return Work(values=weights * (_CLIPPED + _PACKED))
 
 
-def gradient_draws(sums: Sequence[Sums], data: Data) -> int:
-    """Directions of the gradients of sensitivity."""
+def directions(sums: Sequence[Sums], data: Data) -> int:
+    """Of the gradients of sensitivity."""
     values = data.half * sum(one.hidden * one.layers for one in sums)
-    wanted = math.ceil(_DIRECTIONS / max(1.0, data.samples * data.half))
-    return max(1, min(int(_GRADIENT_BYTES // max(2 * values, 1)), wanted))
+    return gradient_draws(values, data.samples * data.half)
 
 
 def _segment_work(
@@ -302,7 +299,7 @@ def _segment_work(
     ranges = one.run(1 + data.half) + Work(values=one.values * (1.5 * _TAILS + judged))
     probe = ranges + one.run(1) + one.run(data.half * (1 + per_layer), simulated=True)
     levels = settings.entropy_levels
-    pairs = max(one.layers - 1, 0) * min(one.hidden * levels, _HISTOGRAM)
+    pairs = max(one.layers - 1, 0) * min(one.hidden * levels, HISTOGRAM_VALUES)
     depths = (1, settings.max_block_depth)  # half of the layers stand alone, about
     evaluations = sum(_evaluations(len(candidates), per_layer, data, depth) for depth in depths) / 2
     search = one.run(data.half * evaluations, simulated=True) + Work(

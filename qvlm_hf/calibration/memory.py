@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvlm_hf.calibration.cost import Data, Sums, active_share, gradient_draws
+from qvlm_hf.calibration.cost import Data, Sums, active_share, directions
 from qvlm_hf.calibration.layers import live_layers
+from qvlm_hf.calibration.measure.importance import DRAWS
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Layer, Segment, Site
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "count_rounding_memory",
     "model_bytes",
     "packed_bytes",
-    "packed_size",
 ]
 
 _PROCESS = 420 * 2**20  # Python, PyTorch and Transformers, without their files
@@ -77,13 +76,6 @@ def packed_bytes(weights: float, settings: CalibrationSettings) -> float:
     """Of quantized weights, with their grids."""
     group = settings.group_size if settings.group_size > 0 else 4096
     return weights * (settings.weight_bits / 8 + 3 / group)
-
-
-def packed_size(out_features: int, in_features: int, scheme: QuantScheme) -> int:
-    """Bytes of a weight as docs/format.md packs it, with its grids and those of its input."""
-    grid = 2 if scheme.symmetric else 3
-    row = 4 * scheme.words(in_features) + grid * scheme.groups(in_features)
-    return out_features * row + (8 * in_features if scheme.granularity == "channel" else 0)
 
 
 def count_memory(
@@ -137,11 +129,11 @@ def _gradients(
     model: Any, sums: Sequence[Sums], settings: CalibrationSettings, data: Data, dtype: torch.dtype
 ) -> _Step:
     """Of token importance and sensitivity: one batch's graph, and what is kept of all."""
-    probes = settings.guards or settings.precision_budget is not None
+    probes = settings.measures_sites
     if not (probes or settings.token_importance):
         return _Step()
     share = min(1.0, data.batch_size / data.samples)  # a batch
-    draws = gradient_draws(sums, data) if probes else 2
+    draws = directions(sums, data) if probes else DRAWS
     kept = 2 * draws * data.half * sum(one.hidden * one.layers for one in sums) if probes else 0.0
     runs = sum(one.hidden * one.layers for one in sums) * share * dtype.itemsize
     text = model.config.get_text_config()

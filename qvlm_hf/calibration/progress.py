@@ -37,7 +37,7 @@ def planned_steps(settings: CalibrationSettings) -> tuple[str, ...]:
     """The steps of a calibration that tell how far they are, in order."""
     asked = {
         "recipes": settings.recipe is not None,
-        "sensitivity": settings.guards or settings.precision_budget is not None,
+        "sensitivity": settings.measures_sites,
         "vision": settings.optimize_vision is not None,
         "search": True,
     }

@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ["check_scratch_dir", "keep", "scratch"]
 
 # Smaller tensors stay in memory: the kernel allows 65,530 mappings of a process by default.
-_SMALL = 2**18
+_SMALL = 2**16
 _IN_MEMORY = ("tmpfs", "ramfs")  # file systems that would win nothing
 
 _folder: ContextVar[Path | None] = ContextVar("scratch folder", default=None)

@@ -93,6 +93,11 @@ class CalibrationSettings(Options):
         return self.guard and min(self.weight_bits, self.activation_bits) <= _GUARDED_BITS
 
     @property
+    def measures_sites(self) -> bool:
+        """Whether every site is quantized alone, to see how much the answers change."""
+        return self.guards or self.precision_budget is not None
+
+    @property
     def entropy_levels(self) -> int:
         """M of eq. 4: 2^activation_bits, or 256 where activations stay in floating point."""
         return 256 if self.activation_bits == 16 else 2**self.activation_bits

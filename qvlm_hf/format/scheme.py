@@ -115,6 +115,14 @@ class QuantScheme:
         """Counts the int32 words of a packed row: ceil(in_features * weight_bits / 32)."""
         return -(-in_features * self.weight_bits // 32)
 
+    def module_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of a module's tensors but its bias and a range per position."""
+        weight = 4 * out_features * self.words(in_features)
+        groups = out_features * self.groups(in_features)
+        parameters = groups * (2 if self.symmetric else 3)  # bfloat16 scale, uint8 zero point
+        statics = in_features if self.granularity == "channel" else 0
+        return weight + parameters + 8 * statics  # float32 scale, int32 zero point
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form, keys as in config.json."""
         entry = asdict(self)

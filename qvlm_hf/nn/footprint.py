@@ -149,11 +149,7 @@ def linear_bytes(in_features: int, out_features: int, scheme: QuantScheme) -> in
     """
     if scheme.granularity == "token":
         raise ValueError("granularity 'token': the calibrated positions are known to files alone.")
-    weight = 4 * out_features * scheme.words(in_features)
-    groups = out_features * scheme.groups(in_features)
-    parameters = groups * (2 if scheme.symmetric else 3)  # bfloat16 scale, uint8 zero point
-    statics = in_features if scheme.granularity == "channel" else 0
-    return weight + parameters + 8 * statics  # float32 scale, int32 zero point
+    return scheme.module_bytes(out_features, in_features)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ without. Memory is anonymous: mapped files are what the kernel can drop and read
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -20,26 +21,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from calibration_time import line
 from results_file import options_of, write
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
-from qvlm_hf.bench.machine import proc_bytes
 from qvlm_hf.bench.random_models import random_model
+from qvlm_hf.calibration.room import proc_bytes
 from qvlm_hf.demo import dataset_path, model_dir
+from qvlm_hf.hf.calibrate import read_samples
+from qvlm_hf.hf.preflight import expect
+from qvlm_hf.hf.saving import save_quantized
+from qvlm_hf.hub.saved import empty_model
 
 _EVERY = 0.002  # seconds between two looks at the memory
 # The C library gives blocks from 64 KiB on back at once: what it hoards is no need of calibration.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def save_model(folder: Path, layers: int, hidden: int, dtype: torch.dtype) -> int:
-    """Saves a random model; returns the bytes of a decoder layer."""
+def save_model(folder: Path, layers: int, hidden: int, dtype: torch.dtype, **text: int) -> int:
+    """Saves a random model, `text` in its configuration; returns the bytes of a decoder layer."""
     config = AutoConfig.from_pretrained(model_dir())
     sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "head_dim": 64}
     heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), hidden // 64)
-    config.text_config.update(sizes | heads | {"num_hidden_layers": layers})
+    config.text_config.update(sizes | heads | {"num_hidden_layers": layers} | text)
     model = random_model(config, dtype=dtype, device=torch.device("cpu"))
     model.save_pretrained(folder)
     AutoProcessor.from_pretrained(model_dir()).save_pretrained(folder)
@@ -65,21 +69,36 @@ def highest_anonymous() -> Iterator[list[int]]:
         watcher.join()
 
 
-def calibrate(folder: Path, scratch: str | None, output: str | None, **fields: object) -> dict:
-    """Calibrates the model there, in this process; returns what it took."""
+def calibrate(folder: Path, scratch: str | None, share: float, **fields: object) -> dict:
+    """Calibrates the model there, in this process; returns what it took and was promised.
+
+    With a `share` the kernel refuses more than that share of the promise: RLIMIT_DATA. It counts
+    what is private and writable, which is anonymous memory and the checkpoint as safetensors maps
+    it, but not scratch files.
+    """
     config = qvlm_hf.QVLMConfig(
         dataset=str(dataset_path("calibration")),
         processor=AutoProcessor.from_pretrained(folder),
         scratch_dir=scratch,
         **fields,
     )
+    empty = empty_model(AutoConfig.from_pretrained(folder)).to(torch.bfloat16)
+    promised = expect(empty, config, read_samples(config))
     before, start = proc_bytes("self/status", "RssAnon"), time.process_time()
+    if share:
+        reserved = proc_bytes("self/status", "VmData") - before  # not touched, as of stacks
+        limit = int(share * promised.memory + promised.weights) + reserved
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with highest_anonymous() as highest:
         model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
-        if output:
-            model.save_pretrained(output)
+        save_quantized(model, config.processor, folder / "result", report=None, overwrite=True)
     seconds = time.process_time() - start
-    return {"anonymous": highest[0] - before, "seconds": seconds}
+    return {
+        "anonymous": highest[0] - before,
+        "highest": highest[0],
+        "promised": promised.memory,
+        "seconds": seconds,
+    }
 
 
 def in_a_process(folder: Path, *options: str) -> dict:
@@ -90,6 +109,14 @@ def in_a_process(folder: Path, *options: str) -> dict:
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def line(layers: list[int], sizes: list[float]) -> tuple[float, float]:
+    """Least squares: bytes of no layer, and of each."""
+    x = torch.tensor([[1.0, count] for count in layers], dtype=torch.float64)
+    y = torch.tensor(sizes, dtype=torch.float64).unsqueeze(1)
+    base, slope = torch.linalg.lstsq(x, y).solution.flatten().tolist()
+    return base, slope
 
 
 def main() -> None:
@@ -105,13 +132,14 @@ def main() -> None:
     )
     parser.add_argument("--folder", help="where to write; default: a temporary directory")
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.child:
         fields = {"scheme": options.scheme, "num_samples": options.samples}
         fields |= json.loads(options.fields)
-        print(json.dumps(calibrate(Path(options.child), options.scratch, None, **fields)))
+        print(json.dumps(calibrate(Path(options.child), options.scratch, options.share, **fields)))
         return
     same = ["--scheme", options.scheme, "--samples", str(options.samples), "--threads", "1"]
     same += ["--fields", options.fields]

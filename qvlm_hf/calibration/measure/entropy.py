@@ -28,6 +28,7 @@ from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.models.graph import Segment
 
 __all__ = [
+    "HISTOGRAM_VALUES",
     "DependencyHistogram",
     "conditional_entropy",
     "layer_dependencies",
@@ -39,7 +40,7 @@ __all__ = [
 # evenly. On the demo model 16 levels stay below the budget; at 256 levels the subsample moved the
 # entropies by at most 0.007 nats.
 _CHUNK = 2**23
-_BUDGET = 2**26
+HISTOGRAM_VALUES = 2**26
 
 
 def soft_assignment(units: Tensor, levels: int) -> Tensor:
@@ -126,7 +127,7 @@ class DependencyHistogram:
         budget: int | None = None,
     ) -> None:
         self._ranges, self._levels = (first_range, second_range), levels
-        self._stride = -(-elements * levels // (budget or _BUDGET))
+        self._stride = -(-elements * levels // (budget or HISTOGRAM_VALUES))
         self._sum = torch.zeros(levels, levels, dtype=torch.float64, device=first_range[0].device)
         self._count = self._seen = 0
 

@@ -19,9 +19,9 @@ from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.gradients import answer_gradients
 from qvlm_hf.calibration.run import Calibration
 
-__all__ = ["token_importance"]
+__all__ = ["DRAWS", "token_importance"]
 
-_DRAWS = 2  # directions per batch
+DRAWS = 2  # directions per batch
 _TEMPERATURE = 3.0  # softens predictions that are all but certain
 _FLOOR = 0.1  # of the mean weight: what no drawn answer looked at may matter to another question
 
@@ -37,7 +37,7 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
     names = [layer.name for segment in calibration.segments for layer in live_layers(segment)]
     squares: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     for batch, name, gradients in answer_gradients(
-        calibration, calibration.data, draws=_DRAWS, temperature=_TEMPERATURE
+        calibration, calibration.data, draws=DRAWS, temperature=_TEMPERATURE
     ):
         per_draw = [gradient.float().square().sum(-1) for gradient in gradients]
         squares[name][batch] = torch.stack(per_draw).sum(0)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from torch import nn
 
-from qvlm_hf.calibration.memory import packed_size
 from qvlm_hf.calibration.options import size_in_bytes
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.models.graph import get_linear, output_head
@@ -37,12 +36,12 @@ def saved_bytes(calibration: Calibration) -> tuple[dict[str, dict[int, int]], in
             precision = replace(settings.precision, weight_bits=bits)
             scheme = settings.module_scheme(granularity, site.hadamard, precision)
             costs.setdefault(site.name, {})[bits] = sum(
-                packed_size(linear.out_features, linear.in_features, scheme)
+                scheme.module_bytes(linear.out_features, linear.in_features)
                 for linear in site.linears
             )
     if head_scheme := settings.head_scheme():
         head = get_linear(model, output_head(model))
-        rest += packed_size(head.out_features, head.in_features, head_scheme)
+        rest += head_scheme.module_bytes(head.out_features, head.in_features)
         if not any(module.weight is head.weight for module in _embeddings(model)):
             rest -= head.weight.numel() * head.weight.element_size()
     return costs, rest + _HEADER * (len(parameters) + 4 * sum(len(s.linears) for s in sites))

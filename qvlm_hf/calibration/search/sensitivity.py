@@ -14,6 +14,7 @@ second order. So time grows with the number of layers, not with its square.
 Left out: interactions between sites; the search that follows sees them.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -34,7 +35,7 @@ from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.settings import Precision
 from qvlm_hf.models.graph import Layer, Segment
 
-__all__ = ["choose_precisions", "site_parameters"]
+__all__ = ["choose_precisions", "gradient_draws", "site_parameters"]
 
 # A site that alone moves the answers by more than this is broken, whatever the others do. On the
 # demo model at W4A4 the worst of 42 sites moved them by 0.07 nats at its starting range, the fifth
@@ -60,7 +61,7 @@ def choose_precisions(
     """
     settings = calibration.settings
     guarded = settings.guards
-    if not guarded and settings.precision_budget is None:
+    if not settings.measures_sites:
         return {}, {}
     parameters = site_parameters(calibration)
     probe = _Probe(calibration, len(parameters))
@@ -149,6 +150,17 @@ class _Probe:
         return found
 
 
+def gradient_draws(values: float, samples: float) -> int:
+    """Directions in which answers are differentiated.
+
+    Args:
+        values: of the hidden states that gradients are held of, over all held-out samples.
+        samples: that are held out.
+    """
+    most = int(_GRADIENT_BYTES // max(2 * values, 1))
+    return max(1, min(most, math.ceil(_DIRECTIONS / max(samples, 1))))
+
+
 def _held_out_gradients(calibration: Calibration) -> dict[str, list[dict[str, list[Tensor]]]]:
     """Segment -> per own held-out batch that reaches it: layer -> draws, in main memory."""
     data, own = calibration.data, calibration.own_data
@@ -166,8 +178,7 @@ def _held_out_gradients(calibration: Calibration) -> dict[str, list[dict[str, li
             for entry in held_out_half(calibration.inputs[segment.name])
         )
     )
-    most = _GRADIENT_BYTES // max(2 * values, 1)
-    draws = max(1, min(most, -(-_DIRECTIONS // max(samples, 1))))
+    draws = gradient_draws(values, samples)
     found: dict[int, dict[str, list[Tensor]]] = {id(batch): {} for batch in own}
     for index, name, gradients in answer_gradients(calibration, batches, draws=draws):
         kept = [keep(gradient.to("cpu", torch.bfloat16)) for gradient in gradients]
