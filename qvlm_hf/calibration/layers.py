@@ -314,13 +314,22 @@ def count_tokens(inputs: Sequence[LayerInput]) -> int:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside the context: only hidden states do."""
+    """No parameter asks for a gradient inside the context: only hidden states do.
+
+    Transformers gives the head a slice of the hidden states. For a weight without gradient PyTorch
+    would multiply that row by row with copies of the weight: 15 s instead of .2 for a vocabulary of
+    196,608 and 4 rows, and 3.2 GB. The head therefore gets a contiguous copy of the slice.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
+    head = output_embeddings() or nn.Identity()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
+        hook.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
 

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qvlm_hf.hf.preflight import (
     gigabytes,
     result_bytes,
 )
+from qvlm_hf.hf.saving import check_output
 from qvlm_hf.hub.saved import empty_model
 
 __all__ = ["check_room", "tell_cost"]
@@ -54,6 +56,8 @@ def tell_cost(options: argparse.Namespace) -> int:
         ValueError: as the run itself would before it reads a weight, memory and disk included.
     """
     silence()
+    if options.output is not None:
+        check_output(options.output, overwrite=options.overwrite)
     config = make_config(options)
     if config.dataset is not None and options.model in SHAPES:
         raise ValueError(
@@ -62,7 +66,9 @@ def tell_cost(options: argparse.Namespace) -> int:
         )
     samples = None
     if config.dataset is not None:
-        config.processor = load_processor(options.model, options.revision)
+        model = Path(options.model)  # a config.json lies beside its processor
+        place = str(model.parent) if model.is_file() else options.model
+        config.processor = load_processor(place, options.revision)
         samples = read_samples(config)
     expected = expect(_empty(options), config, samples)
     print(f"{options.model}, {config.scheme}, on this machine")

@@ -106,12 +106,12 @@ class _Optional(argparse.Action):
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    if options.dry_run:
-        return tell_cost(options)
     if options.private and options.repo_id is None:
         raise ValueError("--private is of the repository: name it with --push-to-hub REPO.")
     _refuse_unused(options)
     with joined(debug=options.debug) as loading:
+        if options.dry_run:
+            return tell_cost(options) if is_first() else 0
         if is_first():  # the check writes there, which others would see
             check_output(options.output, overwrite=options.overwrite)
         config = make_config(options)

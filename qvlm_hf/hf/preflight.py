@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -37,7 +38,7 @@ from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.report import RecipeTrial
 from qvlm_hf.calibration.room import free_disk, free_memory, whole_memory
-from qvlm_hf.calibration.samples import IGNORE_INDEX, Sample, collate
+from qvlm_hf.calibration.samples import IGNORE_INDEX, Sample, collate, longest_sample
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.processor_fit import ask_features
@@ -341,8 +342,11 @@ def _count_data(
             batches = [collate([sample], processor) for sample in few]
         answers = sum(int((one.labels != IGNORE_INDEX).sum()) for one in batches) / len(few)
         found = [_feature_tokens(model, segments, one.inputs) for one in batches]
+        longest = longest_sample(model) or math.inf
         lengths = [one.inputs["input_ids"].shape[1] for one in batches]
-        text = (max(lengths) + sum(lengths) / len(few)) / 2  # with padding
+        # longer ones will be left out
+        lengths = [length for length in lengths if length <= longest] or [min(lengths)]
+        text = (max(lengths) + sum(lengths) / len(lengths)) / 2  # with padding
     else:
         pixels = {} if size is None else {"pixel_values": torch.empty(1, 3, *size, device="meta")}
         found = [_feature_tokens(model, segments, pixels)]

@@ -25,6 +25,7 @@ from qvlm_hf.calibration.ranks import is_first
 from qvlm_hf.calibration.report import CalibrationReport
 from qvlm_hf.calibration.rounding import by_structure
 from qvlm_hf.calibration.samples import Sample
+from qvlm_hf.calibration.scratch import check_scratch_dir, scratch
 from qvlm_hf.format.files import INDEX_NAME, check_readable, weight_files
 from qvlm_hf.hf.calibrate import calibrate, read_samples
 from qvlm_hf.hf.checkpoint import (
@@ -304,7 +305,9 @@ class QVLMHfQuantizer(HfQuantizer):
         from qvlm_hf.hf.runtime.decoding import check_new_model
 
         processor = self.quantization_config.processor
-        check, warning = check_new_model(model, pictured(self._samples), processor)
+        folder = self.quantization_config.scratch_dir
+        with scratch(None if folder is None else check_scratch_dir(folder)):
+            check, warning = check_new_model(model, pictured(self._samples), processor)
         warnings = report.warnings if warning is None else (*report.warnings, warning)
         return replace(report, decode_check=check, warnings=warnings)
 

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_calibrations import calibrate, tiny_batches, tiny_logits
 from tiny_models import tiny_llava, tiny_messages
 
-from qvlm_hf.calibration.layers import model_inputs, run_model
+from qvlm_hf.calibration.layers import frozen, model_inputs, run_model
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.nn.replace import quantized_modules
 
@@ -99,3 +99,15 @@ def test_pictures_come_in_the_dtype_of_the_processor_or_of_the_model():
     assert model_inputs(model, same)["pixel_values"].dtype == torch.float32
     assert model_inputs(model, same)["input_ids"].dtype == torch.int64
     assert torch.isfinite(run_model(model, same).logits).all()
+
+
+def test_the_head_gets_no_rows_apart_when_gradients_are_taken():
+    model, seen = tiny_llava().eval(), []
+    model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].is_contiguous()))
+    inputs = tiny_batches(2, 2)[0].inputs
+    with torch.no_grad():
+        expected = model(**inputs, logits_to_keep=3).logits
+        with frozen(model):
+            assert torch.allclose(model(**inputs, logits_to_keep=3).logits, expected, atol=1e-6)
+        model(**inputs, logits_to_keep=3)
+    assert seen == [False, True, False]  # and the hook is gone

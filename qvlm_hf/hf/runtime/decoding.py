@@ -26,6 +26,7 @@ from torch.nn import functional
 from qvlm_hf.calibration.measure.answers import eval_mode
 from qvlm_hf.calibration.report import DecodeCheck
 from qvlm_hf.calibration.samples import Sample, collate
+from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.processor_fit import sample_of_noise
 from qvlm_hf.hf.runtime.fusion import leave_to_transformers
@@ -136,7 +137,7 @@ def _unrounded(model: nn.Module) -> Iterator[None]:
             for tensor in own:
                 if tensor is not None and tensor.is_floating_point():
                     tensors.append((tensor, tensor.data))
-                    tensor.data = tensor.data.float()
+                    tensor.data = keep(tensor.data.float())
         yield
     finally:
         for module, (scheme, parameters) in modules:
