@@ -195,7 +195,7 @@ def test_subsampling_stays_close_however_the_batches_fall(monkeypatch, splits):
     ranges = channel_range(first), channel_range(second)
     second[::4] = 0.0  # every batch's first token is special, as an attention sink is
     whole = measured(first, second, *ranges, levels=8)
-    monkeypatch.setattr(entropy, "_BUDGET", first.numel() * 8 // 5)
+    monkeypatch.setattr(entropy, "HISTOGRAM_VALUES", first.numel() * 8 // 5)
     assert measured(first, second, *ranges, levels=8, splits=splits) == pytest.approx(
         whole, abs=0.02
     )
@@ -210,7 +210,7 @@ def test_subsampling_keeps_to_the_budget(monkeypatch):
         "soft_assignment",
         lambda units, levels: (seen.append(units.numel()), assign(units, levels))[1],
     )
-    monkeypatch.setattr(entropy, "_BUDGET", 16 * 400)
+    monkeypatch.setattr(entropy, "HISTOGRAM_VALUES", 16 * 400)
     first, second = correlated(1000, 4)
     measured(first, second, splits=[100] * 10)
     assert 200 <= sum(seen) / 2 <= 400  # of 4000, for both layers each
