@@ -167,7 +167,7 @@ def _refuse_unused(options: argparse.Namespace) -> None:
             f"{', '.join(given)}: plain rounding uses no data: leave it out, or leave out --method "
             f"rtn."
         )
-    if given and options.dataset is None:
+    if given and options.dataset is None and not options.dry_run:  # which assumes samples
         raise ValueError(
             f"{', '.join(given)}: is of the search, which needs samples: give --dataset F too, or "
             f"leave it out."

@@ -34,11 +34,13 @@ from qvlm_hf.calibration.memory import (
     model_bytes,
     packed_bytes,
 )
+from qvlm_hf.calibration.options import size_in_bytes
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.progress import Steps
 from qvlm_hf.calibration.report import RecipeTrial
 from qvlm_hf.calibration.room import free_disk, free_memory, whole_memory
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Sample, collate, longest_sample
+from qvlm_hf.calibration.search.budget import WIDTHS
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.processor_fit import ask_features
@@ -65,6 +67,7 @@ _CPU = torch.device("cpu")
 # Of measured to expected seconds, and memory: docs/scaling.md.
 _FASTER, _SLOWER = 0.6, 1.4
 _TOO_HIGH = 1.3
+_ROUGHLY = 0.95  # small tensors are estimated
 _SHOWN = 10.0  # seconds from which a run says beforehand how long it will take
 _ASKED = 8  # samples that are rendered to count tokens
 _TEXT, _PATCHES = 128, 1024  # assumed of a sample: tokens besides the picture, and of a picture
@@ -133,8 +136,7 @@ def expect(
     settings = settings.for_model(rotatable=has_row(model) and not why_not_rotatable(model))
     segments = resolve_segments(model, settings) if has_row(model) else ()
     weights, whole = _quantized(model, segments), model_bytes(model, model.dtype)
-    packed = packed_bytes(weights, settings)
-    sizes = {"weights": whole, "result": whole - weights * model.dtype.itemsize + packed}
+    sizes = {"weights": whole, "result": _result_bytes(model, weights, settings)}
     if config.dataset is None and not settings.needs_data:
         memory = count_rounding_memory(model, weights, settings)
         return Expected(
@@ -160,7 +162,7 @@ def expect(
         working=found.working,
         scratch=found.kept,
         device=whole + count(compute=model.dtype).together,
-        kept=packed,
+        kept=packed_bytes(weights, settings),
         data=data,
         assumed=samples is None,
         **sizes,
@@ -273,7 +275,9 @@ def _remedy(expected: Expected, config: QVLMConfig) -> str:
     ways = [] if config.scratch_dir is not None else ["scratch_dir="]
     ways += [] if config.max_block_depth == 1 else ["max_block_depth=1"]
     ways += [] if config.num_samples <= TRIAL_SAMPLES else [f"num_samples={TRIAL_SAMPLES}"]
-    return "take a machine with more" + (f", or {', '.join(ways)}." if ways else ".")
+    return "take a machine with more" + (
+        f", or {', '.join(ways)} (each takes less)." if ways else "."
+    )
 
 
 def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:
@@ -288,8 +292,22 @@ def result_bytes(model: PreTrainedModel, config: QVLMConfig) -> float:
     """
     settings = config.settings()
     weights = _quantized(model, resolve_segments(model, settings) if has_row(model) else ())
+    return _result_bytes(model, weights, settings)
+
+
+def _result_bytes(model: PreTrainedModel, weights: int, settings: CalibrationSettings) -> float:
     floats = model_bytes(model, model.dtype) - weights * model.dtype.itemsize
-    return floats + packed_bytes(weights, settings)
+    budget = settings.precision_budget
+    if not isinstance(budget, str):
+        return floats + packed_bytes(weights, settings)
+    fewest = replace(settings, weight_bits=WIDTHS[0], precision_budget=None)
+    least = floats + packed_bytes(weights, fewest)
+    if size_in_bytes(budget) < _ROUGHLY * least:
+        raise ValueError(
+            f"precision_budget={budget!r} is below about {gigabytes(least)}, which the model takes "
+            f"with weights of {WIDTHS[0]} bits: raise it."
+        )
+    return size_in_bytes(budget)
 
 
 def _quantized(model: PreTrainedModel, segments: Sequence[Segment]) -> int:

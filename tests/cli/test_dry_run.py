@@ -63,3 +63,9 @@ def test_no_room_for_the_result_is_told_before_the_run(tmp_path, capsys, monkeyp
     assert f"{output}: no room for " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["quantize", str(tmp_path / "model")])  # where to
+
+
+def test_a_size_that_no_width_reaches_is_refused(capsys):
+    command = ["quantize", "llava-1.5-13b", "--dry-run", "--precision-budget", "1GB"]
+    assert main([*command, "--max-block-depth", "1"]) == 1
+    assert "--precision-budget 1GB is below about 4.2 GB" in capsys.readouterr().err
