@@ -122,6 +122,7 @@ def described(model, report):
 def command(number, words):
     """Exit status of `qvlm`, and what it writes to standard output and standard error."""
     count = str(dist.get_world_size())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of which Accelerate would warn
     os.environ |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number)}
     said, complained = io.StringIO(), io.StringIO()

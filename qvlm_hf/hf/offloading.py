@@ -58,7 +58,8 @@ def map_weights(model: Any) -> None:
         if isinstance(one, AlignDevicesHook)
     ]
     runs_on = {str(hook.execution_device) for _, hook in hooks} - {"None"}
-    if not hooks or runs_on - {"cpu"}:
+    offloaded = any(hook.weights_map is not None for _, hook in hooks)
+    if not offloaded or runs_on - {"cpu"}:
         return
     for module, hook in hooks:
         for name, tensor in chain(module._parameters.items(), module._buffers.items()):
