@@ -14,56 +14,24 @@ import math
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from calibration_memory import highest_anonymous, save_model
 from results_file import options_of, write
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
-from qvlm_hf.bench.random_models import random_model
 from qvlm_hf.calibration.cost import FACTORS
-from qvlm_hf.calibration.room import proc_bytes
-from qvlm_hf.demo import dataset_path, model_dir
+from qvlm_hf.demo import dataset_path
 from qvlm_hf.hf.calibrate import read_samples
 from qvlm_hf.hf.preflight import expect
 from qvlm_hf.hub.saved import empty_model
 
 # hidden size, layers, samples
 SIZES = ((192, 4, 16), (256, 6, 32), (512, 3, 32), (768, 2, 32))
-
-
-def save_model(folder: Path, hidden: int, layers: int) -> None:
-    config = AutoConfig.from_pretrained(model_dir())
-    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 11 // 4, "head_dim": 64}
-    heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), hidden // 64)
-    config.text_config.update(sizes | heads | {"num_hidden_layers": layers})
-    model = random_model(config, dtype=torch.bfloat16, device=torch.device("cpu"))
-    model.save_pretrained(folder)
-    AutoProcessor.from_pretrained(model_dir()).save_pretrained(folder)
-
-
-@contextmanager
-def highest_anonymous() -> Iterator[list[int]]:
-    """Inside, the highest anonymous memory of this process is written into the list."""
-    highest, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.002):
-            highest[0] = max(highest[0], proc_bytes("self/status", "RssAnon") or 0)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield highest
-    finally:
-        stop.set()
-        watcher.join()
 
 
 def calibrate(folder: Path, samples: int, scheme: str, scratch: str | None) -> dict:
@@ -121,7 +89,7 @@ def main() -> None:
     rows = []
     for hidden, layers, samples in SIZES:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            save_model(Path(folder), hidden, layers)
+            save_model(Path(folder), layers, hidden, torch.bfloat16)
             words = ["--samples", str(samples), "--scheme", options.scheme]
             words += ["--threads", str(options.threads)]
             words += ["--scratch", folder] if options.with_scratch else []
