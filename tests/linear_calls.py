@@ -24,6 +24,12 @@ NO_COMPILER = "no C++ compiler found: install g++ or set CXX"
 has_compiler = any(map(shutil.which, ("c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not has_compiler, reason="no compiler")
 
+
+def remove_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)  # PEFT's BOFT leaves gcc in it
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+
+
 # Place in `arguments`, a number that no module has, and the words for it.
 IMPOSSIBLE = (
     *(

@@ -2,7 +2,6 @@
 instead.
 """
 
-import shutil
 from contextlib import suppress
 
 import pytest
@@ -10,7 +9,14 @@ import torch
 from attention_calls import compare, exact, tensors
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_calls import NO_COMPILER, OPS, needs_compiler, run_python, with_threads
+from linear_calls import (
+    NO_COMPILER,
+    OPS,
+    needs_compiler,
+    remove_compilers,
+    run_python,
+    with_threads,
+)
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -278,7 +284,7 @@ def fresh():
 
 def test_without_a_compiler_pytorch_computes(monkeypatch, tmp_path, fresh, by_pytorch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    remove_compilers(monkeypatch)
     assert attention.load() == NO_COMPILER
     with torch.no_grad():
         torch.testing.assert_close(

@@ -21,6 +21,7 @@ from linear_calls import (
     has_compiler,
     lists,
     needs_compiler,
+    remove_compilers,
     run_python,
     with_threads,
 )
@@ -360,7 +361,7 @@ def test_no_kernel_reads_tensors_of_another_form(place, change, computed):
 
 
 def test_without_a_compiler_the_reference_computes_and_says_so(monkeypatch, fresh_kernels, caplog):
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    remove_compilers(monkeypatch)
     assert cpu_kernel() == f"reference ({NO_COMPILER})"
     x, rest = torch.randn(3, 64), arguments(4, 4, "channel", 8, 64, 64, 3)
     assert torch.equal(OPS.linear(x, *rest), OPS.linear_reference(x, *rest))
