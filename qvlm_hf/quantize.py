@@ -24,14 +24,17 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, capture_inputs
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
+from qvlm_hf.calibration.measure.written_text import WRITTEN, with_text
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
-from qvlm_hf.calibration.provenance import provenance
-from qvlm_hf.calibration.report import (
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.scratch import keep
+from qvlm_hf.calibration.process.waiting import yield_to_others
+from qvlm_hf.calibration.record.provenance import provenance
+from qvlm_hf.calibration.record.report import (
     BlockReport,
     CalibrationReport,
     RoutingReport,
@@ -39,7 +42,7 @@ from qvlm_hf.calibration.report import (
     SiteReport,
     settings_dict,
 )
-from qvlm_hf.calibration.resume import SavedSteps
+from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.calibration.rounding import (
     read_without_row,
     rounding_report,
@@ -48,18 +51,15 @@ from qvlm_hf.calibration.rounding import (
 )
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import Processor, Sample, batches, by_picture
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.routing import few_tokens_warning, routing_reports
 from qvlm_hf.calibration.search.segments import SearchedBlock, search_segment
 from qvlm_hf.calibration.search.sensitivity import choose_precisions
 from qvlm_hf.calibration.search.sites import QuantizedSite, installed
+from qvlm_hf.calibration.search.vision_encoder import learn_vision_ranges
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
-from qvlm_hf.calibration.vision_encoder import learn_vision_ranges
-from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.calibration.written_text import WRITTEN, with_text
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import experts_split

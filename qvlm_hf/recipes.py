@@ -21,15 +21,17 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import live_layers
+from qvlm_hf.calibration.measure.not_finite import naming_the_source
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
-from qvlm_hf.calibration.not_finite import naming_the_source
+from qvlm_hf.calibration.measure.written_text import with_text, written_text
 from qvlm_hf.calibration.options import Options
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
-from qvlm_hf.calibration.progress import Steps
-from qvlm_hf.calibration.report import CalibrationReport, RecipeTrial
-from qvlm_hf.calibration.resume import SavedSteps, alone_in, made_from
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.progress import Steps
+from qvlm_hf.calibration.process.waiting import yield_to_others
+from qvlm_hf.calibration.record.report import CalibrationReport, RecipeTrial
+from qvlm_hf.calibration.record.resume import SavedSteps, alone_in, made_from
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,
@@ -42,8 +44,6 @@ from qvlm_hf.calibration.samples import (
 )
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.rotation import take_snapshot
-from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.calibration.written_text import with_text, written_text
 from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import get_linear

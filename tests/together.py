@@ -12,8 +12,8 @@ from tiny_families import tiny_family, tiny_family_processor
 from tiny_models import tiny_llava, tiny_messages
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.calibration import ranks
-from qvlm_hf.calibration.resume import SavedSteps
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.cli import main
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.nn.linear import QVLMLinear

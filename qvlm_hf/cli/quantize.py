@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from qvlm_hf.bench.shapes import SHAPES
-from qvlm_hf.calibration.ranks import is_first
-from qvlm_hf.calibration.resume import (
+from qvlm_hf.calibration.process.ranks import is_first
+from qvlm_hf.calibration.record.resume import (
     check_resume_dir,
     remove_state,
     telling_how_to_go_on,

@@ -21,11 +21,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
 from qvlm_hf.calibration.plan import resolve_segments
-from qvlm_hf.calibration.ranks import is_first
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.process.ranks import is_first
+from qvlm_hf.calibration.process.scratch import check_scratch_dir, scratch
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.calibration.rounding import by_structure
 from qvlm_hf.calibration.samples import Sample
-from qvlm_hf.calibration.scratch import check_scratch_dir, scratch
 from qvlm_hf.format.files import INDEX_NAME, check_readable, weight_files
 from qvlm_hf.hf.calibrate import calibrate, read_samples
 from qvlm_hf.hf.checkpoint import (

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     count_tokens,
     live_layers,
@@ -23,8 +22,9 @@ from qvlm_hf.calibration.layers import (
     valid_tokens,
     working_precision,
 )
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.run import Calibration
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.models.graph import Segment
 
 __all__ = [

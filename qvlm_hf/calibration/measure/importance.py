@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.gradients import answer_gradients
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
 
 __all__ = ["DRAWS", "token_importance"]

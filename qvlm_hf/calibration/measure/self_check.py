@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
-from qvlm_hf.calibration.report import SelfCheck
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.scratch import keep
+from qvlm_hf.calibration.record.report import SelfCheck
 from qvlm_hf.calibration.samples import Batch
-from qvlm_hf.calibration.scratch import keep
 
 __all__ = ["AnswerComparison", "collapse_warning", "head_warning"]
 

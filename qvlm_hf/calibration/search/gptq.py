@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     LayerInput,
     Reached,
@@ -28,6 +27,7 @@ from qvlm_hf.calibration.layers import (
     run_layer,
     valid_tokens,
 )
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.search.sites import QuantizedSite
 from qvlm_hf.format.grids import QuantizedWeight
 from qvlm_hf.models.experts import rows_of

@@ -20,8 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, run_layer, valid_tokens
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.search.sites import QuantizedSite
 
 __all__ = ["BlockSearch", "SearchResult", "search_block"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.grids import (
     QParams,

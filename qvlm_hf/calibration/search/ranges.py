@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     LayerInput,
     count_tokens,
@@ -25,6 +24,7 @@ from qvlm_hf.calibration.layers import (
     run_layer,
     valid_tokens,
 )
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
 from qvlm_hf.calibration.search.sites import (

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, live_layers, run_layer, working_precision
 from qvlm_hf.calibration.measure.gradients import answer_gradients
-from qvlm_hf.calibration.report import PrecisionRaise
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.scratch import keep
+from qvlm_hf.calibration.record.report import PrecisionRaise
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.calibration.search.budget import WIDTHS, allocate_bits, fit_bits, saved_bytes
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 

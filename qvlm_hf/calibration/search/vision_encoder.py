@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     frozen,
     live_layers,
@@ -37,7 +36,8 @@ from qvlm_hf.calibration.measure.entropy import (
     value_bounds,
 )
 from qvlm_hf.calibration.options import VisionOptimization
-from qvlm_hf.calibration.report import VisionReport
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.record.report import VisionReport
 from qvlm_hf.calibration.run import Calibration, LearnedRanges
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 from qvlm_hf.calibration.search.blocks import partition_layers

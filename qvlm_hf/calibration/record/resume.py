@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
-from qvlm_hf.calibration.coded import decode, encode
-from qvlm_hf.calibration.provenance import versions
-from qvlm_hf.calibration.report import settings_dict
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.record.coded import decode, encode
+from qvlm_hf.calibration.record.provenance import versions
+from qvlm_hf.calibration.record.report import settings_dict
 from qvlm_hf.calibration.samples import Batch, Sample, fingerprint
 from qvlm_hf.calibration.settings import CalibrationSettings
 
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _STATE, _PARTIAL = "state.json", ".partial"
-_FORMAT = 1
+_FORMAT = 2
 
 _T = TypeVar("_T")
 

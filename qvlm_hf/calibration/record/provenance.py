@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.samples import Batch, Sample, fingerprint
 from qvlm_hf.calibration.settings import CalibrationSettings
 

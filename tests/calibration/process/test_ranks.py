@@ -13,7 +13,7 @@ from several_processes import run_together
 from tiny_models import save_tiny, save_tiny_samples
 from transformers import AutoModelForImageTextToText
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.process import ranks
 
 OPTIONS = {"batch_size": 1, "max_block_depth": 2, "percentiles": (1.0,), "margins": ()}
 
