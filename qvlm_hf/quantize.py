@@ -196,7 +196,9 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
 def _deal(calibration: Calibration) -> list[int]:
     """The batches that this process runs; all, where there is one process."""
     remedy = f", give more samples, or a smaller batch_size than {calibration.settings.batch_size}"
-    return ranks.deal(["pixel_values" in batch.inputs for batch in calibration.data], remedy)
+    return ranks.shard_batches(
+        ["pixel_values" in batch.inputs for batch in calibration.data], remedy
+    )
 
 
 @contextmanager
@@ -233,7 +235,7 @@ def make_modules(calibration: Calibration) -> _Modules:
         with calibration.timed("importance"):
             measure = partial(token_importance, calibration)
             # of several processes each has its own batches, and the first one alone keeps steps
-            several = ranks.count() > 1
+            several = ranks.world_size() > 1
             calibration.importance = measure() if several else kept.once("importance", measure)
     learn_vision_ranges(calibration)
     return _search(calibration)

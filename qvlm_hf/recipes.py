@@ -9,7 +9,6 @@ Divergences are geometric means over samples. Of 64 samples the worst three hold
 sum, so that an arithmetic mean tells chance (docs/decisions/0029-the-typical-sample-decides.md).
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -114,10 +113,10 @@ def calibrate_with_best_recipe(
         with naming_the_source(model, everything, processor):
             if settings.recipe is None:
                 return calibrate_and_pack(model, settings, samples, processor, **given)
-            with experts_split(model), ranks.apart():
+            with experts_split(model), ranks.no_sync():
                 compare = partial(_try_recipes, model, settings, samples, processor, **given)
                 trials = kept.once("recipes", compare)
-            best = json.loads(ranks.told_by_first(json.dumps(trials[0].fields)))
+            best = ranks.broadcast_object(trials[0].fields)
             settings = replace(settings, recipe=None, **best)
             report = calibrate_and_pack(model, settings, samples, processor, **given)
             return replace(report, recipes=trials)

@@ -201,7 +201,7 @@ def preflight(
     warning = None
     if len(devices) == 1:  # else nobody knows what lies where
         warning = check_memory(expected, config, devices[0])
-    told = ranks.is_first() and not config.callbacks
+    told = ranks.is_main() and not config.callbacks
     if told and sum(expected.seconds.values()) >= _SHOWN:
         sys.stderr.write(f"qvlm expects {expected}\n")
         sys.stderr.flush()
@@ -374,7 +374,7 @@ def _count_data(
     context = {name: max(own[name][1] for own in found) for name in parts}
     count = config.num_samples if samples is None else min(config.num_samples, len(samples))
     return Data(
-        samples=-(-count // ranks.count()),  # of this process
+        samples=-(-count // ranks.world_size()),  # of this process
         batch_size=config.batch_size,
         tokens=tokens | {"language": text},
         context=context | {"language": text},

@@ -21,7 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
 from qvlm_hf.calibration.plan import resolve_segments
-from qvlm_hf.calibration.process.ranks import is_first
+from qvlm_hf.calibration.process.ranks import is_main
 from qvlm_hf.calibration.process.scratch import check_scratch_dir, scratch
 from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.calibration.rounding import by_structure
@@ -317,7 +317,7 @@ class QVLMHfQuantizer(HfQuantizer):
         for callback in config.callbacks:
             if hasattr(callback, "on_calibration_end"):
                 callback.on_calibration_end(model, report)
-        if self._target is not None and is_first():
+        if self._target is not None and is_main():
             from qvlm_hf.hf.publishing import push_result
 
             self.published = push_result(model, config.processor, self._target)
