@@ -14,11 +14,13 @@ from functools import partial
 
 from torch import nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, capture_inputs
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
-from qvlm_hf.calibration.report import (
+from qvlm_hf.calibration.measure.written_text import WRITTEN
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.scratch import keep
+from qvlm_hf.calibration.record.report import (
     BlockReport,
     RoutingReport,
     SegmentReport,
@@ -28,17 +30,15 @@ from qvlm_hf.calibration.rounding import (
     rounding_schemes,
 )
 from qvlm_hf.calibration.run import Calibration
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.routing import routing_reports
 from qvlm_hf.calibration.search.segments import SearchedBlock, search_segment
 from qvlm_hf.calibration.search.sensitivity import choose_precisions
 from qvlm_hf.calibration.search.sites import QuantizedSite, installed
+from qvlm_hf.calibration.search.vision_encoder import learn_vision_ranges
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
-from qvlm_hf.calibration.vision_encoder import learn_vision_ranges
-from qvlm_hf.calibration.written_text import WRITTEN
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.families import find_parts
@@ -89,7 +89,7 @@ def make_modules(calibration: Calibration) -> Modules:
         with calibration.timed("importance"):
             measure = partial(token_importance, calibration)
             # of several processes each has its own batches, and the first one alone keeps steps
-            several = ranks.count() > 1
+            several = ranks.world_size() > 1
             calibration.importance = measure() if several else kept.once("importance", measure)
     learn_vision_ranges(calibration)
     return _search(calibration)

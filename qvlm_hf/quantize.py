@@ -26,16 +26,18 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.measure.not_finite import naming_the_source
 from qvlm_hf.calibration.measure.self_check import AnswerComparison, collapse_warning, head_warning
-from qvlm_hf.calibration.not_finite import naming_the_source
+from qvlm_hf.calibration.measure.written_text import with_text
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
-from qvlm_hf.calibration.provenance import provenance
-from qvlm_hf.calibration.report import (
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.waiting import yield_to_others
+from qvlm_hf.calibration.record.provenance import provenance
+from qvlm_hf.calibration.record.report import (
     CalibrationReport,
     settings_dict,
 )
-from qvlm_hf.calibration.resume import SavedSteps, alone_in, made_from
+from qvlm_hf.calibration.record.resume import SavedSteps, alone_in, made_from
 from qvlm_hf.calibration.rounding import (
     read_without_row,
     rounding_report,
@@ -45,8 +47,6 @@ from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import Processor, Sample, batches, by_picture, fingerprint
 from qvlm_hf.calibration.search.routing import few_tokens_warning
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.calibration.written_text import with_text
 from qvlm_hf.method import Modules, make_modules, round_head, round_modules, transformed
 from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.folds import why_not_rotatable
@@ -181,7 +181,7 @@ def _begin(
         calibration.found["provenance"]["rotation"] = f"none: {obstacle}"
     calibration.data = with_text(calibration)
     remedy = f", give more samples, or a smaller batch_size than {settings.batch_size}"
-    calibration.places = ranks.deal(
+    calibration.places = ranks.shard_batches(
         ["pixel_values" in batch.inputs for batch in calibration.data], remedy
     )
     return calibration

@@ -9,7 +9,6 @@ Divergences are geometric means over samples. Of 64 samples the worst three hold
 sum, so that an arithmetic mean tells chance (docs/decisions/0029-the-typical-sample-decides.md).
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,14 +19,15 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
+from qvlm_hf.calibration.measure.written_text import with_text, written_text
 from qvlm_hf.calibration.options import Options
 from qvlm_hf.calibration.plan import resolve_segments
-from qvlm_hf.calibration.progress import Steps
-from qvlm_hf.calibration.report import RecipeTrial
-from qvlm_hf.calibration.resume import SavedSteps
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.progress import Steps
+from qvlm_hf.calibration.record.report import RecipeTrial
+from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,
@@ -39,7 +39,6 @@ from qvlm_hf.calibration.samples import (
 )
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.rotation import take_snapshot
-from qvlm_hf.calibration.written_text import with_text, written_text
 from qvlm_hf.method import make_modules, round_modules, transformed
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import get_linear
@@ -101,10 +100,10 @@ def best_recipe(
     if settings.recipe is None:
         return settings, ()
     compare = partial(_try_recipes, model, settings, samples, processor, held_out, callbacks, kept)
-    with ranks.apart():
+    with ranks.no_sync():
         trials = kept.once("recipes", compare)
-    best = json.loads(ranks.told_by_first(json.dumps(trials[0].fields)))
-    return replace(settings, recipe=None, **best), trials
+    taken = ranks.broadcast_object(trials[0].fields)
+    return replace(settings, recipe=None, **taken), trials
 
 
 def _try_recipes(

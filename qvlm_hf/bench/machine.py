@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qvlm_hf.calibration.room import free_memory
+from qvlm_hf.calibration.process.capacity import free_memory
 
 __all__ = [
     "Clock",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.room import proc_bytes
+from qvlm_hf.calibration.process.capacity import proc_bytes
 
 __all__ = ["decoder_bytes", "peak_bytes", "stored_bytes"]
 

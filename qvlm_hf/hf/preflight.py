@@ -1,7 +1,7 @@
 """What quantizing a model will take, before a weight is read: time, memory and disk.
 
-Shapes and a few samples tell it (calibration/cost.py, calibration/memory.py). A run that cannot fit
-into the machine is refused with what would make it fit.
+Shapes and a few samples tell it (calibration/estimate/). A run that cannot fit into the machine is
+refused with what would make it fit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qvlm_hf.calibration import ranks
-from qvlm_hf.calibration.cost import (
+from qvlm_hf.calibration.estimate.cost import (
     Data,
     Rates,
     count_work,
@@ -27,18 +26,19 @@ from qvlm_hf.calibration.cost import (
     rounding_work,
     seconds_of,
 )
-from qvlm_hf.calibration.layers import observe_inputs
-from qvlm_hf.calibration.memory import (
+from qvlm_hf.calibration.estimate.memory import (
     count_memory,
     count_rounding_memory,
     model_bytes,
     packed_bytes,
 )
+from qvlm_hf.calibration.layers import observe_inputs
 from qvlm_hf.calibration.options import size_in_bytes
 from qvlm_hf.calibration.plan import resolve_segments
-from qvlm_hf.calibration.progress import Steps
-from qvlm_hf.calibration.report import RecipeTrial
-from qvlm_hf.calibration.room import free_disk, free_memory, whole_memory
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.capacity import free_disk, free_memory, whole_memory
+from qvlm_hf.calibration.process.progress import Steps
+from qvlm_hf.calibration.record.report import RecipeTrial
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Sample, collate, longest_sample
 from qvlm_hf.calibration.search.budget import WIDTHS
 from qvlm_hf.calibration.settings import CalibrationSettings
@@ -201,7 +201,7 @@ def preflight(
     warning = None
     if len(devices) == 1:  # else nobody knows what lies where
         warning = check_memory(expected, config, devices[0])
-    told = ranks.is_first() and not config.callbacks
+    told = ranks.is_main() and not config.callbacks
     if told and sum(expected.seconds.values()) >= _SHOWN:
         sys.stderr.write(f"qvlm expects {expected}\n")
         sys.stderr.flush()
@@ -374,7 +374,7 @@ def _count_data(
     context = {name: max(own[name][1] for own in found) for name in parts}
     count = config.num_samples if samples is None else min(config.num_samples, len(samples))
     return Data(
-        samples=-(-count // ranks.count()),  # of this process
+        samples=-(-count // ranks.world_size()),  # of this process
         batch_size=config.batch_size,
         tokens=tokens | {"language": text},
         context=context | {"language": text},

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
 from qvlm_hf.bench.random_models import random_model
-from qvlm_hf.calibration.room import proc_bytes
+from qvlm_hf.calibration.process.capacity import proc_bytes
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.hf.calibrate import read_samples
 from qvlm_hf.hf.preflight import expect

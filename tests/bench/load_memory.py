@@ -29,7 +29,7 @@ from qvlm_hf.bench.machine import device_name
 from qvlm_hf.bench.memory import stored_bytes
 from qvlm_hf.bench.random_models import random_tensors, skeleton
 from qvlm_hf.bench.shapes import shape_config
-from qvlm_hf.calibration.room import proc_bytes
+from qvlm_hf.calibration.process.capacity import proc_bytes
 from qvlm_hf.hf.round_on_load import planned_report
 from qvlm_hf.hub.saved import empty_model
 from qvlm_hf.nn.replace import quantized_modules

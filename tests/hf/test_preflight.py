@@ -10,8 +10,8 @@ from tiny_models import IMAGE_TOKENS, save_tiny, tiny_messages, tiny_processor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig
-from qvlm_hf.calibration import room
-from qvlm_hf.calibration.cost import Rates
+from qvlm_hf.calibration.estimate.cost import Rates
+from qvlm_hf.calibration.process import capacity
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.hf import preflight as module
 from qvlm_hf.hf.preflight import check_disk, expect, result_bytes
@@ -124,18 +124,20 @@ def test_limits_of_control_groups_count(tmp_path, monkeypatch):
     (tmp_path / "a" / "memory.stat").write_text("anon 1\ninactive_file 400000\n")
     (group / "memory.max").write_text("max\n")
     (tmp_path / "cgroup").write_text("0::/a/b\n")
-    monkeypatch.setattr(room, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(room, "_OWN", tmp_path / "cgroup")
-    assert room.whole_memory() == 3000000
-    assert room.free_memory() == 2400000
+    monkeypatch.setattr(capacity, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(capacity, "_OWN", tmp_path / "cgroup")
+    assert capacity.whole_memory() == 3000000
+    assert capacity.free_memory() == 2400000
     (tmp_path / "cgroup").write_text("0::/elsewhere\n")
-    assert room.whole_memory() == room.proc_bytes("meminfo", "MemTotal") + room.proc_bytes(
-        "meminfo", "SwapTotal"
-    )
+    assert capacity.whole_memory() == capacity.proc_bytes(
+        "meminfo", "MemTotal"
+    ) + capacity.proc_bytes("meminfo", "SwapTotal")
 
 
 def test_a_directory_to_be_made_lies_on_the_disk_of_the_next_above(tmp_path):
-    assert room.free_disk(tmp_path / "a" / "b") == pytest.approx(room.free_disk(tmp_path), rel=0.1)
+    assert capacity.free_disk(tmp_path / "a" / "b") == pytest.approx(
+        capacity.free_disk(tmp_path), rel=0.1
+    )
     check_disk(1, str(tmp_path / "a" / "b"), "the result")
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 
 import qvlm_hf
-from qvlm_hf.calibration.room import proc_bytes
+from qvlm_hf.calibration.process.capacity import proc_bytes
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.hf.preflight import expect
 

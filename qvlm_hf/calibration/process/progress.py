@@ -51,8 +51,8 @@ class ProgressBar:
         plan: the steps, from `planned_steps`.
         stream: None is standard error.
         now: a clock, in seconds.
-        expected: seconds by step of the report, from cost.py, to tell the time of all steps; None
-            tells that of the step alone.
+        expected: seconds by step of the report, from estimate/cost.py, to tell the time of all
+            steps; None tells that of the step alone.
     """
 
     def __init__(

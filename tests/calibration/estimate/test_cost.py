@@ -7,8 +7,16 @@ from tiny_models import IMAGE_TOKENS, tiny_llava
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from qvlm_hf.calibration import cost
-from qvlm_hf.calibration.cost import Data, Rates, Sums, Work, count_work, measure_rates, seconds_of
+from qvlm_hf.calibration.estimate import cost
+from qvlm_hf.calibration.estimate.cost import (
+    Data,
+    Rates,
+    Sums,
+    Work,
+    count_work,
+    measure_rates,
+    seconds_of,
+)
 from qvlm_hf.calibration.layers import run_layer
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.settings import CalibrationSettings

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qvlm_hf.calibration.cost import Data, Sums, active_share, directions
+from qvlm_hf.calibration.estimate.cost import Data, Sums, active_share, directions
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.importance import DRAWS
 from qvlm_hf.calibration.settings import CalibrationSettings
