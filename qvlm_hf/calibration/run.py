@@ -94,7 +94,7 @@ class Calibration:
 
     def steps(self, name: str, total: int) -> Steps:
         """A counter that tells the callbacks how far the step `name` is."""
-        return Steps(name, self.callbacks if ranks.is_first() else (), total)
+        return Steps(name, self.callbacks if ranks.is_main() else (), total)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -44,6 +44,6 @@ def joined(*, debug: bool) -> Iterator[dict[str, Any]]:
         with ranks.sharing_errors():
             yield options
     except Exception:
-        if ranks.is_first() or debug:
+        if ranks.is_main() or debug:
             raise
         sys.exit(1)

@@ -53,7 +53,7 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
 
 
 def _weights(norms: Sequence[Tensor]) -> list[Tensor]:
-    total, count = ranks.add(
+    total, count = ranks.all_reduce_numbers(
         sum(float(norm.sum()) for norm in norms), sum(norm.numel() for norm in norms)
     )
     if total == 0:

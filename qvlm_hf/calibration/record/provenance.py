@@ -25,7 +25,7 @@ def provenance(
         "sha256": fingerprint(samples),
         "seed": settings.seed,
         "threads": torch.get_num_threads(),
-        **({"processes": ranks.count()} if ranks.count() > 1 else {}),
+        **({"processes": ranks.world_size()} if ranks.world_size() > 1 else {}),
         "versions": versions(),
     }
 

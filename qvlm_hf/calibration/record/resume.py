@@ -68,11 +68,11 @@ class SavedSteps:
         self._folder, self._finished = folder, frozenset[str]()
         if folder is None:
             return
-        if ranks.is_first():
+        if ranks.is_main():
             self._begin(folder, origin)
         # what is there now, so that all processes agree while the first one writes more
         names = sorted(file.stem for file in folder.glob("*.json"))
-        self._finished = frozenset(json.loads(ranks.told_by_first(json.dumps(names))))
+        self._finished = frozenset(ranks.broadcast_object(names))
 
     def _begin(self, folder: Path, origin: Mapping[str, Any] | None) -> None:
         with _written(folder):
@@ -125,7 +125,7 @@ class SavedSteps:
         Raises:
             OSError: it cannot be written.
         """
-        if self._folder is None or not ranks.is_first():
+        if self._folder is None or not ranks.is_main():
             return
         entry, tensors = encode(value)
         if tensors:
@@ -196,7 +196,7 @@ def alone_in(folder: Path | None) -> Iterator[None]:
         ValueError: another one is running in it.
         OSError: it cannot be made.
     """
-    if folder is None or fcntl is None or not ranks.is_first():
+    if folder is None or fcntl is None or not ranks.is_main():
         yield
         return
     with _written(folder):
@@ -249,7 +249,7 @@ def made_from(
         "settings": settings_dict(settings),
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "processes": ranks.count(),
+        "processes": ranks.world_size(),
         "device": _device_name(parameter.device),
         "model": _hash_tensors(chain(model.named_parameters(), model.named_buffers())),
         "samples": fingerprint(samples),

@@ -144,7 +144,7 @@ class _Probe:
             errors = (output - own for output, own in zip(outputs, full, strict=True))
             batches = zip(inputs, errors, gradients, strict=True)
             squares = sum(_mean_square(*batch) for batch in batches)
-            (squares,) = ranks.add(squares)
+            (squares,) = ranks.all_reduce_numbers(squares)
             found[site.site.name] = squares / 2 / max(self._tokens, 1)
             self._steps.advance()
         return found
@@ -171,7 +171,7 @@ def _held_out_gradients(calibration: Calibration) -> dict[str, list[dict[str, li
     }
     batches = list({id(batch): batch for held in held_out.values() for batch in held}.values())
     samples = sum(len(batch.origins) for batch in batches)
-    (values,) = ranks.add(
+    (values,) = ranks.all_reduce_numbers(
         sum(
             len(live_layers(segment)) * entry.hidden.numel()
             for segment in calibration.segments

@@ -98,4 +98,4 @@ def _square_sums(
 
         with observe_inputs(readers, add), torch.no_grad():
             run_model(model, batch, logits=False)
-    return {reader: ranks.total(own) for reader, own in sums.items()}
+    return {reader: ranks.all_reduce(own) for reader, own in sums.items()}
