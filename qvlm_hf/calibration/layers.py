@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.samples import Batch
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.models.experts import rows_of
 from qvlm_hf.models.graph import Layer, Segment
 

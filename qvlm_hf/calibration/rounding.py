@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from qvlm_hf.calibration.provenance import versions
-from qvlm_hf.calibration.report import CalibrationReport, settings_dict
+from qvlm_hf.calibration.record.provenance import versions
+from qvlm_hf.calibration.record.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.by_structure import Structure, read_structure

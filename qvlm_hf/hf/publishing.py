@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, cached_assets_path
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file
 
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.errors import first_line
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.runtime.decoding import probe_inputs

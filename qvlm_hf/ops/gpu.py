@@ -36,13 +36,21 @@ _OLDEST = (8, 0)  # before it Triton has no integer matrix products
 _MOST_SPLITS = 16
 _KERNELS = "qvlm_hf.ops.triton_kernels"
 
-# Bytes, words, correction rows, one and many tokens, float inputs.
-_CHECKED = (
-    (4, 4, "channel", 1),
-    (4, 8, "dynamic_token", 1),
-    (6, 8, "channel", 40),
-    (8, 8, "dynamic_token", 70),
-    (4, 16, "none", 20),
+# Bytes, words, correction rows, one and many tokens, float inputs; and, as in real models, no rest
+# in any direction and inputs that are split.
+_REAL = (1024, 128, (512,))
+_CHECKED = tuple(
+    reference.Case(*case)
+    for case in (
+        (4, 4, "channel", 1),
+        (6, 8, "channel", 40),
+        (8, 8, "dynamic_token", 70),
+        (4, 16, "none", 20),
+        (4, 8, "dynamic_token", 1, *_REAL),
+        (6, 6, "channel", 1, *_REAL),
+        (8, 8, "dynamic_token", 1, 1024, 1024, (512,)),
+        (4, 16, "none", 1, *_REAL),
+    )
 )
 
 # Tokens of a tile -> (out_features of a tile, warps, stages), by the oldest compute capability that

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.grids import (
     QParams,
@@ -51,8 +51,8 @@ class TailObserver:
 
     def join(self, device: torch.device) -> None:
         """Adds what the other processes observed of the same series; any may have seen nothing."""
-        (self.seen,) = ranks.add(self.seen)
-        self._tail = int(ranks.largest(torch.tensor([self._tail])))
+        (self.seen,) = ranks.all_reduce_numbers(self.seen)
+        self._tail = int(ranks.all_reduce(torch.tensor([self._tail]), "max"))
         self._top, self._bottom = (self._joined(t, device) for t in (self._top, self._bottom))
 
     def range(self, percentile: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ class TailObserver:
 
     def _joined(self, tail: Tensor | None, device: torch.device) -> Tensor | None:
         together: Tensor | None = None
-        for part in ranks.gathered(torch.empty(0, 0, device=device) if tail is None else tail):
+        for part in ranks.all_gather(torch.empty(0, 0, device=device) if tail is None else tail):
             together = self._merge(together, part) if part.numel() else together
         return together
 

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     LayerInput,
     count_tokens,
@@ -25,6 +24,7 @@ from qvlm_hf.calibration.layers import (
     run_layer,
     valid_tokens,
 )
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
 from qvlm_hf.calibration.search.sites import (
@@ -92,7 +92,7 @@ def initialize_sites(
     even_ids = {id(entry) for entry in inputs[::2]}
     percentile = min(candidate.percentile for candidate in ranges)
     granularities = sorted({candidate.granularity for candidate in ranges if candidate.static})
-    tokens_in_all, rows_in_all = ranks.add(
+    tokens_in_all, rows_in_all = ranks.all_reduce_numbers(
         count_tokens(inputs), sum(entry.hidden.shape[0] for entry in inputs)
     )
 
@@ -116,7 +116,7 @@ def initialize_sites(
                     tails[name].setdefault(granularity, observer).update(series)
 
     _feed(layers, inputs, hidden, observe)
-    tokens = dict(zip(tokens, ranks.add(*tokens.values()), strict=True))
+    tokens = dict(zip(tokens, ranks.all_reduce_numbers(*tokens.values()), strict=True))
     names = [*(part.name for _, part in parts), *{_pool(site): 0 for site in whole.values()}]
     every = [tails[name] for tails in (even, everything) for name in names]
     _join_processes(every, granularities, hidden[0].device)
@@ -150,7 +150,7 @@ def initialize_sites(
         _feed(layers, held_out_half(inputs), held_out_half(hidden), measure)
     for name, quantized in found.items():
         totals = [errors[part.name].totals for part in quantized.site.parts]
-        sums = ranks.add(*(sum(column) for column in zip(*totals, strict=True)))
+        sums = ranks.all_reduce_numbers(*(sum(column) for column in zip(*totals, strict=True)))
         quantized.active = starts[min(range(len(starts)), key=sums.__getitem__)]
         if name in calibration.learned:
             quantized.add_learned(calibration.learned[name])
@@ -174,7 +174,7 @@ def _join_processes(
     every: Sequence[dict[str, TailObserver]], granularities: Sequence[str], device: torch.device
 ) -> None:
     """Adds to the sites' tails what other processes saw; an expert may get tokens in some alone."""
-    if ranks.count() == 1:
+    if ranks.world_size() == 1:
         return
     for tails in every:
         for granularity in granularities:

@@ -1,11 +1,11 @@
-"""Searched blocks as they are kept to go on later, and back (resume.py)."""
+"""Searched blocks as they are kept to go on later, and back (record/resume.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from qvlm_hf.calibration.report import BlockReport
+from qvlm_hf.calibration.record.report import BlockReport
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.sites import ExpertsSite, QuantizedSite, SiteCandidate
 from qvlm_hf.calibration.settings import RangeCandidate

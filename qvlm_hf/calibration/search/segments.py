@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qvlm_hf.calibration.layers import LayerInput, live_layers, run_layer, working_precision
-from qvlm_hf.calibration.report import BlockReport
+from qvlm_hf.calibration.record.report import BlockReport
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.blocks import Block
 from qvlm_hf.calibration.search.gptq import gptq_round_layer

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qvlm_hf.calibration.measure.answers import eval_mode
-from qvlm_hf.calibration.report import DecodeCheck
+from qvlm_hf.calibration.process.scratch import keep
+from qvlm_hf.calibration.record.report import DecodeCheck
 from qvlm_hf.calibration.samples import Sample, collate
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.processor_fit import sample_of_noise
 from qvlm_hf.hf.runtime.fusion import leave_to_transformers

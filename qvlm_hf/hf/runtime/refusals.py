@@ -25,12 +25,12 @@ from qvlm_hf.ops.library import is_traced
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["guard", "unguard"]
+__all__ = ["add_refusals", "remove_refusals"]
 
 _OF_THE_WHOLE = ("save_pretrained", "push_to_hub", "dequantize")
 
 
-def guard(model: PreTrainedModel) -> None:
+def add_refusals(model: PreTrainedModel) -> None:
     """Puts the refusals into a model and its copies; leaves one without packed weights alone."""
     from transformers import PreTrainedModel  # not at the top: it takes a second
 
@@ -56,7 +56,7 @@ def guard(model: PreTrainedModel) -> None:
         vars(model)["resize_token_embeddings"] = partial(_keep_vocabulary, embeddings)
 
 
-def unguard(model: nn.Module) -> None:
+def remove_refusals(model: nn.Module) -> None:
     """Takes them out again."""
     for module in model.modules():
         for name in (*_OF_THE_WHOLE, "resize_token_embeddings"):

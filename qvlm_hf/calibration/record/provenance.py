@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.samples import Batch, Sample, fingerprint
 from qvlm_hf.calibration.settings import CalibrationSettings
 
@@ -25,7 +25,7 @@ def provenance(
         "sha256": fingerprint(samples),
         "seed": settings.seed,
         "threads": torch.get_num_threads(),
-        **({"processes": ranks.count()} if ranks.count() > 1 else {}),
+        **({"processes": ranks.world_size()} if ranks.world_size() > 1 else {}),
         "versions": versions(),
     }
 

@@ -15,8 +15,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from transformers import AutoModelForImageTextToText
 
 import qvlm_hf
-from qvlm_hf.calibration import scratch as module
-from qvlm_hf.calibration.scratch import check_scratch_dir, keep, scratch
+from qvlm_hf.calibration.process import scratch as module
+from qvlm_hf.calibration.process.scratch import check_scratch_dir, keep, scratch
 from qvlm_hf.hf.saving import save_quantized
 
 LARGE = 2**19

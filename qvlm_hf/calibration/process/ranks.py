@@ -4,13 +4,15 @@ Every process has the whole model and all samples. It runs its own batches, and 
 is exchanged, so that all processes decide alike and end with the same quantized model. Sums go
 through the processes in the order of their numbers: the same run gives the same bytes again.
 
-In one process, without `torch.distributed`, everything here returns what it is given.
+Names are those of `torch.distributed`; here results are returned. In one process, without
+`torch.distributed`, everything returns what it is given.
 """
 
-import os
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from functools import reduce
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,23 +21,20 @@ from torch import Tensor
 __all__ = [
     "SCREENED",
     "OtherProcessError",
-    "add",
-    "apart",
+    "all_gather",
+    "all_reduce",
+    "all_reduce_numbers",
+    "broadcast",
+    "broadcast_object",
     "check_alike",
-    "count",
-    "deal",
-    "gathered",
-    "is_first",
-    "largest",
-    "number",
-    "of_first",
-    "on_this_machine",
-    "seen_before",
-    "share",
+    "is_main",
+    "no_sync",
+    "offsets",
+    "rank",
+    "shard",
+    "shard_batches",
     "sharing_errors",
-    "smallest",
-    "told_by_first",
-    "total",
+    "world_size",
 ]
 
 SCREENED = 4  # every so many pairs of batches one screens candidates (search/joint_search.py)
@@ -43,31 +42,32 @@ _PIECE = 2**22  # values that are exchanged at a time: every process holds as ma
 
 _Number = TypeVar("_Number", bound=float)
 
-_apart = _shares_errors = False
+_REDUCE: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "sum": lambda parts: reduce(torch.add, [part.double() for part in parts]),
+    "max": lambda parts: torch.stack(parts).amax(0),
+    "min": lambda parts: torch.stack(parts).amin(0),
+}
+
+_alone = _shares_errors = False
 
 
 class OtherProcessError(ValueError):
     """Another process failed; the message is its own."""
 
 
-def count() -> int:
-    """Processes that calibrate together; 1 without `torch.distributed`, and inside `apart`."""
-    return dist.get_world_size() if _joined() and not _apart else 1
+def world_size() -> int:
+    """Processes that calibrate together; 1 without `torch.distributed`, and inside `no_sync`."""
+    return dist.get_world_size() if _joined() and not _alone else 1
 
 
-def number() -> int:
-    """Of this process among them, from 0."""
-    return dist.get_rank() if count() > 1 else 0
+def rank() -> int:
+    """The number of this process among them, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def is_first() -> bool:
-    """Whether this process writes files and tells progress; `apart` does not change that."""
+def is_main() -> bool:
+    """Whether this process writes files and tells progress; `no_sync` does not change that."""
     return not _joined() or dist.get_rank() == 0
-
-
-def on_this_machine() -> int:
-    """Processes among them that share this machine's memory, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if count() > 1 else 1
 
 
 def _joined() -> bool:
@@ -75,17 +75,17 @@ def _joined() -> bool:
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def no_sync() -> Iterator[None]:
     """Inside, this process works alone and exchanges nothing."""
-    global _apart
-    before, _apart = _apart, True
+    global _alone
+    before, _alone = _alone, True
     try:
         yield
     finally:
-        _apart = before
+        _alone = before
 
 
-def deal(pictured: Sequence[bool], remedy: str = "") -> list[int]:
+def shard_batches(pictured: Sequence[bool], remedy: str = "") -> list[int]:
     """The places of this process's batches, rising.
 
     Two neighbours stay together: even batches give ranges, and the odd ones judge them. So what is
@@ -99,51 +99,41 @@ def deal(pictured: Sequence[bool], remedy: str = "") -> list[int]:
         ValueError: there are not two batches with pictures (or two, if none has) for each process.
     """
     places = list(range(len(pictured)))
-    if count() == 1:
+    if world_size() == 1:
         return places
     pairs = [places[start : start + 2] for start in places[::2]]
     with_pictures = any(pictured)
     full = [len(pair) == 2 and pictured[pair[1]] >= with_pictures for pair in pairs]
-    if sum(full) < count():
+    if sum(full) < world_size():
         what = "batches with pictures" if with_pictures else "batches"
         raise ValueError(
-            f"{count()} processes need {2 * count()} {what}, and there are "
+            f"{world_size()} processes need {2 * world_size()} {what}, and there are "
             f"{sum(pictured) if with_pictures else len(pictured)}: start fewer processes{remedy}."
         )
     order = sorted(range(len(pairs)), key=lambda pair: (not full[pair], pair % SCREENED > 0, pair))
-    return [place for pair in sorted(order[number() :: count()]) for place in pairs[pair]]
+    return [place for pair in sorted(order[rank() :: world_size()]) for place in pairs[pair]]
 
 
-def share(rows: int) -> slice:
-    """The rows of this process, of so many that `torch.cat(gathered(...))` puts together again."""
-    start, stop = (rows * place // count() for place in (number(), number() + 1))
+def shard(rows: int) -> slice:
+    """The rows of this process, of so many; `torch.cat(all_gather(...))` puts them together."""
+    start, stop = (rows * place // world_size() for place in (rank(), rank() + 1))
     return slice(start, stop)
 
 
-def total(values: Tensor) -> Tensor:
-    """The sum over processes, taken in float64, in the dtype of `values`."""
-    return _reduced(values, lambda parts: sum(part.double() for part in parts))  # type: ignore[arg-type, return-value]
+def all_reduce(values: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
+    """The sum over processes, taken in float64, or the extreme, in the dtype of `values`."""
+    return _reduced(values, _REDUCE[op])
 
 
-def largest(values: Tensor) -> Tensor:
-    """The largest of every value over processes."""
-    return _reduced(values, lambda parts: torch.stack(parts).amax(0))
-
-
-def smallest(values: Tensor) -> Tensor:
-    """The smallest of every value over processes."""
-    return _reduced(values, lambda parts: torch.stack(parts).amin(0))
-
-
-def add(*values: _Number) -> tuple[_Number, ...]:
+def all_reduce_numbers(*values: _Number) -> tuple[_Number, ...]:
     """The sum over processes of every number; integers, below 2^53, stay integers."""
-    if count() == 1:
+    if world_size() == 1:
         return values
-    sums = total(torch.tensor(values, dtype=torch.float64)).tolist()
+    sums = all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
     return tuple(type(value)(found) for value, found in zip(values, sums, strict=True))
 
 
-def seen_before(places: Sequence[int], counts: Sequence[int]) -> list[int]:
+def offsets(places: Sequence[int], counts: Sequence[int]) -> list[int]:
     """What the batches in front of each own one count together, those of all processes.
 
     Args:
@@ -153,44 +143,44 @@ def seen_before(places: Sequence[int], counts: Sequence[int]) -> list[int]:
     pairs = torch.tensor([places, counts], dtype=torch.int64)
     own = dict.fromkeys(places, 0)
     seen = 0
-    for place, each in sorted(torch.cat(gathered(pairs), dim=1).T.tolist()):
+    for place, each in sorted(torch.cat(all_gather(pairs), dim=1).T.tolist()):
         if place in own:
             own[place] = seen
         seen += each
     return list(own.values())
 
 
-def of_first(values: Tensor) -> Tensor:
-    """What the first process has, of one shape in every process."""
+def broadcast(values: Tensor) -> Tensor:
+    """The values of the first process, of one shape in every process."""
     return _reduced(values, lambda parts: parts[0])
 
 
-def told_by_first(text: str) -> str:
-    """The text that the first process gives."""
-    return bytes(gathered(_bytes(text))[0].tolist()).decode()
+def broadcast_object(value: Any) -> Any:
+    """What the first process gives, as JSON gives it back."""
+    return json.loads(bytes(all_gather(_bytes(json.dumps(value)))[0].tolist()))
 
 
 def check_alike(text: str, what: str) -> None:
     """Raises ValueError where the processes do not give the same text, which stands for `what`."""
-    if told_by_first(text) != text:
+    if broadcast_object(text) != text:
         raise ValueError(
-            f"process {number()} has other {what} than the first one: give every process the same."
+            f"process {rank()} has other {what} than the first one: give every process the same."
         )
 
 
-def gathered(values: Tensor) -> list[Tensor]:
+def all_gather(values: Tensor) -> list[Tensor]:
     """The tensors of all processes, in the order of their numbers.
 
     Args:
         values: of one dtype and number of dimensions everywhere; shapes may differ.
     """
-    if count() == 1:
+    if world_size() == 1:
         return [values]
     shapes = [shape.tolist() for shape in _exchange(torch.tensor(values.shape))]
     most = max(torch.Size(shape).numel() for shape in shapes)
     padded = torch.zeros(most, dtype=values.dtype, device=values.device)
     padded[: values.numel()] = values.reshape(-1)
-    parts = _exchange(padded) if most else [padded] * count()
+    parts = _exchange(padded) if most else [padded] * world_size()
     return [
         part[: torch.Size(shape).numel()].view(shape).to(values.device)
         for part, shape in zip(parts, shapes, strict=True)
@@ -205,7 +195,7 @@ def sharing_errors() -> Iterator[None]:
         OtherProcessError: in the others, with its message.
     """
     global _shares_errors
-    if count() == 1 or _shares_errors:
+    if world_size() == 1 or _shares_errors:
         yield
         return
     _shares_errors = True
@@ -223,14 +213,14 @@ def sharing_errors() -> Iterator[None]:
         _shares_errors = False
 
 
-def _reduced(values: Tensor, reduce: Callable[[list[Tensor]], Tensor]) -> Tensor:
-    """`reduce` of every process's values, piece by piece."""
-    if count() == 1 or not values.numel():
+def _reduced(values: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """What `combine` makes of every process's values, piece by piece."""
+    if world_size() == 1 or not values.numel():
         return values
     found = torch.empty(values.numel(), dtype=values.dtype, device=values.device)
     pieces = values.detach().reshape(-1).split(_PIECE)
     for piece, into in zip(pieces, found.split(_PIECE), strict=True):
-        into.copy_(reduce(_exchange(piece)))
+        into.copy_(combine(_exchange(piece)))
     return found.view(values.shape)
 
 

@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
-from qvlm_hf.calibration.coded import decode, encode
-from qvlm_hf.calibration.provenance import versions
-from qvlm_hf.calibration.report import settings_dict
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.record.coded import decode, encode
+from qvlm_hf.calibration.record.provenance import versions
+from qvlm_hf.calibration.record.report import settings_dict
 from qvlm_hf.calibration.samples import Batch, Sample, fingerprint
 from qvlm_hf.calibration.settings import CalibrationSettings
 
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _STATE, _PARTIAL = "state.json", ".partial"
-_FORMAT = 1
+_FORMAT = 2
 
 _T = TypeVar("_T")
 
@@ -68,11 +68,11 @@ class SavedSteps:
         self._folder, self._finished = folder, frozenset[str]()
         if folder is None:
             return
-        if ranks.is_first():
+        if ranks.is_main():
             self._begin(folder, origin)
         # what is there now, so that all processes agree while the first one writes more
         names = sorted(file.stem for file in folder.glob("*.json"))
-        self._finished = frozenset(json.loads(ranks.told_by_first(json.dumps(names))))
+        self._finished = frozenset(ranks.broadcast_object(names))
 
     def _begin(self, folder: Path, origin: Mapping[str, Any] | None) -> None:
         with _written(folder):
@@ -125,7 +125,7 @@ class SavedSteps:
         Raises:
             OSError: it cannot be written.
         """
-        if self._folder is None or not ranks.is_first():
+        if self._folder is None or not ranks.is_main():
             return
         entry, tensors = encode(value)
         if tensors:
@@ -196,7 +196,7 @@ def alone_in(folder: Path | None) -> Iterator[None]:
         ValueError: another one is running in it.
         OSError: it cannot be made.
     """
-    if folder is None or fcntl is None or not ranks.is_first():
+    if folder is None or fcntl is None or not ranks.is_main():
         yield
         return
     with _written(folder):
@@ -249,7 +249,7 @@ def made_from(
         "settings": settings_dict(settings),
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "processes": ranks.count(),
+        "processes": ranks.world_size(),
         "device": _device_name(parameter.device),
         "model": _hash_tensors(chain(model.named_parameters(), model.named_buffers())),
         "samples": fingerprint(samples),

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from qvlm_hf import quantize
-from qvlm_hf.calibration import waiting
+from qvlm_hf.calibration.process import waiting
+from qvlm_hf.calibration.process.waiting import yield_to_others
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.evaluation.evaluate import evaluate
 
 

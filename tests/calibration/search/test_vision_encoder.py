@@ -7,14 +7,14 @@ import torch
 from tiny_calibrations import TEXT, calibrate, tiny_batches, tiny_calibration, tiny_site
 from tiny_models import tiny_llava
 
-from qvlm_hf.calibration import vision_encoder
 from qvlm_hf.calibration.layers import frozen, live_layers
 from qvlm_hf.calibration.measure.entropy import DependencyHistogram, value_bounds
 from qvlm_hf.calibration.options import VisionOptimization
 from qvlm_hf.calibration.run import LearnedRanges
+from qvlm_hf.calibration.search import vision_encoder
 from qvlm_hf.calibration.search.sites import installed
+from qvlm_hf.calibration.search.vision_encoder import optimize_vision
 from qvlm_hf.calibration.settings import Precision
-from qvlm_hf.calibration.vision_encoder import optimize_vision
 from qvlm_hf.format.grids import grid_bounds
 from qvlm_hf.nn.replace import quantized_modules
 

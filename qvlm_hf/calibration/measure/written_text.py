@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 
@@ -60,7 +60,7 @@ def written_text(model: Any, rows: int, *, seed: int) -> list[Batch]:
             eos_token_id=len(vocabulary),  # no token: it writes on behind an end
             max_new_tokens=_TEXT_TOKENS - 1,
         )
-        ids = ranks.of_first(ids).cpu()
+        ids = ranks.broadcast(ids).cpu()
     return [_text_batch(half) for half in (ids[::2], ids[1::2]) if len(half)]
 
 

@@ -13,17 +13,17 @@ from several_processes import run_together
 from tiny_models import save_tiny, save_tiny_samples
 from transformers import AutoModelForImageTextToText
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.process import ranks
 
 OPTIONS = {"batch_size": 1, "max_block_depth": 2, "percentiles": (1.0,), "margins": ()}
 
 
 def dealt(monkeypatch, pictured, processes):
-    monkeypatch.setattr(ranks, "count", lambda: processes)
+    monkeypatch.setattr(ranks, "world_size", lambda: processes)
     found = []
     for number in range(processes):
-        monkeypatch.setattr(ranks, "number", lambda number=number: number)
-        found.append(ranks.deal(pictured))
+        monkeypatch.setattr(ranks, "rank", lambda number=number: number)
+        found.append(ranks.shard_batches(pictured))
     return found
 
 
@@ -46,13 +46,13 @@ def test_batches_are_dealt_in_pairs(monkeypatch, processes, pictures, texts):
 
 
 def test_too_few_batches_are_refused(monkeypatch):
-    monkeypatch.setattr(ranks, "count", lambda: 3)
-    monkeypatch.setattr(ranks, "number", lambda: 0)
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
     said = "3 processes need 6 batches with pictures, and there are 5: start fewer processes, or x."
     with pytest.raises(ValueError, match=said):
-        ranks.deal([True] * 5 + [False] * 4, ", or x")
+        ranks.shard_batches([True] * 5 + [False] * 4, ", or x")
     with pytest.raises(ValueError, match="3 processes need 6 batches, and there are 5"):
-        ranks.deal([False] * 5)
+        ranks.shard_batches([False] * 5)
 
 
 def test_what_processes_exchange(tmp_path):

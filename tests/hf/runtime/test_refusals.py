@@ -12,7 +12,7 @@ from tiny_models import tiny_llava
 from transformers import AutoModel, AutoModelForImageTextToText
 
 from qvlm_hf import quantize_model
-from qvlm_hf.hf.runtime.guards import _check_hidden_states, _finite
+from qvlm_hf.hf.runtime.refusals import _check_hidden_states, _finite
 
 OVERFLOW = r"a value left the range of torch.{}"
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     frozen,
     live_layers,
@@ -37,7 +36,8 @@ from qvlm_hf.calibration.measure.entropy import (
     value_bounds,
 )
 from qvlm_hf.calibration.options import VisionOptimization
-from qvlm_hf.calibration.report import VisionReport
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.record.report import VisionReport
 from qvlm_hf.calibration.run import Calibration, LearnedRanges
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
 from qvlm_hf.calibration.search.blocks import partition_layers
@@ -118,7 +118,7 @@ def optimize_vision(calibration: Calibration) -> OptimizedVision | None:
     sites = _differentiable_sites(calibration)
     vision = next((segment for segment in learning if segment.component == "vision"), None)
     # a step follows on the one before: they cannot be split
-    with ranks.apart():
+    with ranks.no_sync():
         loss = _Loss(replace(calibration, data=data), options)
     before = None if vision is None else _partition(calibration, vision, sites)
     parameters = [parameter for site in sites for parameter in site.parameters()]
@@ -126,17 +126,17 @@ def optimize_vision(calibration: Calibration) -> OptimizedVision | None:
         frozen(calibration.model),
         installed(sites),
         recomputed(calibration.segments),
-        ranks.apart(),
+        ranks.no_sync(),
     ):
         start = loss.held_out_error()
         error, epochs = _descend(loss, parameters, options, start, steps.advance)
     found = torch.tensor([start, error], dtype=torch.float64)
-    start, error = ranks.of_first(
+    start, error = ranks.broadcast(
         found
     ).tolist()  # the same on equal machines, but for a GPU's sums
     with torch.no_grad():
         for parameter in parameters:
-            parameter.copy_(ranks.of_first(parameter))
+            parameter.copy_(ranks.broadcast(parameter))
     after = before and vision and _partition(calibration, vision, sites, before.threshold)
     report = VisionReport(
         epochs=epochs,

@@ -8,9 +8,9 @@ import torch
 from tiny_calibrations import calibrate, tiny_samples
 from tiny_models import tiny_llava
 
-from qvlm_hf.calibration import resume
-from qvlm_hf.calibration.report import BlockReport
-from qvlm_hf.calibration.resume import SavedSteps, alone_in, check_resume_dir, remove_state
+from qvlm_hf.calibration.record import resume
+from qvlm_hf.calibration.record.report import BlockReport
+from qvlm_hf.calibration.record.resume import SavedSteps, alone_in, check_resume_dir, remove_state
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.grids import QParams
 
@@ -99,7 +99,7 @@ def test_other_versions_threads_and_processors_are_refused(begun, monkeypatch):
         ({"inputs": "0"}, "another processor"),
         ({"versions": {"torch": "1.0"}}, "instead of 1.0"),
     ):
-        monkeypatch.setattr("qvlm_hf.recipes.made_from", origin(**change))
+        monkeypatch.setattr("qvlm_hf.quantize.made_from", origin(**change))
         with pytest.raises(ValueError, match=said):
             calibrate(resume_dir=begun, max_block_depth=1)
 
@@ -169,7 +169,7 @@ def test_every_kind_of_value_comes_back(tmp_path):
 
 def test_a_file_makes_no_other_object(tmp_path):
     SavedSteps(tmp_path, {})
-    for name in (["pathlib", "Path"], ["qvlm_hf.calibration.resume", "SavedSteps"]):
+    for name in (["pathlib", "Path"], ["qvlm_hf.calibration.record.resume", "SavedSteps"]):
         (tmp_path / "step.json").write_text(
             f'{{"class": {list(name)}, "fields": {{}}}}'.replace("'", '"')
         )

@@ -6,7 +6,7 @@ import sys
 import pytest
 from tiny_calibrations import calibrate
 
-from qvlm_hf.calibration.progress import ProgressBar, planned_steps
+from qvlm_hf.calibration.process.progress import ProgressBar, planned_steps
 from qvlm_hf.calibration.settings import CalibrationSettings
 
 
