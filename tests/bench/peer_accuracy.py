@@ -36,8 +36,8 @@ from unseen_models.text import passages
 
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.calibration.measure.answers import answer_kl
-from qvlm_hf.calibration.samples import Sample, batches, load_samples
 from qvlm_hf.calibration.measure.written_text import written_text
+from qvlm_hf.calibration.samples import Sample, batches, load_samples
 from qvlm_hf.quantize import CHECK_SAMPLES
 
 WORKER = Path(__file__).with_name("peer_workers.py")
