@@ -97,13 +97,13 @@ def best_recipe(
     Where `settings.recipe` is not "auto" they come back as they are, without trials. The arguments
     are those of `calibrate_and_pack`, and `kept` its finished steps.
     """
-    if settings.recipe is None:
+    if settings.recipe == "fixed":
         return settings, ()
     compare = partial(_try_recipes, model, settings, samples, processor, held_out, callbacks, kept)
     with ranks.no_sync():
         trials = kept.once("recipes", compare)
     taken = ranks.broadcast_object(trials[0].fields)
-    return replace(settings, recipe=None, **taken), trials
+    return replace(settings, recipe="fixed", **taken), trials
 
 
 def _try_recipes(
@@ -202,7 +202,7 @@ def _first_recipes(settings: CalibrationSettings, rotatable: bool, groups: bool)
     """What is likely to be best comes first: it is taken unless another is clearly better."""
     rotations, ranges = [settings.rotation], [settings.activation_granularity]
     if rotations == ["auto"]:
-        pays = replace(settings, recipe=None).rotation == "auto"
+        pays = replace(settings, recipe="fixed").rotation == "auto"
         rotations = ["hadamard", None] if pays else [None, "hadamard"]
         rotations = rotations if rotatable else [None]
     if ranges == [None]:
@@ -230,12 +230,12 @@ def _best(
 
 def trial(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:
     """The settings of a quick trial of a recipe."""
-    return replace(settings, recipe=None, **recipe, **_QUICK)
+    return replace(settings, recipe="fixed", **recipe, **_QUICK)
 
 
 def plain_rounding(settings: CalibrationSettings) -> CalibrationSettings:
     """The settings of rounding to nearest without data, inputs with a range per token."""
-    return replace(settings, recipe=None, **(_QUICK | _PLAIN))
+    return replace(settings, recipe="fixed", **(_QUICK | _PLAIN))
 
 
 def try_settings(
@@ -282,8 +282,10 @@ def typical(divergences: Sequence[float]) -> float:
 def clearly_above(divergences: Sequence[float], others: Sequence[float], *, errors: float) -> bool:
     """Whether the geometric mean is above that of `others`, by more than some standard errors.
 
-    Both are of the same samples, at least two, whose ratios count.
+    Both are of the same samples, whose ratios count. Fewer than two samples tell nothing.
     """
+    if len(divergences) < 2:
+        return False
     ratios = [_logarithm(a) - _logarithm(b) for a, b in zip(divergences, others, strict=True)]
     return fmean(ratios) > errors * stdev(ratios) / math.sqrt(len(ratios))
 

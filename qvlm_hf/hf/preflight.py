@@ -186,7 +186,7 @@ def expect(
         return rounded
     data = _count_data(model, config, samples)
     seconds = count_seconds(model, segments, settings, data, rates)
-    if settings.recipe is not None:
+    if settings.recipe == "auto":
         seconds = {"recipes": _trial_seconds(model, settings, data, rates)} | seconds
     return replace(
         rounded,

@@ -43,7 +43,9 @@ def unread(folder, monkeypatch):
         raise AssertionError("a weight was read")
 
     def load(**fields):
-        config = QVLMConfig(dataset=tiny_messages(4), processor=tiny_processor(), **fields)
+        config = QVLMConfig(
+            recipe="fixed", dataset=tiny_messages(4), processor=tiny_processor(), **fields
+        )
         return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
 
     monkeypatch.setattr("transformers.PreTrainedModel._load_pretrained_model", fails)
