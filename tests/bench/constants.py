@@ -33,7 +33,7 @@ from unseen_models.text import compare_text
 import qvlm_hf
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.calibration.measure.answers import answer_kl
-from qvlm_hf.calibration.search import ranges, sites
+from qvlm_hf.calibration.search import sites
 from qvlm_hf.format import grids
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.recipes import typical
@@ -119,21 +119,11 @@ def steered_and_driven() -> Iterator[None]:
         yield
 
 
-class StartAtFull:
-    """In place of `LpError`: every search starts at the full range of what was seen."""
-
-    def __init__(self, qparams: Sequence[Any], bits: int) -> None:
-        self.totals = [float(i != min(2, len(qparams) - 1)) for i in range(len(qparams))]
-
-    def update(self, x: Tensor) -> None:
-        """Measures nothing."""
-
-
 def clips(step: float, count: int) -> Patch:
     return constant("format.grids.CLIPS", tuple(1 - step * i for i in range(count)))
 
 
-NORM, STARTS = "format.grids._NORM", "calibration.search.observers._NORM"
+NORM = "format.grids._NORM"
 SEARCH = "calibration.search.joint_search."
 GUARD = "calibration.search.sensitivity."
 TOKENS = "calibration.measure.importance."
@@ -151,11 +141,7 @@ VARIANTS: dict[str, dict[str, Patch | Mapping[str, Any]]] = {
         "VecQ by row": by_loss(lambda w, q: vector_loss(True, w, q)),
         "VecQ in two steps": steered_and_driven,
     },
-    "starts": {
-        "L_1.2": constant(STARTS, 1.2),
-        "L_2": constant(STARTS, 2.0),
-        "L_4.8": constant(STARTS, 4.8),
-        "full range": lambda: mock.patch.object(ranges, "LpError", StartAtFull),
+    "candidates": {
         "one percentile": {"percentiles": (1.0,)},
         "no margins": {"margins": ()},
         "neither": {"percentiles": (1.0,), "margins": ()},
@@ -194,7 +180,6 @@ VARIANTS: dict[str, dict[str, Patch | Mapping[str, Any]]] = {
         "share 0.2": constant(GUARD + "_MOST_RAISED", 0.2),
         "32 directions": constant(GUARD + "_DIRECTIONS", 32),
         "128 directions": constant(GUARD + "_DIRECTIONS", 128),
-        "full range": lambda: mock.patch.object(ranges, "LpError", StartAtFull),
     },
     "search": {
         "depth 1": {"max_block_depth": 1},
@@ -208,8 +193,8 @@ VARIANTS: dict[str, dict[str, Patch | Mapping[str, Any]]] = {
         "nothing is clear": constant(SEARCH + "_CLEAR", 1e9),
         "any gain": constant(SEARCH + "_MIN_GAIN", 0.0),
         "gain 0.0002": constant(SEARCH + "_MIN_GAIN", 2e-4),
-        "screened by half": constant("calibration.ranks.SCREENED", 2),
-        "screened by an eighth": constant("calibration.ranks.SCREENED", 8),
+        "screened by half": constant("calibration.process.ranks.SCREENED", 2),
+        "screened by an eighth": constant("calibration.process.ranks.SCREENED", 8),
     },
 }
 FIELDS: dict[str, dict[str, Any]] = {
@@ -217,7 +202,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "importance": {"token_importance": True},
     "guard": {"guard": True},
     "search": {"max_block_depth": 3, "batch_size": 4},
-    "starts": {"batch_size": 4},
+    "candidates": {"batch_size": 4},
 }
 PARTS = [*VARIANTS, "weights, nearest"]
 AS_IT_IS = "as it is"
