@@ -14,7 +14,7 @@ from qvlm_hf.calibration.record.resume import (
     remove_state,
     telling_how_to_go_on,
 )
-from qvlm_hf.cli.cost import check_room, tell_cost
+from qvlm_hf.cli.dry_run import check_room, dry_run
 from qvlm_hf.cli.models import (
     add_field_arguments,
     add_scheme_arguments,
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     _refuse_unused(options)
     with joined(debug=options.debug) as loading:
         if options.dry_run:
-            return tell_cost(options) if is_main() else 0
+            return dry_run(options) if is_main() else 0
         if is_main():  # the check writes there, which others would see
             check_output(options.output, overwrite=options.overwrite)
         config = make_config(options)

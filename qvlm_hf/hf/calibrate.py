@@ -21,8 +21,7 @@ from qvlm_hf.calibration.samples import (
 from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.models.families import check_row
-from qvlm_hf.quantize import CHECK_SAMPLES, round_and_pack
-from qvlm_hf.recipes import calibrate_with_best_recipe
+from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -94,7 +93,7 @@ def calibrate(
     settings = config.settings()
     callbacks = config.callbacks or (ProgressBar(planned_steps(settings), expected=expected),)
     with telling_how_to_go_on(folder), scratch(files):
-        report = calibrate_with_best_recipe(
+        report = calibrate_and_pack(
             model, settings, chosen, config.processor,
             held_out=held_out, callbacks=callbacks, resume_dir=folder,
         )  # fmt: skip

@@ -8,9 +8,9 @@ memory.
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -30,7 +30,6 @@ _ORDER = {
     "search": ("entropy", "ranges", "search", "rounding", "other"),
     "check": ("check",),
 }
-_STATUS = Path("/proc/self/status")
 
 
 def planned_steps(settings: CalibrationSettings) -> tuple[str, ...]:
@@ -51,7 +50,7 @@ class ProgressBar:
         plan: the steps, from `planned_steps`.
         stream: None is standard error.
         now: a clock, in seconds.
-        expected: seconds by step of the report, from estimate/cost.py, to tell the time of all
+        expected: seconds by step of the report, from estimate/seconds.py, to tell the time of all
             steps; None tells that of the step alone.
     """
 
@@ -86,8 +85,7 @@ class ProgressBar:
         if self._bar is None:
             unit = _UNITS.get(self._step, "part")
             self._bar = tqdm(total=total, desc=self._title(), unit=unit, file=self._stream)
-        said = filter(None, [self._whole(done, total), _memory()])
-        self._bar.set_postfix_str(", ".join(said), refresh=False)
+        self._bar.set_postfix_str(self._rest(done, total), refresh=False)
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._bar.close()
@@ -103,7 +101,11 @@ class ProgressBar:
         seconds = self._left(done, total)
         if seconds is not None:
             parts.append(f"{_clock(seconds)} left of it")
-        return ", ".join([*parts, *filter(None, [self._whole(done, total), _memory()])])
+        return ", ".join([*parts, self._rest(done, total)])
+
+    def _rest(self, done: int, total: int) -> str:
+        """What a bar and a line end with."""
+        return ", ".join(filter(None, [self._whole(done, total), _memory()]))
 
     def _left(self, done: int, total: int) -> float | None:
         """Seconds until the end of the step, at the speed so far."""
@@ -126,14 +128,11 @@ def _clock(seconds: float) -> str:
 
 
 def _memory() -> str:
-    """What the process holds now, with the device's share if it has one; "" where nobody says."""
-    held = []
-    if _STATUS.exists():
-        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-        held.append(f"{int(lines['VmRSS'].split()[0]) / 2**20:.1f} GiB")
+    """What the process holds now, with the device's share if it has one."""
+    held = f"{psutil.Process().memory_info().rss / 2**30:.1f} GiB"
     if torch.cuda.is_available():
-        held.append(f"{torch.cuda.memory_allocated() / 2**30:.1f} GiB on the GPU")
-    return " + ".join(held)
+        held += f" + {torch.cuda.memory_allocated() / 2**30:.1f} GiB on the GPU"
+    return held
 
 
 class Steps:

@@ -7,14 +7,14 @@ import torch
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
 
 import qvlm_hf
-from qvlm_hf.calibration.process.capacity import proc_bytes
+from qvlm_hf.bench.memory import status_bytes
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.hf.preflight import expect
 
 
 def watch(highest: list[int], stop: threading.Event) -> None:
     while not stop.wait(0.002):
-        highest.append(proc_bytes("self/status", "RssAnon") or 0)
+        highest.append(status_bytes("RssAnon") or 0)
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     fields = {"processor": tiny_processor(), "num_samples": 8, "batch_size": 4}
     promised = expect(model, qvlm_hf.QVLMConfig(**fields), load_samples(rows))
     highest, stop = [], threading.Event()
-    before = proc_bytes("self/status", "RssAnon")
+    before = status_bytes("RssAnon")
     watcher = threading.Thread(target=watch, args=(highest, stop))
     watcher.start()
     qvlm_hf.quantize_model(model, qvlm_hf.QVLMConfig(dataset=rows, **fields))

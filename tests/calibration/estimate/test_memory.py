@@ -10,16 +10,16 @@ import pytest
 import torch
 from tiny_models import tiny_llava
 
-from qvlm_hf.calibration.estimate.cost import Data
+from qvlm_hf.bench.memory import status_bytes
 from qvlm_hf.calibration.estimate.memory import count_memory
+from qvlm_hf.calibration.estimate.sums import Data
 from qvlm_hf.calibration.plan import resolve_segments
-from qvlm_hf.calibration.process.capacity import proc_bytes
 from qvlm_hf.calibration.settings import CalibrationSettings
 
 TOKENS = {"vision": 577.0, "projector": 576.0, "language": 700.0}
 
 
-@pytest.mark.skipif(proc_bytes("self/status", "RssAnon") is None, reason="Linux tells it")
+@pytest.mark.skipif(status_bytes("RssAnon") is None, reason="Linux tells it")
 def test_a_process_holds_what_was_promised():
     program, tests = Path(__file__).with_name("fresh_calibration.py"), Path(__file__).parents[2]
     path = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
@@ -40,7 +40,7 @@ def bytes_of(layers=4, samples=64, **options):
     model.to(torch.bfloat16)
     data = Data(samples=samples, batch_size=8, tokens=TOKENS, context=TOKENS)
     segments = resolve_segments(model, settings)
-    return count_memory(model, segments, settings, data, compute=torch.float32)
+    return count_memory(model, segments, settings, data)
 
 
 def test_scratch_files_take_what_grows():

@@ -99,7 +99,7 @@ def test_other_versions_threads_and_processors_are_refused(begun, monkeypatch):
         ({"inputs": "0"}, "another processor"),
         ({"versions": {"torch": "1.0"}}, "instead of 1.0"),
     ):
-        monkeypatch.setattr("qvlm_hf.recipes.made_from", origin(**change))
+        monkeypatch.setattr("qvlm_hf.quantize.made_from", origin(**change))
         with pytest.raises(ValueError, match=said):
             calibrate(resume_dir=begun, max_block_depth=1)
 

@@ -1,5 +1,7 @@
 """The counts of a preflight against what the steps really compute and hold."""
 
+import math
+
 import pytest
 import torch
 from tiny_calibrations import calibrate, tiny_batches, tiny_calibration, tiny_samples
@@ -7,19 +9,14 @@ from tiny_models import IMAGE_TOKENS, tiny_llava
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from qvlm_hf.calibration.estimate import cost
-from qvlm_hf.calibration.estimate.cost import (
-    Data,
-    Rates,
-    Sums,
-    Work,
-    count_work,
-    measure_rates,
-    seconds_of,
-)
+from qvlm_hf.calibration.estimate import seconds
+from qvlm_hf.calibration.estimate.seconds import FACTORS, Rates, count_seconds, measure_rates
+from qvlm_hf.calibration.estimate.sums import Data, Sums
 from qvlm_hf.calibration.layers import run_layer
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.settings import CalibrationSettings
+
+COUNTED = Rates(single=1, native=1, values=math.inf, call=0)  # an operation is a second
 
 
 class _Counter(TorchDispatchMode):
@@ -64,7 +61,7 @@ def test_a_pass_is_counted_as_pytorch_counts_it():
             for layer in live:
                 hidden = run_layer(layer.module, entries, hidden)
 
-        expected = Sums(segment, data, 1.0).run(1).single
+        expected = COUNTED.run(Sums(segment, data, 1.0), data)
         assert counted(run) == pytest.approx(expected, rel=1e-6), segment.component
 
 
@@ -77,22 +74,26 @@ def test_a_pass_is_counted_as_pytorch_counts_it():
     ids=["defaults", "screened"],
 )
 def test_products_of_a_calibration_are_counted(options, monkeypatch):
-    monkeypatch.setattr(cost, "_FACTORISED", 0)  # which is no product
+    monkeypatch.setattr(seconds, "_FACTORISED", 0)  # which is no product
+    monkeypatch.setattr(seconds, "FACTORS", dict.fromkeys(FACTORS, 1.0))
     options = {"group_size": 128, "max_block_depth": 3, "batch_size": 4, **options}
     model, samples, settings = tiny_llava(), tiny_samples(8), CalibrationSettings(**options)
     data = data_of(tiny_batches(8, settings.batch_size), settings.batch_size)
-    work = count_work(model, resolve_segments(model, settings), settings, data)
-    total = sum(work.values(), Work())
+    segments = resolve_segments(model, settings)
+    total = sum(count_seconds(model, segments, settings, data, COUNTED).values())
     found = counted(lambda: calibrate(model, samples, **options))
-    print(found / (total.single + total.native))
-    assert 0.6 < found / (total.single + total.native) < 1.6  # the search ends when it is done
+    assert 0.6 < found / total < 1.6  # the search ends when it is done
 
 
-def test_rates_turn_work_into_seconds():
-    rates = Rates(single=2.0, native=4.0, values=8.0, call=1.0)
-    assert rates.seconds(Work(single=2, native=4, values=8, calls=1)) == 4
-    seconds = seconds_of({"search": Work(single=2) + Work(single=2) * 2}, rates)
-    assert seconds == {"search": 3 * cost.FACTORS["search"]}
+def test_rates_turn_counts_into_seconds():
+    calibration = tiny_calibration()
+    segment, data = calibration.segments[0], data_of(calibration.data, 4)
+    one, run = Sums(segment, data, 1.0), Rates(single=2.0, native=4.0, values=math.inf, call=0).run
+    assert run(one, data) == 2 * run(one, data, native=True) == one.operations / 2
+    called = Rates(single=math.inf, native=math.inf, values=math.inf, call=3.0)
+    assert called.run(one, data) == 3 * one.layers * data.batches
+    rounded = Rates(single=math.inf, native=math.inf, values=1.0, call=0)
+    assert rounded.run(one, data, simulated=True) > rounded.run(one, data) > one.values
     measured = measure_rates(torch.device("cpu"), torch.float32)
     assert measured.single == measured.native > 1e8
     assert measured.values > 1e6
@@ -104,8 +105,11 @@ def test_more_of_anything_takes_longer():
 
     def cost_of(model=model, settings=settings, samples=64):
         data = Data(samples=samples, batch_size=8, tokens=tokens, context=tokens)
-        work = count_work(model, resolve_segments(model, settings), settings, data)
-        return Rates(single=1e9, native=1e9, values=1e9).seconds(sum(work.values(), Work()))
+        rates, segments = (
+            Rates(single=1e9, native=1e9, values=1e9),
+            resolve_segments(model, settings),
+        )
+        return sum(count_seconds(model, segments, settings, data, rates).values())
 
     usual = cost_of()
     assert cost_of(samples=128) > 1.3 * usual

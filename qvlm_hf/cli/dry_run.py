@@ -13,18 +13,11 @@ from qvlm_hf.cli.models import load_processor, make_config, read_loadable, silen
 from qvlm_hf.cli.shapes import read_shape
 from qvlm_hf.hf.calibrate import read_samples
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.preflight import (
-    Expected,
-    check_disk,
-    check_memory,
-    expect,
-    gigabytes,
-    result_bytes,
-)
+from qvlm_hf.hf.preflight import Expected, check_disk, check_memory, expect, gigabytes
 from qvlm_hf.hf.saving import check_output
 from qvlm_hf.hub.saved import empty_model
 
-__all__ = ["check_room", "tell_cost"]
+__all__ = ["check_room", "dry_run"]
 
 
 def check_room(options: argparse.Namespace, config: QVLMConfig) -> None:
@@ -35,7 +28,7 @@ def check_room(options: argparse.Namespace, config: QVLMConfig) -> None:
     """
     size = 0.0
     with suppress(ValueError, OSError):  # told where the model is loaded
-        size = result_bytes(_empty(options), config)
+        size = expect(_empty(options), config).result
     check_disk(size, options.output, "the result")
 
 
@@ -49,7 +42,7 @@ def _empty(options: argparse.Namespace) -> Any:
     return empty_model(kind).to(asked if isinstance(asked, torch.dtype) else getattr(torch, asked))
 
 
-def tell_cost(options: argparse.Namespace) -> int:
+def dry_run(options: argparse.Namespace) -> int:
     """Runs `qvlm quantize` with --dry-run.
 
     Raises:
@@ -58,47 +51,42 @@ def tell_cost(options: argparse.Namespace) -> int:
     silence()
     if options.output is not None:
         check_output(options.output, overwrite=options.overwrite)
-    config = make_config(options)
-    if config.dataset is not None and options.model in SHAPES:
-        raise ValueError(
-            f"--dataset: {options.model} is a shape without a processor that could read it: leave "
-            f"it out, or give a model."
-        )
-    samples = None
+    config, samples = make_config(options), None
     if config.dataset is not None:
+        if options.model in SHAPES:
+            raise ValueError(
+                f"--dataset: {options.model} is a shape without a processor that could read it: "
+                f"leave it out, or give a model."
+            )
         model = Path(options.model)  # a config.json lies beside its processor
         place = str(model.parent) if model.is_file() else options.model
         config.processor = load_processor(place, options.revision)
         samples = read_samples(config)
     expected = expect(_empty(options), config, samples)
     print(f"{options.model}, {config.scheme}, on this machine")
-    for line in _lines(expected):
+    source = "assumed, --dataset counts them" if samples is None else "counted"
+    for line in _lines(expected, source):
         print(line)
-    if warning := check_memory(expected, config):
+    if warning := check_memory(expected):
         print(f"warning: {warning}")
     if options.output is not None:
         check_disk(expected.result, options.output, "the result")
     return 0
 
 
-def _lines(expected: Expected) -> Iterator[str]:
+def _lines(expected: Expected, source: str) -> Iterator[str]:
     whole = sum(expected.seconds.values())
     named = ((name, own) for name, own in expected.seconds.items() if name != "other")
     longest = sorted(named, key=lambda pair: -pair[1])[:4]
     shares = ", ".join(f"{name} {own / whole:.0%}" for name, own in longest)
     yield f"time    {expected.duration}; of it {shares}"
     if expected.data is not None:
-        counted = "assumed, --dataset counts them" if expected.assumed else "counted"
         tokens = ", ".join(f"{name} {count:.0f}" for name, count in expected.data.tokens.items())
-        yield f"        {expected.data.samples} samples; tokens of each: {tokens} ({counted})"
-    gpu = gigabytes(expected.device)
+        yield f"        {expected.data.samples} samples; tokens of each: {tokens} ({source})"
     weights = f"{gigabytes(expected.weights)} of weights mapped from files"
     yield f"memory  {gigabytes(expected.memory)} at the peak, besides {weights}"
-    if expected.scratch:
-        yield (
-            f"        {gigabytes(expected.working)} with scratch files of "
-            f"{gigabytes(expected.scratch)} (--scratch-dir)"
-        )
-    yield f"        {gpu} of a GPU's, where the model is on one"
+    if scratch := expected.held.kept:
+        working = f"{gigabytes(expected.held.working)} with scratch files"
+        yield f"        {working} of {gigabytes(scratch)} (--scratch-dir)"
     kept = f", {gigabytes(expected.kept)} to resume from" if expected.kept else ""
     yield f"disk    {gigabytes(expected.result)} for the result{kept}"
