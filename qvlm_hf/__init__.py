@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import qvlm_hf.interruption  # noqa: F401 - first, because what follows takes seconds
 from qvlm_hf.calibration.options import VisionOptimization
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.in_memory import quantize_model
 from qvlm_hf.hf.quantizer import QVLMHfQuantizer

@@ -9,27 +9,25 @@ Divergences are geometric means over samples. Of 64 samples the worst three hold
 sum, so that an arithmetic mean tells chance (docs/decisions/0029-the-typical-sample-decides.md).
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from torch import nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
-from qvlm_hf.calibration.not_finite import naming_the_source
+from qvlm_hf.calibration.measure.written_text import with_text, written_text
 from qvlm_hf.calibration.options import Options
-from qvlm_hf.calibration.plan import check_weights, resolve_segments
-from qvlm_hf.calibration.progress import Steps
-from qvlm_hf.calibration.report import CalibrationReport, RecipeTrial
-from qvlm_hf.calibration.resume import SavedSteps, alone_in, made_from
+from qvlm_hf.calibration.plan import resolve_segments
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.progress import Steps
+from qvlm_hf.calibration.record.report import RecipeTrial
+from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import (
     Batch,
@@ -37,24 +35,20 @@ from qvlm_hf.calibration.samples import (
     Sample,
     batches,
     by_picture,
-    fingerprint,
     hold_out,
 )
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.rotation import take_snapshot
-from qvlm_hf.calibration.waiting import yield_to_others
-from qvlm_hf.calibration.written_text import with_text, written_text
-from qvlm_hf.models.experts import experts_split
+from qvlm_hf.method import make_modules, round_modules, transformed
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import get_linear
 from qvlm_hf.nn.replace import replace_modules
-from qvlm_hf.quantize import calibrate_and_pack, make_modules, round_modules, transformed
 
 __all__ = [
     "JUDGES",
     "JUDGING_TEXTS",
     "TRIAL_SAMPLES",
-    "calibrate_with_best_recipe",
+    "best_recipe",
     "clearly_above",
     "compare_recipes",
     "plain_rounding",
@@ -88,42 +82,30 @@ _PLAIN: dict[str, Any] = {
 Recipe = dict[str, Any]
 
 
-def calibrate_with_best_recipe(
+def best_recipe(
     model: nn.Module,
     settings: CalibrationSettings,
     samples: Sequence[Sample],
     processor: Processor,
     *,
-    held_out: Sequence[Sample] = (),
-    callbacks: Sequence[Any] = (),
-    resume_dir: Path | None = None,
-) -> CalibrationReport:
-    """`calibrate_and_pack`, after a comparison of recipes where `settings.recipe` is "auto".
+    held_out: Sequence[Sample],
+    callbacks: Sequence[Any],
+    kept: SavedSteps,
+) -> tuple[CalibrationSettings, tuple[RecipeTrial, ...]]:
+    """The settings with the best recipe, and all trials, the best one first.
 
-    The arguments and errors are those of `calibrate_and_pack`; the report tells the trials.
-    `resume_dir`, from `check_resume_dir`, keeps finished steps, and those of a calibration that was
-    stopped are not repeated; ValueError if they are of another one.
+    Where `settings.recipe` is not "auto" they come back as they are, without trials. The arguments
+    are those of `calibrate_and_pack`, and `kept` its finished steps.
     """
-    with ranks.sharing_errors(), alone_in(resume_dir):
-        ranks.check_alike(fingerprint([*samples, *held_out]), "samples")
-        everything, kept = [*samples, *held_out], SavedSteps()
-        if resume_dir is not None:
-            data = batches(by_picture(samples), processor, settings.batch_size)
-            kept = SavedSteps(resume_dir, made_from(model, settings, everything, data))
-        given: dict[str, Any] = {"held_out": held_out, "callbacks": callbacks, "kept": kept}
-        with naming_the_source(model, everything, processor):
-            if settings.recipe is None:
-                return calibrate_and_pack(model, settings, samples, processor, **given)
-            with experts_split(model), ranks.apart():
-                compare = partial(_try_recipes, model, settings, samples, processor, **given)
-                trials = kept.once("recipes", compare)
-            best = json.loads(ranks.told_by_first(json.dumps(trials[0].fields)))
-            settings = replace(settings, recipe=None, **best)
-            report = calibrate_and_pack(model, settings, samples, processor, **given)
-            return replace(report, recipes=trials)
+    if settings.recipe is None:
+        return settings, ()
+    compare = partial(_try_recipes, model, settings, samples, processor, held_out, callbacks, kept)
+    with ranks.no_sync():
+        trials = kept.once("recipes", compare)
+    taken = ranks.broadcast_object(trials[0].fields)
+    return replace(settings, recipe=None, **taken), trials
 
 
-@yield_to_others()
 def _try_recipes(
     model: nn.Module,
     settings: CalibrationSettings,
@@ -134,7 +116,6 @@ def _try_recipes(
     kept: SavedSteps,
 ) -> tuple[RecipeTrial, ...]:
     """Tries every recipe on few samples, judged by others; the best one first."""
-    check_weights(resolve_segments(model, settings))
     prepared = partial(batches, processor=processor, batch_size=settings.batch_size, model=model)
     few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
     data = list(prepared(by_picture(few)))

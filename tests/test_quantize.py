@@ -8,7 +8,7 @@ from tiny_calibrations import calibrate, tiny_samples
 from tiny_models import tiny_llava
 from torch import nn
 
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.calibration.search import segments
 from qvlm_hf.calibration.settings import CalibrationSettings

@@ -8,10 +8,10 @@ from demo_model.outliers import plant_outliers
 from tiny_calibrations import calibrate, tiny_samples
 from tiny_models import tiny_llava
 
-from qvlm_hf.calibration.progress import Steps
-from qvlm_hf.calibration.report import RecipeTrial
+from qvlm_hf.calibration.measure.written_text import written_text
+from qvlm_hf.calibration.process.progress import Steps
+from qvlm_hf.calibration.record.report import RecipeTrial
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.calibration.written_text import written_text
 from qvlm_hf.recipes import clearly_above, compare_recipes, trial, typical
 
 RANGES = {"vision": "channel", "language": "dynamic_token"}

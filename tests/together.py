@@ -12,8 +12,8 @@ from tiny_families import tiny_family, tiny_family_processor
 from tiny_models import tiny_llava, tiny_messages
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.calibration import ranks
-from qvlm_hf.calibration.resume import SavedSteps
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.cli import main
 from qvlm_hf.format.packing import unpack
 from qvlm_hf.nn.linear import QVLMLinear
@@ -35,25 +35,30 @@ VALUES = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
 
 
 def exchange(number):
-    own = ranks.share(7)
+    own = ranks.shard(7)
     rows = torch.arange(7)[own]
-    with ranks.apart():
-        apart = (ranks.count(), ranks.total(torch.tensor([3.0])).tolist())
+    with ranks.no_sync():
+        apart = (ranks.world_size(), ranks.all_reduce(torch.tensor([3.0])).tolist())
     ranks._PIECE = 1024  # several pieces
     return {
-        "number": ranks.number(),
-        "sum": ranks.total(VALUES[number]).tolist(),
-        "largest": ranks.largest(torch.tensor([number + 1.0, 5.0 - 6 * number])).tolist(),
-        "smallest": ranks.smallest(torch.tensor([number + 1.0, 5.0 - 6 * number])).tolist(),
-        "numbers": (*ranks.add(3 + number), *ranks.add(0.5 - 0.25 * number)),
+        "number": ranks.rank(),
+        "sum": ranks.all_reduce(VALUES[number]).tolist(),
+        "largest": ranks.all_reduce(torch.tensor([number + 1.0, 5.0 - 6 * number]), "max").tolist(),
+        "smallest": ranks.all_reduce(
+            torch.tensor([number + 1.0, 5.0 - 6 * number]), "min"
+        ).tolist(),
+        "numbers": (
+            *ranks.all_reduce_numbers(3 + number),
+            *ranks.all_reduce_numbers(0.5 - 0.25 * number),
+        ),
         "gathered": [
-            t.tolist() for t in ranks.gathered(torch.full([(1, 3), (3, 1)][number], number))
+            t.tolist() for t in ranks.all_gather(torch.full([(1, 3), (3, 1)][number], number))
         ],
-        "rows": torch.cat(ranks.gathered(rows)).tolist(),
-        "first": ranks.of_first(torch.tensor([float(number)])).tolist(),
-        "told": ranks.told_by_first(["first, ä", "second"][number]),
+        "rows": torch.cat(ranks.all_gather(rows)).tolist(),
+        "first": ranks.broadcast(torch.tensor([float(number)])).tolist(),
+        "told": ranks.broadcast_object(["first, ä", "second"][number]),
         "apart": apart,
-        "seen": ranks.seen_before([[0, 1, 4], [2, 3]][number], [[1, 2, 16], [4, 8]][number]),
+        "seen": ranks.offsets([[0, 1, 4], [2, 3]][number], [[1, 2, 16], [4, 8]][number]),
     }
 
 
@@ -61,18 +66,18 @@ def fail_in_second(number):
     with ranks.sharing_errors():
         if number:
             raise ValueError("no second")
-        ranks.total(torch.ones(3))
+        ranks.all_reduce(torch.ones(3))
 
 
 def fail_in_first_later(number):
     with ranks.sharing_errors():
-        ranks.add(1)
+        ranks.all_reduce_numbers(1)
         if not number:
             raise KeyError("late")
 
 
 def differ(number):
-    ranks.total(torch.ones(3 + number))
+    ranks.all_reduce(torch.ones(3 + number))
 
 
 def other_samples(number):

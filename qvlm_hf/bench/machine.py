@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from qvlm_hf.calibration.room import free_memory
+from qvlm_hf.calibration.process.capacity import free_memory
 
 __all__ = [
     "Clock",
@@ -128,8 +128,8 @@ def has_bfloat16_units(device: torch.device) -> bool:
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that a model may still take; None where the system does not say."""
+def available_bytes(device: torch.device) -> float:
+    """Memory that a model may still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_memory()

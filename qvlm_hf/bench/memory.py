@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.room import proc_bytes
-
-__all__ = ["decoder_bytes", "peak_bytes", "stored_bytes"]
+__all__ = ["decoder_bytes", "peak_bytes", "status_bytes", "stored_bytes"]
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -42,10 +40,18 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
         run()
         return torch.cuda.max_memory_allocated(device) - before
     resettable = _reset_peak()
-    resident = proc_bytes("self/status", "VmRSS")
+    resident = status_bytes("VmRSS")
     run()
-    highest = proc_bytes("self/status", "VmHWM")
+    highest = status_bytes("VmHWM")
     return max(0, highest - resident) if resettable and resident and highest else None
+
+
+def status_bytes(field: str) -> int | None:
+    """Bytes of a field of this process's status, as "VmRSS"; None where Linux does not tell."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    sizes = [int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")]
+    return sizes[0] if sizes else None
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -124,11 +124,11 @@ def measure_models(
     return rows, highest
 
 
-def fits_together(contenders: Sequence[Contender], available: int | None) -> bool:
+def fits_together(contenders: Sequence[Contender], available: float) -> bool:
     """Whether all fit into memory at once, with room to build each beside the others."""
     here = [one for one in contenders if one.missing is None]
     needed = sum(one.size for one in here) * _RESERVE + max((c.building for c in here), default=0)
-    return available is None or needed < available
+    return needed < available
 
 
 def phase(time: Timing, moved: float, computed: float, limits: Limits, compute: str) -> Phase:

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from qvlm_hf.calibration.provenance import versions
-from qvlm_hf.calibration.report import CalibrationReport, settings_dict
+from qvlm_hf.calibration.record.provenance import versions
+from qvlm_hf.calibration.record.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.by_structure import Structure, read_structure
@@ -75,7 +75,7 @@ def rounding_schemes(
     schemes = {} if head is None else {output_head(model): head}
     for segment in segments:
         granularity = settings.start_granularity(segment.component)
-        for site in (site for layer in segment.layers for site in layer.sites):
+        for site in segment.sites:
             schemes |= dict.fromkeys(
                 site.modules, settings.module_scheme(granularity, site.hadamard)
             )

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput
-from qvlm_hf.calibration.progress import Steps
-from qvlm_hf.calibration.resume import SavedSteps
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.progress import Steps
+from qvlm_hf.calibration.record.coded import codable
+from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
 from qvlm_hf.models.graph import Segment, Site
@@ -19,9 +20,10 @@ from qvlm_hf.models.graph import Segment, Site
 __all__ = ["Calibration", "LearnedRanges"]
 
 
+@codable
 @dataclass(frozen=True)
 class LearnedRanges:
-    """Factors on the ranges of a site that an optimisation found (vision_encoder.py).
+    """Factors on the ranges of a site that an optimisation found (search/vision_encoder.py).
 
     Attributes:
         start: the candidate that they apply to.
@@ -94,7 +96,7 @@ class Calibration:
 
     def steps(self, name: str, total: int) -> Steps:
         """A counter that tells the callbacks how far the step `name` is."""
-        return Steps(name, self.callbacks if ranks.is_first() else (), total)
+        return Steps(name, self.callbacks if ranks.is_main() else (), total)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -21,7 +21,7 @@ class RangeCandidate:
         percentile: p; the range is [quantile(1-p), quantile(p)] of the calibration values (1.0: all
             of them). Static only.
         margin: factor on that range, for values that calibration did not reach. Static only.
-        learned: whether the visual encoder optimisation scaled the range (vision_encoder.py).
+        learned: whether search/vision_encoder.py scaled the range.
     """
 
     granularity: str

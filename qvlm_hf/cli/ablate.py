@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qvlm_hf.calibration.provenance import versions
+from qvlm_hf.calibration.record.provenance import versions
 from qvlm_hf.calibration.samples import fingerprint, load_samples, longest_sample, without_too_long
 from qvlm_hf.cli.ablation_tables import check_ablation, read_ablation, write_ablation
 from qvlm_hf.cli.models import check_fits, load_model, load_processor, read_loadable, silence

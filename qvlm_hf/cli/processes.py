@@ -1,7 +1,7 @@
 """`accelerate launch -m qvlm_hf quantize ...`: several processes make one result.
 
-They split the calibration batches (calibration/ranks.py). The first one alone saves, publishes and
-speaks; an error of any of them is its error.
+They split the calibration batches (calibration/process/ranks.py). The first one alone saves,
+publishes and speaks; an error of any of them is its error.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qvlm_hf.calibration import ranks
+from qvlm_hf.calibration.process import ranks
 
 __all__ = ["joined"]
 
@@ -44,6 +44,6 @@ def joined(*, debug: bool) -> Iterator[dict[str, Any]]:
         with ranks.sharing_errors():
             yield options
     except Exception:
-        if ranks.is_first() or debug:
+        if ranks.is_main() or debug:
             raise
         sys.exit(1)

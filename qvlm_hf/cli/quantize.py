@@ -8,13 +8,13 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from qvlm_hf.bench.shapes import SHAPES
-from qvlm_hf.calibration.ranks import is_first
-from qvlm_hf.calibration.resume import (
+from qvlm_hf.calibration.process.ranks import is_main
+from qvlm_hf.calibration.record.resume import (
     check_resume_dir,
     remove_state,
     telling_how_to_go_on,
 )
-from qvlm_hf.cli.cost import check_room, tell_cost
+from qvlm_hf.cli.dry_run import check_room, dry_run
 from qvlm_hf.cli.models import (
     add_field_arguments,
     add_scheme_arguments,
@@ -111,8 +111,8 @@ def run(options: argparse.Namespace) -> int:
     _refuse_unused(options)
     with joined(debug=options.debug) as loading:
         if options.dry_run:
-            return tell_cost(options) if is_first() else 0
-        if is_first():  # the check writes there, which others would see
+            return dry_run(options) if is_main() else 0
+        if is_main():  # the check writes there, which others would see
             check_output(options.output, overwrite=options.overwrite)
         config = make_config(options)
         target = None
@@ -128,11 +128,11 @@ def run(options: argparse.Namespace) -> int:
         with telling_how_to_go_on(state):
             model = load_model(options.model, config, options.dtype, options.revision, **loading)
             report = model.hf_quantizer.report
-            if is_first():
+            if is_main():
                 save_quantized(
                     model, processor, options.output, report=report, overwrite=options.overwrite
                 )
-    if not is_first():
+    if not is_main():
         return 0
     if state is not None:
         remove_state(state)

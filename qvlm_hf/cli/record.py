@@ -11,7 +11,7 @@ from uuid import uuid4
 import torch
 
 from qvlm_hf.bench.machine import device_name
-from qvlm_hf.calibration.provenance import versions
+from qvlm_hf.calibration.record.provenance import versions
 from qvlm_hf.calibration.samples import dataset_name
 from qvlm_hf.evaluation import Evaluation
 

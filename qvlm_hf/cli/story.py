@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from qvlm_hf.calibration.report import CalibrationReport, SegmentReport
+from qvlm_hf.calibration.record.report import CalibrationReport, SegmentReport
 from qvlm_hf.cli.wording import in_options
 
 __all__ = ["story"]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
+from qvlm_hf.calibration.process.waiting import yield_to_others
 from qvlm_hf.calibration.samples import (
     IGNORE_INDEX,
     Batch,
@@ -27,7 +28,6 @@ from qvlm_hf.calibration.samples import (
 )
 from qvlm_hf.calibration.samples.scienceqa import COLUMNS
 from qvlm_hf.calibration.values import whole_number
-from qvlm_hf.calibration.waiting import yield_to_others
 from qvlm_hf.evaluation.metrics import (
     Interval,
     PairedCounts,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
+from qvlm_hf.calibration.process.waiting import yield_to_others
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, longest_sample
-from qvlm_hf.calibration.waiting import yield_to_others
 
 __all__ = ["TextEvaluation", "check_text", "evaluate_text", "format_text", "read_text"]
 

@@ -113,9 +113,14 @@ def dynamic_group_quantize(x: Tensor, bits: int, group_length: int) -> tuple[Ten
 
 
 def _grid(low: Tensor, high: Tensor, bits: int) -> QParams:
-    scale = (high - low) / (2**bits - 1)
+    scale = _divide(high - low, 2**bits - 1)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return QParams(scale, torch.round(-low / scale).clamp(0, 2**bits - 1).to(torch.int32), bits)
+
+
+def _divide(values: Tensor, number: int) -> Tensor:
+    """Rounded to nearest; CUDA multiplies by the reciprocal of what is no CUDA tensor."""
+    return values / values.new_full((), number)
 
 
 def grid_bounds(qparams: QParams) -> tuple[Tensor, Tensor]:
@@ -270,7 +275,9 @@ def _weight_grid(low: Tensor, high: Tensor, scheme: QuantScheme) -> tuple[Tensor
     top, half = 2**scheme.weight_bits - 1, 2 ** (scheme.weight_bits - 1)
     # symmetric levels are -half ... half - 1: the positive side has one less
     scale = (
-        torch.maximum(-low / half, high / (half - 1)) if scheme.symmetric else (high - low) / top
+        torch.maximum(-low / half, _divide(high, half - 1))
+        if scheme.symmetric
+        else _divide(high - low, top)
     ).to(torch.bfloat16)
     # below the smallest normal float a scale is 0 or imprecise, and such a group all but zero
     scale = torch.where(scale >= torch.finfo(torch.bfloat16).tiny, scale, torch.ones_like(scale))

@@ -41,7 +41,9 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
         y.select(-2, 1).copy_(first - second)
         y = y.flatten(-3)
         width *= 2
-    return y / math.sqrt(block)
+    root = math.sqrt(block)
+    # CUDA multiplies by the reciprocal of a number; 16 bits do not hold this one
+    return y / (y.new_full((), root) if y.itemsize >= 4 else root)
 
 
 def largest_block(in_features: int) -> int:

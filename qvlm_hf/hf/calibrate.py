@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qvlm_hf.calibration.progress import ProgressBar, planned_steps
-from qvlm_hf.calibration.report import CalibrationReport
-from qvlm_hf.calibration.resume import check_resume_dir, telling_how_to_go_on
+from qvlm_hf.calibration.process.progress import ProgressBar, planned_steps
+from qvlm_hf.calibration.process.scratch import check_scratch_dir, scratch
+from qvlm_hf.calibration.record.report import CalibrationReport
+from qvlm_hf.calibration.record.resume import check_resume_dir, telling_how_to_go_on
 from qvlm_hf.calibration.samples import (
     Sample,
     dataset_name,
@@ -18,11 +19,9 @@ from qvlm_hf.calibration.samples import (
     without_too_long,
 )
 from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
-from qvlm_hf.calibration.scratch import check_scratch_dir, scratch
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.models.families import check_row
-from qvlm_hf.quantize import CHECK_SAMPLES, round_and_pack
-from qvlm_hf.recipes import calibrate_with_best_recipe
+from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -94,7 +93,7 @@ def calibrate(
     settings = config.settings()
     callbacks = config.callbacks or (ProgressBar(planned_steps(settings), expected=expected),)
     with telling_how_to_go_on(folder), scratch(files):
-        report = calibrate_with_best_recipe(
+        report = calibrate_and_pack(
             model, settings, chosen, config.processor,
             held_out=held_out, callbacks=callbacks, resume_dir=folder,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.offloading import map_weights
 from qvlm_hf.hf.quantizer import QVLMHfQuantizer

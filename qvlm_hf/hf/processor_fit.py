@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,13 @@ from qvlm_hf.errors import first_line
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = ["ask_features", "check_processor_fits", "pictured", "sample_of_noise"]
+__all__ = [
+    "check_processor_fits",
+    "count_features",
+    "count_placeholders",
+    "pictured",
+    "sample_of_noise",
+]
 
 _OWN = "take the processor that was saved with the model"
 
@@ -58,14 +64,14 @@ def check_processor_fits(
         problem = f"{name} writes the token {highest}, but the model knows {known} tokens"
         raise ValueError(f"{sample.origin}: {problem}: {_OWN} (tokenizer.json).")
     try:
-        features = _count_features(model, inputs)
+        features = count_features(model, inputs)
     except ValueError as error:
         raise ValueError(
             f"{sample.origin}: the model refuses the picture that {name} made "
             f"({first_line(error)}): {_OWN} "
             "(size and crop_size in processor_config.json or preprocessor_config.json)."
         ) from error
-    tokens = _count_tokens(model, inputs)
+    tokens = count_placeholders(model, inputs)
     if None not in (tokens, features) and tokens != features:
         found = _find_settings(model, sample, processor) or _OWN
         raise ValueError(
@@ -94,21 +100,26 @@ def _make_inputs(sample: Sample, processor: Any) -> dict[str, torch.Tensor]:
         return collate([sample], processor).inputs
 
 
-def _count_tokens(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> int | None:
+def count_placeholders(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> int | None:
+    """Image tokens in the text of a batch; None if the model does not name the token."""
     token = getattr(model.config, "image_token_id", None)
     return None if token is None else int((inputs["input_ids"] == token).sum())
 
 
-def _count_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> int | None:
-    """None if the sample has no picture or the model cannot be asked.
+def count_features(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> int | None:
+    """What the model makes of a batch's pictures; None without any, or if it cannot be asked.
 
     Raises:
         ValueError: the model refuses the picture.
     """
     if "pixel_values" not in inputs:
         return None
+    text = ("input_ids", "attention_mask", "pixel_values")
+    rest = {key: value for key, value in inputs.items() if key not in text}
     try:
-        output = ask_features(model, inputs)
+        ask: Any = getattr(model, "get_image_features", None) or model.base_model.get_image_features
+        with torch.no_grad(), torch.device(model.device):
+            output = ask(inputs["pixel_values"].to(model.device, model.dtype), **rest)
         features = getattr(output, "pooler_output", output)
         parts = [features] if isinstance(features, torch.Tensor) else list(features)
         return sum(part.shape[:-1].numel() for part in parts)
@@ -116,15 +127,6 @@ def _count_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> 
         raise
     except Exception:  # of a family, or a device, that this cannot be asked of
         return None
-
-
-def ask_features(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Any:
-    """What `get_image_features` makes of a batch's pictures; raises what the family raises."""
-    text = ("input_ids", "attention_mask", "pixel_values")
-    rest = {key: value for key, value in inputs.items() if key not in text}
-    ask: Any = getattr(model, "get_image_features", None) or model.base_model.get_image_features
-    with torch.no_grad(), torch.device(model.device):
-        return ask(inputs["pixel_values"].to(model.device, model.dtype), **rest)
 
 
 def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> str | None:
@@ -145,7 +147,7 @@ def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> st
             for name, value in change.items():
                 setattr(twin, name, value)
             inputs = _make_inputs(sample, twin)
-            if _count_tokens(model, inputs) == _count_features(model, inputs):
+            if count_placeholders(model, inputs) == count_features(model, inputs):
                 shown = ", ".join(
                     f"{json.dumps(name)}: {json.dumps(value)}" for name, value in change.items()
                 )

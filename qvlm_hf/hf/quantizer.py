@@ -21,11 +21,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
 from qvlm_hf.calibration.plan import resolve_segments
-from qvlm_hf.calibration.ranks import is_first
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.process.ranks import is_main
+from qvlm_hf.calibration.process.scratch import check_scratch_dir, scratch
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.calibration.rounding import by_structure
 from qvlm_hf.calibration.samples import Sample
-from qvlm_hf.calibration.scratch import check_scratch_dir, scratch
 from qvlm_hf.format.files import INDEX_NAME, check_readable, weight_files
 from qvlm_hf.hf.calibrate import calibrate, read_samples
 from qvlm_hf.hf.checkpoint import (
@@ -53,7 +53,7 @@ from qvlm_hf.hf.round_on_load import (
 )
 from qvlm_hf.hf.runtime.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.hf.runtime.experts import register_experts
-from qvlm_hf.hf.runtime.guards import guard, unguard
+from qvlm_hf.hf.runtime.refusals import add_refusals, remove_refusals
 from qvlm_hf.hub.publish import Published, Target
 from qvlm_hf.models.experts import has_split_experts, join_experts
 from qvlm_hf.models.families import FAMILIES, has_row
@@ -280,7 +280,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self._routes = has_split_experts(model)
         fuse(model)
         round_as_eager(model)
-        guard(model)
+        add_refusals(model)
         keep_names_on_saving(model)
         try:
             if self.report is not None:
@@ -317,7 +317,7 @@ class QVLMHfQuantizer(HfQuantizer):
         for callback in config.callbacks:
             if hasattr(callback, "on_calibration_end"):
                 callback.on_calibration_end(model, report)
-        if self._target is not None and is_first():
+        if self._target is not None and is_main():
             from qvlm_hf.hf.publishing import push_result
 
             self.published = push_result(model, config.processor, self._target)
@@ -330,7 +330,7 @@ class QVLMHfQuantizer(HfQuantizer):
                 raise ValueError(f"{name} {why_empty(module)}, then dequantize it.")
         from qvlm_hf.hf.runtime.fusion import unfuse
 
-        unguard(model)
+        remove_refusals(model)
         unfuse(model)
         compile_as_transformers_does(model)
         if not isinstance(dtype, torch.dtype):  # a saved model's config holds its name

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from qvlm_hf.calibration.plan import resolve_segments
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import QuantScheme

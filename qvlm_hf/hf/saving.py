@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.format.files import INDEX_NAME
 from qvlm_hf.hf.earlier_result import OLD, PARTIAL, check_replaceable
 from qvlm_hf.hub.card import write_card

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qvlm_hf.calibration.report import SegmentReport
+from qvlm_hf.calibration.record.report import SegmentReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

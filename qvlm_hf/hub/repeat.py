@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qvlm_hf.calibration.options import WITHOUT_DATA, VisionOptimization
-from qvlm_hf.calibration.report import CalibrationReport, settings_dict
+from qvlm_hf.calibration.record.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import parse_scheme
 

@@ -14,7 +14,7 @@ import torch
 from jinja2 import TemplateError
 from torch import nn
 
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.errors import first_line
 from qvlm_hf.format.files import INDEX_NAME, SINGLE_NAME, TensorHeader, tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme

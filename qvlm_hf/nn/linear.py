@@ -15,9 +15,9 @@ from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.nn.packed_weight import (
     FloatForm,
+    alias_of,
     check_replacement,
     freeze,
-    guarded,
     plain,
     read_by_adapters,
     refuse_removal,
@@ -208,7 +208,7 @@ class QVLMLinear(nn.Linear):
             return weight
         if read_by_adapters(1):
             return FloatForm.of(weight, self.out_features, self.in_features)
-        return guarded(weight)
+        return alias_of(weight)
 
     def register_parameter(self, name: str, param: Any) -> None:
         """As nn.Module's; the weight becomes ordinary, and says why it cannot be trained."""

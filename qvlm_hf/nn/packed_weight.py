@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 __all__ = [
     "FloatForm",
     "PackedWeight",
+    "alias_of",
     "check_replacement",
     "freeze",
-    "guarded",
     "plain",
     "read_by_adapters",
     "refuse_removal",
@@ -84,7 +84,7 @@ class PackedWeight(nn.Parameter):
         result = func(*args, **kwargs)
         if any(map(_is_floating, tree_leaves(result))):
             raise ValueError(_REFUSAL)
-        return guarded(result) if func in _SAME_INTEGERS else result
+        return alias_of(result) if func in _SAME_INTEGERS else result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return plain(self).__reduce_ex__(protocol)
@@ -116,7 +116,7 @@ class FloatForm(PackedWeight):
         raise ValueError(_REFUSAL)
 
 
-def guarded(weight: Tensor) -> PackedWeight:
+def alias_of(weight: Tensor) -> PackedWeight:
     """Makes a `PackedWeight` of the memory and attributes of `weight`: integers of any shape."""
     with torch._C.DisableTorchFunctionSubclass():
         alias = Tensor._make_subclass(PackedWeight, weight.detach(), False)

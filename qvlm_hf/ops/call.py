@@ -166,8 +166,14 @@ def _check_numbers(numbers: tuple[Any, ...]) -> None:
 
 
 def has_format(x: Tensor, weights: Sequence[Packed], scheme: CallScheme) -> bool:
-    """Whether all tensors have the dtypes and shapes of docs/format.md, on which kernels rely."""
-    k, bits = scheme.in_features, scheme.weight_bits
+    """Whether all tensors lie on x's device, with the dtypes and shapes of docs/format.md.
+
+    Kernels rely on it.
+    """
+    k, bits, device = scheme.in_features, scheme.weight_bits, x.device
+    own = (tensor for packed in weights for tensor in packed)
+    if any(tensor is not None and tensor.device != device for tensor in (*scheme[:2], *own)):
+        return False
     if not (x.is_floating_point() and x.dim() and x.shape[-1] == k):
         return False
     words, groups = -(-k * bits // 32), -(-k // scheme.group_length)

@@ -41,21 +41,24 @@ _FLAGS = (
     *("-std=c++17", "-fopenmp", "-shared", "-fPIC"),
 )
 # Every width, granularity and way of 8-bit inputs, with one token, some and many.
-_CHECKED = (
-    (4, 4, "channel", 1),
-    (4, 8, "dynamic_token", 9),
-    (6, 8, "channel", 20),
-    (8, 8, "dynamic_token", 1),
-    (2, 4, "token", 7),
-    (3, 6, "channel", 3),
-    (5, 8, "token", 70),
-    (7, 7, "dynamic_token", 12),
-    (4, 4, "dynamic_group", 1),
-    (8, 8, "dynamic_group", 9),
-    (4, 16, "none", 2),
-    (5, 16, "none", 1),
-    (8, 16, "none", 5),
-    (3, 16, "none", 40),
+_CHECKED = tuple(
+    reference.Case(*case)
+    for case in (
+        (4, 4, "channel", 1),
+        (4, 8, "dynamic_token", 9),
+        (6, 8, "channel", 20),
+        (8, 8, "dynamic_token", 1),
+        (2, 4, "token", 7),
+        (3, 6, "channel", 3),
+        (5, 8, "token", 70),
+        (7, 7, "dynamic_token", 12),
+        (4, 4, "dynamic_group", 1),
+        (8, 8, "dynamic_group", 9),
+        (4, 16, "none", 2),
+        (5, 16, "none", 1),
+        (8, 16, "none", 5),
+        (3, 16, "none", 40),
+    )
 )
 # Beyond so many tokens, portable kernels leave floating-point inputs to PyTorch's product with a
 # dequantized copy of that one weight.

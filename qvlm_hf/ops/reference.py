@@ -11,6 +11,7 @@ be short.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from qvlm_hf.format.packing import pack, unpack
 from qvlm_hf.ops.call import CallScheme, Compute, Packed
 
 __all__ = [
+    "Case",
     "dequantize",
     "exact_products",
     "find_wrong_case",
@@ -161,18 +163,46 @@ def _zero_point(packed: Packed, bits: int) -> Tensor:
     return torch.full_like(packed.weight_scale, 2 ** (bits - 1), dtype=torch.uint8)
 
 
+class Case(NamedTuple):
+    """A small random call that kernels are checked with.
+
+    Attributes:
+        weight_bits: of a weight.
+        activation_bits: of an input.
+        granularity: of the inputs.
+        tokens: M.
+        in_features: K.
+        group_length: L.
+        out_features: N of each module that reads the input.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    granularity: str
+    tokens: int
+    in_features: int = 300
+    group_length: int = 128
+    out_features: tuple[int, ...] = (70, 5)
+
+    def __str__(self) -> str:
+        """The call in words."""
+        sizes = f"{self.in_features} inputs in groups of {self.group_length}"
+        bits = f"W{self.weight_bits}A{self.activation_bits}"
+        return f"{bits} {self.granularity}, {self.tokens} tokens, {sizes}"
+
+
 def find_wrong_case(
     compute: Compute,
-    cases: Sequence[tuple[int, int, str, int]],
+    cases: Sequence[Case],
     *,
     device: torch.device | str = "cpu",
     floating: torch.dtype = torch.float32,
 ) -> str | None:
-    """Checks a kernel: the first small random call that it computes otherwise, in words, or None.
+    """Checks a kernel: the first case that it computes otherwise, in words, or None.
 
     Args:
         compute: the kernel.
-        cases: weight bits, activation bits, granularity and tokens of each call.
+        cases: what is tried.
         device: where the kernel computes.
         floating: dtype of inputs that are not quantized.
     """
@@ -181,29 +211,21 @@ def find_wrong_case(
         return None if tensor is None else tensor.to(device)
 
     generator = torch.Generator().manual_seed(0)
-    for weight_bits, activation_bits, granularity, tokens in cases:
-        x, weights, scheme = _random_call(
-            weight_bits, activation_bits, granularity, tokens, generator
-        )
-        x = x.to(floating if granularity == "none" else torch.float32)
+    for case in cases:
+        x, weights, scheme = _random_call(case, generator)
+        x = x.to(floating if case.granularity == "none" else torch.float32)
         there = CallScheme._make((*map(move, scheme[:2]), *scheme[2:]))
         found = compute(x.to(device), [Packed._make(map(move, one)) for one in weights], there)
         rtol = 1e-4 if x.dtype == torch.float32 else 2**-7
         for y, expected in zip(found, linears(x.float(), weights, scheme), strict=True):
             atol = 1e-5 * float(expected.abs().max())
             if not torch.allclose(y.float().cpu(), expected, rtol=rtol, atol=atol):
-                return f"W{weight_bits}A{activation_bits} {granularity}, {tokens} tokens"
+                return str(case)
     return None
 
 
-def _random_call(
-    weight_bits: int,
-    activation_bits: int,
-    granularity: str,
-    tokens: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, list[Packed], CallScheme]:
-    """Two modules of 300 inputs in groups of 128."""
+def _random_call(case: Case, generator: torch.Generator) -> tuple[Tensor, list[Packed], CallScheme]:
+    """Random arguments of it."""
 
     def integers(bits: int, *shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         return torch.randint(0, 2**bits, shape, generator=generator, dtype=dtype)
@@ -211,20 +233,21 @@ def _random_call(
     def floats(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float32)
 
+    k, bits, groups = case.in_features, case.weight_bits, -(-case.in_features // case.group_length)
     weights = [
         Packed(
-            pack(integers(weight_bits, rows, 300), weight_bits),
-            floats(rows, 3).add(0.5).bfloat16(),
-            integers(weight_bits, rows, 3),
+            pack(integers(bits, rows, k), bits),
+            floats(rows, groups).add(0.5).bfloat16(),
+            integers(bits, rows, groups),
             floats(rows) - 0.5,
         )
-        for rows in (70, 5)
+        for rows in case.out_features
     ]
-    length = {"channel": 300, "token": tokens}.get(granularity)
+    length = {"channel": k, "token": case.tokens}.get(case.granularity)
     scale = zero_point = None
     if length is not None:
         scale = floats(length).add(0.1)
-        zero_point = integers(activation_bits, length, dtype=torch.int32)
-    numbers = (300, weight_bits, activation_bits, 128, granularity, 0)
-    x = torch.randn(tokens, 300, generator=generator, dtype=torch.float32)
+        zero_point = integers(case.activation_bits, length, dtype=torch.int32)
+    numbers = (k, bits, case.activation_bits, case.group_length, case.granularity, 0)
+    x = torch.randn(case.tokens, k, generator=generator, dtype=torch.float32)
     return x, weights, CallScheme(scale, zero_point, *numbers)

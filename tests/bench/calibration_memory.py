@@ -25,8 +25,8 @@ from results_file import options_of, write
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
+from qvlm_hf.bench.memory import status_bytes
 from qvlm_hf.bench.random_models import random_model
-from qvlm_hf.calibration.room import proc_bytes
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.hf.calibrate import read_samples
 from qvlm_hf.hf.preflight import expect
@@ -58,7 +58,7 @@ def highest_anonymous() -> Iterator[list[int]]:
 
     def watch() -> None:
         while not stop.wait(_EVERY):
-            highest[0] = max(highest[0], proc_bytes("self/status", "RssAnon") or 0)
+            highest[0] = max(highest[0], status_bytes("RssAnon") or 0)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -84,9 +84,9 @@ def calibrate(folder: Path, scratch: str | None, share: float, **fields: object)
     )
     empty = empty_model(AutoConfig.from_pretrained(folder)).to(torch.bfloat16)
     promised = expect(empty, config, read_samples(config))
-    before, start = proc_bytes("self/status", "RssAnon"), time.process_time()
+    before, start = status_bytes("RssAnon"), time.process_time()
     if share:
-        reserved = proc_bytes("self/status", "VmData") - before  # not touched, as of stacks
+        reserved = status_bytes("VmData") - before  # not touched, as of stacks
         limit = int(share * promised.memory + promised.weights) + reserved
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with highest_anonymous() as highest:

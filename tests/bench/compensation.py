@@ -25,10 +25,10 @@ from unseen_models.text import compare_text, read_texts, text_logits
 
 from qvlm_hf.calibration.layers import run_model
 from qvlm_hf.calibration.measure.answers import answer_logits
+from qvlm_hf.calibration.measure.written_text import text_rows, written_text
 from qvlm_hf.calibration.samples import Batch, batches, load_samples
 from qvlm_hf.calibration.search.gptq import agreed_hessian, gptq_round
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.calibration.written_text import text_rows, written_text
 from qvlm_hf.format.grids import quantize_weight
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Site, resolve

@@ -31,8 +31,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from qvlm_hf import QVLMConfig
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
+from qvlm_hf.calibration.measure.written_text import written_text
 from qvlm_hf.calibration.samples import batches, by_picture, hold_out, load_samples
-from qvlm_hf.calibration.written_text import written_text
 from qvlm_hf.quantize import CHECK_SAMPLES
 from qvlm_hf.recipes import plain_rounding, trial, try_settings, typical
 

@@ -26,10 +26,9 @@ from transformers import AutoModelForImageTextToText
 
 import qvlm_hf
 from qvlm_hf.bench.machine import device_name
-from qvlm_hf.bench.memory import stored_bytes
+from qvlm_hf.bench.memory import status_bytes, stored_bytes
 from qvlm_hf.bench.random_models import random_tensors, skeleton
 from qvlm_hf.bench.shapes import shape_config
-from qvlm_hf.calibration.room import proc_bytes
 from qvlm_hf.hf.round_on_load import planned_report
 from qvlm_hf.hub.saved import empty_model
 from qvlm_hf.nn.replace import quantized_modules
@@ -82,7 +81,7 @@ def load(folder: Path) -> dict:
     _read(files)
     reading = time.perf_counter() - start
     before, parts, stop = (
-        proc_bytes("self/status", "VmRSS"),
+        status_bytes("VmRSS"),
         {"RssAnon": 0, "RssFile": 0},
         threading.Event(),
     )
@@ -90,7 +89,7 @@ def load(folder: Path) -> dict:
     def watch():
         while not stop.wait(_EVERY):
             for part in parts:
-                parts[part] = max(parts[part], proc_bytes("self/status", part))
+                parts[part] = max(parts[part], status_bytes(part))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -99,7 +98,7 @@ def load(folder: Path) -> dict:
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
     stop.set()
     watcher.join()
-    loaded, highest = proc_bytes("self/status", "VmRSS"), proc_bytes("self/status", "VmHWM")
+    loaded, highest = status_bytes("VmRSS"), status_bytes("VmHWM")
     # mapped pages count only when they are read: read them all
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.reshape(-1)[:: max(1, _PAGE // tensor.element_size())].sum()
@@ -110,7 +109,7 @@ def load(folder: Path) -> dict:
         "rss_before": before,
         "rss_after": loaded,
         "peak_rss": highest,
-        "peak_rss_all_read": proc_bytes("self/status", "VmHWM"),
+        "peak_rss_all_read": status_bytes("VmHWM"),
         "peak_anonymous": parts["RssAnon"],
         "peak_mapped": parts["RssFile"],
         "stored_bytes": stored_bytes(model),

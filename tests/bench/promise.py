@@ -3,7 +3,7 @@ r"""What the preflight promises against what calibrations take: seconds by step,
 Random language models of four sizes behind the demo's vision encoder, each saved and calibrated in
 a process of its own. Seconds are processor time, which other programs hardly change; so are the
 rates. Memory is the highest anonymous memory of the process. Prints the factor of every step, to be
-written into qvlm_hf/calibration/cost.py, and how far each size is from the promise.
+written into qvlm_hf/calibration/estimate/seconds.py, and how far each size is from the promise.
 
     python tests/bench/promise.py --threads 1 --json tests/bench/results/promise.json
 """
@@ -24,7 +24,7 @@ from results_file import options_of, write
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
-from qvlm_hf.calibration.cost import FACTORS
+from qvlm_hf.calibration.estimate.seconds import FACTORS
 from qvlm_hf.demo import dataset_path
 from qvlm_hf.hf.calibrate import read_samples
 from qvlm_hf.hf.preflight import expect

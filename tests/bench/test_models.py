@@ -204,7 +204,6 @@ def test_one_after_the_other_where_memory_is_short():
         contender("other", model, calls, size=50, building=90),
     )
     assert fits_together(pair, 10**6)
-    assert fits_together(pair, None)
     assert not fits_together(pair, 250)  # both, a reserve, and room to build
     rows, _ = measure(pair, together=False, advance=lambda: calls.append("pass"))
     assert calls == ["base", "pass", "pass", "pass", "other", "pass", "pass", "pass"]

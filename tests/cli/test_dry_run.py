@@ -1,5 +1,7 @@
 """`qvlm quantize MODEL --dry-run`: told from shapes, nothing read or written."""
 
+import math
+
 import pytest
 from tiny_models import save_tiny, save_tiny_samples
 
@@ -10,30 +12,29 @@ from qvlm_hf.hf import preflight
 
 @pytest.mark.parametrize("shape", ["llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-72b"])
 def test_shapes_are_promised_by_one_command(shape, capsys, monkeypatch):
-    monkeypatch.setattr(preflight, "whole_memory", lambda: None)
-    monkeypatch.setattr(preflight, "free_memory", lambda: None)
+    monkeypatch.setattr(preflight, "whole_memory", lambda _: math.inf)
+    monkeypatch.setattr(preflight, "free_memory", lambda _: math.inf)
     assert main(["quantize", shape, "--dry-run"]) == 0
-    name, time, samples, memory, scratch, gpu, disk = capsys.readouterr().out.splitlines()
+    name, time, samples, memory, scratch, disk = capsys.readouterr().out.splitlines()
     assert name == f"{shape}, W4A4, on this machine"
     assert time.startswith("time ")
     assert samples.strip().startswith("64 samples; tokens of each: vision ")
     assert samples.endswith("(assumed, --dataset counts them)")
     assert memory.startswith("memory ")
     assert scratch.endswith(" (--scratch-dir)")
-    assert " of a GPU's" in gpu
     assert disk.startswith("disk ")
 
 
 def test_the_status_is_that_of_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(preflight, "whole_memory", lambda: 2 * 10**9)
+    monkeypatch.setattr(preflight, "whole_memory", lambda _: 2 * 10**9)
     assert main(["quantize", SHAPES[0], "--dry-run"]) == 1
     printed = capsys.readouterr()
-    assert printed.out.count("\n") == 7
+    assert printed.out.count("\n") == 6
     assert (
-        "this machine has 2.0 GB: take a machine with more, or --scratch-dir, --max-block-depth 1, "
+        "this process may have 2.0 GB: take a machine with more, or --scratch-dir, --max-block-depth 1, "
         in printed.err
     )
-    monkeypatch.setattr(preflight, "whole_memory", lambda: None)
+    monkeypatch.setattr(preflight, "whole_memory", lambda _: math.inf)
     monkeypatch.setattr(preflight, "free_disk", lambda _: 10**6)
     assert main(["quantize", SHAPES[0], "--dry-run", "--output", str(tmp_path / "x")]) == 1
     assert "no room for " in capsys.readouterr().err
@@ -45,7 +46,7 @@ def test_a_model_with_samples_is_counted_and_nothing_written(tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     model = str(tmp_path / "model")
     assert main(["quantize", model, "--dataset", str(samples), "--dry-run"]) == 0
-    assert "6 samples; tokens of each: vision 17, projector 16, " in capsys.readouterr().out
+    assert "6 samples; tokens of each: vision 16, projector 16, " in capsys.readouterr().out
     assert main(["quantize", model, "--method", "rtn", "--dry-run"]) == 0
     assert "tokens of each" not in capsys.readouterr().out
     words = ["quantize", SHAPES[0], "--dataset", str(samples), "--dry-run"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny, save_tiny_samples
 
-from qvlm_hf.calibration.resume import SavedSteps
+from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.cli import main
 
 ROOT = Path(__file__).parents[2]

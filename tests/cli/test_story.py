@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from qvlm_hf.calibration.report import RecipeTrial
+from qvlm_hf.calibration.record.report import RecipeTrial
 from qvlm_hf.cli import story
 
 

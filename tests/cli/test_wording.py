@@ -110,7 +110,7 @@ def library_messages():
     """
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).parts[0]
-        python_alone = path.name in ("repeat.py", "guards.py")
+        python_alone = path.name in ("repeat.py", "refusals.py")
         if python_alone or room in ("cli", "demo", "nn", "ops", "optimum"):
             continue
         for function in functions(ast.parse(path.read_text())):

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qvlm_hf.format.grids import (
     QParams,
+    _weight_grid,
     choose_qparams,
     dequantize,
     dynamic_group_quantize,
@@ -18,6 +20,8 @@ from qvlm_hf.format.grids import (
     quantize,
     shift_quantize,
 )
+from qvlm_hf.format.hadamard import block_hadamard
+from qvlm_hf.format.scheme import QuantScheme
 
 BITS = st.integers(2, 8)
 BOUND = st.floats(-1e4, 1e4, width=32).filter(lambda value: value == 0 or abs(value) > 1e-30)
@@ -98,6 +102,38 @@ def test_divides_rather_than_multiplies_by_a_reciprocal():
     assert not torch.equal(quotient, product)
     qparams = QParams(scales, torch.zeros(1999, dtype=torch.int32), 8)
     assert torch.equal(shift_quantize(x, qparams), quotient)
+
+
+def _power_of_two(divisor):
+    return isinstance(divisor, int) and divisor & (divisor - 1) == 0
+
+
+class Divisors(TorchDispatchMode):
+    """Collects the devices of what is divided by; powers of two are divided exactly anyway."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.div and not _power_of_two(args[1]):
+            self.devices.add(getattr(args[1], "device", None))
+        return function(*args, **kwargs or {})
+
+
+def test_every_divisor_is_a_tensor_on_the_device():
+    """CUDA multiplies by the reciprocal of a number, and of a tensor on the CPU."""
+    x = torch.empty(2, 3, 64, device="meta")
+    with Divisors() as seen:
+        dynamic_token_qparams(x, 8)
+        dynamic_group_quantize(x, 3, 32)
+        block_hadamard(x, 32)
+        for symmetric in (False, True):
+            scheme = QuantScheme(
+                weight_bits=3, activation_bits=8, group_size=32, symmetric=symmetric
+            )
+            _weight_grid(x, x, scheme)
+    assert seen.devices == {torch.device("meta")}
 
 
 @pytest.mark.parametrize(

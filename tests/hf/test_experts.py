@@ -10,7 +10,7 @@ from tiny_models import tiny_messages
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model, save_quantized
-from qvlm_hf.calibration.report import CalibrationReport
+from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.calibration.samples import batches, load_samples
 from qvlm_hf.calibration.search import ranges
 from qvlm_hf.cli import main

@@ -21,7 +21,7 @@ from tiny_models import save_tiny, save_tiny_samples, tiny_messages, tiny_proces
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, save_quantized
-from qvlm_hf.calibration.report import BlockReport, SegmentReport
+from qvlm_hf.calibration.record.report import BlockReport, SegmentReport
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.cli import main
 from qvlm_hf.demo import dataset_path, model_dir

@@ -472,7 +472,9 @@ def test_a_wrong_kernel_is_not_used(monkeypatch):
     wrong = lambda x, weights, _: [torch.ones(*x.shape[:-1], len(one.weight)) for one in weights]  # noqa: E731
     monkeypatch.setattr(cpu.reference, "linears", wrong)
     try:
-        reason = "the compiled kernel is wrong for W4A4 channel, 1 tokens"
+        reason = (
+            "the compiled kernel is wrong for W4A4 channel, 1 tokens, 300 inputs in groups of 128"
+        )
         assert cpu_kernel() == f"reference ({reason})"
     finally:
         cpu._kernels.cache_clear()

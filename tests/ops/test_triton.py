@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from qvlm_hf.ops import gpu
-from qvlm_hf.ops.call import CallScheme
+from qvlm_hf.ops.call import CallScheme, Packed, has_format
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,8 +40,23 @@ def test_what_does_not_run_is_named():
     scheme = CallScheme(None, None, 2**16, 8, 8, 2**16, "channel", 0)
     assert gpu.misfit(scheme) == f"a sum over {2**16} inputs can leave int32"
     assert gpu.misfit(scheme._replace(activation_bits=16, granularity="none")) is None
-    grouped = scheme._replace(group_length=128, granularity="dynamic_group")
-    assert gpu.misfit(grouped) == "no GPU kernel has a range per group of inputs"
+    grouped = scheme._replace(group_length=256, granularity="dynamic_group")
+    assert gpu.misfit(grouped) == "no GPU kernel has a range per group of more than 128 inputs"
+    assert gpu.misfit(grouped._replace(group_length=128)) is None
+
+
+def test_kernels_take_no_tensors_of_two_devices():
+    """The kernel that the dispatcher picks reads addresses: one tensor elsewhere is a crash."""
+    weight, scale = torch.empty(8, 8, dtype=torch.int32), torch.empty(8, 1, dtype=torch.bfloat16)
+    scheme = CallScheme(None, None, 64, 4, 8, 64, "dynamic_token", 0)
+    x = torch.empty(1, 64)
+    assert has_format(x, [Packed(weight, scale, None, None)], scheme)
+    for elsewhere in (
+        Packed(weight.to("meta"), scale, None, None),
+        Packed(weight, scale.to("meta"), None, None),
+    ):
+        assert not has_format(x, [elsewhere], scheme)
+    assert not has_format(x.to("meta"), [Packed(weight, scale, None, None)], scheme)
 
 
 def test_triton_is_imported_only_where_it_is_used():

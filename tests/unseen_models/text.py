@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qvlm_hf.calibration.measure.answers import answer_kl
-from qvlm_hf.calibration.written_text import written_text
+from qvlm_hf.calibration.measure.written_text import written_text
 from unseen_models.cache import files_of
 
 __all__ = ["compare_text", "passages", "read_texts", "text_logits"]

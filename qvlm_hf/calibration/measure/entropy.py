@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     count_tokens,
     live_layers,
@@ -23,8 +22,9 @@ from qvlm_hf.calibration.layers import (
     valid_tokens,
     working_precision,
 )
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.run import Calibration
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.models.graph import Segment
 
 __all__ = [
@@ -73,7 +73,7 @@ def layer_dependencies(calibration: Calibration, segment: Segment) -> list[float
     per_position = calibration.per_position(segment)
     live = live_layers(segment)
     hidden = [entry.hidden for entry in inputs]
-    (tokens_in_all,) = ranks.add(count_tokens(inputs))
+    (tokens_in_all,) = ranks.all_reduce_numbers(count_tokens(inputs))
     previous: list[Tensor] | None = None
     dependencies = []
     for layer in live if len(live) > 1 else ():
@@ -92,7 +92,7 @@ def layer_dependencies(calibration: Calibration, segment: Segment) -> list[float
                 levels=calibration.settings.entropy_levels,
                 elements=tokens_in_all * hidden[0].shape[-1],
             )
-            seen = ranks.seen_before(
+            seen = ranks.offsets(
                 calibration.reached(segment), [v.shape[:-1].numel() for v in current]
             )
             for first, second, before in zip(previous, current, seen, strict=True):
@@ -163,8 +163,8 @@ class DependencyHistogram:
 
     def entropy(self) -> Tensor:
         """D(k, k+1) in nats, float64 scalar, of what all processes added."""
-        (count,) = ranks.add(self._count)
-        return conditional_entropy(ranks.total(self._sum) / max(count, 1))
+        (count,) = ranks.all_reduce_numbers(self._count)
+        return conditional_entropy(ranks.all_reduce(self._sum) / max(count, 1))
 
     def _units(self, x: Tensor, bounds: tuple[Tensor, Tensor]) -> Tensor:
         low, high = bounds
@@ -178,6 +178,6 @@ def value_bounds(values: Sequence[Tensor], per_position: bool) -> tuple[Tensor, 
     Over the batches of all processes.
     """
     axes = (0, 2) if per_position else (0,)
-    low = ranks.smallest(torch.stack([v.amin(axes) for v in values]).amin(0))
-    high = ranks.largest(torch.stack([v.amax(axes) for v in values]).amax(0))
+    low = ranks.all_reduce(torch.stack([v.amin(axes) for v in values]).amin(0), "min")
+    high = ranks.all_reduce(torch.stack([v.amax(axes) for v in values]).amax(0), "max")
     return (low[:, None], high[:, None]) if per_position else (low, high)

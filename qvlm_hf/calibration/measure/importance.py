@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.gradients import answer_gradients
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
 
 __all__ = ["DRAWS", "token_importance"]
@@ -53,7 +53,7 @@ def token_importance(calibration: Calibration) -> dict[str, list[Tensor]]:
 
 
 def _weights(norms: Sequence[Tensor]) -> list[Tensor]:
-    total, count = ranks.add(
+    total, count = ranks.all_reduce_numbers(
         sum(float(norm.sum()) for norm in norms), sum(norm.numel() for norm in norms)
     )
     if total == 0:

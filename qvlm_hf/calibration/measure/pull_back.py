@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from qvlm_hf.calibration.layers import live_layers
-from qvlm_hf.calibration.scratch import keep
+from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.models.graph import Segment
 
 __all__ = ["LayerRun", "cut_at_layers", "pull_back"]

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits
-from qvlm_hf.calibration.report import SelfCheck
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.scratch import keep
+from qvlm_hf.calibration.record.report import SelfCheck
 from qvlm_hf.calibration.samples import Batch
-from qvlm_hf.calibration.scratch import keep
 
 __all__ = ["AnswerComparison", "collapse_warning", "head_warning"]
 
@@ -31,7 +31,7 @@ class AnswerComparison:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], *, held_out: bool) -> None:
         self._model, self._held_out = model, held_out
-        self._batches = batches[ranks.number() :: ranks.count()]
+        self._batches = batches[ranks.rank() :: ranks.world_size()]
         self._reference = [keep(logits.cpu()) for logits in self._answers()]
 
     def divergences(self) -> list[float]:
@@ -46,8 +46,8 @@ class AnswerComparison:
             tokens += len(full)
             agree += int((full.argmax(-1) == logits.argmax(-1)).sum())
             divergence += answer_kl(full, logits) * len(full)
-        samples, agree, tokens = ranks.add(len(self._reference), agree, tokens)
-        (divergence,) = ranks.add(divergence)
+        samples, agree, tokens = ranks.all_reduce_numbers(len(self._reference), agree, tokens)
+        (divergence,) = ranks.all_reduce_numbers(divergence)
         if not tokens:
             return None
         return SelfCheck(

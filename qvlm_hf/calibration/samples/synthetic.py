@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from qvlm_hf.calibration.samples import Processor, Sample, collate
+from qvlm_hf.calibration.samples import Processor, Sample, collate, moved
 
 __all__ = ["SYNTHETIC", "synthesize"]
 
@@ -86,12 +86,8 @@ def synthesize(
 
 def _answer(model: Any, processor: Any, sample: Sample) -> str:
     """The greedy answer, empty where the model ends at once."""
-    device, dtype = next(model.parameters()).device, model.dtype
-    inputs = collate([sample], processor).inputs
-    inputs = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in inputs.items()
-    }
+    device = next(model.parameters()).device
+    inputs = moved(collate([sample], processor).inputs, device, model.dtype)
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
     return processor.tokenizer.decode(

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import (
     LayerInput,
     Reached,
@@ -28,6 +27,7 @@ from qvlm_hf.calibration.layers import (
     run_layer,
     valid_tokens,
 )
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.search.sites import QuantizedSite
 from qvlm_hf.format.grids import QuantizedWeight
 from qvlm_hf.models.experts import rows_of
@@ -77,10 +77,10 @@ def _round_siblings(site: QuantizedSite, hessian: Tensor) -> list[QuantizedWeigh
         for parts in zip(*((q.values, q.scale, q.zero_point) for q in starts), strict=True)
     )
     weight = torch.cat([site.folded_weight(index) for index in range(len(starts))])
-    own = ranks.share(len(weight))
+    own = ranks.shard(len(weight))
     start = QuantizedWeight(values[own], scale[own], zero_point[own], starts[0].group_length)
     rounded = gptq_round(weight[own], hessian, start, site.scheme.weight_bits)
-    integers = torch.cat(ranks.gathered(rounded.values))
+    integers = torch.cat(ranks.all_gather(rounded.values))
     rows = [len(own.values) for own in starts]
     return [
         replace(own, values=part.clone())
@@ -135,7 +135,7 @@ def _hessians(
 
         with observe_inputs(modules, add), suppress(Reached):
             run_layer(layer, [entry], [h])
-    return [ranks.total(sums) for sums in totals]
+    return [ranks.all_reduce(sums) for sums in totals]
 
 
 def _in_second_half(weight: Tensor, batch: int) -> Tensor:

@@ -8,7 +8,7 @@ tokens and by their importance, with the inputs that the quantized layers below 
    alone, sharing the prefix of the block, screened on a part of the batches;
 3. refine: coordinate descent over single sites until a sweep brings nothing.
 
-Greedy, the L_p start and the best combinations are compared on all batches and the best is refined,
+Greedy, the start and the best combinations are compared on all batches and the best is refined,
 so on a block joint <= greedy. Screening decides only which candidates are looked at; every accepted
 step is measured on all batches.
 """
@@ -20,8 +20,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, run_layer, valid_tokens
+from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.search.sites import QuantizedSite
 
 __all__ = ["BlockSearch", "SearchResult", "search_block"]
@@ -45,7 +45,7 @@ class SearchResult:
     Attributes:
         choice: candidate index per layer and site.
         initial, greedy, joint: squared error of the block output relative to its squared norm, of
-            the L_p start, the greedy solution and the result.
+            the start, the greedy solution and the result.
         evaluations: layers run over all batches, a measure of work; a screening batch counts as its
             share.
     """
@@ -88,7 +88,7 @@ class BlockSearch:
 
         self.places = self.places or range(len(self.inputs))
         self._screen = [i for i, place in enumerate(self.places) if place % ranks.SCREENED == 0]
-        self.batches, screen = ranks.add(len(self.inputs), len(self._screen))
+        self.batches, screen = ranks.all_reduce_numbers(len(self.inputs), len(self._screen))
         self._screened_share = screen / self.batches
 
     def part(self, values: Sequence[_T], *, screen: bool) -> Sequence[_T]:
@@ -107,7 +107,7 @@ class BlockSearch:
         for site, index in zip(self.sites[layer], choice, strict=True):
             site.active = index
             # without a batch of its own here, a process must not try in another order
-            for part in site.parts if ranks.count() > 1 else ():
+            for part in site.parts if ranks.world_size() > 1 else ():
                 part.tried_weights()
         self.evaluations += self._screened_share if screen else 1
         return run_layer(self.layers[layer], self.part(self.inputs, screen=screen), hidden)
@@ -124,7 +124,7 @@ class BlockSearch:
             difference = valid_tokens(h, entry.valid).float() - reference
             wrong += float(difference.square_().mul(counts).sum())
             norm += float(reference.square().mul(counts).sum())
-        wrong, norm = ranks.add(wrong, norm)
+        wrong, norm = ranks.all_reduce_numbers(wrong, norm)
         return wrong / norm if norm > 0 else wrong
 
     def evaluate(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from qvlm_hf.calibration.report import RoutingReport
+from qvlm_hf.calibration.record.report import RoutingReport
 from qvlm_hf.calibration.search.sites import ExpertsSite, QuantizedSite
 
 __all__ = ["few_tokens_warning", "routing_reports"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qvlm_hf.calibration.layers import LayerInput, live_layers, run_layer, working_precision
-from qvlm_hf.calibration.report import BlockReport
+from qvlm_hf.calibration.record.report import BlockReport
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.blocks import Block
 from qvlm_hf.calibration.search.gptq import gptq_round_layer
@@ -44,7 +44,7 @@ def search_segment(
     blocks: Sequence[Block],
     record: Callable[[], Sequence[LayerInput]],
 ) -> Iterator[SearchedBlock]:
-    """Searches the blocks of a segment (eq. 3), then gives dead layers their L_p start.
+    """Searches the blocks of a segment (eq. 3), then gives dead layers their start.
 
     Blocks that were searched before the calibration was stopped are read back.
 

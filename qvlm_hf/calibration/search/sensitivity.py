@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import LayerInput, live_layers, run_layer, working_precision
 from qvlm_hf.calibration.measure.gradients import answer_gradients
-from qvlm_hf.calibration.report import PrecisionRaise
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.scratch import keep
+from qvlm_hf.calibration.record.report import PrecisionRaise
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.calibration.search.budget import WIDTHS, allocate_bits, fit_bits, saved_bytes
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
@@ -144,7 +144,7 @@ class _Probe:
             errors = (output - own for output, own in zip(outputs, full, strict=True))
             batches = zip(inputs, errors, gradients, strict=True)
             squares = sum(_mean_square(*batch) for batch in batches)
-            (squares,) = ranks.add(squares)
+            (squares,) = ranks.all_reduce_numbers(squares)
             found[site.site.name] = squares / 2 / max(self._tokens, 1)
             self._steps.advance()
         return found
@@ -171,7 +171,7 @@ def _held_out_gradients(calibration: Calibration) -> dict[str, list[dict[str, li
     }
     batches = list({id(batch): batch for held in held_out.values() for batch in held}.values())
     samples = sum(len(batch.origins) for batch in batches)
-    (values,) = ranks.add(
+    (values,) = ranks.all_reduce_numbers(
         sum(
             len(live_layers(segment)) * entry.hidden.numel()
             for segment in calibration.segments

@@ -15,8 +15,8 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.run import LearnedRanges
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.grids import (
     QParams,

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration import ranks
 from qvlm_hf.calibration.layers import observe_inputs, routed, run_model, valid_tokens
+from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.samples import Batch
-from qvlm_hf.calibration.scratch import keep
 from qvlm_hf.models.folds import ScalePath, norm_offset
 
 __all__ = ["equalize"]
@@ -98,4 +98,4 @@ def _square_sums(
 
         with observe_inputs(readers, add), torch.no_grad():
             run_model(model, batch, logits=False)
-    return {reader: ranks.total(own) for reader, own in sums.items()}
+    return {reader: ranks.all_reduce(own) for reader, own in sums.items()}

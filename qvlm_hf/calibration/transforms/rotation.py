@@ -28,7 +28,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.calibration.scratch import keep
+from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.format.hadamard import block_hadamard, largest_block
 from qvlm_hf.models.folds import RotationPlan, ValuePath, norm_offset
 from qvlm_hf.models.graph import why_empty

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import qvlm_hf
 from qvlm_hf import QVLMConfig
-from qvlm_hf.calibration.report import CalibrationReport, DecodeCheck
+from qvlm_hf.calibration.record.report import CalibrationReport, DecodeCheck
 from qvlm_hf.cli import main
 from qvlm_hf.hf.runtime import decoding, growing_cache
 from qvlm_hf.hf.runtime.decoding import check_decoding, decoding_problem, probe_inputs

@@ -1,0 +1,1 @@
+"""What a calibration will take: time and memory, from shapes alone."""

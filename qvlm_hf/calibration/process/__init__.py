@@ -1,0 +1,1 @@
+"""The processes that calibrate: memory, disk, threads, progress, several together."""

@@ -1,0 +1,1 @@
+"""What is written of a calibration: its report, and finished steps to go on from."""

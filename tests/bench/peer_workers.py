@@ -1,0 +1,432 @@
+"""Quantizes a model with one package and writes what it answers; `peer_accuracy.py` runs it.
+
+    python tests/bench/peer_workers.py FOLDER METHOD...
+
+It runs in the package's own environment, so only our own rows import qvlm_hf. FOLDER holds job.json
+and the inputs as tensors, and gets METHOD.safetensors, the logits. For every method a line of JSON
+is printed: seconds, the modules that were quantized and versions, or its error.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["METHODS", "PINS", "Method", "answers", "read_inputs", "texts"]
+
+Batches = list[dict[str, Tensor]]
+_SHARED = ["torch==2.13.0", "transformers==5.24.0", "pillow==13.0.0"]
+PINS = {
+    "torchao": [*_SHARED, "torchao==0.18.0"],
+    "bitsandbytes": [*_SHARED, "bitsandbytes==0.50.2", "accelerate==1.15.0"],
+    "hqq": [*_SHARED, "hqq==0.2.8.post1"],
+    "optimum-quanto": [*_SHARED, "optimum-quanto==0.2.7"],
+    "llmcompressor": ["torch==2.13.0", "transformers==5.17.0", "llmcompressor==0.14.0.1"],
+    "auto-round": [*_SHARED, "auto-round==0.16.1"],
+    "gptqmodel": ["torch==2.14.1", "transformers==5.24.0", "gptqmodel==7.7.0"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A package at one scheme.
+
+    Attributes:
+        package: key of `PINS`, or "qvlm_hf".
+        scheme: bits of weights and inputs.
+        how: the algorithm and the format of its weights, for the table.
+        quantize: job -> the quantized model, from `load` or its own loader.
+        overhead: bits of scales and zero points, for every group of weights.
+        group: weights of a group where the package does not take the job's; 0 is a row.
+        calibrated: uses samples, so that another seed gives another model.
+    """
+
+    package: str
+    scheme: str
+    how: str
+    quantize: Callable[[Any], Any]
+    overhead: int = 16
+    group: int | None = None
+    calibrated: bool = False
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+def read_inputs(path: Path) -> dict[str, Batches]:
+    """The tensors that `peer_accuracy.py` wrote: part -> batches of a model's arguments."""
+    from safetensors.torch import load_file
+
+    parts: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in load_file(path).items():
+        part, index, key = name.split("/")
+        parts.setdefault(part, {}).setdefault(int(index), {})[key] = tensor
+    return {part: [found[i] for i in sorted(found)] for part, found in parts.items()}
+
+
+@torch.inference_mode()
+def answers(model: Any, batches: Batches) -> Tensor:
+    """Logits [tokens, vocabulary] that predict the labelled tokens of padded batches."""
+    found = []
+    for batch in batches:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        answered = batch["labels"][:, 1:] != -100
+        found.append(model(**inputs).logits[:, :-1][answered].float())
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def texts(model: Any, batches: Batches) -> Tensor:
+    """Logits [tokens, vocabulary] that predict each text from its second token on."""
+    return torch.cat([model(**batch).logits[0, :-1].float() for batch in batches])
+
+
+def linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """Every linear module but the output head."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head:
+            yield name, module
+
+
+def quantized(full: Any, model: Any, *, by_type: bool) -> str:
+    """How many linear modules of each part are quantized.
+
+    Those of another type, or with another type of weight. Some packages keep nn.Linear and change
+    its values; with `by_type` that does not count, since our equalization does so too.
+    """
+    found: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for name, linear in linears(full):
+        part = next((p for p in ("vision", "projector") if p in name), "language")
+        module = model.get_submodule(name)
+        same = type(module) is nn.Linear and type(module.weight.data) is Tensor
+        if same and not by_type:
+            same = torch.equal(module.weight.data, linear.weight.data)
+        total[part] += 1
+        found[part] += not same
+    return ", ".join(f"{part} {found[part]}/{count}" for part, count in total.items())
+
+
+# ---- the packages --------------------------------------------------------------------------------
+
+
+def load(path: str, **options: Any) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(
+        path, **{"dtype": torch.float32, **options}
+    ).eval()
+
+
+def ours(**fields: Any) -> Callable[[Any], Any]:
+    def quantize(job: Any) -> Any:
+        from transformers import AutoProcessor
+
+        from qvlm_hf import QVLMConfig
+
+        chosen = {"group_size": job.group, "num_samples": job.samples, "seed": job.seed}
+        given = {"dataset": job.data, "processor": AutoProcessor.from_pretrained(job.model)}
+        config = QVLMConfig(**{**chosen, **given, **job.fields, **fields})
+        return load(job.model, quantization_config=config)
+
+    return quantize
+
+
+def torchao(name: str, **options: Any) -> Callable[[Any], Any]:
+    def quantize(job: Any) -> Any:
+        from torchao import quantization
+        from torchao.quantization.granularity import PerGroup
+
+        if name != "Int8DynamicActivationInt8WeightConfig":
+            key = "granularity" if name == "IntxWeightOnlyConfig" else "weight_granularity"
+            options.update({"weight_dtype": torch.int4, key: PerGroup(job.group)})
+        if "mapping_type" in options:
+            options["mapping_type"] = quantization.MappingType[options["mapping_type"]]
+        model = load(job.padded)
+        names = {name for name, _ in linears(model)}
+        quantization.quantize_(
+            model, getattr(quantization, name)(**options), filter_fn=lambda _, fqn: fqn in names
+        )
+        return model
+
+    return quantize
+
+
+def bitsandbytes(**options: Any) -> Callable[[Any], Any]:
+    def quantize(job: Any) -> Any:
+        from transformers import BitsAndBytesConfig
+
+        return load(job.padded, quantization_config=BitsAndBytesConfig(**options), device_map="cpu")
+
+    return quantize
+
+
+def hqq(job: Any) -> Any:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    model = load(job.padded)
+    for name, linear in list(linears(model)):
+        config = BaseQuantizeConfig(nbits=4, group_size=job.group, axis=1)
+        module = HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu")
+        model.set_submodule(name, module)
+    return model
+
+
+def quanto(weights: str, activations: str | None = None) -> Callable[[Any], Any]:
+    def quantize(job: Any) -> Any:
+        from optimum import quanto
+
+        model = load(job.padded)
+        names = [name for name, _ in linears(model)]
+        types = {"weights": getattr(quanto, weights)}
+        if activations is not None:
+            types["activations"] = getattr(quanto, activations)
+        quanto.quantize(model, include=names, **types)
+        if activations is not None:
+            with quanto.Calibration():
+                answers(model, job.calibration)
+        quanto.freeze(model)
+        return model
+
+    return quantize
+
+
+def llmcompressor(bits: str, *, language: bool, smooth: bool = False) -> Callable[[Any], Any]:
+    """SmoothQuant on the language model's norms, then GPTQ; `bits` as in METHODS."""
+
+    def quantize(job: Any) -> Any:
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.gptq import GPTQModifier
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        model = load(job.padded)
+        weights = {"num_bits": int(bits[1]), "type": "int", "symmetric": True}
+        rows = bits.startswith("W8")
+        weights |= (
+            {"strategy": "channel"} if rows else {"strategy": "group", "group_size": job.group}
+        )
+        group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+        if not bits.endswith("A16"):
+            inputs = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+            group["input_activations"] = {**inputs, "symmetric": True}
+        left_out = ["re:.*vision_tower.*", "re:.*multi_modal_projector.*"] if language else []
+        recipe: list[Any] = [
+            GPTQModifier(config_groups={"group_0": group}, ignore=["re:.*lm_head", *left_out])
+        ]
+        if smooth:
+            reads = {"input_layernorm": "[qkv]_proj", "post_attention_layernorm": "(gate|up)_proj"}
+            start = "re:.*language_model.*"
+            mappings = [[[start + linears], start + norm] for norm, linears in reads.items()]
+            recipe.insert(0, SmoothQuantModifier(smoothing_strength=0.8, mappings=mappings))
+        data = torch.utils.data.DataLoader(without_labels(job.calibration), batch_size=None)
+        layer = type(model.get_decoder().layers[0]).__name__
+        oneshot(
+            model=model, dataset=data, recipe=recipe, sequential_targets=[layer],
+            processor=job.padded, num_calibration_samples=len(job.calibration),
+        )  # fmt: skip
+        return model
+
+    return quantize
+
+
+def without_labels(batches: Batches) -> Batches:
+    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+
+
+def gptqmodel(job: Any) -> Any:
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    config = QuantizeConfig(bits=4, group_size=job.group, device="cpu", offload_to_disk=False)
+    model = GPTQModel.load(job.padded, config, dtype=torch.float32)
+    model.quantize(job.chats, batch_size=1)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        return GPTQModel.load(
+            folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32
+        ).model
+
+
+def auto_round(*, language: bool) -> Callable[[Any], Any]:
+    def quantize(job: Any) -> Any:
+        from auto_round import AutoRound
+        from transformers import AutoProcessor
+
+        model, processor = load(job.padded), AutoProcessor.from_pretrained(job.padded)
+        data = without_labels(one_by_one(job.calibration))
+        rounding = AutoRound(
+            model, tokenizer=processor.tokenizer, processor=processor, scheme="W4A16",
+            group_size=job.group, sym=True, quant_nontext_module=not language, iters=200,
+            dataset=torch.utils.data.DataLoader(data, batch_size=None), nsamples=len(data),
+            batch_size=8, seqlen=64, device_map="cpu", seed=job.seed, enable_torch_compile=False,
+        )  # fmt: skip
+        return rounding.quantize()[0]
+
+    return quantize
+
+
+def one_by_one(batches: Batches) -> Batches:
+    """Every row as a batch of its own, without padding."""
+    rows = []
+    for batch in batches:
+        for row, mask in enumerate(batch["attention_mask"].bool()):
+            length = int(mask.sum())
+            rows.append(
+                {
+                    name: tensor[row : row + 1, :length]
+                    if tensor.dim() == 2
+                    else tensor[row : row + 1]
+                    for name, tensor in batch.items()
+                }
+            )
+    return rows
+
+
+def _our_methods() -> Iterator[Method]:
+    rotated = {"activation_granularity": "dynamic_token", "rotation": "hadamard"}
+    language = {"quantize_vision": False, "quantize_projector": False}
+    variants: list[tuple[str, str, dict[str, Any]]] = [
+        ("W8A8", "defaults", {}),
+        ("W8A8", "defaults, language model alone", language),
+        ("W8A8", "auto", {"recipe": "auto"}),
+        ("W4A16", "defaults", {}),
+        ("W4A16", "defaults, language model alone", language),
+        ("W4A16", "defaults, no zero points", {"symmetric": True}),
+        ("W4A8", "defaults", {}),
+        ("W4A8", "auto", {"recipe": "auto"}),
+        ("W4A4", "defaults", {}),
+        ("W4A4", "auto", {"recipe": "auto"}),
+        ("W4A4", "QuaRot's kind: rotation, dynamic, GPTQ", rotated),
+    ]
+    for scheme, how, fields in variants:
+        yield Method(
+            package="qvlm_hf", scheme=scheme, how=how, quantize=ours(scheme=scheme, **fields),
+            overhead=16 if fields.get("symmetric") else 16 + 8, calibrated=True,
+        )  # fmt: skip
+
+
+def _peer_methods() -> Iterator[Method]:
+    yield Method(
+        package="torchao",
+        scheme="W8A8",
+        how="rounded, inputs per token",
+        group=0,
+        quantize=torchao("Int8DynamicActivationInt8WeightConfig"),
+    )
+    yield Method(
+        package="torchao",
+        scheme="W4A16",
+        how="rounded, no zero points",
+        quantize=torchao("IntxWeightOnlyConfig"),
+    )
+    yield Method(
+        package="torchao",
+        scheme="W4A16",
+        how="rounded, zero points",
+        overhead=16 + 8,
+        quantize=torchao("IntxWeightOnlyConfig", mapping_type="ASYMMETRIC"),
+    )
+    yield Method(
+        package="torchao",
+        scheme="W4A8",
+        how="rounded, inputs per token",
+        quantize=torchao("Int8DynamicActivationIntxWeightConfig"),
+    )
+    yield Method(
+        package="bitsandbytes",
+        scheme="W8A8",
+        how="LLM.int8, outliers above 6 in fp16",
+        group=0,
+        quantize=bitsandbytes(load_in_8bit=True),
+    )
+    yield Method(
+        package="bitsandbytes",
+        scheme="W4A16",
+        how="nf4",
+        overhead=32,
+        group=64,
+        quantize=bitsandbytes(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        ),
+    )
+    yield Method(
+        package="hqq", scheme="W4A16", how="HQQ, zero points", overhead=16 + 16, quantize=hqq
+    )
+    yield Method(
+        package="optimum-quanto",
+        scheme="W8A8",
+        how="rounded, a range per module",
+        group=0,
+        quantize=quanto("qint8", "qint8"),
+        calibrated=True,
+    )
+    yield Method(
+        package="optimum-quanto",
+        scheme="W4A16",
+        how="rounded, zero points",
+        overhead=16 + 16,
+        quantize=quanto("qint4"),
+    )
+    yield Method(
+        package="optimum-quanto",
+        scheme="W4A8",
+        how="rounded, a range per module",
+        overhead=16 + 16,
+        quantize=quanto("qint4", "qint8"),
+        calibrated=True,
+    )
+
+
+METHODS = {
+    f"{method.package} {method.scheme} {method.how}": method
+    for method in (*_our_methods(), *_peer_methods())
+}
+
+
+def measure(name: str, job: Any, folder: Path) -> dict[str, Any]:
+    """Writes NAME's logits beside the job, and says how it went."""
+    from safetensors.torch import save_file
+
+    method = METHODS[name]
+    torch.manual_seed(job.seed)
+    start = time.process_time()
+    model = method.quantize(job)
+    seconds = time.process_time() - start
+    full = load(job.model if method.package == "qvlm_hf" else job.padded)
+    logits = {"answers": answers(model, job.test), "text": texts(model, job.text)}
+    save_file({**logits, "full": texts(full, job.text)}, folder / f"{name}.safetensors")
+    packages = {"torch", "transformers", method.package} - {"qvlm_hf"}
+    return {
+        "seconds": round(seconds, 1),
+        "modules": quantized(full, model, by_type=method.package == "qvlm_hf"),
+        "versions": {package: version(package) for package in sorted(packages)},
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    inputs = read_inputs(folder / "inputs.safetensors")
+    job = SimpleNamespace(**json.loads((folder / "job.json").read_text()), **inputs)
+    for name in sys.argv[2:]:
+        try:
+            found = measure(name, job, folder)
+        except Exception as error:
+            logging.exception(name)
+            lines = str(error).strip().splitlines() or [""]
+            found = {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+        print("\n" + json.dumps({"method": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
