@@ -14,7 +14,7 @@ from qvlm_hf.calibration.estimate.sums import Data
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Sample, collate, longest_sample
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.processor_fit import count_features, count_placeholders
+from qvlm_hf.hf.processor_fit import count_features, count_placeholders, usual_picture
 from qvlm_hf.quantize import CHECK_SAMPLES
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
@@ -38,7 +38,9 @@ def count_data(
     """
     if samples is None:
         count, answers = config.num_samples, 8.0
-        pictures = [_picture_tokens(model, _usual_picture(model))]
+        picture = usual_picture(model.config)
+        pixels = torch.empty(_PATCHES, 1, device="meta") if picture is None else picture
+        pictures = [_picture_tokens(model, {"pixel_values": pixels})]
         text = _TEXT + pictures[0]["projector"][0]
     else:
         count = min(config.num_samples, len(samples))
@@ -62,16 +64,6 @@ def count_data(
         answers=answers,
         checks=CHECK_SAMPLES,
     )
-
-
-def _usual_picture(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A picture of the configured size; where sizes are free, so many patches."""
-    vision: Any = getattr(model.config, "vision_config", None)
-    size = getattr(vision, "image_size", None)
-    if size is None:
-        return {"pixel_values": torch.empty(_PATCHES, 1, device="meta")}
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": torch.empty(1, 3, height, width, device="meta")}
 
 
 def _picture_tokens(

@@ -664,9 +664,11 @@ def _multiply(
         bias_ptr = _pick(which, bias0_ptr, bias1_ptr, bias2_ptr, MODULES)
     y_ptr = _pick(which, y0_ptr, y1_ptr, y2_ptr, MODULES)
     tiles = tl.cdiv(N, TN)
-    program -= first_program
-    split = program // tiles
-    tile = program % tiles
+    tile = program - first_program
+    split = 0
+    if SPLIT:
+        split = tile // tiles
+        tile = tile % tiles
 
     n = tile * TN + tl.arange(0, TN)
     m = tl.program_id(1) * TM + tl.arange(0, TM)
@@ -680,17 +682,18 @@ def _multiply(
         m_offset = tl.minimum(m, M - 1) * padded
     term_stride = rows * padded
     first_g = 0
-    last_g = 1
+    last_g = G
     first_b = 0
     last_b = BLOCKS
-    if ONE_GROUP:
-        per_split = tl.cdiv(BLOCKS, splits)
-        first_b = split * per_split
-        last_b = tl.minimum(first_b + per_split, BLOCKS)
-    else:
-        per_split = tl.cdiv(G, splits)
-        first_g = split * per_split
-        last_g = tl.minimum(first_g + per_split, G)
+    if SPLIT:
+        if ONE_GROUP:
+            per_split = tl.cdiv(BLOCKS, splits)
+            first_b = split * per_split
+            last_b = tl.minimum(first_b + per_split, BLOCKS)
+        else:
+            per_split = tl.cdiv(G, splits)
+            first_g = split * per_split
+            last_g = tl.minimum(first_g + per_split, G)
 
     # Sums below 2^22 start at the bits of 1.5 * 2^23: read as a float and less that much, they are
     # floats without a conversion, of which Ampere and Ada do as few as a quarter or an eighth of
@@ -758,18 +761,19 @@ def _multiply(
         total += scaled
 
     inside = (m < M)[None, :] & (n < N)[:, None]
-    place = m.to(tl.int64)[None, :] * N + n[:, None]
     if SPLIT:
-        parts = partial_ptr + first_partial + place
-        size = M.to(tl.int64) * N
-        tl.store(parts + split * size, total, mask=inside)
+        # few tokens, so 32 bits reach; one part after the other, or loads fill the registers
+        parts = partial_ptr + first_partial
+        offset = m[None, :] * N + n[:, None]
+        tl.store(parts + split * M * N + offset, total, mask=inside)
         tl.debug_barrier()  # all threads have stored before one of them counts
         counter = counter_ptr + first_tile * tl.num_programs(1) + tl.program_id(1) * tiles + tile
         last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
         if last:
             total = tl.zeros((TN, TM), tl.float32)
-            for part in range(splits):
-                total += tl.load(parts + part * size, mask=inside, other=0.0, cache_modifier=".cg")
+            for _ in tl.range(0, splits, num_stages=1):
+                total += tl.load(parts + offset, mask=inside, other=0.0, cache_modifier=".cg")
+                parts += M * N
         inside = inside & last
     if not FLOATING and not GROUPED:
         scale = tl.load(row_scale_ptr + m)
@@ -779,4 +783,5 @@ def _multiply(
         total *= scale[None, :]
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n_read).to(tl.float32)[:, None]
+    place = m.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)

@@ -6,7 +6,6 @@ on, so real samples are better where there are any (docs/results.md).
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,14 +34,7 @@ _QUESTIONS = re.findall(
 )
 
 
-def synthesize(
-    model: nn.Module,
-    processor: Processor,
-    count: int,
-    *,
-    seed: int,
-    advance: Callable[[], None] = lambda: None,
-) -> list[Sample]:
+def synthesize(model: nn.Module, processor: Processor, count: int, *, seed: int) -> list[Sample]:
     """Makes calibration samples.
 
     Args:
@@ -50,7 +42,6 @@ def synthesize(
         processor: of the model.
         count: how many.
         seed: of pictures and questions.
-        advance: called after every sample.
 
     Returns:
         `count` chats, a picture, a question and the model's greedy answer each; samples that it has
@@ -74,7 +65,6 @@ def synthesize(
             reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
             sample = Sample(messages=(asked, reply), origin=sample.origin)
         samples.append(sample)
-        advance()
     answered = sum(sample.answer is not None for sample in samples)
     if 2 * answered < count:
         raise ValueError(
