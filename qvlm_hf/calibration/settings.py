@@ -166,14 +166,15 @@ class CalibrationSettings(Options):
         return self.module_scheme("none" if floating else "dynamic_token", None, precision)
 
     def for_model(self, *, rotatable: bool) -> "CalibrationSettings":
-        """Decides rotation="auto", which is left open where a rotation pays.
+        """Decides rotation="auto" without a comparison.
 
         Args:
             rotatable: whether its residual stream can be rotated.
         """
         if self.rotation != "auto":
             return self
-        return replace(self, rotation="hadamard" if rotatable else None)
+        pays = rotatable and self._rotation_pays()
+        return replace(self, rotation="hadamard" if pays else None)
 
     def _rotation_pays(self) -> bool:
         """Measured (docs/results.md): rotated inputs with per-token ranges are best at 8 bits.

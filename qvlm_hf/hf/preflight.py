@@ -143,8 +143,8 @@ def preflight(
 def _devices(device_map: Any) -> list[torch.device]:
     """Where layers will lie; Transformers makes a dict of all maps but None and "auto"."""
     if isinstance(device_map, dict):
-        places = {str(place) for place in device_map.values()} - {"cpu", "disk"}
-        return [torch.device(int(p) if p.isdigit() else p) for p in sorted(places) or ["cpu"]]
+        named = (f"cuda:{p}" if isinstance(p, int) else str(p) for p in device_map.values())
+        return [torch.device(p) for p in sorted(set(named) - {"cpu", "disk"}) or ["cpu"]]
     count = torch.cuda.device_count() if device_map else 0
     return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
 
@@ -246,13 +246,14 @@ def check_memory(expected: Expected, device: torch.device | None = None) -> str 
     Raises:
         ValueError: there is not as much, with what would make it fit.
     """
-    needed, free, whole = (
-        expected.memory,
-        free_memory(expected.weights),
-        whole_memory(expected.weights),
-    )
+    needed: float
+    free: float
+    whole: float
     if device is not None and device.type == "cuda":
         needed, (free, whole) = expected.device, torch.cuda.mem_get_info(device)
+    else:
+        weights = expected.weights
+        needed, free, whole = expected.memory, free_memory(weights), whole_memory(weights)
     if needed > whole * _TOO_HIGH:
         raise ValueError(
             f"about {gigabytes(needed)} of memory are needed, and this process may have "
