@@ -9,6 +9,7 @@ Divergences are geometric means over samples. Of 64 samples the worst three hold
 sum, so that an arithmetic mean tells chance (docs/decisions/0029-the-typical-sample-decides.md).
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ from qvlm_hf.calibration.samples import (
 )
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.rotation import take_snapshot
+from qvlm_hf.errors import first_line
 from qvlm_hf.method import make_modules, round_modules, transformed
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import get_linear
@@ -121,13 +123,11 @@ def _try_recipes(
     data = list(prepared(by_picture(few)))
     judges = list(prepared([*held_out, *rest][:JUDGES]))
     answers = AnswerComparison(model, judges, held_out=True)
-    # of another seed than the text that is calibrated on
-    written = written_text(model, JUDGING_TEXTS, seed=settings.seed + 1)
-    text = AnswerComparison(model, written, held_out=True)
+    text = AnswerComparison(model, _own_text(model, settings.seed), held_out=True)
 
     def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> list[list[float]]:
         answer_kls, text_kls = try_settings(model, tried, data, (answers, text))
-        return [answer_kls or text_kls, text_kls]
+        return [answer_kls or text_kls, text_kls or answer_kls]
 
     def measure_recipe(recipe: Recipe) -> RecipeTrial:
         once = partial(measure, trial(settings, recipe), data)
@@ -156,6 +156,19 @@ def _try_recipes(
         # GPU kernels take them, but their speed was never measured
         groups=next(model.parameters()).device.type == "cpu",
     )
+
+
+def _own_text(model: nn.Module, seed: int) -> list[Batch]:
+    """What the model writes, to judge by; none where it cannot without a picture."""
+    try:
+        # of another seed than the text that is calibrated on
+        return written_text(model, JUDGING_TEXTS, seed=seed + 1)
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "recipes are compared by answers alone: %s writes no text without a picture (%s)",
+            type(model).__name__, first_line(error),
+        )  # fmt: skip
+        return []
 
 
 def compare_recipes(
