@@ -236,11 +236,12 @@ def llmcompressor(bits: str, *, language: bool, smooth: bool = False) -> Callabl
             start = "re:.*language_model.*"
             mappings = [[[start + linears], start + norm] for norm, linears in reads.items()]
             recipe.insert(0, SmoothQuantModifier(smoothing_strength=0.8, mappings=mappings))
-        data = torch.utils.data.DataLoader(without_labels(job.calibration), batch_size=None)
+        samples = without_labels(one_by_one(job.calibration))  # padding would count in Hessians
+        data = torch.utils.data.DataLoader(samples, batch_size=None)
         layer = type(model.get_decoder().layers[0]).__name__
         oneshot(
             model=model, dataset=data, recipe=recipe, sequential_targets=[layer],
-            processor=job.padded, num_calibration_samples=len(job.calibration),
+            processor=job.padded, num_calibration_samples=len(samples),
         )  # fmt: skip
         return model
 
