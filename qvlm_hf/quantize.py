@@ -32,12 +32,13 @@ from qvlm_hf.calibration.measure.written_text import with_text
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.process.waiting import yield_to_others
+from qvlm_hf.calibration.record.origin import made_from
 from qvlm_hf.calibration.record.provenance import provenance
 from qvlm_hf.calibration.record.report import (
     CalibrationReport,
     settings_dict,
 )
-from qvlm_hf.calibration.record.resume import SavedSteps, alone_in, made_from
+from qvlm_hf.calibration.record.resume import SavedSteps, alone_in
 from qvlm_hf.calibration.rounding import (
     read_without_row,
     rounding_report,

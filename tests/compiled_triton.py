@@ -90,6 +90,7 @@ def compiled(
     in_features=4096,
     group_length=128,
     dtype="bfloat16",
+    modules=1,
 ):
     """The kernels of one call, {name: CompiledKernel}."""
     groups, words = -(-in_features // group_length), -(-in_features * weight_bits // 32)
@@ -107,7 +108,7 @@ def compiled(
     numbers = (in_features, weight_bits, activation_bits, group_length, granularity, 0)
     with compiling(capability) as kernels:
         device = gpu.Device(divmod(capability, 10), PROCESSORS[capability])
-        gpu.compute(triton_kernels, device, x, [packed], CallScheme(*grid, *numbers))
+        gpu.compute(triton_kernels, device, x, [packed] * modules, CallScheme(*grid, *numbers))
     return kernels
 
 
@@ -117,9 +118,13 @@ def fused(capability, source, granularity):
     x, per_channel = torch.empty(608, 4096, dtype=torch.bfloat16), torch.empty(4096)
     grid = (per_channel, per_channel.int()) if granularity == "channel" else (None, None)
     other = x if source == "swiglu" else x[0]
-    options = {"source": source, "other": other, "norm_bias": other, "epsilon": 1e-5}
+    inputs = triton_kernels.Inputs(
+        layout, 608, 640, 8, granularity, x.dtype, granularity == "channel", source, 1e-5
+    )
+    buffers = inputs.buffers()
+    between = list(buffers.tensors(torch.empty(buffers.size, dtype=torch.uint8)).values())[:-1]
     with compiling(capability) as kernels:
-        triton_kernels.arrange(x, layout, 8, granularity, *grid, rows=640, **options)
+        triton_kernels.arranging(inputs)(x, other, other, *grid, *between)
     return {f"{source} {name}": kernel for name, kernel in kernels.items()}
 
 

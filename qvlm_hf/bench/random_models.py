@@ -7,6 +7,7 @@ billions would take minutes and change no time.
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from transformers import AutoModelForImageTextToText
 
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.processor_fit import count_features, usual_picture
 from qvlm_hf.hf.quantizer import QVLMHfQuantizer
 from qvlm_hf.hf.runtime.fusion import fuse
 from qvlm_hf.models.graph import canonical_name
-from qvlm_hf.models.trace_inputs import count_rows
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import replace_modules
 
@@ -102,14 +103,12 @@ def picture_tokens(model: Any) -> int | None:
     Returns:
         None where pictures come in another form than [pictures, 3, side, side].
     """
-    try:
-        size = _picture_size(model.config)
-        pixels = torch.empty(1, 3, *size, device="meta", dtype=model.dtype)
-        owner = model if hasattr(model, "get_image_features") else model.base_model
-        tokens = count_rows(owner.get_image_features(pixels))
-        return tokens if model.config.image_token_id is not None and tokens else None
-    except Exception:  # of a family's own code
+    picture = usual_picture(model.config)
+    if picture is None or getattr(model.config, "image_token_id", None) is None:
         return None
+    with suppress(ValueError):  # the model takes pictures of another size
+        return count_features(model, {"pixel_values": picture}) or None
+    return None
 
 
 def random_prompt(
@@ -150,16 +149,11 @@ def random_prompt(
     drawn = torch.randint(len(words), (batch, prompt_tokens - placeholders), generator=generator)
     pictures = torch.full((batch, placeholders), picture if images else 0)
     inputs = {"input_ids": torch.cat([pictures, torch.tensor(words)[drawn]], 1).to(device)}
-    if images:
-        pixels = torch.randn(batch * images, 3, *_picture_size(config), generator=generator)
+    usual = usual_picture(config)
+    if images and usual is not None:
+        pixels = torch.randn(batch * images, *usual.shape[1:], generator=generator)
         inputs["pixel_values"] = pixels.to(device, dtype)
     return inputs
-
-
-def _picture_size(config: Any) -> tuple[int, int]:
-    size = config.vision_config.image_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return height, width
 
 
 def _fill_float(tensor: Tensor, part: str, normal: Tensor) -> None:

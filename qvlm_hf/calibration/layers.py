@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qvlm_hf.calibration.process.scratch import keep
-from qvlm_hf.calibration.samples import Batch
+from qvlm_hf.calibration.samples import Batch, moved
 from qvlm_hf.models.experts import rows_of
 from qvlm_hf.models.graph import Layer, Segment
 
@@ -124,10 +124,7 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     # packed weights are integers: the first floating parameter tells dtype and device
     floating = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     dtype = getattr(model, "dtype", floating.dtype)
-    return {
-        name: tensor.to(floating.device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in batch.inputs.items()
-    }
+    return moved(batch.inputs, floating.device, dtype)
 
 
 def capture_inputs(

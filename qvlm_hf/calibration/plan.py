@@ -46,7 +46,7 @@ def check_weights(segments: Sequence[Segment]) -> None:
     Raises:
         ValueError: a weight is empty (on the meta device), or holds NaN or infinity.
     """
-    sites = (site for segment in segments for layer in segment.layers for site in layer.sites)
+    sites = (site for segment in segments for site in segment.sites)
     named = (pair for site in sites for pair in zip(site.modules, site.linears, strict=True))
     for name, linear in named:
         if linear.weight.is_meta:

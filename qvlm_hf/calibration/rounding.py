@@ -75,7 +75,7 @@ def rounding_schemes(
     schemes = {} if head is None else {output_head(model): head}
     for segment in segments:
         granularity = settings.start_granularity(segment.component)
-        for site in (site for layer in segment.layers for site in layer.sites):
+        for site in segment.sites:
             schemes |= dict.fromkeys(
                 site.modules, settings.module_scheme(granularity, site.hadamard)
             )

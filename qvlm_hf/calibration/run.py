@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qvlm_hf.calibration.layers import LayerInput
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.process.progress import Steps
+from qvlm_hf.calibration.record.coded import codable
 from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
@@ -19,6 +20,7 @@ from qvlm_hf.models.graph import Segment, Site
 __all__ = ["Calibration", "LearnedRanges"]
 
 
+@codable
 @dataclass(frozen=True)
 class LearnedRanges:
     """Factors on the ranges of a site that an optimisation found (search/vision_encoder.py).

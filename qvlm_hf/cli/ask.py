@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qvlm_hf.calibration.samples import Sample, collate, load_samples, takes_suffix
+from qvlm_hf.calibration.samples import Sample, collate, load_samples, moved, takes_suffix
 from qvlm_hf.cli.models import load_with_processor
 
 __all__ = ["add_arguments", "answer", "run"]
@@ -51,10 +51,7 @@ def answer(model: Any, processor: Any, sample: Sample, *, max_new_tokens: int = 
     """The model's greedy answer to the question of a sample, without the sample's own answer."""
     messages = sample.messages if sample.answer is None else sample.messages[:-1]
     inputs = _inputs(replace(sample, messages=messages), processor)
-    inputs = {
-        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
-        for name, tensor in inputs.items()
-    }
+    inputs = moved(inputs, model.device, model.dtype)
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     made = tokens[0, inputs["input_ids"].shape[1] :]

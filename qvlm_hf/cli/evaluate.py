@@ -74,7 +74,8 @@ def run(options: argparse.Namespace) -> int:
         )
     lines, found = format_comparison(result, name=Path(options.model).name), result.to_dict()
     if windows is not None:
-        text = evaluate_text(model, windows, reference=reference)
+        shown = tqdm(windows, desc="qvlm evaluate", unit="window of text", disable=None)
+        text = evaluate_text(model, shown, reference=reference)
         lines += format_text(text, name=Path(options.model).name)
         found["text"] = text.to_dict()
     print("\n".join(lines))

@@ -59,9 +59,9 @@ def _print_plan(
     count = len(plans[0].report.modules)
     print(f"{name}, a {config.model_type!r} model: {count} linear modules to quantize")
     for segment in plans[0].segments:
-        sites = [site for layer in segment.layers for site in layer.sites]
+        sites = len(segment.sites)
         layers = f"{len(segment.layers)} layer{'s' if len(segment.layers) > 1 else ''}"
-        print(f"{segment.component}: {layers}, {len(sites)} site{'s' if len(sites) > 1 else ''}")
+        print(f"{segment.component}: {layers}, {sites} site{'s' if sites > 1 else ''}")
         if segment.packed:
             print(f"{segment.component}: no ranges per position, pictures stand in one row")
     for line in story(plans[0].report):

@@ -4,7 +4,7 @@ What is calibrated on pictures and chats may cost a model its language; answers 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,7 @@ def read_text(path: str | Path, tokenizer: Any, model: nn.Module) -> list[Tensor
 
 @yield_to_others()
 def evaluate_text(
-    model: nn.Module,
-    windows: Sequence[Tensor],
-    *,
-    reference: nn.Module | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    model: nn.Module, windows: Iterable[Tensor], *, reference: nn.Module | None = None
 ) -> TextEvaluation:
     """Measures perplexity, and the divergence from a reference if there is one.
 
@@ -105,7 +101,6 @@ def evaluate_text(
         model: called with `input_ids`, returns `.logits`; runs on its own device.
         windows: int64 [tokens] each, two or more; every token but a window's first is predicted.
         reference: the full-precision model.
-        progress: called with (windows done, windows in all) after every one.
 
     Raises:
         ValueError: logits that are not numbers.
@@ -121,8 +116,6 @@ def evaluate_text(
             other = _logits(reference, ids, index).to(own.device)
             losses["reference"] += _cross_entropy(other, targets)
             losses["kl"] += answer_kl(other, own) * len(targets)
-        if progress is not None:
-            progress(index + 1, len(windows))
     return TextEvaluation(
         tokens=tokens,
         perplexity=math.exp(losses["model"] / tokens),

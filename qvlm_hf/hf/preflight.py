@@ -6,12 +6,9 @@ refused with what would make it fit.
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +32,11 @@ from qvlm_hf.calibration.options import size_in_bytes
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.process.capacity import free_disk, free_memory, whole_memory
-from qvlm_hf.calibration.samples import IGNORE_INDEX, Sample, collate, longest_sample
+from qvlm_hf.calibration.samples import Sample
 from qvlm_hf.calibration.search.budget import WIDTHS
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.hf.config import QVLMConfig
-from qvlm_hf.hf.processor_fit import count_features, count_placeholders
+from qvlm_hf.hf.sample_tokens import count_data
 from qvlm_hf.models.families import has_row
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import Segment
@@ -57,8 +54,6 @@ _TOO_HIGH = 1.3
 _ROUGHLY = 0.95  # small tensors are estimated
 _TRIALS = 2  # that search ranges; the other three of recipes.py take little
 _SHOWN = 10.0  # seconds from which a run says beforehand how long it will take
-_RENDERED = 8  # samples, to count tokens
-_TEXT, _PATCHES = 128, 1024  # assumed of a sample: tokens besides the picture, and of a picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +179,7 @@ def expect(
     )
     if config.dataset is None and not settings.needs_data:
         return rounded
-    data = _count_data(model, config, samples)
+    data = count_data(model, config, samples)
     seconds = count_seconds(model, segments, settings, data, rates)
     if settings.recipe is not None:
         seconds = {"recipes": _trial_seconds(model, settings, data, rates)} | seconds
@@ -201,7 +196,7 @@ def _quantized(model: PreTrainedModel, segments: Sequence[Segment]) -> int:
     """How many weights are quantized; without segments, of all matrices."""
     if not segments:
         return sum(weight.numel() for weight in model.parameters() if weight.dim() == 2)
-    sites = (site for segment in segments for layer in segment.layers for site in layer.sites)
+    sites = (site for segment in segments for site in segment.sites)
     return sum(linear.weight.numel() for site in sites for linear in site.linears)
 
 
@@ -230,74 +225,6 @@ def _trial_seconds(
     tried = trial(settings, {}).for_model(rotatable=not why_not_rotatable(model))
     seconds = count_seconds(model, resolve_segments(model, tried), tried, quick, rates)
     return _TRIALS * sum(seconds.values())
-
-
-def _count_data(
-    model: PreTrainedModel, config: QVLMConfig, samples: Sequence[Sample] | None
-) -> Data:
-    """Counts the tokens of a few rendered samples, or assumes a picture and some text."""
-    if samples is None:
-        count, answers = config.num_samples, 8.0
-        pictures = [_picture_tokens(model, _usual_picture(model))]
-        text = _TEXT + pictures[0]["projector"][0]
-    else:
-        count = min(config.num_samples, len(samples))
-        few = samples[:: max(1, len(samples) // _RENDERED)][:_RENDERED]
-        processor = copy.deepcopy(config.processor)  # a tokenizer keeps how it padded
-        with torch.device("cpu"):  # from_pretrained makes "meta" the default
-            batches = [collate([sample], processor) for sample in few]
-        answers = sum(int((one.labels != IGNORE_INDEX).sum()) for one in batches) / len(few)
-        pictures = [_picture_tokens(model, one.inputs) for one in batches]
-        longest = longest_sample(model) or math.inf  # those beyond will be left out
-        lengths = [min(one.inputs["input_ids"].shape[1], longest) for one in batches]
-        text = (max(lengths) + sum(lengths) / len(lengths)) / 2  # with padding
-    parts = ("vision", "projector")
-    tokens = {part: sum(one[part][0] for one in pictures) / len(pictures) for part in parts}
-    context = {part: max(one[part][1] for one in pictures) for part in parts}
-    return Data(
-        samples=-(-count // ranks.world_size()),  # of this process
-        batch_size=config.batch_size,
-        tokens=tokens | {"language": text},
-        context=context | {"language": text},
-        answers=answers,
-        checks=CHECK_SAMPLES,
-    )
-
-
-def _usual_picture(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A picture of the configured size; where sizes are free, so many patches."""
-    vision: Any = getattr(model.config, "vision_config", None)
-    size = getattr(vision, "image_size", None)
-    if size is None:
-        return {"pixel_values": torch.empty(_PATCHES, 1, device="meta")}
-    height, width = (size, size) if isinstance(size, int) else size
-    return {"pixel_values": torch.empty(1, 3, height, width, device="meta")}
-
-
-def _picture_tokens(
-    model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[float, float]]:
-    """Component -> tokens that enter it for the pictures of a sample, and those of one picture."""
-    pixels: Any = inputs.get("pixel_values")
-    if pixels is None:
-        return {"vision": (0, 0), "projector": (0, 0)}
-    vision: Any = getattr(model.config, "vision_config", None)
-    pictures, patches = 1, pixels.shape[:-1].numel()  # rows of patches, or whole pictures
-    if pixels.dim() > 3:
-        patch = getattr(vision, "patch_size", 14)
-        patch = patch if isinstance(patch, int) else patch[0]
-        pictures = pixels.shape[:-3].numel()
-        patches = (pixels.shape[-2] // patch) * (pixels.shape[-1] // patch)
-        if patches == 1:  # each of its own
-            pictures, patches = 1, pictures
-    features = count_placeholders(model, inputs) if "input_ids" in inputs else None
-    with suppress(ValueError):  # a usual picture need not be one that the model takes
-        features = features or count_features(model, inputs)
-    features = features or pictures * patches / getattr(vision, "spatial_merge_size", 1) ** 2
-    return {
-        "vision": (pictures * patches, patches),
-        "projector": (features, features / pictures),
-    }
 
 
 def check_memory(expected: Expected) -> str | None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from qvlm_hf.calibration.samples import Sample, collate
 from qvlm_hf.errors import first_line
+from qvlm_hf.models.trace_inputs import count_rows
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ __all__ = [
     "count_placeholders",
     "pictured",
     "sample_of_noise",
+    "usual_picture",
 ]
 
 _OWN = "take the processor that was saved with the model"
@@ -120,13 +122,20 @@ def count_features(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -
         ask: Any = getattr(model, "get_image_features", None) or model.base_model.get_image_features
         with torch.no_grad(), torch.device(model.device):
             output = ask(inputs["pixel_values"].to(model.device, model.dtype), **rest)
-        features = getattr(output, "pooler_output", output)
-        parts = [features] if isinstance(features, torch.Tensor) else list(features)
-        return sum(part.shape[:-1].numel() for part in parts)
+        return count_rows(output) or None
     except ValueError:
         raise
     except Exception:  # of a family, or a device, that this cannot be asked of
         return None
+
+
+def usual_picture(config: Any) -> torch.Tensor | None:
+    """A picture of the configured size, [1, 3, height, width] on "meta"; None: sizes are free."""
+    size = getattr(getattr(config, "vision_config", None), "image_size", None)
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.empty(1, 3, height, width, device="meta")
 
 
 def _find_settings(model: PreTrainedModel, sample: Sample, processor: Any) -> str | None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file
 
 from qvlm_hf.calibration.record.report import CalibrationReport
+from qvlm_hf.calibration.samples import moved
 from qvlm_hf.errors import first_line
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.runtime.decoding import probe_inputs
@@ -287,9 +288,5 @@ def _check_loads(folder: Path) -> None:
 
 def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """[1, tokens, vocabulary]."""
-    fed = {
-        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in inputs.items()
-    }
     with torch.inference_mode():
-        return model(**fed).logits
+        return model(**moved(inputs, model.device, model.dtype)).logits

@@ -112,6 +112,11 @@ class Segment:
         """The first layer's name: a model may have several projectors."""
         return self.layers[0].name
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Those of all layers, in execution order."""
+        return tuple(site for layer in self.layers for site in layer.sites)
+
 
 def canonical_name(name: str) -> str:
     """Drops a tower's `.vision_model` from a name: Transformers versions differ in it."""
@@ -314,8 +319,7 @@ def output_head(model: Any) -> str:
 
 def full_precision_modules(model: nn.Module, segments: Sequence[Segment]) -> tuple[str, ...]:
     """Returns the nn.Linear modules that no segment quantizes: canonical names, in model order."""
-    sites = [site for segment in segments for layer in segment.layers for site in layer.sites]
-    quantized = {name for site in sites for name in site.modules}
+    quantized = {name for segment in segments for site in segment.sites for name in site.modules}
     with experts_split(model):
         linears = [name for name, each in model.named_modules() if isinstance(each, nn.Linear)]
     return tuple(name for name in map(canonical_name, linears) if name not in quantized)

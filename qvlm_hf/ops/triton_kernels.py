@@ -4,10 +4,14 @@ The only file that imports triton.
 
     y[m, n] = bias[n] + r[m] * sum_g ws[n, g] * sum_{k in g} a[m, k] (w[n, k] - zp[n, g])
 
-Two steps. `arrange` quantizes the inputs (a norm or SwiGLU can be part of it) into int8 and writes
-them in the order in which the weights come out of their bytes; `multiply` unpacks weights in
-registers, multiplies on the integer matrix units with int32 sums, takes the zero points off as
+Two launches. `_arrange` quantizes the inputs (a norm or SwiGLU can be part of it) into int8 and
+writes them in the order in which the weights come out of their bytes; `_multiply` unpacks weights
+in registers, multiplies on the integer matrix units with int32 sums, takes the zero points off as
 integers and scales each group in float32. Floating-point inputs go the same way with float sums.
+Modules that read one input (q, k, v; gate, up) share both launches.
+
+Few tokens leave processors without work, so K is split over programs. Each writes its sums; the
+last of a tile to come (a counter tells, which `_arrange` has set to zero) adds them in order.
 
 Order. The inputs of a group are padded with zeros to blocks of `block`; a block is cut into
 `slices`: slice s holds the inputs s, s + slices, s + 2 slices ... of the block, so that a shift and
@@ -28,21 +32,24 @@ blocks of a group, KP = G * B * block.
 # ruff: noqa: ANN001, ANN202, C901, N803, N806, RET505, SIM102
 # mypy: disable-error-code="no-untyped-def, attr-defined"
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-__all__ = ["Arranged", "Layout", "Tile", "arrange", "multiply"]
+from qvlm_hf.ops.launches import Buffers, Launch
 
+__all__ = ["MOST_MODULES", "Inputs", "Layout", "Tile", "arranging", "multiplying"]
+
+MOST_MODULES = 3  # of one launch
 _ROUND = 12582912.0  # 1.5 * 2^23: adding and subtracting it rounds half to even, below 2^22
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the inputs of one module lie for `multiply`.
+    """How the inputs of one module lie for `_multiply`.
 
     Attributes:
         in_features: K.
@@ -105,6 +112,11 @@ class Layout:
         return _slices(self.weight_bits, self.bytewise)
 
     @property
+    def words(self) -> int:
+        """W, words of a row."""
+        return -(-self.in_features * self.weight_bits // 32)
+
+    @property
     def whole(self) -> bool:
         """Whether no group is padded: then no read of a weight needs a mask."""
         return self.in_features == self.padded
@@ -112,7 +124,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of one launch of `multiply`.
+    """Sizes of one launch of `_multiply`.
 
     Attributes:
         out_features: rows of the weight a program works on.
@@ -128,166 +140,160 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Arranged:
-    """Inputs as `multiply` reads them; rows and columns beyond M hold anything.
+class Inputs:
+    """What `_arrange` makes of M tokens, and in what form it leaves them.
 
     Attributes:
-        values: [terms, rows >= M, KP], int8 or floating point (two terms add up to a value that 16
-            bits cannot hold).
-        sums: int32 [G * B, rows], over each block of an int8 row; None for floats.
-        more: int8 [rows, KP], correction rows, or None.
-        more_sums: int32 [G * B], their sums, or None.
-        shift: int32 [rows], factor of the correction, or None.
-        row_scale: float32 [rows], r, or None for 1.
+        layout: of the modules.
         tokens: M.
-        bound: no sum of a group's products is larger.
-    """
-
-    values: Tensor
-    sums: Tensor | None
-    more: Tensor | None
-    more_sums: Tensor | None
-    shift: Tensor | None
-    row_scale: Tensor | None
-    tokens: int
-    bound: int
-
-
-def arrange(
-    x: Tensor,
-    layout: Layout,
-    bits: int,
-    granularity: str,
-    input_scale: Tensor | None = None,
-    input_zero_point: Tensor | None = None,
-    *,
-    rows: int,
-    source: str = "plain",
-    other: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    epsilon: float = 0.0,
-) -> Arranged:
-    """Quantizes inputs, rounding as the reference does, and lays them out for `multiply`.
-
-    Args:
-        x: [M, K], contiguous.
-        layout: of the module.
+        rows: that are allocated, a multiple of the tile's tokens.
         bits: of an input, 3 to 8; not read for granularity "none".
-        granularity: as in the scheme; for "token" the position of token m is m modulo the number of
-            positions.
-        input_scale: float32, as in `ops.schema.linear`.
-        input_zero_point: int32, as in `ops.schema.linear`.
-        rows: rows to allocate, at least M.
+        granularity: as in the scheme.
+        dtype: of x.
+        scaled: whether there is an `input_scale`.
         source: what is computed first, rounded to x's dtype where Transformers rounds: "plain"
             nothing; "rms_norm" LlamaRMSNorm; "layer_norm" nn.LayerNorm; "swiglu" silu(x) * other.
-        other: [K] weight of the norm, or [M, K] the second factor of "swiglu"; of x's dtype.
-        norm_bias: [K], of "layer_norm".
         epsilon: of the norm.
-
-    Returns:
-        The inputs; for granularity "none" floating point: x's dtype, or two bfloat16 terms where a
-        16-bit x is divided by `input_scale`.
     """
-    tokens, floating = x.shape[0], granularity == "none"
-    terms = 2 if floating and input_scale is not None and x.dtype != torch.float32 else 1
-    dtype = torch.int8 if not floating else torch.bfloat16 if terms == 2 else x.dtype
-    number = layout.groups * layout.blocks
-    extra = 0 if floating or bits < 8 else 2 if granularity == "channel" else 1
 
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
+    layout: Layout
+    tokens: int
+    rows: int
+    bits: int
+    granularity: str
+    dtype: torch.dtype
+    scaled: bool
+    source: str = "plain"
+    epsilon: float = 0.0
 
-    arranged = Arranged(
-        values=empty(terms, rows, layout.padded, dtype=dtype),
-        sums=None if floating else empty(number, rows),
-        more=empty(extra, layout.padded, dtype=torch.int8) if extra else None,
-        more_sums=empty(number) if extra else None,
-        shift=empty(rows) if extra == 1 else None,
-        row_scale=empty(rows, dtype=torch.float32)
-        if granularity in ("token", "dynamic_token")
-        else None,
-        tokens=tokens,
-        bound=layout.group_length * (2**bits - 1) * (2**layout.weight_bits - 1),
-    )
-    at_once = max(1, 1024 // layout.block)
-    # A token is a program's work, or, where there are few, that of up to eight, each of which takes
-    # the token's statistics by itself.
-    parts = max(1, min(8 if tokens <= 64 else 1, number // at_once))
-    _arrange[(tokens, parts)](
-        x, other, norm_bias, input_scale, input_zero_point, arranged.values, arranged.sums,
-        arranged.more, arranged.more_sums, arranged.shift, arranged.row_scale, layout.in_features,
-        layout.group_length, number, rows, 1 if input_scale is None else input_scale.shape[0],
-        epsilon, BITS=bits, GRANULARITY=granularity, SOURCE=source,
-        HAS_SCALE=input_scale is not None, TERMS=terms, EXTRA=extra, ROUND=_ROUND,
-        BLOCK=layout.block, BLOCKS=layout.blocks, SLICES=layout.slices, AT_ONCE=at_once,
-        CHUNK=min(2048, triton.next_power_of_2(layout.in_features)), num_warps=4,
-    )  # fmt: skip
-    return arranged
+    @property
+    def floating(self) -> bool:
+        """Whether values stay floating point."""
+        return self.granularity == "none"
+
+    @property
+    def terms(self) -> int:
+        """Terms that add up to a value: 16 bits do not hold a 16-bit x over its scale."""
+        return 2 if self.floating and self.scaled and self.dtype != torch.float32 else 1
+
+    @property
+    def extra(self) -> int:
+        """Correction rows."""
+        if self.floating or self.bits < 8:
+            return 0
+        return 2 if self.granularity == "channel" else 1
+
+    @property
+    def at_once(self) -> int:
+        """Blocks that a program arranges side by side."""
+        return max(1, 1024 // self.layout.block)
+
+    @property
+    def parts(self) -> int:
+        """Programs of a token: up to eight where there are few tokens.
+
+        Each takes the token's statistics by itself.
+        """
+        number = self.layout.groups * self.layout.blocks
+        return max(1, min(8 if self.tokens <= 64 else 1, number // self.at_once))
+
+    @property
+    def bound(self) -> int:
+        """No sum of a group's products is larger."""
+        layout = self.layout
+        return layout.group_length * (2**self.bits - 1) * (2**layout.weight_bits - 1)
+
+    def buffers(self, counters: int = 0, partial: int = 0) -> Buffers:
+        """What the kernels pass on to each other, in the order in which they take it.
+
+        Rows beyond M hold anything.
+
+            values      [terms, rows, KP], int8 or floating point
+            sums        int32 [G * B, rows], over each block of an int8 row
+            more        int8 [extra, KP], correction rows
+            more_sums   int32 [G * B], their sums
+            shift       int32 as row_scale, the factor of the correction
+            row_scale   float32 [parts, rows], or [G, rows] for "dynamic_group": r (1 for
+                        "channel"), or NaN where an input is not finite
+            counters    int32, zero: parts of a tile that are done
+            partial     float32, their sums
+        """
+        number, padded = self.layout.groups * self.layout.blocks, self.layout.padded
+        grouped = self.granularity == "dynamic_group"
+        values = torch.bfloat16 if self.terms == 2 else self.dtype if self.floating else torch.int8
+        scales = (number if grouped else self.parts, self.rows)
+        return Buffers(
+            values=(values, (self.terms, self.rows, padded)),
+            sums=None if self.floating else (torch.int32, (number, self.rows)),
+            more=(torch.int8, (self.extra, padded)) if self.extra else None,
+            more_sums=(torch.int32, (number,)) if self.extra else None,
+            shift=(torch.int32, scales) if self.extra == 1 else None,
+            row_scale=None if self.floating else (torch.float32, scales),
+            counters=(torch.int32, (counters,)) if counters else None,
+            partial=(torch.float32, (partial,)) if partial else None,
+        )
 
 
-def multiply(
-    inputs: Arranged,
-    layout: Layout,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    tile: Tile,
-    splits: int,
-) -> Tensor:
-    """Inputs times packed weights.
+def arranging(inputs: Inputs, positions: int = 1, counters: int = 0) -> Launch:
+    """The launch that quantizes inputs, rounding as the reference does, for `multiplying`.
+
+    It takes x [M, K]; `other`, [K] weight of the norm, or [M, K] the second factor of "swiglu", of
+    x's dtype; `norm_bias`, [K], of "layer_norm"; `input_scale` and `input_zero_point`; and all
+    buffers but the partial sums.
 
     Args:
-        inputs: of `arrange`, with rows a multiple of the tile's tokens.
-        layout: the one they were arranged for.
-        weight: int32 [N, W], packed.
-        weight_scale: bfloat16 [N, G].
-        weight_zero_point: uint8 [N, G] or None for 2^(bits - 1).
-        bias: [N] or None.
-        dtype: of the result.
-        tile: sizes of the launch.
-        splits: parts of K that are summed apart, in a fixed order; 1 for many tokens.
-
-    Returns:
-        [M, N].
+        inputs: what they are.
+        positions: those of granularity "token"; token m has position m modulo their number.
+        counters: how many are set to zero.
     """
-    tokens, out_features = inputs.tokens, weight.shape[0]
-    y = torch.empty((tokens, out_features), dtype=dtype, device=weight.device)
-    partial = (
-        torch.empty((splits, tokens, out_features), dtype=torch.float32, device=weight.device)
-        if splits > 1
-        else y
-    )
-    bytes_ = layout.bytewise
-    grid = (triton.cdiv(out_features, tile.out_features), triton.cdiv(tokens, tile.tokens), splits)
-    _multiply[grid](
-        inputs.values, inputs.sums, inputs.more, inputs.more_sums, inputs.shift, inputs.row_scale,
-        weight.view(torch.uint8) if bytes_ else weight, weight_scale, weight_zero_point, bias,
-        partial, tokens, out_features, weight.shape[1] * (4 if bytes_ else 1), layout.groups,
-        layout.group_length * layout.weight_bits // (8 if bytes_ else 1), inputs.values.shape[1],
-        triton.cdiv(layout.groups if layout.groups > 1 else layout.blocks, splits),
-        BITS=layout.weight_bits, SLICES=layout.slices, BYTEWISE=bytes_, RUNS=layout.runs,
-        WHOLE=layout.whole, BLOCK=layout.block, BLOCKS=layout.blocks, ONE_GROUP=layout.groups == 1,
-        EXTRA=0 if inputs.more is None else inputs.more.shape[0], TERMS=inputs.values.shape[0],
-        FLOATING=inputs.sums is None, SMALL=inputs.bound < 2**22, FLOAT_START=_ROUND,
-        SPLIT=splits > 1, EVEN=out_features % tile.out_features == 0, TN=tile.out_features,
-        TM=tile.tokens, num_warps=tile.warps, num_stages=tile.stages,
+    layout = inputs.layout
+    return Launch(
+        _arrange, (inputs.tokens, inputs.parts, 1), {"num_warps": 4},
+        K=layout.in_features, L=layout.group_length, number=layout.groups * layout.blocks,
+        rows=inputs.rows, positions=positions, counters=counters, epsilon=inputs.epsilon,
+        BITS=inputs.bits,
+        GRANULARITY=inputs.granularity, SOURCE=inputs.source, HAS_SCALE=inputs.scaled,
+        TERMS=inputs.terms, EXTRA=inputs.extra, ROUND=_ROUND, BLOCK=layout.block,
+        BLOCKS=layout.blocks, SLICES=layout.slices, AT_ONCE=inputs.at_once,
+        CHUNK=min(2048, triton.next_power_of_2(layout.in_features)),
     )  # fmt: skip
-    if splits > 1:
-        columns = 256
-        _add_parts[(triton.cdiv(out_features, columns), tokens)](
-            partial,
-            inputs.row_scale,
-            bias,
-            y,
-            tokens,
-            out_features,
-            SPLITS=splits,
-            COLUMNS=columns,
-            num_warps=4,
-        )
-    return y
+
+
+def multiplying(
+    inputs: Inputs, out_features: Sequence[int], splits: Sequence[int], tile: Tile
+) -> Launch:
+    """The launch that multiplies inputs by the packed weights of up to `MOST_MODULES` modules.
+
+    It takes all buffers, and of each module weight (int32 [N, W], as bytes where the layout is
+    bytewise), weight_scale [N, G], weight_zero_point [N, G] or None for 2^(bits - 1), bias [N] or
+    None, and y [M, N]; None for modules that are not there.
+
+    Args:
+        inputs: those that were arranged.
+        out_features: N of each module.
+        splits: parts of K that are summed apart and added in order, of each module.
+        tile: sizes of the launch.
+    """
+    layout, modules = inputs.layout, len(out_features)
+    tiles = [-(-n // tile.out_features) for n in out_features]
+    programs = sum(n * parts for n, parts in zip(tiles, splits, strict=True))
+    sizes = dict.fromkeys(("N0", "splits0", "N1", "splits1", "N2", "splits2"), 1)
+    for i, (rows, parts) in enumerate(zip(out_features, splits, strict=True)):
+        sizes |= {f"N{i}": rows, f"splits{i}": parts}
+    return Launch(
+        _multiply, (programs, -(-inputs.tokens // tile.tokens), 1),
+        {"num_warps": tile.warps, "num_stages": tile.stages}, **sizes, M=inputs.tokens,
+        rows=inputs.rows,
+        row_size=layout.words * (4 if layout.bytewise else 1), G=layout.groups,
+        group_start=layout.group_length * layout.weight_bits // (8 if layout.bytewise else 1),
+        BITS=layout.weight_bits, SLICES=layout.slices, BYTEWISE=layout.bytewise, RUNS=layout.runs,
+        WHOLE=layout.whole, BLOCK=layout.block, BLOCKS=layout.blocks, ONE_GROUP=layout.groups == 1,
+        GROUPED=inputs.granularity == "dynamic_group", PARTS=inputs.parts, EXTRA=inputs.extra,
+        TERMS=inputs.terms, FLOATING=inputs.floating, SMALL=inputs.bound < 2**22,
+        FLOAT_START=_ROUND, MODULES=modules, SPLIT=max(splits) > 1,
+        EVEN=all(n % tile.out_features == 0 for n in out_features),
+        FEW=inputs.tokens < tile.tokens, TN=tile.out_features, TM=tile.tokens,
+    )  # fmt: skip
 
 
 def _bytewise(group_length: int, in_features: int, bits: int) -> bool:
@@ -346,17 +352,23 @@ def _norm_statistics(x_ptr, row, K, epsilon, SOURCE: tl.constexpr, CHUNK: tl.con
     return mean, tl.rsqrt(tl.math.div_rn(tl.sum(squares, 0), K * 1.0) + epsilon)
 
 
-@triton.jit(do_not_specialize=["number", "positions"])
+@triton.jit(do_not_specialize=["number", "positions", "counters"])
 def _arrange(
     x_ptr, other_ptr, norm_bias_ptr, input_scale_ptr, input_zero_point_ptr, values_ptr, sums_ptr,
-    more_ptr, more_sums_ptr, shift_ptr, row_scale_ptr, K, L, number, rows, positions, epsilon,
-    BITS: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr, HAS_SCALE: tl.constexpr,
-    TERMS: tl.constexpr, EXTRA: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    SLICES: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr, ROUND: tl.constexpr,
+    more_ptr, more_sums_ptr, shift_ptr, row_scale_ptr, counter_ptr, K, L, number, rows, positions,
+    counters, epsilon, BITS: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, TERMS: tl.constexpr, EXTRA: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, SLICES: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     """Program (m, part): statistics of token m, then every `parts`-th run of AT_ONCE blocks."""
     m = tl.program_id(0)
     row = m.to(tl.int64) * K
+    if counter_ptr is not None:
+        if m == 0 and tl.program_id(1) == 0:
+            for start in range(0, counters, 256):
+                i = start + tl.arange(0, 256)
+                tl.store(counter_ptr + i, tl.zeros((256,), tl.int32), mask=i < counters)
     mean, factor = 0.0, 1.0
     if SOURCE == "rms_norm" or SOURCE == "layer_norm":
         mean, factor = _norm_statistics(x_ptr, row, K, epsilon, SOURCE, CHUNK)
@@ -374,20 +386,13 @@ def _arrange(
             x = tl.where(k < K, x, 0.0)
             low = tl.minimum(low, x)
             high = tl.maximum(high, x)
-        lowest = tl.min(low, 0)
-        scale = tl.math.div_rn(tl.max(high, 0) - lowest, top * 1.0)
-        scale = tl.where(scale > 0, scale, 1.0)
-        zero_point = tl.math.div_rn(-lowest, scale)
-        zero_point = tl.minimum((zero_point + ROUND) - ROUND, top * 1.0)
-    if (GRANULARITY == "token" or GRANULARITY == "dynamic_token") and tl.program_id(1) == 0:
-        tl.store(row_scale_ptr + m, scale)
-        if EXTRA == 1:
-            tl.store(shift_ptr + m, 128 - zero_point.to(tl.int32))
+        scale, zero_point = _range(tl.min(low, 0), tl.max(high, 0), top * 1.0, ROUND)
 
     place = tl.arange(0, BLOCK)[None, :]
     inner = place % (BLOCK // SLICES) * SLICES + place // (
         BLOCK // SLICES
     )  # which input of its block lies there
+    magnitude = tl.zeros((AT_ONCE, BLOCK), tl.int32)  # bits of the largest absolute values
     for first in range(tl.program_id(1) * AT_ONCE, number, tl.num_programs(1) * AT_ONCE):
         block = first + tl.arange(0, AT_ONCE)
         group = block // BLOCKS
@@ -396,10 +401,10 @@ def _arrange(
         written = (block < number)[:, None]
         target = m.to(tl.int64) * number * BLOCK + block[:, None] * BLOCK + place
         x = _source(x_ptr, other_ptr, norm_bias_ptr, row, k, exists, mean, factor, SOURCE)
+        x = tl.where(exists, x, 0.0)
         if GRANULARITY == "none":
             if HAS_SCALE:
                 x = tl.math.div_rn(x, tl.load(input_scale_ptr + k, mask=exists, other=1.0))
-            x = tl.where(exists, x, 0.0)
             value = x.to(values_ptr.dtype.element_ty)
             tl.store(values_ptr + target, value, mask=written)
             if TERMS == 2:
@@ -408,12 +413,23 @@ def _arrange(
                     values_ptr + rows.to(tl.int64) * number * BLOCK + target, rest, mask=written
                 )
         else:
+            bits = tl.abs(x).to(tl.int32, bitcast=True)
             if GRANULARITY == "channel":
                 step = tl.load(input_scale_ptr + k, mask=exists, other=1.0)
                 zero = tl.load(input_zero_point_ptr + k, mask=exists, other=0).to(tl.float32)
+            elif GRANULARITY == "dynamic_group":  # whose groups are blocks
+                low = tl.minimum(tl.min(x, 1), 0.0)
+                steps, zeros = _range(low, tl.maximum(tl.max(x, 1), 0.0), top * 1.0, ROUND)
+                _store_scale(
+                    row_scale_ptr, shift_ptr, block * rows + m, steps, zeros, tl.max(bits, 1),
+                    block < number, EXTRA,
+                )  # fmt: skip
+                step = tl.zeros((AT_ONCE, BLOCK), tl.float32) + steps[:, None]
+                zero = tl.zeros((AT_ONCE, BLOCK), tl.float32) + zeros[:, None]
             else:
                 step = tl.zeros((AT_ONCE, BLOCK), tl.float32) + scale
                 zero = tl.zeros((AT_ONCE, BLOCK), tl.float32) + zero_point
+            magnitude = tl.maximum(magnitude, bits)
             # bounds are whole numbers, so clamping before rounding gives the same
             a = tl.minimum(tl.maximum(tl.math.div_rn(x, step), -zero), top - zero)
             a = ((a + ROUND) - ROUND).to(tl.int32)
@@ -439,6 +455,31 @@ def _arrange(
                     else:
                         tl.store(more_ptr + target, ones.to(tl.int8), mask=written)
                         tl.store(more_sums_ptr + block, tl.sum(ones, 1), mask=block < number)
+    if GRANULARITY != "none" and GRANULARITY != "dynamic_group":
+        _store_scale(
+            row_scale_ptr, shift_ptr, tl.program_id(1) * rows + m, scale, zero_point,
+            tl.max(tl.max(magnitude, 1), 0), True, EXTRA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _range(low, high, top, ROUND: tl.constexpr):
+    """Scale and zero point of the grid over a range that holds 0."""
+    scale = tl.math.div_rn(high - low, top)
+    scale = tl.where(scale > 0, scale, 1.0)
+    zero_point = tl.math.div_rn(-low, scale)
+    return scale, tl.minimum((zero_point + ROUND) - ROUND, top)
+
+
+@triton.jit
+def _store_scale(
+    row_scale_ptr, shift_ptr, place, scale, zero_point, magnitude, exists, EXTRA: tl.constexpr
+):
+    """Stores a range; NaN for its scale where the bits of some input are infinity's or NaN's."""
+    finite = magnitude < 0x7F800000
+    tl.store(row_scale_ptr + place, tl.where(finite, scale, float("nan")), mask=exists)
+    if EXTRA == 1:
+        tl.store(shift_ptr + place, 128 - zero_point.to(tl.int32), mask=exists)
 
 
 @triton.jit
@@ -560,41 +601,99 @@ def _products(
     return sums, more_sums
 
 
-@triton.jit(do_not_specialize=["M", "per_split"])
-def _multiply(
-    values_ptr, sums_ptr, more_ptr, more_sums_ptr, shift_ptr, row_scale_ptr, weight_ptr,
-    weight_scale_ptr, weight_zero_point_ptr, bias_ptr, y_ptr, M, N, row_size, G, group_start, rows,
-    per_split, BITS: tl.constexpr, SLICES: tl.constexpr, BYTEWISE: tl.constexpr, RUNS: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ONE_GROUP: tl.constexpr,
-    EXTRA: tl.constexpr, TERMS: tl.constexpr, FLOATING: tl.constexpr, SMALL: tl.constexpr,
-    SPLIT: tl.constexpr, EVEN: tl.constexpr, FLOAT_START: tl.constexpr, TN: tl.constexpr,
-    TM: tl.constexpr,
-):  # fmt: skip
-    """Program (n, m, split): TN rows of the weight, TM tokens, `per_split` groups.
+@triton.jit
+def _pick(which, first, second, third, MODULES: tl.constexpr):
+    """What belongs to module `which`."""
+    if MODULES == 1:
+        return first
+    elif MODULES == 2:
+        return tl.where(which == 0, first, second)
+    else:
+        return tl.where(which == 0, first, tl.where(which == 1, second, third))
 
-    Where there is one group, it is `per_split` blocks.
+
+@triton.jit(do_not_specialize=["M", "splits0", "splits1", "splits2"])
+def _multiply(
+    values_ptr, sums_ptr, more_ptr, more_sums_ptr, shift_ptr, row_scale_ptr, counter_ptr,
+    partial_ptr, weight0_ptr, weight_scale0_ptr, weight_zero_point0_ptr, bias0_ptr, y0_ptr,
+    weight1_ptr, weight_scale1_ptr, weight_zero_point1_ptr, bias1_ptr, y1_ptr, weight2_ptr,
+    weight_scale2_ptr, weight_zero_point2_ptr, bias2_ptr, y2_ptr, N0, splits0, N1, splits1, N2,
+    splits2, M, rows, row_size, G, group_start, BITS: tl.constexpr, SLICES: tl.constexpr,
+    BYTEWISE: tl.constexpr, RUNS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, ONE_GROUP: tl.constexpr, GROUPED: tl.constexpr, PARTS: tl.constexpr,
+    EXTRA: tl.constexpr, TERMS: tl.constexpr, FLOATING: tl.constexpr, SMALL: tl.constexpr,
+    FLOAT_START: tl.constexpr, MODULES: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+    FEW: tl.constexpr, TN: tl.constexpr, TM: tl.constexpr,
+):  # fmt: skip
+    """Program (p, m): TN rows of a module's weight, TM tokens, a part of the groups.
+
+    The programs of one module follow those of the one before, its parts one after the other. Where
+    there is one group, its blocks are split.
     """
-    first_n = tl.program_id(0) * TN
-    first_m = tl.program_id(1) * TM
-    n = first_n + tl.arange(0, TN)
-    m = first_m + tl.arange(0, TM)
+    program = tl.program_id(0)
+    tiles0 = tl.cdiv(N0, TN)
+    tiles1 = tl.cdiv(N1, TN)
+    which = 0
+    first_program, first_tile = 0, 0
+    first_partial = tl.zeros((), tl.int64)
+    if MODULES > 1:
+        end0 = tiles0 * splits0
+        end1 = end0 + tiles1 * splits1
+        which = (program >= end0).to(tl.int32)
+        partial0 = splits0.to(tl.int64) * M * N0
+        if MODULES > 2:
+            which += (program >= end1).to(tl.int32)
+        first_program = _pick(which, 0, end0, end1, MODULES)
+        first_tile = _pick(which, 0, tiles0, tiles0 + tiles1, MODULES)
+        first_partial = _pick(
+            which, first_partial, partial0, partial0 + splits1.to(tl.int64) * M * N1, MODULES
+        )
+    N = _pick(which, N0, N1, N2, MODULES)
+    splits = _pick(which, splits0, splits1, splits2, MODULES)
+    weight_ptr = _pick(which, weight0_ptr, weight1_ptr, weight2_ptr, MODULES)
+    weight_scale_ptr = _pick(
+        which, weight_scale0_ptr, weight_scale1_ptr, weight_scale2_ptr, MODULES
+    )
+    weight_zero_point_ptr = weight_zero_point0_ptr
+    if weight_zero_point0_ptr is not None:
+        weight_zero_point_ptr = _pick(
+            which, weight_zero_point0_ptr, weight_zero_point1_ptr, weight_zero_point2_ptr, MODULES
+        )
+    bias_ptr = bias0_ptr
+    if bias0_ptr is not None:
+        bias_ptr = _pick(which, bias0_ptr, bias1_ptr, bias2_ptr, MODULES)
+    y_ptr = _pick(which, y0_ptr, y1_ptr, y2_ptr, MODULES)
+    tiles = tl.cdiv(N, TN)
+    tile = program - first_program
+    split = 0
+    if SPLIT:
+        split = tile // tiles
+        tile = tile % tiles
+
+    n = tile * TN + tl.arange(0, TN)
+    m = tl.program_id(1) * TM + tl.arange(0, TM)
     n_read = n
     if not EVEN:
         n_read = tl.minimum(n, N - 1)
     padded = G * BLOCKS * BLOCK
     n_offset = n_read * row_size
     m_offset = m * padded
+    if FEW:  # the last token again costs no memory traffic, rows that are not there do
+        m_offset = tl.minimum(m, M - 1) * padded
     term_stride = rows * padded
     first_g = 0
-    last_g = 1
+    last_g = G
     first_b = 0
     last_b = BLOCKS
-    if ONE_GROUP:
-        first_b = tl.program_id(2) * per_split
-        last_b = tl.minimum(first_b + per_split, BLOCKS)
-    else:
-        first_g = tl.program_id(2) * per_split
-        last_g = tl.minimum(first_g + per_split, G)
+    if SPLIT:
+        if ONE_GROUP:
+            per_split = tl.cdiv(BLOCKS, splits)
+            first_b = split * per_split
+            last_b = tl.minimum(first_b + per_split, BLOCKS)
+        else:
+            per_split = tl.cdiv(G, splits)
+            first_g = split * per_split
+            last_g = tl.minimum(first_g + per_split, G)
 
     # Sums below 2^22 start at the bits of 1.5 * 2^23: read as a float and less that much, they are
     # floats without a conversion, of which Ampere and Ada do as few as a quarter or an eighth of
@@ -646,43 +745,43 @@ def _multiply(
             if EXTRA > 0:
                 missing = tl.sum(more, 1) - zero_point * more_inputs
                 if EXTRA == 1:
-                    sums += missing[:, None] * tl.load(shift_ptr + m)[None, :]
+                    shift_place = m
+                    if GROUPED:
+                        shift_place = g * rows + m
+                    sums += missing[:, None] * tl.load(shift_ptr + shift_place)[None, :]
                 else:
                     sums += missing[:, None]
             if SMALL:
                 exact = sums.to(tl.float32, bitcast=True) - FLOAT_START
             else:
                 exact = sums.to(tl.float32)
-        total += exact * tl.load(weight_scale_ptr + n_read * G + g).to(tl.float32)[:, None]
+        scaled = exact * tl.load(weight_scale_ptr + n_read * G + g).to(tl.float32)[:, None]
+        if GROUPED:
+            scaled *= tl.load(row_scale_ptr + g * rows + m)[None, :]
+        total += scaled
 
     inside = (m < M)[None, :] & (n < N)[:, None]
     if SPLIT:
-        y_ptr += tl.program_id(2).to(tl.int64) * M * N
-    else:
-        if row_scale_ptr is not None:
-            total *= tl.load(row_scale_ptr + m)[None, :]
-        if bias_ptr is not None:
-            total += tl.load(bias_ptr + n_read).to(tl.float32)[:, None]
-    tl.store(
-        y_ptr + m.to(tl.int64)[None, :] * N + n[:, None],
-        total.to(y_ptr.dtype.element_ty),
-        mask=inside,
-    )
-
-
-@triton.jit(do_not_specialize=["M"])
-def _add_parts(
-    partial_ptr, row_scale_ptr, bias_ptr, y_ptr, M, N, SPLITS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Program (n, m): COLUMNS outputs of a token, its parts added in order."""
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    m = tl.program_id(1)
-    place = m.to(tl.int64) * N + n
-    total = tl.zeros((COLUMNS,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        total += tl.load(partial_ptr + split * M.to(tl.int64) * N + place, mask=n < N, other=0.0)
-    if row_scale_ptr is not None:
-        total *= tl.load(row_scale_ptr + m)
+        # few tokens, so 32 bits reach; one part after the other, or loads fill the registers
+        parts = partial_ptr + first_partial
+        offset = m[None, :] * N + n[:, None]
+        tl.store(parts + split * M * N + offset, total, mask=inside)
+        tl.debug_barrier()  # all threads have stored before one of them counts
+        counter = counter_ptr + first_tile * tl.num_programs(1) + tl.program_id(1) * tiles + tile
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+        if last:
+            total = tl.zeros((TN, TM), tl.float32)
+            for _ in tl.range(0, splits, num_stages=1):
+                total += tl.load(parts + offset, mask=inside, other=0.0, cache_modifier=".cg")
+                parts += M * N
+        inside = inside & last
+    if not FLOATING and not GROUPED:
+        scale = tl.load(row_scale_ptr + m)
+        for part in tl.static_range(1, PARTS):  # each tells of its own inputs
+            own = tl.load(row_scale_ptr + part * rows + m)
+            scale = tl.where(own == own, scale, own)
+        total *= scale[None, :]
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=n < N)
+        total += tl.load(bias_ptr + n_read).to(tl.float32)[:, None]
+    place = m.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=inside)

@@ -6,6 +6,7 @@ operator there.
 
 import pytest
 import torch
+from arranged_inputs import arrange, order
 from linear_calls import NAMES, TIGHT, agree, arguments
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -152,21 +153,6 @@ def test_sums_are_exact(kernels, weight_bits, activation_bits, granularity, grou
         assert torch.equal(torch.ops.qvlm_hf.linear(x, *rest).double(), exact)
 
 
-def order(layout):
-    """Where input k of a row lies in its arranged row."""
-    k = torch.arange(layout.in_features)
-    within = k % layout.group_length
-    block, inner = (
-        k // layout.group_length * layout.blocks + within // layout.block,
-        within % layout.block,
-    )
-    return (
-        block * layout.block
-        + inner % layout.slices * (layout.block // layout.slices)
-        + inner // layout.slices
-    )
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("granularity", ["channel", "dynamic_token"])
 def test_inputs_are_rounded_as_the_reference_rounds(kernels, granularity, bits):
@@ -180,14 +166,14 @@ def test_inputs_are_rounded_as_the_reference_rounds(kernels, granularity, bits):
     statics = granularity == "channel"
     qparams = QParams(scale, zero, bits) if statics else dynamic_token_qparams(x, bits)
     layout = kernels.Layout.of(4096, 128, 4)
-    arranged = kernels.arrange(
+    arranged = arrange(
+        kernels,
         x,
         layout,
         bits,
         granularity,
         scale if statics else None,
         zero if statics else None,
-        rows=256,
     )
     a = shift_quantize(x, qparams).int()
     stored = a if bits < 8 else a + qparams.zero_point - 128
@@ -216,7 +202,7 @@ def test_fused_quantizers_round_where_the_model_rounds(kernels, dtype):
         ("swiglu", act(x) * up, {"other": up}),
     )
     for source, expected, fused in cases:
-        values = kernels.arrange(x, layout, 16, "none", rows=64, source=source, **fused).values[0][
+        values = arrange(kernels, x, layout, 16, "none", source=source, **fused).values[0][
             :, order(layout)
         ]
         if dtype == torch.float32:
@@ -224,8 +210,8 @@ def test_fused_quantizers_round_where_the_model_rounds(kernels, dtype):
         else:
             assert (values != expected).float().mean() <= 0.001, source
             torch.testing.assert_close(values, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-        one = kernels.arrange(x, layout, 8, "dynamic_token", rows=64, source=source, **fused)
-        two = kernels.arrange(values.contiguous(), layout, 8, "dynamic_token", rows=64)
+        one = arrange(kernels, x, layout, 8, "dynamic_token", source=source, **fused)
+        two = arrange(kernels, values.contiguous(), layout, 8, "dynamic_token")
         assert torch.equal(one.values, two.values), source
         assert torch.equal(one.sums, two.sums), source
 
@@ -291,6 +277,40 @@ def test_a_cuda_graph_holds_it(kernels, tokens, activation_bits, granularity):
     x.copy_(other)
     graph.replay()
     assert torch.equal(y, made(other))
+
+
+def test_what_is_not_compiled_is_refused_in_a_graph(kernels):
+    """And nothing is left half captured: the same call works afterwards."""
+    made = module(4, 8, "dynamic_token", 512, 1024, 128)
+    x = torch.randn(37, 1024, device="cuda", dtype=torch.bfloat16)
+    gpu._plan.cache_clear()
+    with (
+        pytest.raises(RuntimeError, match="run the model once with 37 tokens"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        made(x)
+    torch.cuda.synchronize()
+    compare(made, x)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "dynamic_token", "dynamic_group", "none"])
+def test_a_token_that_is_not_finite_gives_nan(kernels, granularity):
+    made = module(4, 8, granularity, 512, 4096, 128)
+    for tokens in (3, 100):
+        x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+        x[1, 2000] = torch.nan
+        y = made(x)
+        assert y[1].isnan().all()
+        assert y[::2].isfinite().all()
+
+
+def test_prepared_launches_give_the_bits_of_the_first(kernels):
+    """The first call of a plan goes Triton's way, the next ones its addresses alone."""
+    made = module(4, 8, "dynamic_token", 512, 1024, 128)
+    for tokens in (1, 608):
+        x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+        gpu._plan.cache_clear()
+        assert torch.equal(made(x), made(x))
 
 
 def test_compiles_into_one_graph(kernels):

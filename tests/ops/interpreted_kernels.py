@@ -5,10 +5,14 @@ Not collected by itself: test_triton.py runs it in a process of its own. By hand
 `TRITON_INTERPRET=1 pytest tests/ops/interpreted_kernels.py`.
 """
 
+import functools
+
+import arranged_inputs
 import pytest
 import torch
+from arranged_inputs import order
 from interpreted_triton import kernels
-from linear_calls import OPS, TIGHT, agree, arguments, lists
+from linear_calls import GRANULARITIES, OPS, TIGHT, agree, arguments, lists
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -29,6 +33,9 @@ def computed(x, *calls, device=HOPPER):
     """The outputs for flat arguments of modules that share an input."""
     weights, scheme = parse_many((x, *lists(*calls)))
     return gpu.compute(kernels, device, x, weights, scheme)
+
+
+arrange = functools.partial(arranged_inputs.arrange, kernels)
 
 
 def compare(x, rest):
@@ -74,7 +81,7 @@ def test_floating_inputs(dtype, scaled):
     x = torch.randn(3, 264).to(dtype)
     compare(x, rest)
     if scaled and dtype != torch.float32:
-        arranged = kernels.arrange(x, kernels.Layout.of(264, 128, 4), 16, "none", rest[3], rows=16)
+        arranged = arrange(x, kernels.Layout.of(264, 128, 4), 16, "none", rest[3])
         assert arranged.values.shape[0] == 2
         both = arranged.values.float().sum(0)[:3, order(kernels.Layout.of(264, 128, 4))]
         assert ((both - x.float() / rest[3]).abs() <= 2.0**-16 * (x.float() / rest[3]).abs()).all()
@@ -105,24 +112,36 @@ def test_sums_are_exact(weight_bits, activation_bits, granularity, tokens):
         assert torch.equal(computed(x, rest)[0].long(), exact)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 20])
-def test_modules_of_one_input_are_computed_as_each_by_itself(tokens):
-    x = torch.randn(tokens, 200)
-    cases = [arguments(4, 8, "dynamic_token", n, 200, 64, tokens, seed=n) for n in (35, 8)]
+@pytest.mark.parametrize(("tokens", "in_features"), [(0, 200), (1, 512), (20, 200)])
+@pytest.mark.parametrize("outputs", [(35, 8), (96, 8, 20), (64, 64, 3, 7, 130)])
+def test_modules_of_one_input_are_computed_as_each_by_itself(tokens, in_features, outputs):
+    """With K split for one token, into parts that differ by module."""
+    x = torch.randn(tokens, in_features)
+    cases = [arguments(4, 8, "dynamic_token", n, in_features, 64, tokens, seed=n) for n in outputs]
     alone = [computed(x, rest)[0] for rest in cases]
     assert all(torch.equal(y, one) for y, one in zip(computed(x, *cases), alone, strict=True))
 
 
-def order(layout):
-    """Where input k of a row lies in its arranged row."""
-    width = layout.block // layout.slices
-    k = torch.arange(layout.in_features)
-    within = k % layout.group_length
-    block, inner = (
-        k // layout.group_length * layout.blocks + within // layout.block,
-        within % layout.block,
-    )
-    return block * layout.block + inner % layout.slices * width + inner // layout.slices
+@pytest.mark.parametrize(("weight_bits", "activation_bits"), [(4, 4), (4, 8), (3, 5), (8, 8)])
+@pytest.mark.parametrize(("in_features", "length"), [(200, 64), (143, 13), (384, 128)])
+def test_a_range_per_group_of_inputs(weight_bits, activation_bits, in_features, length):
+    sizes = 35, in_features, length, 3
+    rest = arguments(weight_bits, activation_bits, "dynamic_group", *sizes)
+    compare(torch.randn(3, in_features) * torch.logspace(-2, 2, in_features), rest)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_token_that_is_not_finite_gives_nan(granularity, bad):
+    """Wherever it is, also where several programs arrange a token; and no other token does."""
+    rest = arguments(4, 16 if granularity == "none" else 8, granularity, 9, 2304, 128, 3)
+    x = torch.randn(3, 2304)
+    for place in (0, 1100, 2303):
+        y = computed(x.index_put((torch.tensor(1), torch.tensor(place)), torch.tensor(bad)), rest)[
+            0
+        ]
+        assert y[1].isnan().all() if granularity != "none" else not y[1].isfinite().any()
+        assert torch.equal(y[::2], computed(x, rest)[0][::2])
 
 
 @pytest.mark.parametrize("bits", [3, 4, 7, 8])
@@ -144,18 +163,18 @@ def test_inputs_are_rounded_as_the_reference_rounds(granularity, bits):
     halves = ((x / expected.scale).floor() + 0.5) * expected.scale
     x[:, 2::3] = (halves if scale is not None else halves.clamp(-1, 2**bits - 2))[:, 2::3]
     layout = kernels.Layout.of(200, 64, 4)
-    arranged = kernels.arrange(x, layout, bits, granularity, scale, zero, rows=16)
+    arranged = arrange(x, layout, bits, granularity, scale, zero, positions=3)
     a = shift_quantize(x, expected).int()
     stored = a if bits < 8 else a + expected.zero_point - 128
     assert torch.equal(arranged.values[0, :6, order(layout)].int(), stored)
     assert arranged.values[0, :6].int().sum() == stored.sum(), "padding is not zero"
     assert torch.equal(arranged.sums[:, :6].sum(0), stored.sum(1).int())
     if granularity != "channel":
-        assert torch.equal(arranged.row_scale[:6], expected.scale.flatten())
+        assert torch.equal(arranged.row_scale[0, :6], expected.scale.flatten())
     if bits == 8 and granularity == "channel":
         assert torch.equal(arranged.more.int().sum(0)[order(layout)], 128 - zero)
     if bits == 8 and granularity != "channel":
-        assert torch.equal(arranged.shift[:6], 128 - expected.zero_point.flatten())
+        assert torch.equal(arranged.shift[0, :6], 128 - expected.zero_point.flatten())
 
 
 def fused_cases(dtype):
@@ -187,7 +206,7 @@ def test_fused_quantizers_round_where_the_model_rounds(dtype):
     """
     layout = kernels.Layout.of(200, 64, 8)
     for source, x, expected, fused in fused_cases(dtype):
-        arranged = kernels.arrange(x, layout, 16, "none", rows=16, source=source, **fused)
+        arranged = arrange(x, layout, 16, "none", source=source, **fused)
         values = arranged.values[0, :3, order(layout)]
         if dtype == torch.float32:
             torch.testing.assert_close(values, expected, rtol=3e-6, atol=3e-6)
@@ -203,8 +222,8 @@ def test_fused_quantizers_round_where_the_model_rounds(dtype):
                 zero_point = torch.randint(0, 256, (200,), dtype=torch.int32)
                 grid = torch.rand(200) * 0.05 + 0.01, zero_point
             sizes = layout, 8, granularity, *grid
-            one = kernels.arrange(x, *sizes, rows=16, source=source, **fused)
-            two = kernels.arrange(values.contiguous(), *sizes, rows=16)
+            one = arrange(x, *sizes, source=source, **fused)
+            two = arrange(values.contiguous(), *sizes)
             assert torch.equal(one.values[0, :3], two.values[0, :3])
             assert torch.equal(one.sums[:, :3], two.sums[:, :3])
 
@@ -234,15 +253,9 @@ def test_many_tokens_and_every_tile():
 
 def test_more_tokens_than_offsets_reach(monkeypatch):
     """They go in parts that begin at position 0."""
-    monkeypatch.setattr(gpu, "_OFFSETS", 2 * 64 * (128 + 7))
-    calls = []
-    monkeypatch.setattr(
-        kernels,
-        "arrange",
-        lambda x, *args, original=kernels.arrange, **kwargs: (
-            calls.append(len(x)) or original(x, *args, **kwargs)
-        ),
-    )
+    monkeypatch.setattr(gpu, "_OFFSETS", 2 * 128 * (128 + 7))
+    calls, original = [], gpu._plan
+    monkeypatch.setattr(gpu, "_plan", lambda *key: calls.append(key[-2]) or original(*key))
     compare(torch.randn(4, 3, 64), arguments(4, 4, "token", 9, 64, 64, 3))
     assert calls == [6, 6]
 
@@ -265,9 +278,36 @@ def test_parts_of_k_are_never_empty():
 
 def test_the_self_check_finds_what_is_wrong(monkeypatch):
     assert gpu.self_check(kernels, HOPPER, CPU) is None
-    original = kernels.multiply
-    monkeypatch.setattr(kernels, "multiply", lambda *args: original(*args) * 1.01)
-    assert (
-        gpu.self_check(kernels, HOPPER, CPU)
-        == "the compiled kernel is wrong for W4A4 channel, 1 tokens, 300 inputs in groups of 128"
+    original = gpu._Plan.__call__
+
+    def wrong(plan, x, weights, scheme, outputs):
+        original(plan, x, weights, scheme, outputs)
+        outputs[0].mul_(1.01)
+
+    monkeypatch.setattr(gpu._Plan, "__call__", wrong)
+    expected = (
+        "the compiled kernel is wrong for W4A4 channel, 1 tokens, 300 inputs in groups of 128"
     )
+    assert gpu.self_check(kernels, HOPPER, CPU) == expected
+
+
+def test_another_triton_launches_its_own_way(monkeypatch):
+    """Where repeated launches raise, every launch is the first."""
+
+    def fails(launch, addresses):
+        raise TypeError("function takes at most 31 arguments (40 given)")
+
+    def keeps(launch, *tensors):
+        launch.function[launch.grid](*tensors, **launch.values, **launch.options)
+        launch._compiled = launch.repeats or None
+
+    monkeypatch.setattr(gpu, "_CHECKED", gpu._CHECKED[:1])
+    monkeypatch.setattr(gpu.Launch, "repeats", True)
+    monkeypatch.setattr(gpu.Launch, "at", fails)
+    monkeypatch.setattr(gpu.Launch, "__call__", keeps)
+    gpu._plan.cache_clear()
+    with pytest.raises(TypeError):
+        gpu.self_check(kernels, HOPPER, CPU)
+    gpu._plan.cache_clear()
+    assert gpu._checked(kernels, HOPPER, CPU) is None
+    assert not gpu.Launch.repeats

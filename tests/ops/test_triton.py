@@ -40,8 +40,9 @@ def test_what_does_not_run_is_named():
     scheme = CallScheme(None, None, 2**16, 8, 8, 2**16, "channel", 0)
     assert gpu.misfit(scheme) == f"a sum over {2**16} inputs can leave int32"
     assert gpu.misfit(scheme._replace(activation_bits=16, granularity="none")) is None
-    grouped = scheme._replace(group_length=128, granularity="dynamic_group")
-    assert gpu.misfit(grouped) == "no GPU kernel has a range per group of inputs"
+    grouped = scheme._replace(group_length=256, granularity="dynamic_group")
+    assert gpu.misfit(grouped) == "no GPU kernel has a range per group of more than 128 inputs"
+    assert gpu.misfit(grouped._replace(group_length=128)) is None
 
 
 def test_kernels_take_no_tensors_of_two_devices():

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.search.sensitivity import gradient_draws
 from qvlm_hf.models.graph import Layer, Segment
@@ -84,7 +82,7 @@ class Sums:
                     self.hessians += 2 * routed * inputs**2
 
 
-def add_up(model: nn.Module, segments: Sequence[Segment], data: Data) -> list[Sums]:
+def add_up(model: Any, segments: Sequence[Segment], data: Data) -> list[Sums]:
     """The sums of every segment; `model` may be on the meta device."""
     active = _active_share(model)
     return [Sums(segment, data, active) for segment in segments]
@@ -109,10 +107,9 @@ def _active_weights(layer: Layer, active: float) -> float:
     )
 
 
-def _active_share(model: nn.Module) -> float:
+def _active_share(model: Any) -> float:
     """The share of a layer's experts that a token goes through; 1 without experts."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = model.config.get_text_config()
     taken = getattr(text, "num_experts_per_tok", None)
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
         if taken and (count := getattr(text, name, None)):

@@ -1,18 +1,41 @@
 """Values of calibration as JSON and named tensors, and back.
 
-Plain values, tensors and dataclasses of this package, in any depth of tuples, lists and dicts.
+Plain values, tensors and dataclasses marked `codable`, in any depth of tuples, lists and dicts.
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-__all__ = ["decode", "encode"]
+from qvlm_hf.calibration.record.report import BlockReport, PrecisionRaise, RecipeTrial, VisionReport
+from qvlm_hf.calibration.settings import Precision, RangeCandidate
+from qvlm_hf.format.grids import QParams
 
-_OURS = "qvlm_hf."  # modules whose dataclasses a file may name
+__all__ = ["codable", "decode", "encode"]
+
+_Class = TypeVar("_Class", bound=type)
+
+_KINDS: dict[str, type] = {}
+
+
+def codable(kind: _Class) -> _Class:
+    """Marks a dataclass that files may hold."""
+    _KINDS[kind.__name__] = kind
+    return kind
+
+
+for _kind in (
+    BlockReport,
+    Precision,
+    PrecisionRaise,
+    QParams,
+    RangeCandidate,
+    RecipeTrial,
+    VisionReport,
+):
+    codable(_kind)
 
 
 def encode(value: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -33,13 +56,9 @@ def encode(value: Any) -> tuple[Any, dict[str, Tensor]]:
             # a copy: safetensors saves no shared memory
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
             return {"tensor": name, "device": str(value.device)}
-        kind = type(value)
-        return {
-            "fields": {
-                each.name: entry(getattr(value, each.name)) for each in dataclasses.fields(value)
-            },
-            "class": [kind.__module__, kind.__name__],
-        }
+        kind = type(value).__name__
+        names = [field.name for field in dataclasses.fields(_KINDS[kind])]
+        return {"class": kind, "fields": {name: entry(getattr(value, name)) for name in names}}
 
     return entry(value), tensors
 
@@ -48,8 +67,8 @@ def decode(entry: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The value that `encode` was given.
 
     Raises:
-        KeyError, TypeError, AttributeError: the entry is damaged, or names what is no dataclass of
-            this package.
+        KeyError, TypeError, AttributeError: the entry is damaged, or names a class that is not
+            `codable`.
     """
     if isinstance(entry, list):
         return [decode(item, tensors) for item in entry]
@@ -61,9 +80,5 @@ def decode(entry: Any, tensors: Mapping[str, Tensor]) -> Any:
         return dict(decode(pair, tensors) for pair in entry["dict"])
     if "tensor" in entry:
         return tensors[entry["tensor"]].to(entry["device"])
-    module, name = entry["class"]
-    kind: Any = getattr(sys.modules[module], name)
-    if not (module.startswith(_OURS) and hasattr(kind, "__dataclass_fields__")):
-        raise TypeError(f"{name} is no dataclass of this package")
-    fields = {field: decode(item, tensors) for field, item in entry["fields"].items()}
-    return kind(**fields)
+    fields = {name: decode(item, tensors) for name, item in entry["fields"].items()}
+    return _KINDS[entry["class"]](**fields)

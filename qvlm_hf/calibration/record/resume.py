@@ -9,26 +9,19 @@ at any moment leaves whole steps alone. Steps that are repeated give the bits th
 the whole result is that of an undisturbed run (docs/decisions/0025).
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.record.coded import decode, encode
-from qvlm_hf.calibration.record.provenance import versions
-from qvlm_hf.calibration.record.report import settings_dict
-from qvlm_hf.calibration.samples import Batch, Sample, fingerprint
-from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.record.origin import other_origin
 
 try:
     import fcntl
@@ -39,13 +32,11 @@ __all__ = [
     "SavedSteps",
     "alone_in",
     "check_resume_dir",
-    "made_from",
     "remove_state",
     "telling_how_to_go_on",
 ]
 
 _STATE, _PARTIAL = "state.json", ".partial"
-_FORMAT = 2
 
 _T = TypeVar("_T")
 
@@ -57,7 +48,7 @@ class SavedSteps:
 
     Args:
         folder: from `check_resume_dir`; None keeps nothing.
-        origin: from `made_from`.
+        origin: from `made_from` (origin.py).
 
     Raises:
         ValueError: the directory belongs to another calibration, or is damaged.
@@ -80,7 +71,14 @@ class SavedSteps:
             for left in folder.glob(f"*{_PARTIAL}"):  # of a process that was killed
                 left.unlink()
         if any(file.name != _STATE for file in folder.glob("*.json")):
-            _compare(folder, _read_json(folder / _STATE), json.loads(json.dumps(origin)))
+            found = _read_json(folder / _STATE)
+            if not isinstance(found, dict):
+                raise _damaged(folder / _STATE)
+            if other := other_origin(found, json.loads(json.dumps(origin))):
+                raise ValueError(
+                    f"{folder}: was begun with {other}: go on as it was begun, or delete it to "
+                    f"begin anew."
+                )
         else:  # no step was finished: whoever mends a mistake goes on here
             self._write_json(_STATE, origin)
 
@@ -227,90 +225,6 @@ def telling_how_to_go_on(folder: Path | None) -> Iterator[None]:
             raise
         kept = f"what is finished is kept in {folder}: run the same again to go on"
         raise KeyboardInterrupt(kept) from stop
-
-
-def made_from(
-    model: nn.Module,
-    settings: CalibrationSettings,
-    samples: Sequence[Sample],
-    data: Iterable[Batch],
-) -> dict[str, Any]:
-    """All that the bits of a result depend on, ready for JSON.
-
-    Args:
-        model: in full precision; every weight is read once.
-        settings: all of them.
-        samples: for calibration and for checks.
-        data: the batches that the processor makes.
-    """
-    parameter = next(model.parameters())
-    return {
-        "format": _FORMAT,
-        "settings": settings_dict(settings),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "processes": ranks.world_size(),
-        "device": _device_name(parameter.device),
-        "model": _hash_tensors(chain(model.named_parameters(), model.named_buffers())),
-        "samples": fingerprint(samples),
-        "inputs": _hash_tensors(
-            (name, tensor)
-            for batch in data
-            for name, tensor in (*sorted(batch.inputs.items()), ("labels", batch.labels))
-        ),
-    }
-
-
-_WORDS = {
-    "format": "another version of qvlm_hf",
-    "model": "another model",
-    "samples": "other samples",
-    "inputs": "another processor",
-}
-
-
-def _compare(folder: Path, found: Any, origin: Mapping[str, Any]) -> None:
-    """Refuses to go on with another calibration, and says what is other."""
-    if not isinstance(found, dict):
-        raise _damaged(folder / _STATE)
-    for key, here in origin.items():
-        there = found.get(key)
-        if there == here:
-            continue
-        pairs = {key: (there, here)}
-        if isinstance(here, dict) and isinstance(there, dict):
-            pairs = {name: (there.get(name), here.get(name)) for name in {**there, **here}}
-        differ = [
-            f"{name} {_shown(old)} instead of {_shown(new)}"
-            for name, (old, new) in pairs.items()
-            if old != new
-        ]
-        other = _WORDS.get(key, " and ".join(differ))
-        raise ValueError(
-            f"{folder}: was begun with {other}: go on as it was begun, or delete it to begin anew."
-        )
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _hash_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in named:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        if tensor.is_meta:  # which calibration refuses
-            continue
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from qvlm_hf.calibration.samples.batch import (
     batches,
     collate,
     longest_sample,
+    moved,
     without_too_long,
 )
 from qvlm_hf.calibration.samples.identity import by_picture, fingerprint
@@ -43,6 +44,7 @@ __all__ = [
     "hold_out",
     "load_samples",
     "longest_sample",
+    "moved",
     "takes_suffix",
     "without_too_long",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from qvlm_hf.calibration.samples.errors import place, sample_error
 from qvlm_hf.calibration.samples.rendering import (
@@ -26,6 +27,7 @@ __all__ = [
     "batches",
     "collate",
     "longest_sample",
+    "moved",
     "without_too_long",
 ]
 
@@ -72,6 +74,16 @@ def batches(
     max_tokens = None if model is None else longest_sample(model)
     for start in range(0, len(samples), batch_size):
         yield collate(samples[start : start + batch_size], processor, max_tokens=max_tokens)
+
+
+def moved(
+    tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors on a device, floating ones in a dtype."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+    }
 
 
 def longest_sample(model: torch.nn.Module) -> int | None:

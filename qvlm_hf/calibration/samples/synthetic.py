@@ -6,7 +6,6 @@ on, so real samples are better where there are any (docs/results.md).
 """
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from qvlm_hf.calibration.samples import Processor, Sample, collate
+from qvlm_hf.calibration.samples import Processor, Sample, collate, moved
 
 __all__ = ["SYNTHETIC", "synthesize"]
 
@@ -35,14 +34,7 @@ _QUESTIONS = re.findall(
 )
 
 
-def synthesize(
-    model: nn.Module,
-    processor: Processor,
-    count: int,
-    *,
-    seed: int,
-    advance: Callable[[], None] = lambda: None,
-) -> list[Sample]:
+def synthesize(model: nn.Module, processor: Processor, count: int, *, seed: int) -> list[Sample]:
     """Makes calibration samples.
 
     Args:
@@ -50,7 +42,6 @@ def synthesize(
         processor: of the model.
         count: how many.
         seed: of pictures and questions.
-        advance: called after every sample.
 
     Returns:
         `count` chats, a picture, a question and the model's greedy answer each; samples that it has
@@ -74,7 +65,6 @@ def synthesize(
             reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
             sample = Sample(messages=(asked, reply), origin=sample.origin)
         samples.append(sample)
-        advance()
     answered = sum(sample.answer is not None for sample in samples)
     if 2 * answered < count:
         raise ValueError(
@@ -86,12 +76,8 @@ def synthesize(
 
 def _answer(model: Any, processor: Any, sample: Sample) -> str:
     """The greedy answer, empty where the model ends at once."""
-    device, dtype = next(model.parameters()).device, model.dtype
-    inputs = collate([sample], processor).inputs
-    inputs = {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in inputs.items()
-    }
+    device = next(model.parameters()).device
+    inputs = moved(collate([sample], processor).inputs, device, model.dtype)
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
     return processor.tokenizer.decode(

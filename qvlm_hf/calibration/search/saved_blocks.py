@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qvlm_hf.calibration.record.coded import codable
 from qvlm_hf.calibration.record.report import BlockReport
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.sites import ExpertsSite, QuantizedSite, SiteCandidate
@@ -16,6 +17,7 @@ from qvlm_hf.models.graph import Layer, Site
 __all__ = ["SavedBlock", "restore_sites", "save_block"]
 
 
+@codable
 @dataclass(frozen=True)
 class _SavedWeight:
     """The integers of one module, packed, and the grids of its groups."""
@@ -27,6 +29,7 @@ class _SavedWeight:
     group_length: int
 
 
+@codable
 @dataclass(frozen=True)
 class _SavedPart:
     """What one input tensor's modules run with: the choice of the search."""
@@ -37,12 +40,14 @@ class _SavedPart:
     few_tokens: bool
 
 
+@codable
 @dataclass(frozen=True)
 class _SavedSite:
     parts: tuple[_SavedPart, ...]
     tokens: tuple[int, ...] | None  # of every expert; None without experts
 
 
+@codable
 @dataclass(frozen=True)
 class SavedBlock:
     """A block after its search: its sites, layer after layer, and the report."""

@@ -37,6 +37,7 @@ from qvlm_hf.calibration.measure.entropy import (
 )
 from qvlm_hf.calibration.options import VisionOptimization
 from qvlm_hf.calibration.process import ranks
+from qvlm_hf.calibration.record.coded import codable
 from qvlm_hf.calibration.record.report import VisionReport
 from qvlm_hf.calibration.run import Calibration, LearnedRanges
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
@@ -52,6 +53,7 @@ _PATIENCE = 3  # epochs without a better L_err on the held-out batches
 _ENTROPY_BUDGET = 2**20  # elements x levels of one pair of layers in one step
 
 
+@codable
 @dataclass(frozen=True)
 class OptimizedVision:
     """The result of the optimisation; without ranges where they did not help.

@@ -26,7 +26,7 @@ from torch.nn import functional
 from qvlm_hf.calibration.measure.answers import eval_mode
 from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.record.report import DecodeCheck
-from qvlm_hf.calibration.samples import Sample, collate
+from qvlm_hf.calibration.samples import Sample, collate, moved
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.processor_fit import sample_of_noise
 from qvlm_hf.hf.runtime.fusion import leave_to_transformers
@@ -58,10 +58,7 @@ def check_decoding(model: Any, inputs: Mapping[str, Tensor]) -> DecodeCheck | No
     if both_ways or any(parameter.is_meta for parameter in model.parameters()):
         return None
     with _unrounded(model), eval_mode(model):
-        fed = {
-            name: tensor.to(model.device, torch.float32 if tensor.is_floating_point() else None)
-            for name, tensor in inputs.items()
-        }
+        fed = moved(inputs, model.device, torch.float32)
         alone, tokens = _decode(model, fed, use_cache=False)
         cached, _ = _decode(model, fed, use_cache=True, tokens=tokens)
     found, expected = (torch.log_softmax(logits, -1) for logits in (cached, alone))

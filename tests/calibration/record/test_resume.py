@@ -8,6 +8,7 @@ import torch
 from tiny_calibrations import calibrate, tiny_samples
 from tiny_models import tiny_llava
 
+from qvlm_hf.calibration.record import origin as record_origin
 from qvlm_hf.calibration.record import resume
 from qvlm_hf.calibration.record.report import BlockReport
 from qvlm_hf.calibration.record.resume import SavedSteps, alone_in, check_resume_dir, remove_state
@@ -89,7 +90,7 @@ def test_another_calibration_is_refused_in_one_line(begun, other, said):
 
 
 def test_other_versions_threads_and_processors_are_refused(begun, monkeypatch):
-    made_from = resume.made_from
+    made_from = record_origin.made_from
 
     def origin(**changes):
         return lambda *given: made_from(*given) | changes
@@ -169,10 +170,8 @@ def test_every_kind_of_value_comes_back(tmp_path):
 
 def test_a_file_makes_no_other_object(tmp_path):
     SavedSteps(tmp_path, {})
-    for name in (["pathlib", "Path"], ["qvlm_hf.calibration.record.resume", "SavedSteps"]):
-        (tmp_path / "step.json").write_text(
-            f'{{"class": {list(name)}, "fields": {{}}}}'.replace("'", '"')
-        )
+    for name in ("Path", "SavedSteps", "CalibrationReport"):
+        (tmp_path / "step.json").write_text(f'{{"class": "{name}", "fields": {{}}}}')
         with pytest.raises(ValueError, match="is damaged"):
             SavedSteps(tmp_path, {}).read("step")
 
