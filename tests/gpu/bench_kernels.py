@@ -9,13 +9,15 @@ are taken in turns from copies that together exceed the L2 cache. A figure is th
 of one CUDA graph of several calls ("graph"), or of the calls themselves where a way cannot be
 captured ("eager"); events of the device take the time. `bandwidth` is bytes of weights per second
 over what a copy of a gigabyte moves. Only ratios of one run mean anything. Ways that are not
-installed or fail are named with the reason.
+installed or fail are named with the reason. Weights are random bytes: rounding real ones takes
+longer than timing them. --dry goes through all of it on a CPU; its times mean nothing.
 """
 
 import argparse
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,11 +26,14 @@ from statistics import median, quantiles
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
-from qvlm_hf.format.grids import QParams, quantize_weight
+from qvlm_hf.bench.machine import device_name
+from qvlm_hf.bench.random_models import random_tensors
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
+from qvlm_hf.nn.linear import QVLMLinear
 
 BASELINE = "cuBLAS bfloat16"
 SCHEMES = (
@@ -41,6 +46,7 @@ SCHEMES = (
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 MOST_COPIES = 64
 CALLS = 20  # of one graph
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Way:
 
 def copies_of(size: float) -> int:
     """Copies that together are four times the L2 cache."""
+    if DEVICE == "cpu":
+        return 1
     return int(min(MOST_COPIES, 1 + 4 * torch.cuda.get_device_properties(0).L2_cache_size // size))
 
 
@@ -68,30 +76,24 @@ def ours(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
         group_size=group_size,
         granularity=granularity,
     )
-    statics = None
-    if granularity == "channel":
-        scale = torch.full((weight.shape[1],), 8 / 2**activation_bits)
-        statics = QParams(
-            scale,
-            torch.full(scale.shape, 2 ** (activation_bits - 1), dtype=torch.int32),
-            activation_bits,
-        )
-    linear = nn.Linear(
-        weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=torch.bfloat16
-    )
-    tensors = packed_tensors(quantize_weight(weight, scheme), scheme, statics)
-    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-    modules = [
-        QVLMLinear.from_packed(linear, scheme, {k: t.cuda() for k, t in tensors.items()})
-        for _ in range(copies_of(size))
-    ]
-    if not modules[0].kernel.startswith("triton"):
+    sizes = weight.shape[1], weight.shape[0], scheme
+
+    def make() -> QVLMLinear:
+        module = QVLMLinear(*sizes, bias=False, dtype=torch.bfloat16, device="meta")
+        for name, tensor in random_tensors(module, torch.device(DEVICE)):
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False))
+        return module
+
+    modules = [make()]
+    size = sum(parameter.nbytes for parameter in modules[0].parameters())
+    modules += [make() for _ in range(copies_of(size) - 1)]
+    if DEVICE == "cuda" and not modules[0].kernel.startswith("triton"):
         raise RuntimeError(modules[0].kernel)
     return Way(lambda x, i: modules[i](x), len(modules), size)
 
 
 def cublas(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
-    copies = [weight.cuda().bfloat16() for _ in range(copies_of(weight.numel() * 2))]
+    copies = [weight.to(DEVICE).bfloat16() for _ in range(copies_of(weight.numel() * 2))]
     return Way(lambda x, i: functional.linear(x, copies[i]), len(copies), weight.numel() * 2)
 
 
@@ -99,8 +101,10 @@ def int_mm(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
     """torch._int_mm with a dynamic range per token, the quantizer compiled; it takes more than 16
     tokens.
     """
+    if DEVICE == "cpu":
+        raise RuntimeError("torch.compile takes too long for a dry run")
     copies = [
-        torch.randint(-127, 128, weight.shape, dtype=torch.int8, device="cuda")
+        torch.randint(-127, 128, weight.shape, dtype=torch.int8, device=DEVICE)
         for _ in range(copies_of(weight.numel()))
     ]
 
@@ -119,11 +123,11 @@ def int_mm(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
 def tinygemm(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way:
     count = copies_of(weight.numel() / 2)
     pairs = torch.randint(
-        0, 256, (weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8, device="cuda"
+        0, 256, (weight.shape[0], weight.shape[1] // 2), dtype=torch.uint8, device=DEVICE
     )
     packed = [torch.ops.aten._convert_weight_to_int4pack(pairs, 8) for _ in range(count)]
     scales = torch.ones(
-        weight.shape[1] // group_size, weight.shape[0], 2, dtype=torch.bfloat16, device="cuda"
+        weight.shape[1] // group_size, weight.shape[0], 2, dtype=torch.bfloat16, device=DEVICE
     )
     return Way(
         lambda x, i: torch.ops.aten._weight_int4pack_mm(x, packed[i], group_size, scales),
@@ -144,7 +148,7 @@ def bitsandbytes_nf4(weight: Tensor, bits: str, granularity: str, group_size: in
             quant_type="nf4",
         )
         layer.weight = bnb.nn.Params4bit(weight.bfloat16(), requires_grad=False, quant_type="nf4")
-        return layer.cuda()
+        return layer.to(DEVICE)
 
     layers = [make() for _ in range(copies_of(weight.numel() / 2))]
     return Way(lambda x, i: layers[i](x), len(layers), weight.numel() // 2)
@@ -161,8 +165,8 @@ def humming(weight: Tensor, bits: str, granularity: str, group_size: int) -> Way
         layer = HummingLayer(
             shape_n=weight.shape[0], shape_k=weight.shape[1], weight_config={"dtype": f"uint{weight_bits}", "group_size": group_size},
             torch_dtype=torch.bfloat16, **inputs,
-        ).cuda()  # fmt: skip
-        layer.load_from_unquantized(weight.cuda().bfloat16())
+        ).to(DEVICE)  # fmt: skip
+        layer.load_from_unquantized(weight.to(DEVICE).bfloat16())
         layer.transform()
         return layer
 
@@ -208,11 +212,12 @@ def ways_of(
             ways[name] = make(weight, bits, granularity, group_size)
             ways[name].run(
                 torch.randn(
-                    max(1, ways[name].least), weight.shape[1], device="cuda", dtype=torch.bfloat16
+                    max(1, ways[name].least), weight.shape[1], device=DEVICE, dtype=torch.bfloat16
                 ),
                 0,
             )
-            torch.cuda.synchronize()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
         except Exception as error:  # a peer that is absent or too old must not end the run
             ways.pop(name, None)
             missing[name] = first_line(error)
@@ -227,6 +232,8 @@ def captured(way: Way, x: Tensor) -> tuple[Callable[[], None], str]:
             way.run(x, call % way.copies)
 
     calls()
+    if DEVICE == "cpu":
+        return calls, "eager"
     torch.cuda.synchronize()
     try:
         graph = torch.cuda.CUDAGraph()
@@ -238,7 +245,23 @@ def captured(way: Way, x: Tensor) -> tuple[Callable[[], None], str]:
     return graph.replay, "graph"
 
 
+def launches(run: Callable[[], None]) -> dict[str, int]:
+    """How often each kernel is launched by a call; run once more, eagerly."""
+    if DEVICE == "cpu":
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        torch.cuda.synchronize()
+    names = (e.name for e in profiled.events() if e.device_type == DeviceType.CUDA)
+    return dict(Counter(name.split("<")[0].split("(")[0][-48:] for name in names))
+
+
 def milliseconds(run: Callable[[], None]) -> float:
+    """Of one of CALLS calls."""
+    if DEVICE == "cpu":
+        begin = time.perf_counter()
+        run()
+        return (time.perf_counter() - begin) * 1e3 / CALLS
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
@@ -249,10 +272,11 @@ def milliseconds(run: Callable[[], None]) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes per second that a copy of a gigabyte reads and writes: the best of ten."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2**30 if DEVICE == "cuda" else 2**24, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return max(
-        2 * 2**30 / (milliseconds(lambda: target.copy_(source)) * CALLS / 1e3) for _ in range(10)
+        2 * source.numel() / (milliseconds(lambda: target.copy_(source)) * CALLS / 1e3)
+        for _ in range(10)
     )
 
 
@@ -264,14 +288,14 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
     ways, missing = ways_of(weight, arguments.group_size, deadline)
     limit, rows = copy_bandwidth(), []
     result = {
-        "device": torch.cuda.get_device_name(), "versions": versions(), "copy_bandwidth": limit,
+        "device": device_name(torch.device(DEVICE)), "versions": versions(), "copy_bandwidth": limit,
         **{name: value for name, value in vars(arguments).items() if name != "output"}, "rows": rows, "missing": missing,
     }  # fmt: skip
     for tokens in arguments.tokens:
         if time.monotonic() > deadline:
             print(f"{tokens:5d}  not measured: out of time", flush=True)
             continue
-        x = torch.randn(tokens, arguments.in_features, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(tokens, arguments.in_features, device=DEVICE, dtype=torch.bfloat16)
         runs = {}
         for name, way in ways.items():
             if way.least <= tokens:
@@ -296,6 +320,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict]:
                 {
                     "way": name, "tokens": tokens, "mode": runs[name][1], "milliseconds": middle, "spread": (high - low) / middle,
                     "speedup": base / middle, "bandwidth": ways[name].bytes / (middle / 1e3) / limit,
+                    "launches": launches(lambda way=ways[name], x=x: way.run(x, 0)),
                 }
             )  # fmt: skip
             print(
@@ -324,9 +349,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="default: tests/bench/results/kernels_gpu_<out-features>.json"
     )
+    parser.add_argument("--dry", action="store_true", help="on a CPU, one round")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu" and not arguments.dry:
         parser.error("needs a CUDA device: PyTorch finds none")
+    if arguments.dry:
+        arguments.rounds = 2
     output = arguments.output or RESULTS / f"kernels_gpu_{arguments.out_features}.json"
     if not output.absolute().parent.is_dir():
         parser.error(f"--output {output}: the directory does not exist")

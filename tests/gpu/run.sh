@@ -1,70 +1,125 @@
 #!/usr/bin/env bash
-# Every check and measurement that needs a GPU, in under 20 minutes; parts run by themselves: tests/gpu/run.sh check kernels
-# Needs the package installed (`pip install --no-deps .` is enough beside PyTorch, Triton and Transformers) and pytest.
-#   OUT=DIR   where results go, each when its part ends (default: tests/bench/results)
+# What needs a GPU, as two calls that fit into 15 minutes of a lent one.
+#   tests/gpu/run.sh carry             where there is a network: wheels for a bare machine, into tests/gpu/wheels
+#   OUT=DIR tests/gpu/run.sh first     480 s: checks, kernels, decoding, tiles
+#   OUT=DIR tests/gpu/run.sh second    230 s: generation from end to end, calibration
+#   tests/gpu/run.sh check kernels     parts by name
+#   DRY=1 ...                          the same on a CPU, small: nothing is measured
+# Results are written row by row, at most 8 files. Needs PyTorch, Triton and pip; the rest can be carried.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-export PYTHONPATH="$PWD:$PWD/tests:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-# Seconds, and the order; the last needs its name: what calibrating a whole model takes is not known yet.
-order=(check kernels models_7b graphs_7b models_13b graphs_13b calibration)
-declare -A seconds=(
-    [check]=170 [kernels]=240 [models_7b]=120 [graphs_7b]=210 [models_13b]=120 [graphs_13b]=210 [calibration]=120
-    [calibration_full]=600 [tiles]=480
-)
+wheels=tests/gpu/wheels
 
-(($#)) || set -- "${order[@]}"
+carry() { # PYTHON=3.12: of the machine with the GPU; what it has by itself may be left out by NOT="numpy ..."
+    rm -rf "$wheels" && mkdir "$wheels"
+    pip wheel --quiet --no-deps --wheel-dir "$wheels" . || return
+    local platforms=(manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux1_x86_64)
+    # The versions of this environment, but for what is built for a device.
+    python3 - "${NOT:-}" <<'NAMES' | xargs pip download --quiet --no-deps --only-binary=:all: --implementation cp \
+        --python-version "${PYTHON:-3.12}" "${platforms[@]/#/--platform=}" --dest "$wheels" || return
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+
+left, found = ["qvlm_hf", "pytest", "pytest-xdist"], {}
+while left:
+    name = left.pop()
+    key = name.lower().replace("_", "-")
+    if key in found or re.match(r"(torch|triton|nvidia|cuda|setuptools)", key) or key in sys.argv[1].split():
+        continue
+    try:
+        one = distribution(name)
+    except PackageNotFoundError:
+        continue
+    found[key] = f"{name}=={one.version}"
+    left += [re.split(r"[^\w.-]", need)[0] for need in one.requires or () if "extra ==" not in need]
+found.pop("qvlm-hf")
+print(*found.values())
+NAMES
+    du -sh "$wheels"
+}
+
+if [ "${1:-}" = carry ]; then carry; exit; fi
+export PYTHONPATH="$PWD:$PWD/tests:$PWD/tests/ops:${PYTHONPATH:-}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+first=(install precompile check kernels decode tiles) second=(install generate calibration)
+# Seconds of each part: 480 and 230 in all.
+declare -A seconds=([install]=20 [precompile]=45 [check]=100 [kernels]=125 [decode]=120 [tiles]=70 [generate]=130 [calibration]=80)
+case "${1:-first}" in first) set -- "${first[@]}" ;; second) set -- "${second[@]}" ;; esac
 for name; do
     [[ -n ${seconds[$name]:-} ]] || { echo "tests/gpu/run.sh: no part is called '$name': ${!seconds[*]}" >&2; exit 2; }
 done
-python3 - <<'PREFLIGHT' || exit 1
-import sys
-from importlib.metadata import PackageNotFoundError, version
-
-try:
-    print(", ".join(f"{name} {version(name)}" for name in ("qvlm_hf", "torch", "transformers", "triton", "pytest")))
-    import torch
-
-    import qvlm_hf
-except (ImportError, PackageNotFoundError) as error:
-    sys.exit(f"tests/gpu/run.sh: {error}: install the package and pytest first.")
-if not torch.cuda.is_available():
-    sys.exit("tests/gpu/run.sh: PyTorch finds no CUDA device here.")
-PREFLIGHT
 out=${OUT:-tests/bench/results}
 mkdir -p "$out" && out=$(realpath "$out")
-device=$(python3 -c 'import torch; print(torch.cuda.get_device_name(0).lower().replace("nvidia ", "").replace(" ", "-"))')
-check() { # kernels are compiled by the dozen: in several processes where pytest-xdist is there
-    local workers=()
-    python3 -c 'import xdist' 2>/dev/null && workers=(-n 8)
-    python3 -m pytest -q -m gpu "${workers[@]}" tests/gpu
-}
-layer() { # out_features, in_features, minutes
-    python3 tests/gpu/bench_kernels.py --out-features "$1" --in-features "$2" --minutes "$3" --output "$out/kernels_${device}_$1.json"
-}
-kernels() { layer 4096 4096 2.3 && layer 13824 5120 1.2; } # the second finds most kernels compiled
-bench() { # shape, name of the result, options; PEERS=1 times other packages too
-    local program=(-m qvlm_hf bench)
-    [ -z "${PEERS:-}" ] || program=(tests/bench/peers.py)
-    python3 "${program[@]}" --device cuda --shape "$1" --lm-head-bits 8 --prompt-tokens 608 --rounds 3 --json "$out/bench_${device}_$1$2.json" "${@:3}"
-}
-models_7b() { PEERS=1 bench llava-1.5-7b "" --scheme W4A8 W8A8 W4A4 --new-tokens 32; }
-models_13b() { bench llava-1.5-13b "" --scheme W4A8 W8A8 --new-tokens 32; }
-# Two ways: compiling a model takes a minute.
-graphs_7b() { bench llava-1.5-7b _graphs --scheme W4A8 --new-tokens 128 --compile; }
-graphs_13b() { bench llava-1.5-13b _graphs --scheme W4A8 --new-tokens 128 --compile; }
-calibration() { # layers are calibrated one after the other: a quarter of them tells the time of all
-    python3 tests/gpu/calibrate_shape.py --shape llava-1.5-7b --scheme W4A4 --layers 8 --json "$out/calibration_${device}_7b_8layers.json"
-}
-calibration_full() { python3 tests/gpu/calibrate_shape.py --shape llava-1.5-7b --scheme W4A4 --json "$out/calibration_${device}_7b.json"; }
-tiles() { python3 tests/gpu/tune_tiles.py --minutes 7; }
-export -f layer bench "${!seconds[@]}"
-export out device
+dry=() && [ -z "${DRY:-}" ] || dry=(--dry)
 
+install() { # and the shortest sign of life
+    if compgen -G "$wheels/*.whl" >/dev/null; then
+        python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$site" "$wheels"/*.whl || return
+    fi
+    python3 - <<'ALIVE'
+import os
+from importlib.metadata import version
+
+import tiny_models
+import torch
+
+import qvlm_hf
+from qvlm_hf.bench.random_models import random_model
+from qvlm_hf.cli.shapes import plan
+from qvlm_hf.hub.saved import empty_model
+
+print(", ".join(f"{name} {version(name)}" for name in ("qvlm_hf", "torch", "transformers", "pytest")))
+device = torch.device("cpu" if os.environ["DRY"] else "cuda")
+config = tiny_models.tiny_llava().config
+modules = plan(empty_model(config), "W4A8").report.modules
+model = random_model(config, dtype=torch.bfloat16, device=device, modules=modules)
+ids = torch.tensor([[1, 5, 6]], device=device)
+print(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False).tolist())
+print({row.kernel for row in qvlm_hf.precision_table(model)})
+ALIVE
+}
+precompile() {
+    local capability processes=14 every=1
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+    [ -z "${DRY:-}" ] || processes=1 every=200
+    python3 tests/gpu/precompile.py --capability "${capability:-90}" --processes "$processes" --every "$every"
+}
+check() { python3 -m pytest -q -m gpu -n "${DRY:-8}" tests/gpu; } # kernels are compiled by the dozen
+layer() { # out_features, in_features, minutes, tokens
+    python3 tests/gpu/bench_kernels.py --out-features "$1" --in-features "$2" --minutes "$3" --tokens "${@:4}" --rounds 20 \
+        --output "$out/kernels_$1.json" "${dry[@]}"
+}
+kernels() {
+    if [ -n "${DRY:-}" ]; then layer 256 256 .5 1 16; return; fi
+    layer 4096 4096 1.1 1 16 608 && layer 11008 4096 .8 1 16 608
+}
+decode() {
+    local shape=llava-1.5-7b && [ -z "${DRY:-}" ] || shape=demo-1b
+    python3 tests/gpu/decode_graph.py --shape "$shape" --output "$out/decode.jsonl" "${dry[@]}"
+}
+tiles() { python3 tests/gpu/tune_tiles.py --minutes 1 --output "$out/tiles.jsonl" "${dry[@]}"; }
+generate() {
+    local sizes=(--device cuda --shape llava-1.5-7b --lm-head-bits 8 --prompt-tokens 608 --new-tokens 32)
+    [ -z "${DRY:-}" ] || sizes=(--device cpu --shape demo-1b --images 0 --prompt-tokens 8 --new-tokens 2)
+    python3 -m qvlm_hf bench "${sizes[@]}" --rounds 2 --scheme W4A8 W4A4 --json "$out/generate.json"
+}
+calibration() { # layers are calibrated one after the other: four of them tell the time of all
+    local sizes=(--device cuda --shape llava-1.5-7b --layers 4 --samples 16)
+    [ -z "${DRY:-}" ] || sizes=(--device cpu --shape demo-1b --layers 1 --samples 2)
+    python3 tests/gpu/calibrate_shape.py "${sizes[@]}" --scheme W4A4 --json "$out/calibration.json"
+}
+site=$(mktemp -d)
+export PYTHONPATH="$PYTHONPATH:$site" TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$site/triton}" site out wheels
+trap 'rm -rf "$site"' EXIT
+export -f layer "${!seconds[@]}"
+export DRY="${DRY:-}"
+
+exec > >(tee -a "$out/log.txt") 2>&1
 failed=()
 for name; do
     echo "== $name, at most ${seconds[$name]} seconds"
     start=$SECONDS
-    timeout --kill-after=10 "${seconds[$name]}" bash -c "$name" || failed+=("$name (exit $?)")
+    timeout --kill-after=5 "${seconds[$name]}" bash -c "dry=(${dry[*]}); $name" || failed+=("$name (exit $?)")
     echo "== $name took $((SECONDS - start)) seconds"
 done
-((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}" >&2; exit 1; }
+((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}"; exit 1; }

@@ -5,17 +5,20 @@
 For each number of tokens of a tile: sizes, numbers of warps and of stages, in a random order, as
 many as its share of the minutes allows, over W4A4, W4A8 and W8A8 layers with 4096 inputs; the score
 is the geometric mean of the times over those of the table. Weights rotate past the L2 cache, one
-CUDA graph per time."""
+CUDA graph per time. Every try is a line of JSON at once, in --output.
+"""
 
 import argparse
 import itertools
+import json
 import math
 import random
 import time
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from bench_kernels import captured, milliseconds, ours
+from bench_kernels import DEVICE, captured, milliseconds, ours
 
 from qvlm_hf.ops import gpu
 
@@ -35,18 +38,24 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=8, help="after which no further tile is tried"
     )
-    minutes = parser.parse_args().minutes
-    if not torch.cuda.is_available():
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--dry", action="store_true", help="on a CPU; its times mean nothing")
+    options = parser.parse_args()
+    if DEVICE == "cpu" and not options.dry:
         parser.error("needs a CUDA device: PyTorch finds none")
-    deadline = time.monotonic() + 60 * minutes
-    capability = torch.cuda.get_device_capability()
-    ways = [ours(torch.randn(n, k), bits, granularity, 128) for bits, granularity, n, k in LAYERS]
+    deadline = time.monotonic() + 60 * options.minutes
+    capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else (9, 0)
+    ways = [
+        ours(torch.empty(n, k, device="meta"), bits, granularity, 128)
+        for bits, granularity, n, k in LAYERS
+    ]
     row = {}
     for done, (tile_tokens, tokens) in enumerate(TOKENS.items()):
         share = time.monotonic() + (deadline - time.monotonic()) / (len(TOKENS) - done)
-        x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(tokens, 4096, device=DEVICE, dtype=torch.bfloat16)
 
         def taken(table, x=x):
+            gpu._plan.cache_clear()  # plans hold tiles
             with patch.object(gpu, "TILES", table):
                 runs = [captured(way, x)[0] for way in ways]
                 return [sorted(milliseconds(run) for _ in range(9))[4] for run in runs]
@@ -75,6 +84,13 @@ def main() -> None:
                 f"{' '.join(f'{t * 1e3:.1f}' for t in times)} us",
                 flush=True,
             )
+            tried_row = {
+                "tokens": tile_tokens,
+                "tile": (out_features, warps, stages),
+                "score": score,
+            }
+            with options.output.open("a") as file:
+                file.write(json.dumps(tried_row | {"milliseconds": times}) + "\n")
             best = max(best, (score, (out_features, warps, stages)), key=lambda pair: pair[0])
         row[tile_tokens] = best[1] or gpu.TILES[max(c for c in gpu.TILES if c <= capability)].get(
             tile_tokens

@@ -6,6 +6,7 @@ Speed and what the compiler makes of them: test_triton_compile.py; on a device: 
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,18 @@ if sys.argv[1] == "absent":
     for state in ("present", "absent"):
         done = subprocess.run([sys.executable, "-c", code, state], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_run_on_a_gpu_is_two_calls_of_limited_seconds():
+    """Parts of tests/gpu/run.sh, and what each may take: a lent device has 15 minutes."""
+    script = (ROOT / "tests" / "gpu" / "run.sh").read_text()
+    calls = re.search(r"^first=\((.*)\) second=\((.*)\)$", script, re.MULTILINE)
+    limits = re.search(r"^declare -A seconds=\((.*)\)$", script, re.MULTILINE)
+    seconds = {name: int(n) for name, n in re.findall(r"\[(\w+)\]=(\d+)", limits[1])}
+    sums = [sum(seconds[name] for name in names.split()) for names in calls.groups()]
+    assert sums == [480, 230]
+    assert all(re.search(rf"^{name}\(\) {{", script, re.MULTILINE) for name in seconds)
+    command = ["bash", str(ROOT / "tests" / "gpu" / "run.sh"), "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no part is called 'nothing'" in done.stderr
