@@ -7,6 +7,7 @@ from torch import nn
 
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.grids import not_finite
+from qvlm_hf.format.scheme import is_per_position
 from qvlm_hf.models.folds import rotation_plan
 from qvlm_hf.models.graph import Segment, output_head, resolve, why_empty
 
@@ -32,7 +33,7 @@ def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[S
         rotated=settings.rotation is not None,
     )
     for segment in segments:
-        if segment.packed and settings.start_granularity(segment.component) == "token":
+        if segment.packed and is_per_position(settings.start_granularity(segment.component)):
             raise ValueError(
                 f"activation_granularity='token' for {segment.component} needs a fixed number of "
                 f"positions, which the pictures of this model do not have: use 'channel'."

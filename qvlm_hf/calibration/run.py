@@ -15,6 +15,7 @@ from qvlm_hf.calibration.record.coded import codable
 from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
+from qvlm_hf.format.scheme import is_per_position
 from qvlm_hf.models.graph import Segment, Site
 
 __all__ = ["Calibration", "LearnedRanges"]
@@ -54,8 +55,8 @@ class Calibration:
         importance: layer name -> per own batch [B, T], how much a token's error counts; empty: all
             tokens count alike.
         learned: site name -> learned ranges, one more candidate.
-        dependencies: component -> D(k, k+1) in nats and the threshold h0, where they are not those
-            of full precision.
+        dependencies: segment name -> D(k, k+1) in nats and the threshold h0, where they are not
+            those of full precision.
         found: parts of the report, by its field.
     """
 
@@ -92,7 +93,7 @@ class Calibration:
 
     def per_position(self, segment: Segment) -> bool:
         """Whether the segment's ranges are per token position, else per channel."""
-        return self.settings.start_granularity(segment.component) == "token"
+        return is_per_position(self.settings.start_granularity(segment.component))
 
     def steps(self, name: str, total: int) -> Steps:
         """A counter that tells the callbacks how far the step `name` is."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qvlm_hf.calibration.options import Options, Rule, VisionOptimization, check_fields, option
-from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.format.scheme import QuantScheme, is_per_position, is_static
 
 __all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate"]
 
@@ -32,7 +32,7 @@ class RangeCandidate:
     @property
     def static(self) -> bool:
         """Whether the range is found by calibration and stored, rather than found at run time."""
-        return self.granularity in ("channel", "token")
+        return is_static(self.granularity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ class CalibrationSettings(Options):
         """Every range candidate of a site: the starting granularity first, wide ranges first."""
         candidates: list[RangeCandidate] = []
         for granularity in self.granularities(component):
-            if granularity not in ("channel", "token"):
+            if not is_static(granularity):
                 candidates.append(RangeCandidate(granularity=granularity))
                 continue
             margins, percentiles = sorted(self.margins)[::-1], sorted(self.percentiles)[::-1]
@@ -204,7 +204,7 @@ class CalibrationSettings(Options):
                     "activation_granularity='dynamic_group' needs groups, and group_size=-1 is the "
                     "whole row: give group_size=128, or take 'dynamic_token'."
                 )
-            if granularity == "token" and component == "language":
+            if is_per_position(granularity) and component == "language":
                 raise ValueError(
                     "activation_granularity='token' needs a fixed number of positions: give it per "
                     "component, {'vision': 'token'}."

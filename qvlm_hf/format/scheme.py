@@ -15,7 +15,11 @@ __all__ = [
     "MAX_HADAMARD_BLOCK",
     "WEIGHT_BITS",
     "QuantScheme",
+    "is_per_channel",
+    "is_per_position",
+    "is_static",
     "parse_scheme",
+    "unknown_granularity",
 ]
 
 WEIGHT_BITS = range(2, 9)
@@ -23,6 +27,26 @@ ACTIVATION_BITS = (*range(3, 9), 16)
 GRANULARITIES = ("channel", "token", "dynamic_token", "dynamic_group", "none")
 MAX_HADAMARD_BLOCK = 4096
 _BLOCKS = [2**power for power in range(1, 13)]
+
+
+def is_static(granularity: str) -> bool:
+    """Whether an input's ranges are found by calibration and stored, rather than at run time."""
+    return granularity in ("channel", "token")
+
+
+def is_per_channel(granularity: str) -> bool:
+    """Whether every input channel has a range, whose scale is folded into the weight columns."""
+    return granularity == "channel"
+
+
+def is_per_position(granularity: str) -> bool:
+    """Whether every token position has a stored range; their number is then fixed."""
+    return granularity == "token"
+
+
+def unknown_granularity(granularity: str) -> ValueError:
+    """The error to raise at the end of each chain of granularities: none is taken for another."""
+    return ValueError(f"granularity={granularity!r} is not handled here: teach this step about it.")
 
 
 def parse_scheme(name: str) -> tuple[int, int]:
@@ -120,7 +144,7 @@ class QuantScheme:
         weight = 4 * out_features * self.words(in_features)
         groups = out_features * self.groups(in_features)
         parameters = groups * (2 if self.symmetric else 3)  # bfloat16 scale, uint8 zero point
-        statics = in_features if self.granularity == "channel" else 0
+        statics = in_features if is_per_channel(self.granularity) else 0
         return weight + parameters + 8 * statics  # float32 scale, int32 zero point
 
     def to_dict(self) -> dict[str, Any]:

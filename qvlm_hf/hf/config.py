@@ -1,6 +1,6 @@
 """`QVLMConfig`: what the user asks for, and what `quantization_config` in config.json says.
 
-Three kinds of fields: options that shape the result (`calibration/settings.py`), results of
+Three kinds of fields: options that shape the result (`calibration/options.py`), results of
 quantizing (`modules` and `provenance`), and what belongs to this process (`dataset`, `processor`,
 `callbacks`, where to publish). The last kind is never written. AutoModel copies the configuration
 deeply at every call, so objects of this process are shared by reference.

@@ -1,4 +1,4 @@
-"""The quantized module and how it takes the place of nn.Linear. Depends on torch, core and ops."""
+"""The quantized module, and how it takes the place of nn.Linear."""
 
 from qvlm_hf.nn.linear import QVLMLinear
 

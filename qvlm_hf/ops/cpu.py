@@ -79,6 +79,8 @@ _SLOWER = "20 to 130 times slower per token (docs/benchmarks.md; remedies: docs/
 
 def misfit(scheme: CallScheme) -> str | None:
     """Why the kernels do not take such modules, or None."""
+    if scheme.granularity not in _GRANULARITIES:
+        return f"no CPU kernel knows granularity {scheme.granularity!r}"
     length, bits = scheme.group_length, scheme.weight_bits
     if length < scheme.in_features and length * bits % 8:
         return f"groups of {length} x {bits} bits do not start at a byte"

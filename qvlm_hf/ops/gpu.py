@@ -40,6 +40,8 @@ _BLOCK = 128  # inputs that a program multiplies at once
 _FEWEST = 16  # tokens of the smallest tile
 _PLANS = 4096  # kept: a few hundred bytes for each kind of module and number of tokens
 _KERNELS = "qvlm_hf.ops.triton_kernels"
+# As triton_kernels.py branches on them.
+_GRANULARITIES = frozenset(("channel", "token", "dynamic_token", "none", "dynamic_group"))
 
 # Bytes, words, correction rows, one and many tokens, float inputs; and, as in real models, no rest
 # in any direction and inputs that are split.
@@ -89,6 +91,8 @@ class Device:
 
 def misfit(scheme: CallScheme) -> str | None:
     """Why the kernels do not take such modules, or None."""
+    if scheme.granularity not in _GRANULARITIES:
+        return f"no GPU kernel knows granularity {scheme.granularity!r}"
     if scheme.granularity == "dynamic_group" and scheme.group_length > _BLOCK:
         return f"no GPU kernel has a range per group of more than {_BLOCK} inputs"
     return int32_overflow(scheme)

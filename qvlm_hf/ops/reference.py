@@ -25,6 +25,7 @@ from qvlm_hf.format.grids import (
 )
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.packing import pack, unpack
+from qvlm_hf.format.scheme import is_per_channel, is_per_position, is_static, unknown_granularity
 from qvlm_hf.ops.call import CallScheme, Compute, Packed
 
 __all__ = [
@@ -141,13 +142,17 @@ def _quantize_input(x: Tensor, scheme: CallScheme) -> tuple[Tensor, Tensor | Non
         return shift_quantize(x, qparams), qparams.scale
     if scheme.granularity == "dynamic_group":
         return dynamic_group_quantize(x, bits, scheme.group_length)
+    if not is_static(scheme.granularity):
+        raise unknown_granularity(scheme.granularity)
     if scale is None or zero_point is None:
         raise ValueError(
             f"granularity {scheme.granularity!r} needs input_scale and input_zero_point: the "
             f"module was not calibrated."
         )
-    if scheme.granularity == "channel":
+    if is_per_channel(scheme.granularity):
         return shift_quantize(x, QParams(scale, zero_point, bits)), None
+    if not is_per_position(scheme.granularity):
+        raise unknown_granularity(scheme.granularity)
     if x.dim() < 2 or x.shape[-2] != scale.shape[0]:
         raise ValueError(
             f"an input of shape {tuple(x.shape)} does not have the {scale.shape[0]} positions that "

@@ -5,7 +5,6 @@ PYTHONPATH=tests python tests/bench/paper_pictures.py
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -133,9 +132,7 @@ def depth() -> None:
                     for r in own
                     if (r["inside"], r["threshold"]) == (inside, threshold) or r["depth"] == 1
                 ]
-                # where no block gets deeper, a greater limit was not measured with every seed
-                seeds = Counter(row["depth"] for row in some)
-                depths = sorted(many for many in seeds if seeds[many] == seeds[3])
+                depths = sorted({row["depth"] for row in some})
                 if len(depths) > 1:
                     legend = f"{scheme}, {inside}" + (", h0 = 0" if threshold == 0 else "")
                     curves(axes[:, column], some, first, depths, style, legend)

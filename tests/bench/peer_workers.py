@@ -168,7 +168,13 @@ def bitsandbytes(**options: Any) -> Callable[[Any], Any]:
     def quantize(job: Any) -> Any:
         from transformers import BitsAndBytesConfig
 
-        return load(job.padded, quantization_config=BitsAndBytesConfig(**options), device_map="cpu")
+        chosen = BitsAndBytesConfig(**options)
+        model = load(job.padded, quantization_config=chosen, device_map="cpu")
+        for module in model.modules():
+            # else CPUs with AVX512-BF16 pack its rows again, and fail where 64 does not divide them
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model
 
     return quantize
 
@@ -230,11 +236,12 @@ def llmcompressor(bits: str, *, language: bool, smooth: bool = False) -> Callabl
             start = "re:.*language_model.*"
             mappings = [[[start + linears], start + norm] for norm, linears in reads.items()]
             recipe.insert(0, SmoothQuantModifier(smoothing_strength=0.8, mappings=mappings))
-        data = torch.utils.data.DataLoader(without_labels(job.calibration), batch_size=None)
+        samples = without_labels(one_by_one(job.calibration))  # padding would count in Hessians
+        data = torch.utils.data.DataLoader(samples, batch_size=None)
         layer = type(model.get_decoder().layers[0]).__name__
         oneshot(
             model=model, dataset=data, recipe=recipe, sequential_targets=[layer],
-            processor=job.padded, num_calibration_samples=len(job.calibration),
+            processor=job.padded, num_calibration_samples=len(samples),
         )  # fmt: skip
         return model
 
@@ -310,10 +317,16 @@ def _our_methods() -> Iterator[Method]:
         ("W4A4", "QuaRot's kind: rotation, dynamic, GPTQ", rotated),
     ]
     for scheme, how, fields in variants:
+        rows = scheme == "W8A8"  # 8-bit weights have a scale a row in every package
         yield Method(
-            package="qvlm_hf", scheme=scheme, how=how, quantize=ours(scheme=scheme, **fields),
-            overhead=16 if fields.get("symmetric") else 16 + 8, calibrated=True,
-        )  # fmt: skip
+            package="qvlm_hf",
+            scheme=scheme,
+            how=how,
+            quantize=ours(scheme=scheme, **fields, **({"group_size": -1} if rows else {})),
+            overhead=16 if fields.get("symmetric") else 16 + 8,
+            group=0 if rows else None,
+            calibrated=True,
+        )
 
 
 def _peer_methods() -> Iterator[Method]:
@@ -384,6 +397,44 @@ def _peer_methods() -> Iterator[Method]:
         how="rounded, a range per module",
         overhead=16 + 16,
         quantize=quanto("qint4", "qint8"),
+        calibrated=True,
+    )
+    for language in (False, True):
+        scope = ", language model alone" if language else ""
+        yield Method(
+            package="llmcompressor",
+            scheme="W8A8",
+            how=f"SmoothQuant, GPTQ{scope}",
+            group=0,
+            quantize=llmcompressor("W8A8", language=language, smooth=True),
+            calibrated=True,
+        )
+        yield Method(
+            package="llmcompressor",
+            scheme="W4A16",
+            how=f"GPTQ, no zero points{scope}",
+            quantize=llmcompressor("W4A16", language=language),
+            calibrated=True,
+        )
+        yield Method(
+            package="auto-round",
+            scheme="W4A16",
+            how=f"no zero points{scope}",
+            quantize=auto_round(language=language),
+            calibrated=True,
+        )
+    yield Method(
+        package="llmcompressor",
+        scheme="W4A8",
+        how="SmoothQuant, GPTQ",
+        quantize=llmcompressor("W4A8", language=False, smooth=True),
+        calibrated=True,
+    )
+    yield Method(
+        package="gptqmodel",
+        scheme="W4A16",
+        how="GPTQ, no zero points, language model alone",
+        quantize=gptqmodel,
         calibrated=True,
     )
 

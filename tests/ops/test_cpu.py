@@ -29,7 +29,8 @@ from linear_calls import (
 from qvlm_hf.format.grids import QuantizedWeight, grouped_weight, quantize_weight
 from qvlm_hf.format.packing import pack, unpack
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.ops import attention, cpu, fast_path, native, private_folders
+from qvlm_hf.ops import attention, cpu, fast_path, native, private_folders, reference
+from qvlm_hf.ops.call import CallScheme
 
 CLASSES = ("cpu avx512-vnni", "cpu avx2-vnni", "cpu avx2", "cpu portable")
 
@@ -71,6 +72,17 @@ def filled_cache(tmp_path_factory):
         folder = native.load(Path, cpu._SOURCES, SOON_COMPILED, native.openmp()).parent
     shutil.copy2(direct, folder)  # 20 seconds of compiling that others have done
     return folder.parent
+
+
+def test_a_granularity_that_no_kernel_knows_is_refused():
+    schemes = [
+        CallScheme(None, None, 64, 4, 8, 32, granularity, 0) for granularity in GRANULARITIES
+    ]
+    assert [cpu.misfit(scheme) for scheme in schemes] == [None] * len(GRANULARITIES)
+    unknown = schemes[0]._replace(granularity="new")
+    assert cpu.misfit(unknown) == "no CPU kernel knows granularity 'new'"
+    with pytest.raises(ValueError, match=r"granularity='new'"):
+        reference._quantize_input(torch.ones(1, 64), unknown)
 
 
 def test_this_machine_has_kernels():

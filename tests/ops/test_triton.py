@@ -44,6 +44,9 @@ def test_what_does_not_run_is_named():
     grouped = scheme._replace(group_length=256, granularity="dynamic_group")
     assert gpu.misfit(grouped) == "no GPU kernel has a range per group of more than 128 inputs"
     assert gpu.misfit(grouped._replace(group_length=128)) is None
+    assert (
+        gpu.misfit(grouped._replace(granularity="new")) == "no GPU kernel knows granularity 'new'"
+    )
 
 
 def test_kernels_take_no_tensors_of_two_devices():

@@ -17,6 +17,7 @@ from qvlm_hf.format.grids import (
     QParams,
     choose_qparams,
 )
+from qvlm_hf.format.scheme import is_per_channel, is_per_position, unknown_granularity
 
 __all__ = ["TailObserver", "candidate_qparams"]
 
@@ -89,6 +90,8 @@ def candidate_qparams(
         return None
     low, high = observers[candidate.granularity].range(candidate.percentile)
     qparams = choose_qparams(low * candidate.margin, high * candidate.margin, bits)
-    if candidate.granularity == "channel":
+    if is_per_channel(candidate.granularity):
         return qparams
-    return QParams(qparams.scale[:, None], qparams.zero_point[:, None], bits)
+    if is_per_position(candidate.granularity):
+        return QParams(qparams.scale[:, None], qparams.zero_point[:, None], bits)
+    raise unknown_granularity(candidate.granularity)

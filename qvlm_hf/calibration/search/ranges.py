@@ -33,6 +33,7 @@ from qvlm_hf.calibration.search.sites import (
     site_input,
 )
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
+from qvlm_hf.format.scheme import is_per_channel, is_per_position, unknown_granularity
 from qvlm_hf.models.graph import Layer, Site
 
 __all__ = ["held_out_half", "initialize_sites"]
@@ -104,11 +105,13 @@ def initialize_sites(
         if not len(values):
             return
         for granularity in granularities:
-            if granularity == "channel":
+            if is_per_channel(granularity):
                 series, count = values.T, tokens_in_all
-            else:
+            elif is_per_position(granularity):
                 series = (x if x.dim() == 3 else x.unsqueeze(0)).transpose(0, 1).flatten(1)
                 count = rows_in_all * x.shape[-1]
+            else:
+                raise unknown_granularity(granularity)
             for tails in (even, everything) if id(entry) in even_ids else (everything,):
                 for name in names:
                     observer = TailObserver(count=count, percentile=percentile)

@@ -31,7 +31,12 @@ from qvlm_hf.format.grids import (
     shift_quantize,
 )
 from qvlm_hf.format.hadamard import block_hadamard
-from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.format.scheme import (
+    QuantScheme,
+    is_per_channel,
+    is_per_position,
+    unknown_granularity,
+)
 from qvlm_hf.models.graph import Site
 
 __all__ = [
@@ -210,15 +215,16 @@ class QuantizedSite:
             length = scheme.group_length(size)
             a, scale = dynamic_group_quantize(values, scheme.activation_bits, length)
             a = a * group_expand(scale, length, size)
+        elif granularity == "dynamic_token":
+            grid = dynamic_token_qparams(values, candidate.scheme.activation_bits)
+            a, row_scale = shift_quantize(values, grid), grid.scale
+        elif is_per_channel(granularity):
+            a = shift_quantize(values, self._grid(choice))
+        elif is_per_position(granularity):
+            grid = self._grid(choice)
+            a, row_scale = shift_quantize(values, grid), grid.scale
         else:
-            dynamic = granularity == "dynamic_token"
-            grid = (
-                dynamic_token_qparams(values, candidate.scheme.activation_bits)
-                if dynamic
-                else self._grid(choice)
-            )
-            a = shift_quantize(values, grid)
-            row_scale = None if granularity == "channel" else grid.scale
+            raise unknown_granularity(granularity)
         self._input = (x, choice, a, row_scale)
         return a, row_scale
 
@@ -231,8 +237,8 @@ class QuantizedSite:
     def _folded(self, linear: nn.Linear, choice: int) -> Tensor:
         # W x = (W H) (H x): the transform is symmetric and its own inverse
         weight = site_input(self.site, linear.weight.detach().float())
-        channel = self.candidates[choice].range.granularity == "channel"
-        return weight * self._grid(choice).scale if channel else weight
+        folds = is_per_channel(self.candidates[choice].range.granularity)
+        return weight * self._grid(choice).scale if folds else weight
 
     def _rounded(self, choice: int, *, tried: bool = False) -> tuple[QuantizedWeight, ...]:
         """Rounds to nearest; what is only tried takes the factors of its granularity's first."""

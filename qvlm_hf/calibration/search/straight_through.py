@@ -18,6 +18,7 @@ from qvlm_hf.format.grids import (
     grouped_weight,
     split_groups,
 )
+from qvlm_hf.format.scheme import is_per_channel
 
 __all__ = ["StraightThroughSite"]
 
@@ -93,7 +94,7 @@ class StraightThroughSite:
         a = _quantized(x, scale, _round(-low / scale), top)
         if granularity == "dynamic_group":
             return (a * scale).flatten(-2)[..., :size], None
-        return (a, scale) if granularity == "channel" else (a * scale, None)
+        return (a, scale) if is_per_channel(granularity) else (a * scale, None)
 
     def _weight(self, index: int, input_scale: Tensor | None) -> Tensor:
         """W' on its grid, float32 [O, I], with `input_scale` folded in."""

@@ -45,6 +45,7 @@ from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.search.straight_through import StraightThroughSite
+from qvlm_hf.format.scheme import is_per_position
 from qvlm_hf.models.graph import Segment
 
 __all__ = ["OptimizedVision", "learn_vision_ranges", "optimize_vision"]
@@ -222,7 +223,7 @@ class _Loss:
         }
         # hidden states of one shape: those that L_ent compares
         self._chain = live.get("vision", [])
-        self._per_position = calibration.settings.start_granularity("vision") == "token"
+        self._per_position = is_per_position(calibration.settings.start_granularity("vision"))
         self._vision = (self._chain or live["projector"])[-1]
         self._last = live[calibration.segments[-1].component][-1]
         with torch.no_grad():

@@ -25,6 +25,13 @@ def test_equals_the_packed_module(granularity, bits):
         torch.testing.assert_close(simulated, packed(x), rtol=1e-5, atol=1e-5)
 
 
+def test_no_granularity_is_taken_for_another():
+    site, x = tiny_site("channel")
+    site.candidates = [replace(site.chosen, range=replace(site.chosen.range, granularity="new"))]
+    with pytest.raises(ValueError, match="granularity='new'"):
+        site.forward(0, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_keeps_the_dtype_of_16_bit_models(dtype):
     site, x = tiny_site("channel", dtype=dtype)
