@@ -194,7 +194,7 @@ D = "--dataset {f}/samples.jsonl "
         (Q + D + "--num-samples 0", "--num-samples 0 must be"),
         (Q + D + "--seed -1", "--seed -1 must be an integer"),
         (
-            Q + "--dataset {f}/texts.jsonl",
+            Q + "--recipe fixed --dataset {f}/texts.jsonl",
             "none of the 3 samples has a picture; add pictures to the dataset, or leave the vision "
             "side alone (--modules-to-not-convert vision_tower multi_modal_projector).",
         ),
