@@ -26,9 +26,6 @@ from qvlm_hf.calibration.record.report import (
     SegmentReport,
     SiteReport,
 )
-from qvlm_hf.calibration.rounding import (
-    rounding_schemes,
-)
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.routing import routing_reports
@@ -39,6 +36,9 @@ from qvlm_hf.calibration.search.vision_encoder import learn_vision_ranges
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
+from qvlm_hf.calibration.without_data import (
+    rounding_schemes,
+)
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.families import find_parts
