@@ -24,7 +24,12 @@ from qvlm_hf.hf.quantizer import QVLMHfQuantizer
 from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.hub.publish import Published
 from qvlm_hf.nn.linear import QVLMLinear
-from qvlm_hf.nn.report import PrecisionRow, format_precision_table, precision_table, set_backend
+from qvlm_hf.nn.precision_table import (
+    PrecisionRow,
+    format_precision_table,
+    precision_table,
+    set_backend,
+)
 
 if TYPE_CHECKING:
     from qvlm_hf.hf.publishing import publish, publish_folder

@@ -8,13 +8,13 @@ inside a block (eq. 3). `round_modules` is for schemes without data.
 The model itself is not changed here, but by `transformed`, which an error undoes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 from torch import nn
 
-from qvlm_hf.calibration.layers import LayerInput, capture_inputs
+from qvlm_hf.calibration.layers import LayerInput, capture_inputs, live_layers
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.written_text import WRITTEN
@@ -26,9 +26,6 @@ from qvlm_hf.calibration.record.report import (
     SegmentReport,
     SiteReport,
 )
-from qvlm_hf.calibration.rounding import (
-    rounding_schemes,
-)
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.routing import routing_reports
@@ -39,6 +36,9 @@ from qvlm_hf.calibration.search.vision_encoder import learn_vision_ranges
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
+from qvlm_hf.calibration.without_data import (
+    rounding_schemes,
+)
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.families import find_parts
@@ -124,7 +124,6 @@ def _capture_segment_inputs(calibration: Calibration) -> None:
 
 def _search(calibration: Calibration) -> Modules:
     """Entropy, partition and joint search, segment after segment; returns the packed modules."""
-    model, settings = calibration.model, calibration.settings
     modules: Modules = {}
     segments: list[SegmentReport] = []
     sites: list[SiteReport] = []
@@ -134,40 +133,25 @@ def _search(calibration: Calibration) -> Modules:
     with ExitStack() as below:
         for place, segment in enumerate(calibration.segments):
             # eq. 4: how much each layer depends on the one before it
-            measure = partial(layer_dependencies, calibration, segment)
             with calibration.timed("entropy"):
-                dependencies, threshold = calibration.dependencies.get(segment.name) or (
-                    calibration.kept.once(f"entropies-{place}", measure),
-                    settings.entropy_threshold,
-                )
+                dependencies, asked = _dependencies(calibration, segment, place)
             # eq. 7: layers that depend on each other form a block
             blocks, threshold = partition_layers(
-                dependencies, max_block_depth=settings.max_block_depth, threshold=threshold
+                dependencies, max_block_depth=calibration.settings.max_block_depth, threshold=asked
             )
             # eq. 3: ranges of a block are searched jointly, on the outputs of the quantized layers
             record = partial(_quantized_inputs, calibration, segment, first=not modules)
             reports: list[BlockReport | None] = []
             quantized: list[QuantizedSite] = []
             for block in search_segment(calibration, segment, blocks, record):
-                modules |= _pack_block(model, block)
+                modules |= _pack_block(calibration.model, block)
                 reports.append(block.report)
                 if segment is not calibration.segments[-1]:
                     quantized += block.sites
                 steps.advance(len(block.layers))
-                sites += [
-                    SiteReport(modules=site.site.modules, candidate=site.chosen.range)
-                    for site in block.sites
-                ]
+                sites += _site_reports(block)
                 routing += routing_reports(block.sites)
-            segments.append(
-                SegmentReport(
-                    component=segment.component,
-                    layers=tuple(layer.name for layer in segment.layers),
-                    entropies=tuple(dependencies),
-                    threshold=threshold,
-                    blocks=tuple(report for report in reports if report),
-                )
-            )
+            segments.append(_segment_report(segment, dependencies, threshold, reports))
             # from here on the segment runs as quantized, and the next one sees its real output
             below.enter_context(installed(quantized))
             del calibration.inputs[segment.name]
@@ -177,6 +161,40 @@ def _search(calibration: Calibration) -> Modules:
         "routing": tuple(routing),
     }
     return modules
+
+
+def _dependencies(
+    calibration: Calibration, segment: Segment, place: int
+) -> tuple[list[float], float | None]:
+    """D(k, k+1) of the segment at `place`, in nats, and h0; None is their mean."""
+    if segment.name in calibration.dependencies:
+        return calibration.dependencies[segment.name]
+    if not calibration.measures_entropy:
+        return [0.0] * (len(live_layers(segment)) - 1), 0.0
+    measure = partial(layer_dependencies, calibration, segment)
+    measured = calibration.kept.once(f"entropies-{place}", measure)
+    return measured, calibration.settings.entropy_threshold
+
+
+def _segment_report(
+    segment: Segment,
+    dependencies: Sequence[float],
+    threshold: float,
+    blocks: Sequence[BlockReport | None],
+) -> SegmentReport:
+    return SegmentReport(
+        component=segment.component,
+        layers=tuple(layer.name for layer in segment.layers),
+        entropies=tuple(dependencies),
+        threshold=threshold,
+        blocks=tuple(report for report in blocks if report),
+    )
+
+
+def _site_reports(block: SearchedBlock) -> list[SiteReport]:
+    return [
+        SiteReport(modules=site.site.modules, candidate=site.chosen.range) for site in block.sites
+    ]
 
 
 def _quantized_inputs(

@@ -27,22 +27,22 @@ from qvlm_hf.calibration.measure.written_text import with_text
 from qvlm_hf.calibration.plan import check_weights, resolve_segments
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.process.waiting import yield_to_others
-from qvlm_hf.calibration.record.origin import made_from
+from qvlm_hf.calibration.record.inputs_hash import made_from
 from qvlm_hf.calibration.record.provenance import provenance
+from qvlm_hf.calibration.record.quantized_share import with_coverage
 from qvlm_hf.calibration.record.report import (
     CalibrationReport,
     settings_dict,
 )
 from qvlm_hf.calibration.record.resume import SavedSteps, alone_in
-from qvlm_hf.calibration.rounding import (
-    read_without_row,
-    rounding_report,
-    with_coverage,
-)
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import Processor, Sample, batches, by_picture, fingerprint
 from qvlm_hf.calibration.search.routing import few_tokens_warning
 from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.without_data import (
+    read_without_row,
+    rounding_report,
+)
 from qvlm_hf.method import Modules, make_modules, round_head, round_modules, transformed
 from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.folds import why_not_rotatable

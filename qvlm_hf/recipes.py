@@ -19,7 +19,6 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
 from qvlm_hf.calibration.measure.written_text import with_text, written_text
 from qvlm_hf.calibration.options import Options
@@ -258,10 +257,7 @@ def try_settings(
     segments = resolve_segments(model, settings)
     calibration = Calibration(model=model, settings=settings, segments=segments, data=data)
     calibration.data = with_text(calibration)
-    # layers that are searched one by one need no entropy
-    calibration.dependencies = {
-        segment.name: ([0.0] * (len(live_layers(segment)) - 1), 0.0) for segment in segments
-    }
+    calibration.measures_entropy = False  # layers that are searched one by one need none
     restore, floating = take_snapshot(model), dict[str, nn.Module]()
     try:
         with transformed(calibration):

@@ -57,6 +57,8 @@ class Calibration:
         learned: site name -> learned ranges, one more candidate.
         dependencies: segment name -> D(k, k+1) in nats and the threshold h0, where they are not
             those of full precision.
+        measures_entropy: whether dependencies not given are measured (eq. 4); otherwise they are 0,
+            for a search of layers one by one.
         found: parts of the report, by its field.
     """
 
@@ -72,6 +74,7 @@ class Calibration:
     importance: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     learned: Mapping[str, LearnedRanges] = field(default_factory=dict)
     dependencies: Mapping[str, tuple[list[float], float]] = field(default_factory=dict)
+    measures_entropy: bool = True
     found: dict[str, Any] = field(default_factory=dict)
 
     @property

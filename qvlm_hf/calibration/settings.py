@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from qvlm_hf.calibration.options import Options, Rule, VisionOptimization, check_fields, option
-from qvlm_hf.format.scheme import QuantScheme, is_per_position, is_static
+from qvlm_hf.format.scheme import (
+    ACTIVATION_BITS,
+    GRANULARITIES,
+    QuantScheme,
+    is_per_position,
+    is_static,
+)
 
 __all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate"]
 
@@ -56,7 +62,7 @@ class CalibrationSettings(Options):
         4,
         Rule(
             "an integer from 3 to 8, or 16 for floating point",
-            lambda v: type(v) is int and (3 <= v <= 8 or v == 16),
+            lambda v: type(v) is int and v in ACTIVATION_BITS,
         ),
         "bits of an input value.",
     )
@@ -193,11 +199,12 @@ class CalibrationSettings(Options):
                 f"activation_granularity={chosen} names the components {unknown}: use "
                 f"{', '.join(COMPONENTS)}."
             )
+        *known, last = (name for name in GRANULARITIES if name != "none")
         for component, granularity in chosen.items():
-            if granularity not in ("channel", "token", "dynamic_token", "dynamic_group"):
+            if granularity not in (*known, last):
                 raise ValueError(
-                    f"activation_granularity={granularity!r} for {component} must be 'channel', "
-                    f"'token', 'dynamic_token' or 'dynamic_group'."
+                    f"activation_granularity={granularity!r} for {component} must be "
+                    f"{', '.join(map(repr, known))} or {last!r}."
                 )
             if granularity == "dynamic_group" and self.group_size == -1:
                 raise ValueError(

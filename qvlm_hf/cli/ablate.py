@@ -25,7 +25,7 @@ from tqdm import tqdm
 from qvlm_hf.calibration.record.provenance import versions
 from qvlm_hf.calibration.samples import fingerprint, load_samples, longest_sample, without_too_long
 from qvlm_hf.cli.ablation_tables import check_ablation, read_ablation, write_ablation
-from qvlm_hf.cli.models import check_fits, load_model, load_processor, read_loadable, silence
+from qvlm_hf.cli.loading import check_fits, load_model, load_processor, read_loadable, silence
 from qvlm_hf.errors import first_line
 from qvlm_hf.evaluation import check_text, evaluate, evaluate_text, read_text
 from qvlm_hf.format.scheme import parse_scheme

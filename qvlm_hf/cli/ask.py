@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qvlm_hf.calibration.samples import Sample, collate, load_samples, moved, takes_suffix
-from qvlm_hf.cli.models import load_with_processor
+from qvlm_hf.cli.loading import load_with_processor
 
 __all__ = ["add_arguments", "answer", "run"]
 

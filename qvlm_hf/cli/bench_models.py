@@ -26,7 +26,7 @@ from qvlm_hf.bench.machine import (
 from qvlm_hf.bench.models import Contender, fits_together, measure_models
 from qvlm_hf.bench.random_models import picture_tokens, random_model, random_prompt
 from qvlm_hf.cli.bench_tables import model_table
-from qvlm_hf.cli.models import load_model, read_config, silence
+from qvlm_hf.cli.loading import load_model, read_config, silence
 from qvlm_hf.cli.shapes import plan, read_shape
 from qvlm_hf.errors import first_line
 from qvlm_hf.format.scheme import parse_scheme

@@ -10,7 +10,7 @@ import torch
 
 from qvlm_hf.calibration.samples import Sample, load_samples
 from qvlm_hf.cli.ask import answer
-from qvlm_hf.cli.models import add_scheme_arguments, load_model, load_processor, make_config
+from qvlm_hf.cli.loading import add_scheme_arguments, load_model, load_processor, make_config
 from qvlm_hf.cli.record import evaluation_entry
 from qvlm_hf.cli.story import story
 from qvlm_hf.demo import dataset_path, model_dir

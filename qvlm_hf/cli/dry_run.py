@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qvlm_hf.bench.shapes import SHAPES
-from qvlm_hf.cli.models import load_processor, make_config, read_loadable, silence
+from qvlm_hf.cli.loading import load_processor, make_config, read_loadable, silence
 from qvlm_hf.cli.shapes import read_shape
 from qvlm_hf.hf.calibrate import read_samples
 from qvlm_hf.hf.config import QVLMConfig

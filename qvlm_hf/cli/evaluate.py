@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from qvlm_hf.calibration.samples import load_samples, longest_sample, without_too_long
-from qvlm_hf.cli.models import check_fits, load_model, load_with_processor, read_config
+from qvlm_hf.cli.loading import check_fits, load_model, load_with_processor, read_config
 from qvlm_hf.cli.record import (
     check_result_file,
     evaluation_entry,

@@ -4,7 +4,7 @@ import argparse
 import shlex
 from collections import Counter
 
-from qvlm_hf.cli.models import silence
+from qvlm_hf.cli.loading import silence
 from qvlm_hf.export.checkpoint import EXPORT_FORMATS, export
 
 __all__ = ["add_arguments", "run"]

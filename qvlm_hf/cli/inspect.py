@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qvlm_hf.bench.shapes import SHAPES
-from qvlm_hf.cli.models import silence
+from qvlm_hf.cli.loading import silence
 from qvlm_hf.cli.shapes import plan, read_shape
 from qvlm_hf.cli.story import story
 from qvlm_hf.hf.config import QVLMConfig

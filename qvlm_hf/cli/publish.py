@@ -2,7 +2,7 @@
 
 import argparse
 
-from qvlm_hf.cli.models import silence
+from qvlm_hf.cli.loading import silence
 from qvlm_hf.hf.publishing import publish_folder
 from qvlm_hf.hub.publish import Published
 

@@ -15,7 +15,7 @@ from qvlm_hf.calibration.record.resume import (
     telling_how_to_go_on,
 )
 from qvlm_hf.cli.dry_run import check_room, dry_run
-from qvlm_hf.cli.models import (
+from qvlm_hf.cli.loading import (
     add_field_arguments,
     add_scheme_arguments,
     load_model,

@@ -9,8 +9,8 @@ from torch import nn
 from qvlm_hf.bench.shapes import SHAPES, shape_config
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.record.report import CalibrationReport
-from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
-from qvlm_hf.cli.models import read_loadable
+from qvlm_hf.calibration.without_data import rounding_report, rounding_schemes
+from qvlm_hf.cli.loading import read_loadable
 from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.models.by_structure import Structure

@@ -24,8 +24,8 @@ from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.process.ranks import is_main
 from qvlm_hf.calibration.process.scratch import check_scratch_dir, scratch
 from qvlm_hf.calibration.record.report import CalibrationReport
-from qvlm_hf.calibration.rounding import by_structure
 from qvlm_hf.calibration.samples import Sample
+from qvlm_hf.calibration.without_data import by_structure
 from qvlm_hf.format.files import INDEX_NAME, check_readable, weight_files
 from qvlm_hf.hf.calibrate import calibrate, read_samples
 from qvlm_hf.hf.checkpoint import (

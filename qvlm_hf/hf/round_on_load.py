@@ -17,8 +17,8 @@ from transformers.core_model_loading import ConversionOps
 
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.record.report import CalibrationReport
-from qvlm_hf.calibration.rounding import rounding_report, rounding_schemes
 from qvlm_hf.calibration.settings import CalibrationSettings
+from qvlm_hf.calibration.without_data import rounding_report, rounding_schemes
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import find_experts, split_projection
 from qvlm_hf.models.graph import canonical_name

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.record.coded import decode, encode
-from qvlm_hf.calibration.record.origin import other_origin
+from qvlm_hf.calibration.record.inputs_hash import other_origin
 
 try:
     import fcntl
@@ -48,7 +48,7 @@ class SavedSteps:
 
     Args:
         folder: from `check_resume_dir`; None keeps nothing.
-        origin: from `made_from` (origin.py).
+        origin: from `made_from` (inputs_hash.py).
 
     Raises:
         ValueError: the directory belongs to another calibration, or is damaged.

@@ -8,8 +8,7 @@ import torch
 from tiny_calibrations import calibrate, tiny_samples
 from tiny_models import tiny_llava
 
-from qvlm_hf.calibration.record import origin as record_origin
-from qvlm_hf.calibration.record import resume
+from qvlm_hf.calibration.record import inputs_hash, resume
 from qvlm_hf.calibration.record.report import BlockReport
 from qvlm_hf.calibration.record.resume import SavedSteps, alone_in, check_resume_dir, remove_state
 from qvlm_hf.calibration.settings import RangeCandidate
@@ -90,7 +89,7 @@ def test_another_calibration_is_refused_in_one_line(begun, other, said):
 
 
 def test_other_versions_threads_and_processors_are_refused(begun, monkeypatch):
-    made_from = record_origin.made_from
+    made_from = inputs_hash.made_from
 
     def origin(**changes):
         return lambda *given: made_from(*given) | changes

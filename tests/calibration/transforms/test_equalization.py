@@ -5,7 +5,7 @@ import torch
 from tiny_calibrations import TEXT, calibrate, tiny_batches, tiny_logits
 from tiny_models import tiny_llava
 
-from qvlm_hf import quantize
+from qvlm_hf import method
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
@@ -113,7 +113,7 @@ def test_after_a_rotation_too():
 
 @pytest.mark.parametrize(
     ("owner", "step"),
-    [(quantize, "_search"), (AnswerComparison, "measure")],
+    [(method, "_search"), (AnswerComparison, "measure")],
     ids=["search", "check"],
 )
 def test_an_interrupted_calibration_leaves_the_model_alone(monkeypatch, owner, step):

@@ -23,7 +23,7 @@ from qvlm_hf.hf.runtime import norms as norm_part
 from qvlm_hf.hf.runtime.fusion import fuse, leave_to_transformers, unfuse
 from qvlm_hf.hf.runtime.growing_cache import GrowingLayer
 from qvlm_hf.hf.runtime.norms import fused_class
-from qvlm_hf.nn.report import format_precision_table
+from qvlm_hf.nn.precision_table import format_precision_table
 
 load = AutoModelForImageTextToText.from_pretrained
 

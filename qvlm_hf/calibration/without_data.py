@@ -4,17 +4,15 @@ Of a family with a row it is planned before a weight is read; any other is read 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import nn
 
 from qvlm_hf.calibration.record.provenance import versions
+from qvlm_hf.calibration.record.quantized_share import with_coverage
 from qvlm_hf.calibration.record.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.by_structure import Structure, read_structure
-from qvlm_hf.models.coverage import left_out_by_row, measure_coverage
-from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.families import check_row, has_row
 from qvlm_hf.models.graph import Segment, full_precision_modules, output_head
 
@@ -23,10 +21,7 @@ __all__ = [
     "read_without_row",
     "rounding_report",
     "rounding_schemes",
-    "with_coverage",
 ]
-
-_FEW_PERCENT = 80  # of the weights; below, little is gained
 
 
 def by_structure(model: nn.Module, settings: CalibrationSettings) -> bool:
@@ -101,36 +96,3 @@ def rounding_report(
         ),
     )
     return with_coverage(report, model, settings, structure)
-
-
-def with_coverage(
-    report: CalibrationReport,
-    model: nn.Module,
-    settings: CalibrationSettings,
-    structure: Structure | None = None,
-) -> CalibrationReport:
-    """Adds to a report how many percent of the weights are quantized; few are a warning.
-
-    Args:
-        report: with all its modules.
-        model: before it is quantized or after.
-        settings: of the calibration.
-        structure: of a model without a row.
-    """
-    with experts_split(model):
-        if structure is None:
-            left_out: Mapping[str, str] = left_out_by_row(
-                model,
-                quantize_vision=settings.quantize_vision,
-                quantize_projector=settings.quantize_projector,
-                modules_to_not_convert=settings.modules_to_not_convert,
-            )
-        else:
-            left_out = structure.left_out
-        found = measure_coverage(model, report.modules, left_out).summary()
-    warnings = report.warnings
-    if found["percent"] < _FEW_PERCENT:
-        rest = ", ".join(f"{reason} {percent}%" for reason, percent in found["kept"].items())
-        few = f"only {found['percent']}% of the weights are quantized; the rest: {rest}."
-        warnings = (*warnings, few)
-    return replace(report, provenance=report.provenance | {"coverage": found}, warnings=warnings)

@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_models import tiny_llava
 
 from qvlm_hf.cli import main
-from qvlm_hf.cli.models import read_config
+from qvlm_hf.cli.loading import read_config
 
 
 @pytest.fixture
