@@ -9,6 +9,7 @@ Divergences are geometric means over samples. Of 64 samples the worst three hold
 sum, so that an arithmetic mean tells chance (docs/decisions/0029-the-typical-sample-decides.md).
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,6 +39,7 @@ from qvlm_hf.calibration.samples import (
 )
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.rotation import take_snapshot
+from qvlm_hf.errors import first_line
 from qvlm_hf.method import make_modules, round_modules, transformed
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import get_linear
@@ -96,13 +98,13 @@ def best_recipe(
     Where `settings.recipe` is not "auto" they come back as they are, without trials. The arguments
     are those of `calibrate_and_pack`, and `kept` its finished steps.
     """
-    if settings.recipe is None:
+    if settings.recipe == "fixed":
         return settings, ()
     compare = partial(_try_recipes, model, settings, samples, processor, held_out, callbacks, kept)
     with ranks.no_sync():
         trials = kept.once("recipes", compare)
     taken = ranks.broadcast_object(trials[0].fields)
-    return replace(settings, recipe=None, **taken), trials
+    return replace(settings, recipe="fixed", **taken), trials
 
 
 def _try_recipes(
@@ -120,13 +122,11 @@ def _try_recipes(
     data = list(prepared(by_picture(few)))
     judges = list(prepared([*held_out, *rest][:JUDGES]))
     answers = AnswerComparison(model, judges, held_out=True)
-    # of another seed than the text that is calibrated on
-    written = written_text(model, JUDGING_TEXTS, seed=settings.seed + 1)
-    text = AnswerComparison(model, written, held_out=True)
+    text = AnswerComparison(model, _own_text(model, settings.seed), held_out=True)
 
     def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> list[list[float]]:
         answer_kls, text_kls = try_settings(model, tried, data, (answers, text))
-        return [answer_kls or text_kls, text_kls]
+        return [answer_kls or text_kls, text_kls or answer_kls]
 
     def measure_recipe(recipe: Recipe) -> RecipeTrial:
         once = partial(measure, trial(settings, recipe), data)
@@ -152,9 +152,22 @@ def _try_recipes(
         better,
         progress.steps,
         rotatable=settings.rotation != "auto" or not why_not_rotatable(model),
-        # GPU kernels leave ranges per group to the reference, which is slow
+        # GPU kernels take them, but their speed was never measured
         groups=next(model.parameters()).device.type == "cpu",
     )
+
+
+def _own_text(model: nn.Module, seed: int) -> list[Batch]:
+    """What the model writes, to judge by; none where it cannot without a picture."""
+    try:
+        # of another seed than the text that is calibrated on
+        return written_text(model, JUDGING_TEXTS, seed=seed + 1)
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "recipes are compared by answers alone: %s writes no text without a picture (%s)",
+            type(model).__name__, first_line(error),
+        )  # fmt: skip
+        return []
 
 
 def compare_recipes(
@@ -201,7 +214,7 @@ def _first_recipes(settings: CalibrationSettings, rotatable: bool, groups: bool)
     """What is likely to be best comes first: it is taken unless another is clearly better."""
     rotations, ranges = [settings.rotation], [settings.activation_granularity]
     if rotations == ["auto"]:
-        pays = replace(settings, recipe=None).rotation == "auto"
+        pays = replace(settings, recipe="fixed").rotation == "auto"
         rotations = ["hadamard", None] if pays else [None, "hadamard"]
         rotations = rotations if rotatable else [None]
     if ranges == [None]:
@@ -229,12 +242,12 @@ def _best(
 
 def trial(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:
     """The settings of a quick trial of a recipe."""
-    return replace(settings, recipe=None, **recipe, **_QUICK)
+    return replace(settings, recipe="fixed", **recipe, **_QUICK)
 
 
 def plain_rounding(settings: CalibrationSettings) -> CalibrationSettings:
     """The settings of rounding to nearest without data, inputs with a range per token."""
-    return replace(settings, recipe=None, **(_QUICK | _PLAIN))
+    return replace(settings, recipe="fixed", **(_QUICK | _PLAIN))
 
 
 def try_settings(
@@ -278,8 +291,10 @@ def typical(divergences: Sequence[float]) -> float:
 def clearly_above(divergences: Sequence[float], others: Sequence[float], *, errors: float) -> bool:
     """Whether the geometric mean is above that of `others`, by more than some standard errors.
 
-    Both are of the same samples, at least two, whose ratios count.
+    Both are of the same samples, whose ratios count. Fewer than two samples tell nothing.
     """
+    if len(divergences) < 2:
+        return False
     ratios = [_logarithm(a) - _logarithm(b) for a, b in zip(divergences, others, strict=True)]
     return fmean(ratios) > errors * stdev(ratios) / math.sqrt(len(ratios))
 

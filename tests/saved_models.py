@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from qvlm_hf import QVLMConfig, save_quantized
 
 SEARCH = {
+    "recipe": "fixed",
     "num_samples": 4,
     "batch_size": 4,
     "percentiles": (1.0, 0.999),
@@ -33,7 +34,10 @@ KINDS: dict[str, Callable[[LlavaProcessor], QVLMConfig]] = {
         scheme="W4A8", dataset=tiny_messages(4), processor=processor, **SEARCH
     ),
     "budgeted": lambda processor: QVLMConfig(
-        precision_budget=3.5, dataset=tiny_messages(4), processor=processor, **SEARCH
+        precision_budget=3.5,
+        dataset=tiny_messages(4),
+        processor=processor,
+        **SEARCH,
     ),
     "rotated, rounded": lambda _: QVLMConfig(scheme="W4A16", rotation="hadamard"),
     "paper": lambda processor: QVLMConfig.paper(

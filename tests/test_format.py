@@ -332,6 +332,7 @@ def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
 
     model, processor = tiny_llava().eval(), tiny_processor()
     config = qvlm_hf.QVLMConfig(
+        recipe="fixed",
         group_size=48,
         dataset=tiny_messages(6),
         processor=processor,

@@ -60,7 +60,7 @@ def tiny_calibration(model=None, data=None, components=None, **options):
 def calibrate(model=None, data=None, held_out=(), callbacks=(), resume_dir=None, **options):
     """The whole recipe; returns the model and the report."""
     model = tiny_llava().eval() if model is None else model
-    fields = {"group_size": 32, "batch_size": 4, "max_block_depth": 2, **options}
+    fields = {"recipe": "fixed", "group_size": 32, "batch_size": 4, "max_block_depth": 2, **options}
     report = calibrate_and_pack(
         model,
         CalibrationSettings(**fields),

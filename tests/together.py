@@ -142,7 +142,14 @@ def command(number, words):
 def quantized_family(_, name, options):
     """A tiny model of a family after `quantize_model`, as `calibrated`."""
     model, processor = tiny_family(name, name, name), tiny_family_processor(name, name)
-    options = {"group_size": 16, "percentiles": (1.0,), "margins": (), "batch_size": 1, **options}
+    options = {
+        "recipe": "fixed",
+        "group_size": 16,
+        "percentiles": (1.0,),
+        "margins": (),
+        "batch_size": 1,
+        **options,
+    }
     rows = [*tiny_messages(options["num_samples"] - len(TEXT)), *TEXT]
     config = QVLMConfig(scheme="W4A4", dataset=rows, processor=processor, **options)
     return described(model, quantize_model(model, config))

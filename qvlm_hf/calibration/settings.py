@@ -71,17 +71,16 @@ class CalibrationSettings(Options):
         self.optimize_vision = VisionOptimization.read(self.optimize_vision)
         if self.modules_to_not_convert is None:
             self.modules_to_not_convert = ()
+        if self.recipe is None:
+            self.recipe = "fixed"  # so in earlier files
         check_fields(self)
         self._check_granularity()
         self.module_scheme(self.start_granularity("language"))  # bits, group size and symmetry
         if self.seed >= 2**63:  # what PyTorch's generators take
             raise ValueError(f"seed={self.seed} must be below 2**63.")
-        if self.recipe is not None and not self.needs_data:
-            raise ValueError(
-                f"recipe={self.recipe!r} compares ways to quantize calibrated inputs, and none is "
-                f"calibrated here (16 bits, or found at run time): leave it out."
-            )
-        if self.rotation == "auto" and self.recipe is None and not self._rotation_pays():
+        if not self.needs_data:
+            self.recipe = "fixed"  # nothing of the inputs is calibrated
+        if self.rotation == "auto" and self.recipe == "fixed" and not self._rotation_pays():
             self.rotation = None
 
     @property
@@ -173,14 +172,15 @@ class CalibrationSettings(Options):
         return self.module_scheme("none" if floating else "dynamic_token", None, precision)
 
     def for_model(self, *, rotatable: bool) -> "CalibrationSettings":
-        """Decides rotation="auto", which is left open where a rotation pays.
+        """Decides rotation="auto" without a comparison.
 
         Args:
             rotatable: whether its residual stream can be rotated.
         """
         if self.rotation != "auto":
             return self
-        return replace(self, rotation="hadamard" if rotatable else None)
+        pays = rotatable and self._rotation_pays()
+        return replace(self, rotation="hadamard" if pays else None)
 
     def _rotation_pays(self) -> bool:
         """Measured (docs/results.md): rotated inputs with per-token ranges are best at 8 bits.

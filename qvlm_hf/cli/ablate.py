@@ -36,6 +36,7 @@ __all__ = ["LINES", "add_arguments", "run"]
 
 _SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4", "W3A4")
 _BARE: dict[str, Any] = {
+    "recipe": "fixed",
     "weight_rounding": "nearest",
     "rotation": None,
     "guard": False,
@@ -65,7 +66,7 @@ def _lines() -> dict[str, dict[str, Any]]:
     for name, added in _ADDED.items():
         fields = fields | added
         lines[name] = fields
-    return {"RTN": {}, "paper": _PAPER, **lines, "defaults": {}, "auto": {"recipe": "auto"}}
+    return {"RTN": {}, "paper": _PAPER, **lines, "fixed": {"recipe": "fixed"}, "auto": {}}
 
 
 LINES = _lines()

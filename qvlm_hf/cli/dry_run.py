@@ -88,5 +88,6 @@ def _lines(expected: Expected, source: str) -> Iterator[str]:
     if scratch := expected.held.kept:
         working = f"{gigabytes(expected.held.working)} with scratch files"
         yield f"        {working} of {gigabytes(scratch)} (--scratch-dir)"
+    yield f"        {gigabytes(expected.device)} of a GPU's, where the model is on one"
     kept = f", {gigabytes(expected.kept)} to resume from" if expected.kept else ""
     yield f"disk    {gigabytes(expected.result)} for the result{kept}"

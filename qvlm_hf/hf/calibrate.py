@@ -98,6 +98,6 @@ def calibrate(
             held_out=held_out, callbacks=callbacks, resume_dir=folder,
         )  # fmt: skip
     if report.recipes:  # config.json holds what was taken
-        config.update(recipe=None, **report.recipes[0].fields)
+        config.update(recipe="fixed", **report.recipes[0].fields)
     dataset = {"dataset": dataset_name(config.dataset)}
     return replace(report, provenance=dataset | report.provenance), fitting

@@ -183,6 +183,7 @@ class QVLMConfig(Options, QuantizationConfigMixin):
             ValueError: as `QVLMConfig`.
         """
         chosen: dict[str, Any] = {
+            "recipe": "fixed",
             "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
             "margins": (),
             "activation_granularity": {

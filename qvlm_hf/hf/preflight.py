@@ -66,6 +66,7 @@ class Expected:
         held: bytes of main memory at the peak, with and without scratch files.
         weights: bytes of the model besides, mapped from its files where they have its dtype.
         result: bytes of the saved weights.
+        device: bytes of a GPU's memory, where the whole model is on one.
         kept: bytes of what `resume_dir` keeps.
         data: samples; None where none are used.
     """
@@ -75,6 +76,7 @@ class Expected:
     held: Memory
     weights: float
     result: float
+    device: float
     kept: float = 0.0
     data: Data | None = None
 
@@ -106,8 +108,8 @@ def preflight(
 ) -> dict[str, float]:
     """`expect`, told on standard error where it is not over at once, and checked.
 
-    Callbacks in the configuration take the place of what is told, as of the progress bar. The
-    memory of GPUs is not checked.
+    Callbacks in the configuration take the place of what is told, as of the progress bar. Where
+    layers are spread over several devices, their memory is not checked.
 
     Args:
         model: on the meta device.
@@ -122,13 +124,13 @@ def preflight(
         ValueError: memory, or the disk of `resume_dir` or `scratch_dir`, is too small; or as
             `expect`.
     """
-    device = _device(device_map)
-    expected = expect(model, config, samples, device=device)
+    devices = _devices(device_map)
+    expected = expect(model, config, samples, device=devices[0])
     if config.resume_dir is not None:
         check_disk(expected.kept, config.resume_dir, "steps to resume from")
     if config.scratch_dir is not None:
         check_disk(expected.held.kept, config.scratch_dir, "scratch files")
-    warning = check_memory(expected) if device.type == "cpu" else None
+    warning = check_memory(expected, devices[0]) if len(devices) == 1 else None
     told = ranks.is_main() and not config.callbacks
     if told and sum(expected.seconds.values()) >= _SHOWN:
         sys.stderr.write(f"qvlm expects {expected}\n")
@@ -138,12 +140,13 @@ def preflight(
     return dict(expected.seconds)
 
 
-def _device(device_map: Any) -> torch.device:
+def _devices(device_map: Any) -> list[torch.device]:
     """Where layers will lie; Transformers makes a dict of all maps but None and "auto"."""
     if isinstance(device_map, dict):
-        places = [place for place in device_map.values() if str(place) not in ("cpu", "disk")]
-        return torch.device(places[0] if places else "cpu")
-    return torch.device("cuda" if device_map and torch.cuda.is_available() else "cpu")
+        named = (f"cuda:{p}" if isinstance(p, int) else str(p) for p in device_map.values())
+        return [torch.device(p) for p in sorted(set(named) - {"cpu", "disk"}) or ["cpu"]]
+    count = torch.cuda.device_count() if device_map else 0
+    return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
 
 
 def expect(
@@ -170,23 +173,30 @@ def expect(
     settings = settings.for_model(rotatable=has_row(model) and not why_not_rotatable(model))
     segments = resolve_segments(model, settings) if has_row(model) else ()
     quantized = _quantized(model, segments)
+    held, weights = (
+        count_rounding_memory(model, quantized, settings),
+        model_bytes(model, model.dtype),
+    )
     rounded = Expected(
         config=config,
         seconds={"rounding": rounding_seconds(quantized, rates)},
-        held=count_rounding_memory(model, quantized, settings),
-        weights=model_bytes(model, model.dtype),
+        held=held,
+        weights=weights,
+        device=held.together + weights,
         result=_result_bytes(model, quantized, settings),
     )
     if config.dataset is None and not settings.needs_data:
         return rounded
     data = count_data(model, config, samples)
     seconds = count_seconds(model, segments, settings, data, rates)
-    if settings.recipe is not None:
+    if settings.recipe == "auto":
         seconds = {"recipes": _trial_seconds(model, settings, data, rates)} | seconds
+    on_device = count_memory(model, segments, settings, data, model.dtype.itemsize)
     return replace(
         rounded,
         seconds=seconds,
         held=count_memory(model, segments, settings, data),
+        device=on_device.together + weights,
         kept=packed_bytes(quantized, settings),
         data=data,
     )
@@ -227,8 +237,8 @@ def _trial_seconds(
     return _TRIALS * sum(seconds.values())
 
 
-def check_memory(expected: Expected) -> str | None:
-    """Compares with the memory that this process may have.
+def check_memory(expected: Expected, device: torch.device | None = None) -> str | None:
+    """Compares with the memory that this process may have, or with that of a GPU.
 
     Returns:
         A warning where only what others hold now is in the way; None where it fits.
@@ -236,13 +246,19 @@ def check_memory(expected: Expected) -> str | None:
     Raises:
         ValueError: there is not as much, with what would make it fit.
     """
-    needed, whole = expected.memory, whole_memory(expected.weights)
+    needed: float
+    free: float
+    whole: float
+    if device is not None and device.type == "cuda":
+        needed, (free, whole) = expected.device, torch.cuda.mem_get_info(device)
+    else:
+        weights = expected.weights
+        needed, free, whole = expected.memory, free_memory(weights), whole_memory(weights)
     if needed > whole * _TOO_HIGH:
         raise ValueError(
             f"about {gigabytes(needed)} of memory are needed, and this process may have "
             f"{gigabytes(whole)}: {_remedy(expected)}"
         )
-    free = free_memory(expected.weights)
     if needed > free:
         return (
             f"about {gigabytes(needed)} of memory are expected and {gigabytes(free)} are free: end "

@@ -33,7 +33,8 @@ def config_arguments(report: CalibrationReport, scheme: str) -> list[str]:
     arguments = [f"{name}={_literal(value)}" for name, value in fields.items()]
     if (data := report.provenance.get("dataset")) is not None:
         samples = "samples" if data.endswith(_IN_MEMORY) else _literal(data)
-        arguments[1:1] = [f"dataset={samples}", "processor=processor"]
+        # "fixed": what a comparison of recipes took stands in the fields
+        arguments[1:1] = [f"dataset={samples}", "processor=processor", 'recipe="fixed"']
     return arguments
 
 
@@ -45,13 +46,15 @@ def _is_dynamic(report: CalibrationReport, scheme: str) -> bool:
 def _asked(report: CalibrationReport, scheme: str) -> dict[str, Any]:
     """The settings that are not what `scheme` alone would give."""
     bits: dict[str, Any] = dict(zip(_BITS, parse_scheme(scheme), strict=True))
-    skipped: tuple[str, ...] = (*_BITS, "strict")
+    skipped: tuple[str, ...] = (*_BITS, "strict", "recipe")
     without_data: dict[str, Any] = {}
     if "dataset" not in report.provenance:  # as QVLMConfig.settle_without_data leaves them
         granularity = "dynamic_token" if _is_dynamic(report, scheme) else None
         without_data = {"activation_granularity": granularity, **WITHOUT_DATA}
         skipped += _OF_CALIBRATION + (() if report.settings.get("rotation") else ("seed",))
-    usual = settings_dict(CalibrationSettings(**bits, **without_data).for_model(rotatable=True))
+    usual = settings_dict(
+        CalibrationSettings(**{**bits, "recipe": "fixed", **without_data}).for_model(rotatable=True)
+    )
     found: Mapping[str, Any] = report.settings
     if found["modules_to_not_convert"] is None:
         found = {**found, "modules_to_not_convert": []}

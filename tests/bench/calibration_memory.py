@@ -77,6 +77,7 @@ def calibrate(folder: Path, scratch: str | None, share: float, **fields: object)
     it, but not scratch files.
     """
     config = qvlm_hf.QVLMConfig(
+        recipe="fixed",
         dataset=str(dataset_path("calibration")),
         processor=AutoProcessor.from_pretrained(folder),
         scratch_dir=scratch,

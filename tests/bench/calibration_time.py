@@ -23,6 +23,7 @@ def seconds(layers: int, scheme: str, samples: int) -> float:
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     quantization = qvlm_hf.QVLMConfig(
+        recipe="fixed",
         scheme=scheme,
         dataset=str(dataset_path("calibration")),
         num_samples=samples,

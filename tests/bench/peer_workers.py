@@ -138,7 +138,7 @@ def ours(**fields: Any) -> Callable[[Any], Any]:
 
         chosen = {"group_size": job.group, "num_samples": job.samples, "seed": job.seed}
         given = {"dataset": job.data, "processor": AutoProcessor.from_pretrained(job.model)}
-        config = QVLMConfig(**{**chosen, **given, **job.fields, **fields})
+        config = QVLMConfig(**{"recipe": "fixed", **chosen, **given, **job.fields, **fields})
         return load(job.model, quantization_config=config)
 
     return quantize

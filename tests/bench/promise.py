@@ -36,7 +36,7 @@ SIZES = ((192, 4, 16), (256, 6, 32), (512, 3, 32), (768, 2, 32))
 
 def calibrate(folder: Path, samples: int, scheme: str, scratch: str | None) -> dict:
     """Promises and calibrates the model there, in this process."""
-    fields = {"scheme": scheme, "num_samples": samples, "recipe": None}
+    fields = {"scheme": scheme, "num_samples": samples, "recipe": "fixed"}
     if scratch:
         fields["scratch_dir"] = scratch
     processor, dataset = AutoProcessor.from_pretrained(folder), str(dataset_path("calibration"))

@@ -107,7 +107,7 @@ class Harness:
     def measure(self, scheme: str, variant: str, seed: int) -> Row:
         start = time.process_time()
         fields = {"dataset": self.folder / "calibration.jsonl", "processor": self.processor}
-        fields |= {"seed": seed} | VARIANTS[variant]
+        fields |= {"seed": seed, "recipe": "fixed"} | VARIANTS[variant]
         fields |= (
             {k: v for k, v in self.fields.items() if k not in fields} if fields["dataset"] else {}
         )

@@ -382,7 +382,7 @@ def test_scheme_carries_bits_groups_and_transform():
     ],
 )
 def test_what_auto_rotation_means(fields, rotation):
-    settings = CalibrationSettings(**fields)
+    settings = CalibrationSettings(recipe="fixed", **fields)
     assert settings.rotation == rotation
     assert dataclasses.replace(settings, weight_bits=3).rotation == rotation
     for rotatable, decided in ((True, "hadamard"), (False, None)):

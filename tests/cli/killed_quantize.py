@@ -23,6 +23,8 @@ from qvlm_hf.cli import main  # noqa: E402
 from qvlm_hf.cli.quantize import run  # noqa: E402, F401
 
 OPTIONS = (
+    "--recipe",
+    "fixed",
     "--num-samples",
     "8",
     "--batch-size",

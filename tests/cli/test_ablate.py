@@ -140,12 +140,8 @@ def test_ctrl_c_ends_the_cell_in_one_line(folder, tmp_path, capfd):
 @pytest.mark.parametrize("line", ablate.LINES)
 def test_every_line_is_a_configuration(scheme, line):
     cell = {"scheme": scheme, "line": line, "dataset": "x.jsonl", "num_samples": 4}
-    fields = ablate._fields(cell, None)
-    if scheme == "W4A16" and line == "auto":
-        with pytest.raises(ValueError, match="leave it out"):
-            QVLMConfig(scheme=scheme, **fields).settings()
-        return
-    config = QVLMConfig(scheme=scheme, **fields)
+    config = QVLMConfig(scheme=scheme, **ablate._fields(cell, None))
+    assert (config.recipe == "auto") == (line == "auto" and scheme == "W4A4")
     assert (config.dataset is None) == (line == "RTN")
 
 

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     (folder / "texts.jsonl").write_text("\n".join(texts))
     (folder / "bert").mkdir()
     (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    words = "--num-samples 8 --max-block-depth 1"
+    words = "--num-samples 8 --max-block-depth 1 --recipe fixed"
     assert (
         run(folder, "quantize {f}/model --dataset {f}/samples.jsonl --output {f}/w4a4", words) == 0
     )
@@ -114,7 +114,7 @@ def test_samples_without_positions_are_left_out_with_counts(folder, tmp_path, ca
     assert run(folder, words, t=tmp_path) == 0
     assert json.loads((tmp_path / "r.json").read_text())["accuracy"]["total"] == 11
     capsys.readouterr()
-    words = "quantize {f}/model --dataset {t}/all.jsonl --output {t}/x"
+    words = "quantize {f}/model --dataset {t}/all.jsonl --recipe fixed --output {t}/x"
     assert run(folder, words, t=tmp_path) == 1
     told = "qvlm: error: 1 of 1 samples are longer than the model's 512 positions (all.jsonl:1: 6"
     assert capsys.readouterr().err.startswith(told)
@@ -194,7 +194,7 @@ D = "--dataset {f}/samples.jsonl "
         (Q + D + "--num-samples 0", "--num-samples 0 must be"),
         (Q + D + "--seed -1", "--seed -1 must be an integer"),
         (
-            Q + "--dataset {f}/texts.jsonl",
+            Q + "--recipe fixed --dataset {f}/texts.jsonl",
             "none of the 3 samples has a picture; add pictures to the dataset, or leave the vision "
             "side alone (--modules-to-not-convert vision_tower multi_modal_projector).",
         ),

@@ -15,13 +15,14 @@ def test_shapes_are_promised_by_one_command(shape, capsys, monkeypatch):
     monkeypatch.setattr(preflight, "whole_memory", lambda _: math.inf)
     monkeypatch.setattr(preflight, "free_memory", lambda _: math.inf)
     assert main(["quantize", shape, "--dry-run"]) == 0
-    name, time, samples, memory, scratch, disk = capsys.readouterr().out.splitlines()
+    name, time, samples, memory, scratch, device, disk = capsys.readouterr().out.splitlines()
     assert name == f"{shape}, W4A4, on this machine"
     assert time.startswith("time ")
     assert samples.strip().startswith("64 samples; tokens of each: vision ")
     assert samples.endswith("(assumed, --dataset counts them)")
     assert memory.startswith("memory ")
     assert scratch.endswith(" (--scratch-dir)")
+    assert device.endswith(" of a GPU's, where the model is on one")
     assert disk.startswith("disk ")
 
 
@@ -29,7 +30,7 @@ def test_the_status_is_that_of_the_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(preflight, "whole_memory", lambda _: 2 * 10**9)
     assert main(["quantize", SHAPES[0], "--dry-run"]) == 1
     printed = capsys.readouterr()
-    assert printed.out.count("\n") == 6
+    assert printed.out.count("\n") == 7
     assert (
         "this process may have 2.0 GB: take a machine with more, or --scratch-dir, --max-block-depth 1, "
         in printed.err

@@ -24,7 +24,16 @@ def folder(tmp_path_factory):
 
 
 def words(folder, output, *more):
-    options = ["--num-samples", "8", "--max-block-depth", "1", "--output", str(output)]
+    options = [
+        "--recipe",
+        "fixed",
+        "--num-samples",
+        "8",
+        "--max-block-depth",
+        "1",
+        "--output",
+        str(output),
+    ]
     return ["quantize", f"{folder}/model", "--dataset", f"{folder}/samples.jsonl", *options, *more]
 
 

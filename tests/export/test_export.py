@@ -80,7 +80,7 @@ def cases(make, source, hub_layout, processor):
     """Name -> case; the ones that end in a dtype are of that dtype."""
     made = {name: make(source, QVLMConfig(**fields)) for name, fields in SCHEMES.items()}
     made["from the Hub's layout"] = make(hub_layout, QVLMConfig(**W4))
-    search = {"num_samples": 4, "batch_size": 4, "dataset": tiny_messages(4)}
+    search = {"recipe": "fixed", "num_samples": 4, "batch_size": 4, "dataset": tiny_messages(4)}
     budget = QVLMConfig(**W4, precision_budget=4.5, processor=processor, **search)
     made["budget"] = make(source, budget)
     for name, dtype in DTYPES.items():

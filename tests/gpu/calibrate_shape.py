@@ -78,6 +78,7 @@ def main() -> None:
     report = qvlm_hf.quantize_model(
         model,
         qvlm_hf.QVLMConfig(
+            recipe="fixed",
             scheme=options.scheme,
             dataset=tiny_messages(options.samples + 16),
             processor=processor,

@@ -25,6 +25,7 @@ FAMILIES = ("llama4", "qwen3_vl_moe")
 SAMPLES = 4
 DYNAMIC = {"scheme": "W8A8", "activation_granularity": "dynamic_token", "group_size": 16}
 QUICK = {
+    "recipe": "fixed",
     "group_size": 16, "num_samples": SAMPLES, "batch_size": 2, "percentiles": (1.0,),
     "margins": (), "max_block_depth": 1, "guard": False, "token_importance": False,
 }  # fmt: skip

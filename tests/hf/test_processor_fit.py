@@ -89,7 +89,7 @@ def test_wrong_settings_are_found_before_a_weight_is_read(no_weights, samples, k
     remedy = {name: value for name, value in SET.items() if name in settings}
     said = f"set {json.dumps(remedy)[1:-1]} in the model's processor_config.json, or the same on the processor."
     message = f"samples.jsonl:2: {problem}: {said}"
-    config = QVLMConfig(dataset=samples, processor=processor)
+    config = QVLMConfig(recipe="fixed", dataset=samples, processor=processor)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load(no_weights, quantization_config=config)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -101,7 +101,9 @@ def test_wrong_settings_are_found_before_a_weight_is_read(no_weights, samples, k
 
 
 def test_drawn_samples_are_checked_too(no_weights):
-    config = QVLMConfig(dataset="synthetic", processor=wrong_processor({"patch_size": None}))
+    config = QVLMConfig(
+        recipe="fixed", dataset="synthetic", processor=wrong_processor({"patch_size": None})
+    )
     with pytest.raises(
         ValueError,
         match=r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model',

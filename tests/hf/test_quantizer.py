@@ -24,7 +24,7 @@ from qvlm_hf.quantize import round_and_pack
 
 load = AutoModelForImageTextToText.from_pretrained
 
-QUICK = {"num_samples": 3, "percentiles": (1.0,), "margins": ()}
+QUICK = {"recipe": "fixed", "num_samples": 3, "percentiles": (1.0,), "margins": ()}
 
 
 @pytest.fixture
@@ -144,7 +144,11 @@ def test_a_callback_that_fails_at_the_end_leaves_a_complete_quantized_model(proc
 def test_a_callback_that_fails_on_the_way_leaves_the_model_as_it_was(processor):
     model, other = tiny_llava(), tiny_llava()
     config = QVLMConfig(
-        dataset=tiny_messages(3), processor=processor, num_samples=3, callbacks=[Raising("on_step")]
+        recipe="fixed",
+        dataset=tiny_messages(3),
+        processor=processor,
+        num_samples=3,
+        callbacks=[Raising("on_step")],
     )
     with pytest.raises(RuntimeError, match="no disk for my table"):
         quantize_model(model, config)
@@ -304,7 +308,7 @@ HEADLESS = "^LlavaModel is the model without its output head: quantize the whole
 def both_ways(processor):
     """Without data and with."""
     return QVLMConfig(scheme="W4A16"), QVLMConfig(
-        dataset=tiny_messages(2), processor=processor, num_samples=2
+        recipe="fixed", dataset=tiny_messages(2), processor=processor, num_samples=2
     )
 
 
@@ -444,5 +448,5 @@ def test_what_was_compared_and_taken_is_recorded(processor):
         ("rotation", "activation_granularity", *more) for more in ((), ("equalization",))
     }
     saved = model.config.quantization_config.to_dict()
-    taken = {"recipe": None, "equalization": True, "written_text": False} | trials[0].fields
+    taken = {"recipe": "fixed", "equalization": True, "written_text": False} | trials[0].fields
     assert {name: saved[name] for name in taken | fixed} == taken | fixed

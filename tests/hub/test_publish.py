@@ -117,7 +117,7 @@ def test_another_process_loads_what_was_published(hub, api, source, processor, t
     assert published.revision == hub.repo("me/demo-w4a16").commit().oid
     assert published.commit_url == f"{hub.endpoint}/me/demo-w4a16/commit/{published.revision}"
     assert (published.pull_request_url, published.folder) == (None, None)
-    config = QVLMConfig(
+    config = QVLMConfig(recipe="fixed",
         scheme="W4A4", dataset=tiny_messages(4), processor=processor, num_samples=4,
         percentiles=(1.0, 0.999), margins=(), max_block_depth=2,
     )  # fmt: skip

@@ -344,6 +344,7 @@ def test_dead_layers_do_not_change_a_bit_of_the_projectors_input(tower, chosen, 
 def test_packed_towers_have_no_ranges_per_position(combination, component):
     model = tiny_family(*combination)
     config = QVLMConfig(
+        recipe="fixed",
         scheme="W4A4",
         dataset=tiny_messages(4),
         processor=tiny_family_processor(*combination[:2]),
@@ -364,6 +365,7 @@ def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, da
     model, batch = tiny_family(*combination), data(*combination)[0]
     before = logits(model, batch)
     config = QVLMConfig(
+        recipe="fixed",
         scheme=scheme,
         dataset=tiny_messages(4),
         processor=tiny_family_processor(*combination[:2]),

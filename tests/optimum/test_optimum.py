@@ -117,7 +117,7 @@ def test_calibrates_with_the_processor_beside_the_model(source, tmp_path):
     search = {"num_samples": 4, "batch_size": 4, "percentiles": (1.0,), "margins": ()}
     search |= {"max_block_depth": 1, "weight_rounding": "nearest", "rotation": None}
     search |= {"guard": False, "token_importance": False}
-    config = qvlm_hf.QVLMConfig(scheme="W4A8", dataset=tiny_messages(6), **search)
+    config = qvlm_hf.QVLMConfig(recipe="fixed", scheme="W4A8", dataset=tiny_messages(6), **search)
     quantizer = optimum.qvlm.QVLMOptimumQuantizer.from_pretrained(str(source), dtype=torch.float32)
     model = load(quantizer.quantize(tmp_path / "out", config=config))
     assert config.processor is None  # the caller's object stays as it is

@@ -23,7 +23,6 @@ _PROCESS = 420 * 2**20  # Python, PyTorch and Transformers, without their files
 # What the C library holds back of what was freed; it shows where scratch files take the rest.
 _SLACK, _HELD_BACK = 1.2, 1.6
 _CHUNKS = 120 * 2**20  # of entropies, likewise
-_FLOAT = 4  # bytes of a value: layers are searched in float32
 _FACTOR = 32  # bytes per entry of a Hessian while one is factorised in float64
 _HALVES = 8  # and while it is summed: two halves in float32
 _ROUNDED = 14  # bytes per weight that is rounded: folded, reordered, its integers
@@ -74,7 +73,11 @@ def count_rounding_memory(model: Any, weights: float, settings: CalibrationSetti
 
 
 def count_memory(
-    model: Any, segments: Sequence[Segment], settings: CalibrationSettings, data: Data
+    model: Any,
+    segments: Sequence[Segment],
+    settings: CalibrationSettings,
+    data: Data,
+    size: int = 4,
 ) -> Memory:
     """What a calibration holds at its peak.
 
@@ -83,13 +86,14 @@ def count_memory(
         segments: of `resolve_segments`.
         settings: of the calibration.
         data: its samples.
+        size: bytes of a value while layers are searched: in float32 on a CPU, else as the model is.
     """
     sums = add_up(model, segments, data)
     weights = sum(one.weights for one in sums)
     rotated = settings.rotation == "hadamard"
     changed = rotated or (settings.equalization and settings.activation_bits < 16)
     held = weights * model.dtype.itemsize * changed
-    steps = list(_steps(model, segments, sums, settings, data))
+    steps = list(_steps(model, segments, sums, settings, data, size))
     return Memory(
         together=_SLACK * (held + max(map(sum, steps))) + _PROCESS,
         kept=held + max(step.kept for step in steps),
@@ -103,20 +107,21 @@ def _steps(
     sums: Sequence[Sums],
     settings: CalibrationSettings,
     data: Data,
+    size: int,
 ) -> Iterator[_Step]:
     """Every step with what lies in memory beside it."""
     table = model.get_input_embeddings().weight.numel()
     yield _Step(working=_EMBEDDINGS * table * (settings.rotation == "hadamard"))
     yield _Step(working=_HEAD * table * (settings.lm_head_bits is not None))
     weights = sum(one.weights for one in sums)
-    yield _Step(kept=_FLOAT * weights * (settings.optimize_vision is not None))
-    streams = [one.hidden * _FLOAT for one in sums]
+    yield _Step(kept=size * weights * (settings.optimize_vision is not None))
+    streams = [one.hidden * size for one in sums]
     gradients = _gradients(model, sums, settings, data)
     yield _Step(gradients.kept + sum(streams), gradients.working)
     for place, (segment, one) in enumerate(zip(segments, sums, strict=True)):
-        below = sum(before.weights for before in sums[:place]) * _FLOAT
+        below = sum(before.weights for before in sums[:place]) * size
         packed = packed_bytes(sum(ready.weights for ready in sums[: place + 1]), settings)
-        for step in _search(segment, one, settings, data):
+        for step in _search(segment, one, settings, data, size):
             yield _Step(below + packed + sum(streams[place:]) + step.kept, step.working)
 
 
@@ -140,7 +145,7 @@ def _gradients(
 
 
 def _search(
-    segment: Segment, one: Sums, settings: CalibrationSettings, data: Data
+    segment: Segment, one: Sums, settings: CalibrationSettings, data: Data, size: int
 ) -> tuple[_Step, _Step]:
     """Of a segment while its largest block is searched, and rounded."""
     # not all dependencies are above their mean
@@ -149,12 +154,12 @@ def _search(
     candidates = len(settings.candidates(segment.component))
     layers = live_layers(segment)
     sites = [site for layer in layers for site in layer.sites]
-    layer = _FLOAT * max((sum(map(_weights, own.sites)) for own in layers), default=0)
+    layer = size * max((sum(map(_weights, own.sites)) for own in layers), default=0)
     # what enters, the quantized stream and the targets; the search's own on half of the batches
-    streams = one.hidden * _FLOAT * (2 + depth + data.half * (depth + 1))
+    streams = one.hidden * size * (2 + depth + data.half * (depth + 1))
     masks = 2 * data.samples * data.context[segment.component] ** 2
     held = streams + masks + depth * layer
-    graph = _batch_values(one, data) * _FLOAT * _RUN
+    graph = _batch_values(one, data) * size * _RUN
     largest = max(map(_weights, sites), default=0)
     gptq = 0.0
     if settings.weight_rounding != "nearest":

@@ -35,7 +35,7 @@ _ORDER = {
 def planned_steps(settings: CalibrationSettings) -> tuple[str, ...]:
     """The steps of a calibration that tell how far they are, in order."""
     asked = {
-        "recipes": settings.recipe is not None,
+        "recipes": settings.recipe == "auto",
         "sensitivity": settings.measures_sites,
         "vision": settings.optimize_vision is not None,
         "search": True,

@@ -22,7 +22,7 @@ def main() -> None:
     sizes = {"text_hidden_size": 512, "text_intermediate_size": 1408, "text_layers": 3}
     model = tiny_llava(**sizes, dtype=torch.bfloat16)
     rows = tiny_messages(8)
-    fields = {"processor": tiny_processor(), "num_samples": 8, "batch_size": 4}
+    fields = {"recipe": "fixed", "processor": tiny_processor(), "num_samples": 8, "batch_size": 4}
     promised = expect(model, qvlm_hf.QVLMConfig(**fields), load_samples(rows))
     highest, stop = [], threading.Event()
     before = status_bytes("RssAnon")

@@ -30,12 +30,16 @@ def test_the_plan_is_what_a_calibration_tells():
             def on_step(self, name, done, total, told=told):
                 told.append(name)
 
+        options = {"recipe": "fixed", "max_block_depth": 1, "margins": (), **options}
         settings = CalibrationSettings(**options)
-        calibrate(callbacks=[Listener()], max_block_depth=1, margins=(), **options)
+        calibrate(callbacks=[Listener()], **options)
         assert tuple(dict.fromkeys(told)) == planned_steps(settings)
-    full = CalibrationSettings(recipe="auto", optimize_vision=True)
+    full = CalibrationSettings(optimize_vision=True)
     assert planned_steps(full) == ("recipes", "sensitivity", "vision", "search")
-    assert planned_steps(CalibrationSettings(weight_bits=8, activation_bits=8)) == ("search",)
+    assert planned_steps(CalibrationSettings(weight_bits=8, activation_bits=8)) == (
+        "recipes",
+        "search",
+    )
 
 
 def test_without_a_terminal_a_line_every_half_minute():

@@ -169,7 +169,7 @@ def words(tmp_path):
     save_tiny(tmp_path / "model")
     save_tiny_samples(tmp_path, 6)
     data = ["--dataset", f"{tmp_path}/samples.jsonl", "--num-samples", "4"]
-    options = ["--max-block-depth", "1", "--group-size", "32", "--resume"]
+    options = ["--max-block-depth", "1", "--group-size", "32", "--recipe", "fixed", "--resume"]
     return ["quantize", f"{tmp_path}/model", *data, *options, "--output", f"{tmp_path}/out"]
 
 

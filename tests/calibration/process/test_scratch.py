@@ -104,6 +104,7 @@ def test_saved_files_have_the_same_bytes(tmp_path, monkeypatch):
     saved = []
     for scratch_dir in (None, tmp_path / "scratch"):
         config = qvlm_hf.QVLMConfig(
+            recipe="fixed",
             dataset=tiny_messages(8),
             processor=tiny_processor(),
             group_size=32,

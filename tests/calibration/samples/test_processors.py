@@ -251,7 +251,12 @@ def test_paligemma_is_calibrated_with_its_own_processor():
     processor, model = made("paligemma")
     rows = [{"messages": CHATS[name]} for name in ("one", "wide", "two", "one")]
     config = QVLMConfig(
-        dataset=rows, processor=processor, num_samples=4, batch_size=2, group_size=16
+        recipe="fixed",
+        dataset=rows,
+        processor=processor,
+        num_samples=4,
+        batch_size=2,
+        group_size=16,
     )
     report = quantize_model(model, config)
     assert report.self_check.answer_tokens == sum(

@@ -88,7 +88,11 @@ def test_a_model_is_quantized_without_data():
     report = quantize_model(
         model,
         QVLMConfig(
-            dataset="synthetic", processor=tiny_processor(), num_samples=4, max_block_depth=1
+            recipe="fixed",
+            dataset="synthetic",
+            processor=tiny_processor(),
+            num_samples=4,
+            max_block_depth=1,
         ),
     )
     assert report.provenance["dataset"] == "synthetic"

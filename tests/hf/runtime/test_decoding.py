@@ -88,7 +88,12 @@ def test_an_attention_that_forgets_is_found(saved, processor, monkeypatch):
 
 def config(processor):
     return QVLMConfig(
-        scheme="W4A4", dataset=tiny_messages(4), processor=processor, num_samples=4, batch_size=4
+        recipe="fixed",
+        scheme="W4A4",
+        dataset=tiny_messages(4),
+        processor=processor,
+        num_samples=4,
+        batch_size=4,
     )
 
 
