@@ -1,4 +1,4 @@
-"""From a model to a quantized one: READ THIS FIRST.
+"""From a model to a quantized one: begin, recipe, modules, replace, check, report.
 
     samples -> recipe -> rotation, equalization -> layer inputs -> sensitivity, token importance,
             visual encoder optimisation (eq. 8-10) -> per segment: entropy (eq. 4), partition
@@ -7,17 +7,12 @@
 `calibrate_and_pack` is Q-VLM (arXiv 2410.08119) as docs/algorithm.md maps it. A `Calibration` walks
 through the steps. Where several recipes are to be compared, qvlm_hf/recipes.py does that first.
 
-What makes the quantized modules is qvlm_hf/method.py. Activation entropy measures how much a layer
-depends on the one before it (eq. 4-6, calibration/measure/entropy.py). Layers that depend on each
-other form a block (eq. 7, calibration/search/blocks.py). Rounding functions are searched jointly
-inside a block (eq. 3, calibration/search/joint_search.py), segment after segment: vision encoder,
-projector, language model. Each segment is calibrated on the outputs of the quantized modules below
-it.
+The method itself, which makes the quantized modules, is qvlm_hf/method.py: READ THAT FIRST.
 
 `round_and_pack` is for schemes that need no data.
 
-The model is changed only at the very end, when every module is ready: an error on the way leaves it
-as it was.
+Rotation and equalization fold into the weights early, and an error undoes them. Modules are
+replaced at the very end, when all are ready. So an error on the way leaves the model as it was.
 """
 
 from collections.abc import Sequence
