@@ -53,7 +53,7 @@ __all__ = [
     "clearly_above",
     "compare_recipes",
     "plain_rounding",
-    "trial",
+    "trial_settings",
     "try_settings",
     "typical",
 ]
@@ -128,8 +128,12 @@ def _try_recipes(
         answer_kls, text_kls = try_settings(model, tried, data, (answers, text))
         return [answer_kls or text_kls, text_kls or answer_kls]
 
+    _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
+    numbers = count()
+    judged: dict[int, list[float]] = {}  # of a trial, by its id: every sample's divergence
+
     def measure_recipe(recipe: Recipe) -> RecipeTrial:
-        once = partial(measure, trial(settings, recipe), data)
+        once = partial(measure, trial_settings(settings, recipe), data)
         answer_kls, text_kls = kept.once(f"recipe-{next(numbers)}", once)
         found = RecipeTrial(
             fields=recipe,
@@ -143,14 +147,11 @@ def _try_recipes(
     def better(one: RecipeTrial, other: RecipeTrial) -> bool:
         return clearly_above(judged[id(other)], judged[id(one)], errors=1)
 
-    judged: dict[int, list[float]] = {}
-    numbers, progress = count(), Calibration(model=model, settings=settings, callbacks=callbacks)
-    _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
     return compare_recipes(
         settings,
         measure_recipe,
         better,
-        progress.steps,
+        lambda name, total: Steps(name, callbacks if ranks.is_main() else (), total),
         rotatable=settings.rotation != "auto" or not why_not_rotatable(model),
         # GPU kernels take them, but their speed was never measured
         groups=next(model.parameters()).device.type == "cpu",
@@ -240,7 +241,7 @@ def _best(
     return best
 
 
-def trial(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:
+def trial_settings(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:
     """The settings of a quick trial of a recipe."""
     return replace(settings, recipe="fixed", **recipe, **_QUICK)
 

@@ -12,7 +12,7 @@ from qvlm_hf.calibration.measure.written_text import written_text
 from qvlm_hf.calibration.process.progress import Steps
 from qvlm_hf.calibration.record.report import RecipeTrial
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.recipes import clearly_above, compare_recipes, trial, typical
+from qvlm_hf.recipes import clearly_above, compare_recipes, trial_settings, typical
 
 RANGES = {"vision": "channel", "language": "dynamic_token"}
 
@@ -154,7 +154,7 @@ def test_only_what_is_clear_is_above(errors):
 
 
 def test_a_trial_is_quick_and_compares_nothing_itself():
-    settings = trial(auto(num_samples=5), {"rotation": "hadamard"})
+    settings = trial_settings(auto(num_samples=5), {"rotation": "hadamard"})
     assert settings == CalibrationSettings(
         recipe="fixed",
         num_samples=5,

@@ -41,7 +41,7 @@ from qvlm_hf.models.families import has_row
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import Segment
 from qvlm_hf.quantize import CHECK_SAMPLES
-from qvlm_hf.recipes import JUDGES, JUDGING_TEXTS, TRIAL_SAMPLES, trial
+from qvlm_hf.recipes import JUDGES, JUDGING_TEXTS, TRIAL_SAMPLES, trial_settings
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -232,7 +232,7 @@ def _trial_seconds(
     few = min(TRIAL_SAMPLES, (data.samples + 1) // 2)
     judges = min(JUDGES, data.samples - few + CHECK_SAMPLES)
     quick = replace(data, samples=few, checks=judges + JUDGING_TEXTS)
-    tried = trial(settings, {}).for_model(rotatable=not why_not_rotatable(model))
+    tried = trial_settings(settings, {}).for_model(rotatable=not why_not_rotatable(model))
     seconds = count_seconds(model, resolve_segments(model, tried), tried, quick, rates)
     return _TRIALS * sum(seconds.values())
 

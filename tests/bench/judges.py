@@ -34,7 +34,7 @@ from qvlm_hf.calibration.measure.self_check import AnswerComparison
 from qvlm_hf.calibration.measure.written_text import written_text
 from qvlm_hf.calibration.samples import batches, by_picture, hold_out, load_samples
 from qvlm_hf.quantize import CHECK_SAMPLES
-from qvlm_hf.recipes import plain_rounding, trial, try_settings, typical
+from qvlm_hf.recipes import plain_rounding, trial_settings, try_settings, typical
 
 PARTS = ("judges", "text of judges", "questions", "text")
 RANGES = {None: "searched", "dynamic_token": "per token", "dynamic_group": "per token and group"}
@@ -104,7 +104,7 @@ class Harness:
         settings = config.settings()
         for name, compensated in names:
             recipe, start = RECIPES[name], time.process_time()
-            tried = plain_rounding(settings) if recipe is None else trial(settings, recipe)
+            tried = plain_rounding(settings) if recipe is None else trial_settings(settings, recipe)
             if compensated:
                 tried = replace(tried, weight_rounding="gptq")
             found = try_settings(self.model, tried, () if recipe is None else data, comparisons)
