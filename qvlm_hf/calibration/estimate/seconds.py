@@ -43,7 +43,7 @@ FACTORS: Mapping[str, float] = {
 # Passes over memory per value, in those of one rounding to a grid (`Rates.values`). Measured one by
 # one on 512 to 2048 inputs.
 _RUN, _SIMULATED = 2.0, 3.5  # of a site's input: a layer runs, or runs quantized
-_TAILS = 6.0  # of a site's input: TailObserver
+_TAILS, _RANGE_ERROR = 6.0, 2.5  # of a site's input: TailObserver, LpError per candidate
 _LEVEL = 10.0  # of an element and a level of a histogram
 _BLOCK_ERROR = 6.0  # of a hidden state
 _CLIPPED, _ROUNDED, _PACKED = 36.0, 7.0, 4.0  # of a weight: with its clip search, without, packed
@@ -161,7 +161,9 @@ def _segment_seconds(
     candidates = settings.candidates(segment.component)
     per_layer = one.sites / max(one.layers, 1)
 
-    ranges = run + one.values * 1.5 * _TAILS / rates.values
+    starts = sum(candidate.granularity == granularities[0] for candidate in candidates)
+    judged = _RANGE_ERROR * data.half * starts * (starts > 1)
+    ranges = run * (1 + data.half) + one.values * (1.5 * _TAILS + judged) / rates.values
     probe = ranges + run + quantized * data.half * (1 + per_layer)
 
     levels = settings.entropy_levels

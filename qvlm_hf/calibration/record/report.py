@@ -31,7 +31,7 @@ class BlockReport:
     Attributes:
         layers: names of its layers.
         initial, greedy, joint: squared error of the block output relative to its squared norm: of
-            the start, the layer-by-layer search (eq. 2) and the joint search.
+            the L_p start, the layer-by-layer search (eq. 2) and the joint search.
         evaluations: layer runs over all calibration batches that the search took.
     """
 

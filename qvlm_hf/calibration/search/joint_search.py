@@ -8,7 +8,7 @@ tokens and by their importance, with the inputs that the quantized layers below 
    alone, sharing the prefix of the block, screened on a part of the batches;
 3. refine: coordinate descent over single sites until a sweep brings nothing.
 
-Greedy, the start and the best combinations are compared on all batches and the best is refined,
+Greedy, the L_p start and the best combinations are compared on all batches and the best is refined,
 so on a block joint <= greedy. Screening decides only which candidates are looked at; every accepted
 step is measured on all batches.
 """
@@ -45,7 +45,7 @@ class SearchResult:
     Attributes:
         choice: candidate index per layer and site.
         initial, greedy, joint: squared error of the block output relative to its squared norm, of
-            the start, the greedy solution and the result.
+            the L_p start, the greedy solution and the result.
         evaluations: layers run over all batches, a measure of work; a screening batch counts as its
             share.
     """

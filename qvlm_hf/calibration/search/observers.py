@@ -1,4 +1,4 @@
-"""Statistics of a site's input in bounded memory: exact tail quantiles.
+"""Statistics of a site's input in bounded memory: exact tail quantiles, L_p errors of candidates.
 
 A static range is [quantile(1-p), quantile(p)] per channel or position. Only the tails are needed,
 so `TailObserver` keeps the few largest and smallest values of each, exactly, whatever the number of
@@ -6,7 +6,7 @@ tokens.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.grids import (
     QParams,
     choose_qparams,
+    dynamic_token_qparams,
+    fake_quantize,
 )
 from qvlm_hf.format.scheme import is_per_channel, is_per_position, unknown_granularity
 
-__all__ = ["TailObserver", "candidate_qparams"]
+__all__ = ["LpError", "TailObserver", "candidate_qparams"]
+
+_NORM = 2.4  # exponent of the L_p error: larger errors count more than in squares
 
 
 class TailObserver:
@@ -77,6 +81,20 @@ class TailObserver:
         low = min(int(place), descending.shape[1] - 1)
         high = min(low + 1, descending.shape[1] - 1)
         return torch.lerp(descending[:, low], descending[:, high], place - low)
+
+
+class LpError:
+    """Sum over all values of |x - x_hat|^2.4 for each candidate of a site."""
+
+    def __init__(self, qparams: Sequence[QParams | None], bits: int) -> None:
+        self._qparams, self._bits = qparams, bits
+        self.totals = [0.0] * len(qparams)
+
+    def update(self, x: Tensor) -> None:
+        """Adds [..., T, channels] values, shaped so that the QParams broadcast."""
+        for i, qparams in enumerate(self._qparams):
+            grid = dynamic_token_qparams(x, self._bits) if qparams is None else qparams
+            self.totals[i] += float((fake_quantize(x, grid) - x).abs_().pow_(_NORM).sum())
 
 
 def candidate_qparams(

@@ -1,7 +1,8 @@
-"""Range initialisation: every site gets its candidates, and starts at the range of all values.
+"""Range initialisation: every site gets its candidates, and a start by lowest L_p error.
 
-One pass over the layers in full precision, fed with the outputs of the quantized layers below,
-finds the tails of each site's input. Memory does not grow with the number of tokens.
+Two passes over the layers in full precision, fed with the outputs of the quantized layers below.
+The first finds the tails of each site's input, the second measures the L_2.4 error of every
+candidate. Memory does not grow with the number of tokens.
 
 A range that is judged on the values it was taken from never clips what it has not seen, and the
 tightest always looks best. So the search tries ranges of the even batches on the odd
@@ -25,7 +26,7 @@ from qvlm_hf.calibration.layers import (
 )
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
-from qvlm_hf.calibration.search.observers import TailObserver, candidate_qparams
+from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
 from qvlm_hf.calibration.search.sites import (
     ExpertsSite,
     QuantizedSite,
@@ -60,9 +61,9 @@ def initialize_sites(
     inputs: Sequence[LayerInput],
     hidden: Sequence[Tensor],
 ) -> list[list[QuantizedSite]]:
-    """The sites of consecutive layers, `active` set to their start.
+    """The sites of consecutive layers, `active` set to the best start.
 
-    The start is the widest range of the starting granularity without a margin, or the learned
+    The start is the candidate of the starting granularity with the lowest L_p error, or the learned
     ranges where the site has them.
 
     Args:
@@ -133,13 +134,27 @@ def initialize_sites(
         for site, part in parts
     }
     found = {site.name: _joined(site, made, tokens) for site in sites}
-    start = next(
-        index
-        for index, candidate in enumerate(ranges)
-        if candidate.margin == 1  # candidates begin with those of the starting granularity
-    )
+    start = settings.start_granularity(component)
+    starts = [i for i, candidate in enumerate(ranges) if candidate.granularity == start]
+    errors = {
+        part.name: LpError(
+            [made[part.name].candidates[i].grid for i in starts],
+            calibration.precision(site).activation_bits,
+        )
+        for site, part in parts
+    }
+
+    def measure(site: Site, x: Tensor, entry: LayerInput) -> None:
+        # positions stay in place for grids per position; only they need the shape
+        valid = routed(entry.valid, site.linears[0], x)
+        errors[site.name].update(x if valid is None else x[valid])
+
+    if len(starts) > 1:
+        _feed(layers, held_out_half(inputs), held_out_half(hidden), measure)
     for name, quantized in found.items():
-        quantized.active = start
+        totals = [errors[part.name].totals for part in quantized.site.parts]
+        sums = ranks.all_reduce_numbers(*(sum(column) for column in zip(*totals, strict=True)))
+        quantized.active = starts[min(range(len(starts)), key=sums.__getitem__)]
         if name in calibration.learned:
             quantized.add_learned(calibration.learned[name])
     return [[found[site.name] for site in layer.sites] for layer in layers]

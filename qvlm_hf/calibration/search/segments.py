@@ -44,7 +44,7 @@ def search_segment(
     blocks: Sequence[Block],
     record: Callable[[], Sequence[LayerInput]],
 ) -> Iterator[SearchedBlock]:
-    """Searches the blocks of a segment (eq. 3), then gives dead layers their start.
+    """Searches the blocks of a segment (eq. 3), then gives dead layers their L_p start.
 
     Blocks that were searched before the calibration was stopped are read back.
 

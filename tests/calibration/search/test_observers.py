@@ -1,4 +1,4 @@
-"""Range statistics: streamed tails against torch.quantile, grids of candidates."""
+"""Range statistics: streamed tails against torch.quantile, L_p errors, grids of candidates."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvlm_hf.calibration.search.observers import TailObserver, candidate_qparams
+from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
 from qvlm_hf.calibration.settings import RangeCandidate
+from qvlm_hf.format.grids import QParams, choose_qparams
 
 PERCENTILES = (0.9, 0.95, 0.99, 0.999, 0.9999, 1.0)
 
@@ -91,6 +92,26 @@ def grid(low, high, bits):
     )
     scale = (high - low) / np.float32(2**bits - 1)
     return scale, np.clip(np.rint(-low / scale), 0, 2**bits - 1)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_lp_error_of_every_candidate(bits):
+    x = torch.randn(6, 5, 7) * torch.arange(1, 8)
+    channel = choose_qparams(x.amin((0, 1)) * 0.8, x.amax((0, 1)) * 0.8, bits)
+    position = choose_qparams(x.amin((0, 2)), x.amax((0, 2)), bits)
+    position = QParams(position.scale[:, None], position.zero_point[:, None], bits)
+    errors = LpError([channel, position, None], bits)
+    for part in x.split([1, 5]):
+        errors.update(part)
+    expected = []
+    for axes, factor in (((0, 1), 0.8), ((0, 2), 1), (2, 1)):
+        bounds = (
+            f(axis=axes, keepdims=True) * np.float32(factor) for f in (x.numpy().min, x.numpy().max)
+        )
+        scale, zero = grid(*bounds, bits)
+        q = np.clip(np.rint(x.numpy() / scale) + zero, 0, 2**bits - 1)
+        expected.append((np.abs(x.numpy() - scale * (q - zero)) ** 2.4).sum())
+    assert errors.totals == pytest.approx(expected, rel=1e-4)
 
 
 def observers(x):
