@@ -134,14 +134,34 @@ def initialize_sites(
         for site, part in parts
     }
     found = {site.name: _joined(site, made, tokens) for site in sites}
+    errors = _start_errors(calibration, component, layers, inputs, hidden, found)
+    for name, quantized in found.items():
+        quantized.active = min(errors[name], key=errors[name].__getitem__)
+        if name in calibration.learned:
+            quantized.add_learned(calibration.learned[name])
+    return [[found[site.name] for site in layer.sites] for layer in layers]
+
+
+def _start_errors(
+    calibration: Calibration,
+    component: str,
+    layers: Sequence[Layer],
+    inputs: Sequence[LayerInput],
+    hidden: Sequence[Tensor],
+    sites: Mapping[str, QuantizedSite],
+) -> dict[str, dict[int, float]]:
+    """Site -> candidates of the starting granularity -> L_p error on the batches held out."""
+    settings = calibration.settings
     start = settings.start_granularity(component)
+    ranges = settings.candidates(component)
     starts = [i for i, candidate in enumerate(ranges) if candidate.granularity == start]
     errors = {
-        part.name: LpError(
-            [made[part.name].candidates[i].grid for i in starts],
-            calibration.precision(site).activation_bits,
+        part.site.name: LpError(
+            [part.candidates[i].grid for i in starts],
+            calibration.precision(site.site).activation_bits,
         )
-        for site, part in parts
+        for site in sites.values()
+        for part in site.parts
     }
 
     def measure(site: Site, x: Tensor, entry: LayerInput) -> None:
@@ -151,13 +171,12 @@ def initialize_sites(
 
     if len(starts) > 1:
         _feed(layers, held_out_half(inputs), held_out_half(hidden), measure)
-    for name, quantized in found.items():
-        totals = [errors[part.name].totals for part in quantized.site.parts]
+    found = {}
+    for name, site in sites.items():
+        totals = [errors[part.site.name].totals for part in site.parts]
         sums = ranks.all_reduce_numbers(*(sum(column) for column in zip(*totals, strict=True)))
-        quantized.active = starts[min(range(len(starts)), key=sums.__getitem__)]
-        if name in calibration.learned:
-            quantized.add_learned(calibration.learned[name])
-    return [[found[site.name] for site in layer.sites] for layer in layers]
+        found[name] = dict(zip(starts, sums, strict=True))
+    return found
 
 
 def _joined(
