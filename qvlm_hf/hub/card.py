@@ -85,7 +85,7 @@ def write_card(
     with as_damaged_report():
         picture = entropy_picture(saved.report.segments)
         body = _body(saved, name=name, source=repo_id or name, base=base, picture=picture)
-    text = f"---\n{front.to_yaml()}\n---\n\n{body}"
+        text = f"---\n{front.to_yaml()}\n---\n\n{body}"
     if path := _PATH.search(re.sub(r"https?://\S+", "", text)):
         raise ValueError(
             f"model card: holds the absolute path {path[0]!r}: name the file or repository alone."

@@ -189,7 +189,7 @@ def as_damaged_report(*others: type[Exception]) -> Iterator[None]:
         others: kinds of errors that can come from nothing else there.
     """
     kinds: tuple[type[Exception], ...]
-    kinds = (TypeError, AttributeError, LookupError, TemplateError, *others)
+    kinds = (TypeError, AttributeError, LookupError, OverflowError, TemplateError, *others)
     try:
         yield
     except kinds as error:
