@@ -60,6 +60,8 @@ _CHECKED = tuple(
         (3, 16, "none", 40),
     )
 )
+# Many tokens are multiplied in another way where the processor multiplies bfloat16.
+_CHECKED_BFLOAT16 = (reference.Case(3, 16, "none", 9), reference.Case(8, 16, "none", 40))
 # Beyond so many tokens, portable kernels leave floating-point inputs to PyTorch's product with a
 # dequantized copy of that one weight.
 _DENSE_TOKENS = 32
@@ -170,6 +172,8 @@ def _self_check(library: ctypes.CDLL) -> str | None:
     compute = functools.partial(_compute, library)
     if wrong := reference.find_wrong_case(compute, _CHECKED):
         return wrong
+    if wrong := reference.find_wrong_case(compute, _CHECKED_BFLOAT16, floating=torch.bfloat16):
+        return f"{wrong} in bfloat16"
     generator = torch.Generator().manual_seed(0)
     for bits, symmetric in ((2, True), (3, False), (4, False), (8, True)):
         scheme = QuantScheme(

@@ -168,14 +168,15 @@ def test_sums_are_exact(granularity, weight_bits, tokens, zero_point):
 
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 @pytest.mark.parametrize("tokens", [1, 2, 7, 20])
-@pytest.mark.parametrize("length", [64, 128, 512])
-def test_weights_meet_floating_point_inputs_exactly(weight_bits, tokens, length):
+@pytest.mark.parametrize(("k", "length"), [(512, 64), (512, 128), (512, 512), (43, 43)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_meet_floating_point_inputs_exactly(weight_bits, tokens, k, length, dtype):
     """Small integers as inputs, powers of two as scales: every product and sum is exact, so every
     way must give the same bits.
     """
-    rest = arguments(weight_bits, 16, "none", 83, 512, length, None)
-    scale = torch.tensor([0.5, 1.0, 4.0]).bfloat16()[torch.randint(0, 3, (83, 512 // length))]
-    x = torch.randint(-64, 65, (tokens, 512)).float()
+    rest = arguments(weight_bits, 16, "none", 83, k, length, None)
+    scale = torch.tensor([0.5, 1.0, 4.0]).bfloat16()[torch.randint(0, 3, (83, k // length))]
+    x = torch.randint(-64, 65, (tokens, k)).to(dtype)
     rest = (rest[0], scale, rest[2], None, None, None, *rest[6:])
     assert torch.equal(OPS.linear(x, *rest), OPS.linear_reference(x, *rest))
 

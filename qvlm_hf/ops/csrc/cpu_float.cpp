@@ -1,11 +1,12 @@
-// Floating-point inputs (A16): packed weights become float32 in registers, products are added as float32.
+// Floating-point inputs (A16): packed weights become floats in registers, products are added as float32.
 //
 // A weight ws (w - zp) is exact: 8 bits of the scale times 9 of the difference. So the only roundings are those of the sums, which PyTorch's own
 // float32 product has too.
 //
 // Up to kFew tokens: a pass over the weights, which come out of their bytes a register of floats at a time (`Spread`). Inputs lie in that order.
 //
-// More: 64 inputs x 64 columns of weights at a time become float32 in the L1 cache and meet 6 tokens x kPart columns of sums in registers.
+// More: 64 or 128 inputs x 64 columns of w - zp at a time go to the L1 cache and meet 6 tokens x kPart columns of sums in registers, which ws
+// multiplies at the end. They are float32; for bfloat16 inputs on a processor with products of those, bfloat16, which holds w - zp exactly.
 //
 // Legend: as in cpu_weight.h.
 
@@ -26,8 +27,7 @@ struct FloatInput {
 
 #if QVLM_VECTOR
 
-constexpr int64_t kBlockM = 6;   // tokens that share the loads of a weight
-constexpr int64_t kBlockK = 64;  // inputs of a block of weights as float32, which takes 16 KiB
+constexpr int64_t kBlockWords = 64;  // inputs or pairs of them of a block of weights, which takes 16 KiB
 
 // How few tokens' weights become floats: from registers of `values` x kLanes of them.
 enum Way {
@@ -230,122 +230,157 @@ void with_way(Way way, const Run& run) {
     }
 }
 
-// A block of weights as float32, [kTileN / kPart][kBlockK][kPart columns], from the bytes of unpack_panels.
-inline void lift_panels(const uint8_t* tile, int64_t count, const float* scale, const float* zero, float* block) {
+// What a lane multiplies at a time: a float, or two neighbours as bfloat16.
+template <class Word>
+constexpr int64_t kValuesOf = std::is_same_v<Word, float> ? 1 : 2;
+template <class Word>
+int64_t words_of(int64_t values) { return (values + kValuesOf<Word> - 1) / kValuesOf<Word>; }
+
+// Words of a group, and from one token to the next: a cache line more, or the tokens of a power of two would share a cache set.
+template <class Word>
+int64_t group_words(const Weight& w) { return words_of<Word>(std::min(w.length, w.k)); }
+template <class Word>
+int64_t token_words(const Weight& w) { return w.groups * group_words<Word>(w) + 16; }
+
+// A block of w - zp, [kTileN / kPart][words][kPart columns], from the bytes of unpack_panels.
+template <class Word>
+void lift_panels(const uint8_t* tile, int64_t count, const int32_t* zero, Word* block) {
     for (int64_t panel = 0; panel < kTileN / kLanes; ++panel) {
-        const Floats factor = load(scale + kLanes * panel), shift = factor * load(zero + kLanes * panel);
-        const uint8_t* bytes = tile + (panel / kPanels * (kBlockK / 4) * kPanels + panel % kPanels) * kBytes;
-        float* to = block + panel / kPanels * kBlockK * kPart + panel % kPanels * kLanes;
+        const Ints shift = load(zero + kLanes * panel);
+        const uint8_t* bytes = tile + (panel / kPanels * (kBlockWords * kValuesOf<Word> / 4) * kPanels + panel % kPanels) * kBytes;
+        Word* to = block + panel / kPanels * kBlockWords * kPart + panel % kPanels * kLanes;
         for (int64_t k = 0; k < count; k += 4, bytes += kPanels * kBytes) {
             const Ints four = (Ints)load_bytes(bytes);
+            Floats values[4];
             QVLM_UNROLL
-            for (int j = 0; j < 4; ++j) store(to + (k + j) * kPart, fused_minus(as_floats(four >> 8 * j & 255), factor, shift));
+            for (int j = 0; j < 4; ++j) values[j] = as_floats((four >> 8 * j & 255) - shift);
+            QVLM_UNROLL
+            for (int j = 0; j < 4; j += kValuesOf<Word>, to += kPart) {
+                if constexpr (kValuesOf<Word> == 1)
+                    store(to, values[j]);
+                else
+                    store(to, ((Ints)values[j] >> 16 & 0xffff) | ((Ints)values[j + 1] & ~0xffff));  // exact: w - zp has 8 bits
+            }
         }
     }
 }
 
-// ROWS tokens x kPart columns of a block. x [count, kBlockM], block [count, kPart]; added to out [ROWS, kTileN], or the first to be there.
-template <int ROWS>
-QVLM_APART void block_product(const float* x, const float* block, int64_t count, bool begin, float* out) {
+QVLM_INLINE void multiply(Floats& sum, Floats weights, float input) { sum = fused(splat(input), weights, sum); }
+#if QVLM_BFLOAT
+QVLM_INLINE void multiply(Floats& sum, Ints weights, int32_t inputs) { dot_bfloats(sum, weights, splat(inputs)); }
+#endif
+
+// ROWS tokens x kPart columns of a block. x [ROWS, stride], block [count, kPart]; added to out [ROWS, kTileN], or the first to be there.
+template <int ROWS, class Word>
+QVLM_APART void block_product(const Word* x, int64_t stride, const Word* block, int64_t count, const float* scale, bool begin, float* out) {
     Floats sum[ROWS][kPanels];
     QVLM_UNROLL
     for (int m = 0; m < ROWS; ++m)
         QVLM_UNROLL
         for (int p = 0; p < kPanels; ++p) sum[m][p] = no_floats();
     for (int64_t k = 0; k < count; ++k) {
-        Floats weights[kPanels];
+        decltype(load(block)) weights[kPanels];
         QVLM_UNROLL
         for (int p = 0; p < kPanels; ++p) weights[p] = load(block + k * kPart + kLanes * p);
         QVLM_UNROLL
-        for (int m = 0; m < ROWS; ++m) {
-            const Floats input = splat(x[k * kBlockM + m]);
+        for (int m = 0; m < ROWS; ++m)
             QVLM_UNROLL
-            for (int p = 0; p < kPanels; ++p) sum[m][p] = fused(input, weights[p], sum[m][p]);
-        }
+            for (int p = 0; p < kPanels; ++p) multiply(sum[m][p], weights[p], x[m * stride + k]);
     }
     QVLM_UNROLL
-    for (int m = 0; m < ROWS; ++m)
+    for (int p = 0; p < kPanels; ++p) {
+        const Floats factor = load(scale + kLanes * p);
         QVLM_UNROLL
-        for (int p = 0; p < kPanels; ++p) {
+        for (int m = 0; m < ROWS; ++m) {
             float* y = out + m * kTileN + kLanes * p;
-            store(y, begin ? sum[m][p] : load(y) + sum[m][p]);
-        }
-}
-
-// Any number of tokens of a tile of columns. x [blocks of kBlockM tokens][K][kBlockM], out [rows, kTileN].
-inline void columns_many(const Weight& w, const float* x, float* out, int64_t rows, int64_t first) {
-    alignas(64) uint8_t bytes[kBlockK * kTileN];
-    alignas(64) float block[kBlockK * kTileN], scale[kTileN], zero[kTileN];
-    for (int64_t g = 0; g < w.groups; ++g) {
-        for (int64_t n = 0; n < kTileN; ++n) {
-            const int64_t row = std::min(first + n, w.n - 1);
-            scale[n] = w.factor(row, g), zero[n] = float(w.zero(row, g));
-        }
-        for (int64_t from = 0; from < w.count(g); from += kBlockK) {
-            const int64_t count = std::min(kBlockK, w.count(g) - from), k = g * w.length + from;
-            if (w.bits == 8)
-                unpack_panels<kWhole>(w, first, g, from, count, kBlockK, bytes);
-            else
-                unpack_panels<kStream>(w, first, g, from, count, kBlockK, bytes);
-            lift_panels(bytes, count, scale, zero, block);
-            for (int64_t i = 0; i < rows; i += kBlockM)
-                for (int64_t part = 0; part < kTileN; part += kPart) {
-                    const float *inputs = x + i * w.k + k * kBlockM, *weights = block + part * kBlockK;
-                    float* y = out + i * kTileN + part;
-                    switch (rows - i) {
-                        case 1: block_product<1>(inputs, weights, count, k == 0, y); break;
-                        case 2: block_product<2>(inputs, weights, count, k == 0, y); break;
-                        case 3: block_product<3>(inputs, weights, count, k == 0, y); break;
-                        case 4: block_product<4>(inputs, weights, count, k == 0, y); break;
-                        case 5: block_product<5>(inputs, weights, count, k == 0, y); break;
-                        default: block_product<6>(inputs, weights, count, k == 0, y);
-                    }
-                }
+            store(y, begin ? sum[m][p] * factor : fused(sum[m][p], factor, load(y)));
         }
     }
 }
 
-// Tokens begin ... begin + rows - 1, at most kBlockM, side by side: [K, kBlockM].
-template <class T>
-void interleave_tokens(const Weight& w, const FloatInput<T>& input, int64_t begin, int64_t rows, float* a) {
-    for (int64_t k = 0; k < w.k; ++k)
-        for (int64_t i = 0; i < rows; ++i) a[k * kBlockM + i] = input.at(begin + i, k);
+// Any number of tokens of a tile of columns. x [rows, token_words], out [rows, kTileN].
+template <class Word>
+void columns_many(const Weight& w, const Word* x, float* out, int64_t rows, int64_t first) {
+    constexpr int64_t width = kBlockWords * kValuesOf<Word>;
+    const int64_t stride = token_words<Word>(w);
+    alignas(64) uint8_t bytes[width * kTileN];
+    alignas(64) Word block[kBlockWords * kTileN];
+    Columns columns(w, first);
+    for (int64_t g = 0; g < w.groups; ++g) {
+        if (g % kLanes == 0) columns.load_parameters(w, first, g);
+        const float* scale = columns.scale[g % kLanes];
+        for (int64_t from = 0; from < w.count(g); from += width) {
+            const int64_t count = std::min(width, w.count(g) - from), at = g * group_words<Word>(w) + from / kValuesOf<Word>;
+            const int64_t start = w.start(g) + from * w.bits / 8;
+            if (w.bits == 8)
+                unpack_panels<kWhole>(columns.row, w.bits, start, count, width, bytes);
+            else
+                unpack_panels<kStream>(columns.row, w.bits, start, count, width, bytes);
+            lift_panels(bytes, count, columns.zero[g % kLanes], block);
+            const auto product = [&](auto some, int64_t i) {
+                for (int64_t part = 0; part < kTileN; part += kPart)
+                    block_product<some()>(x + i * stride + at, stride, block + part * kBlockWords, words_of<Word>(count), scale + part, at == 0,
+                                          out + i * kTileN + part);
+            };
+            int64_t i = 0;
+            for (; i + 6 <= rows; i += 6) product(std::integral_constant<int, 6>(), i);
+            for (; i + 2 <= rows; i += 2) product(std::integral_constant<int, 2>(), i);
+            for (; i < rows; ++i) product(std::integral_constant<int, 1>(), i);
+        }
+    }
 }
 
-// Inputs of `rows` tokens from `begin` on, as the product reads them.
-template <class T>
-float* arranged(const Weight& w, const FloatInput<T>& input, int64_t begin, int64_t rows) {
-    const bool few = rows <= kFew;
-    const int64_t blocks = few ? rows : (rows + kBlockM - 1) / kBlockM, block = few ? w.stride() : w.k * kBlockM;
-    float* a = scratch<float>(blocks * block);
+// One token in words, a group after the other.
+template <class Word, class T>
+void into_words(const Weight& w, const FloatInput<T>& input, int64_t token, Word* a) {
+    for (int64_t g = 0; g < w.groups; ++g, a += group_words<Word>(w)) {
+        const int64_t count = w.count(g), begin = g * w.length;
+        if constexpr (kValuesOf<Word> == 1) {
+            for (int64_t k = 0; k < count; ++k) a[k] = input.at(token, begin + k);
+        } else {
+            a[words_of<Word>(count) - 1] = 0;
+            std::memcpy(a, input.x + token * w.k + begin, count * sizeof(T));
+        }
+    }
+}
+
+#endif
+
+// The outputs of `rows` tokens from `begin` on, whose sums compute(w, sums, first, last) makes, [rows, kTileN].
+template <class Compute>
+void fill(const std::vector<Module>& modules, bool few, int64_t begin, int64_t rows, const Compute& compute) {
+    share_columns(modules, few, [&](const Module& module, int64_t first, int64_t last) {
+        alignas(64) float sums[kTileM * kTileN];
+        compute(module.w, sums, first, last);
+        module.finish(sums, nullptr, begin, rows, first, last - first);
+    });
+}
+
+// Inputs of tokens as their product reads them: put(i, a + i * stride) for each of `rows`.
+template <class Word, class Put>
+Word* arranged(int64_t rows, int64_t stride, const Put& put) {
+    Word* a = scratch<Word>(rows * stride);
 #pragma omp parallel for schedule(static) if (rows > 4)
-    for (int64_t i = 0; i < blocks; ++i)
-        if (few)
-            with_way(way_of(w), [&](auto way) { spread_token<way()>(w, input, begin + i, a + i * block); });
-        else
-            interleave_tokens(w, input, begin + i * kBlockM, std::min(kBlockM, rows - i * kBlockM), a + i * block);
+    for (int64_t i = 0; i < rows; ++i) put(i, a + i * stride);
     return a;
 }
 
-// The sums of columns first ... last - 1 for `rows` tokens, at most kTileM. out [rows, kTileN].
-inline void columns(const Weight& w, const float* a, float* out, int64_t rows, int64_t first, int64_t last) {
-    if (rows > kFew) return columns_many(w, a, out, rows, first);
-    with_way(way_of(w), [&](auto way) { columns_few<way()>(w, a, out, rows, first, last); });
-}
+#if QVLM_VECTOR
 
-#else
-
-// The inputs of `rows` tokens from `begin` on as float.
 template <class T>
-float* arranged(const Weight& w, const FloatInput<T>& input, int64_t begin, int64_t rows) {
-    float* a = scratch<float>(rows * w.k);
-    for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < w.k; ++k) a[i * w.k + k] = input.at(begin + i, k);
-    return a;
+void few_tokens(const std::vector<Module>& modules, const FloatInput<T>& input, int64_t begin, int64_t rows) {
+    const Weight& w = modules.front().w;
+    with_way(way_of(w), [&](auto way) {
+        const float* a = arranged<float>(rows, w.stride(), [&](int64_t i, float* to) { spread_token<way()>(w, input, begin + i, to); });
+        fill(modules, true, begin, rows, [&](const Weight& of, float* sums, int64_t first, int64_t last) { columns_few<way()>(of, a, sums, rows, first, last); });
+    });
 }
 
-inline void columns(const Weight& w, const float* a, float* out, int64_t rows, int64_t first, int64_t last) {
-    columns_portable(w, a, out, rows, first, last);
+template <class Word, class T>
+void many_tokens(const std::vector<Module>& modules, const FloatInput<T>& input, int64_t begin, int64_t rows) {
+    const Weight& w = modules.front().w;
+    const Word* a = arranged<Word>(rows, token_words<Word>(w), [&](int64_t i, Word* to) { into_words(w, input, begin + i, to); });
+    fill(modules, false, begin, rows, [&](const Weight& of, float* sums, int64_t first, int64_t) { columns_many(of, a, sums, rows, first); });
 }
 
 #endif
@@ -354,14 +389,23 @@ inline void columns(const Weight& w, const float* a, float* out, int64_t rows, i
 template <class T>
 void linears(const std::vector<Module>& modules, const float* scale, const T* x, int64_t m) {
     const Weight& w = modules.front().w;
+    const FloatInput<T> input{x, scale, w.k};
     for (int64_t begin = 0; begin < m; begin += kTileM) {
         const int64_t rows = std::min(kTileM, m - begin);
-        const float* a = arranged(w, FloatInput<T>{x, scale, w.k}, begin, rows);
-        share_columns(modules, rows <= kFew, [&](const Module& module, int64_t first, int64_t last) {
-            alignas(64) float sums[kTileM * kTileN];
-            columns(module.w, a, sums, rows, first, last);
-            module.finish(sums, nullptr, begin, rows, first, last - first);
+#if QVLM_VECTOR
+        constexpr bool halves = QVLM_BFLOAT && std::is_same_v<T, BFloat16>;
+        if (rows <= (halves && !scale ? kFew / 2 : kFew))
+            few_tokens(modules, input, begin, rows);
+        else if (scale || !halves)
+            many_tokens<float>(modules, input, begin, rows);
+        else if constexpr (halves)
+            many_tokens<int32_t>(modules, input, begin, rows);
+#else
+        const float* a = arranged<float>(rows, w.k, [&](int64_t i, float* to) {
+            for (int64_t k = 0; k < w.k; ++k) to[k] = input.at(begin + i, k);
         });
+        fill(modules, rows <= kFew, begin, rows, [&](const Weight& of, float* sums, int64_t first, int64_t last) { columns_portable(of, a, sums, rows, first, last); });
+#endif
     }
 }
 

@@ -25,7 +25,7 @@ template <class A>
 struct Rows {
     const A* a;             // [M, KP]; of tokens in parts [parts, M, KP]
     int64_t apart;          // from a part to the next
-    const int32_t* sums;    // [M, G], over each group
+    const int32_t* sums;    // [M, G], over each group; `paired`: see `pair`
     const int32_t* shift;   // [M, grids], factor of a single correction row
     const A* more;          // [corrections, KP]
     const int32_t* more_sums;
@@ -34,6 +34,7 @@ struct Rows {
     const float* group_scale;  // [M, G], of a group's sums, or null for 1
     int64_t grids;          // of a token: 1 or G
     bool wide;              // whether a sum over a group can leave the 24 bits that float holds
+    bool paired;            // whether sums and shifts of short groups lie together, 16 bits each
     int64_t room;           // sums of two products of bytes that 16 bits hold
 
     Rows from(const Weight& w, int64_t m) const {
@@ -44,6 +45,10 @@ struct Rows {
         return rest;
     }
 };
+
+// Two integers of 16 bits, for one instruction that adds both products of a lane.
+inline int32_t pair(int32_t low, int32_t high) { return int32_t(uint32_t(uint16_t(low)) | uint32_t(high) << 16); }
+constexpr int64_t kPaired = 128;  // values of a group up to which what is paired fits: 255 * 128
 
 #if QVLM_VECTOR
 
@@ -257,22 +262,40 @@ void columns_few(const Weight& w, const Rows<Integer<LAYOUT>>& x, int parts, flo
 
 // What a tile of columns has in one group.
 struct Tile {
-    alignas(64) float scale[kTileN];
-    alignas(64) int32_t zero[kTileN];
-    alignas(64) int32_t more[kTileN];  // sum of the correction rows
-    const uint8_t* weights;            // see unpack_panels
-    int64_t words;                     // of 4 bytes, of a padded group
+    const float* scale;                 // [kTileN]
+    int32_t* zero;                      // [kTileN], zero points; paired: with the sums of a single correction row
+    alignas(64) int32_t more[kTileN];   // sums of a single correction row, for every token times its shift
+    alignas(64) int32_t begin[kTileN];  // sums of several correction rows, or 0
+    const uint8_t* weights;             // see unpack_panels
+    int64_t words;                      // of 4 bytes, of a padded group
 };
 
-// One group's sums of ROWS tokens x kPart columns. NARROW: in 16 bits for as long as `room` says.
+// What ROWS tokens x kPart columns of a group begin with: minus zero points times sums of inputs, and the correction rows.
+template <int ROWS, class A>
+QVLM_INLINE void tile_begin(const Rows<A>& x, const Tile& tile, const int32_t* sums, int64_t groups, const int32_t* shift, int64_t part,
+                            Ints sum[ROWS][kPanels]) {
+    QVLM_UNROLL
+    for (int p = 0; p < kPanels; ++p) {
+        const int64_t at = part + kLanes * p;
+        const Ints zero = load(tile.zero + at), begin = load(tile.begin + at);
+        QVLM_UNROLL
+        for (int m = 0; m < ROWS; ++m) {
+            sum[m][p] = begin;
+            if (__builtin_expect(x.paired, 1)) {
+                dot16(sum[m][p], (Bytes)zero, (Bytes)splat(sums[m * groups]));
+            } else {
+                sum[m][p] -= zero * splat(sums[m * groups]);
+                if (shift) sum[m][p] += load(tile.more + at) * splat(shift[m * x.grids]);
+            }
+        }
+    }
+}
+
+// Adds one group's products of ROWS tokens x kPart columns. NARROW: in 16 bits for as long as `room` says.
 template <bool NARROW, int ROWS, class A>
 QVLM_INLINE void tile_sums(const A* a, int64_t stride, const uint8_t* tile, int64_t words, [[maybe_unused]] int64_t room,
                            Ints sum[ROWS][kPanels]) {
     const auto add = [&](int64_t begin, int64_t stop, Ints (*to)[kPanels]) __attribute__((always_inline)) {
-        QVLM_UNROLL
-        for (int m = 0; m < ROWS; ++m)
-            QVLM_UNROLL
-            for (int p = 0; p < kPanels; ++p) to[m][p] = no_ints();
         for (int64_t k = begin; k < stop; ++k) {
             Bytes weights[kPanels];
             QVLM_UNROLL
@@ -300,51 +323,55 @@ QVLM_INLINE void tile_sums(const A* a, int64_t stride, const uint8_t* tile, int6
 #if QVLM_VECTOR == 32
     for (int64_t begin = 0; begin < words; begin += room) {
         Ints part[ROWS][kPanels];
+        QVLM_UNROLL
+        for (int m = 0; m < ROWS; ++m)
+            QVLM_UNROLL
+            for (int p = 0; p < kPanels; ++p) part[m][p] = no_ints();
         add(begin, std::min(begin + room, words), part);
         QVLM_UNROLL
         for (int m = 0; m < ROWS; ++m)
             QVLM_UNROLL
-            for (int p = 0; p < kPanels; ++p) {
-                const Ints widened = (Ints)_mm256_madd_epi16((Bytes)part[m][p], _mm256_set1_epi16(1));
-                sum[m][p] = begin ? sum[m][p] + widened : widened;
-            }
+            for (int p = 0; p < kPanels; ++p) sum[m][p] += (Ints)_mm256_madd_epi16((Bytes)part[m][p], _mm256_set1_epi16(1));
     }
 #endif
-}
-
-// Subtracts zero points times sums of inputs.
-template <int ROWS>
-QVLM_INLINE void subtract_zero(const int32_t* zero, const int32_t* sums, int64_t groups, Ints sum[ROWS][kPanels]) {
-    QVLM_UNROLL
-    for (int p = 0; p < kPanels; ++p) {
-        const Ints z = load(zero + kLanes * p);
-        QVLM_UNROLL
-        for (int m = 0; m < ROWS; ++m) sum[m][p] -= z * splat(sums[m * groups]);
-    }
 }
 
 // ROWS tokens of one group, added to out [ROWS, kTileN] in float, in the order of groups and without fused rounding: as in reference.py.
 template <bool NARROW, int ROWS, class A>
 QVLM_APART void tile_product(const Weight& w, const Rows<A>& x, int64_t g, const Tile& tile, float* out) {
-    const int64_t own = x.grids > 1 ? g : 0;
+    const int32_t* shift = x.corrections == 1 ? x.shift + (x.grids > 1 ? g : 0) : nullptr;
     for (int64_t part = 0; part < kTileN; part += kPart) {
         Ints sum[ROWS][kPanels];
+        tile_begin<ROWS>(x, tile, x.sums + g, w.groups, shift, part, sum);
         tile_sums<NARROW, ROWS>(x.a + g * w.padded(), w.stride(), tile.weights + part * tile.words * 4, tile.words, x.room, sum);
-        subtract_zero<ROWS>(tile.zero + part, x.sums + g, w.groups, sum);
         QVLM_UNROLL
         for (int p = 0; p < kPanels; ++p) {
             const Floats scale = load(tile.scale + part + kLanes * p);
             QVLM_UNROLL
             for (int m = 0; m < ROWS; ++m) {
-                Ints exact = sum[m][p];
-                if (x.corrections) exact += load(tile.more + part + kLanes * p) * splat(x.corrections == 1 ? x.shift[m * x.grids + own] : 1);
                 float* y = out + m * kTileN + part + kLanes * p;
-                Floats product = as_floats(exact) * scale;
+                Floats product = as_floats(sum[m][p]) * scale;
                 if (x.group_scale) product = product * splat(x.group_scale[m * w.groups + g]);
                 store(y, g == 0 ? product : load(y) + product);
             }
         }
     }
+}
+
+// The sums of the correction rows in a group: into `more` of a single one, which every token multiplies by its shift, or into `begin`.
+template <bool NARROW, class A>
+QVLM_APART void tile_corrections(const Weight& w, const Rows<A>& x, int64_t g, Tile& tile) {
+    std::fill_n(tile.begin, kTileN, 0);
+    int32_t* to = x.corrections == 1 ? tile.more : tile.begin;
+    for (int64_t r = 0; r < x.corrections; ++r)
+        for (int64_t part = 0; part < kTileN; part += kPart) {
+            Ints sum[1][kPanels];
+            tile_begin<1>(x, tile, x.more_sums + r * w.groups + g, 0, nullptr, part, sum);
+            tile_sums<NARROW, 1>(x.more + r * w.stride() + g * w.padded(), 0, tile.weights + part * tile.words * 4, tile.words, x.room, sum);
+            for (int p = 0; p < kPanels; ++p) store(to + part + kLanes * p, sum[0][p]);
+        }
+    if (x.paired && x.corrections == 1)
+        for (int64_t n = 0; n < kTileN; ++n) tile.zero[n] = pair(tile.zero[n], tile.more[n]);
 }
 
 // Many tokens of a tile of columns, from `first` on. out [rows, kTileN] float, rows at most kTileM.
@@ -353,24 +380,14 @@ QVLM_APART void gemm(const Weight& w, const Rows<Integer<LAYOUT>>& x, float* out
     using A = Integer<LAYOUT>;
     const int64_t padded = w.padded(), size = padded * int64_t(sizeof(A));
     uint8_t* weights = scratch<uint8_t>(size * kTileN);
+    Columns columns(w, first);
     Tile tile;
     tile.weights = weights, tile.words = size / 4;
     for (int64_t g = 0; g < w.groups; ++g) {
-        unpack_panels<LAYOUT>(w, first, g, 0, w.count(g), padded, weights);
-        for (int64_t n = 0; n < kTileN; ++n) {
-            const int64_t row = std::min(first + n, w.n - 1);
-            tile.scale[n] = w.factor(row, g), tile.zero[n] = w.zero(row, g);
-        }
-        for (int64_t r = 0; r < x.corrections; ++r)
-            for (int64_t part = 0; part < kTileN; part += kPart) {
-                Ints sum[1][kPanels];
-                tile_sums<NARROW, 1>(x.more + r * w.stride() + g * padded, 0, weights + part * size, tile.words, x.room, sum);
-                subtract_zero<1>(tile.zero + part, x.more_sums + r * w.groups + g, 0, sum);
-                for (int p = 0; p < kPanels; ++p) {
-                    int32_t* to = tile.more + part + kLanes * p;
-                    store(to, r ? load(to) + sum[0][p] : sum[0][p]);
-                }
-            }
+        unpack_panels<LAYOUT>(columns.row, w.bits, w.start(g), w.count(g), padded, weights);
+        if (g % kLanes == 0) columns.load_parameters(w, first, g);
+        tile.scale = columns.scale[g % kLanes], tile.zero = columns.zero[g % kLanes];
+        tile_corrections<NARROW>(w, x, g, tile);
         int64_t i = 0;
         for (; i + 6 <= rows; i += 6) tile_product<NARROW, 6>(w, x.from(w, i), g, tile, out + i * kTileN);
         for (; i + 2 <= rows; i += 2) tile_product<NARROW, 2>(w, x.from(w, i), g, tile, out + i * kTileN);
@@ -419,6 +436,7 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
         if (!few) parts = 1;
         const Form form{input.large() && !few, parts, rows * stride};
         const int64_t extra = few ? 0 : input.corrections();
+        const bool paired = !few && QVLM_VECTOR && w.length <= kPaired;
         A* a = scratch<A>((rows * parts + extra) * stride);
         A* more = a + rows * parts * stride;
         int32_t* sums = scratch<int32_t>((rows + extra) * w.groups + rows * grids);
@@ -430,13 +448,18 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
             sound[i] = finite(x + (begin + i) * w.k, w.k);
             quantize_token(w, input, form, block, x + (begin + i) * w.k, scale + i * grids, zero + i * grids, a + i * stride, sums + i * w.groups);
             for (int64_t g = i * grids; g < (i + 1) * grids; ++g) shift[g] = 128 - int32_t(zero[g]);
+            for (int64_t g = 0; paired && g < w.groups; ++g) {
+                int32_t& of = sums[i * w.groups + g];
+                of = pair(-of, extra == 1 ? shift[grids > 1 ? i * grids + g : i] : 0);
+            }
         }
         if constexpr (sizeof(A) == 1)
             if (extra) correction_rows(w, input, block, more, more_sums);
+        for (int64_t i = 0; paired && i < extra * w.groups; ++i) more_sums[i] = pair(-more_sums[i], 0);
         const int64_t top = (1 << input.bits) - 1, largest = (1 << w.bits) - 1, room = 32767 / (2 * largest * std::min<int64_t>(top, 128));
         const bool wide = std::min(w.length, w.k) * largest * top >= 1ll << 24;
         const Rows<A> packed{a, form.apart, sums, shift, more, more_sums, extra, input.granularity == kChannel || grids > 1 ? nullptr : scale,
-                             grids > 1 ? scale : nullptr, grids, wide, room};
+                             grids > 1 ? scale : nullptr, grids, wide, paired, room};
         share_columns(modules, few, [&](const Module& module, int64_t first, int64_t last) {
             alignas(64) float out[kTileM * kTileN];
             for (int64_t i = 0; i < rows; i += kTileM) {

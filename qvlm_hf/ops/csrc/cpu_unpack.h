@@ -136,29 +136,63 @@ QVLM_INLINE Bytes slice(Bytes block, int index) { return _mm256_and_si256(index 
 
 #endif
 
-// Columns of a group as the tile product reads them: `count` values from value `from` on, which is a multiple of 64, of kTileN columns.
-// tile [kTileN / kPart][room in steps of 4 bytes][kPanels][kLanes columns][4 bytes]. Columns beyond N repeat the last.
+// Scales and zero points of `count` groups of a row from `g` on, at most kLanes.
+struct Parameters {
+    Floats scale;
+    Ints zero;
+};
+QVLM_INLINE Parameters parameters(const Weight& w, int64_t row, int64_t g, int64_t count) {
+    const Ints zero = w.zero_point ? load(w.zero_point + row * w.groups + g, count) : splat(int32_t(1) << (w.bits - 1));
+    return {load(w.scale + row * w.groups + g, count), zero};
+}
+
+// A tile of kTileN columns from `first` on: where their rows begin, and scales and zero points of kLanes groups. Beyond N the last repeats.
+struct Columns {
+    const uint8_t* row[kTileN];
+    alignas(64) float scale[kLanes][kTileN];
+    alignas(64) int32_t zero[kLanes][kTileN];
+
+    Columns(const Weight& w, int64_t first) {
+        for (int64_t n = 0; n < kTileN; ++n) row[n] = w.row(std::min(first + n, w.n - 1));
+    }
+    void load_parameters(const Weight& w, int64_t first, int64_t g) {
+        for (int64_t panel = 0; panel < kTileN; panel += kLanes) {
+            Bytes scales[kLanes], zeros[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                const Parameters of = parameters(w, std::min(first + panel + i, w.n - 1), g, w.groups - g);
+                scales[i] = (Bytes)of.scale, zeros[i] = (Bytes)of.zero;
+            }
+            transpose(scales), transpose(zeros);
+            for (int i = 0; i < kLanes; ++i) store_bytes(scale[i] + panel, scales[i]), store_bytes(zero[i] + panel, zeros[i]);
+        }
+    }
+};
+
+// Columns of a group as the tile product reads them: `count` values of kTileN rows from byte `begin` on, where a multiple of 64 values begins.
+// tile [kTileN / kPart][room in steps of 4 bytes][kPanels][kLanes columns][4 bytes].
 template <Layout LAYOUT>
-void unpack_panels(const Weight& w, int64_t first, int64_t g, int64_t from, int64_t count, int64_t room, uint8_t* tile) {
-    const Unpack<LAYOUT> unpack(w.bits);
-    constexpr int64_t values = kBytes / sizeof(Integer<LAYOUT>), words = values / kLanes;  // of a register, and values in 4 bytes
-    const int64_t begin = w.start(g) + from * w.bits / 8;
-    const int64_t stop = LAYOUT == kSliced ? (count + kBlock - 1) / kBlock * kBlock : count;
-    for (int64_t panel = 0; panel < kTileN / kLanes; ++panel)
-        for (int64_t k = 0; k < stop; k += values) {
+void unpack_panels(const uint8_t* const* rows, int bits, int64_t begin, int64_t count, int64_t room, uint8_t* tile) {
+    const Unpack<LAYOUT> unpack(bits);
+    constexpr int64_t values = Unpack<LAYOUT>::values, words = sizeof(int32_t) / sizeof(Integer<LAYOUT>);  // of a register, and in 4 bytes
+    for (int64_t k = 0; k < count; k += values)
+        for (int64_t panel = 0; panel < kTileN / kLanes; ++panel) {
             Bytes block[kLanes];
             for (int i = 0; i < kLanes; ++i) {
-                const uint8_t* source = w.row(std::min(first + kLanes * panel + i, w.n - 1)) + begin;
+                const uint8_t* source = rows[kLanes * panel + i] + begin + k * bits / 8;
                 // no row is read long enough for the processor to foresee it
-                _mm_prefetch(reinterpret_cast<const char*>(source + k * w.bits / 8 + 128), _MM_HINT_T1);
-                if constexpr (LAYOUT == kSliced)
-                    block[i] = slice(unpack(source + k / kBlock * kBytes), k % kBlock != 0);
-                else
-                    block[i] = unpack(source + k * w.bits / 8);
+                _mm_prefetch(reinterpret_cast<const char*>(source + 128), _MM_HINT_T1);
+                block[i] = unpack(source);
             }
-            transpose(block);
+            transpose(block);  // of slices both together
             uint8_t* to = tile + ((panel / kPanels * (room / words) + k / words) * kPanels + panel % kPanels) * kBytes;
-            for (int i = 0; i < kLanes; ++i) store_bytes(to + i * kPanels * kBytes, block[i]);
+            for (int i = 0; i < kLanes; ++i, to += kPanels * kBytes) {
+                if constexpr (LAYOUT == kSliced) {
+                    store_bytes(to, slice(block[i], 0));
+                    store_bytes(to + kLanes * kPanels * kBytes, slice(block[i], 1));
+                } else {
+                    store_bytes(to, block[i]);
+                }
+            }
         }
 }
 
@@ -194,16 +228,6 @@ private:
     const int64_t first_, last_, run_, jump_;
     int64_t step_ = -1;
 };
-
-// Scales and zero points of `count` groups of a row from `g` on, at most kLanes.
-struct Parameters {
-    Floats scale;
-    Ints zero;
-};
-QVLM_INLINE Parameters parameters(const Weight& w, int64_t row, int64_t g, int64_t count) {
-    const Ints zero = w.zero_point ? load(w.zero_point + row * w.groups + g, count) : splat(int32_t(1) << (w.bits - 1));
-    return {load(w.scale + row * w.groups + g, count), zero};
-}
 
 // Asks memory for scales and zero points of a row from group `g` on, or, behind its last one, of the next row.
 QVLM_INLINE void ask_parameters(const Weight& w, int64_t row, int64_t g) {

@@ -20,6 +20,12 @@
 #else
 #define QVLM_VECTOR 0
 #endif
+// Whether products of bfloat16 are one instruction.
+#if QVLM_VECTOR == 64 && defined(__AVX512BF16__)
+#define QVLM_BFLOAT 1
+#else
+#define QVLM_BFLOAT 0
+#endif
 
 #if QVLM_VECTOR
 
@@ -103,6 +109,14 @@ QVLM_INLINE void store(int8_t* to, Ints values, int64_t count) { _mm512_mask_cvt
 
 // vpdpbusd as one instruction: GCC 12 spills the accumulators around the intrinsic.
 QVLM_INLINE void dot(Ints& sum, Bytes weights, Bytes inputs) { __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs)); }
+
+// Likewise: adds both products of 16-bit integers in a lane.
+QVLM_INLINE void dot16(Ints& sum, Bytes a, Bytes b) { __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+
+#if QVLM_BFLOAT
+// The same of pairs of bfloat16.
+QVLM_INLINE void dot_bfloats(Floats& sum, Ints a, Ints b) { __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+#endif
 
 // rows [16][16 dwords] -> columns [16 dwords][16 rows]
 inline void transpose(Bytes r[16]) {
