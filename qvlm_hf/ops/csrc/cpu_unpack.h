@@ -155,7 +155,7 @@ struct Columns {
     Columns(const Weight& w, int64_t first) {
         for (int64_t n = 0; n < kTileN; ++n) row[n] = w.row(std::min(first + n, w.n - 1));
     }
-    void load_parameters(const Weight& w, int64_t first, int64_t g) {
+    QVLM_APART void load_parameters(const Weight& w, int64_t first, int64_t g) {
         for (int64_t panel = 0; panel < kTileN; panel += kLanes) {
             Bytes scales[kLanes], zeros[kLanes];
             for (int i = 0; i < kLanes; ++i) {
@@ -171,7 +171,7 @@ struct Columns {
 // Columns of a group as the tile product reads them: `count` values of kTileN rows from byte `begin` on, where a multiple of 64 values begins.
 // tile [kTileN / kPart][room in steps of 4 bytes][kPanels][kLanes columns][4 bytes].
 template <Layout LAYOUT>
-void unpack_panels(const uint8_t* const* rows, int bits, int64_t begin, int64_t count, int64_t room, uint8_t* tile) {
+QVLM_APART void unpack_panels(const uint8_t* const* rows, int bits, int64_t begin, int64_t count, int64_t room, uint8_t* tile) {
     const Unpack<LAYOUT> unpack(bits);
     constexpr int64_t values = Unpack<LAYOUT>::values, words = sizeof(int32_t) / sizeof(Integer<LAYOUT>);  // of a register, and in 4 bytes
     for (int64_t k = 0; k < count; k += values)

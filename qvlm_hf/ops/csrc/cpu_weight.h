@@ -58,7 +58,7 @@ struct Module {
     DType dtype;
 
     // Sums of `columns` outputs from `first` on, rows of kTileN floats, scaled and with the bias: the outputs of tokens begin ... begin + rows - 1.
-    void finish(const float* sums, const float* scale, int64_t begin, int64_t rows, int64_t first, int64_t columns) const {
+    __attribute__((noinline)) void finish(const float* sums, const float* scale, int64_t begin, int64_t rows, int64_t first, int64_t columns) const {
         switch (dtype) {
             case DType::kFloat: return store<float>(sums, scale, begin, rows, first, columns);
             case DType::kBFloat16: return store<BFloat16>(sums, scale, begin, rows, first, columns);
