@@ -253,7 +253,7 @@ void columns_few(const Weight& w, const Rows<Integer<LAYOUT>>& x, int parts, flo
     } else if constexpr (LAYOUT != kWords) {
         if (parts == 2) {
             for (; i + 4 <= m; i += 4) pass(gemv<LAYOUT, 4, 2, 2>, i);
-            for (; i + 2 <= m; i += 2) pass(gemv<LAYOUT, 2, 2, two>, i);
+            for (; i + 2 <= m; i += 2) pass(gemv<LAYOUT, 2, 2, kLanes / 4>, i);
             for (; i < m; ++i) pass(gemv<LAYOUT, 1, 2, kLines>, i);
         }
         for (; i < m; ++i) pass(gemv<LAYOUT, 1, 3, kLines>, i);

@@ -20,8 +20,13 @@ constexpr int kPanels = kLanes == 16 ? 4 : 2;  // registers of columns whose sum
 constexpr int64_t kPart = kPanels * kLanes;    // columns of them
 
 // A pass over the weights for one token: rows read side by side, and bytes that each of them asks memory for in advance. As measured: eight
-// on Ice Lake with AVX-512, two on Zen 4 with AVX2.
-constexpr int kLines = kLanes == 16 ? 8 : 2;
+// on Ice Lake, two on Zen 4.
+#if defined(__znver1__) || defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+constexpr bool kZen = true;
+#else
+constexpr bool kZen = false;
+#endif
+constexpr int kLines = kLanes == 16 && !kZen ? 8 : 2;
 constexpr int64_t kAhead = kLanes == 16 ? 1024 : 2048;
 static_assert(kTileN % kPart == 0 && kReach >= kBytes);
 
