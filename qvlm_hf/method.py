@@ -10,6 +10,7 @@ The model itself is not changed here, but by `transformed`, which an error undoe
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -83,8 +84,8 @@ def make_modules(calibration: Calibration) -> Modules:
         _capture_segment_inputs(calibration)
     with calibration.timed("sensitivity"):
         choose = partial(choose_precisions, calibration)
-        calibration.precisions, measured = kept.once("precisions", choose)
-        calibration.found |= measured
+        calibration.precisions, sensitivities, lifts = kept.once("precisions", choose)
+        calibration.report = replace(calibration.report, sensitivities=sensitivities, lifts=lifts)
     if calibration.settings.token_importance:
         with calibration.timed("importance"):
             measure = partial(token_importance, calibration)
@@ -155,11 +156,9 @@ def _search(calibration: Calibration) -> Modules:
             # from here on the segment runs as quantized, and the next one sees its real output
             below.enter_context(installed(quantized))
             del calibration.inputs[segment.name]
-    calibration.found |= {
-        "segments": tuple(segments),
-        "sites": tuple(sites),
-        "routing": tuple(routing),
-    }
+    calibration.report = replace(
+        calibration.report, segments=tuple(segments), sites=tuple(sites), routing=tuple(routing)
+    )
     return modules
 
 

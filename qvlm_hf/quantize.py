@@ -16,6 +16,7 @@ replaced at the very end, when all are ready. So an error on the way leaves the 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,7 @@ from qvlm_hf.calibration.process.waiting import yield_to_others
 from qvlm_hf.calibration.record.inputs_hash import made_from
 from qvlm_hf.calibration.record.provenance import provenance
 from qvlm_hf.calibration.record.quantized_share import with_coverage
-from qvlm_hf.calibration.record.report import (
-    CalibrationReport,
-    settings_dict,
-)
+from qvlm_hf.calibration.record.report import CalibrationReport, RecipeTrial
 from qvlm_hf.calibration.record.resume import SavedSteps, alone_in
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import Processor, Sample, batches, by_picture, fingerprint
@@ -108,7 +106,6 @@ def calibrate_and_pack(
                 held_out=held_out, callbacks=callbacks, kept=kept,
             )  # fmt: skip
             calibration = _begin(model, settings, samples, processor, callbacks, kept)
-            calibration.found["recipes"] = trials
             check_on = (held_out or samples)[:CHECK_SAMPLES]
             checks = list(batches(check_on, processor, settings.batch_size, model=model))
             answers = AnswerComparison(model, checks, held_out=bool(held_out))
@@ -118,8 +115,7 @@ def calibrate_and_pack(
                     head = round_head(model, calibration.settings)
                     modules, warnings = _replace_and_check(calibration, modules, head, answers)
             warnings += _too_little_data(calibration, len(samples))
-            calibration.found["warnings"] = (*warnings, *calibration.found.get("warnings", ()))
-            return _report(calibration, modules)
+            return _report(calibration, modules, trials, warnings)
 
 
 @yield_to_others()
@@ -172,9 +168,10 @@ def _begin(
         callbacks=callbacks,
         kept=kept,
     )
-    calibration.found["provenance"] = provenance(samples, calibration.data, settings)
+    origin = provenance(samples, calibration.data, settings)
     if obstacle:
-        calibration.found["provenance"]["rotation"] = f"none: {obstacle}"
+        origin["rotation"] = f"none: {obstacle}"
+    calibration.report = replace(calibration.report, provenance=origin)
     calibration.data = with_text(calibration)
     remedy = f", give more samples, or a smaller batch_size than {settings.batch_size}"
     calibration.places = ranks.shard_batches(
@@ -185,7 +182,7 @@ def _begin(
 
 def _too_little_data(calibration: Calibration, samples: int) -> list[str]:
     """Warnings about ranges that too few tokens or samples have shown."""
-    few_tokens = few_tokens_warning(calibration.found["routing"])
+    few_tokens = few_tokens_warning(calibration.report.routing)
     warnings = [few_tokens] if few_tokens else []
     if samples < _FEW_SAMPLES and calibration.settings.needs_data:
         warnings.append(
@@ -221,7 +218,8 @@ def _replace_and_check(
         raise
     if harmful:
         replace_modules(model, {name: floating[name] for name in head})
-    calibration.found["self_check"] = check if harmful else with_head
+    self_check = check if harmful else with_head
+    calibration.report = replace(calibration.report, self_check=self_check)
     return modules if harmful else head | modules, warnings
 
 
@@ -231,15 +229,21 @@ def _average_bits(modules: Modules) -> float:
     return bits / sum(sizes.values())
 
 
-def _report(calibration: Calibration, modules: Modules) -> CalibrationReport:
+def _report(
+    calibration: Calibration,
+    modules: Modules,
+    trials: tuple[RecipeTrial, ...],
+    warnings: Sequence[str],
+) -> CalibrationReport:
     segments = calibration.segments
     untouched = full_precision_modules(calibration.model, segments)
-    report = CalibrationReport(
-        settings=settings_dict(calibration.settings),
+    report = replace(
+        calibration.report,
         modules={name: module.scheme for name, module in modules.items()},
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(name for name in untouched if name not in modules),
         average_weight_bits=_average_bits(modules),
-        **calibration.found,
+        recipes=trials,
+        warnings=(*warnings, *calibration.report.warnings),
     )
     return with_coverage(report, calibration.model, calibration.settings)
