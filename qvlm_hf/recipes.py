@@ -155,7 +155,7 @@ def _try_recipes(
         measure_recipe,
         lambda kls, others: clearly_above(others, kls, errors=1),
         lambda name, total: Steps(name, callbacks if ranks.is_main() else (), total),
-        rotatable=settings.rotation != "auto" or not why_not_rotatable(model),
+        rotatable=not why_not_rotatable(model),
         # GPU kernels take them, but their speed was never measured
         groups=next(model.parameters()).device.type == "cpu",
     )
@@ -216,18 +216,14 @@ def compare_recipes(
 
 def _first_recipes(settings: CalibrationSettings, rotatable: bool, groups: bool) -> list[Recipe]:
     """What is likely to be best comes first: it is taken unless another is clearly better."""
-    rotations, ranges = [settings.rotation], [settings.activation_granularity]
-    if rotations == ["auto"]:
-        pays = replace(settings, recipe="fixed").rotation == "auto"
-        rotations = ["hadamard", None] if pays else [None, "hadamard"]
-        rotations = rotations if rotatable else [None]
+    ranges = [settings.activation_granularity]
     if ranges == [None]:
         # with more bits a range for every group gains nothing (docs/results.md)
         groups &= settings.group_size != -1 and settings.activation_bits <= _FEW_BITS
         ranges = ["dynamic_group", None] if groups else [None, "dynamic_token"]
     return [
         {"rotation": rotation, "activation_granularity": granularity}
-        for rotation in rotations
+        for rotation in settings.rotations(rotatable=rotatable)
         for granularity in ranges
     ]
 
