@@ -19,7 +19,6 @@ from qvlm_hf.calibration.layers import LayerInput, capture_inputs, live_layers
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.written_text import WRITTEN
-from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.record.report import (
     BlockReport,
@@ -89,9 +88,7 @@ def make_modules(calibration: Calibration) -> Modules:
     if calibration.settings.token_importance:
         with calibration.timed("importance"):
             measure = partial(token_importance, calibration)
-            # of several processes each has its own batches, and the first one alone keeps steps
-            several = ranks.world_size() > 1
-            calibration.importance = measure() if several else kept.once("importance", measure)
+            calibration.importance = kept.once("importance", measure, of_own_data=True)
     learn_vision_ranges(calibration)
     return _search(calibration)
 
