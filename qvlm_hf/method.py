@@ -76,7 +76,7 @@ def make_modules(calibration: Calibration) -> Modules:
         calibration: with data; its model inside `transformed`.
 
     Raises:
-        ValueError: as `calibrate_and_pack`.
+        ValueError: as `quantize_with_data`.
     """
     kept = calibration.kept
     with calibration.timed("inputs"):

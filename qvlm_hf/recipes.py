@@ -104,7 +104,7 @@ def best_recipe(
     """The settings with the best recipe, and all trials, the best one first.
 
     Where `settings.recipe` is not "auto" they come back as they are, without trials. The arguments
-    are those of `calibrate_and_pack`, and `kept` its finished steps.
+    are those of `quantize_with_data`, and `kept` its finished steps.
     """
     if settings.recipe == "fixed":
         return settings, ()
