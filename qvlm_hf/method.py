@@ -10,6 +10,7 @@ The model itself is not changed here, but by `transformed`, which an error undoe
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -18,7 +19,6 @@ from qvlm_hf.calibration.layers import LayerInput, capture_inputs, live_layers
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.written_text import WRITTEN
-from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.record.report import (
     BlockReport,
@@ -76,21 +76,19 @@ def make_modules(calibration: Calibration) -> Modules:
         calibration: with data; its model inside `transformed`.
 
     Raises:
-        ValueError: as `calibrate_and_pack`.
+        ValueError: as `quantize_with_data`.
     """
     kept = calibration.kept
     with calibration.timed("inputs"):
         _capture_segment_inputs(calibration)
     with calibration.timed("sensitivity"):
         choose = partial(choose_precisions, calibration)
-        calibration.precisions, measured = kept.once("precisions", choose)
-        calibration.found |= measured
+        calibration.precisions, sensitivities, lifts = kept.once("precisions", choose)
+        calibration.report = replace(calibration.report, sensitivities=sensitivities, lifts=lifts)
     if calibration.settings.token_importance:
         with calibration.timed("importance"):
             measure = partial(token_importance, calibration)
-            # of several processes each has its own batches, and the first one alone keeps steps
-            several = ranks.world_size() > 1
-            calibration.importance = measure() if several else kept.once("importance", measure)
+            calibration.importance = kept.once("importance", measure, of_own_data=True)
     learn_vision_ranges(calibration)
     return _search(calibration)
 
@@ -155,11 +153,9 @@ def _search(calibration: Calibration) -> Modules:
             # from here on the segment runs as quantized, and the next one sees its real output
             below.enter_context(installed(quantized))
             del calibration.inputs[segment.name]
-    calibration.found |= {
-        "segments": tuple(segments),
-        "sites": tuple(sites),
-        "routing": tuple(routing),
-    }
+    calibration.report = replace(
+        calibration.report, segments=tuple(segments), sites=tuple(sites), routing=tuple(routing)
+    )
     return modules
 
 

@@ -1,21 +1,21 @@
-"""From a model to a quantized one: begin, recipe, modules, replace, check, report.
+"""From a model to a quantized one, with data or without: what stands around the method.
 
-    samples -> recipe -> rotation, equalization -> layer inputs -> sensitivity, token importance,
-            visual encoder optimisation (eq. 8-10) -> per segment: entropy (eq. 4), partition
-            (eq. 7), joint search (eq. 3), GPTQ -> pack -> self-check
+`quantize_with_data` is Q-VLM (arXiv 2410.08119) as docs/algorithm.md maps it. In the order it runs:
 
-`calibrate_and_pack` is Q-VLM (arXiv 2410.08119) as docs/algorithm.md maps it. A `Calibration` walks
-through the steps. Where several recipes are to be compared, qvlm_hf/recipes.py does that first.
+1. recipe: where several are to be compared, qvlm_hf/recipes.py does that;
+2. begin: a `Calibration` holds batches, settings and report, and walks through the rest;
+3. modules: the method, qvlm_hf/method.py, READ THAT FIRST;
+4. replace and check: the packed model's answers beside those of full precision;
+5. report.
 
-The method itself, which makes the quantized modules, is qvlm_hf/method.py: READ THAT FIRST.
-
-`round_and_pack` is for schemes that need no data.
+`quantize_without_data` rounds to nearest, for schemes whose inputs need no calibrated ranges.
 
 Rotation and equalization fold into the weights early, and an error undoes them. Modules are
 replaced at the very end, when all are ready. So an error on the way leaves the model as it was.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,7 @@ from qvlm_hf.calibration.process.waiting import yield_to_others
 from qvlm_hf.calibration.record.inputs_hash import made_from
 from qvlm_hf.calibration.record.provenance import provenance
 from qvlm_hf.calibration.record.quantized_share import with_coverage
-from qvlm_hf.calibration.record.report import (
-    CalibrationReport,
-    settings_dict,
-)
+from qvlm_hf.calibration.record.report import CalibrationReport, RecipeTrial
 from qvlm_hf.calibration.record.resume import SavedSteps, alone_in
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import Processor, Sample, batches, by_picture, fingerprint
@@ -53,7 +50,7 @@ from qvlm_hf.models.graph import (
 from qvlm_hf.nn.replace import replace_modules
 from qvlm_hf.recipes import best_recipe
 
-__all__ = ["CHECK_SAMPLES", "calibrate_and_pack", "round_and_pack"]
+__all__ = ["CHECK_SAMPLES", "quantize_with_data", "quantize_without_data"]
 
 CHECK_SAMPLES = 16  # held-out samples of the self-check
 # Seen: four equal samples at W8A8 cost the demo model 60 points, and their own self-check could not
@@ -62,7 +59,7 @@ _FEW_SAMPLES = 16
 
 
 @yield_to_others()
-def calibrate_and_pack(
+def quantize_with_data(
     model: nn.Module,
     settings: CalibrationSettings,
     samples: Sequence[Sample],
@@ -108,22 +105,19 @@ def calibrate_and_pack(
                 held_out=held_out, callbacks=callbacks, kept=kept,
             )  # fmt: skip
             calibration = _begin(model, settings, samples, processor, callbacks, kept)
-            calibration.found["recipes"] = trials
             check_on = (held_out or samples)[:CHECK_SAMPLES]
             checks = list(batches(check_on, processor, settings.batch_size, model=model))
             answers = AnswerComparison(model, checks, held_out=bool(held_out))
             with transformed(calibration):
                 modules = make_modules(calibration)
                 with calibration.timed("check"):
-                    head = round_head(model, calibration.settings)
-                    modules, warnings = _replace_and_check(calibration, modules, head, answers)
+                    modules, warnings = _replace_and_check(calibration, modules, answers)
             warnings += _too_little_data(calibration, len(samples))
-            calibration.found["warnings"] = (*warnings, *calibration.found.get("warnings", ()))
-            return _report(calibration, modules)
+            return _report(calibration, modules, trials, warnings)
 
 
 @yield_to_others()
-def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> CalibrationReport:
+def quantize_without_data(model: nn.Module, settings: CalibrationSettings) -> CalibrationReport:
     """Rounds a model in place to nearest, without data.
 
     That is possible for weight-only schemes, and where inputs have a range per token found at run
@@ -134,7 +128,7 @@ def round_and_pack(model: nn.Module, settings: CalibrationSettings) -> Calibrati
         settings: with `needs_data` False.
 
     Raises:
-        ValueError: the scheme needs calibration data, or as `calibrate_and_pack`.
+        ValueError: the scheme needs calibration data, or as `quantize_with_data`.
     """
     if settings.needs_data:
         raise ValueError(
@@ -172,9 +166,10 @@ def _begin(
         callbacks=callbacks,
         kept=kept,
     )
-    calibration.found["provenance"] = provenance(samples, calibration.data, settings)
+    origin = provenance(samples, calibration.data, settings)
     if obstacle:
-        calibration.found["provenance"]["rotation"] = f"none: {obstacle}"
+        origin["rotation"] = f"none: {obstacle}"
+    calibration.report = replace(calibration.report, provenance=origin)
     calibration.data = with_text(calibration)
     remedy = f", give more samples, or a smaller batch_size than {settings.batch_size}"
     calibration.places = ranks.shard_batches(
@@ -185,7 +180,7 @@ def _begin(
 
 def _too_little_data(calibration: Calibration, samples: int) -> list[str]:
     """Warnings about ranges that too few tokens or samples have shown."""
-    few_tokens = few_tokens_warning(calibration.found["routing"])
+    few_tokens = few_tokens_warning(calibration.report.routing)
     warnings = [few_tokens] if few_tokens else []
     if samples < _FEW_SAMPLES and calibration.settings.needs_data:
         warnings.append(
@@ -196,13 +191,14 @@ def _too_little_data(calibration: Calibration, samples: int) -> list[str]:
 
 
 def _replace_and_check(
-    calibration: Calibration, modules: Modules, head: Modules, answers: AnswerComparison
+    calibration: Calibration, modules: Modules, answers: AnswerComparison
 ) -> tuple[Modules, list[str]]:
-    """Puts the modules into the model; a head that moves the answers goes back out.
+    """Puts the modules into the model, and a quantized head unless that moves the answers.
 
     Returns the modules that stay, and warnings of the self-check. Any error restores the model.
     """
-    model = calibration.model
+    model, settings = calibration.model, calibration.settings
+    head = round_head(model, settings)
     floating = {name: get_linear(model, name) for name in (*modules, *head)}
     try:
         replace_modules(model, modules)
@@ -211,17 +207,18 @@ def _replace_and_check(
             replace_modules(model, head)
             with_head = answers.measure()
         harmful = head_warning(check, with_head)
-        chosen = calibration.settings.activation_granularity is not None
+        chosen = settings.activation_granularity is not None
         collapsed = collapse_warning(check, ranges_chosen=chosen)
         warnings = [warning for warning in (collapsed, harmful) if warning]
-        if calibration.settings.strict and warnings:
+        if settings.strict and warnings:
             raise ValueError(f"strict=True: {warnings[0]}")
     except BaseException:
         replace_modules(model, floating)
         raise
     if harmful:
         replace_modules(model, {name: floating[name] for name in head})
-    calibration.found["self_check"] = check if harmful else with_head
+    self_check = check if harmful else with_head
+    calibration.report = replace(calibration.report, self_check=self_check)
     return modules if harmful else head | modules, warnings
 
 
@@ -231,15 +228,21 @@ def _average_bits(modules: Modules) -> float:
     return bits / sum(sizes.values())
 
 
-def _report(calibration: Calibration, modules: Modules) -> CalibrationReport:
+def _report(
+    calibration: Calibration,
+    modules: Modules,
+    trials: tuple[RecipeTrial, ...],
+    warnings: Sequence[str],
+) -> CalibrationReport:
     segments = calibration.segments
     untouched = full_precision_modules(calibration.model, segments)
-    report = CalibrationReport(
-        settings=settings_dict(calibration.settings),
+    report = replace(
+        calibration.report,
         modules={name: module.scheme for name, module in modules.items()},
         dead=tuple(layer.name for segment in segments for layer in segment.layers if layer.dead),
         full_precision=tuple(name for name in untouched if name not in modules),
         average_weight_bits=_average_bits(modules),
-        **calibration.found,
+        recipes=trials,
+        warnings=(*warnings, *calibration.report.warnings),
     )
     return with_coverage(report, calibration.model, calibration.settings)

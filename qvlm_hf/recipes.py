@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -49,6 +49,7 @@ __all__ = [
     "JUDGES",
     "JUDGING_TEXTS",
     "TRIAL_SAMPLES",
+    "Tried",
     "best_recipe",
     "clearly_above",
     "compare_recipes",
@@ -83,6 +84,13 @@ _PLAIN: dict[str, Any] = {
 Recipe = dict[str, Any]
 
 
+class Tried(NamedTuple):
+    """A trial, and its divergence of the answers to every sample in nats a token."""
+
+    trial: RecipeTrial
+    answer_kls: Sequence[float]
+
+
 def best_recipe(
     model: nn.Module,
     settings: CalibrationSettings,
@@ -96,7 +104,7 @@ def best_recipe(
     """The settings with the best recipe, and all trials, the best one first.
 
     Where `settings.recipe` is not "auto" they come back as they are, without trials. The arguments
-    are those of `calibrate_and_pack`, and `kept` its finished steps.
+    are those of `quantize_with_data`, and `kept` its finished steps.
     """
     if settings.recipe == "fixed":
         return settings, ()
@@ -130,29 +138,24 @@ def _try_recipes(
 
     _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
     numbers = count()
-    judged: dict[int, list[float]] = {}  # of a trial, by its id: every sample's divergence
 
-    def measure_recipe(recipe: Recipe) -> RecipeTrial:
+    def measure_recipe(recipe: Recipe) -> Tried:
         once = partial(measure, trial_settings(settings, recipe), data)
         answer_kls, text_kls = kept.once(f"recipe-{next(numbers)}", once)
-        found = RecipeTrial(
+        trial = RecipeTrial(
             fields=recipe,
             answer_kl=typical(answer_kls),
             text_kl=typical(text_kls),
             keeps_text=not clearly_above(text_kls, plain, errors=2),
         )
-        judged[id(found)] = answer_kls
-        return found
-
-    def better(one: RecipeTrial, other: RecipeTrial) -> bool:
-        return clearly_above(judged[id(other)], judged[id(one)], errors=1)
+        return Tried(trial, answer_kls)
 
     return compare_recipes(
         settings,
         measure_recipe,
-        better,
+        lambda kls, others: clearly_above(others, kls, errors=1),
         lambda name, total: Steps(name, callbacks if ranks.is_main() else (), total),
-        rotatable=settings.rotation != "auto" or not why_not_rotatable(model),
+        rotatable=not why_not_rotatable(model),
         # GPU kernels take them, but their speed was never measured
         groups=next(model.parameters()).device.type == "cpu",
     )
@@ -173,8 +176,8 @@ def _own_text(model: nn.Module, seed: int) -> list[Batch]:
 
 def compare_recipes(
     settings: CalibrationSettings,
-    measure: Callable[[Recipe], RecipeTrial],
-    better: Callable[[RecipeTrial, RecipeTrial], bool],
+    measure: Callable[[Recipe], Tried],
+    better: Callable[[Sequence[float], Sequence[float]], bool],
     steps: Callable[[str, int], Steps],
     *,
     rotatable: bool,
@@ -185,7 +188,7 @@ def compare_recipes(
     Args:
         settings: whose `recipe` is "auto"; a field that is not at its default is fixed.
         measure: tries a recipe, the values of the open fields.
-        better: whether the answers of the first one are clearly better.
+        better: whether the first divergences are clearly lower than the second.
         steps: makes a counter, from its name and total.
         rotatable: whether the model can be rotated.
         groups: whether ranges per token and group are fast here.
@@ -197,48 +200,44 @@ def compare_recipes(
     first = _first_recipes(settings, rotatable, groups)
     equalized = settings.equalization == Options.equalization
     counter = steps("recipes", len(first) + equalized)
-    trials: list[RecipeTrial] = []
+    tried: list[Tried] = []
 
     def take(recipe: Recipe) -> None:
-        trials.append(measure(recipe))
+        tried.append(measure(recipe))
         counter.advance()
 
     for recipe in first:
         take(recipe)
     if equalized:
-        take(_best(trials, better).fields | {"equalization": not Options.equalization})
-    best = _best(trials, better)
-    return (best, *(tried for tried in trials if tried is not best))
+        take(_best(tried, better).fields | {"equalization": not Options.equalization})
+    best = _best(tried, better)
+    return (best, *(one.trial for one in tried if one.trial is not best))
 
 
 def _first_recipes(settings: CalibrationSettings, rotatable: bool, groups: bool) -> list[Recipe]:
     """What is likely to be best comes first: it is taken unless another is clearly better."""
-    rotations, ranges = [settings.rotation], [settings.activation_granularity]
-    if rotations == ["auto"]:
-        pays = replace(settings, recipe="fixed").rotation == "auto"
-        rotations = ["hadamard", None] if pays else [None, "hadamard"]
-        rotations = rotations if rotatable else [None]
+    ranges = [settings.activation_granularity]
     if ranges == [None]:
         # with more bits a range for every group gains nothing (docs/results.md)
         groups &= settings.group_size != -1 and settings.activation_bits <= _FEW_BITS
         ranges = ["dynamic_group", None] if groups else [None, "dynamic_token"]
     return [
         {"rotation": rotation, "activation_granularity": granularity}
-        for rotation in rotations
+        for rotation in settings.rotations(rotatable=rotatable)
         for granularity in ranges
     ]
 
 
 def _best(
-    trials: Sequence[RecipeTrial], better: Callable[[RecipeTrial, RecipeTrial], bool]
+    tried: Sequence[Tried], better: Callable[[Sequence[float], Sequence[float]], bool]
 ) -> RecipeTrial:
-    sound = [tried for tried in trials if tried.keeps_text]
+    sound = [one for one in tried if one.trial.keeps_text]
     if not sound:
-        return min(trials, key=lambda tried: tried.text_kl)
+        return min(tried, key=lambda one: one.trial.text_kl).trial
     best = sound[0]
-    for tried in sound[1:]:
-        best = tried if better(tried, best) else best
-    return best
+    for one in sound[1:]:
+        best = one if better(one.answer_kls, best.answer_kls) else best
+    return best.trial
 
 
 def trial_settings(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:

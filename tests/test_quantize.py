@@ -13,7 +13,7 @@ from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.calibration.search import segments
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.nn.replace import quantized_modules
-from qvlm_hf.quantize import round_and_pack
+from qvlm_hf.quantize import quantize_without_data
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +191,12 @@ def test_a_head_that_moves_the_answers_stays_in_full_precision():
 
 def test_rounding_without_data():
     model, weights_only = tiny_llava().eval(), CalibrationSettings(activation_bits=16)
-    report = round_and_pack(model, weights_only)
+    report = quantize_without_data(model, weights_only)
     assert {scheme.granularity for scheme in report.modules.values()} == {"none"}
     with pytest.raises(ValueError, match="give dataset="):
-        round_and_pack(tiny_llava().eval(), CalibrationSettings())
+        quantize_without_data(tiny_llava().eval(), CalibrationSettings())
     with pytest.raises(ValueError, match="quantized already"):
-        round_and_pack(model, weights_only)
+        quantize_without_data(model, weights_only)
 
 
 def test_excluded_modules_stay_and_progress_reaches_the_end():

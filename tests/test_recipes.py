@@ -12,7 +12,7 @@ from qvlm_hf.calibration.measure.written_text import written_text
 from qvlm_hf.calibration.process.progress import Steps
 from qvlm_hf.calibration.record.report import RecipeTrial
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.recipes import clearly_above, compare_recipes, trial_settings, typical
+from qvlm_hf.recipes import Tried, clearly_above, compare_recipes, trial_settings, typical
 
 RANGES = {"vision": "channel", "language": "dynamic_token"}
 
@@ -37,12 +37,12 @@ def compare(settings, kls, rotatable=True, groups=False):
         answers, text, *keeps = kls(recipe)
         trial = RecipeTrial(fields=recipe, answer_kl=answers, text_kl=text, keeps_text=all(keeps))
         made.append(trial)
-        return made[-1]
+        return Tried(trial, [answers])
 
     found = compare_recipes(
         settings,
         measure,
-        lambda one, other: one.answer_kl < 0.9 * other.answer_kl,
+        lambda kls, others: kls[0] < 0.9 * others[0],
         lambda name, total: Steps(name, [told], total),
         rotatable=rotatable,
         groups=groups,

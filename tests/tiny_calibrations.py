@@ -12,7 +12,7 @@ from qvlm_hf.calibration.settings import CalibrationSettings, RangeCandidate
 from qvlm_hf.format.grids import QParams, choose_qparams
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.graph import Site, resolve
-from qvlm_hf.quantize import calibrate_and_pack
+from qvlm_hf.quantize import quantize_with_data
 
 __all__ = [
     "TEXT",
@@ -61,7 +61,7 @@ def calibrate(model=None, data=None, held_out=(), callbacks=(), resume_dir=None,
     """The whole recipe; returns the model and the report."""
     model = tiny_llava().eval() if model is None else model
     fields = {"recipe": "fixed", "group_size": 32, "batch_size": 4, "max_block_depth": 2, **options}
-    report = calibrate_and_pack(
+    report = quantize_with_data(
         model,
         CalibrationSettings(**fields),
         data or tiny_samples(),

@@ -12,6 +12,7 @@ from qvlm_hf.calibration.layers import LayerInput
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.process.progress import Steps
 from qvlm_hf.calibration.record.coded import codable
+from qvlm_hf.calibration.record.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.calibration.samples import Batch
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
@@ -59,7 +60,7 @@ class Calibration:
             those of full precision.
         measures_entropy: whether dependencies not given are measured (eq. 4); otherwise they are 0,
             for a search of layers one by one.
-        found: parts of the report, by its field.
+        report: what is known so far; its modules come last.
     """
 
     model: nn.Module
@@ -75,7 +76,11 @@ class Calibration:
     learned: Mapping[str, LearnedRanges] = field(default_factory=dict)
     dependencies: Mapping[str, tuple[list[float], float]] = field(default_factory=dict)
     measures_entropy: bool = True
-    found: dict[str, Any] = field(default_factory=dict)
+    report: CalibrationReport = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = settings_dict(self.settings)
+        self.report = CalibrationReport(settings=settings, provenance={}, modules={})
 
     @property
     def own_data(self) -> Sequence[Batch]:
@@ -105,7 +110,7 @@ class Calibration:
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
         """Adds the seconds inside to those of `step` in the report."""
-        start, seconds = time.perf_counter(), self.found.setdefault("seconds", {})
+        start, seconds = time.perf_counter(), self.report.seconds
         try:
             yield
         finally:

@@ -80,7 +80,7 @@ class CalibrationSettings(Options):
             raise ValueError(f"seed={self.seed} must be below 2**63.")
         if not self.needs_data:
             self.recipe = "fixed"  # nothing of the inputs is calibrated
-        if self.rotation == "auto" and self.recipe == "fixed" and not self._rotation_pays():
+        if self.recipe == "fixed" and self.rotations(rotatable=True)[0] is None:
             self.rotation = None
 
     @property
@@ -171,23 +171,25 @@ class CalibrationSettings(Options):
         precision = Precision(weight_bits=self.lm_head_bits, activation_bits=16 if floating else 8)
         return self.module_scheme("none" if floating else "dynamic_token", None, precision)
 
-    def for_model(self, *, rotatable: bool) -> "CalibrationSettings":
-        """Decides rotation="auto" without a comparison.
+    def rotations(self, *, rotatable: bool) -> tuple[str | None, ...]:
+        """The values that `rotation` leaves open, the one that is likely best first.
+
+        Measured (docs/results.md): rotated inputs with per-token ranges are best at 8 bits. At 6
+        bits and below, per-channel ranges without rotation are.
 
         Args:
-            rotatable: whether its residual stream can be rotated.
+            rotatable: whether the model's residual stream can be rotated.
         """
         if self.rotation != "auto":
-            return self
-        pays = rotatable and self._rotation_pays()
-        return replace(self, rotation="hadamard" if pays else None)
+            return (self.rotation,)
+        if not rotatable:
+            return (None,)
+        pays = 7 <= self.activation_bits <= 8 and self.needs_data
+        return ("hadamard", None) if pays else (None, "hadamard")
 
-    def _rotation_pays(self) -> bool:
-        """Measured (docs/results.md): rotated inputs with per-token ranges are best at 8 bits.
-
-        At 6 bits and below, per-channel ranges without rotation are.
-        """
-        return 7 <= self.activation_bits <= 8 and self.needs_data
+    def for_model(self, *, rotatable: bool) -> "CalibrationSettings":
+        """The settings with the first of `rotations`: "auto" without a comparison."""
+        return replace(self, rotation=self.rotations(rotatable=rotatable)[0])
 
     def _check_granularity(self) -> None:
         asked = self.activation_granularity

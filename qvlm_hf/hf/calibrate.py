@@ -21,7 +21,7 @@ from qvlm_hf.calibration.samples import (
 from qvlm_hf.calibration.samples.synthetic import SYNTHETIC, synthesize
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.models.families import check_row
-from qvlm_hf.quantize import CHECK_SAMPLES, calibrate_and_pack, round_and_pack
+from qvlm_hf.quantize import CHECK_SAMPLES, quantize_with_data, quantize_without_data
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -81,7 +81,7 @@ def calibrate(
         The report, and the samples that the model has positions for.
     """
     if config.dataset is None:
-        return round_and_pack(model, config.settings()), []
+        return quantize_without_data(model, config.settings()), []
     check_row(model)
     if config.dataset == SYNTHETIC:
         count = config.num_samples + CHECK_SAMPLES
@@ -93,7 +93,7 @@ def calibrate(
     settings = config.settings()
     callbacks = config.callbacks or (ProgressBar(planned_steps(settings), expected=expected),)
     with telling_how_to_go_on(folder), scratch(files):
-        report = calibrate_and_pack(
+        report = quantize_with_data(
             model, settings, chosen, config.processor,
             held_out=held_out, callbacks=callbacks, resume_dir=folder,
         )  # fmt: skip

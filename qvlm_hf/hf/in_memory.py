@@ -36,7 +36,7 @@ def quantize_model(
 
     Raises:
         ValueError: the model is quantized already, `config` lacks data, a sample is wrong, or as
-            `calibrate_and_pack`. The model is then as it was.
+            `quantize_with_data`. The model is then as it was.
         RuntimeError: the model answers differently with a key-value cache than without one:
             versions that do not go together. It is quantized and complete.
         Exception: what a callback's `on_calibration_end` raises. The model is then quantized and

@@ -232,7 +232,7 @@ def _trial_seconds(
     few = min(TRIAL_SAMPLES, (data.samples + 1) // 2)
     judges = min(JUDGES, data.samples - few + CHECK_SAMPLES)
     quick = replace(data, samples=few, checks=judges + JUDGING_TEXTS)
-    tried = trial_settings(settings, {}).for_model(rotatable=not why_not_rotatable(model))
+    tried = trial_settings(settings, {})
     seconds = count_seconds(model, resolve_segments(model, tried), tried, quick, rates)
     return _TRIALS * sum(seconds.values())
 

@@ -3,7 +3,7 @@
 For schemes that need no data. The skeleton holds quantized modules whose `weight` still has the
 float shape. Transformers hands every such weight to `RoundOnLoad` and puts the packed tensors into
 the module. Of experts it hands over the weights of all, as one parameter: modules take its place.
-The plan and the result are those of `round_and_pack` on the loaded model.
+The plan and the result are those of `quantize_without_data` on the loaded model.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class RoundOnLoad(ConversionOps):
 
 
 def planned_report(model: nn.Module, settings: CalibrationSettings) -> CalibrationReport:
-    """The report that `round_and_pack` gives, made before the weights are there."""
+    """The report that `quantize_without_data` gives, made before the weights are there."""
     segments = resolve_segments(model, settings)
     schemes = rounding_schemes(model, segments, settings)
     return rounding_report(model, segments, schemes, settings)

@@ -85,17 +85,20 @@ class SavedSteps:
     def __contains__(self, step: str) -> bool:
         return step in self._finished
 
-    def once(self, step: str, compute: Callable[[], _T]) -> _T:
+    def once(self, step: str, compute: Callable[[], _T], *, of_own_data: bool = False) -> _T:
         """What `compute` returns: read if the step was finished before, else computed and kept.
 
         Args:
             step: its name, and that of its files.
             compute: returns what `encode` takes.
+            of_own_data: it differs between processes: where there are several it is not kept.
 
         Raises:
             ValueError: the file is damaged.
             OSError: it cannot be written, as on a full disk; earlier steps stay.
         """
+        if of_own_data and ranks.world_size() > 1:
+            return compute()
         if step in self:
             kept: _T = self.read(step)
             return kept

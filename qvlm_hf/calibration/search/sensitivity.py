@@ -17,7 +17,6 @@ Left out: interactions between sites; the search that follows sees them.
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,26 +49,25 @@ _GRADIENT_BYTES = 4 * 2**30  # fewer directions of large models, but one of ever
 
 def choose_precisions(
     calibration: Calibration,
-) -> tuple[dict[str, Precision], dict[str, Any]]:
+) -> tuple[dict[str, Precision], dict[str, float], tuple[PrecisionRaise, ...]]:
     """The bits of the sites that differ from the scheme: guard, then budget.
 
     Args:
         calibration: with inputs and data; its model in full precision (rotated, if it will be).
 
     Returns:
-        The bits by site, and what the guard measured, as fields of the report.
+        The bits by site, and of the guard every site's divergence and the raises, worst first.
     """
     settings = calibration.settings
-    guarded = settings.guards
     if not settings.measures_sites:
-        return {}, {}
+        return {}, {}, ()
     parameters = site_parameters(calibration)
     probe = _Probe(calibration, len(parameters))
     precisions: dict[str, Precision] = {}
-    found: dict[str, Any] = {}
-    if guarded:
+    sensitivities: dict[str, float] = {}
+    raises: list[PrecisionRaise] = []
+    if settings.guards:
         sensitivities, raises = _guard(probe, settings.precision)
-        found = {"sensitivities": sensitivities, "lifts": tuple(raises)}
         precisions = {
             raised.site: Precision(
                 weight_bits=raised.weight_bits, activation_bits=raised.activation_bits
@@ -85,7 +83,7 @@ def choose_precisions(
             widths = allocate_bits(curves, parameters, budget)
         for name, bits in widths.items():
             precisions[name] = replace(precisions.get(name, settings.precision), weight_bits=bits)
-    return precisions, found
+    return precisions, sensitivities, tuple(raises)
 
 
 class _Probe:

@@ -79,14 +79,14 @@ def learn_vision_ranges(calibration: Calibration) -> None:
     Raises:
         ValueError: it could not run, and the settings are strict.
     """
-    settings, found = calibration.settings, calibration.found
-    if settings.optimize_vision is None:
+    if calibration.settings.optimize_vision is None:
         return
+    report = calibration.report
     with calibration.timed("vision"):
         vision = calibration.kept.once("vision", partial(optimize_vision, calibration))
     if vision is not None:
         calibration.learned, calibration.dependencies = vision.ranges, vision.dependencies
-        found["vision"] = vision.report
+        report = replace(report, vision=vision.report)
         outcome = "kept" if vision.report.kept else "not kept: no better"
     else:
         outcome = "did not run"
@@ -94,10 +94,11 @@ def learn_vision_ranges(calibration: Calibration) -> None:
             "optimize_vision did not run: it needs at least two batches with pictures (a smaller "
             "batch_size=, or more samples) and a vision encoder or projector to quantize."
         )
-        if settings.strict:
+        if calibration.settings.strict:
             raise ValueError(f"strict=True: {warning}")
-        found["warnings"] = (warning,)
-    found["provenance"]["optimize_vision"] = outcome
+        report = replace(report, warnings=(warning,))
+    origin = report.provenance | {"optimize_vision": outcome}
+    calibration.report = replace(report, provenance=origin)
 
 
 def optimize_vision(calibration: Calibration) -> OptimizedVision | None:

@@ -124,8 +124,8 @@ def test_a_kernel_that_does_not_say_is_never_busy(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "given"),
     [
-        (quantize.round_and_pack, (CalibrationSettings(),)),
-        (quantize.calibrate_and_pack, (CalibrationSettings(), [], None)),
+        (quantize.quantize_without_data, (CalibrationSettings(),)),
+        (quantize.quantize_with_data, (CalibrationSettings(), [], None)),
         (evaluate, ([], None)),
     ],
     ids=["round", "calibrate", "evaluate"],
