@@ -10,14 +10,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.calibration.layers import (
-    capture_inputs,
-    frozen,
-    live_layers,
-    observe_outputs,
-    run_layer,
-    valid_tokens,
-)
+from qvlm_hf.calibration.backward import frozen, observe_outputs
+from qvlm_hf.calibration.layers import capture_inputs, live_layers, run_layer, valid_tokens
 from qvlm_hf.calibration.measure import gradients
 from qvlm_hf.calibration.measure.answers import run_answers
 from qvlm_hf.calibration.measure.gradients import answer_gradients
