@@ -52,6 +52,7 @@ IMPOSSIBLE = (
         (11, block, f"hadamard={block} must be None or a power of two from 2 to 4096.")
         for block in (-4, 1, 3)
     ),
+    (11, 128, "a Hadamard block of 128 must be a power of two that divides 64."),
 )
 
 

@@ -163,6 +163,10 @@ def _check_numbers(numbers: tuple[Any, ...]) -> None:
             f"group_length={group_length} must be from 1 to in_features={in_features}, which is "
             f"one group per row."
         )
+    if hadamard and in_features % hadamard:
+        raise ValueError(
+            f"a Hadamard block of {hadamard} must be a power of two that divides {in_features}."
+        )
 
 
 def has_format(x: Tensor, weights: Sequence[Packed], scheme: CallScheme) -> bool:

@@ -31,8 +31,8 @@ __all__ = ["entries", "load", "misfit", "round_weight"]
 
 _SOURCES = native.sources(
     *("cpu_kernels.cpp", "cpu_integer.cpp", "cpu_float.cpp", "cpu_quantize.h", "cpu_unpack.h"),
-    *("cpu_vector.h", "cpu_portable.h", "cpu_weight.h", "cpu_fused.h", "cpu_number.h"),
-    *("cpu_call.h", "cpu_round.cpp"),
+    *("cpu_vector.h", "cpu_token.h", "cpu_portable.h", "cpu_weight.h", "cpu_fused.h"),
+    *("cpu_number.h", "cpu_call.h", "cpu_round.cpp"),
 )
 # -ffp-contract=off: x / scale and its rounding must be what the reference computes, or 4-bit levels
 # flip; -fno-trapping-math: a comparison need not raise flags, or no loop with one is vectorised
@@ -58,6 +58,8 @@ _CHECKED = tuple(
         (5, 16, "none", 1),
         (8, 16, "none", 5),
         (3, 16, "none", 40),
+        (4, 8, "dynamic_token", 2, 192, 96, (70,), 64),
+        (8, 16, "none", 10, 200, 200, (70,), 8),
     )
 )
 # Many tokens are multiplied in another way where the processor multiplies bfloat16.
@@ -223,15 +225,13 @@ def _compute(
     library: ctypes.CDLL, x: Tensor, weights: Sequence[Packed], scheme: CallScheme
 ) -> list[Tensor]:
     """The output of each module."""
-    values = block_hadamard(x.float(), scheme.hadamard) if scheme.hadamard else x
     floating, tokens = scheme.granularity == "none", x.shape[:-1].numel()
     if floating and tokens > _DENSE_TOKENS and library.qvlm_variant() == _PORTABLE:
-        values, scale = values.float(), scheme.input_scale
+        values, scale = x.float(), scheme.input_scale
+        values = block_hadamard(values, scheme.hadamard) if scheme.hadamard else values
         scaled = values if scale is None else values / scale
         return [_multiply_dense(scaled, packed, scheme).to(x.dtype) for packed in weights]
-    if values.dtype not in _DTYPES:
-        values = values.float()
-    values = values.contiguous()
+    values = (x if x.dtype in _DTYPES else x.float()).contiguous()
     outputs = [values.new_empty((*x.shape[:-1], packed.weight.shape[0])) for packed in weights]
     if x.numel() and outputs:
         _fill(library, values, weights, scheme, outputs)
@@ -267,12 +267,12 @@ def _fill(
         copies.append(tensor.contiguous())
         return copies[-1].data_ptr()
 
-    grid, zero_point, k, weight_bits, activation_bits, length, granularity, _ = scheme
+    grid, zero_point, k, weight_bits, activation_bits, length, granularity, hadamard = scheme
     positions = 0 if granularity != "token" or grid is None else grid.shape[0]
     groups, row_bytes = -(-k // length), -(-k * weight_bits // 32) * 4
     words = [x.data_ptr(), pointer(grid), pointer(zero_point), _DTYPES[x.dtype], x.numel() // k, k]
     words += [groups, length, row_bytes, weight_bits, activation_bits, _GRANULARITIES[granularity]]
-    words += [positions, len(weights)]
+    words += [positions, hadamard, len(weights)]
     for packed, y in zip(weights, outputs, strict=True):
         bias = packed.bias
         if bias is not None and bias.dtype != x.dtype:

@@ -179,6 +179,7 @@ class Case(NamedTuple):
         in_features: K.
         group_length: L.
         out_features: N of each module that reads the input.
+        hadamard: block of the input transform, 0 for none.
     """
 
     weight_bits: int
@@ -188,12 +189,14 @@ class Case(NamedTuple):
     in_features: int = 300
     group_length: int = 128
     out_features: tuple[int, ...] = (70, 5)
+    hadamard: int = 0
 
     def __str__(self) -> str:
         """The call in words."""
         sizes = f"{self.in_features} inputs in groups of {self.group_length}"
         bits = f"W{self.weight_bits}A{self.activation_bits}"
-        return f"{bits} {self.granularity}, {self.tokens} tokens, {sizes}"
+        transform = f", Hadamard blocks of {self.hadamard}" if self.hadamard else ""
+        return f"{bits} {self.granularity}, {self.tokens} tokens, {sizes}{transform}"
 
 
 def find_wrong_case(
@@ -253,6 +256,6 @@ def _random_call(case: Case, generator: torch.Generator) -> tuple[Tensor, list[P
     if length is not None:
         scale = floats(length).add(0.1)
         zero_point = integers(case.activation_bits, length, dtype=torch.int32)
-    numbers = (k, bits, case.activation_bits, case.group_length, case.granularity, 0)
+    numbers = (k, bits, case.activation_bits, case.group_length, case.granularity, case.hadamard)
     x = torch.randn(case.tokens, k, generator=generator, dtype=torch.float32)
     return x, weights, CallScheme(scale, zero_point, *numbers)

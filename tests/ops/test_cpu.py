@@ -27,6 +27,7 @@ from linear_calls import (
 )
 
 from qvlm_hf.format.grids import QuantizedWeight, grouped_weight, quantize_weight
+from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.packing import pack, unpack
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.ops import attention, cpu, fast_path, native, private_folders, reference
@@ -181,6 +182,27 @@ def test_weights_meet_floating_point_inputs_exactly(weight_bits, tokens, k, leng
     assert torch.equal(OPS.linear(x, *rest), OPS.linear_reference(x, *rest))
 
 
+def compare_transforms():
+    """A weight of rows of the identity shows what the kernels make of an input."""
+    for block in (2, 4, 8, 16, 32, 256, 4096):
+        k = 2 * block
+        rows = torch.arange(0, k, max(k // 64, 1))
+        integers = torch.zeros(len(rows), k, dtype=torch.uint8)
+        integers[torch.arange(len(rows)), rows] = 1
+        scale, zero = torch.ones(len(rows), 1).bfloat16(), torch.zeros(len(rows), 1).byte()
+        for tokens, dtype in ((1, torch.float32), (12, torch.float32), (12, torch.bfloat16)):
+            x = (torch.randn(tokens, k) * 100).to(dtype)
+            numbers = (k, 8, 16, k, "none", block)
+            y = OPS.linear(x, pack(integers, 8), scale, zero, None, None, None, *numbers)
+            assert torch.equal(y, block_hadamard(x.float(), block)[:, rows].to(dtype))
+
+
+@needs_compiler
+def test_the_transform_has_the_bits_of_the_reference():
+    assert cpu_kernel().startswith("cpu")
+    compare_transforms()
+
+
 @pytest.fixture(params=["avx2", "avx2-vnni"])
 def forced_class(request, monkeypatch):
     """The kernels of a class of processors below this one's; what the user's cache has stays."""
@@ -220,6 +242,7 @@ def test_a_forced_class_equals_the_reference(forced_class):
                     * 2
                 )
                 compare(x, rest)
+    compare_transforms()
     torch.library.opcheck(
         OPS.linear.default, (x, *rest), test_utils=("test_schema", "test_faketensor")
     )

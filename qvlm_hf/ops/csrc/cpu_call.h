@@ -10,7 +10,7 @@ struct Call {
     const void* x;
     const float* input_scale;
     const int32_t* input_zero_point;
-    int64_t dtype, m, k, groups, length, row_bytes, weight_bits, activation_bits, granularity, positions, count;  // the numbers of cpu.py
+    int64_t dtype, m, k, groups, length, row_bytes, weight_bits, activation_bits, granularity, positions, hadamard, count;  // the numbers of cpu.py
 };
 
 // One of the layers: its output y [m, n] has the dtype of x, and so has its bias; bias and zero_point may be null.

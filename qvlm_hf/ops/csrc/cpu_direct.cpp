@@ -1,6 +1,6 @@
 // `linears`, `rms_norm` and `decode_attention` of the CPU kernels as functions of Python that go straight to them.
 //
-// They take what decoding does: contiguous tensors, float32, bfloat16 or float16, no transform, no gradient, nobody who follows single
+// They take what decoding does: contiguous tensors, float32, bfloat16 or float16, no gradient, nobody who follows single
 // operators. For everything else they return None, and the caller goes the long way (`qvlm_hf::linears`, or PyTorch's operators), which
 // takes all and has the words for what is wrong. The kernels come as addresses, after their check; before that every call gets None.
 //
@@ -110,7 +110,7 @@ int64_t known(ScalarType dtype) {
 
 bool plain(const Tensor& x) { return known(x.scalar_type()) >= 0 && x.dim() && x.numel() && x.is_contiguous(); }
 
-// As in schema.py and cpu.py: numbers that exist, groups that begin at a byte, and no sum of integers over one that leaves int32.
+// As in call.py and cpu.py: numbers that exist, groups that begin at a byte, and no sum of integers over one that leaves int32.
 bool fits(int64_t k, int64_t weight_bits, int64_t activation_bits, int64_t length, bool integers) {
     if (weight_bits < 2 || weight_bits > 8 || length < 1 || length > k) return false;
     if (integers ? activation_bits < 3 || activation_bits > 8 : activation_bits != 16) return false;
@@ -149,7 +149,8 @@ PyObject* linears(PyObject* const* arguments) {
     const size_t count = weight.size();
     const bool token = kind == 1, floating = kind == 3;
     require(count && weight_scale.size() == count && (weight_zero_point.empty() || weight_zero_point.size() == count) &&
-            (bias.empty() || bias.size() == count) && !hadamard);
+            (bias.empty() || bias.size() == count));
+    require(!hadamard || (hadamard > 1 && hadamard <= 4096 && !(hadamard & (hadamard - 1)) && in_features % hadamard == 0));
     require(plain(x) && x.dim() >= (token ? 2 : 1) && x.size(-1) == in_features &&
             fits(in_features, weight_bits, activation_bits, group_length, !floating));
     require(!floating || x.numel() / in_features <= most_floats);
@@ -174,7 +175,7 @@ PyObject* linears(PyObject* const* arguments) {
         scaled ? static_cast<const float*>(input_scale->const_data_ptr()) : nullptr,
         shifted ? static_cast<const int32_t*>(input_zero_point->const_data_ptr()) : nullptr,
         known(dtype), x.numel() / in_features, in_features, groups, group_length, words * 4, weight_bits, activation_bits,
-        kind, positions, int64_t(count)};
+        kind, positions, hadamard, int64_t(count)};
     std::memcpy(memory.data(), &call, sizeof call);
     for (size_t i = 0; i < count; ++i) {
         outputs.push_back(output(x, weight[i].size(0), dtype));

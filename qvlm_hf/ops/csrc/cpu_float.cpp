@@ -11,19 +11,10 @@
 // Legend: as in cpu_weight.h.
 
 #include "cpu_portable.h"
+#include "cpu_token.h"
 #include "cpu_unpack.h"
 
 namespace {
-
-// Value k of token i of x [m, K] as float, with the stored scale (or null) divided out.
-template <class T>
-struct FloatInput {
-    const T* x;
-    const float* scale;  // [K]
-    int64_t k;
-
-    float at(int64_t i, int64_t j) const { return scale ? widen(x[i * k + j]) / scale[j] : widen(x[i * k + j]); }
-};
 
 #if QVLM_VECTOR
 
@@ -197,8 +188,8 @@ QVLM_APART void gemv(const Weight& w, const float* a, float* out, int64_t first,
 }
 
 // One token in the order of lanes: the first value of all lanes, then the second.
-template <Way WAY, class T>
-void spread_token(const Weight& w, const FloatInput<T>& input, int64_t token, float* a) {
+template <Way WAY>
+void spread_token(const Weight& w, const float* x, float* a) {
     constexpr int64_t values = kValues<WAY>;
     const int64_t padded = w.padded();
     for (int64_t g = 0; g < w.groups; ++g)
@@ -206,7 +197,7 @@ void spread_token(const Weight& w, const FloatInput<T>& input, int64_t token, fl
             for (int64_t j = 0; j < values; ++j)
                 for (int64_t lane = 0; lane < kLanes; ++lane) {
                     const int64_t at = k + Spread<WAY>::order(j, lane);
-                    a[g * padded + k + j * kLanes + lane] = at < w.count(g) ? input.at(token, g * w.length + at) : 0.0f;
+                    a[g * padded + k + j * kLanes + lane] = at < w.count(g) ? x[g * w.length + at] : 0.0f;
                 }
 }
 
@@ -332,21 +323,31 @@ void columns_many(const Weight& w, const Word* x, float* out, int64_t rows, int6
 
 // One token in words, a group after the other.
 template <class Word, class T>
-void into_words(const Weight& w, const FloatInput<T>& input, int64_t token, Word* a) {
+void into_words(const Weight& w, const T* x, Word* a) {
     for (int64_t g = 0; g < w.groups; ++g, a += group_words<Word>(w)) {
-        const int64_t count = w.count(g), begin = g * w.length;
-        if constexpr (kValuesOf<Word> == 1) {
-            for (int64_t k = 0; k < count; ++k) a[k] = input.at(token, begin + k);
-        } else {
-            a[words_of<Word>(count) - 1] = 0;
-            std::memcpy(a, input.x + token * w.k + begin, count * sizeof(T));
-        }
+        const int64_t count = w.count(g);
+        a[words_of<Word>(count) - 1] = 0;
+        std::memcpy(a, x + g * w.length, count * sizeof(T));
     }
 }
 
 #endif
 
-// The outputs of `rows` tokens from `begin` on, whose sums compute(w, sums, first, last) makes, [rows, kTileN].
+// Inputs of tokens begin ... begin + rows - 1 as their product reads them: put(x, a + i * stride) for each of them.
+template <class Put>
+float* arranged(const qvlm::Call& c, int64_t begin, int64_t rows, int64_t stride, const Put& put) {
+    float* a = scratch<float>(rows * stride);
+#pragma omp parallel for schedule(static) if (rows > 4)
+    for (int64_t i = 0; i < rows; ++i) {
+        float* x = scratch<float, 1>(c.k);
+        read_token(c, begin + i, x);
+        for (int64_t k = 0; c.input_scale && k < c.k; ++k) x[k] /= c.input_scale[k];
+        put(x, a + i * stride);
+    }
+    return a;
+}
+
+// The outputs of these tokens, whose sums compute(w, sums, first, last) makes, [rows, kTileN].
 template <class Compute>
 void fill(const std::vector<Module>& modules, bool few, int64_t begin, int64_t rows, const Compute& compute) {
     share_columns(modules, few, [&](const Module& module, int64_t first, int64_t last) {
@@ -356,62 +357,48 @@ void fill(const std::vector<Module>& modules, bool few, int64_t begin, int64_t r
     });
 }
 
-// Inputs of tokens as their product reads them: put(i, a + i * stride) for each of `rows`.
-template <class Word, class Put>
-Word* arranged(int64_t rows, int64_t stride, const Put& put) {
-    Word* a = scratch<Word>(rows * stride);
-#pragma omp parallel for schedule(static) if (rows > 4)
-    for (int64_t i = 0; i < rows; ++i) put(i, a + i * stride);
-    return a;
-}
-
 #if QVLM_VECTOR
 
-template <class T>
-void few_tokens(const std::vector<Module>& modules, const FloatInput<T>& input, int64_t begin, int64_t rows) {
+template <class Word>
+void fill_many(const std::vector<Module>& modules, const Word* a, int64_t begin, int64_t rows) {
+    fill(modules, false, begin, rows, [&](const Weight& w, float* sums, int64_t first, int64_t) { columns_many(w, a, sums, rows, first); });
+}
+
+void tokens(const qvlm::Call& c, const std::vector<Module>& modules, int64_t begin, int64_t rows) {
     const Weight& w = modules.front().w;
-    with_way(way_of(w), [&](auto way) {
-        const float* a = arranged<float>(rows, w.stride(), [&](int64_t i, float* to) { spread_token<way()>(w, input, begin + i, to); });
-        fill(modules, true, begin, rows, [&](const Weight& of, float* sums, int64_t first, int64_t last) { columns_few<way()>(of, a, sums, rows, first, last); });
+    const bool halves = QVLM_BFLOAT && DType(c.dtype) == DType::kBFloat16 && !c.input_scale && !c.hadamard;
+    if (rows <= (halves ? kFew / 2 : kFew)) return with_way(way_of(w), [&](auto way) {
+        const float* a = arranged(c, begin, rows, w.stride(), [&](const float* x, float* to) { spread_token<way()>(w, x, to); });
+        fill(modules, true, begin, rows, [&](const Weight& of, float* sums, int64_t first, int64_t last) {
+            columns_few<way()>(of, a, sums, rows, first, last);
+        });
+    });
+#if QVLM_BFLOAT
+    if (halves) {
+        const int64_t stride = token_words<int32_t>(w);
+        int32_t* a = scratch<int32_t>(rows * stride);
+        for (int64_t i = 0; i < rows; ++i) into_words(w, static_cast<const BFloat16*>(c.x) + (begin + i) * c.k, a + i * stride);
+        return fill_many(modules, a, begin, rows);
+    }
+#endif
+    const int64_t stride = token_words<float>(w);
+    fill_many(modules, arranged(c, begin, rows, stride, [&](const float* x, float* to) { into_words(w, x, to); }), begin, rows);
+}
+
+#else
+
+void tokens(const qvlm::Call& c, const std::vector<Module>& modules, int64_t begin, int64_t rows) {
+    const float* a = arranged(c, begin, rows, c.k, [&](const float* x, float* to) { std::copy_n(x, c.k, to); });
+    fill(modules, rows <= kFew, begin, rows, [&](const Weight& w, float* sums, int64_t first, int64_t last) {
+        columns_portable(w, a, sums, rows, first, last);
     });
 }
 
-template <class Word, class T>
-void many_tokens(const std::vector<Module>& modules, const FloatInput<T>& input, int64_t begin, int64_t rows) {
-    const Weight& w = modules.front().w;
-    const Word* a = arranged<Word>(rows, token_words<Word>(w), [&](int64_t i, Word* to) { into_words(w, input, begin + i, to); });
-    fill(modules, false, begin, rows, [&](const Weight& of, float* sums, int64_t first, int64_t) { columns_many(of, a, sums, rows, first); });
-}
-
 #endif
-
-// The outputs of modules of one width, group length and K, from one input x [m, k]; scale [K] or null divides it.
-template <class T>
-void linears(const std::vector<Module>& modules, const float* scale, const T* x, int64_t m) {
-    const Weight& w = modules.front().w;
-    const FloatInput<T> input{x, scale, w.k};
-    for (int64_t begin = 0; begin < m; begin += kTileM) {
-        const int64_t rows = std::min(kTileM, m - begin);
-#if QVLM_VECTOR
-        constexpr bool halves = QVLM_BFLOAT && std::is_same_v<T, BFloat16>;
-        if (rows <= (halves && !scale ? kFew / 2 : kFew))
-            few_tokens(modules, input, begin, rows);
-        else if (scale || !halves)
-            many_tokens<float>(modules, input, begin, rows);
-        else if constexpr (halves)
-            many_tokens<int32_t>(modules, input, begin, rows);
-#else
-        const float* a = arranged<float>(rows, w.k, [&](int64_t i, float* to) {
-            for (int64_t k = 0; k < w.k; ++k) to[k] = input.at(begin + i, k);
-        });
-        fill(modules, rows <= kFew, begin, rows, [&](const Weight& of, float* sums, int64_t first, int64_t last) { columns_portable(of, a, sums, rows, first, last); });
-#endif
-    }
-}
 
 }  // namespace
 
 void qvlm::multiply_floats(const Call& c) {
     const std::vector<Module> modules = modules_of(c);
-    typed(c.dtype, [&](auto zero) { linears(modules, c.input_scale, static_cast<const decltype(zero)*>(c.x), c.m); });
+    for (int64_t begin = 0; begin < c.m; begin += kTileM) tokens(c, modules, begin, std::min(kTileM, c.m - begin));
 }

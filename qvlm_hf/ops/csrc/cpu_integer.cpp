@@ -16,6 +16,7 @@
 
 #include "cpu_portable.h"
 #include "cpu_quantize.h"
+#include "cpu_token.h"
 #include "cpu_unpack.h"
 
 namespace {
@@ -409,10 +410,12 @@ void columns_many(const Weight& w, const Rows<Integer<LAYOUT>>& x, float* out, i
 // Tokens up to which a pass over the weights is best, by the parts that each is multiplied in.
 inline int64_t most_few(int parts) { return parts == 1 ? kFew : kFew / 2; }
 
-// The outputs of modules of one width, group length and K, from one input x [m, k].
-template <class A, class T>
-void linears(const std::vector<Module>& modules, const Input& input, const T* x, int64_t m) {
+// The outputs of a call's modules, which are of one width, group length and K.
+template <class A>
+void linears(const qvlm::Call& c, bool bytes) {
     constexpr int64_t kChunk = 768;  // tokens at once: bounds the memory for inputs
+    const std::vector<Module> modules = modules_of(c);
+    const Input input{c.input_scale, c.input_zero_point, c.positions, int(c.activation_bits), int(c.granularity), bytes};
     const Weight& w = modules.front().w;
     const int64_t stride = w.stride(), grids = input.grids(w);
 #if QVLM_VECTOR
@@ -421,16 +424,19 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
 #else
     const int64_t block = 0;
 #endif
-    for (int64_t begin = 0; begin < m; begin += kChunk) {
-        const int64_t rows = std::min(kChunk, m - begin);
+    for (int64_t begin = 0; begin < c.m; begin += kChunk) {
+        const int64_t rows = std::min(kChunk, c.m - begin);
         float* scale = scratch<float>((2 * grids + 1) * rows);
         float* zero = scale + grids * rows;
         float* sound = zero + grids * rows;  // whether a token is finite
-        const auto range = [&](int64_t i) {
-            token_range(w, input, x + (begin + i) * w.k, input.positions ? (begin + i) % input.positions : 0, scale + i * grids, zero + i * grids);
+        const auto read = [&](int64_t i, float* x) {
+            read_token(c, begin + i, x);
+            token_range(w, input, x, input.positions ? (begin + i) % input.positions : 0, scale + i * grids, zero + i * grids);
+            sound[i] = finite(x, w.k);
         };
         const bool together = rows <= kFew;  // few tokens are looked at before any becomes integers
-        for (int64_t i = 0; together && i < rows; ++i) range(i);
+        float* few_inputs = together ? scratch<float, 1>(rows * w.k) : nullptr;
+        for (int64_t i = 0; together && i < rows; ++i) read(i, few_inputs + i * w.k);
         int parts = together ? input.parts(w, *std::min_element(zero, zero + grids * rows)) : 1;
         const bool few = rows <= most_few(parts);
         if (!few) parts = 1;
@@ -444,9 +450,9 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
         int32_t* shift = more_sums + extra * w.groups;
 #pragma omp parallel for schedule(static) if (rows > 4)
         for (int64_t i = 0; i < rows; ++i) {
-            if (!together) range(i);
-            sound[i] = finite(x + (begin + i) * w.k, w.k);
-            quantize_token(w, input, form, block, x + (begin + i) * w.k, scale + i * grids, zero + i * grids, a + i * stride, sums + i * w.groups);
+            float* x = together ? few_inputs + i * w.k : scratch<float, 1>(w.k);
+            if (!together) read(i, x);
+            quantize_token(w, input, form, block, x, scale + i * grids, zero + i * grids, a + i * stride, sums + i * w.groups);
             for (int64_t g = i * grids; g < (i + 1) * grids; ++g) shift[g] = 128 - int32_t(zero[g]);
             for (int64_t g = 0; paired && g < w.groups; ++g) {
                 int32_t& of = sums[i * w.groups + g];
@@ -488,17 +494,10 @@ void linears(const std::vector<Module>& modules, const Input& input, const T* x,
 }  // namespace
 
 void qvlm::multiply_integers(const Call& c) {
-    const std::vector<Module> modules = modules_of(c);
-    typed(c.dtype, [&](auto zero) {
-        const auto* x = static_cast<const decltype(zero)*>(c.x);
-        const Input input{c.input_scale, c.input_zero_point, c.positions, int(c.activation_bits), int(c.granularity), true};
 #if QVLM_VECTOR
-        if (layout_of(modules.front().w) != kWords) return linears<int8_t>(modules, input, x, c.m);
+    if (c.weight_bits < 8 || kVnni) return linears<int8_t>(c, true);
 #endif
 #if QVLM_VECTOR != 64
-        Input words = input;
-        words.bytes = false;
-        linears<int16_t>(modules, words, x, c.m);
+    linears<int16_t>(c, false);
 #endif
-    });
 }

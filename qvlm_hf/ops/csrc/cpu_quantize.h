@@ -45,8 +45,8 @@ struct Form {
 };
 
 // Integers of `count` values; returns their sum. `zeros` null: one scale and the zero point `zero` for all.
-template <class A, class T>
-int32_t quantize_values(const T* x, int64_t count, const float* scales, const int32_t* zeros, float zero, float top, const Form& form, A* values) {
+template <class A>
+int32_t quantize_values(const float* x, int64_t count, const float* scales, const int32_t* zeros, float zero, float top, const Form& form, A* values) {
 #if QVLM_VECTOR
     Ints total = no_ints();
     for (int64_t i = 0; i < count; i += kLanes) {
@@ -71,7 +71,7 @@ int32_t quantize_values(const T* x, int64_t count, const float* scales, const in
     int32_t sum = 0;
     for (int64_t i = 0; i < count; ++i) {
         const float z = zeros ? float(zeros[i]) : zero;
-        const float q = std::nearbyint(widen(x[i]) / (zeros ? scales[i] : *scales));
+        const float q = std::nearbyint(x[i] / (zeros ? scales[i] : *scales));
         values[i] = A(std::min(std::max(q, -z), top - z));
         sum += values[i];
     }
@@ -80,19 +80,17 @@ int32_t quantize_values(const T* x, int64_t count, const float* scales, const in
 }
 
 // Scale and zero point over the range of `count` values.
-template <class T>
-void value_range(const T* x, int64_t count, float top, float& scale, float& zero) {
+inline void value_range(const float* x, int64_t count, float top, float& scale, float& zero) {
     float low = 0, high = 0;
 #pragma omp simd reduction(min : low) reduction(max : high)
-    for (int64_t k = 0; k < count; ++k) low = std::min(low, widen(x[k])), high = std::max(high, widen(x[k]));
+    for (int64_t k = 0; k < count; ++k) low = std::min(low, x[k]), high = std::max(high, x[k]);
     const float step = (high - low) / top;
     scale = step > 0 ? step : 1.0f;
     zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), top);
 }
 
 // Scales and zero points of a token, where they are its own: one each, or one a group.
-template <class T>
-void token_range(const Weight& w, const Input& input, const T* x, int64_t position, float* scale, float* zero) {
+inline void token_range(const Weight& w, const Input& input, const float* x, int64_t position, float* scale, float* zero) {
     *scale = 1, *zero = 0;
     if (input.granularity == kDynamicToken)
         value_range(x, w.k, input.top(), *scale, *zero);
@@ -103,11 +101,10 @@ void token_range(const Weight& w, const Input& input, const T* x, int64_t positi
 }
 
 // Whether a token is finite: an integer cannot say that it was NaN.
-template <class T>
-bool finite(const T* x, int64_t count) {
+inline bool finite(const float* x, int64_t count) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < count; ++k) sum += widen(x[k]) * 0.0f;
+    for (int64_t k = 0; k < count; ++k) sum += x[k] * 0.0f;
     return sum == 0;
 }
 
@@ -121,8 +118,8 @@ inline void into_slices(int8_t* values, int64_t count, int64_t block) {
 }
 
 // One token: integers [KP], their sums per group. `block`: of values in slices, 0 for natural order.
-template <class A, class T>
-void quantize_token(const Weight& w, const Input& input, const Form& form, int64_t block, const T* x, const float* scale, const float* zero, A* a,
+template <class A>
+void quantize_token(const Weight& w, const Input& input, const Form& form, int64_t block, const float* x, const float* scale, const float* zero, A* a,
                     int32_t* sums) {
     const int64_t padded = w.padded(), next = input.grids(w) > 1;
     const bool own = input.granularity != kChannel;

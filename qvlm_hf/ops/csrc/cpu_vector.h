@@ -91,6 +91,7 @@ QVLM_INLINE void store_bytes(void* to, Bytes values) { std::memcpy(to, &values, 
 
 #if QVLM_VECTOR == 64
 
+QVLM_INLINE Floats permuted(Floats values, Ints lanes) { return _mm512_permutexvar_ps((Bytes)lanes, values); }
 QVLM_INLINE float sum(Floats values) { return _mm512_reduce_add_ps(values); }
 QVLM_INLINE int32_t sum(Ints values) { return _mm512_reduce_add_epi32((__m512i)values); }
 QVLM_INLINE Floats nearest(Floats values) { return _mm512_roundscale_ps(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -147,6 +148,7 @@ inline void transpose(Bytes r[16]) {
 
 #else
 
+QVLM_INLINE Floats permuted(Floats values, Ints lanes) { return _mm256_permutevar8x32_ps(values, (Bytes)lanes); }
 QVLM_INLINE float sum(Floats values) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));

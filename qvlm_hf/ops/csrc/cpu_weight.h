@@ -88,8 +88,8 @@ inline std::vector<Module> modules_of(const qvlm::Call& c) {
     return modules;
 }
 
-// A buffer that grows and is kept: a layer asks for the same sizes again and again.
-template <class T>
+// A thread's buffer that grows and is kept: a layer asks for the same sizes again and again. One for every USE.
+template <class T, int USE = 0>
 T* scratch(int64_t count) {
     thread_local std::vector<T> memory;
     if (int64_t(memory.size()) < count + 64 / int64_t(sizeof(T))) memory.resize(count + 64 / sizeof(T));
