@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import experts_split
-from qvlm_hf.models.families import component_finder
+from qvlm_hf.models.find_parts import component_finder
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.replace import quantized_modules
 
