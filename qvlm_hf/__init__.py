@@ -22,7 +22,7 @@ from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.in_memory import quantize_model
 from qvlm_hf.hf.quantizer import QVLMHfQuantizer
 from qvlm_hf.hf.saving import save_quantized
-from qvlm_hf.hub.publish import Published
+from qvlm_hf.hub.upload import Published
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.precision_table import (
     PrecisionRow,

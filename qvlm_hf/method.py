@@ -41,7 +41,7 @@ from qvlm_hf.calibration.without_data import (
 )
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.models.families import find_parts
+from qvlm_hf.models.find_parts import find_parts
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import (
     Segment,

@@ -8,6 +8,7 @@ from tiny_calibrations import calibrate, tiny_samples
 from tiny_models import tiny_llava
 from torch import nn
 
+from qvlm_hf import method
 from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.calibration.search import segments
@@ -197,6 +198,19 @@ def test_rounding_without_data():
         quantize_without_data(tiny_llava().eval(), CalibrationSettings())
     with pytest.raises(ValueError, match="quantized already"):
         quantize_without_data(model, weights_only)
+
+
+def test_a_segment_is_searched_on_what_quantized_segments_give_it(monkeypatch):
+    alike, search_segment = {}, method.search_segment
+
+    def see(calibration, segment, blocks, record):
+        pairs = zip(record(), calibration.inputs[segment.name], strict=True)
+        alike[segment.component] = [torch.equal(now.hidden, full.hidden) for now, full in pairs]
+        return search_segment(calibration, segment, blocks, record)
+
+    monkeypatch.setattr(method, "search_segment", see)
+    calibrate(max_block_depth=1)
+    assert alike == {"vision": [True] * 2, "projector": [False] * 2, "language": [False] * 2}
 
 
 def test_excluded_modules_stay_and_progress_reaches_the_end():

@@ -11,12 +11,10 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.samples import Batch, moved
@@ -29,12 +27,10 @@ __all__ = [
     "Reached",
     "capture_inputs",
     "count_tokens",
-    "frozen",
+    "hidden_states",
     "live_layers",
     "model_inputs",
     "observe_inputs",
-    "observe_outputs",
-    "recomputed",
     "routed",
     "run_layer",
     "run_model",
@@ -220,7 +216,7 @@ class _Recorder:
             raise Reached
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self._output = _hidden_states(output)
+        self._output = hidden_states(output)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, Tensor):
@@ -273,7 +269,7 @@ def run_layer(
             continue
         entering = h if call.added is None else h + call.added
         with torch.no_grad():
-            outputs.append(keep(_hidden_states(layer(entering, *call.args, **call.kwargs))))
+            outputs.append(keep(hidden_states(layer(entering, *call.args, **call.kwargs))))
     return outputs
 
 
@@ -310,28 +306,6 @@ def count_tokens(inputs: Sequence[LayerInput]) -> int:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside the context: only hidden states do.
-
-    Transformers gives the head a slice of the hidden states. For a weight without gradient PyTorch
-    would multiply that row by row with copies of the weight: 15 s instead of .2 for a vocabulary of
-    196,608 and 4 rows, and 3.2 GB. The head therefore gets a contiguous copy of the slice.
-    """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    output_embeddings = getattr(model, "get_output_embeddings", lambda: None)
-    head = output_embeddings() or nn.Identity()
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        hook.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def observe_inputs(
     modules: Mapping[Any, nn.Module], see: Callable[[Any, tuple[Any, ...], Any], None]
 ) -> Iterator[None]:
@@ -343,39 +317,6 @@ def observe_inputs(
         yield
 
 
-@contextmanager
-def observe_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects the layers' first outputs while the model runs; the first one starts the graph."""
-    outputs: dict[str, Tensor] = {}
-
-    def collect(name: str, output: Any) -> None:
-        hidden = _hidden_states(output)
-        if not hidden.requires_grad:
-            hidden.requires_grad_(True)
-        outputs.setdefault(name, hidden)
-
-    with ExitStack() as stack:
-        for name in names:
-            hook = lambda _module, _args, output, name=name: collect(name, output)  # noqa: E731
-            stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-        yield outputs
-
-
-@contextmanager
-def recomputed(segments: Iterable[Segment]) -> Iterator[None]:
-    """Live layers keep their inputs alone for the backward pass and run again in it."""
-    modules = [layer.module for segment in segments for layer in live_layers(segment)]
-    own = [vars(module).get("forward") for module in modules]  # Accelerate's hooks set one
-    try:
-        for module in modules:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-        yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-
-def _hidden_states(output: Any) -> Tensor:
+def hidden_states(output: Any) -> Tensor:
+    """Of what a layer returns, alone or with others behind them."""
     return output[0] if isinstance(output, tuple) else output

@@ -23,8 +23,8 @@ from qvlm_hf.bench.machine import (
     has_bfloat16_units,
     measure_limits,
 )
-from qvlm_hf.bench.models import Contender, fits_together, measure_models
 from qvlm_hf.bench.random_models import picture_tokens, random_model, random_prompt
+from qvlm_hf.bench.whole_models import Contender, fits_together, measure_models
 from qvlm_hf.cli.bench_tables import model_table
 from qvlm_hf.cli.loading import load_model, read_config, silence
 from qvlm_hf.cli.shapes import plan, read_shape

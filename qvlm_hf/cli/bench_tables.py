@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from qvlm_hf.bench.kernels import KernelRow
-from qvlm_hf.bench.models import ModelRow, Phase
+from qvlm_hf.bench.whole_models import ModelRow, Phase
 
 __all__ = ["kernel_table", "model_table"]
 

@@ -11,13 +11,13 @@ import torch
 from qvlm_hf.calibration.samples import Sample, load_samples
 from qvlm_hf.cli.ask import answer
 from qvlm_hf.cli.loading import add_scheme_arguments, load_model, load_processor, make_config
-from qvlm_hf.cli.record import evaluation_entry
+from qvlm_hf.cli.results import evaluation_entry
 from qvlm_hf.cli.story import story
 from qvlm_hf.demo import dataset_path, model_dir
 from qvlm_hf.evaluation import Evaluation, evaluate
 from qvlm_hf.hf.saving import check_output, save_quantized
 from qvlm_hf.hub.card import CARD_NAME
-from qvlm_hf.hub.record import record_measurement
+from qvlm_hf.hub.measurements import record_measurement
 from qvlm_hf.hub.saved import SavedModel
 
 __all__ = ["add_arguments", "run"]

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from qvlm_hf.calibration.samples import load_samples, longest_sample, without_too_long
 from qvlm_hf.cli.loading import check_fits, load_model, load_with_processor, read_config
-from qvlm_hf.cli.record import (
+from qvlm_hf.cli.results import (
     check_result_file,
     evaluation_entry,
     shown_command,
@@ -22,7 +22,7 @@ from qvlm_hf.evaluation import (
     read_text,
 )
 from qvlm_hf.hub.card import CARD_NAME
-from qvlm_hf.hub.record import check_recordable, record_measurement
+from qvlm_hf.hub.measurements import check_recordable, record_measurement
 from qvlm_hf.hub.saved import REPORT_NAME
 
 __all__ = ["add_arguments", "run"]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import Field
 from dataclasses import fields as fields_of
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -75,7 +75,7 @@ def add_field_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(
             word,
             default=None if flag.search else each.default,
-            type=_reader(str(each.type)),
+            type=_reader(get_args(each.type) or (each.type,)),
             metavar=flag.metavar,
             choices=flag.choices or None,
             help=text,
@@ -83,11 +83,11 @@ def add_field_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
         )
 
 
-def _reader(annotation: str) -> Callable[[str], Any]:
-    """What makes a value of a word of the command line."""
-    if "float" in annotation and "str" in annotation:
+def _reader(kinds: tuple[Any, ...]) -> Callable[[str], Any]:
+    """What makes a value of these types of a word of the command line."""
+    if {float, str} <= {*kinds}:
         return _number_or_word
-    return next((kind for kind in (int, float) if kind.__name__ in annotation), str)
+    return next((kind for kind in (int, float) if kind in kinds), str)
 
 
 def _number_or_word(word: str) -> float | str:

@@ -4,7 +4,7 @@ import argparse
 
 from qvlm_hf.cli.loading import silence
 from qvlm_hf.hf.publishing import publish_folder
-from qvlm_hf.hub.publish import Published
+from qvlm_hf.hub.upload import Published
 
 __all__ = ["add_arguments", "describe", "run"]
 

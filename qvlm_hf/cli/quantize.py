@@ -28,7 +28,7 @@ from qvlm_hf.cli.publish import describe
 from qvlm_hf.cli.story import story
 from qvlm_hf.hf.publishing import publish_command, publish_folder
 from qvlm_hf.hf.saving import check_output, save_quantized
-from qvlm_hf.hub.publish import Target, check_target
+from qvlm_hf.hub.upload import Target, check_target
 
 __all__ = ["add_arguments", "run"]
 

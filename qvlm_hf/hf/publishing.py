@@ -28,8 +28,8 @@ from qvlm_hf.hf.runtime.decoding import probe_inputs
 from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.hub.card import write_card
 from qvlm_hf.hub.payload import choose_files
-from qvlm_hf.hub.publish import Published, Target, check_target, fetch_card, upload
 from qvlm_hf.hub.saved import REPORT_NAME, SavedModel, read_report
+from qvlm_hf.hub.upload import Published, Target, check_target, fetch_card, upload
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["check_push", "publish", "publish_command", "publish_folder", "push_result"]

@@ -54,7 +54,7 @@ from qvlm_hf.hf.round_on_load import (
 from qvlm_hf.hf.runtime.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.hf.runtime.refusals import add_refusals, remove_refusals
-from qvlm_hf.hub.publish import Published, Target
+from qvlm_hf.hub.upload import Published, Target
 from qvlm_hf.models.experts import has_split_experts, join_experts
 from qvlm_hf.models.families import FAMILIES, has_row
 from qvlm_hf.models.graph import why_empty

@@ -19,7 +19,7 @@ from qvlm_hf.errors import first_line
 from qvlm_hf.format.files import INDEX_NAME, SINGLE_NAME, TensorHeader, tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import experts_split
-from qvlm_hf.models.families import component_finder
+from qvlm_hf.models.find_parts import component_finder
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.footprint import Footprint, footprint
 

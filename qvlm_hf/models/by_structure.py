@@ -18,7 +18,7 @@ from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.graph import Layer, Segment, Site, get_linear, matches
 from qvlm_hf.models.parts import PartNames
 from qvlm_hf.models.tracing import Recorder, Trace
-from qvlm_hf.models.trial_runs import run_model
+from qvlm_hf.models.trial_runs import run_all_parts
 
 __all__ = ["Structure", "StructureError", "read_structure"]
 
@@ -84,7 +84,7 @@ def read_structure(
         _check_patterns(model, modules_to_not_convert)
     parts = PartNames.of(model)
     recorder = Recorder(model)
-    run, ran, problems = run_model(model, recorder, parts, inputs)
+    run, ran, problems = run_all_parts(model, recorder, parts, inputs)
     trace = recorder.trace
     reached = {parts.component(name) for name in trace.linears}
     wanted = [

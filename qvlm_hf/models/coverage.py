@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.families import FAMILIES, component_finder
+from qvlm_hf.models.families import FAMILIES
+from qvlm_hf.models.find_parts import component_finder
 from qvlm_hf.models.graph import canonical_name, matches
 
 __all__ = ["Coverage", "Kept", "left_out_by_row", "measure_coverage"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from qvlm_hf.models.families import find_layers, find_parts, get_module, module_paths, path_below
+from qvlm_hf.models.find_parts import find_layers, find_parts, get_module, module_paths, path_below
 from qvlm_hf.models.graph import Layer, Segment, get_linear, head_name
 from qvlm_hf.models.layer_kinds import OFFSET_NORMS
 from qvlm_hf.models.parts import is_norm

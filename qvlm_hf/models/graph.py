@@ -15,14 +15,8 @@ from torch import nn
 
 from qvlm_hf.format.hadamard import largest_block
 from qvlm_hf.models.experts import experts_split
-from qvlm_hf.models.families import (
-    find_layers,
-    find_parts,
-    get_module,
-    has_row,
-    module_paths,
-    path_below,
-)
+from qvlm_hf.models.families import has_row
+from qvlm_hf.models.find_parts import find_layers, find_parts, get_module, module_paths, path_below
 from qvlm_hf.models.wirings import LayerKind
 
 __all__ = [

@@ -9,7 +9,7 @@ from qvlm_hf.models.parts import PartNames
 from qvlm_hf.models.trace_inputs import accepted, count_rows, picture_guesses, text_inputs
 from qvlm_hf.models.tracing import Recorder
 
-__all__ = ["run_model"]
+__all__ = ["run_all_parts"]
 
 _TOKEN_COUNTS = (
     "image_seq_length", "mm_tokens_per_image", "num_image_tokens", "latent_query_num",
@@ -18,7 +18,7 @@ _TOKEN_COUNTS = (
 _LONGEST_PROBLEM = 160  # characters of a foreign error
 
 
-def run_model(
+def run_all_parts(
     model: nn.Module, recorder: Recorder, parts: PartNames, inputs: Mapping[str, Any] | None
 ) -> tuple[str, dict[str, Any], list[str]]:
     """Runs the model as a whole where its inputs are given or can be guessed, else in parts.

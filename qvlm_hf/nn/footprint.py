@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.experts import experts_split
-from qvlm_hf.models.families import component_finder
+from qvlm_hf.models.find_parts import component_finder
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = [
-    "COMPONENTS",
     "Footprint",
     "FootprintRow",
     "count_parameters",
@@ -26,7 +25,7 @@ __all__ = [
     "linear_bytes",
 ]
 
-COMPONENTS = ("vision", "projector", "language", "embeddings", "head", "other")
+_ORDER = ("vision", "projector", "language", "embeddings", "head", "other")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class FootprintRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """One row per component that has parameters, in the order of `COMPONENTS`."""
+    """One row per component that has parameters: vision, projector, language, then the rest."""
 
     rows: tuple[FootprintRow, ...]
 
@@ -130,7 +129,7 @@ def _footprint(
                 full_precision_bytes=full[component],
                 quantized_bytes=packed[component],
             )
-            for component in COMPONENTS
+            for component in _ORDER
             if parameters[component]
         )
     )

@@ -8,7 +8,8 @@ from PIL import Image
 from tiny_calibrations import calibrate, tiny_batches, tiny_logits
 from tiny_models import tiny_llava, tiny_messages
 
-from qvlm_hf.calibration.layers import frozen, model_inputs, run_model
+from qvlm_hf.calibration.backward import frozen
+from qvlm_hf.calibration.layers import model_inputs, run_model
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.nn.replace import quantized_modules
 

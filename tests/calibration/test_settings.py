@@ -401,6 +401,10 @@ def test_head_scheme():
     assert dataclasses.replace(settings, activation_bits=16).head_scheme() == floating
 
 
+def test_files_from_before_recipes_have_none():
+    assert CalibrationSettings(recipe=None).recipe == "fixed"
+
+
 def test_a_seed_that_no_generator_takes_is_refused_at_once():
     with pytest.raises(ValueError, match="must be below 2"):
         CalibrationSettings(seed=2**63)

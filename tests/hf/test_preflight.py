@@ -97,6 +97,24 @@ def test_a_full_disk_is_refused_before_a_weight_is_read(unread, monkeypatch, tmp
         unread(scratch_dir=tmp_path / "scratch")
 
 
+def test_each_directory_needs_room_for_what_it_keeps(folder, monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(
+        module, "check_disk", lambda size, place, what: asked.update({what: (size, place)})
+    )
+    model, processor = empty_model(AutoConfig.from_pretrained(folder)), tiny_processor()
+    state, scratch = str(tmp_path / "state"), str(tmp_path / "scratch")
+    config = QVLMConfig(processor=processor, resume_dir=state, scratch_dir=scratch)
+    expected = expect(model, config)
+    module.preflight(model, config, None)
+    assert asked == {
+        "steps to resume from": (expected.kept, state),
+        "scratch files": (expected.held.kept, scratch),
+    }
+    assert expected.memory == expected.held.working
+    assert expect(model, QVLMConfig(processor=processor)).memory == expected.held.together
+
+
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "cpu", {"": "cpu"}, None])
 def test_any_device_map_is_understood(folder, device_map):
     config = QVLMConfig(scheme="W4A16")
@@ -185,7 +203,9 @@ def test_every_family_is_counted(family):
 def test_a_gpu_without_room_is_refused(folder, monkeypatch):
     model = empty_model(AutoConfig.from_pretrained(folder))
     expected = expect(model, QVLMConfig(processor=tiny_processor()))
-    assert expected.device > expected.weights
+    assert expected.device - expected.weights == expected.held.together
+    half = expect(model.to(torch.bfloat16), QVLMConfig(processor=tiny_processor()))
+    assert half.weights < half.device < half.weights + half.held.together
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1e12, 2e12))
     assert module.check_memory(expected, gpu) is None

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, modeling_utils
 
 from qvlm_hf import QVLMConfig, quantize_model, save_quantized
 from qvlm_hf.hf import saving
-from qvlm_hf.hub.record import record_measurement
+from qvlm_hf.hub.measurements import record_measurement
 
 
 @pytest.fixture(scope="module")

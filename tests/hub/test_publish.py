@@ -26,7 +26,7 @@ from qvlm_hf.demo import model_dir
 from qvlm_hf.hf.publishing import publish_command
 from qvlm_hf.hub.errors import explained
 from qvlm_hf.hub.payload import check_secrets, choose_files
-from qvlm_hf.hub.publish import Target, check_target, fetch_card, upload, verify
+from qvlm_hf.hub.upload import Target, check_target, fetch_card, upload, verify
 
 pytestmark = pytest.mark.hub
 

@@ -10,14 +10,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig, quantize_model
-from qvlm_hf.calibration.layers import (
-    capture_inputs,
-    frozen,
-    live_layers,
-    observe_outputs,
-    run_layer,
-    valid_tokens,
-)
+from qvlm_hf.calibration.backward import frozen, observe_outputs
+from qvlm_hf.calibration.layers import capture_inputs, live_layers, run_layer, valid_tokens
 from qvlm_hf.calibration.measure import gradients
 from qvlm_hf.calibration.measure.answers import run_answers
 from qvlm_hf.calibration.measure.gradients import answer_gradients
@@ -30,6 +24,7 @@ from qvlm_hf.calibration.transforms.rotation import rotate
 from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.models import families
 from qvlm_hf.models.experts import split_experts
+from qvlm_hf.models.find_parts import find_parts
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import full_precision_modules, resolve, shared_inputs
 from qvlm_hf.models.layer_kinds import LAYER_KINDS
@@ -414,7 +409,7 @@ def test_a_projector_with_linear_modules_that_its_row_does_not_name_is_refused()
 @pytest.mark.parametrize(("tower", "last"), [("siglip", "post_layernorm"), ("clip", None)])
 def test_a_last_norm_takes_scales_where_all_output_passes_it(tower, last):
     model = tiny_family("paligemma", tower, "gemma")
-    norm = families.find_parts(model).feature_norm
+    norm = find_parts(model).feature_norm
     assert norm is (last and getattr(model.model.vision_tower, last))
     assert (norm in {path.source for path in scale_paths(model, resolve(model))}) == bool(last)
 

@@ -9,7 +9,7 @@ from tiny_models import tiny_llava
 from torch import nn
 
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.models.families import component_finder
+from qvlm_hf.models.find_parts import component_finder
 from qvlm_hf.models.graph import (
     Layer,
     Segment,

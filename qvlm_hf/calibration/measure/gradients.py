@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qvlm_hf.calibration.layers import frozen
+from qvlm_hf.calibration.backward import frozen
 from qvlm_hf.calibration.measure.answers import run_answers
 from qvlm_hf.calibration.measure.pull_back import cut_at_layers, pull_back
 from qvlm_hf.calibration.run import Calibration

@@ -21,15 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvlm_hf.calibration.layers import (
-    frozen,
-    live_layers,
-    observe_outputs,
-    recomputed,
-    run_model,
-    valid_tokens,
-    working_precision,
-)
+from qvlm_hf.calibration.backward import frozen, observe_outputs, recomputed
+from qvlm_hf.calibration.layers import live_layers, run_model, valid_tokens, working_precision
 from qvlm_hf.calibration.measure.entropy import (
     DependencyHistogram,
     layer_dependencies,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from qvlm_hf.models.families import find_parts, has_row
+from qvlm_hf.models.families import has_row
+from qvlm_hf.models.find_parts import find_parts
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import quantized_modules
 from qvlm_hf.ops.library import is_traced

@@ -11,8 +11,9 @@ import torch
 from tiny_models import tiny_llava
 
 from qvlm_hf.bench.memory import status_bytes
-from qvlm_hf.calibration.estimate.memory import count_memory
+from qvlm_hf.calibration.estimate.memory import count_memory, count_rounding_memory
 from qvlm_hf.calibration.estimate.sums import Data
+from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.settings import CalibrationSettings
 
@@ -33,14 +34,22 @@ def test_a_process_holds_what_was_promised():
     assert found["promised"] > 0.95 * found["highest"]
 
 
-def bytes_of(layers=4, samples=64, **options):
-    settings = CalibrationSettings(**options).for_model(rotatable=True)
+def planned(settings, layers=4):
     with torch.device("meta"):
         model = tiny_llava(text_layers=layers, text_hidden_size=512, text_intermediate_size=1408)
     model.to(torch.bfloat16)
-    data = Data(samples=samples, batch_size=8, tokens=TOKENS, context=TOKENS)
-    segments = resolve_segments(model, settings)
+    return model, resolve_segments(model, settings)
+
+
+def bytes_of(layers=4, samples=64, tokens=TOKENS, **options):
+    settings = CalibrationSettings(**options).for_model(rotatable=True)
+    model, segments = planned(settings, layers)
+    data = Data(samples=samples, batch_size=8, tokens=tokens, context=tokens)
     return count_memory(model, segments, settings, data)
+
+
+def weights_of(layer):
+    return sum(linear.weight.numel() for site in layer.sites for linear in site.linears)
 
 
 def test_scratch_files_take_what_grows():
@@ -58,3 +67,25 @@ def test_options_that_take_less():
     assert bytes_of(weight_rounding="nearest").together <= usual
     assert bytes_of(percentiles=(1.0,), margins=()).together < usual
     assert bytes_of(equalization=False).together < usual  # weights stay those of the files
+
+
+def test_a_deeper_block_holds_a_layer_more_and_its_candidates():
+    settings, short = CalibrationSettings(), {"samples": 1, "tokens": dict.fromkeys(TOKENS, 1.0)}
+    _, segments = planned(settings)
+    largest = max(map(weights_of, segments[-1].layers))
+    deep, less = (bytes_of(max_block_depth=depth, **short).kept for depth in (3, 2))
+    copies = 1 + len(settings.candidates("language"))  # in float32
+    assert deep - less == pytest.approx(4 * largest * copies, rel=0.01)
+
+
+def test_weights_that_change_are_held_besides_those_of_the_files():
+    model, segments = planned(CalibrationSettings())
+    weights = sum(weights_of(layer) for segment in segments for layer in live_layers(segment))
+    assert bytes_of().kept - bytes_of(equalization=False).kept == 2 * weights
+    rotated, as_it_is = (
+        count_rounding_memory(
+            model, 1000, CalibrationSettings(activation_bits=16, rotation=rotation)
+        )
+        for rotation in ("hadamard", None)
+    )
+    assert rotated.working - as_it_is.working == 2 * 1000

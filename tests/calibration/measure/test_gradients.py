@@ -7,7 +7,8 @@ import torch
 from tiny_calibrations import tiny_calibration
 from tiny_models import tiny_llava
 
-from qvlm_hf.calibration.layers import frozen, live_layers, observe_outputs
+from qvlm_hf.calibration.backward import frozen, observe_outputs
+from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure import gradients
 from qvlm_hf.calibration.measure.answers import answer_kl, answer_logits, run_answers
 from qvlm_hf.calibration.measure.gradients import answer_gradients

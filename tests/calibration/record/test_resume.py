@@ -193,3 +193,11 @@ def test_only_what_is_ours_is_used_and_removed(tmp_path):
     SavedSteps(folder, {}).write("step", 1)
     remove_state(folder)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("processes", "kept"), [(1, True), (2, False)])
+def test_what_differs_between_processes_is_not_kept(processes, kept, tmp_path, monkeypatch):
+    steps = SavedSteps(tmp_path, {})
+    monkeypatch.setattr(resume.ranks, "world_size", lambda: processes)
+    assert steps.once("importance", lambda: 5, of_own_data=True) == 5
+    assert (tmp_path / "importance.json").exists() == kept

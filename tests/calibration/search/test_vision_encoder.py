@@ -7,7 +7,8 @@ import torch
 from tiny_calibrations import TEXT, calibrate, tiny_batches, tiny_calibration, tiny_site
 from tiny_models import tiny_llava
 
-from qvlm_hf.calibration.layers import frozen, live_layers
+from qvlm_hf.calibration.backward import frozen
+from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.measure.entropy import DependencyHistogram, value_bounds
 from qvlm_hf.calibration.options import VisionOptimization
 from qvlm_hf.calibration.run import LearnedRanges

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qvlm_hf.cli import main
-from qvlm_hf.cli.record import check_result_file, write_result_file
+from qvlm_hf.cli.results import check_result_file, write_result_file
 
 COMMANDS = ["bench --kernels", "bench --shape demo-1b", "evaluate none --dataset none.jsonl"]
 RESULTS = (

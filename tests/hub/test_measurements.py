@@ -13,9 +13,9 @@ from tiny_models import save_tiny, save_tiny_samples
 
 from qvlm_hf import publish_folder
 from qvlm_hf.cli import main
-from qvlm_hf.cli.record import benchmark_entry
+from qvlm_hf.cli.results import benchmark_entry
 from qvlm_hf.hub.card import CARD_NAME
-from qvlm_hf.hub.record import check_recordable, record_measurement
+from qvlm_hf.hub.measurements import check_recordable, record_measurement
 from qvlm_hf.hub.saved import REPORT_NAME, SavedModel
 
 EVALUATE = "evaluate packed --dataset samples.jsonl --record"
