@@ -62,7 +62,7 @@ __all__ = [
 TRIAL_SAMPLES = 16  # that a recipe is tried on
 JUDGES = 64  # other samples that it is judged by, at most
 JUDGING_TEXTS = 16  # that the model writes, to judge it by as well
-_FEW_BITS = 5
+_FEW_BITS = 6
 _LEAST = 1e-9  # nats: less is rounding of float32, and has no logarithm
 # What a trial leaves out: parts that help every recipe, and cost more than all the rest. Error
 # compensation also fits the few samples, each time otherwise, which hides the recipe behind chance.
