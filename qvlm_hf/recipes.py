@@ -218,7 +218,7 @@ def _first_recipes(settings: CalibrationSettings, rotatable: bool, groups: bool)
     """What is likely to be best comes first: it is taken unless another is clearly better."""
     ranges = [settings.activation_granularity]
     if ranges == [None]:
-        # with more bits a range for every group gains nothing (docs/results.md)
+        # with more bits they gained nothing on two models (docs/results.md)
         groups &= settings.group_size != -1 and settings.activation_bits <= _FEW_BITS
         ranges = ["dynamic_group", None] if groups else [None, "dynamic_token"]
     return [
