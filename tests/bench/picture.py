@@ -48,7 +48,7 @@ def picture() -> str:
     shown = ("full precision", "W4A4", "W4A4, plain rounding")
     quality = [(name, number(accuracy[name][0]), name == "W4A4") for name in shown]
     tokens = [
-        (name, number(row[3]), name == "W4A8")
+        (name, number(row[3]), bool(re.match(r"W\d", name)))
         for name, row in speed.items()
         if name and re.match(r"[\d.]+$", row[3])
     ]
