@@ -62,7 +62,8 @@ __all__ = [
 TRIAL_SAMPLES = 16  # that a recipe is tried on
 JUDGES = 64  # other samples that it is judged by, at most
 JUDGING_TEXTS = 16  # that the model writes, to judge it by as well
-_FEW_BITS = 6
+_FEW_BITS = 6  # of inputs
+_KERNELS_GROUP = 128  # inputs of a range per group at most, for every kernel
 _LEAST = 1e-9  # nats: less is rounding of float32, and has no logarithm
 # What a trial leaves out: parts that help every recipe, and cost more than all the rest. Error
 # compensation also fits the few samples, each time otherwise, which hides the recipe behind chance.
@@ -156,8 +157,6 @@ def _try_recipes(
         lambda kls, others: clearly_above(others, kls, errors=1),
         lambda name, total: Steps(name, callbacks if ranks.is_main() else (), total),
         rotatable=not why_not_rotatable(model),
-        # GPU kernels take them, but their speed was never measured
-        groups=next(model.parameters()).device.type == "cpu",
     )
 
 
@@ -181,7 +180,6 @@ def compare_recipes(
     steps: Callable[[str, int], Steps],
     *,
     rotatable: bool,
-    groups: bool,
 ) -> tuple[RecipeTrial, ...]:
     """Measures rotation and ranges together, then equalization on the best of these.
 
@@ -191,13 +189,12 @@ def compare_recipes(
         better: whether the first divergences are clearly lower than the second.
         steps: makes a counter, from its name and total.
         rotatable: whether the model can be rotated.
-        groups: whether ranges per token and group are fast here.
 
     Returns:
         All trials, the best one first, of those that keep text: the first of the list that none is
         clearly better than. If none keeps text it is the one with the lowest divergence of text.
     """
-    first = _first_recipes(settings, rotatable, groups)
+    first = _first_recipes(settings, rotatable)
     equalized = settings.equalization == Options.equalization
     counter = steps("recipes", len(first) + equalized)
     tried: list[Tried] = []
@@ -214,16 +211,23 @@ def compare_recipes(
     return (best, *(one.trial for one in tried if one.trial is not best))
 
 
-def _first_recipes(settings: CalibrationSettings, rotatable: bool, groups: bool) -> list[Recipe]:
-    """What is likely to be best comes first: it is taken unless another is clearly better."""
+def _first_recipes(settings: CalibrationSettings, rotatable: bool) -> list[Recipe]:
+    """What is likely to be best comes first: it is taken unless another is clearly better.
+
+    Measured on three models (docs/results.md): ranges per token and group without rotation. Next to
+    them searched ranges pay where bits are few, and ranges per token where they are not.
+    """
+    few = settings.activation_bits <= _FEW_BITS
+    rotations = settings.rotations(rotatable=rotatable)
     ranges = [settings.activation_granularity]
     if ranges == [None]:
-        # with more bits they gained nothing on two models (docs/results.md)
-        groups &= settings.group_size != -1 and settings.activation_bits <= _FEW_BITS
-        ranges = ["dynamic_group", None] if groups else [None, "dynamic_token"]
+        ranges = [None, "dynamic_token"]
+        if 0 < settings.group_size <= _KERNELS_GROUP:
+            rotations = sorted(rotations, key=bool)
+            ranges = ["dynamic_group", None if few else "dynamic_token"]
     return [
         {"rotation": rotation, "activation_granularity": granularity}
-        for rotation in settings.rotations(rotatable=rotatable)
+        for rotation in rotations
         for granularity in ranges
     ]
 

@@ -29,7 +29,7 @@ class Told:
         self.steps.append((name, done, total))
 
 
-def compare(settings, kls, rotatable=True, groups=False):
+def compare(settings, kls, rotatable=True):
     """The trials in the order in which they were made; `kls` of a recipe's values."""
     made, told = [], Told()
 
@@ -45,7 +45,6 @@ def compare(settings, kls, rotatable=True, groups=False):
         lambda kls, others: kls[0] < 0.9 * others[0],
         lambda name, total: Steps(name, [told], total),
         rotatable=rotatable,
-        groups=groups,
     )
     assert told.steps == [("recipes", done, len(made)) for done in range(len(made) + 1)]
     assert sorted(map(id, found)) == sorted(map(id, made))
@@ -53,6 +52,7 @@ def compare(settings, kls, rotatable=True, groups=False):
 
 
 FIXED = {"equalization": False}
+GROUPS = "dynamic_group"
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,21 @@ FIXED = {"equalization": False}
         (
             {},
             True,
+            [(None, GROUPS), (None, None), ("hadamard", GROUPS), ("hadamard", None)],
+        ),
+        (
+            {"group_size": -1, "activation_bits": 8},
+            True,
             [
-                (None, None),
-                (None, "dynamic_token"),
                 ("hadamard", None),
                 ("hadamard", "dynamic_token"),
+                (None, None),
+                (None, "dynamic_token"),
             ],
         ),
-        ({}, False, [(None, None), (None, "dynamic_token")]),
-        ({"rotation": None}, True, [(None, None), (None, "dynamic_token")]),
-        ({"rotation": "hadamard"}, False, [("hadamard", None), ("hadamard", "dynamic_token")]),
+        ({}, False, [(None, GROUPS), (None, None)]),
+        ({"rotation": None}, True, [(None, GROUPS), (None, None)]),
+        ({"rotation": "hadamard"}, False, [("hadamard", GROUPS), ("hadamard", None)]),
         ({"activation_granularity": RANGES}, True, [(None, RANGES), ("hadamard", RANGES)]),
         ({"rotation": None, "activation_granularity": "channel"}, True, [(None, "channel")]),
     ],
@@ -107,29 +112,29 @@ def test_text_must_not_suffer_more_than_from_plain_rounding(kept, rotation):
     assert best.fields["rotation"] == rotation
 
 
-def test_what_is_likely_to_be_best_gives_way_to_what_is_clearly_better_alone():
-    """By default 8-bit inputs are rotated, 4-bit ones not and have ranges per group."""
-
-    def close(recipe):
-        return (0.095 if recipe["rotation"] else 0.1, 0.1)
-
-    _, best = compare(auto(**FIXED), close, groups=True)
-    assert best.fields == {"rotation": None, "activation_granularity": "dynamic_group"}
-    _, best = compare(auto(**FIXED, activation_bits=8), lambda _: (0.1, 0.1), groups=True)
-    assert best.fields == {"rotation": "hadamard", "activation_granularity": None}
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_is_likely_to_be_best_gives_way_to_what_is_clearly_better_alone(bits):
+    """Ranges per token and group without rotation."""
+    for better, rotation in ((0.095, None), (0.05, "hadamard")):
+        kls = lambda recipe, kl=better: (kl if recipe["rotation"] else 0.1, 0.1)  # noqa: E731
+        _, best = compare(auto(**FIXED, activation_bits=bits), kls)
+        assert best.fields == {"rotation": rotation, "activation_granularity": GROUPS}
 
 
-def ranges(settings, **options):
-    made, _ = compare(settings, lambda _: (0.1, 0.1), **options)
-    return {one.fields["activation_granularity"] for one in made}
-
-
-def test_ranges_per_group_are_tried_where_they_pay():
-    assert ranges(auto(), groups=True) == {None, "dynamic_group"}
-    for options in ({"group_size": -1}, {"activation_bits": 8}):
-        assert ranges(auto(**options), groups=True) == {None, "dynamic_token"}
-    assert ranges(auto()) == {None, "dynamic_token"}
-    assert ranges(auto(activation_granularity="channel"), groups=True) == {"channel"}
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"activation_bits": 4}, {GROUPS, None}),
+        ({"activation_bits": 6}, {GROUPS, None}),
+        ({"activation_bits": 8}, {GROUPS, "dynamic_token"}),
+        ({"group_size": -1}, {None, "dynamic_token"}),
+        ({"group_size": 256}, {None, "dynamic_token"}),  # of which GPUs have no kernel
+        ({"activation_granularity": "channel"}, {"channel"}),
+    ],
+)
+def test_ranges_per_group_are_tried_where_kernels_take_them(options, expected):
+    made, _ = compare(auto(**options), lambda _: (0.1, 0.1))
+    assert {one.fields["activation_granularity"] for one in made} == expected
 
 
 def test_the_typical_sample_decides():
