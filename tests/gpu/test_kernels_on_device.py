@@ -8,12 +8,13 @@ import pytest
 import torch
 from arranged_inputs import arrange, order
 from linear_calls import NAMES, TIGHT, agree, arguments
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qvlm_hf.format.grids import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.hf.runtime import growing_cache
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.siblings import share_inputs
 from qvlm_hf.ops import gpu
@@ -319,6 +320,26 @@ def test_compiles_into_one_graph(kernels):
     for tokens in (1, 16, 100):
         x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
         assert torch.equal(compiled(x), made(x) + 1)
+
+
+@torch.no_grad()
+def test_a_cache_grows_in_place_but_not_in_a_graph():
+    own, grown = DynamicCache(), DynamicCache()
+    places = []
+    for tokens in (640, 1, 1, 1):
+        growing_cache._prepare(None, (grown,), {})
+        keys = torch.randn(1, 4, tokens, 128, device="cuda", dtype=torch.bfloat16)
+        states = [cache.update(keys, -keys, 0) for cache in (own, grown)]
+        assert all(map(torch.equal, *states))
+        places.append(states[1][0].data_ptr())
+    assert len(set(places[1:])) == 1, "Transformers' copy of the prompt moves once"
+    query = torch.randn(1, 4, 1, 128, device="cuda", dtype=torch.bfloat16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(*(attend(query, *pair) for pair in states))
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        grown.update(keys, -keys, 0)
+    assert grown.layers[0]._rooms is None
 
 
 def test_what_the_kernels_do_not_take_the_reference_computes(kernels):
