@@ -177,7 +177,9 @@ def test_a_configuration_beside_full_precision_weights_is_told_where_it_belongs(
     asked = AutoConfig.from_pretrained(source)
     asked.quantization_config = rounded
     for config in (asked, load(source, quantization_config=rounded).config):
-        with pytest.raises(ValueError, match=r"no packed weight: .*quantization_config=\)") as caught:
+        with pytest.raises(
+            ValueError, match=r"no packed weight: .*quantization_config=\)"
+        ) as caught:
             load(source, config=config)
         assert "\n" not in str(caught.value)
 
