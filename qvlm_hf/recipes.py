@@ -1,8 +1,8 @@
 """`recipe="auto"`: the values of a few fields that are best on the model at hand.
 
 Where a model's outliers sit decides which recipe is best (docs/results.md), so it is measured: each
-is tried on few samples, layer by layer, without guard, token importance and error compensation, and
-compared with full precision by its answers to other samples. Text that the model writes itself must
+is tried on few samples, layer by layer, without guard and token importance, and compared with full
+precision by its answers to other samples. Text that the model writes itself must
 not clearly suffer more than from plain rounding.
 
 Divergences are geometric means over samples. Of 64 samples the worst three hold two fifths of the
@@ -53,6 +53,7 @@ __all__ = [
     "best_recipe",
     "clearly_above",
     "compare_recipes",
+    "first_recipes",
     "plain_rounding",
     "trial_settings",
     "try_settings",
@@ -66,12 +67,12 @@ _FEW_BITS = 6  # of inputs
 _KERNELS_GROUP = 128  # inputs of a range per group at most, for every kernel
 _LEAST = 1e-9  # nats: less is rounding of float32, and has no logarithm
 # What a trial leaves out: parts that help every recipe, and cost more than all the rest. Error
-# compensation also fits the few samples, each time otherwise, which hides the recipe behind chance.
+# compensation stays: what it makes good differs between recipes
+# (docs/decisions/0034-trials-with-compensation.md).
 _QUICK: dict[str, Any] = {
     "max_block_depth": 1,
     "guard": False,
     "token_importance": False,
-    "weight_rounding": "nearest",
     "optimize_vision": None,
     "precision_budget": None,
 }
@@ -194,7 +195,7 @@ def compare_recipes(
         All trials, the best one first, of those that keep text: the first of the list that none is
         clearly better than. If none keeps text it is the one with the lowest divergence of text.
     """
-    first = _first_recipes(settings, rotatable)
+    first = first_recipes(settings, rotatable=rotatable)
     equalized = settings.equalization == Options.equalization
     counter = steps("recipes", len(first) + equalized)
     tried: list[Tried] = []
@@ -211,7 +212,7 @@ def compare_recipes(
     return (best, *(one.trial for one in tried if one.trial is not best))
 
 
-def _first_recipes(settings: CalibrationSettings, rotatable: bool) -> list[Recipe]:
+def first_recipes(settings: CalibrationSettings, *, rotatable: bool) -> list[Recipe]:
     """What is likely to be best comes first: it is taken unless another is clearly better.
 
     Measured on three models (docs/results.md): ranges per token and group without rotation. Next to

@@ -167,7 +167,6 @@ def test_a_trial_is_quick_and_compares_nothing_itself():
         max_block_depth=1,
         guard=False,
         token_importance=False,
-        weight_rounding="nearest",
     )
 
 

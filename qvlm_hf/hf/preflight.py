@@ -41,7 +41,13 @@ from qvlm_hf.models.families import has_row
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import Segment
 from qvlm_hf.quantize import CHECK_SAMPLES
-from qvlm_hf.recipes import JUDGES, JUDGING_TEXTS, TRIAL_SAMPLES, trial_settings
+from qvlm_hf.recipes import (
+    JUDGES,
+    JUDGING_TEXTS,
+    TRIAL_SAMPLES,
+    first_recipes,
+    trial_settings,
+)
 
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
@@ -52,7 +58,6 @@ __all__ = ["Expected", "check_disk", "check_memory", "expect", "gigabytes", "pre
 _FASTER, _SLOWER = 0.6, 1.4
 _TOO_HIGH = 1.3
 _ROUGHLY = 0.95  # small tensors are estimated
-_TRIALS = 2  # that search ranges; the other three of recipes.py take little
 _SHOWN = 10.0  # seconds from which a run says beforehand how long it will take
 
 
@@ -228,13 +233,17 @@ def _result_bytes(model: PreTrainedModel, quantized: int, settings: CalibrationS
 def _trial_seconds(
     model: PreTrainedModel, settings: CalibrationSettings, data: Data, rates: Rates
 ) -> float:
-    """Of the trials of recipes.py that search ranges."""
+    """Of the trials of recipes.py."""
     few = min(TRIAL_SAMPLES, (data.samples + 1) // 2)
     judges = min(JUDGES, data.samples - few + CHECK_SAMPLES)
     quick = replace(data, samples=few, checks=judges + JUDGING_TEXTS)
-    tried = trial_settings(settings, {})
-    seconds = count_seconds(model, resolve_segments(model, tried), tried, quick, rates)
-    return _TRIALS * sum(seconds.values())
+    first = first_recipes(settings, rotatable=not why_not_rotatable(model))
+    seconds = 0.0
+    for recipe in (*first, first[0]):  # without equalization the best is tried once more
+        tried = trial_settings(settings, recipe)
+        segments = resolve_segments(model, tried)
+        seconds += sum(count_seconds(model, segments, tried, quick, rates).values())
+    return seconds
 
 
 def check_memory(expected: Expected, device: torch.device | None = None) -> str | None:

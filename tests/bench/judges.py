@@ -1,6 +1,6 @@
 r"""What few samples tell about recipes: the trials of `recipe="auto"`, judged by many questions.
 
-Every recipe is tried as `auto` tries it, and with error compensation. Its divergences from full
+Every recipe is tried as `auto` tries it, and without error compensation. Its divergences from full
 precision (nats a token) are told for the samples that judge it, and for test questions. What should
 be chosen by is the mean over questions, with compensation, and over all seeds. An arithmetic and a
 geometric mean of the judges compete, from trials with compensation and without: how do they go with
@@ -105,8 +105,7 @@ class Harness:
         for name, compensated in names:
             recipe, start = RECIPES[name], time.process_time()
             tried = plain_rounding(settings) if recipe is None else trial_settings(settings, recipe)
-            if compensated:
-                tried = replace(tried, weight_rounding="gptq")
+            tried = replace(tried, weight_rounding="gptq" if compensated else "nearest")
             found = try_settings(self.model, tried, () if recipe is None else data, comparisons)
             row = {"scheme": self.options.scheme, "seed": seed, "recipe": name}
             row["compensated"] = compensated
