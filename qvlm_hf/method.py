@@ -20,12 +20,7 @@ from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.written_text import WRITTEN
 from qvlm_hf.calibration.process.scratch import keep
-from qvlm_hf.calibration.record.report import (
-    BlockReport,
-    RoutingReport,
-    SegmentReport,
-    SiteReport,
-)
+from qvlm_hf.calibration.record.report import BlockReport, RoutingReport, SegmentReport, SiteReport
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.routing import routing_reports
@@ -36,18 +31,12 @@ from qvlm_hf.calibration.search.vision_encoder import learn_vision_ranges
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
-from qvlm_hf.calibration.without_data import (
-    rounding_schemes,
-)
+from qvlm_hf.calibration.without_data import rounding_schemes
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.find_parts import find_parts
 from qvlm_hf.models.folds import rotation_plan, scale_paths
-from qvlm_hf.models.graph import (
-    Segment,
-    get_linear,
-    output_head,
-)
+from qvlm_hf.models.graph import Segment, get_linear, output_head
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors, rounded_tensors
 
 __all__ = ["Modules", "make_modules", "round_head", "round_modules", "transformed"]

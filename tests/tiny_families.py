@@ -530,10 +530,7 @@ def tiny_family_processor(family="llava", tower="clip"):
     if family == "llava_onevision":
         pixels = LlavaOnevisionImageProcessorPil(size=sizes, image_grid_pinpoints=GRID)
         return _OnevisionProcessor(image_processor=pixels, num_image_tokens=16, **common)
-    common |= {
-        "patch_size": PATCH_SIZE,
-        "num_additional_image_tokens": int(tower == "clip"),
-    }
+    common |= {"patch_size": PATCH_SIZE, "num_additional_image_tokens": int(tower == "clip")}
     size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": sizes}
     if family in ("llava_next", "llava_next_video"):
         pixels = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=GRID)

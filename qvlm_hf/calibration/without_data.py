@@ -16,12 +16,7 @@ from qvlm_hf.models.by_structure import Structure, read_structure
 from qvlm_hf.models.families import check_row, has_row
 from qvlm_hf.models.graph import Segment, full_precision_modules, output_head
 
-__all__ = [
-    "by_structure",
-    "read_without_row",
-    "rounding_report",
-    "rounding_schemes",
-]
+__all__ = ["by_structure", "read_without_row", "rounding_report", "rounding_schemes"]
 
 
 def by_structure(model: nn.Module, settings: CalibrationSettings) -> bool:

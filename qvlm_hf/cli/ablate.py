@@ -196,10 +196,7 @@ def _measure(cell: dict[str, Any], threads: int) -> dict[str, Any]:
         "peak_mib": round(peak / (1024 if sys.platform == "linux" else 1024**2)),
     }
     if (compared := found.comparison) is not None:
-        figures |= {
-            "full_accuracy": compared.reference_accuracy.value,
-            "answer_kl": compared.kl,
-        }
+        figures |= {"full_accuracy": compared.reference_accuracy.value, "answer_kl": compared.kl}
     if cell["text"] is not None:
         text = evaluate_text(
             model, read_text(cell["text"], processor.tokenizer, model), reference=full

@@ -86,7 +86,4 @@ def _picture_tokens(
     with suppress(ValueError):  # a usual picture need not be one that the model takes
         features = features or count_features(model, inputs)
     features = features or pictures * patches / getattr(vision, "spatial_merge_size", 1) ** 2
-    return {
-        "vision": (pictures * patches, patches),
-        "projector": (features, features / pictures),
-    }
+    return {"vision": (pictures * patches, patches), "projector": (features, features / pictures)}

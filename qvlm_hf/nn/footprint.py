@@ -17,13 +17,7 @@ from qvlm_hf.models.find_parts import component_finder
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.replace import quantized_modules
 
-__all__ = [
-    "Footprint",
-    "FootprintRow",
-    "count_parameters",
-    "footprint",
-    "linear_bytes",
-]
+__all__ = ["Footprint", "FootprintRow", "count_parameters", "footprint", "linear_bytes"]
 
 _ORDER = ("vision", "projector", "language", "embeddings", "head", "other")
 
@@ -72,10 +66,7 @@ class Footprint:
 
 
 def footprint(
-    model: nn.Module,
-    modules: Mapping[str, QuantScheme],
-    *,
-    dtype: torch.dtype = torch.bfloat16,
+    model: nn.Module, modules: Mapping[str, QuantScheme], *, dtype: torch.dtype = torch.bfloat16
 ) -> Footprint:
     """Sizes a model before and after quantizing.
 

@@ -80,11 +80,7 @@ def load(folder: Path) -> dict:
     _read(files)
     _read(files)
     reading = time.perf_counter() - start
-    before, parts, stop = (
-        status_bytes("VmRSS"),
-        {"RssAnon": 0, "RssFile": 0},
-        threading.Event(),
-    )
+    before, parts, stop = (status_bytes("VmRSS"), {"RssAnon": 0, "RssFile": 0}, threading.Event())
 
     def watch():
         while not stop.wait(_EVERY):

@@ -48,12 +48,7 @@ from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import batches, by_picture, hold_out, load_samples
 from qvlm_hf.calibration.search import segments
-from qvlm_hf.calibration.search.joint_search import (
-    BlockSearch,
-    Choice,
-    SearchResult,
-    search_block,
-)
+from qvlm_hf.calibration.search.joint_search import BlockSearch, Choice, SearchResult, search_block
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.models.folds import why_not_rotatable
@@ -170,11 +165,7 @@ class Pairs(Harness):
                     yield {"component": segment.component, "searched": which} | row
 
     def pairs(
-        self,
-        calibration: Calibration,
-        segment: Segment,
-        alone: Sequence[LayerInput],
-        every: int,
+        self, calibration: Calibration, segment: Segment, alone: Sequence[LayerInput], every: int
     ) -> Iterator[Row]:
         """Per pair of layers, fed with full precision, what every sample of `alone` shows."""
         inputs, live = calibration.inputs[segment.name], live_layers(segment)

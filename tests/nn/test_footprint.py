@@ -90,10 +90,7 @@ def test_a_model_from_the_quantizer_agrees_too(tmp_path: Path) -> None:
 def test_w4a4_shrinks_the_published_models(name: str, parameters: int, ratio: float) -> None:
     model = empty_model(shape_config(name))
     assert all(parameter.is_meta for parameter in model.parameters())
-    sizes = footprint(
-        model,
-        planned_report(model, CalibrationSettings()).modules,
-    )
+    sizes = footprint(model, planned_report(model, CalibrationSettings()).modules)
     assert sizes.total.parameters == parameters  # of the safetensors of llava-hf/llava-1.5-*-hf
     assert sizes.total.full_precision_bytes == 2 * parameters
     assert ratio <= sizes.total.ratio < 3.8

@@ -28,13 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = [
-    "SavedSteps",
-    "alone_in",
-    "check_resume_dir",
-    "remove_state",
-    "telling_how_to_go_on",
-]
+__all__ = ["SavedSteps", "alone_in", "check_resume_dir", "remove_state", "telling_how_to_go_on"]
 
 _STATE, _PARTIAL = "state.json", ".partial"
 

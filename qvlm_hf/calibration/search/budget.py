@@ -113,9 +113,7 @@ def allocate_bits(
 
 
 def _spend(
-    curves: Mapping[str, Mapping[int, float]],
-    costs: Mapping[str, Mapping[int, float]],
-    room: float,
+    curves: Mapping[str, Mapping[int, float]], costs: Mapping[str, Mapping[int, float]], room: float
 ) -> dict[str, int]:
     bits = {name: min(cost) for name, cost in costs.items()}
     while True:

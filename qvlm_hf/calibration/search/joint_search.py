@@ -96,12 +96,7 @@ class BlockSearch:
         return [values[place] for place in self._screen] if screen else values
 
     def run(
-        self,
-        layer: int,
-        choice: Sequence[int],
-        hidden: Sequence[Tensor],
-        *,
-        screen: bool = False,
+        self, layer: int, choice: Sequence[int], hidden: Sequence[Tensor], *, screen: bool = False
     ) -> list[Tensor]:
         """Output of one layer under a choice for its sites."""
         for site, index in zip(self.sites[layer], choice, strict=True):
@@ -224,10 +219,7 @@ def _enumerate(
     for index in shortlists[layer]:
         uniform = (index,) * len(search.sites[layer])
         yield from _enumerate(
-            search,
-            (*prefix, uniform),
-            search.run(layer, uniform, hidden, screen=True),
-            shortlists,
+            search, (*prefix, uniform), search.run(layer, uniform, hidden, screen=True), shortlists
         )
 
 

@@ -27,12 +27,7 @@ from qvlm_hf.calibration.layers import (
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
-from qvlm_hf.calibration.search.sites import (
-    ExpertsSite,
-    QuantizedSite,
-    SiteCandidate,
-    site_input,
-)
+from qvlm_hf.calibration.search.sites import ExpertsSite, QuantizedSite, SiteCandidate, site_input
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
 from qvlm_hf.format.scheme import is_per_channel, is_per_position, unknown_granularity
 from qvlm_hf.models.graph import Layer, Site

@@ -31,12 +31,7 @@ from qvlm_hf.format.grids import (
     shift_quantize,
 )
 from qvlm_hf.format.hadamard import block_hadamard
-from qvlm_hf.format.scheme import (
-    QuantScheme,
-    is_per_channel,
-    is_per_position,
-    unknown_granularity,
-)
+from qvlm_hf.format.scheme import QuantScheme, is_per_channel, is_per_position, unknown_granularity
 from qvlm_hf.models.graph import Site
 
 __all__ = [
