@@ -61,9 +61,6 @@ def transformed(calibration: Calibration) -> Iterator[None]:
 def make_modules(calibration: Calibration) -> Modules:
     """The quantized modules of a transformed model, which itself stays as it is.
 
-    Args:
-        calibration: with data; its model inside `transformed`.
-
     Raises:
         ValueError: as `quantize_with_data`.
     """
@@ -136,7 +133,10 @@ def _search(calibration: Calibration) -> Modules:
                 if segment is not calibration.segments[-1]:
                     quantized += block.sites
                 steps.advance(len(block.layers))
-                sites += _site_reports(block)
+                sites += (
+                    SiteReport(modules=site.site.modules, candidate=site.chosen.range)
+                    for site in block.sites
+                )
                 routing += routing_reports(block.sites)
             segments.append(_segment_report(segment, dependencies, threshold, reports))
             # from here on the segment runs as quantized, and the next one sees its real output
@@ -174,12 +174,6 @@ def _segment_report(
         threshold=threshold,
         blocks=tuple(report for report in blocks if report),
     )
-
-
-def _site_reports(block: SearchedBlock) -> list[SiteReport]:
-    return [
-        SiteReport(modules=site.site.modules, candidate=site.chosen.range) for site in block.sites
-    ]
 
 
 def _quantized_inputs(

@@ -76,9 +76,6 @@ def quantize_with_data(
         resume_dir: from `check_resume_dir`; keeps finished steps. Those of a calibration that was
             stopped are not repeated.
 
-    Returns:
-        The record of the calibration.
-
     Raises:
         ValueError: unsupported model, a module that no sample reaches, a sample that it has no
             positions for, NaN in weights or activations; under `settings.strict` also a model that

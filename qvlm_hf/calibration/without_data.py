@@ -53,13 +53,7 @@ def rounding_schemes(
 ) -> dict[str, QuantScheme]:
     """The scheme of every module that no search decides; its granularity is the component's first.
 
-    Args:
-        model: of a known family, on any device.
-        segments: of the model.
-        settings: bits, groups, granularity, output head.
-
-    Returns:
-        Canonical module name -> scheme, the output head first.
+    The output head comes first.
     """
     head = settings.head_scheme()
     schemes = {} if head is None else {output_head(model): head}
@@ -79,7 +73,7 @@ def rounding_report(
     settings: CalibrationSettings,
     structure: Structure | None = None,
 ) -> CalibrationReport:
-    """The report of a model that is rounded without data; arguments as of `rounding_schemes`."""
+    """The report of a model that is rounded without data to these schemes."""
     by_structure = {} if structure is None else {"by_structure": structure.run}
     report = CalibrationReport(
         settings=settings_dict(settings),

@@ -30,11 +30,11 @@ from unittest import mock
 import torch
 import transformers
 from bench.recipes import Harness
+from bench.results_file import machine, rows_of
 from torch import Tensor
 from unseen_models.text import compare_text
 
 from qvlm_hf import QVLMConfig
-from qvlm_hf.bench.machine import device_name
 from qvlm_hf.calibration.layers import (
     LayerInput,
     capture_inputs,
@@ -273,11 +273,7 @@ def main() -> None:
         for name, value in vars(options).items()
         if name not in ("json", "model", "data", "seeds", "schemes")
     }
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-    rows: list[Row] = []
-    if options.json.exists():
-        rows = json.loads(options.json.read_text())["rows"]
+    rows = rows_of(options.json)
     harness = (Pairs if options.part == "pairs" else Depths)(options)
     for seed, scheme in product(options.seeds, options.schemes):
         for case in harness.cases(options):
@@ -287,7 +283,7 @@ def main() -> None:
             for row in harness.rows(options, **asked):
                 rows.append(asked | row)
                 print(rows[-1], flush=True)
-            write(options.json, {**chosen, **machine, "versions": versions}, rows)
+            write(options.json, {**chosen, **machine()}, rows)
 
 
 if __name__ == "__main__":

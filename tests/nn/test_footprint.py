@@ -15,7 +15,7 @@ from qvlm_hf.format.files import tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.round_on_load import planned_report
 from qvlm_hf.hub.saved import empty_model
-from qvlm_hf.nn.footprint import count_parameters, footprint, linear_bytes
+from qvlm_hf.nn.footprint import count_parameters, footprint
 from qvlm_hf.nn.replace import replace_modules
 
 
@@ -104,7 +104,7 @@ def test_w4a4_shrinks_the_published_models(name: str, parameters: int, ratio: fl
 def test_one_module_by_hand() -> None:
     # 64 x 100 at 3 bits: 10 words a row; 4 groups of 32 with a bf16 scale and a uint8 zero point
     scheme = QuantScheme(weight_bits=3, activation_bits=4, group_size=32)
-    assert linear_bytes(100, 64, scheme) == 64 * 10 * 4 + 64 * 4 * 3 + 100 * 8
+    assert scheme.module_bytes(64, 100) == 64 * 10 * 4 + 64 * 4 * 3 + 100 * 8
 
 
 def test_mistakes() -> None:

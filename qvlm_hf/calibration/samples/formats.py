@@ -51,10 +51,6 @@ class _Format:
 def convert_rows(rows: Sequence[Row], source: str) -> list[Sample]:
     """Checks every row and makes it a sample; logs one line about the keys that were ignored.
 
-    Args:
-        rows: at least one, all of one layout.
-        source: how messages call the data set.
-
     Raises:
         ValueError: a row has no known layout or another one than the first, or a content key is
             missing, misspelt or wrong.

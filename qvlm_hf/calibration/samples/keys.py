@@ -61,13 +61,8 @@ def check_keys(
 ) -> None:
     """Checks the keys of one object, and notes in `row.ignored` those that name no content.
 
-    Args:
-        record: the object.
-        required: content keys that must be there.
-        optional: other keys that are read.
-        row: that it is part of.
-        parent: what stands before its keys in messages.
-        misplaced: content keys of other objects, whose content would be lost here.
+    `misplaced`: content keys of other objects, whose content would be lost here. `parent` stands
+    before the keys in messages.
     """
     required = set(required)
     read = required | set(optional)

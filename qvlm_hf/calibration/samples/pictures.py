@@ -34,10 +34,6 @@ _UNREADABLE = (
 def check_picture(value: Path | Image.Image, where: str) -> None:
     """Checks that a picture can be used; of 8 bits as far as that is known without decoding it.
 
-    Args:
-        value: a file, or a picture in memory.
-        where: opens the message.
-
     Raises:
         ValueError: it is missing, unreadable or has no pixels; or its white is unknown: it holds
             32-bit integers or floats, or 16 bits of which the upper four are unused.
@@ -54,7 +50,7 @@ def check_picture(value: Path | Image.Image, where: str) -> None:
 
 
 def open_image(value: Path | Image.Image, where: str) -> Image.Image:
-    """Opens a picture, upright and in RGB; arguments and errors as in `check_picture`.
+    """Opens a picture, upright and in RGB; errors as in `check_picture`.
 
     Of 8 bits it is what Transformers' `load_image` makes of it (transparency is dropped, not
     blended). Of 16 bits 65535 is white, as in scikit-image and in files; values that stay below

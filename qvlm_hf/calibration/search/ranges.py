@@ -69,9 +69,6 @@ def initialize_sites(
         inputs: per own batch, the masks and other arguments of the segment.
         hidden: per own batch [B, T, H], what enters the first layer.
 
-    Returns:
-        Per layer, per site.
-
     Raises:
         ValueError: a site was not reached, its input is not finite, or it has no fixed number of
             positions for "token".
