@@ -151,7 +151,9 @@ def _finished(
         if result is None:
             site.take_final_grids()
         site.free_memory()
-    report = result and BlockReport(
+    if result is None:
+        return SearchedBlock(tuple(layers), sites, None)
+    report = BlockReport(
         layers=tuple(layer.name for layer in layers),
         initial=result.initial,
         greedy=result.greedy,
