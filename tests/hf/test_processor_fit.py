@@ -104,10 +104,8 @@ def test_drawn_samples_are_checked_too(no_weights):
     config = QVLMConfig(
         recipe="fixed", dataset="synthetic", processor=wrong_processor({"patch_size": None})
     )
-    with pytest.raises(
-        ValueError,
-        match=r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model',
-    ):
+    message = r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model'
+    with pytest.raises(ValueError, match=message):
         load(no_weights, quantization_config=config)
 
 
@@ -198,9 +196,8 @@ def test_a_processor_that_nothing_mends_is_named(samples):
 
     processor = tiny_processor()
     processor.__class__ = Broken
-    with pytest.raises(
-        ValueError, match=r"^samples.jsonl:2: Broken refuses this batch \('pixel_values.*\)$"
-    ) as caught:
+    message = r"^samples.jsonl:2: Broken refuses this batch \('pixel_values.*\)$"
+    with pytest.raises(ValueError, match=message) as caught:
         check_processor_fits(on_meta(), processor, load_samples(samples))
     assert "\n" not in str(caught.value)
 

@@ -280,9 +280,8 @@ def test_kernels_and_reference_answer_alike(saved, inputs, kind):
         atol=1e-5 * float(logits["reference"].abs().max()),
     )
     assert torch.equal(logits["auto"].argmax(-1), logits["reference"].argmax(-1))
-    with pytest.raises(
-        ValueError, match="'triton' does not exist: this version has auto, reference"
-    ):
+    message = "'triton' does not exist: this version has auto, reference"
+    with pytest.raises(ValueError, match=message):
         qvlm_hf.set_backend(model, "triton")
     with pytest.raises(ValueError, match="nothing in this one is quantized"):
         qvlm_hf.set_backend(torch.nn.Linear(2, 2), "auto")

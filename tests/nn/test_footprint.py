@@ -112,12 +112,9 @@ def test_mistakes() -> None:
     scheme = QuantScheme(weight_bits=4, activation_bits=4, granularity="token")
     with pytest.raises(ValueError, match=r"'model.nothing' is no linear module"):
         footprint(model, {"model.nothing": scheme})
-    with pytest.raises(
-        ValueError, match="'token': the calibrated positions are known to files alone"
-    ):
+    message = "'token': the calibrated positions are known to files alone"
+    with pytest.raises(ValueError, match=message):
         footprint(model, {"model.vision_tower.encoder.layers.0.mlp.fc1": scheme})
-    with pytest.raises(
-        ValueError,
-        match=r"shape 'gpt' is unknown: this version has demo-1b, llava-1.5-7b, llava-1.5-13b",
-    ):
+    message = r"shape 'gpt' is unknown: this version has demo-1b, llava-1.5-7b, llava-1.5-13b"
+    with pytest.raises(ValueError, match=message):
         shape_config("gpt")
