@@ -289,14 +289,8 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         Raises:
             ValueError: something was asked for that needs data.
         """
-        needing = {
-            "optimize_vision": self.optimize_vision is not None,
-            "precision_budget": self.precision_budget is not None,
-            "resume_dir": self.resume_dir is not None,
-            "scratch_dir": self.scratch_dir is not None,
-        }
-        for name, asked in needing.items():
-            if asked:
+        for name in ("optimize_vision", "precision_budget", "resume_dir", "scratch_dir"):
+            if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs calibration data: give dataset= too, or "
                     f"leave it out."
