@@ -61,16 +61,6 @@ def on_meta():
 
 
 @pytest.fixture
-def no_weights(source, tmp_path):
-    """A checkpoint whose weights cannot be read: an error about anything else came first."""
-    (tmp_path / "model").mkdir()
-    for file in source.iterdir():
-        content = b"broken" if file.suffix == ".safetensors" else file.read_bytes()
-        (tmp_path / "model" / file.name).write_bytes(content)
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def samples(tmp_path):
     """The second line has the first picture."""
     tiny_messages(1)[0]["messages"][0]["content"][0]["image"].save(tmp_path / "1.png")

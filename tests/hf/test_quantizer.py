@@ -27,16 +27,6 @@ load = AutoModelForImageTextToText.from_pretrained
 QUICK = {"recipe": "fixed", "num_samples": 3, "percentiles": (1.0,), "margins": ()}
 
 
-@pytest.fixture
-def no_weights(source, tmp_path):
-    """A checkpoint whose weights cannot be read: an error about anything else came first."""
-    for file in source.iterdir():
-        (tmp_path / file.name).write_bytes(
-            b"broken" if file.suffix == ".safetensors" else file.read_bytes()
-        )
-    return tmp_path
-
-
 MISTAKES = [
     (
         {},
