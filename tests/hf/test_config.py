@@ -37,8 +37,10 @@ def test_defaults_are_the_contract() -> None:
     wanted |= {"num_samples": 64, "batch_size": 8, "seed": 0, "max_block_depth": 3}
     wanted |= {"percentiles": (1.0, 0.9999, 0.9995, 0.999), "margins": (1.1, 1.25)}
     wanted |= {"entropy_threshold": None}
-    for fields in (config, config.settings(), CalibrationSettings()):
+    for fields in (config.settings(), CalibrationSettings()):
         assert {name: getattr(fields, name) for name in wanted} == wanted
+    wanted |= {"modules_to_not_convert": None}
+    assert {name: getattr(config, name) for name in wanted} == wanted
     assert config.settings().needs_data
 
 
