@@ -33,7 +33,14 @@ from qvlm_hf.calibration.record.quantized_share import with_coverage
 from qvlm_hf.calibration.record.report import CalibrationReport, RecipeTrial
 from qvlm_hf.calibration.record.resume import SavedSteps, alone_in
 from qvlm_hf.calibration.run import Calibration
-from qvlm_hf.calibration.samples import Processor, Sample, batches, by_picture, fingerprint
+from qvlm_hf.calibration.samples import (
+    IGNORE_INDEX,
+    Processor,
+    Sample,
+    batches,
+    by_picture,
+    fingerprint,
+)
 from qvlm_hf.calibration.search.routing import few_tokens_warning
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.without_data import read_without_row, rounding_report
@@ -91,6 +98,7 @@ def quantize_with_data(
             kept = SavedSteps(resume_dir, made_from(model, settings, everything, data))
         with naming_the_source(model, everything, processor), experts_split(model, keep=True):
             check_weights(resolve_segments(model, settings))
+            chosen = settings.activation_granularity is not None  # by the user, no recipe
             settings, trials = best_recipe(
                 model, settings, samples, processor,
                 held_out=held_out, callbacks=callbacks, kept=kept,
@@ -102,7 +110,7 @@ def quantize_with_data(
             with transformed(calibration):
                 modules = make_modules(calibration)
                 with calibration.timed("check"):
-                    modules, warnings = _replace_and_check(calibration, modules, answers)
+                    modules, warnings = _replace_and_check(calibration, modules, answers, chosen)
             warnings += _too_little_data(calibration, len(samples))
             return _report(calibration, modules, trials, warnings)
 
@@ -170,9 +178,14 @@ def _begin(
 
 
 def _too_little_data(calibration: Calibration, samples: int) -> list[str]:
-    """Warnings about ranges that too few tokens or samples have shown."""
+    """Warnings about ranges that too few tokens or samples have shown, and missing answers."""
     few_tokens = few_tokens_warning(calibration.report.routing)
     warnings = [few_tokens] if few_tokens else []
+    if not any((batch.labels != IGNORE_INDEX).any() for batch in calibration.data):
+        warnings.append(
+            f"none of the {samples} samples has an answer: token importance, guard and self-check "
+            f"need some, so they did nothing: give samples with answers."
+        )
     if samples < _FEW_SAMPLES and calibration.settings.needs_data:
         warnings.append(
             f"static ranges from {samples} samples clip what these did not show: use "
@@ -182,11 +195,12 @@ def _too_little_data(calibration: Calibration, samples: int) -> list[str]:
 
 
 def _replace_and_check(
-    calibration: Calibration, modules: Modules, answers: AnswerComparison
+    calibration: Calibration, modules: Modules, answers: AnswerComparison, ranges_chosen: bool
 ) -> tuple[Modules, list[str]]:
     """Puts the modules into the model, and a quantized head unless that moves the answers.
 
     Returns the modules that stay, and warnings of the self-check. Any error restores the model.
+    `ranges_chosen` is that of `collapse_warning`.
     """
     model, settings = calibration.model, calibration.settings
     head = round_head(model, settings)
@@ -198,8 +212,7 @@ def _replace_and_check(
             replace_modules(model, head)
             with_head = answers.measure()
         harmful = head_warning(check, with_head)
-        chosen = settings.activation_granularity is not None
-        collapsed = collapse_warning(check, ranges_chosen=chosen)
+        collapsed = collapse_warning(check, ranges_chosen=ranges_chosen)
         warnings = [warning for warning in (collapsed, harmful) if warning]
         if settings.strict and warnings:
             raise ValueError(f"strict=True: {warnings[0]}")

@@ -1,6 +1,7 @@
 """The whole recipe on a tiny LLaVA: what it quantizes, refuses, and leaves as it was."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,17 @@ def test_text_only_data_names_the_module_and_the_remedy():
     assert any("static ranges from 4 samples" in warning for warning in report.warnings)
 
 
+def test_samples_without_answers_are_told_of():
+    data = [replace(sample, messages=sample.messages[:1]) for sample in tiny_samples(4)]
+    _, report = calibrate(data=data, max_block_depth=1)
+    assert report.self_check is None
+    assert not any(report.sensitivities.values())
+    (line,) = (warning for warning in report.warnings if "answer" in warning)
+    assert line.startswith("none of the 4 samples has an answer: ")
+    _, report = calibrate(data=[*data, *tiny_samples(1)], max_block_depth=1)
+    assert not any("has an answer" in warning for warning in report.warnings)
+
+
 def test_broken_weights_and_activations_are_named():
     model = tiny_llava().eval()
     model.model.language_model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
@@ -152,6 +164,11 @@ def test_collapse_is_a_warning_and_under_strict_an_error_that_leaves_the_model()
     ].warnings
     assert "agrees with full precision on only" in line
     assert "activation_granularity" not in line  # which nobody gave
+    (line, *_) = calibrate(
+        weight_bits=2, activation_bits=3, max_block_depth=1, guard=False, recipe="auto"
+    )[1].warnings
+    assert "agrees with full precision on only" in line
+    assert "activation_granularity" not in line  # which the recipe chose
     model = tiny_llava().eval()
     with pytest.raises(ValueError, match="strict=True: "):
         calibrate(model, strict=True, weight_rounding="nearest", **options)

@@ -97,9 +97,16 @@ def empty_modules(
     They lie on the meta device, by their names in `model`.
 
     Raises:
-        ValueError: config.json, the model's linear modules and the files disagree on a module, or
-            a tensor is missing, one too many, or of another dtype or shape than its module's.
+        ValueError: the files are of a full-precision model; config.json, the model's linear modules
+            and the files disagree on a module; or a tensor is missing, one too many, or of another
+            dtype or shape than its module's.
     """
+    packed = {key.removesuffix(".weight_scale") for key in headers if key.endswith(".weight_scale")}
+    if not packed:
+        raise ValueError(
+            "the model's configuration has a quantization_config, but the files hold no packed "
+            "weight: to quantize them, give it to from_pretrained(..., quantization_config=)."
+        )
     if not modules:
         raise ValueError(
             "config.json: quantization_config lists no modules: the checkpoint is damaged, "
@@ -118,7 +125,6 @@ def empty_modules(
     prefix = f"{model.base_model_prefix}."
     # LlavaModel itself has no "model." in front, and no head; some whole models have none either.
     bare = not hasattr(model, model.base_model_prefix) and linears.keys().isdisjoint(modules)
-    packed = {key.removesuffix(".weight_scale") for key in headers if key.endswith(".weight_scale")}
     empty = {}
     for name, scheme in modules.items():
         if bare and not name.startswith(prefix):

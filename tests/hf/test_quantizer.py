@@ -11,7 +11,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny_models import save_tiny, tiny_llava, tiny_messages
-from transformers import AutoModel, AutoModelForImageTextToText, LlavaModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import qvlm_hf
@@ -160,6 +160,18 @@ def test_the_same_through_a_concrete_class(source):
 def test_a_plain_dict_is_taken_too(source):
     model = load(source, quantization_config={"quant_method": "qvlm", "scheme": "W2A16"})
     assert model.model.language_model.layers[1].mlp.up_proj.scheme.weight_bits == 2
+
+
+def test_a_configuration_beside_full_precision_weights_is_told_where_it_belongs(source):
+    rounded = QVLMConfig(scheme="W4A16")
+    asked = AutoConfig.from_pretrained(source)
+    asked.quantization_config = rounded
+    for config in (asked, load(source, quantization_config=rounded).config):
+        with pytest.raises(
+            ValueError, match=r"no packed weight: .*quantization_config=\)"
+        ) as caught:
+            load(source, config=config)
+        assert "\n" not in str(caught.value)
 
 
 def test_exclusions_and_the_head(source, tmp_path):

@@ -3,6 +3,7 @@
 `where` opens every message: 'data.jsonl:3: key "image"' (see errors.place).
 """
 
+import errno
 import re
 import struct
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 from qvlm_hf.calibration.samples.errors import sample_error
 from qvlm_hf.errors import first_line
 
-__all__ = ["check_picture", "image_bytes", "open_image"]
+__all__ = ["image_bytes", "open_image"]
 
 _RANGELESS = {"I": "32-bit integers", "F": "floats"}  # modes of PIL
 # What PIL raises for a file that is no picture or is cut short.
@@ -31,30 +32,16 @@ _UNREADABLE = (
 )
 
 
-def check_picture(value: Path | Image.Image, where: str) -> None:
-    """Checks that a picture can be used; of 8 bits as far as that is known without decoding it.
-
-    Raises:
-        ValueError: it is missing, unreadable or has no pixels; or its white is unknown: it holds
-            32-bit integers or floats, or 16 bits of which the upper four are unused.
-    """
-    with _opened(value, where) as picture:
-        deep = _is_deep(picture)
-        problem = _unusable(picture)
-        if problem is None and not isinstance(value, Image.Image):
-            picture.verify()
-    if problem:
-        raise sample_error(f"{where}:", *problem)
-    if deep:
-        open_image(value, where)
-
-
 def open_image(value: Path | Image.Image, where: str) -> Image.Image:
-    """Opens a picture, upright and in RGB; errors as in `check_picture`.
+    """Opens a picture, upright and in RGB.
 
     Of 8 bits it is what Transformers' `load_image` makes of it (transparency is dropped, not
     blended). Of 16 bits 65535 is white, as in scikit-image and in files; values that stay below
     4096 are refused, because they are probably of 10 or 12 bits.
+
+    Raises:
+        ValueError: it is missing, unreadable or has no pixels; or its white is unknown: it holds
+            32-bit integers or floats, or 16 bits of which the upper four are unused.
     """
     with _opened(value, where) as picture:
         problem = _unusable(picture)
@@ -105,6 +92,9 @@ def _image_error(path: object, where: str, error: BaseException) -> ValueError:
         return sample_error(
             f"{where}:", f"no such picture: {path}", f"it was looked for in {folder}"
         )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # mostly base64
+        problem = f"{len(str(path))} characters are no path of a picture"
+        return sample_error(f"{where}:", problem, "write the picture to a file and give its path")
     problem = f"unreadable picture {path} ({first_line(error)})"
     return sample_error(f"{where}:", problem, "give another")
 

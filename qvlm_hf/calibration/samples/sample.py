@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from qvlm_hf.calibration.samples.errors import place, sample_error
-from qvlm_hf.calibration.samples.pictures import check_picture, open_image
+from qvlm_hf.calibration.samples.pictures import open_image
 from qvlm_hf.calibration.values import shown
 
 __all__ = ["Message", "Sample"]
@@ -58,15 +58,6 @@ class Sample:
             ValueError: if a picture is missing or unreadable.
         """
         return [open_image(value, place(self.origin, key)) for key, value in self.pictures()]
-
-    def check_images(self) -> None:
-        """Checks that every picture can be used, as far as that is known without decoding it.
-
-        Raises:
-            ValueError: for the first that cannot.
-        """
-        for key, value in self.pictures():
-            check_picture(value, place(self.origin, key))
 
     def pictures(self) -> list[tuple[str, Path | Image.Image]]:
         """Key and file or picture of each, in reading order, not opened."""

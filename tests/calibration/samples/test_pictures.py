@@ -217,6 +217,21 @@ def test_picture_cut_short_is_named_when_opened(folder):
         fingerprint([sample])
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_picture_cut_short_is_named_before_anything_is_loaded(folder, ending):
+    Image.effect_noise((64, 64), 50).save(whole := folder / f"whole.{ending}")
+    (folder / f"cut.{ending}").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    message = refusal(write_lines(folder, GOOD, {**GOOD, "image": f"cut.{ending}"}))
+    assert message.startswith(f'data.jsonl:2: key "image": unreadable picture {folder}/cut.')
+
+
+def test_a_picture_as_text_is_told_in_a_short_line(folder):
+    message = refusal(write_lines(folder, {**GOOD, "image": "iVBORw0KGgoAAAANSUhEUg/A" * 1000}))
+    assert message.startswith('data.jsonl:1: key "image": 24')
+    assert message.endswith("no path of a picture; write the picture to a file and give its path")
+    assert len(message) < 200
+
+
 def test_pictures_are_upright_rgb(folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
