@@ -190,7 +190,7 @@ class _Plan:
     ) -> None:
         """Fills the outputs."""
         storage = torch.empty(self.buffers.size, dtype=torch.uint8, device=x.device)
-        given = [x, None, None, *scheme[:2]]
+        given = [x, *scheme[:2]]
         own: list[Tensor | None] = []
         for packed, y in zip(weights, outputs, strict=True):
             own += *packed, y
