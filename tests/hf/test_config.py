@@ -52,6 +52,7 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
     assert config.activation_granularity == {"vision": "token"} | channel
     assert (config.scheme, config.seed) == ("W6A6", 3)
     assert QVLMConfig.paper(margins=(1.5,)).margins == (1.5,)
+    assert QVLMConfig.paper("W4A16").activation_granularity is None
 
 
 def test_a_file_with_unknown_fields_is_newer_or_damaged() -> None:
@@ -444,11 +445,10 @@ def test_without_data_only_rounding_is_recorded():
     assert [getattr(config, name) for name in names] == ["nearest", False, False, False]
 
 
-@pytest.mark.parametrize(("name", "value"), [("optimize_vision", True), ("precision_budget", 3.0)])
+NEEDING = {"optimize_vision": True, "precision_budget": 3.0, "resume_dir": "a", "scratch_dir": "a"}
+
+
+@pytest.mark.parametrize(("name", "value"), NEEDING.items())
 def test_without_data_nothing_else_can_be_asked_for(name, value):
     with pytest.raises(ValueError, match=f"^{name}.* needs calibration data"):
         QVLMConfig(scheme="W4A16", **{name: value}).settle_without_data()
-
-
-def test_the_papers_settings_fit_weight_only_schemes_too():
-    assert QVLMConfig.paper("W4A16").activation_granularity is None
