@@ -328,9 +328,8 @@ def _arrange(
         scale, zero_point = _range(tl.min(low, 0), tl.max(high, 0), top * 1.0, ROUND)
 
     place = tl.arange(0, BLOCK)[None, :]
-    inner = place % (BLOCK // SLICES) * SLICES + place // (
-        BLOCK // SLICES
-    )  # which input of its block lies there
+    # which input of its block lies there
+    inner = place % (BLOCK // SLICES) * SLICES + place // (BLOCK // SLICES)
     magnitude = tl.zeros((AT_ONCE, BLOCK), tl.int32)  # bits of the largest absolute values
     for first in range(tl.program_id(1) * AT_ONCE, number, tl.num_programs(1) * AT_ONCE):
         block = first + tl.arange(0, AT_ONCE)
@@ -475,9 +474,8 @@ def _products(
     if BYTEWISE:
         place = start + j
         if not WHOLE:
-            place = tl.minimum(
-                place, row_size - 1
-            )  # beyond the row inputs are 0, whatever weight they meet
+            # beyond the row inputs are 0, whatever weight they meet
+            place = tl.minimum(place, row_size - 1)
         packed = tl.load(weight_ptr + n_offset[:, None] + place[None, :])
     elif RUNS:
         run = n_offset[:, None] + start // 32 + tl.arange(0, BLOCK // 32)[None, :] * BITS

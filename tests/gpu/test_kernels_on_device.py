@@ -167,13 +167,7 @@ def test_inputs_are_rounded_as_the_reference_rounds(kernels, granularity, bits):
     qparams = QParams(scale, zero, bits) if statics else dynamic_token_qparams(x, bits)
     layout = kernels.Layout.of(4096, 128, 4)
     arranged = arrange(
-        kernels,
-        x,
-        layout,
-        bits,
-        granularity,
-        scale if statics else None,
-        zero if statics else None,
+        kernels, x, layout, bits, granularity, scale if statics else None, zero if statics else None
     )
     a = shift_quantize(x, qparams).int()
     stored = a if bits < 8 else a + qparams.zero_point - 128

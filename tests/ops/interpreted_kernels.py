@@ -19,9 +19,8 @@ from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import gpu
 from qvlm_hf.ops.call import parse_many
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # rows that nobody reads hold anything, infinities too
+# rows that nobody reads hold anything, infinities too
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CPU = torch.device("cpu")
 HOPPER = gpu.Device((9, 0), 8)
@@ -56,9 +55,8 @@ SIZES = (
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 def test_equals_the_reference(weight_bits, activation_bits):
     granularities = ("none",) if activation_bits == 16 else ("channel", "token", "dynamic_token")
-    if (
-        activation_bits < 8 and weight_bits != 4
-    ):  # these meet each other in the quantizer and nowhere else
+    # these meet each other in the quantizer and nowhere else
+    if activation_bits < 8 and weight_bits != 4:
         granularities = (granularities[(weight_bits + activation_bits) % 3],)
     for turn, granularity in enumerate(granularities):
         in_features, length, tokens, out_features, dtype = SIZES[

@@ -112,9 +112,8 @@ def test_products_use_matrix_instructions_and_do_not_spill(capability, kernels):
     for case in CASES:
         check((capability, *case), kernels[capability, *case])
         assert set(kernels[capability, *case]) == {"_arrange", "_multiply"}
-        if (
-            case[1] <= 8
-        ):  # inputs are divided as the reference divides: rounded to nearest, nothing flushed to zero
+        # inputs are divided as the reference divides: rounded to nearest, nothing flushed to zero
+        if case[1] <= 8:
             assert kernels[capability, *case]["_arrange"]["divisions"] == ["div.rn.f32"]
 
 
