@@ -2,8 +2,8 @@
 
 Where a model's outliers sit decides which recipe is best (docs/results.md), so it is measured: each
 is tried on few samples, layer by layer, without guard and token importance, and compared with full
-precision by its answers to other samples. Text that the model writes itself must
-not clearly suffer more than from plain rounding.
+precision by its answers to other samples. Text that the model writes itself must not clearly suffer
+more than from plain rounding.
 
 Divergences are geometric means over samples. Of 64 samples the worst three hold two fifths of the
 sum, so that an arithmetic mean tells chance (docs/decisions/0029-the-typical-sample-decides.md).
