@@ -224,7 +224,7 @@ def first_recipes(settings: CalibrationSettings, *, rotatable: bool) -> list[Rec
     if ranges == [None]:
         ranges = [None, "dynamic_token"]
         if 0 < settings.group_size <= _KERNELS_GROUP:
-            rotations = sorted(rotations, key=bool)
+            rotations = tuple(sorted(rotations, key=bool))
             ranges = ["dynamic_group", None if few else "dynamic_token"]
     return [
         {"rotation": rotation, "activation_granularity": granularity}
