@@ -104,10 +104,10 @@ def _hessians(
     modules = {index: site.linears[0] for index, site in enumerate(sites)}
     totals = [
         torch.zeros(
-            *(2, first.in_features, first.in_features),
+            (2, first.in_features, first.in_features),
             dtype=torch.float32,
             device=first.weight.device,
-        )  # fmt: skip
+        )
         for first in modules.values()
     ]
     for batch, (entry, h, weight) in enumerate(zip(inputs, hidden, tokens, strict=True)):
