@@ -43,11 +43,7 @@ def end_with(status: int) -> None:
 
 
 def stop(more: str = "") -> int:
-    """Says that Ctrl-C ended the work, and `more`; a second one adds no line.
-
-    Returns:
-        The exit status.
-    """
+    """Says that Ctrl-C ended the work, and `more`; a second one adds no line."""
     global _ending
     ours = _is_ours()
     if ours:

@@ -20,12 +20,7 @@ from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.written_text import WRITTEN
 from qvlm_hf.calibration.process.scratch import keep
-from qvlm_hf.calibration.record.report import (
-    BlockReport,
-    RoutingReport,
-    SegmentReport,
-    SiteReport,
-)
+from qvlm_hf.calibration.record.report import BlockReport, RoutingReport, SegmentReport, SiteReport
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.blocks import partition_layers
 from qvlm_hf.calibration.search.routing import routing_reports
@@ -36,18 +31,12 @@ from qvlm_hf.calibration.search.vision_encoder import learn_vision_ranges
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
-from qvlm_hf.calibration.without_data import (
-    rounding_schemes,
-)
+from qvlm_hf.calibration.without_data import rounding_schemes
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.models.find_parts import find_parts
 from qvlm_hf.models.folds import rotation_plan, scale_paths
-from qvlm_hf.models.graph import (
-    Segment,
-    get_linear,
-    output_head,
-)
+from qvlm_hf.models.graph import Segment, get_linear, output_head
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors, rounded_tensors
 
 __all__ = ["Modules", "make_modules", "round_head", "round_modules", "transformed"]
@@ -71,9 +60,6 @@ def transformed(calibration: Calibration) -> Iterator[None]:
 
 def make_modules(calibration: Calibration) -> Modules:
     """The quantized modules of a transformed model, which itself stays as it is.
-
-    Args:
-        calibration: with data; its model inside `transformed`.
 
     Raises:
         ValueError: as `quantize_with_data`.
@@ -147,7 +133,10 @@ def _search(calibration: Calibration) -> Modules:
                 if segment is not calibration.segments[-1]:
                     quantized += block.sites
                 steps.advance(len(block.layers))
-                sites += _site_reports(block)
+                sites += (
+                    SiteReport(modules=site.site.modules, candidate=site.chosen.range)
+                    for site in block.sites
+                )
                 routing += routing_reports(block.sites)
             segments.append(_segment_report(segment, dependencies, threshold, reports))
             # from here on the segment runs as quantized, and the next one sees its real output
@@ -185,12 +174,6 @@ def _segment_report(
         threshold=threshold,
         blocks=tuple(report for report in blocks if report),
     )
-
-
-def _site_reports(block: SearchedBlock) -> list[SiteReport]:
-    return [
-        SiteReport(modules=site.site.modules, candidate=site.chosen.range) for site in block.sites
-    ]
 
 
 def _quantized_inputs(

@@ -43,17 +43,11 @@ from qvlm_hf.calibration.samples import (
 )
 from qvlm_hf.calibration.search.routing import few_tokens_warning
 from qvlm_hf.calibration.settings import CalibrationSettings
-from qvlm_hf.calibration.without_data import (
-    read_without_row,
-    rounding_report,
-)
+from qvlm_hf.calibration.without_data import read_without_row, rounding_report
 from qvlm_hf.method import Modules, make_modules, round_head, round_modules, transformed
 from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.folds import why_not_rotatable
-from qvlm_hf.models.graph import (
-    full_precision_modules,
-    get_linear,
-)
+from qvlm_hf.models.graph import full_precision_modules, get_linear
 from qvlm_hf.nn.replace import replace_modules
 from qvlm_hf.recipes import best_recipe
 
@@ -88,9 +82,6 @@ def quantize_with_data(
         callbacks: objects with `on_step(name, done, total)`.
         resume_dir: from `check_resume_dir`; keeps finished steps. Those of a calibration that was
             stopped are not repeated.
-
-    Returns:
-        The record of the calibration.
 
     Raises:
         ValueError: unsupported model, a module that no sample reaches, a sample that it has no

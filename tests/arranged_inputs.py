@@ -5,17 +5,15 @@ from types import SimpleNamespace
 import torch
 
 
-def arrange(kernels, x, layout, bits, granularity, scale=None, zero_point=None, *, other=None, norm_bias=None, positions=1, **source):  # fmt: skip
+def arrange(kernels, x, layout, bits, granularity, scale=None, zero_point=None, *, positions=1):
     """The buffers that `_arrange` fills, by name; rows are a multiple of 16."""
     rows = -(-len(x) // 16) * 16
-    inputs = kernels.Inputs(
-        layout, len(x), rows, bits, granularity, x.dtype, scale is not None, **source
-    )
+    inputs = kernels.Inputs(layout, len(x), rows, bits, granularity, x.dtype, scale is not None)
     buffers = inputs.buffers()
     storage = torch.empty(buffers.size, dtype=torch.uint8, device=x.device)
     found = SimpleNamespace(**buffers.tensors(storage))
     between = list(vars(found).values())[:-1]
-    kernels.arranging(inputs, positions)(x, other, norm_bias, scale, zero_point, *between)
+    kernels.arranging(inputs, positions)(x, scale, zero_point, *between)
     return found
 
 

@@ -112,22 +112,6 @@ def compiled(
     return kernels
 
 
-def fused(capability, source, granularity):
-    """A fused quantizer of 608 tokens, {name: CompiledKernel}."""
-    layout = triton_kernels.Layout.of(4096, 128, 4)
-    x, per_channel = torch.empty(608, 4096, dtype=torch.bfloat16), torch.empty(4096)
-    grid = (per_channel, per_channel.int()) if granularity == "channel" else (None, None)
-    other = x if source == "swiglu" else x[0]
-    inputs = triton_kernels.Inputs(
-        layout, 608, 640, 8, granularity, x.dtype, granularity == "channel", source, 1e-5
-    )
-    buffers = inputs.buffers()
-    between = list(buffers.tensors(torch.empty(buffers.size, dtype=torch.uint8)).values())[:-1]
-    with compiling(capability) as kernels:
-        triton_kernels.arranging(inputs)(x, other, other, *grid, *between)
-    return {f"{source} {name}": kernel for name, kernel in kernels.items()}
-
-
 def facts(kernel):
     """What the machine code says of itself."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -148,7 +132,7 @@ def facts(kernel):
 
 if __name__ == "__main__":
     cases = json.loads(sys.argv[1])
-    calls = [fused(*case) if isinstance(case[1], str) else compiled(*case) for case in cases]
+    calls = [compiled(*case) for case in cases]
     print(
         json.dumps([{name: facts(kernel) for name, kernel in kernels.items()} for kernels in calls])
     )

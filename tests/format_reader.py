@@ -70,9 +70,8 @@ def module_output(directory: str | Path, module_name: str, x: np.ndarray) -> np.
     for g in range(scale.shape[1]):
         part = slice(g * length, (g + 1) * length)
         shifted = integers[:, part] - zero_point[:, g : g + 1].astype(np.float64)
-        added = scale[:, g] * (a[..., part].astype(np.float64) @ shifted.T).astype(
-            np.float32
-        )  # float64: sums of integers are exact
+        # float64: sums of integers are exact
+        added = scale[:, g] * (a[..., part].astype(np.float64) @ shifted.T).astype(np.float32)
         y += added * r[..., g * length, None] if entry["granularity"] == "dynamic_group" else added
     if entry["granularity"] == "dynamic_group":
         r = np.float32(1)
@@ -116,9 +115,8 @@ def _array(data: bytes, key: str, name: str, info: dict) -> np.ndarray:
         raise ValueError(f"{key} has dtype {dtype}: the format does not know it.")
     values = np.frombuffer(data, _DTYPES[dtype]).reshape(info["shape"])
     if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(
-            np.float32
-        )  # a bfloat16 is the upper half of a float32
+        # a bfloat16 is the upper half of a float32
+        return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32) if dtype == "F16" else values
 
 

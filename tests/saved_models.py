@@ -34,10 +34,7 @@ KINDS: dict[str, Callable[[LlavaProcessor], QVLMConfig]] = {
         scheme="W4A8", dataset=tiny_messages(4), processor=processor, **SEARCH
     ),
     "budgeted": lambda processor: QVLMConfig(
-        precision_budget=3.5,
-        dataset=tiny_messages(4),
-        processor=processor,
-        **SEARCH,
+        precision_budget=3.5, dataset=tiny_messages(4), processor=processor, **SEARCH
     ),
     "rotated, rounded": lambda _: QVLMConfig(scheme="W4A16", rotation="hadamard"),
     "paper": lambda processor: QVLMConfig.paper(

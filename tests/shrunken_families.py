@@ -17,6 +17,7 @@ __all__ = ["FAMILIES", "tiny_config", "tiny_model"]
 
 FAMILIES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 WIDTH, HEADS, VOCABULARY, LAYERS = 64, 4, 512, 2
+HEAD_WIDTH = WIDTH // HEADS
 _FIRST_TOKEN = 400  # special tokens with ids outside the small vocabulary come to lie behind this
 
 # field (a full match) -> value; the first that matches counts
@@ -25,10 +26,7 @@ _SIZES = (
     (r"swa_num_attention_heads|num_sliding_attention_heads|linear_num_value_heads", HEADS),
     (r"linear_num_key_heads|(swa_)?num_(key_value|kv|global_key_value)_heads", 2),
     (r"(\w*_)?(num_)?(attention_)?(heads|n_heads)|n_head|num_(attention_)?heads", HEADS),
-    (
-        r"(attention_|swa_|resampler_|linear_(key_|value_)?|v_|global_)?head_dim|d_kv",
-        WIDTH // HEADS,
-    ),
+    (r"(attention_|swa_|resampler_|linear_(key_|value_)?|v_|global_)?head_dim|d_kv", HEAD_WIDTH),
     (r"(\w*_)?(num_(hidden_)?layers|n_layers|depth|num_(en|de)coder_layers)", LAYERS),
     (r"layers|encoder_layers|decoder_layers|num_global_layers|num_query_layers", LAYERS),
     (r"(\w*_)?moe_intermediate_size|moe_shared_expert_intermediate_size", 48),
@@ -57,90 +55,58 @@ _OMNI = {"vision_start_token_id": 470, "vision_end_token_id": 471, "audio_start_
 _SAM = {"sam_config": {"downsample_channels": [48, WIDTH], "global_attn_indexes": [1]}}
 _GEMMA = {"mm_tokens_per_image": 4}
 _SMALL_VQ = {"num_res_blocks": 1, "channel_multiplier": [1, 2], "attn_resolutions": [16]}
+_APERTUS = {"image_token_offset": 300, "audio_token_offset": 364}
+_PATCHES = {"vision_config": {"patch_embed_hidden_size": 768}}
+_CHAMELEON = {"<image>": 450}
+_CHAMELEON |= {f"IMGIMG{''.join(_LETTERS[int(d)] for d in str(i))}Z": 300 + i for i in range(64)}
+_EMU = {"<image>": 450, "<|extra_200|>": 451}
+_EMU |= {f"<|visual token {i:06}|>": 300 + i for i in range(64)}
+_COMPASS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_HUNYUAN = {"head_dim": HEAD_WIDTH, "rope_parameters": {"mrope_section": [2, 2, 2, 2]}}
+_SPARSE = {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+_INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 16, "compress_ratio": 4}
+_LAST_TWO = [-1, -2]
+_IDS = "minicpmv4_6 minicpmv4_7 minicpm_ocr nemotron_h_omni"
 # what the names do not tell: family -> changes
 _SPECIAL: dict[str, dict] = {
+    **{family: {"image_token_id": 450} for family in _IDS.split()},
     "aria": {"projector_patch_to_query_dict": {16: 8}},
-    "apertus1p5": {
-        "image_token_offset": 300,
-        "audio_token_offset": 364,
-        "audio_config": {"codebook_dim": WIDTH},
-        "vision_config": _SMALL_VQ,
-    },
+    "apertus1p5": _APERTUS | {"audio_config": {"codebook_dim": WIDTH}, "vision_config": _SMALL_VQ},
     "chameleon": {
-        "vocabulary_map": {
-            "<image>": 450,
-            **{f"IMGIMG{''.join(_LETTERS[int(d)] for d in str(i))}Z": 300 + i for i in range(64)},
-        },
+        "vocabulary_map": _CHAMELEON,
         "vq_config": _SMALL_VQ | {"num_embeddings": 64, "embed_dim": WIDTH},
     },
-    "cohere_compass": {
-        "text_config": {
-            "rope_parameters": {
-                "full_attention": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "mrope_section": [2, 3, 3],
-                }
-            }
-        }
-    },
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": _COMPASS}}},
     "unlimited_ocr": {"vision_config": _SAM},
-    "deepseek_ocr2": {
-        "vision_config": _SAM,
-        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
-    },
-    "emu3": {
-        "vocabulary_map": {
-            "<image>": 450,
-            "<|extra_200|>": 451,
-            **{f"<|visual token {i:06}|>": 300 + i for i in range(64)},
-        },
-        "vq_config": _SMALL_VQ | {"codebook_size": 64},
-    },
+    "deepseek_ocr2": {"vision_config": _SAM, "text_config": _SPARSE},
+    "emu3": {"vocabulary_map": _EMU, "vq_config": _SMALL_VQ | {"codebook_size": 64}},
     "gemma3": _GEMMA,
     "shieldgemma2": _GEMMA,
     "blip-2": {"image_token_id": 450, "image_token_index": 450},
     "instructblip": {"image_token_id": 450, "image_token_index": 450},
     "instructblipvideo": {"video_token_id": 450, "video_token_index": 450},
     "deepseek_vl_hybrid": {"high_res_vision_config": {"global_attn_indexes": [1]}},
-    "kosmos-2.5": {"vision_config": {"patch_embed_hidden_size": 768}},
-    "pix2struct": {"vision_config": {"patch_embed_hidden_size": 768}},
+    "kosmos-2.5": _PATCHES,
+    "pix2struct": _PATCHES,
     "llama4": {"vision_config": {"intermediate_size": 4 * WIDTH}},
     "mllama": {
         "vision_config": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 3 * WIDTH},
         "text_config": {"cross_attention_layers": [1]},
     },
     "muse_glimmer": {"out_hidden_size": 4 * WIDTH},
-    "minicpmv4_6": {"image_token_id": 450},
-    "minicpmv4_7": {"image_token_id": 450},
-    "minicpm_ocr": {"image_token_id": 450},
-    "nemotron_h_omni": {"image_token_id": 450},
     "qwen2_5_omni_thinker": _OMNI,
     "qwen3_omni_moe_thinker": _OMNI,
     "granite4_vision": _PINPOINTS
     | {"downsample_rate": "2/4", "deepstack_layer_map": [[-2, 0], [-1, 1]]},
-    "hunyuan_vl": {
-        "text_config": {
-            "head_dim": WIDTH // HEADS,
-            "rope_parameters": {"mrope_section": [2, 2, 2, 2]},
-        }
-    },
+    "hunyuan_vl": {"text_config": _HUNYUAN},
     "llava_next": _PINPOINTS,
     "llava_next_video": _PINPOINTS,
     "llava_onevision": _PINPOINTS,
-    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": _LAST_TWO}},
     "muse_spark": {"out_hidden_size": 4 * WIDTH, "audio_config": {"num_hidden_layers": 4}},
-    "qwen4_exp": {
-        "text_config": {
-            "indexer_n_heads": 2,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 16,
-            "indexer_budget": 16,
-            "indexer_compress_ratio": 4,
-        }
-    },
+    "qwen4_exp": {"text_config": {f"indexer_{name}": size for name, size in _INDEXER.items()}},
     "step3p7": {"text_config": {"sliding_window": 64}},
-    "vipllava": {"vision_feature_layers": [-1, -2], "vision_feature_layer": [-1, -2]},
+    "vipllava": {"vision_feature_layers": _LAST_TWO, "vision_feature_layer": _LAST_TWO},
 }
 # parts that the default configuration lacks: family -> field -> model_type of the part
 _PARTS = {

@@ -132,9 +132,8 @@ def test_handwritten_digits_are_split() -> None:
 
 
 def test_another_split_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"split='validation'.*calibration, test; pass one of them"
-    ):
+    message = r"split='validation'.*calibration, test; pass one of them"
+    with pytest.raises(ValueError, match=message):
         dataset_path("validation")
 
 

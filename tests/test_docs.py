@@ -36,9 +36,8 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_the_readmes_example_is_one_block_that_compiles():
-    (example,) = [
-        code for language, code in blocks(ROOT / "README.md") if language == "python"
-    ]  # .ci/run executes it
+    # .ci/run executes it
+    (example,) = [code for language, code in blocks(ROOT / "README.md") if language == "python"]
     compile(example, "README.md", "exec")
     assert sum(bool(line) for line in example.splitlines()) <= 8
 

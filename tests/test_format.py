@@ -13,7 +13,7 @@ import torch
 from packing_by_hand import pack_weight
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llava, tiny_messages, tiny_processor
-from torch import nn
+from torch import Tensor, nn
 
 import qvlm_hf
 from qvlm_hf.format.grids import QParams, quantize_weight
@@ -28,9 +28,8 @@ KEY = "language_model.model.layers.1.mlp.down_proj"  # as Transformers' LLaVA ch
 def save(directory, entries, tensors, *, shards=1):
     """Writes entries {canonical name: scheme} and tensors {key: tensor} in several files."""
     modules = {name: scheme.to_dict() for name, scheme in entries.items()}
-    (directory / "config.json").write_text(
-        json.dumps({"quantization_config": {"quant_method": "qvlm", "modules": modules}})
-    )
+    config = {"quantization_config": {"quant_method": "qvlm", "modules": modules}}
+    (directory / "config.json").write_text(json.dumps(config))
     keys = sorted(tensors)
     for shard in range(shards):
         part = "" if shards == 1 else f"-{shard + 1:05}-of-{shards:05}"
@@ -39,15 +38,9 @@ def save(directory, entries, tensors, *, shards=1):
 
 
 def check(
-    directory,
-    scheme,
-    *,
-    in_features=52,
-    bias=True,
-    scaled_input=False,
-    dtype=torch.float32,
-    shards=1,
-):
+    directory, scheme, *,
+    in_features=52, bias=True, scaled_input=False, dtype=torch.float32, shards=1,
+):  # fmt: skip
     linear = nn.Linear(in_features, 9, bias=bias).to(dtype)
     # Multiples of 1/64: Hadamard sums are exact in any order, so that both programs round the same
     # numbers.
@@ -79,8 +72,7 @@ def check(
     ("granularity", "activation_bits", "scaled_input"),
     [
         *((kind, bits, False) for kind in GRANULARITIES for bits in (3, 4, 6, 8) if kind != "none"),
-        ("none", 16, False),
-        ("none", 16, True),
+        *(("none", 16, scaled_input) for scaled_input in (False, True)),
     ],
 )
 @pytest.mark.parametrize("weight_bits", range(2, 9))
@@ -95,26 +87,17 @@ def test_every_width(tmp_path, granularity, weight_bits, activation_bits, scaled
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [16, 128, -1])
 def test_transforms_symmetry_and_groups(tmp_path, granularity, hadamard, symmetric, group_size):
-    bits = 16 if granularity == "none" else 6
-    scheme = QuantScheme(
-        weight_bits=5,
-        activation_bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        granularity=granularity,
-        hadamard=hadamard,
-    )
+    bits = {"weight_bits": 5, "activation_bits": 16 if granularity == "none" else 6}
+    rest = {"group_size": group_size, "symmetric": symmetric, "hadamard": hadamard}
+    scheme = QuantScheme(granularity=granularity, **bits, **rest)
     check(tmp_path, scheme, scaled_input=granularity == "none" and symmetric)
 
 
 @pytest.mark.parametrize(
     ("hadamard", "options"),
     [
-        *(
-            (None, {"dtype": t, "shards": n})
-            for t in (torch.float16, torch.bfloat16)
-            for n in (1, 3)
-        ),
+        *((None, {"dtype": torch.float16, "shards": n}) for n in (1, 3)),
+        *((None, {"dtype": torch.bfloat16, "shards": n}) for n in (1, 3)),
         (256, {"in_features": 512, "bias": False}),
     ],
 )
@@ -130,17 +113,10 @@ def test_bytes_written_by_hand(tmp_path):
     1 and 8, bias 10 and 0.25; the input in 3 bits per channel, scales 1, 0.5, 2, zero points 0, 4,
     7.
     """
-    entry = {
-        "weight_bits": 4,
-        "activation_bits": 3,
-        "group_size": -1,
-        "symmetric": False,
-        "granularity": "channel",
-        "input_transform": None,
-    }
-    (tmp_path / "config.json").write_text(
-        json.dumps({"quantization_config": {"modules": {"model.proj": entry}}})
-    )
+    entry = {"weight_bits": 4, "activation_bits": 3, "group_size": -1, "symmetric": False}
+    entry |= {"granularity": "channel", "input_transform": None}
+    config = {"quantization_config": {"modules": {"model.proj": entry}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     parts = {
         "weight": ("I32", [2, 1], struct.pack("<2i", 0xF21, 0x380)),
         "weight_scale": ("BF16", [2, 1], struct.pack("<2H", 0x3F00, 0x4000)),
@@ -151,11 +127,8 @@ def test_bytes_written_by_hand(tmp_path):
     }
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, (dtype, shape, content) in parts.items():
-        header[f"proj.{name}"] = {
-            "dtype": dtype,
-            "shape": shape,
-            "data_offsets": [len(data), len(data) + len(content)],
-        }
+        place = [len(data), len(data) + len(content)]
+        header[f"proj.{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": place}
         data += content
     text = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -177,12 +150,8 @@ def test_bytes_written_by_hand(tmp_path):
     }
     linear = nn.Linear(3, 2)
     linear.bias.data = torch.tensor([10.0, 0.25])
-    assert (
-        QVLMLinear.from_packed(linear, QuantScheme.from_dict(entry), tensors)(
-            torch.tensor(x)
-        ).tolist()
-        == expected
-    )
+    module = QVLMLinear.from_packed(linear, QuantScheme.from_dict(entry), tensors)
+    assert module(torch.tensor(x)).tolist() == expected
 
 
 def test_finds_every_module_of_a_saved_model(tmp_path):
@@ -191,26 +160,15 @@ def test_finds_every_module_of_a_saved_model(tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     floats = load_file(file)
-    save_file(
-        {
-            key: tensor.view(torch.int32) if key.endswith(".weight") else tensor
-            for key, tensor in floats.items()
-        },
-        file,
-    )
-    names = [
-        name
-        for segment in resolve(model)
-        for layer in segment.layers
-        for site in layer.sites
-        for name in site.modules
-    ]
+    words = {k: t.view(torch.int32) if k.endswith(".weight") else t for k, t in floats.items()}
+    save_file(words, file)
+    layers = [layer for segment in resolve(model) for layer in segment.layers]
+    names = [name for layer in layers for site in layer.sites for name in site.modules]
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     for name in [*names, "lm_head"]:
         tensors = format_reader.module_tensors(tmp_path, name)
-        np.testing.assert_array_equal(
-            tensors["weight"].view(np.float32), modules[name].weight.detach().numpy()
-        )
+        weight = modules[name].weight.detach().numpy()
+        np.testing.assert_array_equal(tensors["weight"].view(np.float32), weight)
         assert ("bias" in tensors) == (modules[name].bias is not None)
 
 
@@ -219,48 +177,34 @@ def saved(tmp_path):
     """A directory's parts, to be damaged before they are saved."""
     scheme = QuantScheme(weight_bits=3, activation_bits=4, group_size=16)
     linear, x = nn.Linear(40, 4), torch.randn(2, 3, 40)
-    return (
-        tmp_path,
-        scheme,
-        {f"{KEY}.{name}": tensor for name, tensor in pack_weight(linear, scheme, x).items()},
-        x.numpy(),
-    )
+    packed = pack_weight(linear, scheme, x)
+    return tmp_path, scheme, {f"{KEY}.{name}": t for name, t in packed.items()}, x.numpy()
+
+
+ONE = "must be one module of the files, found"
+
+
+def changed(name, change):
+    return lambda t: t.update({f"{KEY}.{name}": change(t[f"{KEY}.{name}"])})
+
+
+def without(name):
+    return lambda t: t.pop(f"{KEY}.{name}")
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda t: t.pop(f"{KEY}.input_zero_point"), "must not have the tensors"),
-        (lambda t: t.pop(f"{KEY}.weight_zero_point"), "must not have the tensors"),
-        (
-            lambda t: t.update({f"{KEY}.weight_scale": t[f"{KEY}.weight_scale"].float()}),
-            "weight_scale has dtype F32",
-        ),
-        (
-            lambda t: t.update({f"{KEY}.input_scale": t[f"{KEY}.input_scale"].bfloat16()}),
-            "input_scale has dtype BF16",
-        ),
+        (without("input_zero_point"), "must not have the tensors"),
+        (without("weight_zero_point"), "must not have the tensors"),
+        (changed("weight_scale", Tensor.float), "weight_scale has dtype F32"),
+        (changed("input_scale", Tensor.bfloat16), "input_scale has dtype BF16"),
         (lambda t: t.update({f"{KEY}.qzeros": torch.zeros(1)}), "qzeros has dtype F32"),
-        (
-            lambda t: t[f"{KEY}.weight"].__setitem__((0, 3), -1),
-            "the rest of the last word must be zero",
-        ),
-        (
-            lambda t: t.update({f"{KEY}.weight": t[f"{KEY}.weight"][:, :3].clone()}),
-            "3 words do not hold 40 values of 3 bits",
-        ),
-        (
-            lambda t: t.update({f"{KEY}.weight_scale": t[f"{KEY}.weight_scale"][:, :2].clone()}),
-            "scales and",
-        ),
-        (
-            lambda t: t.clear() or t.update({"other.weight": torch.zeros(1)}),
-            r"must be one module of the files, found \[\]",
-        ),
-        (
-            lambda t: t.update({f"model.{NAME}.bias": torch.zeros(4)}),
-            "must be one module of the files, found",
-        ),
+        (lambda t: t[f"{KEY}.weight"].__setitem__((0, 3), -1), "the rest of the last word must be"),
+        (changed("weight", lambda w: w[:, :3].clone()), "3 words do not hold 40 values of 3 bits"),
+        (changed("weight_scale", lambda scale: scale[:, :2].clone()), "scales and"),
+        (lambda t: t.clear() or t.update({"other.weight": torch.zeros(1)}), rf"{ONE} \[\]"),
+        (lambda t: t.update({f"model.{NAME}.bias": torch.zeros(4)}), ONE),
     ],
 )
 def test_the_reader_refuses_what_the_format_does_not_allow(saved, damage, message):
@@ -273,16 +217,10 @@ def test_the_reader_refuses_what_the_format_does_not_allow(saved, damage, messag
 
 def test_the_reader_stands_alone():
     code = "import sys; sys.path.insert(0, 'tests'); import format_reader; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=__file__.rpartition("/tests/")[0],
-    )
-    loaded = {name.partition(".")[0] for name in done.stdout.split()}
-    assert "numpy" in loaded
-    assert not {"torch", "transformers", "qvlm_hf", "safetensors"} & loaded
+    words, root = [sys.executable, "-c", code], __file__.rpartition("/tests/")[0]
+    loaded = {name.partition(b".")[0] for name in subprocess.check_output(words, cwd=root).split()}
+    assert b"numpy" in loaded
+    assert not {b"torch", b"transformers", b"qvlm_hf", b"safetensors"} & loaded
 
 
 def test_packed_tensors_are_what_the_format_names():
@@ -303,51 +241,32 @@ def test_packed_tensors_are_what_the_format_names():
     assert set(packed_tensors(weight, scheme, None)) == {"weight", "weight_scale"}
 
 
+EACH = {"vision": "token", "projector": "channel", "language": "dynamic_token"}
+NEAREST = {"weight_rounding": "nearest", "activation_granularity": "dynamic_token"}
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {
-            "activation_granularity": {
-                "vision": "token",
-                "projector": "channel",
-                "language": "dynamic_token",
-            }
-        },
+        {"activation_granularity": EACH},
         {"rotation": "hadamard"},
         {"scheme": "W6A8"},  # rotated by default
         {"precision_budget": 3.5},
         {"optimize_vision": True, "batch_size": 3},
-        {
-            "rotation": "hadamard",
-            "precision_budget": 5.0,
-            "weight_rounding": "nearest",
-            "activation_granularity": "dynamic_token",
-        },
+        {"rotation": "hadamard", "precision_budget": 5.0, **NEAREST},
     ],
     ids=str,
 )
 def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
-    from tiny_models import tiny_llava
-
     model, processor = tiny_llava().eval(), tiny_processor()
-    config = qvlm_hf.QVLMConfig(
-        recipe="fixed",
-        group_size=48,
-        dataset=tiny_messages(6),
-        processor=processor,
-        num_samples=6,
-        max_block_depth=1,
-        **options,
-    )
+    data = {"dataset": tiny_messages(6), "processor": processor, "num_samples": 6}
+    rest = {"recipe": "fixed", "group_size": 48, "max_block_depth": 1}
+    config = qvlm_hf.QVLMConfig(**data, **rest, **options)
     report = qvlm_hf.quantize_model(model, config)
-    assert any(scheme.hadamard for scheme in report.modules.values()) == (
-        config.rotation is not None
-    )
-    assert (
-        len({scheme.weight_bits for scheme in report.modules.values()}) > 1
-        or config.precision_budget is None
-    )
+    schemes = report.modules.values()
+    assert any(scheme.hadamard for scheme in schemes) == (config.rotation is not None)
+    assert len({scheme.weight_bits for scheme in schemes}) > 1 or config.precision_budget is None
     qvlm_hf.save_quantized(model, processor, tmp_path / "saved", report=report)
     generator = torch.Generator().manual_seed(0)
     for name in report.modules:
@@ -355,9 +274,5 @@ def test_reads_every_module_of_a_calibrated_and_saved_model(tmp_path, options):
         positions = module.input_scale.shape[0] if module.scheme.granularity == "token" else 5
         x = torch.randn(positions, module.in_features, generator=generator)
         expected = module(x).detach().numpy()
-        np.testing.assert_allclose(
-            format_reader.module_output(tmp_path / "saved", name, x.numpy()),
-            expected,
-            rtol=1e-4,
-            atol=1e-4,
-        )
+        y = format_reader.module_output(tmp_path / "saved", name, x.numpy())
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)

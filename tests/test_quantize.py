@@ -138,9 +138,8 @@ def test_samples_without_answers_are_told_of():
 def test_broken_weights_and_activations_are_named():
     model = tiny_llava().eval()
     model.model.language_model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with pytest.raises(
-        ValueError, match=r"weight of model\.language_model\.layers\.1\.mlp\.up_proj holds NaN"
-    ):
+    message = r"weight of model\.language_model\.layers\.1\.mlp\.up_proj holds NaN"
+    with pytest.raises(ValueError, match=message):
         calibrate(model)
     model = tiny_llava().eval()
     model.model.language_model.embed_tokens.weight.data[:] = torch.inf

@@ -146,9 +146,8 @@ def test_only_what_is_clear_is_above(errors):
     assert clearly_above(
         [2.2 * kl for kl in others[:2]] + [1.8 * kl for kl in others[2:]], others, errors=errors
     )
-    assert not clearly_above(
-        [0.01, 0.0005, 0.2, 0.002], others, errors=errors
-    )  # two better, two worse
+    # two better, two worse
+    assert not clearly_above([0.01, 0.0005, 0.2, 0.002], others, errors=errors)
     assert not clearly_above([kl / 2 for kl in others], others, errors=errors)
     assert not clearly_above(others, others, errors=errors)
 

@@ -186,288 +186,163 @@ _PACKING_PROCESSORS = {
     "video_llama_3": (_VideoLlama3Processor, VideoLlama3ImageProcessorPil),
 }
 
-_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": IMAGE_SIZE,
-    "patch_size": PATCH_SIZE,
-}
-_QWEN_VISION = {
-    "hidden_size": 40,
-    "intermediate_size": 44,
-    "depth": 3,
-    "num_heads": 2,
-    "patch_size": PATCH_SIZE,
-    "out_hidden_size": 48,
-    "num_position_embeddings": 16,
-}
+
+def _tower(model_type, **more):
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 2, "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE}
+    return {"model_type": model_type, **sizes, **more}
+
+
+def _qwen_tower(model_type, **more):
+    sizes = {"hidden_size": 40, "intermediate_size": 44, "depth": 3, "num_heads": 2}
+    sizes |= {"patch_size": PATCH_SIZE, "out_hidden_size": 48, "num_position_embeddings": 16}
+    return {"model_type": model_type, **sizes, **more}
+
+
+def _sam_tower(model_type, **more):
+    return _tower(model_type, mlp_dim=40, global_attn_indexes=[1], **more)
+
+
+_NORMS = {"use_qk_norm": True, "norm_type": "rms_norm"}
+_LLAMA_4 = {"projector_input_dim": 40, "projector_output_dim": 40, "vision_output_dim": 40}
+_TILES = {"max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
+_TILES |= {"num_global_layers": 2, "intermediate_layers_indices": [0, 2], "vision_output_dim": 96}
+_TABLE = {"vocab_size": 60, "num_visual_indicator_tokens": 5, "tokenize_function": "softmax"}
+_WINDOWS = {"window_size": 16, "fullatt_block_indexes": [1]}
 TOWERS = {
-    "clip": _VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
-    "siglip": _VISION | {"model_type": "siglip_vision_model"},
-    "pixtral": _VISION | {"model_type": "pixtral", "head_dim": 16},
-    "idefics3": _VISION | {"model_type": "idefics3_vision"},
-    "smolvlm": _VISION | {"model_type": "smolvlm_vision"},
-    "internvl": _VISION
-    | {"model_type": "internvl_vision", "use_qk_norm": True, "norm_type": "rms_norm"},
-    "llama4": _VISION
-    | {
-        "model_type": "llama4_vision_model",
-        "intermediate_size": 4 * 32,  # Transformers takes it for the width of merged patches too
-        "projector_input_dim": 40,
-        "projector_output_dim": 40,
-        "vision_output_dim": 40,
-    },
-    "qianfan_ocr": _VISION
-    | {"model_type": "qianfan_ocr_vision", "use_qk_norm": True, "drop_path_rate": 0.1},
-    "exaone4_5": _QWEN_VISION
-    | {
-        "model_type": "exaone4_5_vision",
-        "num_key_value_heads": 1,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    },
-    "glm4v": _QWEN_VISION | {"model_type": "glm4v_vision", "image_size": IMAGE_SIZE},
-    "glm_ocr": _QWEN_VISION | {"model_type": "glm_ocr_vision", "image_size": IMAGE_SIZE},
-    "paddleocr_vl": _VISION | {"model_type": "paddleocr_vl_vision"},
-    "video_llama_3": _VISION | {"model_type": "video_llama_3_vision"},
-    "siglip2": _VISION | {"model_type": "siglip2_vision_model", "num_patches": 16},
-    "mllama": _VISION
-    | {
-        "model_type": "mllama_vision_model",
-        "attention_heads": 2,
-        "num_global_layers": 2,
-        "intermediate_layers_indices": [0, 2],
-        "vision_output_dim": 96,
-        "max_num_tiles": 2,
-        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
-    },
-    "janus": _VISION
-    | {"model_type": "janus_vision_model", "mlp_ratio": 1.25, "projection_dim": 48},
-    "ovis2": _VISION
-    | {
-        "model_type": "ovis2_vision",
-        "vocab_size": 60,
-        "hidden_stride": 2,
-        "num_visual_indicator_tokens": 5,
-        "tokenize_function": "softmax",
-    },
+    "clip": _tower("clip_vision_model", projection_dim=32),
+    "siglip": _tower("siglip_vision_model"),
+    "pixtral": _tower("pixtral", head_dim=16),
+    "idefics3": _tower("idefics3_vision"),
+    "smolvlm": _tower("smolvlm_vision"),
+    "internvl": _tower("internvl_vision", **_NORMS),
+    # Transformers takes the inner width for that of merged patches too
+    "llama4": _tower("llama4_vision_model", **_LLAMA_4) | {"intermediate_size": 4 * 32},
+    "qianfan_ocr": _tower("qianfan_ocr_vision", use_qk_norm=True, drop_path_rate=0.1),
+    "exaone4_5": _qwen_tower("exaone4_5_vision", num_key_value_heads=1, **_WINDOWS),
+    "glm4v": _qwen_tower("glm4v_vision", image_size=IMAGE_SIZE),
+    "glm_ocr": _qwen_tower("glm_ocr_vision", image_size=IMAGE_SIZE),
+    "paddleocr_vl": _tower("paddleocr_vl_vision"),
+    "video_llama_3": _tower("video_llama_3_vision"),
+    "siglip2": _tower("siglip2_vision_model", num_patches=16),
+    "mllama": _tower("mllama_vision_model", attention_heads=2, **_TILES),
+    "janus": _tower("janus_vision_model", mlp_ratio=1.25, projection_dim=48),
+    "ovis2": _tower("ovis2_vision", hidden_stride=2, **_TABLE),
     # These two stand for a timm tower: what they give has its shape.
-    "sam": _VISION
-    | {
-        "model_type": "sam_vision_model",
-        "mlp_dim": 40,
-        "output_channels": 32,
-        "window_size": 2,
-        "global_attn_indexes": [1],
-    },
-    "timm_like": _VISION | {"model_type": "clip_vision_model", "model_args": {"embed_dim": 32}},
-    "got_ocr2": _VISION
-    | {
-        "model_type": "got_ocr2_vision",
-        "mlp_dim": 40,
-        "output_channels": 24,
-        "window_size": 3,
-        "global_attn_indexes": [1],
-    },
-    "qwen2_vl": _QWEN_VISION
-    | {"model_type": "qwen2_vl_vision", "embed_dim": 40, "hidden_size": 48, "mlp_ratio": 3},
-    "qwen2_5_vl": _QWEN_VISION
-    | {"model_type": "qwen2_5_vl_vision", "window_size": 16, "fullatt_block_indexes": [1]},
-    "qwen3_vl": _QWEN_VISION
-    | {"model_type": "qwen3_vl_vision", "deepstack_visual_indexes": [0, 1]},
-    "qwen3_vl_moe": _QWEN_VISION
-    | {"model_type": "qwen3_vl_moe_vision", "deepstack_visual_indexes": [0, 1]},
-    "qwen3_5": _QWEN_VISION | {"model_type": "qwen3_5_vision"},
+    "sam": _sam_tower("sam_vision_model", output_channels=32, window_size=2),
+    "timm_like": _tower("clip_vision_model", model_args={"embed_dim": 32}),
+    "got_ocr2": _sam_tower("got_ocr2_vision", output_channels=24, window_size=3),
+    "qwen2_vl": _qwen_tower("qwen2_vl_vision", embed_dim=40, mlp_ratio=3) | {"hidden_size": 48},
+    "qwen2_5_vl": _qwen_tower("qwen2_5_vl_vision", **_WINDOWS),
+    "qwen3_vl": _qwen_tower("qwen3_vl_vision", deepstack_visual_indexes=[0, 1]),
+    "qwen3_vl_moe": _qwen_tower("qwen3_vl_moe_vision", deepstack_visual_indexes=[0, 1]),
+    "qwen3_5": _qwen_tower("qwen3_5_vision"),
 }
 
 
-def _rope(*sections):
-    """Sections of a head's channels by time, height and width."""
-    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)}
+def _rope(*sections, share=None):
+    """Sections of a head's channels by time, height and width; the share of them that is turned."""
+    turned = {} if share is None else {"partial_rotary_factor": share}
+    return {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sections)} | turned
 
 
-_TEXT = {
-    "hidden_size": 48,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 512,
-    "bos_token_id": WORDS.index("<s>"),
-    "eos_token_id": WORDS.index("</s>"),
-    "pad_token_id": WORDS.index("<pad>"),
-    "tie_word_embeddings": False,
-}
+def _decoder(model_type, **more):
+    sizes = {"hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    sizes |= {"max_position_embeddings": 512, "tie_word_embeddings": False}
+    tokens = {"bos_token_id": "<s>", "eos_token_id": "</s>", "pad_token_id": "<pad>"}
+    ids = {name: WORDS.index(word) for name, word in tokens.items()}
+    return {"model_type": model_type, **sizes, **ids, **more}
+
+
+_LAYERS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+_TIED = {"tie_word_embeddings": True}
+_MIXED = {"num_experts": 6, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 12}
+_LINEAR |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_EXPERTS = {"interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "num_local_experts": 4}
 DECODERS = {
-    "llama": _TEXT | {"model_type": "llama"},
-    "mistral": _TEXT | {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
-    "qwen2": _TEXT | {"model_type": "qwen2"},
-    "qwen3": _TEXT | {"model_type": "qwen3", "head_dim": 16},
-    "gemma": _TEXT | {"model_type": "gemma", "head_dim": 16, "tie_word_embeddings": True},
-    "gemma2": _TEXT | {"model_type": "gemma2", "head_dim": 16, "tie_word_embeddings": True},
-    "gemma3": _TEXT
-    | {
-        "model_type": "gemma3_text",
-        "head_dim": 16,
-        "tie_word_embeddings": True,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "cohere2": _TEXT
-    | {
-        "model_type": "cohere2",
-        "tie_word_embeddings": True,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "phi3": _TEXT | {"model_type": "phi3"},
-    "phi": _TEXT | {"model_type": "phi"},
+    "llama": _decoder("llama"),
+    "mistral": _decoder("mistral", head_dim=16, sliding_window=None),
+    "qwen2": _decoder("qwen2"),
+    "qwen3": _decoder("qwen3", head_dim=16),
+    "gemma": _decoder("gemma", head_dim=16, **_TIED),
+    "gemma2": _decoder("gemma2", head_dim=16, **_TIED),
+    "gemma3": _decoder("gemma3_text", head_dim=16, **_TIED, **_LAYERS),
+    "cohere2": _decoder("cohere2", **_TIED, **_LAYERS),
+    "phi3": _decoder("phi3"),
+    "phi": _decoder("phi"),
 }
 # Decoders of one family; positions of Qwen's have three dimensions.
 OWN_DECODERS = {
-    "llama4": _TEXT
-    | {
-        "model_type": "llama4_text",
-        "head_dim": 16,
-        "intermediate_size": 40,
-        "intermediate_size_mlp": 56,
-        "num_hidden_layers": 3,
-        "interleave_moe_layer_step": 2,
-        "no_rope_layer_interval": 2,
-        "num_local_experts": 4,
-    },
-    "exaone4": _TEXT
-    | {
-        "model_type": "exaone4",
-        "head_dim": 16,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "glm4v": _TEXT
-    | {
-        "model_type": "glm4v_text",
-        "rope_parameters": _rope(2, 2, 2) | {"partial_rotary_factor": 1.0},
-    },
-    "glm_ocr": _TEXT
-    | {
-        "model_type": "glm_ocr_text",
-        "head_dim": 16,
-        "rope_parameters": _rope(4, 2, 2) | {"partial_rotary_factor": 1.0},
-    },
-    "paddleocr_vl": _TEXT
-    | {"model_type": "paddleocr_vl_text", "head_dim": 16, "rope_parameters": _rope(4, 2, 2)},
-    "lfm2": _TEXT
-    | {
-        "model_type": "lfm2",
-        "block_auto_adjust_ff_dim": False,
-        "layer_types": ["conv", "full_attention"],
-        "tie_word_embeddings": True,
-    },
-    "mllama": _TEXT
-    | {
-        "model_type": "mllama_text_model",
-        "num_hidden_layers": 3,
-        "cross_attention_layers": [1],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    },
-    "qwen2_vl": _TEXT | {"model_type": "qwen2_vl_text", "rope_parameters": _rope(2, 2, 2)},
-    "qwen2_5_vl": _TEXT | {"model_type": "qwen2_5_vl_text", "rope_parameters": _rope(2, 2, 2)},
-    "qwen3_vl": _TEXT
-    | {
-        "model_type": "qwen3_vl_text",
-        "head_dim": 16,
-        "num_hidden_layers": 3,
-        "rope_parameters": _rope(4, 2, 2),
-    },
-    "qwen3_vl_moe": _TEXT
-    | {
-        "model_type": "qwen3_vl_moe_text",
-        "head_dim": 16,
-        "num_hidden_layers": 3,
-        "mlp_only_layers": [1],
-        "moe_intermediate_size": 40,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "rope_parameters": _rope(4, 2, 2),
-    },
-    "qwen3_5": _TEXT
-    | {
-        "model_type": "qwen3_5_text",
-        "head_dim": 32,
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 12,
-        "rope_parameters": _rope(2, 1, 1) | {"partial_rotary_factor": 0.25},
-    },
-}
+    "llama4": _decoder(
+        "llama4_text", head_dim=16, intermediate_size_mlp=56, num_hidden_layers=3, **_EXPERTS,
+        intermediate_size=40,
+    ),
+    "exaone4": _decoder("exaone4", head_dim=16, **_LAYERS),
+    "glm4v": _decoder("glm4v_text", rope_parameters=_rope(2, 2, 2, share=1.0)),
+    "glm_ocr": _decoder("glm_ocr_text", head_dim=16, rope_parameters=_rope(4, 2, 2, share=1.0)),
+    "paddleocr_vl": _decoder("paddleocr_vl_text", head_dim=16, rope_parameters=_rope(4, 2, 2)),
+    "lfm2": _decoder(
+        "lfm2", block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"], **_TIED
+    ),
+    "mllama": _decoder(
+        "mllama_text_model", num_hidden_layers=3, cross_attention_layers=[1],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "qwen2_vl": _decoder("qwen2_vl_text", rope_parameters=_rope(2, 2, 2)),
+    "qwen2_5_vl": _decoder("qwen2_5_vl_text", rope_parameters=_rope(2, 2, 2)),
+    "qwen3_vl": _decoder(
+        "qwen3_vl_text", head_dim=16, num_hidden_layers=3, rope_parameters=_rope(4, 2, 2)
+    ),
+    "qwen3_vl_moe": _decoder(
+        "qwen3_vl_moe_text", head_dim=16, num_hidden_layers=3, moe_intermediate_size=40, **_MIXED,
+        rope_parameters=_rope(4, 2, 2),
+    ),
+    "qwen3_5": _decoder(
+        "qwen3_5_text", head_dim=32, num_hidden_layers=3, **_LINEAR,
+        rope_parameters=_rope(2, 1, 1, share=0.25),
+    ),
+}  # fmt: skip
 _LAST = {"vision_feature_layer": -1}
-FAMILIES = {
-    "aya_vision": {"downsample_factor": 2, "alignment_intermediate_size": 56},
-    "cohere2_vision": _LAST | {"downsample_factor": 2, "alignment_intermediate_size": 56},
+_WIDE = {"downsample_factor": 2, "alignment_intermediate_size": 56}
+_DEFAULT = _LAST | {"vision_feature_select_strategy": "default"}
+_TEXT_SIZES = {"hidden_size": 48, "vocab_size": 128}
+_OF_THE_LAST_LAYER = (
+    "exaone4_5 fast_vlm glm46v glm4v glm_ocr got_ocr2 janus llama4 mllama paddleocr_vl qwen2_5_vl "
+    "qwen2_vl qwen3_5 qwen3_vl qwen3_vl_moe video_llama_3"
+)
+FAMILIES = dict.fromkeys(_OF_THE_LAST_LAYER.split(), _LAST) | {
+    "aya_vision": _WIDE,
+    "cohere2_vision": _LAST | _WIDE,
     "deepseek_vl": {},
     "deepseek_vl_hybrid": _LAST | {"high_res_vision_config": TOWERS["sam"]},
-    "exaone4_5": _LAST,
-    "fast_vlm": _LAST,
     "gemma3": _LAST | {"mm_tokens_per_image": 4},
-    "glm46v": _LAST,
-    "glm4v": _LAST,
-    "glm_ocr": _LAST,
-    "got_ocr2": _LAST,
     "idefics3": {"scale_factor": 2},
-    "internvl": _LAST | {"vision_feature_select_strategy": "default"},
-    "janus": _LAST,
+    "internvl": _DEFAULT,
     "lfm2_vl": _LAST | {"projector_hidden_size": 40},
     "lighton_ocr": _LAST | {"spatial_merge_size": 2},
-    "llama4": _LAST,
-    "mllama": _LAST,
     "mistral3": _LAST | {"spatial_merge_size": 2},
-    "ovis2": _LAST
-    | {
-        "hidden_size": 48,
-        "vocab_size": 128,
-        "visual_indicator_token_ids": [100, 101, 102, 103, 104],
-    },
-    "paddleocr_vl": _LAST,
+    "ovis2": _LAST | _TEXT_SIZES | {"visual_indicator_token_ids": [100, 101, 102, 103, 104]},
     "perception_lm": _LAST | {"projector_pooling_ratio": 2},
-    "paligemma": {"projection_dim": 48, "hidden_size": 48, "vocab_size": 128},
-    "qianfan_ocr": _LAST | {"vision_feature_select_strategy": "default"},
-    "qwen2_5_vl": _LAST,
-    "qwen2_vl": _LAST,
-    "qwen3_5": _LAST,
-    "qwen3_vl": _LAST,
-    "qwen3_vl_moe": _LAST,
+    "paligemma": _TEXT_SIZES | {"projection_dim": 48},
+    "qianfan_ocr": _DEFAULT,
     "smolvlm": {"scale_factor": 2},
     "llava": {"image_seq_length": 16},
     "llava_next": {"image_grid_pinpoints": GRID},
     "llava_next_video": {"image_grid_pinpoints": GRID},
-    "llava_onevision": {"image_grid_pinpoints": GRID, "vision_feature_layer": -1},
-    "video_llama_3": _LAST,
+    "llava_onevision": _LAST | {"image_grid_pinpoints": GRID},
     "video_llava": {"image_seq_length": 16, "video_seq_length": 136},
     # earlier versions of Transformers know it by its second name
     "vipllava": {name: [-2, -1, 1] for name in ("vision_feature_layer", "vision_feature_layers")},
 }
-
-
 # Families that merge patches: how many into one.
-_MERGED = {
-    "aya_vision": 4,
-    "cohere2_vision": 4,
-    "gemma3": 4,
-    "got_ocr2": 16,
-    "idefics3": 4,
-    "internvl": 4,
-    "llama4": 4,
-    "ovis2": 4,
-    "perception_lm": 4,
-    "qianfan_ocr": 4,
-    "smolvlm": 4,
-}
+_BY_FOUR = (
+    "aya_vision cohere2_vision gemma3 idefics3 internvl llama4 ovis2 perception_lm qianfan_ocr "
+    "smolvlm"
+)
+_MERGED = dict.fromkeys(_BY_FOUR.split(), 4) | {"got_ocr2": 16}
 _STACKED = ("idefics3", "perception_lm", "smolvlm")
 
 
@@ -530,10 +405,7 @@ def tiny_family_processor(family="llava", tower="clip"):
     if family == "llava_onevision":
         pixels = LlavaOnevisionImageProcessorPil(size=sizes, image_grid_pinpoints=GRID)
         return _OnevisionProcessor(image_processor=pixels, num_image_tokens=16, **common)
-    common |= {
-        "patch_size": PATCH_SIZE,
-        "num_additional_image_tokens": int(tower == "clip"),
-    }
+    common |= {"patch_size": PATCH_SIZE, "num_additional_image_tokens": int(tower == "clip")}
     size = {"size": {"shortest_edge": IMAGE_SIZE}, "crop_size": sizes}
     if family in ("llava_next", "llava_next_video"):
         pixels = LlavaNextImageProcessorPil(**size, image_grid_pinpoints=GRID)

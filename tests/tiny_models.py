@@ -43,9 +43,8 @@ __all__ = [
 
 IMAGE_SIZE = 32
 PATCH_SIZE = 8
-IMAGE_TOKENS = (
-    IMAGE_SIZE // PATCH_SIZE
-) ** 2  # one placeholder per patch; the class token is dropped ("default" feature selection)
+# one placeholder per patch; the class token is dropped ("default" feature selection)
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")

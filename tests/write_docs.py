@@ -186,13 +186,7 @@ def models_page() -> str:
         "those of\n  the modules. Loaded again it answers the same, bit for bit.\n"
         "- *Cache*: text generated with a key-value cache is the text without one. Models that "
         "read\n  prompts both ways cannot be compared so.",
-        "\n".join(
-            [
-                "| `model_type` | projector | left out |",
-                "|---|---|---|",
-                *rows,
-            ]
-        ),
+        "\n".join(["| `model_type` | projector | left out |", "|---|---|---|", *rows]),
         "These linear modules are quantized. Modules between two dots read one input: a *site*.",
         "\n".join(["| layers | sites | limits |", "|---|---|---|", *layers]),
         "A path of experts stands for one linear module an expert. Together they are one site: each "

@@ -80,9 +80,6 @@ def measure_kernels(
         group_size: inputs per weight scale of the quantized contenders.
         cache_bytes: of weights that the caches cannot hold.
         advance: called after every number of tokens.
-
-    Returns:
-        Rows by number of tokens, PyTorch's first.
     """
     contenders = _contenders(out_features, in_features, group_size, cache_bytes)
     reading, rows = Reading(), []

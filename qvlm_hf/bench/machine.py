@@ -72,9 +72,7 @@ class Clock:
 def measure_limits(device: torch.device, *, size: int | None = None) -> Limits:
     """Measures the limits of `device`; seconds on a CPU.
 
-    Args:
-        device: CPU or CUDA.
-        size: side of the matrices; default: 2048 on a CPU, 8192 on a GPU.
+    `size` is the side of the matrices: 2048 on a CPU, 8192 on a GPU.
     """
     side = size or (8192 if device.type == "cuda" else 2048)
     clock, operations = Clock(device), {}

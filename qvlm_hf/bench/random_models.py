@@ -97,9 +97,6 @@ def random_tensors(model: nn.Module, device: torch.device) -> Iterator[tuple[str
 def picture_tokens(model: Any) -> int | None:
     """Counts the tokens that a picture of the configured size becomes.
 
-    Args:
-        model: on the meta device.
-
     Returns:
         None where pictures come in another form than [pictures, 3, side, side].
     """

@@ -1,7 +1,7 @@
 """A backward pass through a model: no gradients of weights, and little that is kept for it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from qvlm_hf.calibration.layers import hidden_states, live_layers
 from qvlm_hf.models.graph import Segment
 
-__all__ = ["frozen", "observe_outputs", "recomputed"]
+__all__ = ["frozen", "observe_outputs", "recomputed", "running"]
 
 
 @contextmanager
@@ -55,16 +55,21 @@ def observe_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
 
 
 @contextmanager
-def recomputed(segments: Iterable[Segment]) -> Iterator[None]:
-    """Live layers keep their inputs alone for the backward pass and run again in it."""
-    modules = [layer.module for segment in segments for layer in live_layers(segment)]
-    own = [vars(module).get("forward") for module in modules]  # Accelerate's hooks set one
+def running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, the modules run these functions; afterwards what they ran before."""
+    own = {module: vars(module).get("forward") for module in forwards}  # Accelerate's hooks set one
     try:
-        for module in modules:
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+        for module, forward in forwards.items():
+            module.forward = forward
         yield
     finally:
-        for module, forward in zip(modules, own, strict=True):
+        for module, before in own.items():
             del module.forward
-            if forward is not None:
-                module.forward = forward
+            if before is not None:
+                module.forward = before
+
+
+def recomputed(segments: Iterable[Segment]) -> AbstractContextManager[None]:
+    """Inside, live layers keep their inputs alone for the backward pass and run again in it."""
+    modules = [layer.module for segment in segments for layer in live_layers(segment)]
+    return running({m: partial(checkpoint, m.forward, use_reentrant=False) for m in modules})

@@ -104,10 +104,7 @@ def live_layers(segment: Segment) -> list[Layer]:
 def run_model(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
     """The model's output for a batch, on the model's device and without a cache.
 
-    Args:
-        model: of a known family.
-        batch: its inputs.
-        logits: whether all are needed; else the head, the widest layer, runs on one token only.
+    Without `logits` the head, the widest layer, runs on one token only.
     """
     inputs = model_inputs(model, batch)
     if not logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -128,13 +125,8 @@ def capture_inputs(
 ) -> dict[str, list[LayerInput]]:
     """Runs the model on every batch until the last layer of `segments` and records what enters.
 
-    Args:
-        model: in eval mode; nothing of it is changed.
-        batches: a batch without a picture does not reach the vision encoder.
-        segments: the one that runs last comes last.
-
-    Returns:
-        Segment name -> per batch that reached it.
+    The segment that runs last comes last. A batch without a picture does not reach the vision
+    encoder.
 
     Raises:
         ValueError: hidden states that enter a segment are not finite.
@@ -254,13 +246,7 @@ def working_precision(layers: Iterable[Layer], inputs: Sequence[LayerInput]) -> 
 def run_layer(
     layer: nn.Module, inputs: Sequence[LayerInput], hidden: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Moves hidden states, per batch [B, T, H], through one layer in the compute dtype.
-
-    Args:
-        layer: of a segment.
-        inputs: of the segment; they know the layer's other arguments.
-        hidden: what left the layer before.
-    """
+    """Moves hidden states, per batch [B, T, H], through one layer in the compute dtype."""
     outputs = []
     for entry, h in zip(inputs, hidden, strict=True):
         call = entry.calls.get(layer, _LayerCall(entry.args, entry.kwargs, None))

@@ -13,7 +13,7 @@ from typing import Any
 from qvlm_hf.calibration.values import to_plain
 
 __all__ = [
-    "WITHOUT_DATA",
+    "SWITCHED_OFF",
     "Flag",
     "Options",
     "Rule",
@@ -160,8 +160,8 @@ class VisionOptimization:
             ) from error
 
 
-# What rounding without data leaves of them.
-WITHOUT_DATA: Mapping[str, Any] = {
+# What plain rounding does without, and the paper too.
+SWITCHED_OFF: Mapping[str, Any] = {
     "recipe": "fixed",
     "weight_rounding": "nearest",
     "equalization": False,
@@ -341,10 +341,6 @@ class Options:
 
 def check_fields(options: Any, where: str = "") -> None:
     """Makes plain values of all fields.
-
-    Args:
-        options: an instance of a dataclass whose fields are made by `option`.
-        where: put before the name of a field in messages.
 
     Raises:
         ValueError: a value breaks its rule.

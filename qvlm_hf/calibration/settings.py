@@ -146,13 +146,7 @@ class CalibrationSettings(Options):
     def module_scheme(
         self, granularity: str, hadamard: int | None = None, precision: Precision | None = None
     ) -> QuantScheme:
-        """The scheme of a module.
-
-        Args:
-            granularity: of its input.
-            hadamard: block size of its input's transform, or None.
-            precision: bits that differ from the settings'.
-        """
+        """The scheme of a module; `hadamard` is the block of its input's transform."""
         precision = precision or self.precision
         return QuantScheme(
             weight_bits=precision.weight_bits,
@@ -176,9 +170,6 @@ class CalibrationSettings(Options):
 
         Measured (docs/results.md): rotated inputs with per-token ranges are best at 8 bits. At 6
         bits and below, per-channel ranges without rotation are.
-
-        Args:
-            rotatable: whether the model's residual stream can be rotated.
         """
         if self.rotation != "auto":
             return (self.rotation,)

@@ -98,12 +98,6 @@ def shown(value: object) -> str:
 def whole_number(name: str, value: object, least: int, remedy: str = "") -> int:
     """An integer of Python, NumPy or PyTorch as a plain one.
 
-    Args:
-        name: of the option, for the message.
-        value: what was given for it.
-        least: the smallest that it may be.
-        remedy: what may be given instead, for the message.
-
     Raises:
         ValueError: it is no integer (True and 2.0 are none), or too small.
     """

@@ -16,12 +16,7 @@ from qvlm_hf.models.by_structure import Structure, read_structure
 from qvlm_hf.models.families import check_row, has_row
 from qvlm_hf.models.graph import Segment, full_precision_modules, output_head
 
-__all__ = [
-    "by_structure",
-    "read_without_row",
-    "rounding_report",
-    "rounding_schemes",
-]
+__all__ = ["by_structure", "read_without_row", "rounding_report", "rounding_schemes"]
 
 
 def by_structure(model: nn.Module, settings: CalibrationSettings) -> bool:
@@ -58,13 +53,7 @@ def rounding_schemes(
 ) -> dict[str, QuantScheme]:
     """The scheme of every module that no search decides; its granularity is the component's first.
 
-    Args:
-        model: of a known family, on any device.
-        segments: of the model.
-        settings: bits, groups, granularity, output head.
-
-    Returns:
-        Canonical module name -> scheme, the output head first.
+    The output head comes first.
     """
     head = settings.head_scheme()
     schemes = {} if head is None else {output_head(model): head}
@@ -84,7 +73,7 @@ def rounding_report(
     settings: CalibrationSettings,
     structure: Structure | None = None,
 ) -> CalibrationReport:
-    """The report of a model that is rounded without data; arguments as of `rounding_schemes`."""
+    """The report of a model that is rounded without data to these schemes."""
     by_structure = {} if structure is None else {"by_structure": structure.run}
     report = CalibrationReport(
         settings=settings_dict(settings),

@@ -35,13 +35,10 @@ _PATHS = ("DIR", "F", "FILE", "MODEL")  # metavars of arguments that may be a pa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command. Returns its exit status.
 
     Args:
         argv: arguments without the program's name; default: those of the process.
-
-    Returns:
-        The exit status.
 
     Raises:
         SystemExit: wrong usage (2), --help and --version (0).

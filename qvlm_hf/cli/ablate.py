@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from qvlm_hf.calibration.options import SWITCHED_OFF
 from qvlm_hf.calibration.record.provenance import versions
 from qvlm_hf.calibration.samples import fingerprint, load_samples, longest_sample, without_too_long
 from qvlm_hf.cli.ablation_tables import check_ablation, read_ablation, write_ablation
@@ -29,25 +30,13 @@ from qvlm_hf.cli.loading import check_fits, load_model, load_processor, read_loa
 from qvlm_hf.errors import first_line
 from qvlm_hf.evaluation import check_answers, check_text, evaluate, evaluate_text, read_text
 from qvlm_hf.format.scheme import parse_scheme
-from qvlm_hf.hf.config import QVLMConfig
+from qvlm_hf.hf.config import PAPER, QVLMConfig
 from qvlm_hf.hub.saved import SavedModel
 
 __all__ = ["LINES", "add_arguments", "run"]
 
 _SCHEMES = ("W8A8", "W6A6", "W4A8", "W4A4", "W3A4")
-_BARE: dict[str, Any] = {
-    "recipe": "fixed",
-    "weight_rounding": "nearest",
-    "rotation": None,
-    "guard": False,
-    "token_importance": False,
-    "equalization": False,
-}
-_PAPER = _BARE | {
-    "activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"},
-    "margins": (),
-    "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
-}
+_BARE: dict[str, Any] = {**SWITCHED_OFF, "rotation": None}
 _ADDED: dict[str, dict[str, Any]] = {
     "dependency search": {},
     "+ VEO": {"optimize_vision": True},
@@ -66,7 +55,7 @@ def _lines() -> dict[str, dict[str, Any]]:
     for name, added in _ADDED.items():
         fields = fields | added
         lines[name] = fields
-    return {"RTN": {}, "paper": _PAPER, **lines, "fixed": {"recipe": "fixed"}, "auto": {}}
+    return {"RTN": {}, "paper": PAPER, **lines, "fixed": {"recipe": "fixed"}, "auto": {}}
 
 
 LINES = _lines()
@@ -197,10 +186,7 @@ def _measure(cell: dict[str, Any], threads: int) -> dict[str, Any]:
         "peak_mib": round(peak / (1024 if sys.platform == "linux" else 1024**2)),
     }
     if (compared := found.comparison) is not None:
-        figures |= {
-            "full_accuracy": compared.reference_accuracy.value,
-            "answer_kl": compared.kl,
-        }
+        figures |= {"full_accuracy": compared.reference_accuracy.value, "answer_kl": compared.kl}
     if cell["text"] is not None:
         text = evaluate_text(
             model, read_text(cell["text"], processor.tokenizer, model), reference=full

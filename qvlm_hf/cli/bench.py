@@ -15,12 +15,7 @@ from qvlm_hf.bench.machine import device_name
 from qvlm_hf.bench.shapes import SHAPES
 from qvlm_hf.cli.bench_models import Peer, bench_models
 from qvlm_hf.cli.bench_tables import kernel_table
-from qvlm_hf.cli.results import (
-    benchmark_entry,
-    check_result_file,
-    shown_command,
-    write_result_file,
-)
+from qvlm_hf.cli.results import benchmark_entry, check_result_file, shown_command, write_result_file
 from qvlm_hf.cli.wording import command_arguments, shown_name
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hub.card import CARD_NAME

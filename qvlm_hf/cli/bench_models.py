@@ -80,10 +80,6 @@ class _Subject:
 def bench_models(options: argparse.Namespace, peers: Sequence[Peer] = ()) -> dict[str, Any]:
     """Measures, prints and returns the result as JSON has it.
 
-    Args:
-        options: of `qvlm bench`.
-        peers: to measure too.
-
     Raises:
         ValueError: a value makes no sense, there is no such device, or the baseline failed.
     """

@@ -115,9 +115,7 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
 def make_config(options: argparse.Namespace, **search: Any) -> QVLMConfig:
     """The configuration that the options ask for.
 
-    Args:
-        options: of `add_scheme_arguments`, and of any other fields.
-        **search: fields besides that only the search uses; plain rounding does without them.
+    `search` are fields that only the search uses; plain rounding does without them.
 
     Raises:
         ValueError: a field breaks a rule, or asks plain rounding for static ranges.

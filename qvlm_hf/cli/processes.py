@@ -24,9 +24,6 @@ _PATIENCE = timedelta(hours=6)  # with a process that is busy; of one that ended
 def joined(*, debug: bool) -> Iterator[dict[str, Any]]:
     """Joins the processes of a launcher, if there is one, until all of them leave the context.
 
-    Args:
-        debug: whether an error shows its traceback in every process.
-
     Yields:
         Options for `from_pretrained`: each process has a GPU of its own, where there are any.
 

@@ -9,11 +9,7 @@ from huggingface_hub import HfApi
 
 from qvlm_hf.bench.shapes import SHAPES
 from qvlm_hf.calibration.process.ranks import is_main
-from qvlm_hf.calibration.record.resume import (
-    check_resume_dir,
-    remove_state,
-    telling_how_to_go_on,
-)
+from qvlm_hf.calibration.record.resume import check_resume_dir, remove_state, telling_how_to_go_on
 from qvlm_hf.cli.dry_run import check_room, dry_run
 from qvlm_hf.cli.loading import (
     add_field_arguments,

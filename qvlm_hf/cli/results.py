@@ -87,16 +87,7 @@ def evaluation_entry(
     reference: str | None,
     command: str,
 ) -> dict[str, Any]:
-    """The section "evaluation" of qvlm_report.json, without paths.
-
-    Args:
-        result: of the model, compared with full precision if that was measured.
-        dataset: as the user gave it.
-        seed: of the choice of questions.
-        batch_size: questions per forward pass.
-        reference: directory or Hub id of the full-precision model, or None.
-        command: that repeats it.
-    """
+    """The section "evaluation" of qvlm_report.json, without paths."""
     found = result.to_dict()
     return {
         "dataset": dataset_name(dataset),
@@ -127,10 +118,7 @@ def benchmark_entry(result: Mapping[str, Any], *, command: str) -> dict[str, Any
 def shown_command(command: str, directory: str | Path, **options: Any) -> str:
     """A command line that means the same elsewhere: names instead of paths.
 
-    Args:
-        command: of qvlm.
-        directory: of the quantized model.
-        **options: name -> value; None and False are left out, True is a flag.
+    Options of None and False are left out, True is a flag.
     """
     words = ["qvlm", command, _model_label(directory)]
     labels = {"dataset": dataset_name, "against": _model_label}

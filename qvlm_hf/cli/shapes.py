@@ -57,12 +57,6 @@ def plan(
 ) -> Plan:
     """Plans a scheme for a model on the meta device.
 
-    Args:
-        model: on the meta device.
-        scheme: as "W4A4".
-        group_size: inputs per weight scale; None is the default.
-        lm_head_bits: of the output head; None leaves it.
-
     Raises:
         ValueError: the scheme is unknown, or the model lacks a part that its row names.
     """

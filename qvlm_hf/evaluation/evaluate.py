@@ -148,9 +148,6 @@ def evaluate(
         keep_logits: keep the logits at answer positions, for comparing other models later.
         progress: called with (questions done, questions in all) after every batch.
 
-    Returns:
-        Answers in input order.
-
     Raises:
         ValueError: for no samples, a sample without an answer, a reference that belongs to other
             samples or kept no logits, logits that are not numbers, a sample that the model has no

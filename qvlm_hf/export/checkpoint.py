@@ -8,7 +8,6 @@ the ones that vLLM reads (`language_model.model...`, `vision_tower.vision_model.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,7 +28,7 @@ from qvlm_hf.export.compressed_tensors import (
     stored_as,
     with_one_group_size,
 )
-from qvlm_hf.format.files import TensorHeader
+from qvlm_hf.format.files import TensorHeader, write_json
 from qvlm_hf.hf.checkpoint import check_complete, check_values, empty_modules, read_headers
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.saving import REPORT_NAME, check_output, written_whole
@@ -113,9 +112,7 @@ def export(
     config["quantization_config"] = quantization_config(modules, full_precision)
     with written_whole(target) as partial:
         save_torch_state_dict(dict(_tensors(plan)), partial, max_shard_size=max_shard_size)
-        (partial / "config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        write_json(partial / "config.json", config)
         for pattern in FILES:  # of the processor; notes and keys that lie there stay behind
             for file in sorted(source.glob(pattern)):
                 name = file.relative_to(source)

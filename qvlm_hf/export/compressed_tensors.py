@@ -60,11 +60,7 @@ def stored_as(
 ) -> Stored:
     """How a module is stored.
 
-    Args:
-        name: of the module, for messages.
-        scheme: as quantized.
-        in_features: of the module.
-        has_input_scale: whether a module of granularity "none" divides its input by a stored scale.
+    `has_input_scale`: whether one of granularity "none" divides its input by a stored scale.
 
     Raises:
         ValueError: no consumer of the format runs the scheme; says which setting one does.
@@ -122,10 +118,6 @@ def with_one_group_size(
     """Cuts asymmetric modules into groups of one size.
 
     Transformers unpacks zero points with the settings of the first config group.
-
-    Args:
-        stored: module name -> how it is stored.
-        in_features: the same keys.
 
     Raises:
         ValueError: modules have other differences, so that one config group cannot hold them all.
@@ -199,10 +191,6 @@ def _widened(packed: Tensor, scheme: QuantScheme, bits: int, in_features: int) -
 
 def quantization_config(modules: Mapping[str, Stored], full_precision: list[str]) -> dict[str, Any]:
     """`quantization_config` of config.json.
-
-    Args:
-        modules: canonical module name -> how it is stored.
-        full_precision: canonical names of the linear modules that are not quantized.
 
     Returns:
         One config group per kind of module. The largest targets every linear module, so that the

@@ -66,13 +66,12 @@ def check_for_vllm(
 ) -> list[Finding]:
     """Checks an exported model against `RULES`, without reading a weight.
 
+    Fatal findings come first.
+
     Args:
         directory: what `export` wrote, or another LLaVA in compressed-tensors' format.
         device: "cuda" or "cpu".
         tensor_parallel: devices that share the model.
-
-    Returns:
-        What breaks a rule, fatal findings first.
 
     Raises:
         ValueError: the directory holds no exported model, or an argument is wrong.

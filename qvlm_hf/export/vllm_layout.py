@@ -89,13 +89,7 @@ def read_quantization(model: SavedModel) -> Mapping[str, Any]:
 def read_layout(model: Any, saved: Mapping[str, Any], devices: int) -> tuple[list[Linear], Wanted]:
     """Reads a model on the meta device.
 
-    Args:
-        model: as Transformers builds it.
-        saved: from `read_quantization`.
-        devices: that share the model.
-
-    Returns:
-        The linear modules, and every tensor that vLLM has room for.
+    That is its linear modules, and every tensor that vLLM has room for.
     """
     nested = has_nested_vision(model.config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -23,6 +23,7 @@ __all__ = [
     "read_index",
     "tensor_headers",
     "weight_files",
+    "write_json",
 ]
 
 SINGLE_NAME = "model.safetensors"
@@ -128,6 +129,13 @@ def check_readable(files: Iterable[str | Path]) -> None:
     for file in map(Path, files):
         if file.suffix == ".safetensors":
             tensor_headers(file)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file as all of ours are written, all or nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def tensor_headers(file: str | Path) -> list[TensorHeader]:

@@ -14,11 +14,7 @@ TABLE = "transformers.quantizers.auto"
 
 
 def find(finder):
-    """The spec of `TABLE` as other finders have it, with a loader that calls `teach` at the end.
-
-    Args:
-        finder: the class in sys.meta_path that was asked for it.
-    """
+    """The spec of `TABLE` as other finders have it, with a loader that calls `teach` at the end."""
     from importlib.util import find_spec
 
     finder.asking = True  # the others are asked through sys.meta_path, where it stands as well

@@ -78,14 +78,7 @@ def calibrate(
 ) -> tuple[CalibrationReport, list[Sample]]:
     """Quantizes a loaded model in place, with data or without.
 
-    Args:
-        model: in full precision.
-        config: of the result.
-        samples: from `read_samples`.
-        expected: seconds by step, for the progress bar; None where nobody counted.
-
-    Returns:
-        The report, and the samples that the model has positions for.
+    Returns the report, and the samples that the model has positions for.
     """
     if config.dataset is None:
         return quantize_without_data(model, config.settings()), []

@@ -46,10 +46,6 @@ _MAX_POSITIONS = 2**20  # a vision encoder sees 577 positions; a million is no p
 def check_files(files: Sequence[str] | None, root: str) -> None:
     """Checks where the weights come from.
 
-    Args:
-        files: as Transformers resolved them.
-        root: the directory (or Hub id) that was asked for.
-
     Raises:
         ValueError: there is no file, a format other than safetensors, or a shard outside `root`.
     """
@@ -76,9 +72,7 @@ def check_files(files: Sequence[str] | None, root: str) -> None:
 def read_headers(model: PreTrainedModel, files: Sequence[str | Path]) -> dict[str, TensorHeader]:
     """Reads the headers, no weights, under the names that the tensors have in `model`.
 
-    Args:
-        model: before any module is replaced; its own conversion rules rename the keys.
-        files: safetensors files.
+    The conversion rules of `model`, of which no module is replaced yet, rename the keys.
 
     Raises:
         ValueError: a file cannot be read, or two files hold the same tensor.
@@ -100,13 +94,7 @@ def empty_modules(
 ) -> dict[str, QVLMLinear]:
     """Makes the quantized modules that config.json lists, to be filled from files that fit them.
 
-    Args:
-        model: before any module is replaced.
-        modules: canonical name -> scheme, from config.json.
-        headers: from `read_headers`.
-
-    Returns:
-        Name in `model` -> the module that replaces it, on the meta device.
+    They lie on the meta device, by their names in `model`.
 
     Raises:
         ValueError: the files are of a full-precision model; config.json, the model's linear modules
@@ -248,11 +236,6 @@ def check_loaded(model: nn.Module) -> None:
 
 def check_values(name: str, tensors: Mapping[str, Tensor], scheme: QuantScheme | None) -> None:
     """Checks the tensors of one module; integer kernels would turn NaN into a number.
-
-    Args:
-        name: of the module, for the message.
-        tensors: by their names in the module.
-        scheme: of a quantized module; None for any other.
 
     Raises:
         ValueError: a scale is not finite and positive, a zero point is outside its grid, or any

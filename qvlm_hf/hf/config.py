@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qvlm_hf.calibration.options import WITHOUT_DATA, Flag, Options, VisionOptimization, option
+from qvlm_hf.calibration.options import SWITCHED_OFF, Flag, Options, VisionOptimization, option
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.calibration.values import shown, to_plain
 from qvlm_hf.format.scheme import QuantScheme, parse_scheme
@@ -32,8 +32,16 @@ from qvlm_hf.hf.checked_fields import (
 )
 from qvlm_hf.hf.registry import QUANT_METHOD, config_class
 
-__all__ = ["FORMAT_VERSION", "QVLMConfig"]
+__all__ = ["FORMAT_VERSION", "PAPER", "QVLMConfig"]
 
+# The fields of `QVLMConfig.paper` but its visual encoder optimisation.
+PAPER: dict[str, Any] = {
+    **SWITCHED_OFF,
+    "rotation": None,
+    "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
+    "margins": (),
+    "activation_granularity": {"vision": "token", "projector": "channel", "language": "channel"},
+}
 _SHARED = ("dataset", "processor", "callbacks")
 _OPTIONS = tuple(each.name for each in fields(Options))
 
@@ -182,22 +190,7 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         Raises:
             ValueError: as `QVLMConfig`.
         """
-        chosen: dict[str, Any] = {
-            "recipe": "fixed",
-            "percentiles": (1.0, 0.995, 0.99, 0.985, 0.98),
-            "margins": (),
-            "activation_granularity": {
-                "vision": "token",
-                "projector": "channel",
-                "language": "channel",
-            },
-            "weight_rounding": "nearest",
-            "rotation": None,
-            "equalization": False,
-            "token_importance": False,
-            "guard": False,
-            "optimize_vision": True,
-        }
+        chosen = PAPER | {"optimize_vision": True}
         if parse_scheme(scheme)[1] == 16:  # nothing of an input is quantized
             chosen["activation_granularity"] = None
         return cls(scheme=scheme, **(chosen | overrides))
@@ -296,19 +289,13 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         Raises:
             ValueError: something was asked for that needs data.
         """
-        needing = {
-            "optimize_vision": self.optimize_vision is not None,
-            "precision_budget": self.precision_budget is not None,
-            "resume_dir": self.resume_dir is not None,
-            "scratch_dir": self.scratch_dir is not None,
-        }
-        for name, asked in needing.items():
-            if asked:
+        for name in ("optimize_vision", "precision_budget", "resume_dir", "scratch_dir"):
+            if getattr(self, name) is not None:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs calibration data: give dataset= too, or "
                     f"leave it out."
                 )
-        self.update(**WITHOUT_DATA)
+        self.update(**SWITCHED_OFF)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form that config.json holds: only the fields that belong there.

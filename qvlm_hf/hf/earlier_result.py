@@ -13,10 +13,6 @@ PARTIAL, OLD = ".qvlm-partial-", ".qvlm-old-"
 def check_replaceable(folder: Path, shown: object) -> None:
     """Checks that a directory holds an earlier result of ours, as we wrote it, and nothing besides.
 
-    Args:
-        folder: existing.
-        shown: how messages call it.
-
     Raises:
         ValueError: it holds no such result, or something else too.
         OSError: it cannot be read.

@@ -64,9 +64,7 @@ def split_saved_experts(model: PreTrainedModel, modules: Iterable[str]) -> None:
 def without_rules_for_experts(rules: Sequence[Any], model: PreTrainedModel) -> list[Any]:
     """Transformers' conversion rules without those that would make one parameter of split experts.
 
-    Args:
-        rules: WeightRenaming and WeightConverter.
-        model: nothing is left out for one without split experts.
+    Nothing is left out for a model without any.
     """
     if not has_split_experts(model):
         return list(rules)

@@ -17,12 +17,6 @@ _ON_CPU = {"cpu", "disk"}
 def mapped_device_map(device_map: Any) -> Any:
     """Puts on the CPU, where files are mapped, what a device map spreads over CPU and disk.
 
-    Args:
-        device_map: of `from_pretrained`.
-
-    Returns:
-        The same where it names another device.
-
     Raises:
         ValueError: it names the disk and another device than the CPU.
     """
@@ -43,9 +37,6 @@ def map_weights(model: Any) -> None:
     """Gives a model its offloaded weights, mapped from their files, and takes the hooks off.
 
     Does nothing to a model that has none, or that runs on another device than the CPU.
-
-    Args:
-        model: a module, dispatched by accelerate.
     """
     from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
     from accelerate.utils import set_module_tensor_to_device

@@ -24,9 +24,7 @@ __all__ = ["origin"]
 def origin(model: PreTrainedModel, files: Sequence[str] = ()) -> dict[str, str]:
     """What provenance says of the full-precision model.
 
-    Args:
-        model: with the name that it was loaded by, if it was loaded.
-        files: its weights, as Transformers resolved them; empty for a model that was in memory.
+    `files` are its weights, as Transformers resolved them; empty for a model that was in memory.
 
     Returns:
         `base_model` and, where the files tell it, `base_model_revision`; or `base_directory`; or

@@ -109,16 +109,7 @@ def preflight(
     """`expect`, told on standard error where it is not over at once, and checked.
 
     Callbacks in the configuration take the place of what is told, as of the progress bar. Where
-    layers are spread over several devices, their memory is not checked.
-
-    Args:
-        model: on the meta device.
-        config: of the run.
-        samples: from `read_samples`.
-        device_map: that the model will be loaded with.
-
-    Returns:
-        Seconds by step.
+    layers are spread over several devices, their memory is not checked. Returns seconds by step.
 
     Raises:
         ValueError: memory, or the disk of `resume_dir` or `scratch_dir`, is too small; or as
@@ -158,12 +149,8 @@ def expect(
 ) -> Expected:
     """What quantizing a model takes.
 
-    Args:
-        model: on the meta device, its dtype that of the run.
-        config: of the run, its processor for `samples`.
-        samples: from `read_samples`; None: a picture of the configured size and some text are
-            assumed where samples are needed.
-        device: that the model will lie on, whose rates are measured.
+    Without samples a picture of the configured size and some text are assumed where they are
+    needed.
 
     Raises:
         ValueError: as `resolve_segments`, a sample is wrong, or `precision_budget` too small.
@@ -280,12 +267,7 @@ def _remedy(expected: Expected) -> str:
 
 
 def check_disk(size: float, folder: str, what: str) -> None:
-    """Checks that a disk has room.
-
-    Args:
-        size: bytes.
-        folder: that will be written to; need not exist.
-        what: will be written, for the message.
+    """Checks that the disk of a folder, which need not exist, has room for so many bytes.
 
     Raises:
         ValueError: it has not.

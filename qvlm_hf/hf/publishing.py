@@ -235,11 +235,7 @@ def _report(model: Any) -> CalibrationReport | None:
 
 
 def _difference(folder: Path, model: Any, processor: Any) -> str | None:
-    """Loads a saved model and compares its logits, bit by bit, with those of the one in memory.
-
-    Returns:
-        What differs, or None.
-    """
+    """Loads a saved model and compares its logits, bit by bit, with those of the one in memory."""
     inputs = probe_inputs(processor)
     again = probe_inputs(AutoProcessor.from_pretrained(folder, local_files_only=True))
     same = inputs.keys() == again.keys()

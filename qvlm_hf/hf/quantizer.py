@@ -46,11 +46,7 @@ from qvlm_hf.hf.origin import origin
 from qvlm_hf.hf.preflight import preflight
 from qvlm_hf.hf.processor_fit import check_processor_fits, pictured
 from qvlm_hf.hf.registry import quantizer_class
-from qvlm_hf.hf.round_on_load import (
-    RoundOnLoad,
-    planned_report,
-    rounding_skeleton,
-)
+from qvlm_hf.hf.round_on_load import RoundOnLoad, planned_report, rounding_skeleton
 from qvlm_hf.hf.runtime.compiling import compile_as_transformers_does, round_as_eager
 from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.hf.runtime.refusals import add_refusals, remove_refusals

@@ -28,11 +28,7 @@ from qvlm_hf.nn.replace import replace_modules
 if TYPE_CHECKING:  # transformers' modeling code takes a second to import
     from transformers import PreTrainedModel
 
-__all__ = [
-    "RoundOnLoad",
-    "planned_report",
-    "rounding_skeleton",
-]
+__all__ = ["RoundOnLoad", "planned_report", "rounding_skeleton"]
 
 
 class RoundOnLoad(ConversionOps):

@@ -29,13 +29,7 @@ _TEXT, _PATCHES = 128, 1024  # assumed of a sample: tokens besides the picture, 
 def count_data(
     model: PreTrainedModel, config: QVLMConfig, samples: Sequence[Sample] | None
 ) -> Data:
-    """Counts the tokens of a few rendered samples, or assumes a picture and some text.
-
-    Args:
-        model: on the meta device.
-        config: of the run, its processor for `samples`.
-        samples: None: a picture of the configured size is assumed.
-    """
+    """Counts the tokens of a few rendered samples, or assumes a picture and some text."""
     if samples is None:
         count, answers = config.num_samples, 8.0
         picture = usual_picture(model.config)
@@ -86,7 +80,4 @@ def _picture_tokens(
     with suppress(ValueError):  # a usual picture need not be one that the model takes
         features = features or count_features(model, inputs)
     features = features or pictures * patches / getattr(vision, "spatial_merge_size", 1) ** 2
-    return {
-        "vision": (pictures * patches, patches),
-        "projector": (features, features / pictures),
-    }
+    return {"vision": (pictures * patches, patches), "projector": (features, features / pictures)}

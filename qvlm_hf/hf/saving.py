@@ -19,7 +19,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from qvlm_hf.calibration.record.report import CalibrationReport
-from qvlm_hf.format.files import INDEX_NAME
+from qvlm_hf.format.files import INDEX_NAME, write_json
 from qvlm_hf.hf.earlier_result import OLD, PARTIAL, check_replaceable
 from qvlm_hf.hub.card import write_card
 from qvlm_hf.hub.file_list import list_files, written_entries
@@ -78,9 +78,7 @@ def save_quantized(
             _forget_configuration(processor)
             processor.save_pretrained(partial)
         if report is not None:
-            (partial / REPORT_NAME).write_text(
-                json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            )
+            write_json(partial / REPORT_NAME, report.to_dict())
         write_card(partial, name=target.name)
     return target
 
@@ -95,9 +93,6 @@ def written_whole(target: Path) -> Iterator[Path]:
     machine that stops in between leaves no model that loads and is neither; both are whole, in
     `.qvlm-old-...` and in `.qvlm-partial-...` with what was moved up. The old one is deleted when
     everything new is on the disk.
-
-    Args:
-        target: from `check_output`.
 
     Raises:
         OSError: writing failed, for example on a full disk; `target` is as it was. If only the move
@@ -141,10 +136,8 @@ def written_whole(target: Path) -> Iterator[Path]:
 def check_output(output: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """Checks that a directory can be written and holds nothing that would be lost.
 
-    The check makes the directory and a file of a long name in it, and removes them again.
-
-    Returns:
-        Its real path.
+    The check makes the directory and a file of a long name in it, and removes them again. Returns
+    its real path.
 
     Raises:
         ValueError: it is a file or cannot be written; it holds something and `overwrite` is False;
@@ -218,7 +211,7 @@ def _correct_index(folder: Path, parameters: int) -> None:
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))
         content["metadata"]["total_parameters"] = parameters
-        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(index, content)
 
 
 def _sort_metadata(file: Path) -> None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from qvlm_hf.format.files import read_header
+from qvlm_hf.format.files import read_header, write_json
 
 __all__ = ["FILE_LIST", "list_files", "relist_files", "written_entries"]
 
@@ -20,7 +20,9 @@ _END = 2**20  # bytes of weights that are read
 def list_files(folder: Path) -> None:
     """Writes the list of all files of a directory."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE_LIST)
-    _write(folder, {path.relative_to(folder).as_posix(): _digest(path) for path in files})
+    write_json(
+        folder / FILE_LIST, {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    )
 
 
 def relist_files(folder: Path, names: Iterable[str]) -> None:
@@ -30,14 +32,13 @@ def relist_files(folder: Path, names: Iterable[str]) -> None:
             listed.pop(name, None)
             if (folder / name).is_file():
                 listed[name] = _digest(folder / name)
-        _write(folder, listed)
+        write_json(folder / FILE_LIST, listed)
 
 
 def written_entries(folder: Path) -> list[Path] | None:
     """Finds the files and folders in a directory that are as we wrote them, and the list itself.
 
-    Returns:
-        In order of their names; None if we wrote nothing there.
+    In order of their names; None if we wrote nothing there.
     """
     listed = _read(folder)
     if listed is None:
@@ -77,9 +78,3 @@ def _read(folder: Path) -> dict[str, str] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return listed if isinstance(listed, dict) else None
-
-
-def _write(folder: Path, listed: dict[str, str]) -> None:
-    partial = folder / f".{FILE_LIST}.partial"
-    partial.write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(folder / FILE_LIST)

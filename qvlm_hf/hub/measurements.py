@@ -1,11 +1,11 @@
 """Adds a later measurement to a saved directory: to its report, and from there to its card."""
 
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qvlm_hf.format.files import write_json
 from qvlm_hf.hub.card import write_card
 from qvlm_hf.hub.file_list import relist_files
 from qvlm_hf.hub.saved import REPORT_NAME, SavedModel
@@ -48,10 +48,6 @@ def record_measurement(
     report = replace(
         report, evaluation=evaluation or report.evaluation, benchmark=benchmark or report.benchmark
     )
-    partial = folder / f".{REPORT_NAME}.partial"
-    partial.write_text(
-        json.dumps(report.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
-    partial.replace(folder / REPORT_NAME)  # all or nothing, as everything that is saved
+    write_json(folder / REPORT_NAME, report.to_dict())
     relist_files(folder, (REPORT_NAME,))
     write_card(folder)

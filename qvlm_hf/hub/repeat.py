@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qvlm_hf.calibration.options import WITHOUT_DATA, VisionOptimization
+from qvlm_hf.calibration.options import SWITCHED_OFF, VisionOptimization
 from qvlm_hf.calibration.record.report import CalibrationReport, settings_dict
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import parse_scheme
@@ -50,7 +50,7 @@ def _asked(report: CalibrationReport, scheme: str) -> dict[str, Any]:
     without_data: dict[str, Any] = {}
     if "dataset" not in report.provenance:  # as QVLMConfig.settle_without_data leaves them
         granularity = "dynamic_token" if _is_dynamic(report, scheme) else None
-        without_data = {"activation_granularity": granularity, **WITHOUT_DATA}
+        without_data = {"activation_granularity": granularity, **SWITCHED_OFF}
         skipped += _OF_CALIBRATION + (() if report.settings.get("rotation") else ("seed",))
     usual = settings_dict(
         CalibrationSettings(**{**bits, "recipe": "fixed", **without_data}).for_model(rotatable=True)

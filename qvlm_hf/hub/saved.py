@@ -185,8 +185,7 @@ def read_report(file: Path) -> CalibrationReport:
 def as_damaged_report(*others: type[Exception]) -> Iterator[None]:
     """Inside, what a damaged qvlm_report.json leads to becomes one line with the remedy.
 
-    Args:
-        others: kinds of errors that can come from nothing else there.
+    `others`: kinds of errors that can come from nothing else there.
     """
     kinds: tuple[type[Exception], ...]
     kinds = (TypeError, AttributeError, LookupError, OverflowError, TemplateError, *others)

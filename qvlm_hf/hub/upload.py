@@ -65,10 +65,7 @@ def check_target(api: HfApi, target: Target) -> Target:
     """Asks the Hub whether the token may publish there. Creates nothing.
 
     What it cannot foresee: whether a fine-grained token may create repositories, and whether the
-    Hub takes the name of a branch.
-
-    Returns:
-        The target, with user and owner.
+    Hub takes the name of a branch. Returns the target with user and owner.
 
     Raises:
         ValueError: a name or licence is none that the Hub takes, the message holds a token, or the

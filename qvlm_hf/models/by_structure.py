@@ -8,14 +8,14 @@ and no rotation follows from that, sites alone. What is not quantized is listed 
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from qvlm_hf.models.experts import experts_split
-from qvlm_hf.models.graph import Layer, Segment, Site, get_linear, matches
+from qvlm_hf.models.graph import Layer, Segment, Site, check_patterns, get_linear, matches
 from qvlm_hf.models.parts import PartNames
 from qvlm_hf.models.tracing import Recorder, Trace
 from qvlm_hf.models.trial_runs import run_all_parts
@@ -35,7 +35,7 @@ class Structure:
         segments: as `graph.resolve` gives them; names are those of the model's modules.
         norms: norm -> the linear modules that read its output, all of them in full view of the run.
         left_out: linear module that no site holds -> why.
-        run: what was run: "inputs" (the caller's), "model" or "parts" (picture and text apart).
+        run: what was run: "model" or "parts" (picture and text apart).
         inputs: keyword arguments of the model that it ran on as a whole; empty if it did not.
     """
 
@@ -59,7 +59,6 @@ class Structure:
 
 def read_structure(
     model: nn.Module,
-    inputs: Mapping[str, Any] | None = None,
     *,
     quantize_vision: bool = True,
     quantize_projector: bool = True,
@@ -69,8 +68,6 @@ def read_structure(
 
     Args:
         model: of any family, in eval mode, with weights or on the meta device; not changed.
-        inputs: keyword arguments of the model with a picture and text, as its processor makes them;
-            None guesses them from the configuration.
         quantize_vision: include the vision encoder.
         quantize_projector: include what lies between vision encoder and language model.
         modules_to_not_convert: patterns (see `graph.matches`) of modules that stay as they are.
@@ -81,31 +78,28 @@ def read_structure(
         ValueError: a pattern matches no module.
     """
     with experts_split(model):
-        _check_patterns(model, modules_to_not_convert)
+        check_patterns(model, modules_to_not_convert)
     parts = PartNames.of(model)
     recorder = Recorder(model)
-    run, ran, problems = run_all_parts(model, recorder, parts, inputs)
+    run, ran, problems = run_all_parts(model, recorder, parts)
     trace = recorder.trace
     reached = {parts.component(name) for name in trace.linears}
-    wanted = [
-        "language",
-        *(["vision"] if quantize_vision and _has_linears(model, parts.vision) else []),
-    ]
-    missing = [component for component in wanted if component not in reached]
+    tower = model.get_submodule(parts.vision).modules() if parts.vision is not None else ()
+    needs_tower = quantize_vision and any(type(module) is nn.Linear for module in tower)
+    needed = ("language", "vision") if needs_tower else ("language",)
+    missing = [component for component in needed if component not in reached]
     if missing:
         raise StructureError(_message(model, parts, trace, missing, problems))
     with experts_split(model):
         trace.add_experts(model)
-        left_out = {
-            name: reason
-            for name in trace.linears
-            if (reason := _why_not(model, trace, name, modules_to_not_convert))
-            or (
-                reason := _unwanted(
-                    _place(trace, parts, name)[0], quantize_vision, quantize_projector
-                )
-            )
-        }
+        wanted = {"vision": quantize_vision, "projector": quantize_projector}
+        left_out = {}
+        for name in trace.linears:
+            component, _, _ = _place(trace, parts, name)
+            if reason := _why_not(model, trace, name, modules_to_not_convert):
+                left_out[name] = reason
+            elif not wanted.get(component, True):
+                left_out[name] = f"quantize_{component}=False"
         chosen = [name for name in trace.linears if name not in left_out]
         segments = _segments(model, trace, parts, chosen)
         if not segments:
@@ -124,9 +118,8 @@ def _place(trace: Trace, parts: PartNames, name: str) -> tuple[str, str, str]:
     component = parts.component(name)
     if (layer := trace.layer_of.get(name)) is not None:
         return component, layer.rpartition(".")[0], layer
-    prefix = {"vision": parts.vision, "language": parts.language}.get(
-        component, parts.between
-    ) or ""
+    prefixes = {"vision": parts.vision, "language": parts.language}
+    prefix = prefixes.get(component, parts.between) or ""
     rest = name[len(prefix) + 1 :] if prefix else name
     first, *others = rest.split(".")
     if others and others[0].isdigit() and len(others) > 1:
@@ -146,41 +139,17 @@ def _segments(
     for name in sorted(names, key=lambda one: trace.linears[one].first):
         component, segment, layer = _place(trace, parts, name)
         site = (trace.linears[name].inputs, trace.linears[name].width)
-        tree.setdefault((component, segment), {}).setdefault(layer, {}).setdefault(site, []).append(
-            name
-        )
+        layers = tree.setdefault((component, segment), {})
+        layers.setdefault(layer, {}).setdefault(site, []).append(name)
+
+    def made(layer: str, groups: Iterable[list[str]]) -> Layer:
+        linears = ((group, tuple(get_linear(model, name) for name in group)) for group in groups)
+        sites = tuple(Site(tuple(group), linears=found) for group, found in linears)
+        return Layer(layer, sites, layer in trace.dead)
+
     return tuple(
-        Segment(
-            component,
-            tuple(
-                Layer(
-                    layer,
-                    tuple(
-                        Site(tuple(group), linears=tuple(get_linear(model, name) for name in group))
-                        for group in sites.values()
-                    ),
-                    layer in trace.dead,
-                )
-                for layer, sites in layers.items()
-            ),
-        )
+        Segment(component, tuple(made(layer, sites.values()) for layer, sites in layers.items()))
         for (component, _), layers in tree.items()
-    )
-
-
-def _check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
-    names = [name for name, _ in model.named_modules() if name]
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            raise ValueError(
-                f"modules_to_not_convert: {pattern!r} matches no module: give a module path, a "
-                f"suffix of it or a component name."
-            )
-
-
-def _has_linears(model: nn.Module, prefix: str | None) -> bool:
-    return prefix is not None and any(
-        type(module) is nn.Linear for module in model.get_submodule(prefix).modules()
     )
 
 
@@ -198,14 +167,6 @@ def _why_not(model: nn.Module, trace: Trace, name: str, patterns: Sequence[str])
         return "the model takes its dtype from this weight"
     if name in trace.read_directly:
         return "the model reads its weight itself"
-    return None
-
-
-def _unwanted(component: str, vision: bool, projector: bool) -> str | None:
-    if component == "vision" and not vision:
-        return "quantize_vision=False"
-    if component == "projector" and not projector:
-        return "quantize_projector=False"
     return None
 
 

@@ -66,10 +66,7 @@ def measure_coverage(
 ) -> Coverage:
     """Counts the weights of a model, before it is quantized or after.
 
-    Args:
-        model: its tensors may lie on the meta device.
-        quantized: canonical names of linear modules.
-        left_out: path of a part of the model -> why it stays; the longest path counts.
+    `left_out`: path of a part of the model -> why it stays; the longest path counts.
     """
     quantized, seen = set(quantized), set[int]()
     kept, total = [], 0

@@ -45,11 +45,7 @@ def has_split_experts(model: nn.Module) -> bool:
 
 
 def split_experts(model: nn.Module) -> None:
-    """Makes linear modules of the parameters of all experts, in place; they share memory.
-
-    Args:
-        model: of any family; its tensors may lie on the meta device.
-    """
+    """Makes linear modules of the parameters of all experts, in place; they share memory."""
     for module in find_experts(model).values():
         for name in _projections(module):
             if (stacked := module._parameters.get(name)) is not None:
@@ -96,9 +92,7 @@ def _lists(module: Any) -> list[Any]:
 def experts_split(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
     """Inside, experts are split; afterwards the model has its old parameters again.
 
-    Args:
-        model: as of `split_experts`.
-        keep: do so after an error alone; else `join_experts` decides.
+    With `keep` that is so after an error alone; else `join_experts` decides.
     """
     before = [
         (module, type(module), dict(vars(module)), dict(module._parameters), dict(module._modules))
@@ -130,9 +124,6 @@ def split_projection(module: Any, name: str, stacked: Tensor) -> nn.ModuleList:
         module: of experts.
         name: of the parameter.
         stacked: its values: [E, out, in] or, where the module holds them so, [E, in, out].
-
-    Returns:
-        The linear modules, by expert.
     """
     bias = module._parameters.pop(f"{name}_bias", None)
     del module._parameters[name]

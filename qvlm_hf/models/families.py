@@ -10,12 +10,7 @@ from typing import Any
 
 from qvlm_hf.models.wirings import LayerKind, chain
 
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "check_row",
-    "has_row",
-]
+__all__ = ["FAMILIES", "Family", "check_row", "has_row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +37,7 @@ class Family:
 
 _TILED = Family(written=("image_newline",))
 _SHUFFLED = Family(
-    projector="connector",
-    projector_kind=chain("modality_projection.proj"),
-    reads_output=True,
+    projector="connector", projector_kind=chain("modality_projection.proj"), reads_output=True
 )
 _MERGED = Family(
     projector="visual.merger", projector_kind=chain("linear_fc1", "linear_fc2", norm="norm")
@@ -72,9 +65,7 @@ FAMILIES = {
     "aya_vision": Family(projector_kind=chain("linear_1", "linear_2", norm="layernorm")),
     "cohere2_vision": Family(reads_output=True),
     "deepseek_vl": Family(
-        projector="aligner",
-        projector_kind=chain("linear1", "linear2"),
-        reads_output=True,
+        projector="aligner", projector_kind=chain("linear1", "linear2"), reads_output=True
     ),
     "deepseek_vl_hybrid": Family(
         projector="aligner",
@@ -133,9 +124,7 @@ FAMILIES = {
     "qwen3_vl_moe": replace(_MERGED, further="visual.deepstack_merger_list"),
     "smolvlm": _SHUFFLED,
     "video_llama_3": Family(
-        projector="projector",
-        projector_kind=chain("readout.0", "readout.2"),
-        reads_output=True,
+        projector="projector", projector_kind=chain("readout.0", "readout.2"), reads_output=True
     ),
     "video_llava": Family(unquantized={"video_tower": "samples hold no videos"}),
     "vipllava": Family(projector_kind=chain("linear_1", "linear_2", norm="projector_layernorm")),

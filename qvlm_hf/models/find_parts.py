@@ -63,9 +63,6 @@ class Parts:
 def find_parts(model: Any) -> Parts:
     """Finds the parts of a model, with or without its output head.
 
-    Args:
-        model: of Transformers; its tensors may lie on the meta device.
-
     Raises:
         ValueError: the family has no row, or a part is missing.
     """
@@ -150,8 +147,7 @@ def module_paths(layer: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
 def component_finder(model: Any) -> Callable[[str], str]:
     """Makes a function from a name to its component, "other" if it has none.
 
-    Args:
-        model: of any family; a projector is found by its row alone.
+    A projector is found by its row alone.
 
     Returns:
         It takes canonical names, and names of tensors as files hold them in other layouts.

@@ -24,6 +24,7 @@ __all__ = [
     "Segment",
     "Site",
     "canonical_name",
+    "check_patterns",
     "full_precision_modules",
     "get_linear",
     "head_name",
@@ -128,8 +129,19 @@ def matches(name: str, pattern: str) -> bool:
     return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts) - len(wanted) + 1))
 
 
+def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Raises ValueError for one of `modules_to_not_convert` that matches no module."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in names):
+            raise ValueError(
+                f"modules_to_not_convert: {pattern!r} matches no module: give a module path, a "
+                f"suffix of it or a component name."
+            )
+
+
 def resolve(
-    model: nn.Module,
+    model: Any,
     *,
     quantize_vision: bool = True,
     quantize_projector: bool = True,
@@ -154,85 +166,64 @@ def resolve(
             module is missing or no nn.Linear; nothing is left to quantize.
     """
     with experts_split(model):
-        return _resolve(model, quantize_vision, quantize_projector, modules_to_not_convert, rotated)
+        parts = find_parts(model)
+        names = {module: name for name, module in model.named_modules()}
+        head_name(model)  # refuses a model without one
+        check_patterns(model, modules_to_not_convert)
+        packed = any(kind.packed for layers in parts.vision_layers for _, kind in layers)
 
-
-def _resolve(
-    model: Any,
-    quantize_vision: bool,
-    quantize_projector: bool,
-    modules_to_not_convert: Sequence[str],
-    rotated: bool,
-) -> tuple[Segment, ...]:
-    parts = find_parts(model)
-    names = {module: name for name, module in model.named_modules()}
-    head_name(model)  # refuses a model without one
-    for pattern in modules_to_not_convert:
-        if not any(name and matches(name, pattern) for name in names.values()):
-            raise ValueError(
-                f"modules_to_not_convert: {pattern!r} matches no module: give a module path, a "
-                f"suffix of it or a component name."
+        def segment(
+            component: str, layers: list[tuple[nn.Module, LayerKind]], used: int
+        ) -> Segment:
+            made = (
+                Layer(
+                    canonical_name(names[module]),
+                    _sites(model, names[module], kind, modules_to_not_convert, rotated),
+                    dead=index >= used,
+                    module=module,
+                    kind=kind,
+                )
+                for index, (module, kind) in enumerate(layers)
             )
+            return Segment(component, tuple(made), packed and component != "language")
 
-    def sites(name: str, kind: LayerKind) -> list[Site]:
-        found = []
-        for group in kind.sites:
-            modules = module_paths(model.get_submodule(name), group)
-            paths = [path_below(name, module) for module in modules]
-            paths = [
-                path
-                for path in paths
-                if not any(matches(path, pattern) for pattern in modules_to_not_convert)
-            ]
-            if paths:
-                linears = tuple(get_linear(model, path) for path in paths)
-                transformed = rotated and group[0] in kind.transformed
-                block = largest_block(linears[0].in_features) if transformed else None
-                names = tuple(map(canonical_name, paths))
-                found.append(Site(names, block, linears, experts=modules != group))
-        return found
-
-    def segment(component: str, layers: list[tuple[nn.Module, LayerKind]], used: int) -> Segment:
-        made = (
-            Layer(
-                canonical_name(names[module]),
-                tuple(sites(names[module], kind)),
-                dead=index >= used,
-                module=module,
-                kind=kind,
-            )
-            for index, (module, kind) in enumerate(layers)
-        )
-        return Segment(component, tuple(made), packed and component != "language")
-
-    packed = any(kind.packed for layers in parts.vision_layers for _, kind in layers)
-    segments = []
-    if quantize_vision:
-        segments += [
+        segments = [
             segment("vision", layers, _used_layers(model.config, len(layers)))
-            for layers in parts.vision_layers
+            for layers in (parts.vision_layers if quantize_vision else ())
         ]
-    if quantize_projector:
         segments += [
             segment("projector", [(projector, parts.projector_kind)], 1)
-            for projector in parts.projectors
+            for projector in (parts.projectors if quantize_projector else ())
         ]
-    layers = find_layers(parts.language)
-    segments.append(segment("language", layers, len(layers)))
-    segments = [segment for segment in segments if any(layer.sites for layer in segment.layers)]
-    if not segments:
+        layers = find_layers(parts.language)
+        segments.append(segment("language", layers, len(layers)))
+    found = tuple(one for one in segments if one.sites)
+    if not found:
         raise ValueError("modules_to_not_convert: leaves no module to quantize: shorten it.")
-    return tuple(segments)
+    return found
+
+
+def _sites(
+    model: nn.Module, layer: str, kind: LayerKind, excluded: Sequence[str], rotated: bool
+) -> tuple[Site, ...]:
+    found = []
+    for group in kind.sites:
+        modules = module_paths(model.get_submodule(layer), group)
+        paths = [path_below(layer, module) for module in modules]
+        paths = [path for path in paths if not any(matches(path, one) for one in excluded)]
+        if paths:
+            linears = tuple(get_linear(model, path) for path in paths)
+            transformed = rotated and group[0] in kind.transformed
+            block = largest_block(linears[0].in_features) if transformed else None
+            names = tuple(map(canonical_name, paths))
+            found.append(Site(names, block, linears, experts=modules != group))
+    return tuple(found)
 
 
 def shared_inputs(model: Any) -> tuple[tuple[nn.Module, ...], ...]:
     """Finds the modules that read one tensor wherever there are several, quantized or not.
 
-    Args:
-        model: whole or without its output head.
-
-    Returns:
-        Groups of modules; none for a family without a row.
+    There are none for a family without a row.
     """
     if not has_row(model):
         return ()

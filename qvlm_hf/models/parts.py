@@ -30,35 +30,31 @@ class PartNames:
         encoder = model.get_encoder("image") if hasattr(model, "get_encoder") else None
         language = names.get(id(decoder), "")
         vision = names.get(id(encoder)) or None
-        if vision is not None and (language == vision or language.startswith(f"{vision}.")):
+        if vision is not None and _lies_in(language, vision):
             vision = None
         if vision is None:  # a picture model is said so by its class
-            vision = next(
-                (
-                    name
-                    for name, module in model.named_modules()
-                    if name
-                    and getattr(module, "main_input_name", None)
-                    in ("pixel_values", "flattened_patches")
-                    and not (language == name or language.startswith(f"{name}."))
-                ),
-                None,
+            inputs = ("pixel_values", "flattened_patches")
+            named = (
+                name
+                for name, module in model.named_modules()
+                if name and getattr(module, "main_input_name", None) in inputs
             )
-        if vision is not None and language == "":
-            shared = ""
-        else:
-            shared = _common(vision or language, language)
-        return cls(vision, language, shared)
+            vision = next((name for name in named if not _lies_in(language, name)), None)
+        # of a model that is the decoder itself "" is shared
+        return cls(vision, language, _common(vision or language, language))
 
     def component(self, name: str) -> str:
         """The part of the model that a module lies in, by its name alone."""
         inside = [
             (len(prefix), part)
             for part, prefix in (("vision", self.vision), ("language", self.language))
-            if prefix is not None
-            and (prefix == "" or name == prefix or name.startswith(f"{prefix}."))
+            if prefix is not None and (prefix == "" or _lies_in(name, prefix))
         ]
         return max(inside)[1] if inside else "projector"
+
+
+def _lies_in(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def _common(a: str, b: str) -> str:

@@ -48,9 +48,8 @@ def text_inputs(
         place = _TEXT + len(start)
         is_image[:, place : place + picture_tokens] = 1
     decoder = torch.tensor([plain[:_DECODER_TOKENS]], device=device)
-    mask = (
-        {} if ids.is_meta else {"attention_mask": torch.ones_like(ids)}
-    )  # its values are looked at
+    # its values are looked at
+    mask = {} if ids.is_meta else {"attention_mask": torch.ones_like(ids)}
     return accepted(
         function,
         mask
@@ -114,7 +113,8 @@ class _Picture:
             "scale_factor", "pooling_kernel_size", default=2,
         )  # fmt: skip
         configured = self._field("image_size", default=0)
-        self.fine = self._side(getattr(config, "high_res_vision_config", None), configured)
+        fine = getattr(config, "high_res_vision_config", None)
+        self.fine = getattr(fine, "image_size", configured)
         small = 4 * self.patch * max(self.merge, 1)
         self.sizes = [small, *[configured] * (configured not in (0, small))]
 
@@ -131,10 +131,6 @@ class _Picture:
                 if isinstance(value, float) and value >= 1:
                     return int(value)
         return default
-
-    @staticmethod
-    def _side(config: Any, default: int) -> int:
-        return getattr(config, "image_size", default)
 
     def _random(self, *shape: int) -> Tensor:
         return torch.rand(shape, dtype=self.parameter.dtype, device=self.parameter.device)
@@ -186,21 +182,16 @@ class _Picture:
         """Pictures as pixels: alone, as tiles, as frames."""
         guesses = []
         for size in self.sizes:
-            shapes: list[tuple[int, ...]] = [
-                (1,),
-                *((1, tiles) for tiles in _TILES),
-                (1, 1, 1),
-                (1, 1, 4),
-            ]
-            for shape in shapes:
+            tiles = ((1, count) for count in _TILES)
+            for shape in ((1,), *tiles, (1, 1, 1), (1, 1, 4)):
                 pixels = self._random(*shape, self.channels, size, size)
                 sizes = self._long([size, size])
-                tiles = torch.ones(pixels.shape[:-3], dtype=torch.bool, device=pixels.device)
+                mask = torch.ones(pixels.shape[:-3], dtype=torch.bool, device=pixels.device)
                 guesses.append(
                     {
                         "pixel_values": pixels,
                         "image_sizes": sizes,
-                        "pixel_attention_mask": tiles,
+                        "pixel_attention_mask": mask,
                         "target_sizes": sizes // self.patch,
                     }
                 )
@@ -237,19 +228,11 @@ def count_rows(features: Any) -> int:
 
 
 def _special_tokens(config: Any) -> set[int]:
-    found: set[int] = set()
-    for part in (
-        config,
-        *(getattr(config, name) for name in ("text_config",) if hasattr(config, name)),
-    ):
-        for name, value in vars(part).items():
-            if "token" in name:
-                found |= {
-                    one
-                    for one in (value if isinstance(value, list) else [value])
-                    if isinstance(one, int)
-                }
-    return found
+    parts = (config, getattr(config, "text_config", None))
+    named = [pair for part in parts if part is not None for pair in vars(part).items()]
+    values = (value for name, value in named if "token" in name)
+    lists = (value if isinstance(value, list) else [value] for value in values)
+    return {token for tokens in lists for token in tokens if isinstance(token, int)}
 
 
 def _around(config: Any) -> tuple[list[int], list[int]]:

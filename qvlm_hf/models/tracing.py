@@ -6,8 +6,9 @@ while it runs and no longer: memory that is given away cannot be mistaken for an
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,8 @@ from qvlm_hf.models.parts import is_norm, layers_of, shared_weights
 __all__ = ["LinearCalls", "Recorder", "Trace"]
 
 _HARMLESS = {"size", "dim", "numel", "is_floating_point", "is_complex", "element_size", "data_ptr"}
-_TELLING = {
-    "dtype",
-    "data",
-    "T",
-    "mT",
-    "H",
-    "mH",
-}  # fields of a weight that hang on its being float
+# fields of a weight that hang on its being float
+_TELLING = {"dtype", "data", "T", "mT", "H", "mH"}
 
 
 @dataclass
@@ -75,11 +70,8 @@ class Trace:
         for name, module in model.named_modules():
             experts = name.rpartition(".")[0].rpartition(".")[0]
             if experts in self.experts and type(module) is nn.Linear:
-                # no other module has the same input
-                calls = LinearCalls(
-                    self.experts[experts], module.in_features, (-len(self.linears),)
-                )
-                self.linears[name] = calls
+                own = (-len(self.linears),)  # no other module has the same input
+                self.linears[name] = LinearCalls(self.experts[experts], module.in_features, own)
                 if name in layers:
                     self.layer_of[name] = layers[name]
 
@@ -102,11 +94,7 @@ class Recorder:
         self._serial = 0
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """Calls the function under hooks and adds what was seen to `trace`; nothing if it fails.
-
-        Returns:
-            What the function returned.
-        """
+        """Calls the function under hooks and adds what was seen to `trace`; nothing if it fails."""
         try:
             with _gradients(self._model):
                 answer, watch = self._watched(function)
@@ -194,54 +182,41 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = []
-        for name, module in self._model.named_modules():
-            if type(module) is nn.Linear:
-                handles.append(
-                    module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-                )
-                handles.append(
-                    module.register_forward_hook(lambda *_: self._running.pop() and None)
-                )
-            elif name in self.experts:
-                handles.append(module.register_forward_pre_hook(self._enter_experts(name)))
-            elif is_norm(module):
-                handles.append(module.register_forward_hook(self._leave_norm(name)))
-            if name in self._layers:
-                handles.append(module.register_forward_pre_hook(lambda *_: self._marks.append([])))
-                handles.append(module.register_forward_hook(self._leave_layer))
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._known.clear)
+            for name, module in self._model.named_modules():
+                before, after = module.register_forward_pre_hook, module.register_forward_hook
+                handles = []
+                if type(module) is nn.Linear:
+                    handles.append(before(partial(self._enter, name), with_kwargs=True))
+                    handles.append(after(lambda *_: self._running.pop() and None))
+                elif name in self.experts:
+                    handles.append(before(partial(self._enter_experts, name)))
+                elif is_norm(module):
+                    handles.append(after(partial(self._leave_norm, name)))
+                if name in self._layers:
+                    handles.append(before(lambda *_: self._marks.append([])))
+                    handles.append(after(self._leave_layer))
+                for handle in handles:
+                    stack.callback(handle.remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._known.clear()
 
-    def _enter(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["input"]
-            with torch._C.DisableTorchFunction():
-                self.order.setdefault(name, self.count)
-                self.inputs.setdefault(name, []).append(self._number(x, x.shape[-1]))
-                self.whole.setdefault(name, []).append(self._number(x, None))
-            self.count += 1
-            self._running.append(name)
-
-        return hook
-
-    def _enter_experts(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+    def _enter(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = args[0] if args else kwargs["input"]
+        with torch._C.DisableTorchFunction():
             self.order.setdefault(name, self.count)
+            self.inputs.setdefault(name, []).append(self._number(x, x.shape[-1]))
+            self.whole.setdefault(name, []).append(self._number(x, None))
+        self.count += 1
+        self._running.append(name)
 
-        return hook
+    def _enter_experts(self, name: str, *_: Any) -> None:
+        self.order.setdefault(name, self.count)
 
-    def _leave_norm(self, name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                with torch._C.DisableTorchFunction():
-                    self.outputs.setdefault(name, set()).add(self._number(output, None))
-
-        return hook
+    def _leave_norm(self, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            with torch._C.DisableTorchFunction():
+                self.outputs.setdefault(name, set()).add(self._number(output, None))
 
     def _leave_layer(self, *_: Any) -> None:
         for key in self._marks.pop():

@@ -19,17 +19,13 @@ _LONGEST_PROBLEM = 160  # characters of a foreign error
 
 
 def run_all_parts(
-    model: nn.Module, recorder: Recorder, parts: PartNames, inputs: Mapping[str, Any] | None
+    model: nn.Module, recorder: Recorder, parts: PartNames
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """Runs the model as a whole where its inputs are given or can be guessed, else in parts.
+    """Runs the model as a whole where its inputs can be guessed, else in parts.
 
     Returns:
-        "inputs", "model" or "parts"; what the whole model ran on; what went wrong on the way.
+        "model" or "parts"; what the whole model ran on; what went wrong on the way.
     """
-    if inputs is not None:
-        whole = accepted(model.forward, {"use_cache": False}) | dict(inputs)
-        recorder.run(lambda: model(**whole))
-        return "inputs", whole, []
     trial = _Trial(model, recorder, parts)
     guess = trial.with_features() or trial.with_token_counts()
     if guess is not None:

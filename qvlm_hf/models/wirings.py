@@ -103,9 +103,7 @@ FUSED_GATED_ENCODER = replace(
 )
 # the same over windows, which are padded behind the norm
 WINDOWED_ENCODER = replace(
-    FUSED_ENCODER,
-    norms=(("mlp_norm", ("up",)),),
-    inner_norms=(("attention_norm", ("qkv",)),),
+    FUSED_ENCODER, norms=(("mlp_norm", ("up",)),), inner_norms=(("attention_norm", ("qkv",)),)
 )
 # the same over pictures of any size
 PACKED_ENCODER = replace(NORMED_ENCODER, packed=True)

@@ -17,13 +17,7 @@ from qvlm_hf.models.find_parts import component_finder
 from qvlm_hf.models.graph import canonical_name
 from qvlm_hf.nn.replace import quantized_modules
 
-__all__ = [
-    "Footprint",
-    "FootprintRow",
-    "count_parameters",
-    "footprint",
-    "linear_bytes",
-]
+__all__ = ["Footprint", "FootprintRow", "count_parameters", "footprint"]
 
 _ORDER = ("vision", "projector", "language", "embeddings", "head", "other")
 
@@ -72,37 +66,21 @@ class Footprint:
 
 
 def footprint(
-    model: nn.Module,
-    modules: Mapping[str, QuantScheme],
-    *,
-    dtype: torch.dtype = torch.bfloat16,
+    model: nn.Module, modules: Mapping[str, QuantScheme], *, dtype: torch.dtype = torch.bfloat16
 ) -> Footprint:
-    """Sizes a model before and after quantizing.
-
-    Args:
-        model: in full precision; its tensors may be on the meta device.
-        modules: canonical names of the modules to quantize, and how.
-        dtype: of everything in full precision.
-
-    Returns:
-        The rows; tensors that several modules share count once.
+    """Sizes a model before and after quantizing. Tensors that several modules share count once.
 
     Raises:
         ValueError: `modules` names something that is no linear module of the model, or has
             granularity "token", whose number of positions only a calibration knows.
     """
     with experts_split(model):
-        return _footprint(model, modules, dtype)
-
-
-def _footprint(
-    model: nn.Module, modules: Mapping[str, QuantScheme], dtype: torch.dtype
-) -> Footprint:
-    linears = {
-        canonical_name(name): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+        tensors = _stored(model)
+        linears = {
+            canonical_name(name): module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
     if unknown := sorted(set(modules) - set(linears)):
         raise ValueError(
             f"modules: {unknown[0]!r} is no linear module of the model: use names as in "
@@ -110,7 +88,7 @@ def _footprint(
         )
     component_of = component_finder(model)
     parameters, full, packed = Counter[str](), Counter[str](), Counter[str]()
-    for name, tensor in _stored(model):
+    for name, tensor in tensors:
         component = component_of(name)
         module, _, part = name.rpartition(".")
         itemsize = dtype.itemsize if tensor.is_floating_point() else tensor.element_size()
@@ -119,7 +97,11 @@ def _footprint(
         full[component] += size
         if part == "weight" and (scheme := modules.get(module)):
             linear = linears[module]
-            size = linear_bytes(linear.in_features, linear.out_features, scheme)
+            if scheme.granularity == "token":
+                raise ValueError(
+                    "granularity 'token': the calibrated positions are known to files alone."
+                )
+            size = scheme.module_bytes(linear.out_features, linear.in_features)
         packed[component] += size
     return Footprint(
         rows=tuple(
@@ -133,22 +115,6 @@ def _footprint(
             if parameters[component]
         )
     )
-
-
-def linear_bytes(in_features: int, out_features: int, scheme: QuantScheme) -> int:
-    """Counts the bytes of one quantized module without its bias.
-
-    Args:
-        in_features: inputs.
-        out_features: outputs.
-        scheme: of the module.
-
-    Raises:
-        ValueError: granularity "token", whose number of positions only a calibration knows.
-    """
-    if scheme.granularity == "token":
-        raise ValueError("granularity 'token': the calibrated positions are known to files alone.")
-    return scheme.module_bytes(out_features, in_features)
 
 
 def count_parameters(model: nn.Module) -> int:

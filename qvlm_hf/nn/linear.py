@@ -117,15 +117,8 @@ class QVLMLinear(nn.Linear):
     ) -> None:
         """Makes an empty module, to be filled by loading or by `from_packed`.
 
-        Args:
-            in_features: inputs.
-            out_features: outputs.
-            scheme: bits, groups, granularity.
-            bias: whether there is one.
-            dtype: of `bias`.
-            positions: calibrated positions; required by "token", else unused.
-            has_input_scale: whether "none" divides the input by a stored scale; default no.
-            device: of the parameters.
+        `dtype` is that of `bias`, `positions` are those that "token" was calibrated for, and
+        `has_input_scale` tells whether "none" divides the input by a stored scale.
 
         Raises:
             ValueError: "token" without `positions`.
@@ -152,7 +145,9 @@ class QVLMLinear(nn.Linear):
             "bias": (dtype, (out_features,)) if bias else None,
         }
         for name, layout in shapes.items():
-            self.register_parameter(name, None if layout is None else _empty(*layout, device))
+            empty = layout and torch.empty(layout[1], dtype=layout[0], device=device)
+            parameter = None if empty is None else nn.Parameter(empty, requires_grad=False)
+            self.register_parameter(name, parameter)
         self._mark_initialized()
 
     @classmethod
@@ -317,9 +312,3 @@ class QVLMLinear(nn.Linear):
             if parameter.dtype != old.dtype:
                 parameter.data = old.to(parameter.device)
         return self
-
-
-def _empty(
-    dtype: torch.dtype, shape: tuple[int, ...], device: torch.device | str | None
-) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -14,12 +14,7 @@ __all__ = ["dequantize_modules", "quantized_modules", "replace_modules"]
 
 
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Puts each module in its place, in `model` itself.
-
-    Args:
-        model: the tree to change.
-        modules: full module name -> new module.
-    """
+    """Puts each module in its place, in `model` itself."""
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)

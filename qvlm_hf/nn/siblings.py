@@ -148,9 +148,7 @@ def _statics(module: QVLMLinear) -> tuple[Tensor | None, ...]:
 def share_inputs(sites: Iterable[Sequence[nn.Module]]) -> None:
     """Lets the quantized modules of each site be computed together if schemes and grids agree.
 
-    Args:
-        sites: modules that read the same tensor, quantized or not; those whose tensors lie on the
-            meta device (offloaded) are left alone.
+    Modules on the meta device (offloaded) are left alone.
     """
     for site in sites:
         modules = [module for module in site if isinstance(module, QVLMLinear)]

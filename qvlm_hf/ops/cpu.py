@@ -71,12 +71,7 @@ _DENSE_TOKENS = 32
 _GRANULARITIES = {"channel": 0, "token": 1, "dynamic_token": 2, "none": 3, "dynamic_group": 4}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PORTABLE = 0
-_VARIANTS = {
-    _PORTABLE: "cpu portable",
-    32: "cpu avx2",
-    33: "cpu avx2-vnni",
-    64: "cpu avx512-vnni",
-}
+_VARIANTS = {_PORTABLE: "cpu portable", 32: "cpu avx2", 33: "cpu avx2-vnni", 64: "cpu avx512-vnni"}
 # What tests/bench/plain_pytorch.py measured: layers of 1024 x 1024 and of 4096 x 4096.
 _SLOWER = "20 to 130 times slower per token (docs/benchmarks.md; remedies: docs/troubleshooting.md)"
 

@@ -33,7 +33,7 @@ _INCLUDES = (
     Path(sysconfig.get_paths()["include"]),
 )
 _FLAGS = (
-    *("-O1", "-std=c++20", "-shared", "-fPIC"),  # -O2 takes a third longer, calls gain 3 % at most
+    *("-O2", "-std=c++20", "-shared", "-fPIC"),  # -O1 takes a tenth less, calls 5 % longer
     *(word for path in _INCLUDES for word in ("-isystem", str(path))),
 )
 _LINKED = ("-L", str(_TORCH / "lib"), "-ltorch_cpu", "-ltorch_python", "-lc10")

@@ -122,14 +122,8 @@ def compute(
 ) -> list[Tensor]:
     """The outputs of modules that share an input, which is quantized once.
 
-    The input's device must be the current one.
-
-    Args:
-        kernels: the module `triton_kernels`.
-        device: chooses sizes alone: any device's can be tried anywhere.
-        x: as for every kernel.
-        weights: as for every kernel.
-        scheme: as for every kernel.
+    The input's device must be the current one. `device` chooses sizes alone: any device's can be
+    tried anywhere.
 
     Raises:
         RuntimeError: a CUDA graph is being captured and the kernels are not compiled yet.
@@ -196,7 +190,7 @@ class _Plan:
     ) -> None:
         """Fills the outputs."""
         storage = torch.empty(self.buffers.size, dtype=torch.uint8, device=x.device)
-        given = [x, None, None, *scheme[:2]]
+        given = [x, *scheme[:2]]
         own: list[Tensor | None] = []
         for packed, y in zip(weights, outputs, strict=True):
             own += *packed, y
@@ -239,13 +233,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def tile_of(device: Device, tokens: int, inputs: torch.dtype) -> "Tile":
-    """The tile for so many tokens: the smallest that holds them, or the largest.
-
-    Args:
-        device: gives the capability.
-        tokens: M.
-        inputs: dtype of what is multiplied: int8, or a floating-point one.
-    """
+    """The tile for so many tokens: the smallest that holds them, or the largest."""
     from qvlm_hf.ops.triton_kernels import Tile
 
     known = TILES[max(capability for capability in TILES if capability <= device.capability)]
@@ -325,13 +313,7 @@ def _checked(kernels: ModuleType, device: Device, where: torch.device) -> str | 
 
 
 def self_check(kernels: ModuleType, device: Device, where: torch.device) -> str | None:
-    """The first small case that does not come out as the reference has it, or None.
-
-    Args:
-        kernels: the module `triton_kernels`.
-        device: chooses the sizes.
-        where: the device that computes.
-    """
+    """The first small case that does not come out as the reference has it, or None."""
 
     def tried(*call: Any) -> list[Tensor]:
         compute(kernels, device, *call)

@@ -107,10 +107,7 @@ def linear(
 
 
 def linears(
-    x: Tensor,
-    weights: Sequence[Mapping[str, Tensor | None]],
-    in_features: int,
-    scheme: QuantScheme,
+    x: Tensor, weights: Sequence[Mapping[str, Tensor | None]], in_features: int, scheme: QuantScheme
 ) -> list[Tensor]:
     """What `linear` gives for each of several modules (q, k, v; gate, up), bit for bit.
 

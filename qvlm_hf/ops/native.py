@@ -165,7 +165,7 @@ def _compile(
         why = f", because of {'; '.join(refused)}" if refused else ""
         log, start = logging.getLogger(__name__), time.monotonic()
         log.warning(
-            "compiling %s for this machine, once: about 16 seconds on two cores (kept in %s%s)",
+            "compiling %s for this machine, once: about 10 seconds on two cores (kept in %s%s)",
             *(sources[0].stem, target.parent, why),
         )
         made = Path(folder) / target.name

@@ -91,10 +91,7 @@ def _linear(x: Tensor, packed: Packed, scheme: CallScheme) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """RMSNorm in float32, rounded to x's dtype before and after `weight`, as LlamaRMSNorm does.
 
-    Args:
-        x: [..., K].
-        weight: [K].
-        epsilon: added to the mean square.
+    `x` is [..., K], `weight` [K].
     """
     values = x.float()
     factor = torch.rsqrt(values.square().mean(-1, keepdim=True) + epsilon)
@@ -208,11 +205,7 @@ def find_wrong_case(
 ) -> str | None:
     """Checks a kernel: the first case that it computes otherwise, in words, or None.
 
-    Args:
-        compute: the kernel.
-        cases: what is tried.
-        device: where the kernel computes.
-        floating: dtype of inputs that are not quantized.
+    `floating`: dtype of inputs that are not quantized.
     """
 
     def move(tensor: Tensor | None) -> Tensor | None:

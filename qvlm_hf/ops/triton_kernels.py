@@ -4,10 +4,10 @@ The only file that imports triton.
 
     y[m, n] = bias[n] + r[m] * sum_g ws[n, g] * sum_{k in g} a[m, k] (w[n, k] - zp[n, g])
 
-Two launches. `_arrange` quantizes the inputs (a norm or SwiGLU can be part of it) into int8 and
-writes them in the order in which the weights come out of their bytes; `_multiply` unpacks weights
-in registers, multiplies on the integer matrix units with int32 sums, takes the zero points off as
-integers and scales each group in float32. Floating-point inputs go the same way with float sums.
+Two launches. `_arrange` quantizes the inputs into int8 and writes them in the order in which the
+weights come out of their bytes; `_multiply` unpacks weights in registers, multiplies on the integer
+matrix units with int32 sums, takes the zero points off as integers and scales each group in
+float32. Floating-point inputs go the same way with float sums.
 Modules that read one input (q, k, v; gate, up) share both launches.
 
 Few tokens leave processors without work, so K is split over programs. Each writes its sums; the
@@ -151,9 +151,6 @@ class Inputs:
         granularity: as in the scheme.
         dtype: of x.
         scaled: whether there is an `input_scale`.
-        source: what is computed first, rounded to x's dtype where Transformers rounds: "plain"
-            nothing; "rms_norm" LlamaRMSNorm; "layer_norm" nn.LayerNorm; "swiglu" silu(x) * other.
-        epsilon: of the norm.
     """
 
     layout: Layout
@@ -163,8 +160,6 @@ class Inputs:
     granularity: str
     dtype: torch.dtype
     scaled: bool
-    source: str = "plain"
-    epsilon: float = 0.0
 
     @property
     def floating(self) -> bool:
@@ -237,9 +232,7 @@ class Inputs:
 def arranging(inputs: Inputs, positions: int = 1, counters: int = 0) -> Launch:
     """The launch that quantizes inputs, rounding as the reference does, for `multiplying`.
 
-    It takes x [M, K]; `other`, [K] weight of the norm, or [M, K] the second factor of "swiglu", of
-    x's dtype; `norm_bias`, [K], of "layer_norm"; `input_scale` and `input_zero_point`; and all
-    buffers but the partial sums.
+    It takes x [M, K]; `input_scale` and `input_zero_point`; and all buffers but the partial sums.
 
     Args:
         inputs: what they are.
@@ -250,10 +243,9 @@ def arranging(inputs: Inputs, positions: int = 1, counters: int = 0) -> Launch:
     return Launch(
         _arrange, (inputs.tokens, inputs.parts, 1), {"num_warps": 4},
         K=layout.in_features, L=layout.group_length, number=layout.groups * layout.blocks,
-        rows=inputs.rows, positions=positions, counters=counters, epsilon=inputs.epsilon,
-        BITS=inputs.bits,
-        GRANULARITY=inputs.granularity, SOURCE=inputs.source, HAS_SCALE=inputs.scaled,
-        TERMS=inputs.terms, EXTRA=inputs.extra, ROUND=_ROUND, BLOCK=layout.block,
+        rows=inputs.rows, positions=positions, counters=counters, BITS=inputs.bits,
+        GRANULARITY=inputs.granularity, HAS_SCALE=inputs.scaled, TERMS=inputs.terms,
+        EXTRA=inputs.extra, ROUND=_ROUND, BLOCK=layout.block,
         BLOCKS=layout.blocks, SLICES=layout.slices, AT_ONCE=inputs.at_once,
         CHUNK=min(2048, triton.next_power_of_2(layout.in_features)),
     )  # fmt: skip
@@ -304,62 +296,13 @@ def _slices(bits: int, bytewise: bool) -> int:
     return 8 // bits if bytewise else 4
 
 
-@triton.jit
-def _source(x_ptr, other_ptr, norm_bias_ptr, row, k, exists, mean, factor, SOURCE: tl.constexpr):
-    """Float32 values k of a token before quantizing, rounded to its dtype where the model would."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
-    if SOURCE == "rms_norm":
-        x = (x * factor).to(dtype).to(tl.float32)
-        x = (
-            (tl.load(other_ptr + k, mask=exists, other=0.0).to(tl.float32) * x)
-            .to(dtype)
-            .to(tl.float32)
-        )
-    elif SOURCE == "layer_norm":
-        x = (x - mean) * factor * tl.load(other_ptr + k, mask=exists, other=0.0).to(tl.float32)
-        x = (
-            (x + tl.load(norm_bias_ptr + k, mask=exists, other=0.0).to(tl.float32))
-            .to(dtype)
-            .to(tl.float32)
-        )
-    elif SOURCE == "swiglu":
-        x = tl.math.div_rn(x, 1.0 + tl.exp(-x)).to(dtype).to(tl.float32)
-        x = (
-            (x * tl.load(other_ptr + row + k, mask=exists, other=0.0).to(tl.float32))
-            .to(dtype)
-            .to(tl.float32)
-        )
-    return x
-
-
-@triton.jit
-def _norm_statistics(x_ptr, row, K, epsilon, SOURCE: tl.constexpr, CHUNK: tl.constexpr):
-    """A token's mean (0 for RMSNorm) and the factor 1 / sqrt(variance + epsilon)."""
-    mean = 0.0
-    if SOURCE == "layer_norm":
-        total = tl.zeros((CHUNK,), tl.float32)
-        for start in range(0, K, CHUNK):
-            k = start + tl.arange(0, CHUNK)
-            total += tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)
-        mean = tl.math.div_rn(tl.sum(total, 0), K * 1.0)
-    squares = tl.zeros((CHUNK,), tl.float32)
-    for start in range(0, K, CHUNK):
-        k = start + tl.arange(0, CHUNK)
-        x = tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)
-        x = tl.where(k < K, x - mean, 0.0)
-        squares += x * x
-    return mean, tl.rsqrt(tl.math.div_rn(tl.sum(squares, 0), K * 1.0) + epsilon)
-
-
 @triton.jit(do_not_specialize=["number", "positions", "counters"])
 def _arrange(
-    x_ptr, other_ptr, norm_bias_ptr, input_scale_ptr, input_zero_point_ptr, values_ptr, sums_ptr,
-    more_ptr, more_sums_ptr, shift_ptr, row_scale_ptr, counter_ptr, K, L, number, rows, positions,
-    counters, epsilon, BITS: tl.constexpr, GRANULARITY: tl.constexpr, SOURCE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, TERMS: tl.constexpr, EXTRA: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr, SLICES: tl.constexpr, AT_ONCE: tl.constexpr, CHUNK: tl.constexpr,
-    ROUND: tl.constexpr,
+    x_ptr, input_scale_ptr, input_zero_point_ptr, values_ptr, sums_ptr, more_ptr, more_sums_ptr,
+    shift_ptr, row_scale_ptr, counter_ptr, K, L, number, rows, positions, counters,
+    BITS: tl.constexpr, GRANULARITY: tl.constexpr, HAS_SCALE: tl.constexpr, TERMS: tl.constexpr,
+    EXTRA: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, SLICES: tl.constexpr,
+    AT_ONCE: tl.constexpr, CHUNK: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """Program (m, part): statistics of token m, then every `parts`-th run of AT_ONCE blocks."""
     m = tl.program_id(0)
@@ -369,9 +312,6 @@ def _arrange(
             for start in range(0, counters, 256):
                 i = start + tl.arange(0, 256)
                 tl.store(counter_ptr + i, tl.zeros((256,), tl.int32), mask=i < counters)
-    mean, factor = 0.0, 1.0
-    if SOURCE == "rms_norm" or SOURCE == "layer_norm":
-        mean, factor = _norm_statistics(x_ptr, row, K, epsilon, SOURCE, CHUNK)
     top: tl.constexpr = 2**BITS - 1
     scale, zero_point = 1.0, 0.0
     if GRANULARITY == "token":
@@ -382,16 +322,14 @@ def _arrange(
         high = tl.zeros((CHUNK,), tl.float32)
         for start in range(0, K, CHUNK):
             k = start + tl.arange(0, CHUNK)
-            x = _source(x_ptr, other_ptr, norm_bias_ptr, row, k, k < K, mean, factor, SOURCE)
-            x = tl.where(k < K, x, 0.0)
+            x = tl.load(x_ptr + row + k, mask=k < K, other=0.0).to(tl.float32)
             low = tl.minimum(low, x)
             high = tl.maximum(high, x)
         scale, zero_point = _range(tl.min(low, 0), tl.max(high, 0), top * 1.0, ROUND)
 
     place = tl.arange(0, BLOCK)[None, :]
-    inner = place % (BLOCK // SLICES) * SLICES + place // (
-        BLOCK // SLICES
-    )  # which input of its block lies there
+    # which input of its block lies there
+    inner = place % (BLOCK // SLICES) * SLICES + place // (BLOCK // SLICES)
     magnitude = tl.zeros((AT_ONCE, BLOCK), tl.int32)  # bits of the largest absolute values
     for first in range(tl.program_id(1) * AT_ONCE, number, tl.num_programs(1) * AT_ONCE):
         block = first + tl.arange(0, AT_ONCE)
@@ -400,8 +338,7 @@ def _arrange(
         exists = k < tl.minimum((group + 1) * L, K)[:, None]
         written = (block < number)[:, None]
         target = m.to(tl.int64) * number * BLOCK + block[:, None] * BLOCK + place
-        x = _source(x_ptr, other_ptr, norm_bias_ptr, row, k, exists, mean, factor, SOURCE)
-        x = tl.where(exists, x, 0.0)
+        x = tl.load(x_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
         if GRANULARITY == "none":
             if HAS_SCALE:
                 x = tl.math.div_rn(x, tl.load(input_scale_ptr + k, mask=exists, other=1.0))
@@ -537,9 +474,8 @@ def _products(
     if BYTEWISE:
         place = start + j
         if not WHOLE:
-            place = tl.minimum(
-                place, row_size - 1
-            )  # beyond the row inputs are 0, whatever weight they meet
+            # beyond the row inputs are 0, whatever weight they meet
+            place = tl.minimum(place, row_size - 1)
         packed = tl.load(weight_ptr + n_offset[:, None] + place[None, :])
     elif RUNS:
         run = n_offset[:, None] + start // 32 + tl.arange(0, BLOCK // 32)[None, :] * BITS

@@ -100,9 +100,6 @@ class QVLMOptimumQuantizer(OptimumQuantizer):
             overwrite: replace an earlier result.
             max_shard_size: of one safetensors file.
 
-        Returns:
-            The directory.
-
         Raises:
             ValueError: `save_dir` may not be written, the model is quantized already, or as
                 `from_pretrained` with a `QVLMConfig`.

@@ -14,14 +14,11 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from results_file import options_of, write
+from results_file import highest, line, options_of, write
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
@@ -33,7 +30,6 @@ from qvlm_hf.hf.preflight import expect
 from qvlm_hf.hf.saving import save_quantized
 from qvlm_hf.hub.saved import empty_model
 
-_EVERY = 0.002  # seconds between two looks at the memory
 # The C library gives blocks from 64 KiB on back at once: what it hoards is no need of calibration.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -49,24 +45,6 @@ def save_model(folder: Path, layers: int, hidden: int, dtype: torch.dtype, **tex
     AutoProcessor.from_pretrained(model_dir()).save_pretrained(folder)
     layer = model.get_decoder().layers[0]
     return sum(parameter.nbytes for parameter in layer.parameters())
-
-
-@contextmanager
-def highest_anonymous() -> Iterator[list[int]]:
-    """Inside, the highest anonymous memory of this process is written into the list."""
-    highest, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(_EVERY):
-            highest[0] = max(highest[0], status_bytes("RssAnon") or 0)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        yield highest
-    finally:
-        stop.set()
-        watcher.join()
 
 
 def calibrate(folder: Path, scratch: str | None, share: float, **fields: object) -> dict:
@@ -90,13 +68,13 @@ def calibrate(folder: Path, scratch: str | None, share: float, **fields: object)
         reserved = status_bytes("VmData") - before  # not touched, as of stacks
         limit = int(share * promised.memory + promised.weights) + reserved
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    with highest_anonymous() as highest:
+    with highest("RssAnon") as memory:
         model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
         save_quantized(model, config.processor, folder / "result", report=None, overwrite=True)
     seconds = time.process_time() - start
     return {
-        "anonymous": highest[0] - before,
-        "highest": highest[0],
+        "anonymous": memory["RssAnon"] - before,
+        "highest": memory["RssAnon"],
         "promised": promised.memory,
         "seconds": seconds,
     }
@@ -110,14 +88,6 @@ def in_a_process(folder: Path, *options: str) -> dict:
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def line(layers: list[int], sizes: list[float]) -> tuple[float, float]:
-    """Least squares: bytes of no layer, and of each."""
-    x = torch.tensor([[1.0, count] for count in layers], dtype=torch.float64)
-    y = torch.tensor(sizes, dtype=torch.float64).unsqueeze(1)
-    base, slope = torch.linalg.lstsq(x, y).solution.flatten().tolist()
-    return base, slope
 
 
 def main() -> None:

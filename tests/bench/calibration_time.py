@@ -10,7 +10,7 @@ fewest of `--rounds`.
 import time
 
 import torch
-from results_file import options_of, write
+from results_file import line, options_of, write
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
@@ -32,14 +32,6 @@ def seconds(layers: int, scheme: str, samples: int) -> float:
     start = time.process_time()
     qvlm_hf.quantize_model(model, quantization)
     return time.process_time() - start
-
-
-def line(layers: list[int], times: list[float]) -> tuple[float, float]:
-    """Least squares: seconds of no layer, and of each."""
-    x = torch.tensor([[1.0, count] for count in layers], dtype=torch.float64)
-    y = torch.tensor(times, dtype=torch.float64).unsqueeze(1)
-    base, slope = torch.linalg.lstsq(x, y).solution.flatten().tolist()
-    return base, slope
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 from unittest import mock
@@ -27,11 +26,11 @@ from unittest import mock
 import torch
 import transformers
 from recipes import Harness
+from results_file import options_of_accuracy, rows_of, write
 from torch import Tensor
 from unseen_models.text import compare_text
 
 import qvlm_hf
-from qvlm_hf.bench.machine import device_name
 from qvlm_hf.calibration.measure.answers import answer_kl
 from qvlm_hf.calibration.search import sites
 from qvlm_hf.format import grids
@@ -209,17 +208,12 @@ AS_IT_IS = "as it is"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--data", help="folder of calibration.jsonl and test.jsonl (the model's)")
+    parser = options_of_accuracy(__doc__)
     parser.add_argument("--parts", nargs="*", default=[], choices=PARTS)
     parser.add_argument("--only", nargs="+", help="variants; else all of the parts")
     parser.add_argument("--schemes", nargs="+", default=["W4A8", "W4A4"])
     parser.add_argument("--fields", type=json.loads, default={}, help="JSON, fields of all")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--passages", type=int, default=0, help="0: text that the model wrote")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
@@ -293,11 +287,7 @@ def main() -> None:
     options = parse()
     transformers.utils.logging.disable_progress_bar()
     chosen = {name: vars(options)[name] for name in ("fields", "questions", "passages")}
-    chosen |= {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    chosen |= {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-    rows: list[Row] = []
-    if options.json and options.json.exists():
-        rows = json.loads(options.json.read_text())["rows"]
+    rows = rows_of(options.json)
     wanted = [
         {"part": part, "scheme": scheme, "variant": variant, "seed": seed}
         for part in options.parts
@@ -313,8 +303,7 @@ def main() -> None:
         rows.append(row)
         kls = (f"{row[part][kind]:.5f}" for part in ("answers", "text") for kind in row[part])
         print(*key(row), *kls, f"{row['seconds']:.0f} s", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps({**chosen, "rows": rows}, indent=1) + "\n")
+        write(options.json, **chosen, rows=rows)
     print(table(rows))
 
 

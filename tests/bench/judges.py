@@ -13,7 +13,6 @@ Rows of an earlier run with the same `--json` are kept and not measured again.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -26,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from results_file import options_of_accuracy, rows_of, write
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from qvlm_hf import QVLMConfig
-from qvlm_hf.bench.machine import device_name
 from qvlm_hf.calibration.measure.self_check import AnswerComparison
 from qvlm_hf.calibration.measure.written_text import written_text
 from qvlm_hf.calibration.samples import batches, by_picture, hold_out, load_samples
@@ -53,16 +52,11 @@ Row = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("--data", help="folder of calibration.jsonl and test.jsonl (the model's)")
+    parser = options_of_accuracy(__doc__)
     parser.add_argument("--scheme", default="W4A4")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--samples", type=int, default=80, help="calibrated on 16, judged by others"
     )
-    parser.add_argument("--questions", type=int, default=128)
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
@@ -163,9 +157,7 @@ def summary(rows: Sequence[Row]) -> str:
 def main() -> None:
     options = parse()
     transformers.utils.logging.disable_progress_bar()
-    rows: list[Row] = []
-    if options.json and options.json.exists():
-        rows = json.loads(options.json.read_text())["rows"]
+    rows = rows_of(options.json)
     known = {(r["scheme"], r["seed"], r["recipe"], r["compensated"]) for r in rows}
     wanted = [("plain rounding", False), *product(CALIBRATED, (True, False))]
     harness: Harness | None = None
@@ -175,14 +167,7 @@ def main() -> None:
             for row in harness.rows(seed, missing):
                 rows.append(row)
                 print(row, flush=True)
-                if options.json:
-                    versions = {
-                        "torch": torch.__version__,
-                        "transformers": transformers.__version__,
-                    }
-                    machine = {"device": device_name(torch.device("cpu"))}
-                    result = {**machine, "versions": versions, "rows": rows}
-                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+                write(options.json, rows=rows)
     print(summary([row for row in rows if row["scheme"] == options.scheme]))
 
 

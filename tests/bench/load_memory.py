@@ -15,12 +15,12 @@ import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from results_file import highest
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
 
@@ -80,25 +80,12 @@ def load(folder: Path) -> dict:
     _read(files)
     _read(files)
     reading = time.perf_counter() - start
-    before, parts, stop = (
-        status_bytes("VmRSS"),
-        {"RssAnon": 0, "RssFile": 0},
-        threading.Event(),
-    )
-
-    def watch():
-        while not stop.wait(_EVERY):
-            for part in parts:
-                parts[part] = max(parts[part], status_bytes(part))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start, processor = time.perf_counter(), time.process_time()
-    model = AutoModelForImageTextToText.from_pretrained(folder)
-    seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    stop.set()
-    watcher.join()
-    loaded, highest = status_bytes("VmRSS"), status_bytes("VmHWM")
+    before = status_bytes("VmRSS")
+    with highest("RssAnon", "RssFile", every=_EVERY) as parts:
+        start, processor = time.perf_counter(), time.process_time()
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    loaded, peak = status_bytes("VmRSS"), status_bytes("VmHWM")
     # mapped pages count only when they are read: read them all
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.reshape(-1)[:: max(1, _PAGE // tensor.element_size())].sum()
@@ -108,7 +95,7 @@ def load(folder: Path) -> dict:
         "reading_twice_seconds": reading,
         "rss_before": before,
         "rss_after": loaded,
-        "peak_rss": highest,
+        "peak_rss": peak,
         "peak_rss_all_read": status_bytes("VmHWM"),
         "peak_anonymous": parts["RssAnon"],
         "peak_mapped": parts["RssFile"],
@@ -154,7 +141,7 @@ def main() -> None:
     best = min(loads, key=lambda found: found["seconds"] / found["reading_twice_seconds"])
     packages = ("qvlm_hf", "torch", "transformers", "safetensors")
 
-    def highest(part: str, less: str | None = None) -> float:
+    def most(part: str, less: str | None = None) -> float:
         return max(found[part] - (found[less] if less else 0) for found in loads) / size
 
     result = {
@@ -164,9 +151,9 @@ def main() -> None:
         "scheme": options.scheme,
         "versions": {name: version(name) for name in packages},
         "packed_bytes": size,
-        "peak_over_packed": highest("peak_rss"),
-        "peak_all_read_over_packed": highest("peak_rss_all_read"),
-        "peak_all_read_less_imports_over_packed": highest("peak_rss_all_read", "rss_before"),
+        "peak_over_packed": most("peak_rss"),
+        "peak_all_read_over_packed": most("peak_rss_all_read"),
+        "peak_all_read_less_imports_over_packed": most("peak_rss_all_read", "rss_before"),
         "seconds_over_reading_twice": best["seconds"] / best["reading_twice_seconds"],
         "loads": loads,
     }

@@ -30,11 +30,11 @@ from unittest import mock
 import torch
 import transformers
 from bench.recipes import Harness
+from bench.results_file import machine, rows_of
 from torch import Tensor
 from unseen_models.text import compare_text
 
 from qvlm_hf import QVLMConfig
-from qvlm_hf.bench.machine import device_name
 from qvlm_hf.calibration.layers import (
     LayerInput,
     capture_inputs,
@@ -48,12 +48,7 @@ from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import batches, by_picture, hold_out, load_samples
 from qvlm_hf.calibration.search import segments
-from qvlm_hf.calibration.search.joint_search import (
-    BlockSearch,
-    Choice,
-    SearchResult,
-    search_block,
-)
+from qvlm_hf.calibration.search.joint_search import BlockSearch, Choice, SearchResult, search_block
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.models.folds import why_not_rotatable
@@ -170,11 +165,7 @@ class Pairs(Harness):
                     yield {"component": segment.component, "searched": which} | row
 
     def pairs(
-        self,
-        calibration: Calibration,
-        segment: Segment,
-        alone: Sequence[LayerInput],
-        every: int,
+        self, calibration: Calibration, segment: Segment, alone: Sequence[LayerInput], every: int
     ) -> Iterator[Row]:
         """Per pair of layers, fed with full precision, what every sample of `alone` shows."""
         inputs, live = calibration.inputs[segment.name], live_layers(segment)
@@ -282,11 +273,7 @@ def main() -> None:
         for name, value in vars(options).items()
         if name not in ("json", "model", "data", "seeds", "schemes")
     }
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
-    rows: list[Row] = []
-    if options.json.exists():
-        rows = json.loads(options.json.read_text())["rows"]
+    rows = rows_of(options.json)
     harness = (Pairs if options.part == "pairs" else Depths)(options)
     for seed, scheme in product(options.seeds, options.schemes):
         for case in harness.cases(options):
@@ -296,7 +283,7 @@ def main() -> None:
             for row in harness.rows(options, **asked):
                 rows.append(asked | row)
                 print(rows[-1], flush=True)
-            write(options.json, {**chosen, **machine, "versions": versions}, rows)
+            write(options.json, {**chosen, **machine()}, rows)
 
 
 if __name__ == "__main__":

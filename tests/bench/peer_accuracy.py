@@ -29,12 +29,12 @@ from typing import Any
 import torch
 import transformers
 from bench.peer_workers import METHODS, PINS, Method, answers, texts
+from bench.results_file import options_of_accuracy, rows_of, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from unseen_models.text import passages
 
-from qvlm_hf.bench.machine import device_name
 from qvlm_hf.calibration.measure.answers import answer_kl
 from qvlm_hf.calibration.measure.written_text import written_text
 from qvlm_hf.calibration.samples import Sample, batches, load_samples
@@ -46,22 +46,16 @@ Row = dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--data", help="folder of calibration.jsonl and test.jsonl (the model's)")
+    parser = options_of_accuracy(__doc__, seeds=1)
+    parser.set_defaults(questions=64)
     parser.add_argument("--group", type=int, default=64, help="weights that share a scale")
     parser.add_argument("--fields", type=json.loads, default={}, help="JSON, of our rows")
     parser.add_argument("--packages", nargs="+", default=["qvlm_hf", *PINS])
     parser.add_argument("--schemes", nargs="+", default=["W8A8", "W4A16", "W4A8", "W4A4"])
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--passages", type=int, default=0, help="0: text that the model wrote")
-    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--limit", type=int, default=600, help="seconds for one model")
     parser.add_argument("--environments", type=Path, help="kept here, and used again")
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
@@ -288,9 +282,7 @@ def table(rows: Sequence[Row]) -> str:
 def main() -> None:
     options = parse()
     transformers.utils.logging.disable_progress_bar()
-    rows: list[Row] = []
-    if options.json and options.json.exists():
-        rows = json.loads(options.json.read_text())["rows"]
+    rows = rows_of(options.json)
     known = {(row["method"], row["seed"]) for row in rows}
     wanted = [
         (name, seed)
@@ -301,14 +293,11 @@ def main() -> None:
     ]
     keys = ("group", "fields", "samples", "questions", "passages")
     chosen = {key: vars(options)[key] for key in keys}
-    machine = {"device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()}
 
     def keep(row: Row) -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
-        if options.json:
-            result = {**chosen, **machine, "rows": rows}
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.json, **chosen, rows=rows)
 
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
         harness = Harness(options, Path(folder)) if wanted else None

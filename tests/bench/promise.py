@@ -19,8 +19,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from calibration_memory import highest_anonymous, save_model
-from results_file import options_of, write
+from calibration_memory import save_model
+from results_file import highest, options_of, write
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import qvlm_hf
@@ -44,7 +44,7 @@ def calibrate(folder: Path, samples: int, scheme: str, scratch: str | None) -> d
     empty = empty_model(AutoConfig.from_pretrained(folder)).to(torch.bfloat16)
     with patch("time.perf_counter", time.process_time):
         promised = expect(empty, config, read_samples(config))
-        with highest_anonymous() as highest:
+        with highest("RssAnon") as memory:
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
             start = time.process_time()
             report = qvlm_hf.quantize_model(model, config)
@@ -54,7 +54,7 @@ def calibrate(folder: Path, samples: int, scheme: str, scratch: str | None) -> d
         "promised": promised.seconds,
         "seconds": steps | {"other": seconds - sum(steps.values())},
         "promised_memory": promised.memory,
-        "memory": highest[0],
+        "memory": memory["RssAnon"],
         "tokens": report.provenance["tokens"],
     }
 

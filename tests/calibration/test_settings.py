@@ -19,154 +19,71 @@ def percentile(granularity, value):
     return RangeCandidate(granularity=granularity, percentile=value)
 
 
+NAMES = (["lm_head", ""], [1], [None], ["*"], ["."], ["a..b"], ["q_proj\n"], ["a.*"])
+FRACTIONS = ((), (1.0, 0.89), (1.01,), ("1.0",), (True,), (float("nan"),), [0.5])
+FACTORS = ((1.0,), (1.1, 2.1), (0.5,), ("1.1",), (float("inf"),), [True])
+BUDGETS = (1.99, 8.01, True, "4", "3.9", "0GB", "-1GB", "3.9 TB", float("nan"))
+NO_NUMBERS = ("1", float("nan"), float("inf"), True)
+WIDTH, GROUP = "an integer from 3 to 8, or 16 for floating point", "-1 (whole row) or an integer"
+AVERAGE = "an average of 2 to 8 bits per weight, or a size as in '3.9GB': or leave it out"
+# fields, values that they refuse, what they must be
+RULES = [
+    ("weight_bits", (1, "4"), "an integer from 2 to 8"),
+    ("activation_bits", (2, 9, "4", None), WIDTH),
+    ("group_size", (0, -7, 2**20 + 1, "128"), f"{GROUP} from 8 to 1048576; 128 is usual"),
+    (
+        "num_samples batch_size max_block_depth",
+        (0, 2.0, True, "3", None),
+        "an integer of at least 1",
+    ),
+    ("seed", (-1, 2.0, True, "3", None), "an integer of at least 0"),
+    ("entropy_threshold", NO_NUMBERS, "a number (in nats) or None for the segment's mean"),
+    ("precision_budget", BUDGETS, AVERAGE),
+    ("percentiles", FRACTIONS, "numbers from 0.9 to 1.0, as in (1.0, 0.9999)"),
+    ("margins", FACTORS, "factors above 1.0 and up to 2.0, as in (1.1, 1.25); () for none"),
+    ("percentiles margins modules_to_not_convert", ("lm_head", 1.0), "a list"),
+    ("modules_to_not_convert", NAMES, "a list of module names"),
+    ("lm_head_bits", (4, 16, 8.0, "8", True), "8 or None (full precision)"),
+    ("symmetric quantize_vision quantize_projector strict guard", (1, None, "no"), "True or False"),
+]
+REFUSED = [(n, value, rule) for names, all_, rule in RULES for n in names.split() for value in all_]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), REFUSED)
+def test_validation_names_value_rule_and_remedy(name, value, rule):
+    shown = tuple(value) if isinstance(value, list) else value
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={shown!r} must be {rule}.')}$"):
+        CalibrationSettings(**{name: value})
+
+
+KINDS = "must be 'channel', 'token', 'dynamic_token' or 'dynamic_group'."
+OTHERS = {"vision": "channel", "text": "channel", "audio": "token"}
+UNKNOWN = f"={OTHERS} names the components ['audio', 'text']: use vision, projector, language."
+NO_GROUPS = "needs groups, and group_size=-1 is the whole row: give group_size=128, or take"
+NO_POSITIONS = "needs a fixed number of positions: give it per component, {'vision': 'token'}."
+FLOATS = "has no meaning for 16-bit (floating point) activations: leave it out."
+GROUPS, FLOATING = {"group_size": -1}, {"activation_bits": 16}
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("granularity", "message", "others"),
     [
-        ({"weight_bits": 1}, "weight_bits=1 must be an integer from 2 to 8."),
-        ({"weight_bits": "4"}, "weight_bits='4' must be an integer from 2 to 8."),
-        (
-            {"activation_bits": 2},
-            "activation_bits=2 must be an integer from 3 to 8, or 16 for floating point.",
-        ),
-        (
-            {"activation_bits": 9},
-            "activation_bits=9 must be an integer from 3 to 8, or 16 for floating point.",
-        ),
-        *(
-            (
-                {"activation_bits": value},
-                f"activation_bits={value!r} must be an integer from 3 to 8, or 16 for floating "
-                f"point.",
-            )
-            for value in ("4", None)
-        ),
-        (
-            {"group_size": 0},
-            "group_size=0 must be -1 (whole row) or an integer from 8 to 1048576; 128 is usual.",
-        ),
-        ({"symmetric": "yes"}, "symmetric='yes' must be True or False."),
-        *(
-            ({name: value}, f"{name}={value!r} must be an integer of at least {low}.")
-            for name, low in (
-                ("num_samples", 1),
-                ("batch_size", 1),
-                ("seed", 0),
-                ("max_block_depth", 1),
-            )
-            for value in (low - 1, 2.0, True, "3", None)
-        ),
-        *(
-            (
-                {"entropy_threshold": value},
-                f"entropy_threshold={value!r} must be a number (in nats) or None for the segment's "
-                f"mean.",
-            )
-            for value in ("1", float("nan"), float("inf"), True)
-        ),
-        *(
-            (
-                {"precision_budget": value},
-                f"precision_budget={value!r} must be an average of 2 to 8 bits per weight, or a size "
-                f"as in '3.9GB': or leave it out.",
-            )
-            for value in (1.99, 8.01, True, "4", "3.9", "0GB", "-1GB", "3.9 TB", float("nan"))
-        ),
-        *(
-            (
-                {"percentiles": value},
-                f"percentiles={tuple(value)!r} must be numbers from 0.9 to 1.0, as in (1.0, "
-                f"0.9999).",
-            )
-            for value in ((), (1.0, 0.89), (1.01,), ("1.0",), (True,), (float("nan"),), [0.5])
-        ),
-        *(
-            (
-                {"margins": value},
-                f"margins={tuple(value)!r} must be factors above 1.0 and up to 2.0, as in (1.1, "
-                f"1.25); () for none.",
-            )
-            for value in ((1.0,), (1.1, 2.1), (0.5,), ("1.1",), (float("inf"),), [True])
-        ),
-        *(
-            ({name: value}, f"{name}={value!r} must be a list.")
-            for name in ("percentiles", "margins", "modules_to_not_convert")
-            for value in ("lm_head", 1.0)
-        ),
-        *(
-            ({"lm_head_bits": value}, f"lm_head_bits={value!r} must be 8 or None (full precision).")
-            for value in (4, 16, 8.0, "8", True)
-        ),
-        *(
-            ({name: value}, f"{name}={value!r} must be True or False.")
-            for name in ("quantize_vision", "quantize_projector", "strict")
-            for value in (1, None, "no")
-        ),
-        *(
-            (
-                {"modules_to_not_convert": value},
-                f"modules_to_not_convert={tuple(value)!r} must be a list of module names.",
-            )
-            for value in (
-                ["lm_head", ""],
-                [1],
-                [None],
-                ["*"],
-                ["."],
-                ["a..b"],
-                ["q_proj\n"],
-                ["a.*"],
-            )
-        ),
-        (
-            {"activation_granularity": {"vision": "channel", "text": "channel", "audio": "token"}},
-            "activation_granularity={'vision': 'channel', 'text': 'channel', 'audio': 'token'} "
-            "names the components "
-            "['audio', 'text']: use vision, projector, language.",
-        ),
-        (
-            {"activation_granularity": "tensor"},
-            "activation_granularity='tensor' for vision must be 'channel', 'token', "
-            "'dynamic_token' or 'dynamic_group'.",
-        ),
-        (
-            {"activation_granularity": {"projector": "none"}},
-            "activation_granularity='none' for projector must be 'channel', 'token', "
-            "'dynamic_token' or 'dynamic_group'.",
-        ),
-        (
-            {"activation_granularity": 4},
-            "activation_granularity=4 for vision must be 'channel', 'token', 'dynamic_token' or "
-            "'dynamic_group'.",
-        ),
-        *(
-            (
-                {"group_size": -1, "activation_granularity": value},
-                "activation_granularity='dynamic_group' needs groups, and group_size=-1 is the "
-                "whole row: give group_size=128, or take 'dynamic_token'.",
-            )
-            for value in ("dynamic_group", {"vision": "dynamic_group"})
-        ),
-        *(
-            (
-                {"activation_granularity": value},
-                "activation_granularity='token' needs a fixed number of positions: give it per "
-                "component, {'vision': 'token'}.",
-            )
-            for value in ("token", {"language": "token"})
-        ),
-        *(
-            (
-                {"activation_bits": 16, "activation_granularity": value},
-                f"activation_granularity={value!r} has no meaning for 16-bit (floating point) "
-                f"activations: leave it out.",
-            )
-            for value in ("channel", "dynamic_token", {"vision": "token"})
-        ),
+        (OTHERS, UNKNOWN, {}),
+        ("tensor", f"='tensor' for vision {KINDS}", {}),
+        ({"projector": "none"}, f"='none' for projector {KINDS}", {}),
+        (4, f"=4 for vision {KINDS}", {}),
+        ("dynamic_group", f"='dynamic_group' {NO_GROUPS} 'dynamic_token'.", GROUPS),
+        ({"vision": "dynamic_group"}, f"='dynamic_group' {NO_GROUPS} 'dynamic_token'.", GROUPS),
+        ("token", f"='token' {NO_POSITIONS}", {}),
+        ({"language": "token"}, f"='token' {NO_POSITIONS}", {}),
+        ("channel", f"='channel' {FLOATS}", FLOATING),
+        ("dynamic_token", f"='dynamic_token' {FLOATS}", FLOATING),
+        ({"vision": "token"}, f"={{'vision': 'token'}} {FLOATS}", FLOATING),
     ],
 )
-def test_validation_names_value_rule_and_remedy(change, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        CalibrationSettings(**change)
+def test_granularities_that_do_not_fit_say_why(granularity, message, others):
+    with pytest.raises(ValueError, match=f"^activation_granularity{re.escape(message)}$"):
+        CalibrationSettings(activation_granularity=granularity, **others)
 
 
 @pytest.mark.parametrize(
@@ -197,32 +114,6 @@ def test_the_edges_of_the_rules_are_allowed(change):
         assert getattr(settings, name) == (tuple(value) if isinstance(value, list) else value)
 
 
-def test_defaults_are_the_table_of_the_contract():
-    table = {
-        "weight_bits": 4,
-        "activation_bits": 4,
-        "group_size": 128,
-        "symmetric": False,
-        "activation_granularity": None,
-        "quantize_vision": True,
-        "quantize_projector": True,
-        "lm_head_bits": None,
-        "modules_to_not_convert": (),
-        "num_samples": 64,
-        "batch_size": 8,
-        "seed": 0,
-        "max_block_depth": 3,
-        "entropy_threshold": None,
-        "percentiles": (1.0, 0.9999, 0.9995, 0.999),
-        "margins": (1.1, 1.25),
-        "strict": False,
-    }
-    defaults = dataclasses.asdict(CalibrationSettings())
-    assert {
-        name: defaults[name] for name in table
-    } == table  # other fields start at what was measured best
-
-
 @pytest.mark.parametrize("value", ["best", None, 4])
 def test_unknown_weight_rounding_raises(value):
     with pytest.raises(ValueError, match=rf"^weight_rounding={value!r} must be 'nearest'"):
@@ -242,12 +133,8 @@ def test_is_keyword_only_and_keeps_tuples():
 @pytest.mark.parametrize(
     ("activation_bits", "expected"),
     [
-        (3, ("channel", "dynamic_token")),
-        (4, ("channel", "dynamic_token")),
-        (5, ("channel", "dynamic_token")),
-        (6, ("dynamic_token", "channel")),
-        (7, ("dynamic_token", "channel")),
-        (8, ("dynamic_token", "channel")),
+        *((bits, ("channel", "dynamic_token")) for bits in (3, 4, 5)),
+        *((bits, ("dynamic_token", "channel")) for bits in (6, 7, 8)),
         (16, ("none",)),
     ],
 )
@@ -260,15 +147,15 @@ def test_default_granularities_follow_the_bits(component, activation_bits, expec
 def test_an_asked_granularity_is_the_only_one():
     for granularity in ("channel", "dynamic_token", "dynamic_group"):
         settings = CalibrationSettings(activation_granularity=granularity)
-        assert [settings.granularities(component) for component in COMPONENTS] == [
-            (granularity,)
-        ] * 3
-    mapped = CalibrationSettings(
-        activation_granularity={"vision": "token", "language": "dynamic_token"}
-    )
+        assert {settings.granularities(component) for component in COMPONENTS} == {(granularity,)}
+    asked = {"vision": "token", "language": "dynamic_token"}
+    mapped = CalibrationSettings(activation_granularity=asked)
     assert mapped.granularities("vision") == ("token",)
     assert mapped.granularities("projector") == ("channel", "dynamic_token")
     assert mapped.granularities("language") == ("dynamic_token",)
+
+
+ALL_DYNAMIC = dict.fromkeys(COMPONENTS, "dynamic_token")
 
 
 @pytest.mark.parametrize(
@@ -281,21 +168,9 @@ def test_an_asked_granularity_is_the_only_one():
         ({"activation_granularity": "dynamic_token"}, False),
         ({"activation_granularity": "dynamic_group"}, False),
         ({"activation_bits": 8, "activation_granularity": "dynamic_token"}, False),
-        (
-            {"activation_granularity": {"vision": "dynamic_token", "language": "dynamic_token"}},
-            True,
-        ),
-        ({"activation_granularity": dict.fromkeys(COMPONENTS, "dynamic_token")}, False),
-        (
-            {
-                "activation_granularity": {
-                    "vision": "token",
-                    "projector": "dynamic_token",
-                    "language": "dynamic_token",
-                }
-            },
-            True,
-        ),
+        ({"activation_granularity": dict.fromkeys(("vision", "language"), "dynamic_token")}, True),
+        ({"activation_granularity": ALL_DYNAMIC}, False),
+        ({"activation_granularity": ALL_DYNAMIC | {"vision": "token"}}, True),
     ],
 )
 def test_needs_data(change, expected):
@@ -373,10 +248,8 @@ def test_scheme_carries_bits_groups_and_transform():
         ({"activation_bits": 7}, "auto"),  # as the model allows
         ({"activation_bits": 8}, "auto"),
         ({"activation_bits": 16}, None),
-        (
-            {"activation_bits": 8, "activation_granularity": "dynamic_token"},
-            None,
-        ),  # rounded while loading: never whole in memory
+        # rounded while loading: never whole in memory
+        ({"activation_bits": 8, "activation_granularity": "dynamic_token"}, None),
         ({"activation_bits": 8, "rotation": None}, None),
         ({"activation_bits": 4, "rotation": "hadamard"}, "hadamard"),
     ],

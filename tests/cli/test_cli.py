@@ -208,10 +208,7 @@ D = "--dataset {f}/samples.jsonl "
         ("quantize {f}/model --output {f}/samples.jsonl/x " + D, "choose a directory"),
         ("quantize {f}/nowhere --output {f}/x " + D, "nowhere"),
         ("quantize {f}/w4a4 --method rtn --output {f}/x", "is quantized already"),
-        (
-            Q + "--method rtn --activation-granularity channel",
-            "leave it out with --method rtn",
-        ),
+        (Q + "--method rtn --activation-granularity channel", "leave it out with --method rtn"),
         (Q + "--method rtn --modules-to-not-convert nose", "'nose' matches no module"),
         ("evaluate {f}/w4a4 --num-samples 0 " + D, "--num-samples 0 must be a whole number"),
         (
@@ -224,10 +221,7 @@ D = "--dataset {f}/samples.jsonl "
         ),
         ("ask {f}/w4a4 --image {f}/0.png ' '", "error: the question is empty; give text\n"),
         ("ask {f}/bert --image {f}/0.png 'what ?'", "'bert' is no image-text-to-text model"),
-        (
-            "ask {f}/w4a4 --image {f}/samples.jsonl 'what ?'",
-            "error: --image: unreadable picture",
-        ),
+        ("ask {f}/w4a4 --image {f}/samples.jsonl 'what ?'", "error: --image: unreadable picture"),
         ("inspect --shape gpt-5", "is unknown"),
         ("inspect {f}/bert", "'bert' is no image-text-to-text model"),
         ("inspect {f}", "no config.json"),

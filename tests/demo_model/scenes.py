@@ -266,9 +266,8 @@ def sample_scenes(
     options = options or SceneOptions()
     shapes = rng.integers(options.shapes[0], options.shapes[1] + 1, (count, 1))
     digits = rng.integers(options.digits[0], options.digits[1] + 1, (count, 1))
-    rank = rng.random((count, 9)).argsort(
-        axis=1
-    )  # a random order of the cells: the first hold shapes, the next digits
+    # a random order of the cells: the first hold shapes, the next digits
+    rank = rng.random((count, 9)).argsort(axis=1)
     is_shape, is_digit = rank < shapes, (rank >= shapes) & (rank < shapes + digits)
     kind = np.where(
         is_shape, rng.integers(0, len(SHAPES), (count, 9)), np.where(is_digit, DIGIT, EMPTY)
@@ -312,9 +311,8 @@ def draw_scenes(
     is_shape = (scenes.kind != EMPTY) & ~is_digit
     mask[is_shape] = bank.shapes[scenes.kind[is_shape], shape_variant[is_shape]]
     mask[is_digit] = bank.digits[scenes.instance[is_digit], digit_variant[is_digit]]
-    palette = np.array(
-        [*COLORS.values(), (0, 0, 0)], np.float32
-    )  # the last row, index -1, belongs to empty cells
+    # the last row, index -1, belongs to empty cells
+    palette = np.array([*COLORS.values(), (0, 0, 0)], np.float32)
     ink = palette[scenes.color] + rng.integers(
         -options.color_jitter, options.color_jitter + 1, (count, 9, 3)
     )

@@ -296,9 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `python -m demo_model.train`."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options, output = _parse(arguments)
-    train(
-        options, check_output(output, overwrite=False)
-    )  # half an hour of work, whose files replace others of their names
+    # half an hour of work, whose files replace others of their names
+    train(options, check_output(output, overwrite=False))
 
 
 if __name__ == "__main__":

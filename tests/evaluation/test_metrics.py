@@ -58,19 +58,16 @@ def test_wilson_ends_solve_the_score_equation(pair):
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 0), (-1, 3), (4, 3)])
 def test_no_proportion(successes, total):
-    with pytest.raises(
-        ValueError, match=rf"{successes} of {total} is no proportion; it takes 0 <= successes"
-    ):
+    message = rf"{successes} of {total} is no proportion; it takes 0 <= successes"
+    with pytest.raises(ValueError, match=message):
         Proportion(successes=successes, total=total)
 
 
 def test_paired_counts():
     first, second = [True, True, True, False, False], [True, False, False, True, False]
     assert PairedCounts.of(first, second) == counts(1, 2, 1, 1)
-    with pytest.raises(
-        ValueError,
-        match="5 and 4 answers cannot be paired; evaluate both models on the same samples",
-    ):
+    message = "5 and 4 answers cannot be paired; evaluate both models on the same samples"
+    with pytest.raises(ValueError, match=message):
         PairedCounts.of(first, second[:4])
 
 
@@ -171,9 +168,8 @@ def test_answer_kl_ruled_out_tokens():
 
 @pytest.mark.parametrize(("first", "second"), [((2, 3), (2, 4)), ((0, 3), (0, 3)), ((3,), (3,))])
 def test_answer_kl_refuses(first, second):
-    with pytest.raises(
-        ValueError, match=r"logits have the shapes .* both must be \[tokens, vocabulary\]"
-    ):
+    message = r"logits have the shapes .* both must be \[tokens, vocabulary\]"
+    with pytest.raises(ValueError, match=message):
         answer_kl(torch.zeros(first), torch.zeros(second))
 
 

@@ -262,9 +262,8 @@ def test_a_family_without_a_row_is_not_exported(tmp_path):
     model = tiny_model("hunyuan_vl")
     quantize_model(model, QVLMConfig(scheme="W4A16", symmetric=True, group_size=16))
     model.save_pretrained(tmp_path / "qvlm")
-    with pytest.raises(
-        ValueError, match="model_type 'hunyuan_vl' cannot be exported: it has no row"
-    ):
+    message = "model_type 'hunyuan_vl' cannot be exported: it has no row"
+    with pytest.raises(ValueError, match=message):
         export(tmp_path / "qvlm", tmp_path / "exported")
 
 
@@ -331,9 +330,8 @@ def test_exports_of_other_programs_are_never_deleted(cases, tmp_path):
         export(cases["W8A8"].path, tmp_path / "x", overwrite=True)
     (tmp_path / "list").rename(tmp_path / "x" / "qvlm_files.json")
     (tmp_path / "x" / "notes.txt").write_text("kept")
-    with pytest.raises(
-        ValueError, match=r"holds notes\.txt, which no earlier result of qvlm_hf wrote"
-    ):
+    message = r"holds notes\.txt, which no earlier result of qvlm_hf wrote"
+    with pytest.raises(ValueError, match=message):
         export(cases["W8A8"].path, tmp_path / "x", overwrite=True)
     assert (tmp_path / "x" / "notes.txt").read_text() == "kept"
 

@@ -87,7 +87,7 @@ def test_integers_are_the_nearest_on_the_stored_grid(bits, symmetric):
     quantized = quantize_weight(weight, scheme(bits, 16, symmetric))
     assert quantized.values.is_contiguous()
     assert [part.dtype for part in (quantized.values, quantized.scale, quantized.zero_point)] == [
-        *(torch.uint8, torch.bfloat16, torch.uint8),
+        *(torch.uint8, torch.bfloat16, torch.uint8)
     ]
     assert quantized.scale.shape == quantized.zero_point.shape == (5, 3)
     w, scale, zero = weight.numpy(), quantized.scale.float().numpy(), quantized.zero_point.numpy()

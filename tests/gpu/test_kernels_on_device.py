@@ -8,12 +8,12 @@ import pytest
 import torch
 from arranged_inputs import arrange, order
 from linear_calls import NAMES, TIGHT, agree, arguments
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers import DynamicCache
 
 from qvlm_hf.format.grids import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.packing import pack
 from qvlm_hf.format.scheme import QuantScheme
+from qvlm_hf.hf.runtime import growing_cache
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.siblings import share_inputs
 from qvlm_hf.ops import gpu
@@ -167,53 +167,12 @@ def test_inputs_are_rounded_as_the_reference_rounds(kernels, granularity, bits):
     qparams = QParams(scale, zero, bits) if statics else dynamic_token_qparams(x, bits)
     layout = kernels.Layout.of(4096, 128, 4)
     arranged = arrange(
-        kernels,
-        x,
-        layout,
-        bits,
-        granularity,
-        scale if statics else None,
-        zero if statics else None,
+        kernels, x, layout, bits, granularity, scale if statics else None, zero if statics else None
     )
     a = shift_quantize(x, qparams).int()
     stored = a if bits < 8 else a + qparams.zero_point - 128
     assert torch.equal(arranged.values[0][:, order(layout)].int(), stored)
     assert torch.equal(arranged.sums.sum(0), stored.sum(1).int())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", list(TIGHT))
-def test_fused_quantizers_round_where_the_model_rounds(kernels, dtype):
-    """At most one value in a thousand beside the model's, and by one unit: sums and exp() have no
-    fixed last place on a device.
-    """
-    layout = kernels.Layout.of(4096, 128, 8)
-    x, up = (torch.randn(64, 4096, device="cuda").to(dtype) for _ in range(2))
-    rms, layer = (
-        LlamaRMSNorm(4096, eps=1e-5).to("cuda", dtype),
-        torch.nn.LayerNorm(4096, eps=1e-5, device="cuda", dtype=dtype),
-    )
-    for parameter in (rms.weight, layer.weight, layer.bias):
-        parameter.normal_()
-    act = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=4)).act_fn
-    cases = (
-        ("rms_norm", rms(x), {"other": rms.weight, "epsilon": 1e-5}),
-        ("layer_norm", layer(x), {"other": layer.weight, "norm_bias": layer.bias, "epsilon": 1e-5}),
-        ("swiglu", act(x) * up, {"other": up}),
-    )
-    for source, expected, fused in cases:
-        values = arrange(kernels, x, layout, 16, "none", source=source, **fused).values[0][
-            :, order(layout)
-        ]
-        if dtype == torch.float32:
-            torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
-        else:
-            assert (values != expected).float().mean() <= 0.001, source
-            torch.testing.assert_close(values, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-        one = arrange(kernels, x, layout, 8, "dynamic_token", source=source, **fused)
-        two = arrange(kernels, values.contiguous(), layout, 8, "dynamic_token")
-        assert torch.equal(one.values, two.values), source
-        assert torch.equal(one.sums, two.sums), source
 
 
 @torch.no_grad()
@@ -319,6 +278,26 @@ def test_compiles_into_one_graph(kernels):
     for tokens in (1, 16, 100):
         x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
         assert torch.equal(compiled(x), made(x) + 1)
+
+
+@torch.no_grad()
+def test_a_cache_grows_in_place_but_not_in_a_graph():
+    own, grown = DynamicCache(), DynamicCache()
+    places = []
+    for tokens in (640, 1, 1, 1):
+        growing_cache._prepare(None, (grown,), {})
+        keys = torch.randn(1, 4, tokens, 128, device="cuda", dtype=torch.bfloat16)
+        states = [cache.update(keys, -keys, 0) for cache in (own, grown)]
+        assert all(map(torch.equal, *states))
+        places.append(states[1][0].data_ptr())
+    assert len(set(places[1:])) == 1, "Transformers' copy of the prompt moves once"
+    query = torch.randn(1, 4, 1, 128, device="cuda", dtype=torch.bfloat16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(*(attend(query, *pair) for pair in states))
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        grown.update(keys, -keys, 0)
+    assert grown.layers[0]._rooms is None
 
 
 def test_what_the_kernels_do_not_take_the_reference_computes(kernels):

@@ -61,12 +61,18 @@ def test_one_graph_and_the_same_logits(directory, scheme, dtype):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_static_cache_gives_the_same_text_eager_and_compiled(directory, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [
+        *((dtype, "aot_eager") for dtype in (torch.float32, torch.bfloat16)),
+        pytest.param(torch.float32, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_a_static_cache_gives_the_same_text_eager_and_compiled(directory, dtype, backend):
     model = quantized(directory, "W4A8", dtype=dtype)
     expected = text(model)
     assert torch.equal(text(model, cache_implementation="static"), expected)
-    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=backend)
     assert torch.equal(text(model, cache_implementation="static"), expected)
 
 
@@ -95,14 +101,6 @@ def test_with_an_adapter_too(directory, dtype):
     assert torch.equal(text(model, cache_implementation="static"), expected)
     inner = model.get_base_model()
     inner.forward = torch.compile(inner.forward, fullgraph=True, backend="aot_eager")
-    assert torch.equal(text(model, cache_implementation="static"), expected)
-
-
-@pytest.mark.slow
-def test_the_default_compiler_gives_the_same_text_in_float32(directory):
-    model = quantized(directory, "W4A8")
-    expected = text(model)
-    model.forward = torch.compile(model.forward, fullgraph=True)
     assert torch.equal(text(model, cache_implementation="static"), expected)
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, GPTQConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from qvlm_hf import QVLMConfig, VisionOptimization, quantize_model
+from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.scheme import QuantScheme
 
 SCHEME = QuantScheme(weight_bits=4, activation_bits=8, granularity="dynamic_token")
@@ -31,8 +32,14 @@ NOT, OBJECT = "modules_to_not_convert", "<object .*> is object, must be what JSO
 def test_defaults_are_the_contract() -> None:
     config = QVLMConfig()
     wanted = {"weight_bits": 4, "activation_bits": 4, "group_size": 128, "symmetric": False}
+    wanted |= {"quantize_vision": True, "quantize_projector": True, "lm_head_bits": None}
+    wanted |= {"activation_granularity": None, "modules_to_not_convert": (), "strict": False}
     wanted |= {"num_samples": 64, "batch_size": 8, "seed": 0, "max_block_depth": 3}
     wanted |= {"percentiles": (1.0, 0.9999, 0.9995, 0.999), "margins": (1.1, 1.25)}
+    wanted |= {"entropy_threshold": None}
+    for fields in (config.settings(), CalibrationSettings()):
+        assert {name: getattr(fields, name) for name in wanted} == wanted
+    wanted |= {"modules_to_not_convert": None}
     assert {name: getattr(config, name) for name in wanted} == wanted
     assert config.settings().needs_data
 
@@ -45,6 +52,7 @@ def test_paper_has_the_papers_grid_and_takes_overrides() -> None:
     assert config.activation_granularity == {"vision": "token"} | channel
     assert (config.scheme, config.seed) == ("W6A6", 3)
     assert QVLMConfig.paper(margins=(1.5,)).margins == (1.5,)
+    assert QVLMConfig.paper("W4A16").activation_granularity is None
 
 
 def test_a_file_with_unknown_fields_is_newer_or_damaged() -> None:
@@ -127,9 +135,7 @@ def test_values_that_hold_themselves_are_refused_and_40_levels_are_not() -> None
     loop: list[Any] = []
     loop += [loop, loop]
     for value in (mapping, {"x": loop}):
-        with pytest.raises(
-            ValueError, match=r"^provenance is nested more than 50 deep, or holds i"
-        ):
+        with pytest.raises(ValueError, match=r"^provenance is nested more than 50 deep, or hold"):
             QVLMConfig(provenance=value)
     with pytest.raises(ValueError, match=r"^callback \[\[.* must have on_step"):
         QVLMConfig(callbacks=[loop])
@@ -224,15 +230,6 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
     [
         ({"scheme": "W1A4"}, "scheme='W1A4' is not W"),
         ({"scheme": 4}, "scheme=4 is not W"),
-        ({"group_size": 10**9}, "group_size=1000000000 must be -1"),
-        ({"group_size": "128"}, "group_size='128' must be"),
-        ({"symmetric": 1}, "symmetric=1 must be True or False"),
-        ({"num_samples": 0}, "num_samples=0 must be an integer of at least 1"),
-        ({"percentiles": (2.0,)}, "percentiles=.* must be numbers from 0.9 to 1.0"),
-        ({"lm_head_bits": 4}, "lm_head_bits=4 must be 8 or None"),
-        ({"activation_granularity": "row"}, "activation_granularity='row'"),
-        ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert='lm_head' must be a list"),
-        ({"strict": "yes"}, "strict='yes' must be True or False"),
         ({"callbacks": "x"}, "callbacks='x' must be a list of objects"),
         ({"callbacks": [object()]}, "must have on_step"),
         ({"callbacks": torch.tensor(1.0)}, r"callbacks=tensor\(1\.\) must be a list of objects"),
@@ -246,21 +243,12 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
         ({"quant_method": "gptq"}, "quant_method='gptq' must be 'qvlm'"),
         ({"optimize_vision": 0}, "optimize_vision=0 must be True, False or a VisionOptimization"),
         ({"optimize_vision": {"epoch": 3}}, "does not have the fields of VisionOptimization"),
-        (
-            {"optimize_vision": {"epochs": 0}},
-            "Optimization: epochs=0 must be an integer of at leas",
-        ),
-        ({"weight_rounding": "best"}, "weight_rounding='best' must be 'nearest' or 'gptq'"),
+        ({"optimize_vision": {"epochs": 0}}, "Optimization: epochs=0 must be an integer of at"),
         ({"rotation": "givens"}, "rotation='givens' must be 'hadamard', None or 'auto'"),
-        ({"precision_budget": 1.5}, "precision_budget=1.5 must be an average of 2 to 8 bits"),
-        ({"guard": "yes"}, "guard='yes' must be True or False"),
         ({"resume_dir": ""}, "resume_dir='' must be the name of a directory"),
         ({"push_to_hub": True}, "push_to_hub=True must know where: pass hub_model_id='owner/name'"),
         ({"push_to_hub": "a/b"}, "push_to_hub='a/b' must be True or False"),
-        (
-            {"hub_model_id": "a/b/c"},
-            "hub_model_id='a/b/c': Repo id must be in the form 'repo_name' or",
-        ),
+        ({"hub_model_id": "a/b/c"}, "hub_model_id='a/b/c': Repo id must be in the form 'repo_na"),
         ({"hub_private": 1}, "hub_private=1 must be True, False or None"),
         ({"provenance": [1]}, "provenance=.* must be a mapping"),
         ({"provenance": {"x": object()}}, f"provenance={OBJECT} can hold: a number, text, list or"),
@@ -278,10 +266,7 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
         ({NOT: {"lm_head": 1}}, f"{NOT}={{'lm_head': 1}} must be a list"),
         ({NOT: {"a", 1}}, f"{NOT}={{.*}} cannot be sorted: give a list"),
         ({NOT: itertools.repeat("a")}, f"{NOT} has more than 100000 entries"),
-        (
-            {"percentiles": torch.ones(2, device="meta")},
-            "percentiles=tensor.* cannot be read: give",
-        ),
+        ({"percentiles": torch.ones(2, device="meta")}, "percentiles=tensor.* cannot be read:"),
         ({"percentiles": np.array([1.0 + 1j])}, "percentiles=.* is complex, must be what JSON can"),
         ({"percentiles": np.ones((1, 2))}, r"percentiles=\(\(1.0, 1.0\),\) must be numbers"),
         ({"entropy_threshold": Fraction(10**400)}, "entropy_threshold=inf must be a number"),
@@ -295,13 +280,10 @@ def test_a_value_is_kept_as_it_was_when_given() -> None:
         ({"optimize_vision": {"epochs": object()}}, f"optimize_vision={OBJECT}"),
         ({"hub_model_id": object(), "push_to_hub": True}, f"hub_model_id={OBJECT}"),
         ({"hub_private": np.int8(1)}, "hub_private=1 must be True, False or None"),
-        ({"group_size": -7}, "group_size=-7 must be -1"),
         ({"activation_granularity": "dynamic_token", "scheme": "W4A16"}, "token' has no meaning"),
     ],
 )
-def test_a_wrong_value_is_refused_wherever_it_is_given(
-    fields: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_value_is_refused_wherever_it_is_given(fields: dict, message: str) -> None:
     config = QVLMConfig(seed=5)
     before = copy.deepcopy(config.__dict__)
 
@@ -325,9 +307,8 @@ def test_fields_can_be_changed_together_and_one_by_one() -> None:
     config = QVLMConfig(activation_granularity="channel")
     with pytest.raises(ValueError, match="has no meaning for 16-bit"):
         config.scheme = "W4A16"
-    assert config.update(scheme="W4A16", activation_granularity=None, colour="red") == {
-        "colour": "red"
-    }
+    changes = {"scheme": "W4A16", "activation_granularity": None}
+    assert config.update(**changes, colour="red") == {"colour": "red"}
     assert (config.scheme, config.activation_granularity) == ("W4A16", None)
     config.modules_to_not_convert = iter(["lm_head"])
     assert config.to_dict()["modules_to_not_convert"] == ["lm_head"]
@@ -363,9 +344,7 @@ def test_bits_come_from_the_scheme() -> None:
             lambda name=name: QVLMConfig(**{name: 8}),
             lambda name=name: config.update(**{name: 8}),
         ):
-            with pytest.raises(
-                ValueError, match=f"^{name} comes from the scheme: give scheme, as i"
-            ):
+            with pytest.raises(ValueError, match=f"^{name} comes from the scheme: give scheme, "):
                 way()
 
 
@@ -388,10 +367,9 @@ def test_attributes_that_frameworks_set_are_carried_along_and_not_saved() -> Non
 
 
 def test_a_mapping_changed_in_place_is_checked_before_it_is_used() -> None:
+    granularity, modules = {"vision": "token"}, {"model.up": SCHEME}
     config = QVLMConfig(
-        provenance={"file": "a"},
-        activation_granularity={"vision": "token"},
-        modules={"model.up": SCHEME},
+        provenance={"file": "a"}, activation_granularity=granularity, modules=modules
     )
     config.provenance["kinds"] = {"b"}
     assert config.to_dict()["provenance"] == {"file": "a", "kinds": ["b"]}
@@ -405,12 +383,8 @@ def test_a_mapping_changed_in_place_is_checked_before_it_is_used() -> None:
     ):
         mapping[key] = bad
         # the copy is what loading and quantize_model begin with: nothing is calibrated first
-        for way in (
-            config.to_dict,
-            config.to_json_string,
-            lambda: copy.deepcopy(config),
-            lambda: quantize_model(tiny_llava(), config),
-        ):
+        ways = (lambda: copy.deepcopy(config), lambda: quantize_model(tiny_llava(), config))
+        for way in (config.to_dict, config.to_json_string, *ways):
             with pytest.raises(ValueError, match=message):
                 way()
         del mapping[key]
@@ -471,11 +445,10 @@ def test_without_data_only_rounding_is_recorded():
     assert [getattr(config, name) for name in names] == ["nearest", False, False, False]
 
 
-@pytest.mark.parametrize(("name", "value"), [("optimize_vision", True), ("precision_budget", 3.0)])
+NEEDING = {"optimize_vision": True, "precision_budget": 3.0, "resume_dir": "a", "scratch_dir": "a"}
+
+
+@pytest.mark.parametrize(("name", "value"), NEEDING.items())
 def test_without_data_nothing_else_can_be_asked_for(name, value):
     with pytest.raises(ValueError, match=f"^{name}.* needs calibration data"):
         QVLMConfig(scheme="W4A16", **{name: value}).settle_without_data()
-
-
-def test_the_papers_settings_fit_weight_only_schemes_too():
-    assert QVLMConfig.paper("W4A16").activation_granularity is None

@@ -81,9 +81,8 @@ def test_a_long_run_says_what_it_takes(unread, monkeypatch, capsys):
 
 def test_what_cannot_fit_is_refused_before_a_weight_is_read(unread, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "whole_memory", lambda _: 10**8)
-    with pytest.raises(
-        ValueError, match=r"this process may have 0.1 GB: .*, max_block_depth=1, num_s"
-    ):
+    message = r"this process may have 0.1 GB: .*, max_block_depth=1, num_s"
+    with pytest.raises(ValueError, match=message):
         unread()
     with pytest.raises(ValueError, match=r"may have 0.1 GB: take a machine with more\.$"):
         unread(max_block_depth=1, num_samples=16, scratch_dir=tmp_path)

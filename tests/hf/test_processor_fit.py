@@ -61,16 +61,6 @@ def on_meta():
 
 
 @pytest.fixture
-def no_weights(source, tmp_path):
-    """A checkpoint whose weights cannot be read: an error about anything else came first."""
-    (tmp_path / "model").mkdir()
-    for file in source.iterdir():
-        content = b"broken" if file.suffix == ".safetensors" else file.read_bytes()
-        (tmp_path / "model" / file.name).write_bytes(content)
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def samples(tmp_path):
     """The second line has the first picture."""
     tiny_messages(1)[0]["messages"][0]["content"][0]["image"].save(tmp_path / "1.png")
@@ -104,10 +94,8 @@ def test_drawn_samples_are_checked_too(no_weights):
     config = QVLMConfig(
         recipe="fixed", dataset="synthetic", processor=wrong_processor({"patch_size": None})
     )
-    with pytest.raises(
-        ValueError,
-        match=r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model',
-    ):
+    message = r'^a test picture: LlavaProcessor refuses .*: set "patch_size": 8 in the model'
+    with pytest.raises(ValueError, match=message):
         load(no_weights, quantization_config=config)
 
 
@@ -198,9 +186,8 @@ def test_a_processor_that_nothing_mends_is_named(samples):
 
     processor = tiny_processor()
     processor.__class__ = Broken
-    with pytest.raises(
-        ValueError, match=r"^samples.jsonl:2: Broken refuses this batch \('pixel_values.*\)$"
-    ) as caught:
+    message = r"^samples.jsonl:2: Broken refuses this batch \('pixel_values.*\)$"
+    with pytest.raises(ValueError, match=message) as caught:
         check_processor_fits(on_meta(), processor, load_samples(samples))
     assert "\n" not in str(caught.value)
 

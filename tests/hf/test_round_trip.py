@@ -221,9 +221,8 @@ def test_dequantize_gives_an_ordinary_model(saved, tmp_path, inputs, ask, kinds)
         assert not any(isinstance(module, QVLMLinear) for module in model.modules())
         assert not hasattr(model, "hf_quantizer")
         logits = ask(model, inputs)[0]
-        if (
-            "rounded" in kind
-        ):  # weight-only: the float model with the same weights differs by the order of sums alone
+        # weight-only: the float model with the same weights differs by the order of sums alone
+        if "rounded" in kind:
             torch.testing.assert_close(logits, saved[kind, "float32"].logits, rtol=1e-3, atol=1e-3)
         model.save_pretrained(tmp_path / kind)
         assert "quantization_config" not in json.loads(
@@ -280,9 +279,8 @@ def test_kernels_and_reference_answer_alike(saved, inputs, kind):
         atol=1e-5 * float(logits["reference"].abs().max()),
     )
     assert torch.equal(logits["auto"].argmax(-1), logits["reference"].argmax(-1))
-    with pytest.raises(
-        ValueError, match="'triton' does not exist: this version has auto, reference"
-    ):
+    message = "'triton' does not exist: this version has auto, reference"
+    with pytest.raises(ValueError, match=message):
         qvlm_hf.set_backend(model, "triton")
     with pytest.raises(ValueError, match="nothing in this one is quantized"):
         qvlm_hf.set_backend(torch.nn.Linear(2, 2), "auto")

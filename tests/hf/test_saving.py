@@ -66,10 +66,8 @@ def fail_at_second_shard(monkeypatch, error):
 )
 def test_a_full_disk_leaves_nothing(save, model, tmp_path, monkeypatch, error):
     fail_at_second_shard(monkeypatch, error)
-    with pytest.raises(
-        OSError,
-        match=r"out: could not be saved \(.*No space left on device.*\); nothing was changed there",
-    ) as caught:
+    message = r"out: could not be saved \(.*No space left on device.*\); nothing was changed there"
+    with pytest.raises(OSError, match=message) as caught:
         save(tmp_path / "out", report=model.hf_quantizer.report, max_shard_size="60KB")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -122,10 +120,8 @@ def test_a_failing_move_is_taken_back_and_the_new_result_kept(
     if isinstance(error, OSError):
         expected = f"is as it was, the last step failed ([Errno 5] Input/output error); the new result is whole in {partial}."
         assert str(caught.value) == f"{output}: {expected}"
-    with pytest.raises(
-        ValueError,
-        match=rf"holds {partial.name} of a save that was interrupted or still runs: move",
-    ):
+    message = rf"holds {partial.name} of a save that was interrupted or still runs: move"
+    with pytest.raises(ValueError, match=message):
         saving.check_output(output, overwrite=True)
 
 
@@ -183,16 +179,13 @@ def test_directories_that_are_refused(save, model, processor, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file, must be a directory"):
         save(tmp_path / "file", overwrite=True)
-    with pytest.raises(
-        ValueError, match="exists and is not empty: choose another directory, or overwrite it"
-    ):
+    message = "exists and is not empty: choose another directory, or overwrite it"
+    with pytest.raises(ValueError, match=message):
         save(tmp_path)
     for content in ("{}", "[]", "no JSON", '{"quantization_config": {"quant_method": "gptq"}}'):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(
-            ValueError,
-            match="holds no earlier result of qvlm_hf that lists its files, so nothing there is",
-        ):
+        message = "holds no earlier result of qvlm_hf that lists its files, so nothing there is"
+        with pytest.raises(ValueError, match=message):
             save(tmp_path, overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "file"]
     with pytest.raises(ValueError, match="needs a quantized model"):
@@ -250,10 +243,8 @@ FOREIGN = {name: lambda folder, name=name: a_file(folder / name) for name in NAM
 def test_what_an_earlier_result_did_not_write_is_never_deleted(save, output, kind):
     FOREIGN[kind](output)
     before, names = snapshot(output), sorted(os.listdir(output))
-    with pytest.raises(
-        ValueError,
-        match=r"holds \S+, which no earlier result of qvlm_hf wrote like that: move that away, or",
-    ) as caught:
+    message = r"holds \S+, which no earlier result of qvlm_hf wrote like that: move that away, or"
+    with pytest.raises(ValueError, match=message) as caught:
         save(output, overwrite=True)
     assert "\n" not in str(caught.value)
     assert (snapshot(output), sorted(os.listdir(output))) == (before, names)
@@ -274,10 +265,8 @@ def test_a_file_that_comes_while_saving_stays(save, output, model, monkeypatch):
     assert snapshot(output) == before | {"notes.txt": b"mine"}
     (output / "notes.txt").unlink()
     meanwhile("qvlm_report.json")
-    with pytest.raises(
-        OSError,
-        match=r"is as it was, the last step failed \(.*File exists.*\); the new result is whole in",
-    ):
+    message = r"is as it was, the last step failed \(.*File exists.*\); the new result is whole in"
+    with pytest.raises(OSError, match=message):
         save(output, report=model.hf_quantizer.report, overwrite=True)
     assert (output / "qvlm_report.json").read_text() == "mine"
     assert before.items() <= snapshot(output).items()
@@ -351,21 +340,17 @@ def test_a_name_of_any_length_that_the_file_system_takes(save, tmp_path, length)
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"
-    ):
+    message = r"cannot be written \(File name too long\): choose a shorter name\.$"
+    with pytest.raises(ValueError, match=message):
         saving.check_output(tmp_path / ("x" * 256), overwrite=False)
     for length in (4060, 4085):  # the directory fits, the files in it do not
         deep = Path(str(tmp_path.joinpath(*["y" * 200] * 30))[:length])
-        with pytest.raises(
-            ValueError, match=r"cannot be written \(File name too long\): choose a shorter name\.$"
-        ):
+        message = r"cannot be written \(File name too long\): choose a shorter name\.$"
+        with pytest.raises(ValueError, match=message):
             saving.check_output(deep, overwrite=False)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(
-        ValueError,
-        match=r"cannot be written \(Not a directory\): choose a directory that you may write to\.$",
-    ):
+    message = r"cannot be written \(Not a directory\): choose a directory that you may write to\.$"
+    with pytest.raises(ValueError, match=message):
         saving.check_output(tmp_path / "file" / "out", overwrite=False)
     (tmp_path / "empty").mkdir()
     with monkeypatch.context() as patch:  # root may write everywhere
@@ -375,10 +360,8 @@ def test_a_directory_that_cannot_be_written_is_found_before_the_work(tmp_path, m
             lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only file system")),
         )
         for output in (tmp_path / "empty", tmp_path / "new" / "out"):
-            with pytest.raises(
-                ValueError,
-                match=r"cannot be written \(Read-only file system\): choose a directory that",
-            ):
+            message = r"cannot be written \(Read-only file system\): choose a directory that"
+            with pytest.raises(ValueError, match=message):
                 saving.check_output(output, overwrite=False)
     assert (
         saving.check_output(tmp_path / "new" / "out", overwrite=False) == tmp_path / "new" / "out"
@@ -459,10 +442,8 @@ def test_after_a_kill_in_the_final_move_the_message_says_how_either_result_comes
         r"\.qvlm-partial-\.\.\. holds for the new one, over files of the same name, and delete "
         r"both folders, or choose another directory\.$"
     )
-    with pytest.raises(
-        ValueError,
-        match=r"holds \.qvlm-old-\w+ and \.qvlm-partial-\w+ of a save .* still runs: " + remedy,
-    ):
+    message = r"holds \.qvlm-old-\w+ and \.qvlm-partial-\w+ of a save .* still runs: " + remedy
+    with pytest.raises(ValueError, match=message):
         save_quantized(other, processor, earlier, report=None, overwrite=True)
     (folder,) = earlier.glob(f"{wanted}*")
     for file in folder.iterdir():
@@ -476,8 +457,6 @@ def test_an_empty_name_is_not_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        ValueError,
-        match=r"^output is empty, which names no directory: give its name, or '\.' for this one\.$",
-    ):
+    message = r"^output is empty, which names no directory: give its name, or '\.' for this one\.$"
+    with pytest.raises(ValueError, match=message):
         saving.check_output("", overwrite=False)

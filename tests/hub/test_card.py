@@ -30,13 +30,8 @@ from qvlm_hf.hub.pictures import _draw_entropies, entropy_picture
 from qvlm_hf.hub.saved import REPORT_NAME, SavedModel
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-SEARCH = {
-    "recipe": "fixed",
-    "num_samples": 4,
-    "batch_size": 2,
-    "percentiles": (1.0, 0.999),
-    "margins": (),
-}
+SEARCH = {"recipe": "fixed", "num_samples": 4, "batch_size": 2}
+SEARCH |= {"percentiles": (1.0, 0.999), "margins": ()}
 DATA = {"dataset": "samples.jsonl", "max_block_depth": 2, **SEARCH}
 DYNAMIC = {"activation_granularity": "dynamic_token", "group_size": 32}
 HEAD = {"lm_head_bits": 8, "modules_to_not_convert": ["multi_modal_projector", "layers.0.mlp.fc1"]}

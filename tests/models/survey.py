@@ -124,9 +124,8 @@ def quantize(model: torch.nn.Module, structure: Structure, row: dict) -> None:
 
 def reloaded(model: torch.nn.Module) -> torch.nn.Module:
     attention = model.config._attn_implementation
-    chosen = (
-        {"attn_implementation": attention} if attention == "eager" else {}
-    )  # loading forgets it
+    # loading forgets it
+    chosen = {"attn_implementation": attention} if attention == "eager" else {}
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         return type(model).from_pretrained(directory, **chosen).eval()

@@ -400,9 +400,8 @@ def test_calibrated_saved_and_loaded_it_answers_the_same(combination, scheme, da
 def test_a_projector_with_linear_modules_that_its_row_does_not_name_is_refused():
     model = tiny_family("janus", "janus", "llama")
     model.model.aligner.hidden_layers.append(nn.Linear(48, 48))
-    with pytest.raises(
-        ValueError, match=r"^hidden_layers\.1 of a JanusVisionAlignerMLP is not supp"
-    ):
+    message = r"^hidden_layers\.1 of a JanusVisionAlignerMLP is not supp"
+    with pytest.raises(ValueError, match=message):
         resolve(model)
 
 

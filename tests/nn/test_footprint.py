@@ -15,7 +15,7 @@ from qvlm_hf.format.files import tensor_headers, weight_files
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.round_on_load import planned_report
 from qvlm_hf.hub.saved import empty_model
-from qvlm_hf.nn.footprint import count_parameters, footprint, linear_bytes
+from qvlm_hf.nn.footprint import count_parameters, footprint
 from qvlm_hf.nn.replace import replace_modules
 
 
@@ -90,10 +90,7 @@ def test_a_model_from_the_quantizer_agrees_too(tmp_path: Path) -> None:
 def test_w4a4_shrinks_the_published_models(name: str, parameters: int, ratio: float) -> None:
     model = empty_model(shape_config(name))
     assert all(parameter.is_meta for parameter in model.parameters())
-    sizes = footprint(
-        model,
-        planned_report(model, CalibrationSettings()).modules,
-    )
+    sizes = footprint(model, planned_report(model, CalibrationSettings()).modules)
     assert sizes.total.parameters == parameters  # of the safetensors of llava-hf/llava-1.5-*-hf
     assert sizes.total.full_precision_bytes == 2 * parameters
     assert ratio <= sizes.total.ratio < 3.8
@@ -107,7 +104,7 @@ def test_w4a4_shrinks_the_published_models(name: str, parameters: int, ratio: fl
 def test_one_module_by_hand() -> None:
     # 64 x 100 at 3 bits: 10 words a row; 4 groups of 32 with a bf16 scale and a uint8 zero point
     scheme = QuantScheme(weight_bits=3, activation_bits=4, group_size=32)
-    assert linear_bytes(100, 64, scheme) == 64 * 10 * 4 + 64 * 4 * 3 + 100 * 8
+    assert scheme.module_bytes(64, 100) == 64 * 10 * 4 + 64 * 4 * 3 + 100 * 8
 
 
 def test_mistakes() -> None:
@@ -115,12 +112,9 @@ def test_mistakes() -> None:
     scheme = QuantScheme(weight_bits=4, activation_bits=4, granularity="token")
     with pytest.raises(ValueError, match=r"'model.nothing' is no linear module"):
         footprint(model, {"model.nothing": scheme})
-    with pytest.raises(
-        ValueError, match="'token': the calibrated positions are known to files alone"
-    ):
+    message = "'token': the calibrated positions are known to files alone"
+    with pytest.raises(ValueError, match=message):
         footprint(model, {"model.vision_tower.encoder.layers.0.mlp.fc1": scheme})
-    with pytest.raises(
-        ValueError,
-        match=r"shape 'gpt' is unknown: this version has demo-1b, llava-1.5-7b, llava-1.5-13b",
-    ):
+    message = r"shape 'gpt' is unknown: this version has demo-1b, llava-1.5-7b, llava-1.5-13b"
+    with pytest.raises(ValueError, match=message):
         shape_config("gpt")

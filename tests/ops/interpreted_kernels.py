@@ -13,17 +13,14 @@ import torch
 from arranged_inputs import order
 from interpreted_triton import kernels
 from linear_calls import GRANULARITIES, OPS, TIGHT, agree, arguments, lists
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qvlm_hf.format.grids import QParams, dynamic_token_qparams, shift_quantize
 from qvlm_hf.format.packing import pack
 from qvlm_hf.ops import gpu
 from qvlm_hf.ops.call import parse_many
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # rows that nobody reads hold anything, infinities too
+# rows that nobody reads hold anything, infinities too
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CPU = torch.device("cpu")
 HOPPER = gpu.Device((9, 0), 8)
@@ -58,9 +55,8 @@ SIZES = (
 @pytest.mark.parametrize("weight_bits", range(2, 9))
 def test_equals_the_reference(weight_bits, activation_bits):
     granularities = ("none",) if activation_bits == 16 else ("channel", "token", "dynamic_token")
-    if (
-        activation_bits < 8 and weight_bits != 4
-    ):  # these meet each other in the quantizer and nowhere else
+    # these meet each other in the quantizer and nowhere else
+    if activation_bits < 8 and weight_bits != 4:
         granularities = (granularities[(weight_bits + activation_bits) % 3],)
     for turn, granularity in enumerate(granularities):
         in_features, length, tokens, out_features, dtype = SIZES[
@@ -175,57 +171,6 @@ def test_inputs_are_rounded_as_the_reference_rounds(granularity, bits):
         assert torch.equal(arranged.more.int().sum(0)[order(layout)], 128 - zero)
     if bits == 8 and granularity != "channel":
         assert torch.equal(arranged.shift[0, :6], 128 - expected.zero_point.flatten())
-
-
-def fused_cases(dtype):
-    """Name, what Transformers or PyTorch computes before the linear layer, and the arguments that
-    fuse it.
-    """
-    x, up = torch.randn(3, 200, dtype=dtype) * 2, torch.randn(3, 200, dtype=dtype)
-    rms = LlamaRMSNorm(200, eps=1e-5).to(dtype)
-    layer = torch.nn.LayerNorm(200, eps=1e-5, dtype=dtype)
-    config = LlamaConfig(hidden_size=200, intermediate_size=200, num_attention_heads=4)
-    mlp = LlamaMLP(config).to(dtype)
-    mlp.gate_proj, mlp.down_proj = torch.nn.Identity(), torch.nn.Identity()
-    with torch.no_grad():
-        for parameter in (rms.weight, layer.weight, layer.bias):
-            parameter.copy_(torch.randn(200))
-    yield "rms_norm", x, rms(x), {"other": rms.weight, "epsilon": 1e-5}
-    fused = {"other": layer.weight, "norm_bias": layer.bias, "epsilon": 1e-5}
-    yield "layer_norm", x, layer(x), fused
-    mlp.up_proj = torch.nn.Linear(200, 200, bias=False, dtype=dtype)
-    mlp.up_proj.forward = lambda _: up
-    yield "swiglu", x, mlp(x), {"other": up}
-
-
-@pytest.mark.parametrize("dtype", list(TIGHT))
-@torch.no_grad()
-def test_fused_quantizers_round_where_the_model_rounds(dtype):
-    """In 16 bits what is quantized must be the values of the model, in float32 up to its last
-    places.
-    """
-    layout = kernels.Layout.of(200, 64, 8)
-    for source, x, expected, fused in fused_cases(dtype):
-        arranged = arrange(x, layout, 16, "none", source=source, **fused)
-        values = arranged.values[0, :3, order(layout)]
-        if dtype == torch.float32:
-            torch.testing.assert_close(values, expected, rtol=3e-6, atol=3e-6)
-        else:
-            # the variance is a sum without an order: its last place may move a value across a
-            # rounding boundary, one in a thousand here
-            assert (values != expected).float().mean() <= 0.003, source
-            allowed = torch.finfo(dtype).eps * expected.abs()
-            assert ((values - expected).abs() <= allowed).all(), source
-        for granularity in ("channel", "dynamic_token"):
-            grid = None, None
-            if granularity == "channel":
-                zero_point = torch.randint(0, 256, (200,), dtype=torch.int32)
-                grid = torch.rand(200) * 0.05 + 0.01, zero_point
-            sizes = layout, 8, granularity, *grid
-            one = arrange(x, *sizes, source=source, **fused)
-            two = arrange(values.contiguous(), *sizes)
-            assert torch.equal(one.values[0, :3], two.values[0, :3])
-            assert torch.equal(one.sums[:, :3], two.sums[:, :3])
 
 
 def test_shapes_and_strides():

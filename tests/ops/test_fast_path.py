@@ -303,3 +303,15 @@ def test_without_a_compiler_calls_go_through_python(monkeypatch, tmp_path):
         assert torch.equal(OPS.linear(x, *REST), expected)
     finally:
         fast_path.load.cache_clear()
+
+
+OTHER_TENSORS = """
+import torch
+torch.Tensor._cdata = property(lambda self: 1)
+from qvlm_hf.ops import fast_path
+print(fast_path.load())
+"""
+
+
+def test_tensors_that_do_not_tell_where_they_lie_go_through_python():
+    assert "_cdata is no longer" in run_python(OTHER_TENSORS)

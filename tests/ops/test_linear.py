@@ -11,15 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from linear_calls import (
-    DTYPES,
-    GRANULARITIES,
-    IMPOSSIBLE,
-    OPS,
-    STATIC,
-    arguments,
-    make_case,
-)
+from linear_calls import DTYPES, GRANULARITIES, IMPOSSIBLE, OPS, STATIC, arguments, make_case
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -5,6 +5,7 @@ Speed and what the compiler makes of them: test_triton_compile.py; on a device: 
 """
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -83,6 +84,47 @@ if sys.argv[1] == "absent":
     for state in ("present", "absent"):
         done = subprocess.run([sys.executable, "-c", code, state], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+HELP = """
+import contextlib, io, json, runpy, sys
+sys.path.insert(0, "tests/gpu")
+imports, programs = json.loads(sys.argv[1])
+exec(imports, {})
+printed = {}
+for program in programs:
+    sys.argv = [program, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
+        if program == "qvlm_hf":
+            sys.argv = [program, "bench", "--help"]
+            runpy.run_module(program, run_name="__main__")
+        else:
+            runpy.run_path(program, run_name="__main__")
+    printed[program] = page.getvalue()
+print(json.dumps(printed))
+"""
+
+
+def test_programs_of_the_run_on_a_gpu_are_there_and_know_their_options():
+    """Nobody sees the next rename otherwise, before a device is paid for."""
+    script = (ROOT / "tests" / "gpu" / "run.sh").read_text()
+    alive = re.search(r"<<'ALIVE'\n(.*?)^ALIVE$", script, re.DOTALL | re.MULTILINE)[1]
+    imports = "\n".join(re.findall(r"^(?:import|from) .*", alive, re.MULTILINE))
+    programs = {}
+    for body in re.findall(r"^\w+\(\) \{(.*?)^\}$", script, re.DOTALL | re.MULTILINE):
+        lines = "\n".join(line for line in body.splitlines() if "nvidia-smi" not in line)
+        if found := re.search(r"python3 (?:-m )?(tests/gpu/\w+\.py|qvlm_hf)", lines):
+            dry = {"--dry"} if '"${dry[@]}"' in lines else set()
+            programs[found[1]] = dry | set(re.findall(r"(?<=[ (])--[a-z-]+", lines))
+    assert len(programs) == 6
+    paths = os.pathsep.join(str(ROOT / name) for name in ("", "tests", "tests/ops"))
+    command = [sys.executable, "-c", HELP, json.dumps([imports, list(programs)])]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    pages = json.loads(done.stdout.splitlines()[-1])
+    for program, options in programs.items():
+        assert all(option in pages[program] for option in options), (program, options)
 
 
 def test_the_run_on_a_gpu_is_two_calls_of_limited_seconds():

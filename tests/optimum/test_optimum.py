@@ -127,9 +127,8 @@ def test_calibrates_with_the_processor_beside_the_model(source, tmp_path):
 
 def test_what_has_no_meaning_is_refused(source, quantized, config, tmp_path):
     quantizer_class = optimum.qvlm.QVLMOptimumQuantizer
-    with pytest.raises(
-        ValueError, match=r"^file_name='x' must be None: a checkpoint's files have fixed names\.$"
-    ):
+    message = r"^file_name='x' must be None: a checkpoint's files have fixed names\.$"
+    with pytest.raises(ValueError, match=message):
         quantizer_class.from_pretrained(source, file_name="x")
     with pytest.raises(ValueError, match=r"^file_prefix='x' must be None"):
         quantizer_class.from_pretrained(source).quantize(

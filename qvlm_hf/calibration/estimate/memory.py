@@ -81,12 +81,7 @@ def count_memory(
 ) -> Memory:
     """What a calibration holds at its peak.
 
-    Args:
-        model: may be on the meta device.
-        segments: of `resolve_segments`.
-        settings: of the calibration.
-        data: its samples.
-        size: bytes of a value while layers are searched: in float32 on a CPU, else as the model is.
+    `size`: bytes of a value while layers are searched, in float32 on a CPU, else as the model is.
     """
     sums = add_up(model, segments, data)
     weights = sum(one.weights for one in sums)

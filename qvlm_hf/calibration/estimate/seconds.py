@@ -70,11 +70,8 @@ class Rates:
     def run(self, one: Sums, data: Data, *, simulated: bool = False, native: bool = False) -> float:
         """Seconds of a pass of every layer over all samples.
 
-        Args:
-            one: the layers.
-            data: the samples.
-            simulated: quantized, which rounds what enters a site.
-            native: in the model's dtype, else in float32.
+        `simulated`: quantized, which rounds what enters a site; `native`: in the model's dtype,
+        else in float32.
         """
         operations = one.operations / (self.native if native else self.single)
         values = one.values * (_SIMULATED if simulated else _RUN) / self.values
@@ -115,18 +112,7 @@ def rounding_seconds(weights: float, rates: Rates) -> float:
 def count_seconds(
     model: Any, segments: Sequence[Segment], settings: CalibrationSettings, data: Data, rates: Rates
 ) -> dict[str, float]:
-    """What one calibration takes, trials of recipes left out.
-
-    Args:
-        model: may be on the meta device.
-        segments: of `resolve_segments`.
-        settings: of the calibration.
-        data: its samples.
-        rates: of the device that it runs on.
-
-    Returns:
-        Step of `FACTORS` -> seconds.
-    """
+    """What one calibration takes, trials of recipes left out. By step of `FACTORS`."""
     sums = add_up(model, segments, data)
     native = [rates.run(one, data, native=True) for one in sums]
     whole = sum(native)  # the model runs on all samples

@@ -134,10 +134,7 @@ class DependencyHistogram:
     def update(self, first: Tensor, second: Tensor, *, seen: int | None = None) -> None:
         """Adds [..., tokens, H] values of both layers.
 
-        Args:
-            first: of the first layer.
-            second: of the other.
-            seen: tokens of the batches before; None: those that came here.
+        `seen`: tokens of the batches before; None: those that came here.
 
         Raises:
             ValueError: the shapes differ.

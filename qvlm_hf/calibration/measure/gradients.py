@@ -26,11 +26,7 @@ __all__ = ["answer_gradients"]
 
 
 def answer_gradients(
-    calibration: Calibration,
-    batches: Sequence[Batch],
-    *,
-    draws: int,
-    temperature: float = 1.0,
+    calibration: Calibration, batches: Sequence[Batch], *, draws: int, temperature: float = 1.0
 ) -> Iterator[tuple[int, str, list[Tensor]]]:
     """Runs the model on batches and takes g; only one layer's activations are alive at a time.
 

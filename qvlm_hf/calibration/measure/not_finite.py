@@ -25,10 +25,7 @@ def naming_the_source(
 ) -> Iterator[None]:
     """Inside, an error about NaN or infinity gets the name of the module that makes it.
 
-    Args:
-        model: in full precision when the error arrives; one of `samples` runs through it again.
-        samples: all that are used inside.
-        processor: of the model.
+    One of `samples` then runs through the model again, in full precision.
 
     Raises:
         ValueError: with the name; without it, as it came, where full precision makes none.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qvlm_hf.calibration.backward import running
 from qvlm_hf.calibration.layers import live_layers
 from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.models.graph import Segment
@@ -46,17 +47,9 @@ class LayerRun:
 def cut_at_layers(segments: Iterable[Segment]) -> Iterator[list[LayerRun]]:
     """Inside, live layers run without a graph and are recorded, in the order of their calls."""
     layers = [layer for segment in segments for layer in live_layers(segment)]
-    own = [vars(layer.module).get("forward") for layer in layers]  # Accelerate's hooks set one
     runs: list[LayerRun] = []
-    try:
-        for layer in layers:
-            layer.module.forward = partial(_record, runs, layer.name, layer.module.forward)
+    with running({it.module: partial(_record, runs, it.name, it.module.forward) for it in layers}):
         yield runs
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            del layer.module.forward
-            if forward is not None:
-                layer.module.forward = forward
 
 
 def pull_back(

@@ -71,9 +71,7 @@ class AnswerComparison:
 def collapse_warning(check: SelfCheck | None, *, ranges_chosen: bool) -> str | None:
     """One line if the model no longer answers like itself, else None.
 
-    Args:
-        check: what was measured; None where no sample has an answer to compare.
-        ranges_chosen: the user set `activation_granularity`, so that leaving it out may help.
+    `ranges_chosen`: the user set `activation_granularity`, so that leaving it out may help.
     """
     if check is None or check.agreement >= _COLLAPSED_AGREEMENT:
         return None
@@ -90,12 +88,7 @@ def collapse_warning(check: SelfCheck | None, *, ranges_chosen: bool) -> str | N
 
 
 def head_warning(before: SelfCheck | None, after: SelfCheck | None) -> str | None:
-    """One line if quantizing the output head as well cost answers, else None.
-
-    Args:
-        before: the check with the head in full precision.
-        after: the check with the quantized head; None where no sample has an answer to compare.
-    """
+    """One line if quantizing the output head as well cost answers, else None."""
     if before is None or after is None:
         return None
     if after.agreement >= before.agreement - _HEAD_AGREEMENT and after.kl <= before.kl + _HEAD_KL:

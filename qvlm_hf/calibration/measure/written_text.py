@@ -22,11 +22,7 @@ def text_rows(samples: int) -> int:
 
 
 def with_text(calibration: Calibration) -> Sequence[Batch]:
-    """The data of a calibration, with text that the model writes where the settings ask for it.
-
-    Args:
-        calibration: with data, its model in full precision.
-    """
+    """The data of a calibration, with text that the model writes where the settings ask for it."""
     if not calibration.settings.written_text:
         return calibration.data
     rows = text_rows(sum(len(batch.origins) for batch in calibration.data))

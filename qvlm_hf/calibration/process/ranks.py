@@ -134,12 +134,7 @@ def all_reduce_numbers(*values: _Number) -> tuple[_Number, ...]:
 
 
 def offsets(places: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """What the batches in front of each own one count together, those of all processes.
-
-    Args:
-        places: of the own batches among all.
-        counts: of each own batch.
-    """
+    """What the batches in front of each own one count together, those of all processes."""
     pairs = torch.tensor([places, counts], dtype=torch.int64)
     own = dict.fromkeys(places, 0)
     seen = 0
@@ -171,8 +166,7 @@ def check_alike(text: str, what: str) -> None:
 def all_gather(values: Tensor) -> list[Tensor]:
     """The tensors of all processes, in the order of their numbers.
 
-    Args:
-        values: of one dtype and number of dimensions everywhere; shapes may differ.
+    They have one dtype and number of dimensions everywhere; shapes may differ.
     """
     if world_size() == 1:
         return [values]

@@ -39,12 +39,9 @@ def scratch(folder: Path | None) -> Iterator[None]:
 def keep(tensor: Tensor) -> Tensor:
     """A tensor to hold for long: of the same values, in a scratch file where there is a folder.
 
-    The file has no name any more when this returns; its space is free again when the last tensor
-    on it is gone, however the process ends.
-
-    Args:
-        tensor: any; small ones, those on other devices, and those with holes in memory are returned
-            as they are.
+    The file has no name any more when this returns; its space is free again when the last tensor on
+    it is gone, however the process ends. Small tensors, those on other devices, and those with
+    holes in memory are returned as they are.
 
     Returns:
         A tensor without gradient, of equal dtype, shape and strides.
@@ -82,8 +79,7 @@ def _dense(tensor: Tensor) -> bool:
 def check_scratch_dir(folder: str | os.PathLike[str]) -> Path:
     """Makes a directory for scratch files, or takes one that exists, whatever it holds.
 
-    Returns:
-        Its real path.
+    Returns its real path.
 
     Raises:
         ValueError: it cannot be written, or lies in memory itself.

@@ -25,14 +25,7 @@ def made_from(
     samples: Sequence[Sample],
     data: Iterable[Batch],
 ) -> dict[str, Any]:
-    """All that the bits of a result depend on, ready for JSON.
-
-    Args:
-        model: in full precision; every weight is read once.
-        settings: all of them.
-        samples: for calibration and for checks.
-        data: the batches that the processor makes.
-    """
+    """All that the bits of a result depend on, ready for JSON."""
     parameter = next(model.parameters())
     return {
         "format": _FORMAT,

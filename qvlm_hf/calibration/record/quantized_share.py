@@ -24,11 +24,7 @@ def with_coverage(
 ) -> CalibrationReport:
     """Adds to a report how many percent of the weights are quantized; few are a warning.
 
-    Args:
-        report: with all its modules.
-        model: before it is quantized or after.
-        settings: of the calibration.
-        structure: of a model without a row.
+    `structure` is of a model without a row.
     """
     with experts_split(model):
         if structure is None:

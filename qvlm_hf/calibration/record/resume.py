@@ -28,13 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = [
-    "SavedSteps",
-    "alone_in",
-    "check_resume_dir",
-    "remove_state",
-    "telling_how_to_go_on",
-]
+__all__ = ["SavedSteps", "alone_in", "check_resume_dir", "remove_state", "telling_how_to_go_on"]
 
 _STATE, _PARTIAL = "state.json", ".partial"
 
@@ -88,10 +82,7 @@ class SavedSteps:
     def once(self, step: str, compute: Callable[[], _T], *, of_own_data: bool = False) -> _T:
         """What `compute` returns: read if the step was finished before, else computed and kept.
 
-        Args:
-            step: its name, and that of its files.
-            compute: returns what `encode` takes.
-            of_own_data: it differs between processes: where there are several it is not kept.
+        A step `of_own_data` differs between processes: where there are several it is not kept.
 
         Raises:
             ValueError: the file is damaged.
@@ -148,10 +139,7 @@ class SavedSteps:
 
 
 def check_resume_dir(folder: str | os.PathLike[str]) -> Path:
-    """Checks that a directory is empty, holds steps, or can be made.
-
-    Returns:
-        Its real path.
+    """Checks that a directory is empty, holds steps, or can be made. Returns its real path.
 
     Raises:
         ValueError: it is a file, holds something else, or may not be written.

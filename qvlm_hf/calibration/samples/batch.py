@@ -61,11 +61,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Yields the samples in order, `batch_size` at a time (the last batch may be smaller).
 
-    Args:
-        samples: any number.
-        processor: as in `collate`.
-        batch_size: samples of a batch.
-        model: that has positions for every sample; None: not checked.
+    A `model` must have positions for every sample.
 
     Raises:
         ValueError: for a batch size that is no integer of at least 1, and as `collate` does.
@@ -110,11 +106,7 @@ def without_too_long(
 ) -> list[Sample]:
     """The samples that a model has positions for, in order; logs one line about the others.
 
-    Args:
-        samples: any number.
-        processor: as in `collate`.
-        max_tokens: tokens that a sample may have, its pictures and its answer included; None: any
-            number.
+    `max_tokens` counts pictures and the answer; None is any number.
 
     Raises:
         ValueError: no sample is left of at least one, and as `collate` does.

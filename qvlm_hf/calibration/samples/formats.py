@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -18,6 +18,7 @@ from qvlm_hf.calibration.samples.keys import (
     check_keys,
     check_rivals,
     close_matches,
+    words,
 )
 from qvlm_hf.calibration.samples.sample import Message, Sample
 from qvlm_hf.calibration.samples.scienceqa import published_columns
@@ -42,18 +43,14 @@ class _Format:
     """
 
     marker: str
-    required: frozenset[str]
-    optional: frozenset[str] = frozenset()
-    known: frozenset[str] = frozenset()
+    required: Set[str]
+    optional: Set[str] = frozenset()
+    known: Set[str] = frozenset()
     convert: Callable[[Mapping[str, Any], Row], _Chat]
 
 
 def convert_rows(rows: Sequence[Row], source: str) -> list[Sample]:
     """Checks every row and makes it a sample; logs one line about the keys that were ignored.
-
-    Args:
-        rows: at least one, all of one layout.
-        source: how messages call the data set.
 
     Raises:
         ValueError: a row has no known layout or another one than the first, or a content key is
@@ -127,11 +124,8 @@ def _sample(row: Row, layout: _Format) -> Sample:
 
 def _system_keys(record: Mapping[str, Any]) -> set[str]:
     """Keys beside the chat whose text is a system prompt: it becomes the first turn."""
-    return {
-        key
-        for key in ("system", "system_prompt")
-        if isinstance(record.get(key), str) and record[key].strip()
-    }
+    found = {key: record.get(key) for key in ("system", "system_prompt")}
+    return {key for key, text in found.items() if isinstance(text, str) and text.strip()}
 
 
 def _present(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,30 +298,26 @@ def _asked(record: Mapping[str, Any], row: Row, question: str, answer: str | Non
     return messages, ["image"] * len(pictures)
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 _FORMATS = (
-    _Format(marker="messages", required=_words("messages"), convert=_from_messages),
+    _Format(marker="messages", required=words("messages"), convert=_from_messages),
     _Format(
         marker="conversations",
-        required=_words("conversations"),
-        optional=_words("image"),
-        known=_words("model"),  # stands in LLaVA's own training file
+        required=words("conversations"),
+        optional=words("image"),
+        known=words("model"),  # stands in LLaVA's own training file
         convert=_from_conversations,
     ),
     _Format(
         marker="choices",
-        required=_words("question choices"),
-        optional=_words("answer hint image"),
-        known=_words("task grade subject topic category skill lecture solution split caption"),
+        required=words("question choices"),
+        optional=words("answer hint image"),
+        known=words("task grade subject topic category skill lecture solution split caption"),
         convert=_from_scienceqa,
     ),
     _Format(
         marker="question",
-        required=_words("image question"),
-        optional=_words("answer choices"),
+        required=words("image question"),
+        optional=words("answer choices"),
         convert=_from_question,
     ),
 )

@@ -18,10 +18,11 @@ from PIL import Image
 from qvlm_hf.calibration.samples.sample import Message
 from qvlm_hf.calibration.samples.sources import Row, is_empty
 
-__all__ = ["CHATS", "PLACES", "check_chat", "check_keys", "check_rivals", "close_matches"]
+__all__ = ["CHATS", "PLACES", "check_chat", "check_keys", "check_rivals", "close_matches", "words"]
 
 
-def _words(text: str) -> set[str]:
+def words(text: str) -> set[str]:
+    """Those of a text, for tables of keys."""
     return set(text.split())
 
 
@@ -35,17 +36,15 @@ PLACES = {
 }
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 _PICTURE_FILE = re.compile(r".+\.(png|jpe?g|webp|bmp|gif|tiff?)", re.IGNORECASE)
-_PICTURES = _words("image img picture pic photo")
+_PICTURES = words("image img picture pic photo")
 # Content key -> words that other data sets call it by, and words that stand beside these
 # (`image_path`, `gt_answer`); a plural is the same.
 _OTHER_NAMES: dict[str, tuple[set[str], set[str]]] = {
-    "choices": (_words("choices options"), _words("answer text list")),
-    "image": (_PICTURES, _words("path file filename name url uri src data byte base list")),
+    "choices": (words("choices options"), words("answer text list")),
+    "image": (_PICTURES, words("path file filename name url uri src data byte base list")),
     "answer": (
-        _words("answer response reply output completion label choice target truth caption"),
-        _words(
-            "text gt ground gold correct expected reference model assistant final multiple list"
-        ),
+        words("answer response reply output completion label choice target truth caption"),
+        words("text gt ground gold correct expected reference model assistant final multiple list"),
     ),
 }
 
@@ -61,13 +60,8 @@ def check_keys(
 ) -> None:
     """Checks the keys of one object, and notes in `row.ignored` those that name no content.
 
-    Args:
-        record: the object.
-        required: content keys that must be there.
-        optional: other keys that are read.
-        row: that it is part of.
-        parent: what stands before its keys in messages.
-        misplaced: content keys of other objects, whose content would be lost here.
+    `misplaced`: content keys of other objects, whose content would be lost here. `parent` stands
+    before the keys in messages.
     """
     required = set(required)
     read = required | set(optional)

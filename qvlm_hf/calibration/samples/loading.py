@@ -62,16 +62,7 @@ def dataset_name(dataset: object) -> str:
 def hold_out(
     samples: Sequence[Sample], num_samples: int, seed: int
 ) -> tuple[list[Sample], list[Sample]]:
-    """Splits samples into those to calibrate on, with every kind of content, and the rest.
-
-    Args:
-        samples: as `load_samples` gives them.
-        num_samples: how many to calibrate on; all if there are not more.
-        seed: of the choice.
-
-    Returns:
-        Both in their order.
-    """
+    """Splits samples into those to calibrate on, with every kind of content, and the rest."""
     chosen = set(_choose(samples, num_samples, seed))
     first: list[Sample] = []
     rest: list[Sample] = []

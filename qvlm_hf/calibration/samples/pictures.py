@@ -39,10 +39,6 @@ def open_image(value: Path | Image.Image, where: str) -> Image.Image:
     blended). Of 16 bits 65535 is white, as in scikit-image and in files; values that stay below
     4096 are refused, because they are probably of 10 or 12 bits.
 
-    Args:
-        value: a file, or a picture in memory.
-        where: opens the message.
-
     Raises:
         ValueError: it is missing, unreadable or has no pixels; or its white is unknown: it holds
             32-bit integers or floats, or 16 bits of which the upper four are unused.

@@ -12,10 +12,8 @@ _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language scienc
 def published_columns(record: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns that a question counts in: subject, context, grade; () for another data set.
 
-    A question with a hint and a picture counts under TXT and IMG.
-
-    Args:
-        record: a row, its picture left out where it has none.
+    A question with a hint and a picture counts under TXT and IMG. `record` has no "image" where
+    there is none.
     """
     subject, grade = _SUBJECTS.get(str(record.get("subject"))), str(record.get("grade", ""))
     year = grade.removeprefix("grade")

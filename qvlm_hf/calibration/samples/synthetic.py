@@ -37,12 +37,6 @@ _QUESTIONS = re.findall(
 def synthesize(model: nn.Module, processor: Processor, count: int, *, seed: int) -> list[Sample]:
     """Makes calibration samples.
 
-    Args:
-        model: in full precision; has Transformers' `generate`. Unchanged.
-        processor: of the model.
-        count: how many.
-        seed: of pictures and questions.
-
     Returns:
         `count` chats, a picture, a question and the model's greedy answer each; samples that it has
         no answer to stay without.

@@ -59,14 +59,8 @@ def fit_bits(
 ) -> dict[str, int]:
     """Weight bits of every site so that the saved weights take at most `size`.
 
-    Args:
-        curves: as of `allocate_bits`.
-        costs: site -> bits -> bytes.
-        rest: bytes of what has no choice.
-        size: such as "3.9GB".
-
-    Returns:
-        Site -> bits. No further raise of any site fits.
+    `costs`: site -> bits -> bytes; `rest`: bytes of what has no choice. No further raise of any
+    site fits.
 
     Raises:
         ValueError: the fewest bits do not fit.
@@ -113,9 +107,7 @@ def allocate_bits(
 
 
 def _spend(
-    curves: Mapping[str, Mapping[int, float]],
-    costs: Mapping[str, Mapping[int, float]],
-    room: float,
+    curves: Mapping[str, Mapping[int, float]], costs: Mapping[str, Mapping[int, float]], room: float
 ) -> dict[str, int]:
     bits = {name: min(cost) for name, cost in costs.items()}
     while True:

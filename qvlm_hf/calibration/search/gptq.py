@@ -160,9 +160,6 @@ def agreed_hessian(halves: Tensor) -> Tensor:
     Args:
         halves: float32 [2, I, I], sums of a a^T; a half without tokens says nothing, and the other
             one stays as it is.
-
-    Returns:
-        Float32 [I, I].
     """
     whole = halves.sum(0)
     if not (torch.diagonal(halves, dim1=1, dim2=2).sum(-1) > 0).all():
@@ -193,9 +190,6 @@ def gptq_round(
         hessian: float32 [I, I], sum of a a^T over calibration tokens.
         start: the weight rounded to nearest; its grids stay.
         bits: of the integers.
-
-    Returns:
-        Integers on the grids of `start`.
 
     Raises:
         ValueError: the Hessian is not finite.

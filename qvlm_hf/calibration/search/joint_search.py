@@ -48,6 +48,7 @@ class SearchResult:
             the L_p start, the greedy solution and the result.
         evaluations: layers run over all batches, a measure of work; a screening batch counts as its
             share.
+        ranking: candidates of the first layer, those of the best combinations first.
     """
 
     choice: Choice
@@ -55,6 +56,7 @@ class SearchResult:
     greedy: float
     joint: float
     evaluations: float
+    ranking: tuple[int, ...]
 
 
 @dataclass
@@ -96,12 +98,7 @@ class BlockSearch:
         return [values[place] for place in self._screen] if screen else values
 
     def run(
-        self,
-        layer: int,
-        choice: Sequence[int],
-        hidden: Sequence[Tensor],
-        *,
-        screen: bool = False,
+        self, layer: int, choice: Sequence[int], hidden: Sequence[Tensor], *, screen: bool = False
     ) -> list[Tensor]:
         """Output of one layer under a choice for its sites."""
         for site, index in zip(self.sites[layer], choice, strict=True):
@@ -153,17 +150,9 @@ class BlockSearch:
 def search_block(search: BlockSearch) -> SearchResult:
     """Finds the candidates of a block's sites (eq. 3); deterministic.
 
-    Args:
-        search: the block, its sites' `active` at their start.
-
     Returns:
         The choice and its errors; `joint` is never above `greedy`, nor above `initial`.
     """
-    return _search(search)[0]
-
-
-def _search(search: BlockSearch) -> tuple[SearchResult, list[int]]:
-    """The result, and the candidates of the first layer, those of the best combinations first."""
     start: Choice = tuple(tuple(site.choice for site in sites) for sites in search.sites)
     greedy: Choice | None = None
     if len(search.layers) > 1:
@@ -172,7 +161,8 @@ def _search(search: BlockSearch) -> tuple[SearchResult, list[int]]:
         # a layer without sites has the one candidate of running as it is
         count = min((len(site.candidates) for site in search.sites[0]), default=1)
         shortlists = [range(count)]
-    screened = _combinations(search, shortlists)
+    found = dict(_enumerate(search, (), search.part(search.hidden, screen=True), shortlists))
+    screened = dict(sorted(found.items(), key=lambda pair: pair[1]))  # the best first
     combinations = list(screened)
     finalists = dict.fromkeys([start, *([greedy] if greedy else []), *combinations[:_FINALISTS]])
     known = screened if search.batches == 1 else {}  # one batch is its own screen
@@ -182,10 +172,14 @@ def _search(search: BlockSearch) -> tuple[SearchResult, list[int]]:
     }
     best = min(errors, key=errors.__getitem__)
     best, error = _refine(search, best, errors[best], shortlists)
-    result = SearchResult(
-        best, errors[start], error if greedy is None else errors[greedy], error, search.evaluations
+    return SearchResult(
+        choice=best,
+        initial=errors[start],
+        greedy=error if greedy is None else errors[greedy],
+        joint=error,
+        evaluations=search.evaluations,
+        ranking=tuple(choice[0][0] for choice in combinations if choice[0]),
     )
-    return result, [choice[0][0] for choice in combinations if choice[0]]
 
 
 def _greedy(search: BlockSearch) -> tuple[Choice, list[Sequence[int]]]:
@@ -195,19 +189,13 @@ def _greedy(search: BlockSearch) -> tuple[Choice, list[Sequence[int]]]:
     shortlists: list[Sequence[int]] = []
     for layer in range(len(search.layers)):
         alone = search.sub_block(layer, hidden)
-        result, ranking = _search(alone)
+        result = search_block(alone)
         search.evaluations += alone.evaluations
         choice.append(result.choice[0])
-        shortlists.append(ranking[:_SHORTLIST] or [0])
+        shortlists.append(result.ranking[:_SHORTLIST] or [0])
         if layer + 1 < len(search.layers):
             hidden = search.run(layer, result.choice[0], hidden)
     return tuple(choice), shortlists
-
-
-def _combinations(search: BlockSearch, shortlists: Sequence[Sequence[int]]) -> dict[Choice, float]:
-    """Combinations of one shortlisted candidate per layer, best first, on the screening batches."""
-    found = dict(_enumerate(search, (), search.part(search.hidden, screen=True), shortlists))
-    return dict(sorted(found.items(), key=lambda pair: pair[1]))
 
 
 def _enumerate(
@@ -216,7 +204,7 @@ def _enumerate(
     hidden: Sequence[Tensor],
     shortlists: Sequence[Sequence[int]],
 ) -> Iterator[tuple[Choice, float]]:
-    """Depth first, so that layers that agree are run once."""
+    """Errors of one shortlisted candidate per layer on the screening batches, depth first."""
     layer = len(prefix)
     if layer == len(search.layers):
         yield prefix, search.error(layer - 1, hidden, screen=True)
@@ -224,10 +212,7 @@ def _enumerate(
     for index in shortlists[layer]:
         uniform = (index,) * len(search.sites[layer])
         yield from _enumerate(
-            search,
-            (*prefix, uniform),
-            search.run(layer, uniform, hidden, screen=True),
-            shortlists,
+            search, (*prefix, uniform), search.run(layer, uniform, hidden, screen=True), shortlists
         )
 
 
@@ -247,10 +232,11 @@ def _refine(
     while improved:
         improved = False
         for layer, sites in enumerate(search.sites):
-            for site, candidates in enumerate(map(_indices, sites)):
+            for site, quantized in enumerate(sites):
+                every = range(len(quantized.candidates))
                 places = {
                     _with(best, layer, site, index): (layer, site, index)
-                    for index in (shortlists[layer] if screened else candidates)
+                    for index in (shortlists[layer] if screened else every)
                     if (layer, site, index) not in losers
                 }
                 options = [choice for choice in places if choice not in tried]
@@ -288,10 +274,6 @@ def _promising(
             scores[option] = search.evaluate(option, hidden, layer, screen=True)
     first = min((best, *options), key=scores.__getitem__)
     return [] if first == best else [first]
-
-
-def _indices(site: QuantizedSite) -> range:
-    return range(len(site.candidates))
 
 
 def _with(choice: Choice, layer: int, site: int, index: int) -> Choice:

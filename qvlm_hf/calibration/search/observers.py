@@ -13,12 +13,7 @@ from torch import Tensor
 
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.settings import RangeCandidate
-from qvlm_hf.format.grids import (
-    QParams,
-    choose_qparams,
-    dynamic_token_qparams,
-    fake_quantize,
-)
+from qvlm_hf.format.grids import QParams, choose_qparams, dynamic_token_qparams, fake_quantize
 from qvlm_hf.format.scheme import is_per_channel, is_per_position, unknown_granularity
 
 __all__ = ["LpError", "TailObserver", "candidate_qparams"]

@@ -27,12 +27,7 @@ from qvlm_hf.calibration.layers import (
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
-from qvlm_hf.calibration.search.sites import (
-    ExpertsSite,
-    QuantizedSite,
-    SiteCandidate,
-    site_input,
-)
+from qvlm_hf.calibration.search.sites import ExpertsSite, QuantizedSite, SiteCandidate, site_input
 from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
 from qvlm_hf.format.scheme import is_per_channel, is_per_position, unknown_granularity
 from qvlm_hf.models.graph import Layer, Site
@@ -73,9 +68,6 @@ def initialize_sites(
         layers: consecutive layers of one segment.
         inputs: per own batch, the masks and other arguments of the segment.
         hidden: per own batch [B, T, H], what enters the first layer.
-
-    Returns:
-        Per layer, per site.
 
     Raises:
         ValueError: a site was not reached, its input is not finite, or it has no fixed number of

@@ -66,10 +66,7 @@ def restore_sites(
 ) -> tuple[QuantizedSite, ...]:
     """The sites of a kept block, its choice in force.
 
-    Args:
-        calibration: its settings and precisions.
-        layers: of the block, in the compute dtype, as the search left the sites' weights.
-        block: from `save_block`.
+    Its layers are in the compute dtype, as the search left the sites' weights.
     """
     sites = [site for layer in layers for site in layer.sites]
     return tuple(

@@ -151,15 +151,13 @@ def _finished(
         if result is None:
             site.take_final_grids()
         site.free_memory()
-    report = (
-        None
-        if result is None
-        else BlockReport(
-            layers=tuple(layer.name for layer in layers),
-            initial=result.initial,
-            greedy=result.greedy,
-            joint=result.joint,
-            evaluations=result.evaluations,
-        )
+    if result is None:
+        return SearchedBlock(tuple(layers), sites, None)
+    report = BlockReport(
+        layers=tuple(layer.name for layer in layers),
+        initial=result.initial,
+        greedy=result.greedy,
+        joint=result.joint,
+        evaluations=result.evaluations,
     )
     return SearchedBlock(tuple(layers), sites, report)

@@ -52,8 +52,7 @@ def choose_precisions(
 ) -> tuple[dict[str, Precision], dict[str, float], tuple[PrecisionRaise, ...]]:
     """The bits of the sites that differ from the scheme: guard, then budget.
 
-    Args:
-        calibration: with inputs and data; its model in full precision (rotated, if it will be).
+    The model is in full precision (rotated, if it will be).
 
     Returns:
         The bits by site, and of the guard every site's divergence and the raises, worst first.
@@ -149,12 +148,7 @@ class _Probe:
 
 
 def gradient_draws(values: float, samples: float) -> int:
-    """Directions in which answers are differentiated.
-
-    Args:
-        values: of the hidden states that gradients are held of, over all held-out samples.
-        samples: that are held out.
-    """
+    """Directions of gradients, for so many values of hidden states of so many held-out samples."""
     most = int(_GRADIENT_BYTES // max(2 * values, 1))
     return max(1, min(most, math.ceil(_DIRECTIONS / max(samples, 1))))
 

@@ -6,8 +6,8 @@ simulated as it will run: the input scale is folded into the weight before the w
 force.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qvlm_hf.calibration.backward import running
 from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.run import LearnedRanges
 from qvlm_hf.calibration.settings import RangeCandidate
@@ -31,12 +32,7 @@ from qvlm_hf.format.grids import (
     shift_quantize,
 )
 from qvlm_hf.format.hadamard import block_hadamard
-from qvlm_hf.format.scheme import (
-    QuantScheme,
-    is_per_channel,
-    is_per_position,
-    unknown_granularity,
-)
+from qvlm_hf.format.scheme import QuantScheme, is_per_channel, is_per_position, unknown_granularity
 from qvlm_hf.models.graph import Site
 
 __all__ = [
@@ -310,19 +306,10 @@ def site_input(site: Site, x: Tensor) -> Tensor:
     return x if site.hadamard is None else block_hadamard(x.float(), site.hadamard)
 
 
-@contextmanager
-def installed(sites: Iterable[InstallableSite]) -> Iterator[None]:
+def installed(sites: Iterable[InstallableSite]) -> AbstractContextManager[None]:
     """Inside, the modules of `sites` run through them; afterwards as before."""
-    changed: list[nn.Linear] = []
-    try:
-        for site in sites:
-            for index, linear in enumerate(site.linears):
-                linear.forward = partial(site.forward, index)  # type: ignore[method-assign]
-                changed.append(linear)
-        yield
-    finally:
-        for linear in changed:
-            del linear.forward
+    placed = [(site, *place) for site in sites for place in enumerate(site.linears)]
+    return running({linear: partial(site.forward, index) for site, index, linear in placed})
 
 
 def _scale_grid(grid: QParams | None, learned: LearnedRanges) -> QParams | None:

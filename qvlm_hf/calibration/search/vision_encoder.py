@@ -127,10 +127,8 @@ def optimize_vision(calibration: Calibration) -> OptimizedVision | None:
     ):
         start = loss.held_out_error()
         error, epochs = _descend(loss, parameters, options, start, steps.advance)
-    found = torch.tensor([start, error], dtype=torch.float64)
-    start, error = ranks.broadcast(
-        found
-    ).tolist()  # the same on equal machines, but for a GPU's sums
+    # the same on equal machines, but for a GPU's sums
+    start, error = ranks.broadcast(torch.tensor([start, error], dtype=torch.float64)).tolist()
     with torch.no_grad():
         for parameter in parameters:
             parameter.copy_(ranks.broadcast(parameter))

@@ -39,10 +39,7 @@ _MOST = 8.0  # powers of two, either way: beyond that 16-bit weights would lose 
 def equalize(model: nn.Module, paths: Sequence[ScalePath], data: Sequence[Batch]) -> None:
     """Folds the scales of all paths into the weights; every parameter it changes gets a new tensor.
 
-    Args:
-        model: in full precision (rotated, if it will be).
-        paths: from `scale_paths`.
-        data: calibration batches of this process; paths that none of them reaches stay as they are.
+    Paths that none of the batches of this process reaches stay as they are.
     """
     squares = _square_sums(model, paths, data)
     for path in paths:

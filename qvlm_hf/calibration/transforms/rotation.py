@@ -41,11 +41,6 @@ def rotate(model: nn.Module, plan: RotationPlan, *, seed: int) -> None:
 
     Changed parameters get new tensors.
 
-    Args:
-        model: in full precision.
-        plan: from `rotation_plan`.
-        seed: of the rotation's signs.
-
     Raises:
         ValueError: a module of the plan is on the meta device.
     """

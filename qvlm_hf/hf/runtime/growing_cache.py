@@ -8,9 +8,10 @@ tensor that is exactly the one handed out last is continued. Whatever else happe
 (cropped, reordered, copied, assigned) left another tensor there. That one is copied once, as
 Transformers would, so nothing that somebody else holds is written to.
 
-Left out: gradients, compilers, offloading and devices other than a CPU go Transformers' way, and so
-does every other class of cache or layer. torch.export takes no cache that has grown, only new ones:
-Transformers lists the classes of layers that it flattens.
+Left out: gradients, compilers, offloading and devices other than CPUs and CUDA devices go
+Transformers' way, and so does every other class of cache or layer. So does a CUDA graph: each
+replay would write to the positions of its capture. torch.export takes no cache that has grown, only
+new ones: Transformers lists the classes of layers that it flattens.
 """
 
 from typing import Any, NamedTuple
@@ -158,12 +159,19 @@ def _unlike(own: DynamicCache, grown: DynamicCache) -> str | None:
 def _continues(old: Tensor, new: Tensor) -> bool:
     """Whether `new` can be written behind `old`, both [B, H, S, D]."""
     return (
-        old.is_cpu
-        and new.is_cpu
+        old.device == new.device
+        and _grows_on(old.device)
         and old.dim() == new.dim() == 4
         and old.dtype == new.dtype
         and (old.shape[:2], old.shape[3]) == (new.shape[:2], new.shape[3])
     )
+
+
+def _grows_on(device: torch.device) -> bool:
+    """Whether tensors there may grow in place now."""
+    if device.type == "cuda":
+        return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return device.type == "cpu"
 
 
 def _appended(old: Tensor, new: Tensor, room: Room | None) -> Room:

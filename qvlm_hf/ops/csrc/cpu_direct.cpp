@@ -7,23 +7,29 @@
 // Why not an operator: between two matrices that do not fit into the caches, all code has left them too, and an operator's way through
 // PyTorch's dispatcher takes 0.1 ms, a tenth of a matrix of 11008 x 4096.
 
-#include <torch/csrc/autograd/python_variable.h>
+#include <Python.h>
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/UnsafeFromTH.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
-#include <ATen/record_function.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
 
 #include <cstring>
+#include <exception>
 #include <utility>
 #include <vector>
 
 #include "attention_call.h"
 #include "cpu_call.h"
+
+// As torch/csrc/autograd/python_variable.h has it, which takes six times as long to compile as all of this file.
+PyObject* THPVariable_Wrap(const at::TensorBase&);
 
 namespace {
 
@@ -37,8 +43,11 @@ void (*attend)(const qvlm::Attention*) = nullptr;
 void (*on_trial)(const qvlm::Attention*) = nullptr;  // the same before its check
 int64_t most_floats = 0;  // tokens of floating-point inputs, beyond which portable kernels are not the fastest way
 
+PyObject* tensor_classes[2] = {};    // torch.Tensor and Parameter
+const PyGetSetDef* cdata = nullptr;  // their attribute of that name: where the TensorImpl lies
+
 // Thrown where a call is none that the kernels take.
-struct Unusual {};
+struct Unusual : std::exception {};
 
 void require(bool condition) {
     if (!condition) throw Unusual{};
@@ -60,21 +69,44 @@ bool watched() {
            (included & ~c10::default_included_set.raw_repr());
 }
 
-const Tensor& tensor(PyObject* object) {
-    require(THPVariable_CheckExact(object));
-    const Tensor& found = THPVariable_Unpack(object);
-    require(!(found.key_set().raw_repr() & ~ordinary_keys()) && !found._fw_grad(0).defined());
+void* address(PyObject* object) {
+    PyObject* number = cdata->get(object, cdata->closure);
+    require(number);
+    void* found = PyLong_AsVoidPtr(number);
+    Py_DECREF(number);
     return found;
 }
 
-const Tensor* maybe(PyObject* object) { return object == Py_None ? nullptr : &tensor(object); }
+// An ordinary tensor, kept by Python's count of references: raising PyTorch's takes longer. By default undefined.
+class Given : public Tensor {
+    PyObject* object_ = nullptr;
+    Given(PyObject* object, void* where) : Tensor(at::unsafeTensorFromTH(where, false)), object_(Py_NewRef(object)) {}
+    static void* checked(PyObject* object) {
+        const auto type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+        require(type == tensor_classes[0] || type == tensor_classes[1]);
+        return address(object);
+    }
+
+public:
+    Given() = default;
+    explicit Given(PyObject* object) : Given(object, checked(object)) {
+        require(!(key_set().raw_repr() & ~ordinary_keys()) && !_fw_grad(0).defined());
+    }
+    Given(Given&& other) noexcept : Tensor(std::move(other)), object_(std::exchange(other.object_, nullptr)) {}
+    ~Given() {
+        unsafeReleaseTensorImpl();
+        Py_XDECREF(object_);
+    }
+};
+
+Given maybe(PyObject* object) { return object == Py_None ? Given() : Given(object); }
 
 // Held, because the list may change while other threads run.
-std::vector<Tensor> listed(PyObject* object) {
+std::vector<Given> listed(PyObject* object) {
     require(PyList_CheckExact(object));
-    std::vector<Tensor> found;
+    std::vector<Given> found;
     found.reserve(PyList_GET_SIZE(object));
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i) found.push_back(tensor(PyList_GET_ITEM(object, i)));
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i) found.emplace_back(PyList_GET_ITEM(object, i));
     return found;
 }
 
@@ -125,6 +157,34 @@ Tensor output(const Tensor& x, int64_t columns, ScalarType dtype) {
     return Tensor(at::detail::empty_cpu(sizes, dtype));
 }
 
+// While it lives, other threads run Python.
+struct WithoutPython {
+    PyThreadState* state = PyEval_SaveThread();
+    ~WithoutPython() { PyEval_RestoreThread(state); }
+};
+
+// An event of the profiler, where one runs: by Python, because ATen/record_function.h would double what this file takes to compile.
+struct Event {
+    PyObject* event = nullptr;
+    explicit Event(const char* name) {
+        if (!c10::ThreadLocalDebugInfo::get(c10::DebugInfoKind::PROFILER_STATE)) return;
+        if (PyObject* profiler = PyImport_ImportModule("torch._C._profiler")) {
+            event = PyObject_CallMethod(profiler, "_RecordFunctionFast", "s", name);
+            Py_DECREF(profiler);
+        }
+        ignore(event ? PyObject_CallMethod(event, "__enter__", nullptr) : nullptr);
+    }
+    ~Event() {
+        if (!event) return;
+        ignore(PyObject_CallMethod(event, "__exit__", "OOO", Py_None, Py_None, Py_None));
+        Py_DECREF(event);
+    }
+    static void ignore(PyObject* result) {
+        Py_XDECREF(result);
+        PyErr_Clear();
+    }
+};
+
 PyObject* wrapped(const std::vector<Tensor>& tensors) {
     PyObject* list = PyList_New(Py_ssize_t(tensors.size()));
     for (size_t i = 0; list && i < tensors.size(); ++i) {
@@ -138,10 +198,10 @@ PyObject* wrapped(const std::vector<Tensor>& tensors) {
 PyObject* linears(PyObject* const* arguments) {
     const auto run = kernels;  // other threads may change it
     require(run);
-    const Tensor& x = tensor(arguments[0]);
-    const std::vector<Tensor> weight = listed(arguments[1]), weight_scale = listed(arguments[2]), weight_zero_point = listed(arguments[3]);
-    const Tensor *input_scale = maybe(arguments[4]), *input_zero_point = maybe(arguments[5]);
-    const std::vector<Tensor> bias = listed(arguments[6]);
+    const Given x(arguments[0]);
+    const std::vector<Given> weight = listed(arguments[1]), weight_scale = listed(arguments[2]), weight_zero_point = listed(arguments[3]);
+    const Given input_scale = maybe(arguments[4]), input_zero_point = maybe(arguments[5]);
+    const std::vector<Given> bias = listed(arguments[6]);
     const int64_t in_features = integer(arguments[7]), weight_bits = integer(arguments[8]), activation_bits = integer(arguments[9]);
     const int64_t group_length = integer(arguments[10]), kind = kind_of(arguments[11]), hadamard = integer(arguments[12]);
 
@@ -155,10 +215,10 @@ PyObject* linears(PyObject* const* arguments) {
             fits(in_features, weight_bits, activation_bits, group_length, !floating));
     require(!floating || x.numel() / in_features <= most_floats);
     const int64_t positions = token ? x.size(-2) : 0;
-    const bool scaled = kind <= 1 || (floating && input_scale), shifted = kind <= 1;
+    const bool scaled = kind <= 1 || (floating && input_scale.defined()), shifted = kind <= 1;
     const int64_t length = token ? positions : in_features;
-    require(!scaled || (input_scale && is(*input_scale, ScalarType::Float, length)));
-    require(!shifted || (input_zero_point && is(*input_zero_point, ScalarType::Int, length)));
+    require(!scaled || (input_scale.defined() && is(input_scale, ScalarType::Float, length)));
+    require(!shifted || (input_zero_point.defined() && is(input_zero_point, ScalarType::Int, length)));
     const int64_t words = (in_features * weight_bits + 31) / 32, groups = (in_features + group_length - 1) / group_length;
     for (size_t i = 0; i < count; ++i) {
         const int64_t rows = weight[i].dim() ? weight[i].size(0) : 0;
@@ -167,13 +227,13 @@ PyObject* linears(PyObject* const* arguments) {
         require(bias.empty() || is(bias[i], dtype, rows));
     }
 
-    RECORD_FUNCTION("qvlm_hf::linears", c10::ArrayRef<const c10::IValue>{});
     std::vector<Tensor> outputs;
+    outputs.reserve(count);
     std::vector<char> memory(sizeof(qvlm::Call) + count * sizeof(qvlm::Layer));
     const qvlm::Call call{
         x.const_data_ptr(),
-        scaled ? static_cast<const float*>(input_scale->const_data_ptr()) : nullptr,
-        shifted ? static_cast<const int32_t*>(input_zero_point->const_data_ptr()) : nullptr,
+        scaled ? static_cast<const float*>(input_scale.const_data_ptr()) : nullptr,
+        shifted ? static_cast<const int32_t*>(input_zero_point.const_data_ptr()) : nullptr,
         known(dtype), x.numel() / in_features, in_features, groups, group_length, words * 4, weight_bits, activation_bits,
         kind, positions, hadamard, int64_t(count)};
     std::memcpy(memory.data(), &call, sizeof call);
@@ -186,7 +246,8 @@ PyObject* linears(PyObject* const* arguments) {
         std::memcpy(memory.data() + sizeof call + i * sizeof layer, &layer, sizeof layer);
     }
     {
-        pybind11::gil_scoped_release others_run;
+        const Event event("qvlm_hf::linears");
+        const WithoutPython others_run;
         run(memory.data());
     }
     return wrapped(outputs);
@@ -197,14 +258,14 @@ PyObject* rms_norm(PyObject* const* arguments) {
     const auto squared = square;
     const auto run = norm;
     require(squared && run && PyFloat_CheckExact(arguments[2]));
-    const Tensor &x = tensor(arguments[0]), &weight = tensor(arguments[1]);
+    const Given x(arguments[0]), weight(arguments[1]);
     require(plain(x) && is(weight, x.scalar_type(), x.size(-1)));
-    RECORD_FUNCTION("qvlm_hf::rms_norm", c10::ArrayRef<const c10::IValue>{});
     const int64_t k = weight.size(0), rows = x.numel() / k, dtype = known(x.scalar_type());
     const float epsilon = float(PyFloat_AS_DOUBLE(arguments[2]));
     Tensor y;
     {
-        pybind11::gil_scoped_release others_run;
+        const Event event("qvlm_hf::rms_norm");
+        const WithoutPython others_run;
         const Tensor squares = output(x, k, ScalarType::Float);
         squared(x.const_data_ptr(), squares.mutable_data_ptr<float>(), rows * k, dtype);
         const Tensor sums = at::cpu::sum(squares, {-1}, true);
@@ -219,22 +280,22 @@ bool is(const Tensor& t, int64_t batch, int64_t heads, int64_t rows, int64_t siz
 }
 
 // A mask [batch or 1, heads or 1, 1, keys].
-qvlm::Mask mask_of(const Tensor* t, int64_t batch, int64_t heads, int64_t keys) {
-    if (!t) return {};
-    const ScalarType dtype = t->scalar_type();
+qvlm::Mask mask_of(const Tensor& t, int64_t batch, int64_t heads, int64_t keys) {
+    if (!t.defined()) return {};
+    const ScalarType dtype = t.scalar_type();
     require(dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == ScalarType::BFloat16);
-    require(t->dim() == 4);
-    const int64_t batches = t->size(0), rows = t->size(1);
-    require((batches == 1 || batches == batch) && (rows == 1 || rows == heads) && t->size(2) == 1 && t->size(3) == keys);
-    return {t->const_data_ptr(), dtype == ScalarType::Bool ? qvlm::Mask::kBool : dtype == ScalarType::Float ? qvlm::Mask::kFloat : qvlm::Mask::kBfloat16,
-            batches == 1 ? 0 : t->stride(0), rows == 1 ? 0 : t->stride(1), t->stride(3)};
+    require(t.dim() == 4);
+    const int64_t batches = t.size(0), rows = t.size(1);
+    require((batches == 1 || batches == batch) && (rows == 1 || rows == heads) && t.size(2) == 1 && t.size(3) == keys);
+    return {t.const_data_ptr(), dtype == ScalarType::Bool ? qvlm::Mask::kBool : dtype == ScalarType::Float ? qvlm::Mask::kFloat : qvlm::Mask::kBfloat16,
+            batches == 1 ? 0 : t.stride(0), rows == 1 ? 0 : t.stride(1), t.stride(3)};
 }
 
 template <void (**entry)(const qvlm::Attention*)>
 PyObject* decode_attention(PyObject* const* arguments) {
     const auto run = *entry;
     require(run && PyFloat_CheckExact(arguments[4]));
-    const Tensor &query = tensor(arguments[0]), &key = tensor(arguments[1]), &value = tensor(arguments[2]);
+    const Given query(arguments[0]), key(arguments[1]), value(arguments[2]);
     const ScalarType dtype = query.scalar_type();
     require((dtype == ScalarType::Float || dtype == ScalarType::BFloat16) && key.scalar_type() == dtype && value.scalar_type() == dtype);
     require(query.dim() == 4 && key.dim() == 4);
@@ -242,30 +303,31 @@ PyObject* decode_attention(PyObject* const* arguments) {
     require(batch && heads && key_heads && heads % key_heads == 0 && keys && size >= qvlm::kSmallestHead && size <= qvlm::kLargestHead);
     require(is(query, batch, heads, 1, size) && is(key, batch, key_heads, keys, size) && is(value, batch, key_heads, keys, size));
     require(query.stride(3) == 1 && key.stride(3) == 1 && value.stride(3) == 1);
-    const qvlm::Mask mask = mask_of(maybe(arguments[3]), batch, heads, keys);
-    RECORD_FUNCTION("qvlm_hf::decode_attention", c10::ArrayRef<const c10::IValue>{});
+    const Given closed = maybe(arguments[3]);
+    const qvlm::Mask mask = mask_of(closed, batch, heads, keys);
     const Tensor out = Tensor(at::detail::empty_cpu({batch, 1, heads, size}, dtype));
     const qvlm::Attention call{
         query.const_data_ptr(), key.const_data_ptr(), value.const_data_ptr(), out.mutable_data_ptr(), dtype == ScalarType::BFloat16, batch, heads, key_heads, keys, size,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), value.stride(0), value.stride(1), value.stride(2), mask,
         float(PyFloat_AS_DOUBLE(arguments[4]))};
     {
-        pybind11::gil_scoped_release others_run;
+        const Event event("qvlm_hf::decode_attention");
+        const WithoutPython others_run;
         run(&call);
     }
     return THPVariable_Wrap(out);
 }
 
-// A function of Python: `compute` if there are COUNT arguments of the usual kinds, else None.
+// A function of Python: `compute` if there are COUNT arguments of the usual kinds, else None. What else is thrown, such as a lack of memory,
+// the long way will meet again.
 template <PyObject* (*compute)(PyObject* const*), Py_ssize_t COUNT>
 PyObject* called(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    HANDLE_TH_ERRORS
     try {
         if (count == COUNT && !watched()) return compute(arguments);
-    } catch (const Unusual&) {
+    } catch (const std::exception&) {
+        PyErr_Clear();
     }
     Py_RETURN_NONE;
-    END_HANDLE_TH_ERRORS
 }
 
 // use(name, value): where a kernel begins, or 0 to take no more calls for it; "most_floats": tokens.
@@ -295,6 +357,26 @@ PyMethodDef methods[] = {
     method("trial_attention", called<decode_attention<&on_trial>, 5>, METH_FASTCALL), method("use", use, METH_VARARGS), {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition{PyModuleDef_HEAD_INIT, "cpu_direct", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
+// Finds what `Given` looks at, and tries it on a tensor whose address is known.
+bool knows_tensors() {
+    PyObject *torch = PyImport_ImportModule("torch"), *nn = PyImport_ImportModule("torch.nn");
+    if (!torch || !nn) return false;
+    tensor_classes[0] = PyObject_GetAttrString(torch, "Tensor");
+    tensor_classes[1] = PyObject_GetAttrString(nn, "Parameter");
+    PyObject* attribute = tensor_classes[0] ? PyObject_GetAttrString(tensor_classes[0], "_cdata") : nullptr;
+    if (!attribute || !Py_IS_TYPE(attribute, &PyGetSetDescr_Type)) return false;
+    cdata = reinterpret_cast<PyGetSetDescrObject*>(attribute)->d_getset;
+    const Tensor one(at::detail::empty_cpu({1}, at::kFloat));
+    PyObject* object = THPVariable_Wrap(one);
+    return object && address(object) == one.unsafeGetTensorImpl();
+}
+
 }  // namespace
 
-PyMODINIT_FUNC PyInit_cpu_direct() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit_cpu_direct() {
+    try {
+        if (knows_tensors()) return PyModule_Create(&definition);
+    } catch (const std::exception&) {
+    }
+    return PyErr_Format(PyExc_ImportError, "torch.Tensor._cdata is no longer where a tensor lies");
+}

@@ -134,17 +134,15 @@ def test_ranges_per_position():
         first, second, *(tuple(low.expand(6, 5, 4) for low in pair) for pair in bounds), 8
     )
     assert float(histogram.entropy()) == pytest.approx(per_position, abs=1e-5)
-    assert (
-        abs(measured(first.flatten(0, 1), second.flatten(0, 1), levels=8) - per_position) > 1e-3
-    )  # and that is no per-channel range
+    # it is no per-channel range
+    assert abs(measured(first.flatten(0, 1), second.flatten(0, 1), levels=8) - per_position) > 1e-3
 
 
 def test_independent_levels_give_the_entropy_of_the_second():
     levels = 16
     first = torch.arange(levels).repeat_interleave(levels).float()[:, None]
-    second = (
-        torch.arange(levels).repeat(levels).float()[:, None]
-    )  # every pair once: independent without any noise
+    # every pair once: independent without any noise
+    second = torch.arange(levels).repeat(levels).float()[:, None]
     marginal = np.mean([assigned(m, levels) for m in range(levels)], axis=0)
     d = measured(first, second, unit_range(levels), unit_range(levels))
     assert d == pytest.approx(marginal_entropy(marginal), abs=1e-5)

@@ -44,8 +44,7 @@ def stop_after(monkeypatch, steps):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, torch.float32) for name in RECIPES), ("default", torch.bfloat16)],
+    ("name", "dtype"), [*((name, torch.float32) for name in RECIPES), ("default", torch.bfloat16)]
 )
 def test_a_stopped_calibration_ends_as_an_undisturbed_one(name, dtype, tmp_path, monkeypatch):
     options = HELD_OUT | RECIPES[name]

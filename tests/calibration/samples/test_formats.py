@@ -69,10 +69,8 @@ def test_a_system_prompt_beside_the_chat_is_its_first_turn(folder, caplog, layou
     record = RECORDS[layout]
     (plain,) = load_samples(write_lines(folder, record))
     (sample,) = load_samples(write_lines(folder, {**record, key: "be short"}))
-    assert sample.messages[0] == {
-        "role": "system",
-        "content": [{"type": "text", "text": "be short"}],
-    }
+    content = [{"type": "text", "text": "be short"}]
+    assert sample.messages[0] == {"role": "system", "content": content}
     assert sample.messages[1:] == plain.messages
     assert sample.image_keys == plain.image_keys
     assert not notes(caplog)
@@ -142,11 +140,10 @@ def said(text):
     return {"from": "human", "value": text}
 
 
+GONE = {"type": "image", "path": "gone.png"}
 # A row in each second line, the message without its origin in the next one.
-MISTAKES = [
-    entry.split("\n")
-    for entry in (Path(__file__).parent / "mistakes.txt").read_text().strip().split("\n\n")
-]
+MISTAKES_FILE = Path(__file__).parent / "mistakes.txt"
+MISTAKES = [entry.split("\n") for entry in MISTAKES_FILE.read_text().strip().split("\n\n")]
 
 
 @pytest.mark.parametrize(("row", "message"), MISTAKES)
@@ -170,10 +167,7 @@ def test_mistakes_name_file_line_and_key(folder, monkeypatch, row, message, sour
             {"image": ["a.png", "gone.png"], "conversations": [said("<image><image>")]},
             'key "image[1]": no such picture',
         ),
-        (
-            chat(user({"type": "image", "path": "gone.png"})),
-            'key "messages[0].content[0].path": no such picture',
-        ),
+        (chat(user(GONE)), 'key "messages[0].content[0].path": no such picture'),
     ],
 )
 def test_pictures_that_cannot_be_read_are_named(folder, record, expected):
@@ -203,14 +197,8 @@ def test_arrays_are_no_pictures(array):
 
 # ---- keys that name no content -------------------------------------------------------------------
 
-EXTRA = {
-    "question_id": 7,
-    "category": ["a", {"b": None}],
-    "score": 1.5,
-    "meta": {"x": [1]},
-    "image_id": "x",
-    "none": None,
-}
+EXTRA = {"question_id": 7, "category": ["a", {"b": None}], "score": 1.5}
+EXTRA |= {"meta": {"x": [1]}, "image_id": "x", "none": None}
 EXTRA_TEXT = {"type": "text", "text": "what colour ?", "index": 3}
 EXTRA_IMAGE = {"type": "image", "path": "a.png", "detail": "high"}
 WITH_EXTRA = {
@@ -257,27 +245,12 @@ def test_a_note_names_few_of_many_keys_and_none_where_all_are_known(folder, capl
 NO_ANSWER = {"image": "a.png", "question": "what ?"}
 NO_PICTURE_ROW = {"image": None, "question": "what ?", "answer": "red"}
 NO_PICTURE_CHAT = {"image": None, "conversations": [{"from": "human", "value": "what ?"}, LLAVA[1]]}
-PICTURES = {
-    "images": ["a.png"],
-    "img": "a.png",
-    "image_path": "a.png",
-    "imageUrl": "http://x/a",
-    "image_1": "a",
-    "photos": ["a"],
-    "file_name": "a.JPG",
-    "shown": ["a.png", "b.png"],
-    "imgae": "a",
-    "picture": {"bytes": "x"},
-}
-ANSWERS = {
-    "response": "red",
-    "choice": "B",
-    "label": 3,
-    "answers": ["red"],
-    "gt_answer": "a",
-    "groundTruth": "a",
-    "anwser": "a",
-}
+PICTURES = dict.fromkeys(("img", "image_path", "image_1", "imgae"), "a")
+PICTURES |= {"images": ["a"], "photos": ["a"]}
+PICTURES |= {"imageUrl": "http://x/a", "file_name": "a.JPG", "shown": ["a.png", "b.png"]}
+PICTURES |= {"picture": {"bytes": "x"}}
+ANSWERS = dict.fromkeys(("response", "gt_answer", "groundTruth", "anwser"), "a")
+ANSWERS |= {"choice": "B", "label": 3, "answers": ["red"]}
 
 
 @pytest.mark.parametrize(

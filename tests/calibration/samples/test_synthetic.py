@@ -77,9 +77,8 @@ def test_answers_are_the_models_own(model):
 
 def test_a_model_without_answers_is_refused(model, monkeypatch):
     monkeypatch.setattr(synthetic, "_answer", lambda *_: "")
-    with pytest.raises(
-        ValueError, match=r"answered only 0 of 4 drawn pictures: pass real samples\.$"
-    ):
+    message = r"answered only 0 of 4 drawn pictures: pass real samples\.$"
+    with pytest.raises(ValueError, match=message):
         synthesize(model, tiny_processor(), 4, seed=0)
 
 

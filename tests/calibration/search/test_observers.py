@@ -78,9 +78,8 @@ def test_half_precision_values(dtype):
 
 
 def test_nothing_observed():
-    with pytest.raises(
-        ValueError, match="no value was observed: calibration did not reach this input"
-    ):
+    message = "no value was observed: calibration did not reach this input"
+    with pytest.raises(ValueError, match=message):
         TailObserver(count=10, percentile=0.99).range(1.0)
 
 

@@ -127,9 +127,8 @@ def test_a_budget_in_megabytes_is_what_the_file_takes(options, tmp_path):
 
 def test_a_size_that_the_fewest_bits_exceed_is_refused():
     model = tiny_llava()
-    with pytest.raises(
-        ValueError, match=r"'0\.01MB' is below 0\.\d+MB, which the model takes with"
-    ):
+    message = r"'0\.01MB' is below 0\.\d+MB, which the model takes with"
+    with pytest.raises(ValueError, match=message):
         calibrate(model, precision_budget="0.01MB", guard=False)
     assert not dict(quantized_modules(model))
 

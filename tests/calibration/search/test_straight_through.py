@@ -19,9 +19,8 @@ def test_forward_equals_the_simulation(granularity, learn):
     with installed([site]), torch.no_grad():
         for linear, y in zip(site.linears, differentiable, strict=True):
             expected = linear(x)
-            assert (
-                (y - expected).norm() < 2e-3 * expected.norm()
-            )  # a value on the edge of two integers may fall to the other side
+            # a value on the edge of two integers may fall to the other side
+            assert (y - expected).norm() < 2e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("granularity", ["channel", "token"])

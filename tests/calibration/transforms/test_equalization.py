@@ -112,9 +112,7 @@ def test_after_a_rotation_too():
 
 
 @pytest.mark.parametrize(
-    ("owner", "step"),
-    [(method, "_search"), (AnswerComparison, "measure")],
-    ids=["search", "check"],
+    ("owner", "step"), [(method, "_search"), (AnswerComparison, "measure")], ids=["search", "check"]
 )
 def test_an_interrupted_calibration_leaves_the_model_alone(monkeypatch, owner, step):
     model = uneven_model()

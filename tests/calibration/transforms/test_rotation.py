@@ -141,7 +141,6 @@ def test_which_sites_get_an_online_transform():
         for site in layer.sites
     }
     assert blocks["model.language_model.layers.0.mlp.down_proj"] == 8  # 104 = 8 * 13
-    assert (
-        blocks["model.language_model.layers.0.self_attn.q_proj"] is None
-    )  # the residual stream itself is rotated
+    # the residual stream itself is rotated
+    assert blocks["model.language_model.layers.0.self_attn.q_proj"] is None
     assert type(model.get_submodule("model.language_model.layers.0.mlp.down_proj")) is nn.Linear

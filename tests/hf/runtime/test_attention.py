@@ -161,29 +161,20 @@ def test_the_same_text_as_with_sdpa(tmp_path, kv_heads, cache, kernel_only):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_without_a_break_the_same_text_by_the_kernel(tmp_path, dtype, kernel_only):
-    model = wide(tmp_path, 2, dtype)
+@pytest.mark.parametrize(
+    ("heads", "dtype", "backend"),
+    [
+        *((2, dtype, "aot_eager") for dtype in (torch.float32, torch.bfloat16)),
+        *(pytest.param(n, torch.float32, "inductor", marks=pytest.mark.slow) for n in (4, 2)),
+    ],
+)
+def test_compiled_without_a_break_the_same_text_by_the_kernel(
+    tmp_path, heads, dtype, backend, kernel_only
+):
+    model = wide(tmp_path, heads, dtype)
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(**BATCH, disable_compile=True, **options)
     torch._dynamo.reset()
-    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=backend)
     assert torch.equal(model.generate(**BATCH, disable_compile=True, **options), expected)
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_by_the_default_compiler_too(tmp_path, kv_heads, kernel_only):
-    model = wide(tmp_path, kv_heads)
-    options = {
-        "max_new_tokens": 8,
-        "do_sample": False,
-        "cache_implementation": "static",
-        "disable_compile": True,
-    }
-    expected = model.generate(**BATCH, **options)
-    torch._dynamo.reset()
-    model.forward = torch.compile(model.forward, fullgraph=True)
-    assert torch.equal(model.generate(**BATCH, **options), expected)
     torch._dynamo.reset()

@@ -123,11 +123,7 @@ def test_a_part_of_ours_that_fails_is_given_up(source, processor, monkeypatch):
         model = quantize(source, processor)
     (warning,) = [w for w in model.hf_quantizer.report.warnings if "key-value cache" in w]
     rows = [row for row in qvlm_hf.precision_table(model) if row.kernel.startswith("transformers")]
-    assert [row.module for row in rows] == [
-        "RMSNorm",
-        "key-value cache",
-        "attention of one token",
-    ]
+    assert [row.module for row in rows] == ["RMSNorm", "key-value cache", "attention of one token"]
     assert all(warning in row.kernel for row in rows)
     inputs = probe_inputs(processor)
     assert decoding_problem(check_decoding(model, inputs)) is None

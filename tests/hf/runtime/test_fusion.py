@@ -323,9 +323,8 @@ NORMS = {
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_that_differs_in_some_inputs_is_left_to_transformers(directory, monkeypatch, name):
     changed_norm(monkeypatch, NORMS[name])
-    with pytest.warns(
-        UserWarning, match="RMSNorm .LlamaRMSNorm.forward computes something else.*slower"
-    ):
+    message = "RMSNorm .LlamaRMSNorm.forward computes something else.*slower"
+    with pytest.warns(UserWarning, match=message):
         model = quantized(directory, torch.bfloat16)
     assert norms(model) == {LlamaRMSNorm}
     rows = [row for row in qvlm_hf.precision_table(model) if row.module == "RMSNorm"]
@@ -417,9 +416,8 @@ def test_attention_that_differs_in_some_inputs_is_left_to_transformers(
 
     with monkeypatch.context() as patch:
         patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
-        with pytest.warns(
-            UserWarning, match="attention of one token .sdpa computes something else"
-        ):
+        message = "attention of one token .sdpa computes something else"
+        with pytest.warns(UserWarning, match=message):
             model = quantized(directory, torch.bfloat16)
         assert model.config.text_config._attn_implementation == "sdpa"
         change = seen = as_it_is  # the same function, and nothing changed

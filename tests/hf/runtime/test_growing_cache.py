@@ -196,6 +196,34 @@ def test_gradients_and_other_dtypes_go_transformers_way():
         append(ours, states(1, batch=3, dtype=torch.float64), ours=True)
 
 
+def test_it_grows_on_cuda_devices_unless_a_graph_is_captured(monkeypatch):
+    """A replay would write to the positions of its capture."""
+    on = {name: growing_cache._grows_on(torch.device(name)) for name in ("cpu", "cuda:1", "meta")}
+    assert on == {"cpu": True, "cuda:1": True, "meta": False}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        assert growing_cache._grows_on(torch.device("cuda")) is not capturing
+        assert growing_cache._grows_on(torch.device("cpu"))
+
+
+def test_growing_asks_for_no_device_of_its_own(monkeypatch):
+    """Tensors without memory take the way of a GPU's: room stays on their device, and is used."""
+    monkeypatch.setattr(growing_cache, "_grows_on", lambda device: True)
+    with torch.device("meta"):
+        cache = filled(ours=True)
+        (layer,) = cache.layers
+        whole = layer._rooms[0].whole
+        with torch.no_grad():
+            append(cache, states(64), ours=True)
+            assert layer._rooms[0].whole is whole
+            append(cache, states(1), ours=True)
+    assert layer._rooms[0].whole.shape[2] > whole.shape[2] == 74 == layer.keys.shape[2] - 1
+    assert {one.device.type for one in (layer.keys, layer.values, *layer._rooms[1][:2])} == {"meta"}
+    here, there = torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1, device="meta")
+    assert [growing_cache._continues(here, one) for one in (here, there)] == [True, False]
+
+
 @pytest.mark.parametrize("change", [DynamicLayer.reset, GrowingLayer.reset, DynamicLayer.crop])
 def test_room_goes_with_the_keys(change):
     cache = filled(ours=True)
