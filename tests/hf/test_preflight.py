@@ -211,7 +211,7 @@ def test_a_gpu_without_room_is_refused(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1e3, 2e12))
     assert "end other programs" in module.check_memory(expected, gpu)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1e3, 1e6))
-    with pytest.raises(ValueError, match=r"0\.0 GB: take a machine with more"):
+    with pytest.raises(ValueError, match=r"1\.0 MB: take a machine with more"):
         module.check_memory(expected, gpu)
 
 
