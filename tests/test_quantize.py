@@ -64,6 +64,17 @@ def test_two_runs_give_the_same_tensors(calibrated):
     assert report == calibrated[1]
 
 
+def test_the_default_dtype_of_the_process_changes_nothing(calibrated):
+    model, samples, usual = tiny_llava().eval(), tiny_samples(4, seed=9), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model, _ = calibrate(model, held_out=samples)
+    finally:
+        torch.set_default_dtype(usual)
+    found, expected = model.state_dict(), calibrated[0].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_gptq_lowers_the_block_errors():
     options = {"activation_granularity": "channel", "max_block_depth": 1}
     # the errors are measured before a block's own GPTQ: the last one shows what those below gained

@@ -28,7 +28,7 @@ from qvlm_hf.calibration.samples import fingerprint, load_samples, longest_sampl
 from qvlm_hf.cli.ablation_tables import check_ablation, read_ablation, write_ablation
 from qvlm_hf.cli.loading import check_fits, load_model, load_processor, read_loadable, silence
 from qvlm_hf.errors import first_line
-from qvlm_hf.evaluation import check_text, evaluate, evaluate_text, read_text
+from qvlm_hf.evaluation import check_answers, check_text, evaluate, evaluate_text, read_text
 from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hf.config import PAPER, QVLMConfig
 from qvlm_hf.hub.saved import SavedModel
@@ -92,6 +92,7 @@ def run(options: argparse.Namespace) -> int:
     processor = load_processor(options.model)
     check_fits(options.model, processor)
     questions = load_samples(options.questions, num_samples=options.num_questions)
+    check_answers(questions)
     samples = load_samples(options.dataset)
     setting = {
         "model": Path(options.model).name,

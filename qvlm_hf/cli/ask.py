@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from qvlm_hf.calibration.samples import Sample, collate, load_samples, moved, takes_suffix
+from qvlm_hf.calibration.samples import (
+    Sample,
+    collate,
+    load_samples,
+    longest_sample,
+    moved,
+    takes_suffix,
+)
 from qvlm_hf.cli.loading import load_with_processor
 
 __all__ = ["add_arguments", "answer", "run"]
@@ -48,9 +55,19 @@ def _sample(image: str, question: str) -> Sample:
 
 
 def answer(model: Any, processor: Any, sample: Sample, *, max_new_tokens: int = 64) -> str:
-    """The model's greedy answer to the question of a sample, without the sample's own answer."""
+    """The model's greedy answer to the question of a sample, without the sample's own answer.
+
+    Raises:
+        ValueError: the model has no positions for the question.
+    """
     messages = sample.messages if sample.answer is None else sample.messages[:-1]
     inputs = _inputs(replace(sample, messages=messages), processor)
+    length, positions = inputs["input_ids"].shape[1], longest_sample(model)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"the question and its picture are {length} tokens, more than the model's {positions} "
+            f"positions: ask something shorter."
+        )
     inputs = moved(inputs, model.device, model.dtype)
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

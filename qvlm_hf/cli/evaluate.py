@@ -14,6 +14,7 @@ from qvlm_hf.cli.results import (
     write_result_file,
 )
 from qvlm_hf.evaluation import (
+    check_answers,
     check_text,
     evaluate,
     evaluate_text,
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     if options.text is not None:
         check_text(options.text)
     samples = load_samples(options.dataset, num_samples=options.num_samples, seed=options.seed)
+    check_answers(samples)  # one that has none should not wait for the model
     model, processor = load_with_processor(options.model)
     samples = without_too_long(samples, processor, longest_sample(model))
     windows = None if options.text is None else read_text(options.text, processor.tokenizer, model)

@@ -3,6 +3,7 @@
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from qvlm_hf.bench.shapes import SHAPES
@@ -44,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
     asked = {"--scheme": options.scheme, "--group-size": options.group_size}
     if given := ", ".join(option for option, value in asked.items() if value is not None):
         raise ValueError(f"{given}: is to plan, {name} has its own: leave it out.")
-    _print_saved(name)
+    path = Path(name)
+    _print_saved(path.parent if path.is_file() else path)
     return 0
 
 
@@ -75,7 +77,7 @@ def _print_plan(
         print(footprint(model, one.report.modules))
 
 
-def _print_saved(directory: str) -> None:
+def _print_saved(directory: Path) -> None:
     saved = SavedModel(directory)
     config = QVLMConfig.from_dict(saved.quantization)
     print(

@@ -1,6 +1,12 @@
 """Accuracy and language of a model with intervals, and the paired comparison of two models."""
 
-from qvlm_hf.evaluation.evaluate import Comparison, Evaluation, evaluate, format_comparison
+from qvlm_hf.evaluation.evaluate import (
+    Comparison,
+    Evaluation,
+    check_answers,
+    evaluate,
+    format_comparison,
+)
 from qvlm_hf.evaluation.text import (
     TextEvaluation,
     check_text,
@@ -13,6 +19,7 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "TextEvaluation",
+    "check_answers",
     "check_text",
     "evaluate",
     "evaluate_text",

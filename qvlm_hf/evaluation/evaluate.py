@@ -36,7 +36,7 @@ from qvlm_hf.evaluation.metrics import (
     paired_difference,
 )
 
-__all__ = ["Comparison", "Evaluation", "evaluate", "format_comparison"]
+__all__ = ["Comparison", "Evaluation", "check_answers", "evaluate", "format_comparison"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def evaluate(
             samples or kept no logits, logits that are not numbers, a sample that the model has no
             positions for, and as `collate` does.
     """
-    _check_samples(samples)
+    check_answers(samples)
     batch_size = whole_number("batch_size", batch_size, 1)
     data = fingerprint(samples)
     if isinstance(reference, Evaluation):
@@ -192,7 +192,8 @@ class _Answer:
     kl: float  # mean over its tokens
 
 
-def _check_samples(samples: Sequence[Sample]) -> None:
+def check_answers(samples: Sequence[Sample]) -> None:
+    """Raises ValueError for no samples, and for the first without an answer to compare with."""
     if not samples:
         raise ValueError("evaluate got no samples; give at least one")
     for sample in samples:

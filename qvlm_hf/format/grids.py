@@ -239,7 +239,7 @@ def _best_grid(grouped: Tensor, scheme: QuantScheme, clip: Tensor | None) -> tup
 def chosen_clip(weight: Tensor, quantized: QuantizedWeight, scheme: QuantScheme) -> Tensor:
     """Finds the factors on the groups' ranges that made `quantized` of `weight`, float32 [O, G]."""
     full, _ = _weight_grid(*_range(grouped_weight(weight.float(), scheme)), scheme)
-    tried = torch.tensor(CLIPS, device=weight.device)
+    tried = torch.tensor(CLIPS, dtype=torch.float32, device=weight.device)
     return tried[((quantized.scale.float() / full.float()).unsqueeze(-1) - tried).abs().argmin(-1)]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from qvlm_hf.calibration.process.progress import ProgressBar, planned_steps
 from qvlm_hf.calibration.process.scratch import check_scratch_dir, scratch
 from qvlm_hf.calibration.record.report import CalibrationReport
@@ -37,7 +39,7 @@ def read_samples(config: QVLMConfig) -> list[Sample] | None:
 
     Raises:
         ValueError: the scheme needs data and there is none, the processor is missing, `resume_dir`
-            or `scratch_dir` is of no use, or a sample is wrong.
+            or `scratch_dir` is of no use, a sample is wrong, or gradients are forbidden.
     """
     if config.dataset is None:
         if config.settings().needs_data:
@@ -52,6 +54,11 @@ def read_samples(config: QVLMConfig) -> list[Sample] | None:
         raise ValueError(
             "dataset needs the model's processor: pass QVLMConfig(..., "
             "processor=AutoProcessor.from_pretrained(model_id))."
+        )
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "calibration takes gradients, which torch.inference_mode() forbids: quantize outside "
+            "of it."
         )
     if config.resume_dir is not None:
         check_resume_dir(config.resume_dir)

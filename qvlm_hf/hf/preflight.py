@@ -291,4 +291,4 @@ def check_disk(size: float, folder: str, what: str) -> None:
 
 def gigabytes(size: float) -> str:
     """A size for messages."""
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"

@@ -53,7 +53,7 @@ from qvlm_hf.hf.runtime.refusals import add_refusals, remove_refusals
 from qvlm_hf.hub.upload import Published, Target
 from qvlm_hf.models.experts import has_split_experts, join_experts
 from qvlm_hf.models.families import FAMILIES, has_row
-from qvlm_hf.models.graph import why_empty
+from qvlm_hf.models.graph import canonical_name, why_empty
 from qvlm_hf.nn.footprint import count_parameters
 from qvlm_hf.nn.linear import QVLMLinear
 from qvlm_hf.nn.replace import dequantize_modules, quantized_modules, replace_modules
@@ -338,7 +338,16 @@ class QVLMHfQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """The state dict as it is, and what goes into the safetensors header."""
+        """The state dict as it is, and what goes into the safetensors header.
+
+        config.json, which is written next, gets the modules that are quantized now: some may have
+        been exchanged or taken out.
+        """
+        held = {canonical_name(name): module.scheme for name, module in quantized_modules(model)}
+        listed = self.quantization_config.modules
+        if held.keys() <= listed.keys():  # in a part of the model, or with adapters, names differ
+            modules = {name: held[name] for name in listed if name in held}
+            self.quantization_config.update(modules=modules)
         return None, {
             "qvlm_format": str(FORMAT_VERSION),
             "total_parameters": str(count_parameters(model)),

@@ -102,10 +102,13 @@ def test_another_setting_and_strangers_files_are_refused(folder, tmp_path, monke
         (["--text", "nowhere.txt"], "nowhere.txt: cannot be read (No such file or directory)"),
         (["--seeds", "0"], "--seeds 0 is below 1"),
         (["--num-samples", "0"], "--num-samples 0"),
+        (["--questions", "{}/asked.jsonl"], "asked.jsonl:1: has no answer to compare with"),
     ],
 )
 def test_what_would_fail_every_cell_is_refused_at_once(folder, tmp_path, capsys, words, why):
-    assert run(folder, tmp_path / "out", *words) == 1
+    asked = {"image": str(folder / "questions0.png"), "question": "what ?"}
+    (folder / "asked.jsonl").write_text(json.dumps(asked))
+    assert run(folder, tmp_path / "out", *(word.format(folder) for word in words)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert why in line
     assert not (tmp_path / "out").exists()

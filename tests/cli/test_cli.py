@@ -71,6 +71,8 @@ def test_inspect_counts_the_saved_bytes(folder, capsys):
     saved = SavedModel(folder / "w4a4")
     assert saved.sizes(torch.float32).total.quantized_bytes == size
     assert str(saved.sizes(torch.float32)) in printed
+    assert run(folder, "inspect {f}/w4a4/config.json") == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_inspect_a_shape_beats_the_papers_memory(capsys):
@@ -84,6 +86,9 @@ def test_ask_answers(folder, capsys):
     words = "ask {f}/w4a4 --image {f}/0.png 'what colour is it ?' --max-new-tokens 3"
     assert run(folder, words) == 0
     assert len(capsys.readouterr().out.split()) <= 3
+    words = f"ask {{f}}/w4a4 --image {{f}}/0.png '{'red ' * 500}'"
+    assert run(folder, words) == 1
+    assert "tokens, more than the model's 512 positions: ask" in capsys.readouterr().err
 
 
 def test_evaluate_against_full_precision(folder, capsys):

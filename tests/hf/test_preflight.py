@@ -73,7 +73,7 @@ def test_a_long_run_says_what_it_takes(unread, monkeypatch, capsys):
         unread()
     told = capsys.readouterr().err
     assert told.startswith("qvlm expects ")
-    assert " of memory and 0.0 GB of disk for the result\n" in told
+    assert " MB of disk for the result\n" in told
     with pytest.raises(AssertionError, match="a weight was read"):
         unread(callbacks=[Silent()])
     assert capsys.readouterr().err == ""
@@ -92,7 +92,7 @@ def test_a_full_disk_is_refused_before_a_weight_is_read(unread, monkeypatch, tmp
     monkeypatch.setattr(module, "free_disk", lambda _: 1000)
     with pytest.raises(ValueError, match=r"no room for .* are free: make room"):
         unread(resume_dir=tmp_path / "state")
-    with pytest.raises(ValueError, match=r"no room for .* of scratch files, 0.0 GB are free"):
+    with pytest.raises(ValueError, match=r"no room for .* of scratch files, 0.0 MB are free"):
         unread(scratch_dir=tmp_path / "scratch")
 
 
@@ -211,7 +211,7 @@ def test_a_gpu_without_room_is_refused(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1e3, 2e12))
     assert "end other programs" in module.check_memory(expected, gpu)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1e3, 1e6))
-    with pytest.raises(ValueError, match=r"0\.0 GB: take a machine with more"):
+    with pytest.raises(ValueError, match=r"1\.0 MB: take a machine with more"):
         module.check_memory(expected, gpu)
 
 

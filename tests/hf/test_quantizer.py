@@ -148,6 +148,12 @@ def test_a_callback_that_fails_on_the_way_leaves_the_model_as_it_was(processor):
     assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
 
 
+def test_calibrating_without_gradients_is_refused_before_a_weight_is_read(no_weights, processor):
+    config = QVLMConfig(dataset=tiny_messages(1), processor=processor)
+    with pytest.raises(ValueError, match="quantize outside of it"), torch.inference_mode():
+        load(no_weights, quantization_config=config)
+
+
 def test_the_same_through_a_concrete_class(source):
     config = QVLMConfig(scheme="W8A16")
     model = type(tiny_llava()).from_pretrained(source, quantization_config=config)

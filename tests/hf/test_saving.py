@@ -142,6 +142,21 @@ def test_while_files_are_moved_no_model_loads_that_is_neither(save, output, monk
     assert seen == [True]  # at the first move alone
 
 
+@pytest.mark.parametrize("change", ["exchanged", "taken out"])
+def test_a_model_that_was_changed_after_it_was_quantized_can_be_loaded(change, inputs, tmp_path):
+    model = tiny_llava()
+    quantize_model(model, QVLMConfig(scheme="W4A16"))
+    if change == "exchanged":
+        model.model.multi_modal_projector.linear_2 = torch.nn.Linear(64, 64)
+    else:
+        del model.model.language_model.layers[1]
+        model.config.text_config.num_hidden_layers = 1
+    save_quantized(model, None, tmp_path / "out", report=None)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
 def test_overwriting_replaces_the_whole_directory(save, model, processor, tmp_path):
     output = save(tmp_path / "out", max_shard_size="60KB")
     assert (output / "model.safetensors.index.json").is_file()

@@ -58,7 +58,7 @@ def gptq_round_layer(
         hidden: per own batch [B, T, H], what enters the layer.
         weights: per own batch [B, T], how much a token's error counts; None is all alike.
     """
-    tokens = weights or [torch.ones(h.shape[:-1], device=h.device) for h in hidden]
+    tokens = weights or [torch.ones_like(h[..., 0], dtype=torch.float32) for h in hidden]
     for site in sites:
         parts = [part for part in site.parts if not part.few_tokens]
         found = _hessians(layer, parts, inputs, hidden, tokens)
@@ -103,7 +103,11 @@ def _hessians(
     """
     modules = {index: site.linears[0] for index, site in enumerate(sites)}
     totals = [
-        torch.zeros(2, first.in_features, first.in_features, device=first.weight.device)
+        torch.zeros(
+            (2, first.in_features, first.in_features),
+            dtype=torch.float32,
+            device=first.weight.device,
+        )
         for first in modules.values()
     ]
     for batch, (entry, h, weight) in enumerate(zip(inputs, hidden, tokens, strict=True)):

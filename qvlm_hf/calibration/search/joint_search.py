@@ -85,9 +85,9 @@ class BlockSearch:
 
     def __post_init__(self) -> None:
         self.weights = self.weights or [
-            [torch.ones(h.shape[:-1], device=h.device) for h in target] for target in self.targets
+            [torch.ones_like(h[..., 0], dtype=torch.float32) for h in target]
+            for target in self.targets
         ]
-
         self.places = self.places or range(len(self.inputs))
         self._screen = [i for i, place in enumerate(self.places) if place % ranks.SCREENED == 0]
         self.batches, screen = ranks.all_reduce_numbers(len(self.inputs), len(self._screen))

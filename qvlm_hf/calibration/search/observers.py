@@ -63,7 +63,8 @@ class TailObserver:
 
     def _joined(self, tail: Tensor | None, device: torch.device) -> Tensor | None:
         together: Tensor | None = None
-        for part in ranks.all_gather(torch.empty(0, 0, device=device) if tail is None else tail):
+        empty = torch.empty(0, 0, dtype=torch.float32, device=device)
+        for part in ranks.all_gather(empty if tail is None else tail):
             together = self._merge(together, part) if part.numel() else together
         return together
 
