@@ -53,8 +53,8 @@ __all__ = [
     "best_recipe",
     "clearly_above",
     "compare_recipes",
-    "first_recipes",
     "plain_rounding",
+    "planned_recipes",
     "trial_settings",
     "try_settings",
     "typical",
@@ -64,7 +64,7 @@ TRIAL_SAMPLES = 16  # that a recipe is tried on
 JUDGES = 64  # other samples that it is judged by, at most
 JUDGING_TEXTS = 16  # that the model writes, to judge it by as well
 _FEW_BITS = 6  # of inputs
-_KERNELS_GROUP = 128  # inputs of a range per group at most, for every kernel
+_LONGEST_GROUP = 128  # inputs that share a range in the kernels of a GPU
 _LEAST = 1e-9  # nats: less is rounding of float32, and has no logarithm
 # What a trial leaves out: parts that help every recipe, and cost more than all the rest. Error
 # compensation stays: what it makes good differs between recipes
@@ -139,6 +139,11 @@ def _try_recipes(
         return [answer_kls or text_kls, text_kls or answer_kls]
 
     _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
+    if not plain:
+        raise ValueError(
+            "recipe='auto' compares answers: no sample has one, and the model writes no text "
+            "without a picture. Give samples with answers, or recipe='fixed'."
+        )
     numbers = count()
 
     def measure_recipe(recipe: Recipe) -> Tried:
@@ -195,42 +200,40 @@ def compare_recipes(
         All trials, the best one first, of those that keep text: the first of the list that none is
         clearly better than. If none keeps text it is the one with the lowest divergence of text.
     """
-    first = first_recipes(settings, rotatable=rotatable)
-    equalized = settings.equalization == Options.equalization
-    counter = steps("recipes", len(first) + equalized)
-    tried: list[Tried] = []
-
-    def take(recipe: Recipe) -> None:
+    planned = planned_recipes(settings, rotatable=rotatable)
+    counter, tried = steps("recipes", len(planned)), list[Tried]()
+    for recipe in planned:
+        if "equalization" in recipe:
+            recipe = _best(tried, better).fields | {"equalization": recipe["equalization"]}
         tried.append(measure(recipe))
         counter.advance()
-
-    for recipe in first:
-        take(recipe)
-    if equalized:
-        take(_best(tried, better).fields | {"equalization": not Options.equalization})
     best = _best(tried, better)
     return (best, *(one.trial for one in tried if one.trial is not best))
 
 
-def first_recipes(settings: CalibrationSettings, *, rotatable: bool) -> list[Recipe]:
-    """What is likely to be best comes first: it is taken unless another is clearly better.
+def planned_recipes(settings: CalibrationSettings, *, rotatable: bool) -> list[Recipe]:
+    """What is tried; the last one, of other equalization, has the values that are best by then.
 
-    Measured on three models (docs/results.md): ranges per token and group without rotation. Next to
-    them searched ranges pay where bits are few, and ranges per token where they are not.
+    What is likely to be best comes first: it is taken unless another is clearly better. Measured
+    (docs/results.md), that is ranges per token and group without rotation. Next to them searched
+    ranges pay where bits are few, and ranges per token where they are not.
     """
-    few = settings.activation_bits <= _FEW_BITS
     rotations = settings.rotations(rotatable=rotatable)
     ranges = [settings.activation_granularity]
     if ranges == [None]:
         ranges = [None, "dynamic_token"]
-        if 0 < settings.group_size <= _KERNELS_GROUP:
+        if 0 < settings.group_size <= _LONGEST_GROUP:
             rotations = tuple(sorted(rotations, key=bool))
+            few = settings.activation_bits <= _FEW_BITS
             ranges = ["dynamic_group", None if few else "dynamic_token"]
-    return [
+    recipes: list[Recipe] = [
         {"rotation": rotation, "activation_granularity": granularity}
         for rotation in rotations
         for granularity in ranges
     ]
+    if settings.equalization == Options.equalization:
+        recipes.append(recipes[0] | {"equalization": not Options.equalization})
+    return recipes
 
 
 def _best(

@@ -6,11 +6,12 @@ import pytest
 import torch
 from demo_model.outliers import plant_outliers
 from tiny_calibrations import calibrate, tiny_samples
-from tiny_models import tiny_llava
+from tiny_models import tiny_llava, tiny_messages
 
 from qvlm_hf.calibration.measure.written_text import written_text
 from qvlm_hf.calibration.process.progress import Steps
 from qvlm_hf.calibration.record.report import RecipeTrial
+from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.recipes import Tried, clearly_above, compare_recipes, trial_settings, typical
 
@@ -174,6 +175,13 @@ def test_a_trial_is_quick_and_compares_nothing_itself():
 )
 def test_inputs_that_are_not_calibrated_leave_nothing_to_compare(options):
     assert auto(**options).recipe == "fixed"
+
+
+def test_without_answers_and_text_nothing_can_be_compared(monkeypatch):
+    monkeypatch.setattr("qvlm_hf.recipes._own_text", lambda *_: [])
+    questions = [{"messages": row["messages"][:-1]} for row in tiny_messages(4)]
+    with pytest.raises(ValueError, match="no sample has one.*or recipe='fixed'"):
+        calibrate(tiny_llava(), data=load_samples(questions), recipe="auto")
 
 
 def test_written_text_is_the_models_own():

@@ -191,10 +191,10 @@ class Options:
         None,
         '"channel", "token" (static, per position), "dynamic_token", "dynamic_group" (per token '
         'and weight group), or a mapping from "vision", "projector" and "language" to one of them. '
-        'None starts at "channel" for up to 5 bits and at "dynamic_token" above; calibration may '
-        "choose the other one per site.",
+        "None leaves it to `recipe`; where ranges are searched, a site starts at "
+        '"channel" for up to 5 bits and at "dynamic_token" above, and may get the other one.',
         flag=Flag(
-            "of every input (default: the search chooses)",
+            "of every input (default: what --recipe finds best)",
             choices=("channel", "dynamic_token", "dynamic_group"),
         ),
     )
@@ -225,7 +225,7 @@ class Options:
         flag=Flag("samples per forward pass", "N", search=True),
     )
     seed: int = option(
-        0, _whole(0), "of the choice of samples.", flag=Flag("of the choice of samples", "SEED")
+        0, _whole(0), "of all that is drawn, samples first.", flag=Flag("of the samples", "SEED")
     )
     max_block_depth: int = option(
         3,
@@ -266,15 +266,15 @@ class Options:
         "auto",
         Rule("'hadamard', None or 'auto'", lambda value: value in ("hadamard", None, "auto")),
         '"hadamard" folds a Hadamard rotation into the weights, with online transforms where that '
-        'cannot be; None does not; "auto" does for calibrated inputs of 7 or 8 bits, where it '
-        "measured best, if the model can be rotated.",
+        'cannot be; None does not; "auto" is tried both ways by `recipe="auto"`, and rotates for '
+        'calibrated inputs of 7 or 8 bits with "fixed", if the model can be rotated.',
         flag=Flag("fold a Hadamard rotation", choices=("auto", "hadamard", "none")),
     )
     equalization: bool = option(
         True,
         _SWITCH,
-        "move scales of input channels into the weights that read them, exactly; calibrated inputs "
-        "only.",
+        "move scales of input channels into the weights that read them, exactly; quantized inputs "
+        "only; needs data.",
     )
     token_importance: bool = option(
         True,
@@ -301,7 +301,8 @@ class Options:
         '"auto" measures which of a few recipes (rotation, granularity, equalization) answers most '
         "like full precision, on samples that the comparison does not calibrate on, and takes it. "
         "Fields that differ from their defaults stay. "
-        '"fixed" compares nothing, in about half the time.',
+        '"fixed" compares nothing, in about half the time. So it is for inputs of 16 bits, or of '
+        "a granularity that needs no data.",
         flag=Flag(
             "auto measures which recipe suits the model, fixed takes half the time",
             choices=("auto", "fixed"),

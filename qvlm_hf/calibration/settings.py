@@ -168,8 +168,8 @@ class CalibrationSettings(Options):
     def rotations(self, *, rotatable: bool) -> tuple[str | None, ...]:
         """The values that `rotation` leaves open, the one that is likely best first.
 
-        Measured (docs/results.md): rotated inputs with per-token ranges are best at 8 bits. At 6
-        bits and below, per-channel ranges without rotation are.
+        That is what `recipe="fixed"` takes: rotation at 7 and 8 bits, with searched ranges of the
+        demo model (docs/results.md).
         """
         if self.rotation != "auto":
             return (self.rotation,)

@@ -37,6 +37,7 @@ from qvlm_hf.calibration.search.budget import WIDTHS
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.sample_tokens import count_data
+from qvlm_hf.models.experts import experts_split
 from qvlm_hf.models.families import has_row
 from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import Segment
@@ -45,7 +46,7 @@ from qvlm_hf.recipes import (
     JUDGES,
     JUDGING_TEXTS,
     TRIAL_SAMPLES,
-    first_recipes,
+    planned_recipes,
     trial_settings,
 )
 
@@ -160,7 +161,17 @@ def expect(
     Raises:
         ValueError: as `resolve_segments`, a sample is wrong, or `precision_budget` too small.
     """
-    rates = measure_rates(torch.device(device), model.dtype)
+    with experts_split(model):  # as calibration does
+        return _expect(model, config, samples, torch.device(device))
+
+
+def _expect(
+    model: PreTrainedModel,
+    config: QVLMConfig,
+    samples: Sequence[Sample] | None,
+    device: torch.device,
+) -> Expected:
+    rates = measure_rates(device, model.dtype)
     settings = config.settings()
     settings = settings.for_model(rotatable=has_row(model) and not why_not_rotatable(model))
     segments = resolve_segments(model, settings) if has_row(model) else ()
@@ -182,7 +193,7 @@ def expect(
     data = count_data(model, config, samples)
     seconds = count_seconds(model, segments, settings, data, rates)
     if settings.recipe == "auto":
-        seconds = {"recipes": _trial_seconds(model, settings, data, rates)} | seconds
+        seconds = {"recipes": _trial_seconds(model, config.settings(), data, rates)} | seconds
     on_device = count_memory(model, segments, settings, data, model.dtype.itemsize)
     return replace(
         rounded,
@@ -224,12 +235,11 @@ def _trial_seconds(
     few = min(TRIAL_SAMPLES, (data.samples + 1) // 2)
     judges = min(JUDGES, data.samples - few + CHECK_SAMPLES)
     quick = replace(data, samples=few, checks=judges + JUDGING_TEXTS)
-    first = first_recipes(settings, rotatable=not why_not_rotatable(model))
     seconds = 0.0
-    for recipe in (*first, first[0]):  # without equalization the best is tried once more
+    for recipe in planned_recipes(settings, rotatable=not why_not_rotatable(model)):
         tried = trial_settings(settings, recipe)
-        segments = resolve_segments(model, tried)
-        seconds += sum(count_seconds(model, segments, tried, quick, rates).values())
+        steps = count_seconds(model, resolve_segments(model, tried), tried, quick, rates)
+        seconds += sum(steps.values()) - steps["entropy"]  # which trials leave out
     return seconds
 
 

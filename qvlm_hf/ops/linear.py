@@ -134,9 +134,8 @@ def linears(
 
 def _quick(x: Tensor, *arguments: Any) -> list[Tensor] | None:
     """The outputs straight from the CPU kernels, where they take the call."""
-    # `is not True`: torch.fx traces with stand-ins that are neither; the last argument is a
-    # transform, which the kernels do not know
-    if x.is_cpu is not True or torch.compiler.is_compiling() or arguments[-1]:
+    # `is not True`: torch.fx traces with stand-ins that are neither
+    if x.is_cpu is not True or torch.compiler.is_compiling():
         return None
     return fast_path.linears(x, *arguments)
 

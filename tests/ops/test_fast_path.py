@@ -141,6 +141,9 @@ def test_the_doors_use_it_where_nothing_is_recorded(monkeypatch):
     expected = OPS.linear(x, *REST)
     assert torch.equal(one(tensors, *numbers), expected)
     assert all(torch.equal(y, expected) for y in many([tensors] * 2, *numbers))
+    rotated = (*arguments(4, 4, "dynamic_token", 35, 192, 64, None)[:11], 64)
+    y = doors.linear(torch.ones(3, 192), *door(rotated))
+    assert torch.equal(y, OPS.linear(torch.ones(3, 192), *rotated))
     assert calls == []
     one(tensors, *numbers, reference=True)
     doors.linear(x.double(), tensors, *numbers)

@@ -143,7 +143,7 @@ class SelfCheck:
 
     Attributes:
         samples: how many.
-        held_out: whether calibration had not seen them.
+        held_out: whether they were not calibrated on; they help to choose a recipe.
         answer_tokens: positions compared.
         agreement: share of positions with the same most likely token.
         kl: mean KL divergence to full precision in nats.
