@@ -180,7 +180,7 @@ def test_inputs_that_are_not_calibrated_leave_nothing_to_compare(options):
 def test_without_answers_and_text_nothing_can_be_compared(monkeypatch):
     monkeypatch.setattr("qvlm_hf.recipes._own_text", lambda *_: [])
     questions = [{"messages": row["messages"][:-1]} for row in tiny_messages(4)]
-    with pytest.raises(ValueError, match="no sample has one.*or recipe='fixed'"):
+    with pytest.raises(ValueError, match=r"no sample has one.*or recipe='fixed'"):
         calibrate(tiny_llava(), data=load_samples(questions), recipe="auto")
 
 
