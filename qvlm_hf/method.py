@@ -15,7 +15,7 @@ from functools import partial
 
 from torch import nn
 
-from qvlm_hf.calibration.layers import LayerInput, capture_inputs, live_layers
+from qvlm_hf.calibration.layers import capture_inputs, live_layers
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.written_text import WRITTEN
@@ -124,10 +124,9 @@ def _search(calibration: Calibration) -> Modules:
                 dependencies, max_block_depth=calibration.settings.max_block_depth, threshold=asked
             )
             # eq. 3: ranges of a block are searched jointly, on the outputs of the quantized layers
-            record = partial(_quantized_inputs, calibration, segment, first=not modules)
             reports: list[BlockReport | None] = []
             quantized: list[QuantizedSite] = []
-            for block in search_segment(calibration, segment, blocks, record):
+            for block in search_segment(calibration, segment, blocks):
                 modules |= _pack_block(calibration.model, block)
                 reports.append(block.report)
                 if segment is not calibration.segments[-1]:
@@ -176,16 +175,6 @@ def _segment_report(
     )
 
 
-def _quantized_inputs(
-    calibration: Calibration, segment: Segment, *, first: bool
-) -> list[LayerInput]:
-    """What enters a segment now that those below it run quantized; below the first is none."""
-    if first:
-        return calibration.inputs[segment.name]
-    with calibration.timed("inputs"):
-        return capture_inputs(calibration.model, calibration.own_data, [segment])[segment.name]
-
-
 def _pack_block(model: nn.Module, block: SearchedBlock) -> Modules:
     """The quantized module of every linear of a searched block."""
     packed = {}
@@ -194,7 +183,7 @@ def _pack_block(model: nn.Module, block: SearchedBlock) -> Modules:
             tensors = packed_tensors(quantized, site.scheme, site.input_qparams)
             tensors = {part: keep(tensor) for part, tensor in tensors.items()}
             packed[name] = QVLMLinear.from_packed(get_linear(model, name), site.scheme, tensors)
-        site.free_integers()
+        site.free_memory()
     return packed
 
 

@@ -53,6 +53,7 @@ __all__ = [
     "best_recipe",
     "clearly_above",
     "compare_recipes",
+    "likely",
     "plain_rounding",
     "planned_recipes",
     "trial_settings",
@@ -227,6 +228,14 @@ def _best(tried: Sequence[Tried]) -> RecipeTrial:
         if clearly_above(best.answer_kls, one.answer_kls, errors=1):
             best = one
     return best.trial
+
+
+def likely(settings: CalibrationSettings, *, rotatable: bool) -> CalibrationSettings:
+    """The settings with the recipe that is tried first, where `settings` leave it open."""
+    if settings.recipe == "fixed":
+        return settings
+    first, *_ = planned_recipes(settings, rotatable=rotatable)
+    return replace(settings, recipe="fixed", **first)
 
 
 def trial_settings(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:

@@ -9,7 +9,6 @@ from tiny_calibrations import calibrate, tiny_samples
 from tiny_models import tiny_llava
 from torch import nn
 
-from qvlm_hf import method
 from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.calibration.search import segments
@@ -228,14 +227,15 @@ def test_rounding_without_data():
 
 
 def test_a_segment_is_searched_on_what_quantized_segments_give_it(monkeypatch):
-    alike, search_segment = {}, method.search_segment
+    alike, initialize_sites = {}, segments.initialize_sites
 
-    def see(calibration, segment, blocks, record):
-        pairs = zip(record(), calibration.inputs[segment.name], strict=True)
-        alike[segment.component] = [torch.equal(now.hidden, full.hidden) for now, full in pairs]
-        return search_segment(calibration, segment, blocks, record)
+    def see(calibration, component, layers, inputs, hidden):
+        if component not in alike:  # its first layer
+            pairs = zip(hidden, calibration.inputs[layers[0].name], strict=True)
+            alike[component] = [torch.equal(now, full.hidden) for now, full in pairs]
+        return initialize_sites(calibration, component, layers, inputs, hidden)
 
-    monkeypatch.setattr(method, "search_segment", see)
+    monkeypatch.setattr(segments, "initialize_sites", see)
     calibrate(max_block_depth=1)
     assert alike == {"vision": [True] * 2, "projector": [False] * 2, "language": [False] * 2}
 

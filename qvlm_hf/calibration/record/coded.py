@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qvlm_hf.calibration.record.report import BlockReport, PrecisionRaise, RecipeTrial, VisionReport
 from qvlm_hf.calibration.settings import Precision, RangeCandidate
-from qvlm_hf.format.grids import QParams
+from qvlm_hf.format.grids import QParams, QuantizedWeight
+from qvlm_hf.format.scheme import QuantScheme
 
 __all__ = ["codable", "decode", "encode"]
 
@@ -31,6 +32,8 @@ for _kind in (
     Precision,
     PrecisionRaise,
     QParams,
+    QuantScheme,
+    QuantizedWeight,
     RangeCandidate,
     RecipeTrial,
     VisionReport,

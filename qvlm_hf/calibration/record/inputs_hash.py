@@ -16,7 +16,7 @@ from qvlm_hf.calibration.settings import CalibrationSettings
 
 __all__ = ["made_from", "other_origin"]
 
-_FORMAT = 3  # of kept steps
+_FORMAT = 4  # of kept steps
 
 
 def made_from(

@@ -9,8 +9,9 @@ tightest always looks best. So the search tries ranges of the even batches on th
 (`held_out_half`); the chosen range is taken from all of them in the end.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, TypeVar
 
 import torch
@@ -27,21 +28,39 @@ from qvlm_hf.calibration.layers import (
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.observers import LpError, TailObserver, candidate_qparams
-from qvlm_hf.calibration.search.sites import ExpertsSite, QuantizedSite, SiteCandidate, site_input
-from qvlm_hf.calibration.settings import CalibrationSettings, Precision, RangeCandidate
+from qvlm_hf.calibration.search.sites import (
+    QuantizedSite,
+    SiteCandidate,
+    join_parts,
+    site_input,
+)
+from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.scheme import is_per_channel, is_per_position, unknown_granularity
 from qvlm_hf.models.graph import Layer, Site
 
 __all__ = ["held_out_half", "initialize_sites"]
 
 _T = TypeVar("_T")
-_Tails = Mapping[str, TailObserver]  # by granularity
 
 # An expert that saw fewer has the ranges that the inputs of all experts of its layer give, and
 # weights rounded to nearest. tests/bench/expert_tokens.py measures where its own pay, W4A4 at 128
 # channels: at 32 tokens they lose 1.15 to 1.22 times as much, at 64 0.90 to 1.01, at 128 0.75 to
 # 0.82.
 _FEW_TOKENS = 64
+
+
+@dataclass
+class _Shown:
+    """What calibration showed of a site's input.
+
+    Attributes:
+        tokens: how many.
+        even, all: granularity -> tails of the even batches, to try ranges, and of all, to keep.
+    """
+
+    tokens: int = 0
+    even: dict[str, TailObserver] = field(default_factory=dict)
+    all: dict[str, TailObserver] = field(default_factory=dict)
 
 
 def held_out_half(batches: Sequence[_T]) -> Sequence[_T]:
@@ -73,15 +92,11 @@ def initialize_sites(
         ValueError: a site was not reached, its input is not finite, or it has no fixed number of
             positions for "token".
     """
-    settings = calibration.settings
-    ranges = settings.candidates(component)
+    ranges = calibration.settings.candidates(component)
     sites = [site for layer in layers for site in layer.sites]
-    parts = [(site, part) for site in sites for part in site.parts]
-    whole = {part.name: site for site, part in parts if site.experts}
-    tokens = dict.fromkeys(whole, 0)  # that each expert saw
-    # by site: tails of the even batches, to try ranges, and of all batches, to keep
-    even: dict[str, dict[str, TailObserver]] = defaultdict(dict)
-    everything: dict[str, dict[str, TailObserver]] = defaultdict(dict)
+    whole = {part: site for site in sites for part in site.parts}
+    # a site of experts stands for what all of them saw together
+    shown = {site: _Shown() for site in (*whole, *sites)}
     even_ids = {id(entry) for entry in inputs[::2]}
     percentile = min(candidate.percentile for candidate in ranges)
     granularities = sorted({candidate.granularity for candidate in ranges if candidate.static})
@@ -89,14 +104,14 @@ def initialize_sites(
         count_tokens(inputs), sum(entry.hidden.shape[0] for entry in inputs)
     )
 
-    def observe(site: Site, x: Tensor, entry: LayerInput) -> None:
-        entry.require_finite(x, f"the input of {site.name}")
-        names, values = [site.name], valid_tokens(x, routed(entry.valid, site.linears[0], x))
-        if site.name in whole:
-            tokens[site.name] += len(values)
-            names.append(_pool(whole[site.name]))
+    def observe(part: Site, x: Tensor, entry: LayerInput) -> None:
+        entry.require_finite(x, f"the input of {part.name}")
+        values = valid_tokens(x, routed(entry.valid, part.linears[0], x))
+        own = shown[part]
+        own.tokens += len(values)
         if not len(values):
             return
+        observed = [own] if whole[part] is part else [own, shown[whole[part]]]
         for granularity in granularities:
             if is_per_channel(granularity):
                 series, count = values.T, tokens_in_all
@@ -105,33 +120,29 @@ def initialize_sites(
                 count = rows_in_all * x.shape[-1]
             else:
                 raise unknown_granularity(granularity)
-            for tails in (even, everything) if id(entry) in even_ids else (everything,):
-                for name in names:
+            for one in observed:
+                for tails in (one.even, one.all) if id(entry) in even_ids else (one.all,):
                     observer = TailObserver(count=count, percentile=percentile)
-                    tails[name].setdefault(granularity, observer).update(series)
+                    tails.setdefault(granularity, observer).update(series)
 
     _feed(layers, inputs, hidden, observe)
-    tokens = dict(zip(tokens, ranks.all_reduce_numbers(*tokens.values()), strict=True))
-    names = [*(part.name for _, part in parts), *{_pool(site): 0 for site in whole.values()}]
-    every = [tails[name] for tails in (even, everything) for name in names]
-    _join_processes(every, granularities, hidden[0].device)
+    _join_processes(list(shown.values()), granularities, hidden[0].device)
     made = {
-        part.name: _quantized_site(
-            calibration.settings,
-            calibration.precision(site),
-            part,
-            ranges,
-            *(_tails(of, site, part, tokens.get(part.name)) for of in (even, everything)),
+        site.name: join_parts(
+            site,
+            [
+                _quantized_site(calibration, site, part, ranges, shown[part], shown[site])
+                for part in site.parts
+            ],
         )
-        for site, part in parts
+        for site in sites
     }
-    found = {site.name: _joined(site, made, tokens) for site in sites}
-    errors = _start_errors(calibration, component, layers, inputs, hidden, found)
-    for name, quantized in found.items():
+    errors = _start_errors(calibration, component, layers, inputs, hidden, made)
+    for name, quantized in made.items():
         quantized.active = min(errors[name], key=errors[name].__getitem__)
         if name in calibration.learned:
             quantized.add_learned(calibration.learned[name])
-    return [[found[site.name] for site in layer.sites] for layer in layers]
+    return [[made[site.name] for site in layer.sites] for layer in layers]
 
 
 def _start_errors(
@@ -143,10 +154,9 @@ def _start_errors(
     sites: Mapping[str, QuantizedSite],
 ) -> dict[str, dict[int, float]]:
     """Site -> candidates of the starting granularity -> L_p error on the batches held out."""
-    settings = calibration.settings
-    start = settings.start_granularity(component)
-    ranges = settings.candidates(component)
-    starts = [i for i, candidate in enumerate(ranges) if candidate.granularity == start]
+    first, *others = calibration.settings.candidates(component)
+    granularities = [candidate.granularity for candidate in (first, *others)]
+    starts = [i for i, own in enumerate(granularities) if own == first.granularity]
     errors = {
         part.site.name: LpError(
             [part.candidates[i].grid for i in starts],
@@ -171,68 +181,56 @@ def _start_errors(
     return found
 
 
-def _joined(
-    site: Site, made: Mapping[str, QuantizedSite], tokens: Mapping[str, int]
-) -> QuantizedSite:
-    """The site, or the sites of its experts as one."""
-    parts = [made[part.name] for part in site.parts]
-    if not site.experts:
-        return parts[0]
-    seen = [tokens[part.name] for part in site.parts]
-    for quantized, count in zip(parts, seen, strict=True):
-        quantized.few_tokens = count < _FEW_TOKENS
-    return ExpertsSite(site, parts, seen)
-
-
 def _join_processes(
-    every: Sequence[dict[str, TailObserver]], granularities: Sequence[str], device: torch.device
+    shown: Sequence[_Shown], granularities: Sequence[str], device: torch.device
 ) -> None:
-    """Adds to the sites' tails what other processes saw; an expert may get tokens in some alone."""
+    """Adds what other processes saw; an expert may get tokens in some alone."""
     if ranks.world_size() == 1:
         return
-    for tails in every:
-        for granularity in granularities:
+    tokens = ranks.all_reduce_numbers(*(one.tokens for one in shown))
+    for one, count in zip(shown, tokens, strict=True):
+        one.tokens = count
+        for tails, granularity in product((one.even, one.all), granularities):
             observer = tails.pop(granularity, None) or TailObserver(count=0, percentile=1.0)
             observer.join(device)
             if observer.seen:
                 tails[granularity] = observer
 
 
-def _pool(site: Site) -> str:
-    """The key of what all experts of a site saw together."""
-    return f"{site.name} and all others"
-
-
-def _tails(of: Mapping[str, _Tails], site: Site, part: Site, tokens: int | None) -> _Tails:
-    """What a site's input showed; that of all experts, where an expert saw too little of it."""
-    few = tokens is not None and (tokens < _FEW_TOKENS or not of.get(part.name))
-    return of.get(_pool(site) if few else part.name, {})
-
-
 def _quantized_site(
-    settings: CalibrationSettings,
-    precision: Precision,
+    calibration: Calibration,
     site: Site,
+    part: Site,
     ranges: Sequence[RangeCandidate],
-    even: _Tails,
-    everything: _Tails,
+    own: _Shown,
+    together: _Shown,
 ) -> QuantizedSite:
+    """A part of a site: an expert that saw too little has the ranges of all experts together."""
+    few = site.experts and own.tokens < _FEW_TOKENS
+    even, everything = (
+        together_tails if few or not own_tails else own_tails
+        for own_tails, together_tails in ((own.even, together.even), (own.all, together.all))
+    )
     if any(candidate.static for candidate in ranges) and not everything:
         raise ValueError(
-            f"calibration did not reach {site.name}: no sample has what it reads (pictures for a "
+            f"calibration did not reach {part.name}: no sample has what it reads (pictures for a "
             f"vision module)."
         )
+    precision = calibration.precision(site)
     bits = precision.activation_bits
     candidates = [
         SiteCandidate(
             candidate,
-            settings.module_scheme(candidate.granularity, site.hadamard, precision),
+            calibration.settings.module_scheme(candidate.granularity, part.hadamard, precision),
             candidate_qparams(candidate, even, bits),
             candidate_qparams(candidate, everything, bits),
         )
         for candidate in ranges
     ]
-    return QuantizedSite(site, list(site.linears), candidates)
+    quantized = QuantizedSite(part, part.linears, candidates)
+    if site.experts:
+        quantized.tokens, quantized.few_tokens = own.tokens, few
+    return quantized
 
 
 def _feed(

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from qvlm_hf.calibration.record.report import RoutingReport
-from qvlm_hf.calibration.search.sites import ExpertsSite, QuantizedSite
+from qvlm_hf.calibration.search.sites import QuantizedSite
 
 __all__ = ["few_tokens_warning", "routing_reports"]
 
@@ -14,13 +14,13 @@ def routing_reports(sites: Iterable[QuantizedSite]) -> list[RoutingReport]:
     """The record of every module of experts among searched sites, by its first projection."""
     reports: dict[str, RoutingReport] = {}
     for site in sites:
-        if isinstance(site, ExpertsSite):
+        if site.site.experts:
             places = [int(name.rpartition(".")[2]) for name in site.site.modules]
             experts = site.site.name.rsplit(".", 2)[0]
-            few = [place for place, part in zip(places, site.parts, strict=True) if part.few_tokens]
-            reports.setdefault(
-                experts, RoutingReport(experts=experts, tokens=site.tokens, few_tokens=tuple(few))
-            )
+            few = (place for place, part in zip(places, site.parts, strict=True) if part.few_tokens)
+            tokens = tuple(part.tokens or 0 for part in site.parts)
+            report = RoutingReport(experts=experts, tokens=tokens, few_tokens=tuple(few))
+            reports.setdefault(experts, report)
     return list(reports.values())
 
 

@@ -4,17 +4,24 @@ Two streams of hidden states run through the layers side by side: full precision
 quantized (the input that a layer will really see). Only one block's worth of either is kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
-from qvlm_hf.calibration.layers import LayerInput, live_layers, run_layer, working_precision
+from qvlm_hf.calibration.layers import (
+    LayerInput,
+    capture_inputs,
+    live_layers,
+    run_layer,
+    working_precision,
+)
 from qvlm_hf.calibration.record.report import BlockReport
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.search.blocks import Block
 from qvlm_hf.calibration.search.gptq import gptq_round_layer
-from qvlm_hf.calibration.search.joint_search import BlockSearch, SearchResult, search_block
+from qvlm_hf.calibration.search.joint_search import BlockSearch, search_block
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.saved_blocks import SavedBlock, restore_sites, save_block
 from qvlm_hf.calibration.search.sites import QuantizedSite, installed
@@ -39,10 +46,7 @@ class SearchedBlock:
 
 
 def search_segment(
-    calibration: Calibration,
-    segment: Segment,
-    blocks: Sequence[Block],
-    record: Callable[[], Sequence[LayerInput]],
+    calibration: Calibration, segment: Segment, blocks: Sequence[Block]
 ) -> Iterator[SearchedBlock]:
     """Searches the blocks of a segment (eq. 3), then gives dead layers their L_p start.
 
@@ -52,8 +56,6 @@ def search_segment(
         calibration: its model runs quantized below the segment.
         segment: in full precision.
         blocks: a partition of the live layers.
-        record: returns, per own batch, what enters the first layer when everything below is
-            quantized; called if anything is left to search.
 
     Yields:
         Each block when its search has ended, outside `working_precision`.
@@ -65,16 +67,20 @@ def search_segment(
     kept, place = calibration.kept, calibration.segments.index(segment)
     steps = [f"block-{place}-{number}" for number in range(len(groups))]
     complete = all(step in kept for step in steps)
-    inputs = calibration.inputs[segment.name] if complete else record()
-    full = [entry.hidden for entry in calibration.inputs[segment.name]]
+    inputs = recorded = calibration.inputs[segment.name]
+    if place and not complete:  # below the first segment nothing is quantized
+        with calibration.timed("inputs"):
+            again = capture_inputs(calibration.model, calibration.own_data, [segment])
+        inputs = again[segment.name]
+    full = [entry.hidden for entry in recorded]
     hidden = [entry.hidden for entry in inputs]
     for step, layers in zip(steps, groups, strict=True):
         if step in kept:
             block: SavedBlock = kept.read(step)
             with working_precision(layers, inputs):
-                sites = restore_sites(calibration, layers, block)
+                sites = restore_sites(layers, block)
                 if not complete and layers is not dead:
-                    full = _run_layers(layers, calibration.inputs[segment.name], full)
+                    full = _run_layers(layers, recorded, full)
                     with installed(sites):
                         hidden = _run_layers(layers, inputs, hidden)
             yield SearchedBlock(tuple(layers), sites, block.report)
@@ -82,13 +88,16 @@ def search_segment(
         if layers is dead:
             with working_precision(dead, inputs):
                 rows = initialize_sites(calibration, segment.component, dead, inputs, hidden)
-            searched = _finished(dead, rows, None)
+            report: BlockReport | None = None
+            for site in chain(*rows):
+                site.take_final_grids()
         else:
-            searched, full, hidden = _search_layers(
+            rows, report, full, hidden = _search_layers(
                 calibration, segment, layers, inputs, full, hidden
             )
-        kept.write(step, save_block(searched.sites, searched.report))
-        yield searched
+        sites = tuple(chain(*rows))
+        kept.write(step, save_block(sites, report))
+        yield SearchedBlock(tuple(layers), sites, report)
 
 
 def _run_layers(
@@ -106,7 +115,7 @@ def _search_layers(
     inputs: Sequence[LayerInput],
     full: list[Tensor],
     hidden: list[Tensor],
-) -> tuple[SearchedBlock, list[Tensor], list[Tensor]]:
+) -> tuple[list[list[QuantizedSite]], BlockReport, list[Tensor], list[Tensor]]:
     """One block: its ranges, its joint search, GPTQ; and what leaves it in either stream."""
     modules = [layer.module for layer in layers]
     importance = [calibration.importance.get(layer.name) for layer in layers]
@@ -117,7 +126,7 @@ def _search_layers(
             targets.append(full)
         with calibration.timed("ranges"):
             rows = initialize_sites(calibration, segment.component, layers, inputs, hidden)
-        with installed(site for row in rows for site in row):
+        with installed(chain(*rows)):
             with calibration.timed("search"):
                 result = search_block(
                     BlockSearch(
@@ -140,19 +149,6 @@ def _search_layers(
                     with calibration.timed("rounding"):
                         gptq_round_layer(module, row, inputs, hidden, weights)
                 hidden = run_layer(module, inputs, hidden)
-    return _finished(layers, rows, result), full, hidden
-
-
-def _finished(
-    layers: Sequence[Layer], rows: Sequence[Sequence[QuantizedSite]], result: SearchResult | None
-) -> SearchedBlock:
-    sites = tuple(site for row in rows for site in row)
-    for site in sites:
-        if result is None:
-            site.take_final_grids()
-        site.free_memory()
-    if result is None:
-        return SearchedBlock(tuple(layers), sites, None)
     report = BlockReport(
         layers=tuple(layer.name for layer in layers),
         initial=result.initial,
@@ -160,4 +156,4 @@ def _finished(
         joint=result.joint,
         evaluations=result.evaluations,
     )
-    return SearchedBlock(tuple(layers), sites, report)
+    return rows, report, full, hidden

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from qvlm_hf.calibration.backward import running
 from qvlm_hf.calibration.process.scratch import keep
+from qvlm_hf.calibration.record.coded import codable
 from qvlm_hf.calibration.run import LearnedRanges
 from qvlm_hf.calibration.settings import RangeCandidate
 from qvlm_hf.format.grids import (
@@ -41,6 +42,7 @@ __all__ = [
     "QuantizedSite",
     "SiteCandidate",
     "installed",
+    "join_parts",
     "site_input",
 ]
 
@@ -54,6 +56,7 @@ class InstallableSite(Protocol):
         """The output of module `index` for x."""
 
 
+@codable
 @dataclass(frozen=True)
 class SiteCandidate:
     """One way to quantize a site.
@@ -82,9 +85,11 @@ class QuantizedSite:
         linears: the modules.
         candidates: the choices.
         active: index of the candidate in force, or None for full precision.
-        few_tokens: whether it is an expert that saw too few for ranges or rounding of its own.
+        tokens: that an expert saw; None of others.
+        few_tokens: whether these are too few for ranges or rounding of its own.
     """
 
+    tokens: int | None = None
     few_tokens = False
 
     def __init__(
@@ -138,10 +143,6 @@ class QuantizedSite:
         self._final = tuple(weights)
         self._weights = {self.choice: self._dequantize(weights)}
 
-    def free_integers(self) -> None:
-        """Forgets the integers, which are packed by now; it goes on computing."""
-        self._final = None
-
     def folded_weight(self, index: int) -> Tensor:
         """W', float32 [out, in], of a module: W diag(input scale) for "channel", else W."""
         return self._folded(self.linears[index], self.choice)
@@ -171,9 +172,8 @@ class QuantizedSite:
         self._weights, self._clips, self._input = {}, {}, None
 
     def free_memory(self) -> None:
-        """Forgets the weights of every candidate but the one in force."""
-        self._weights = {i: weights for i, weights in self._weights.items() if i == self.choice}
-        self._clips, self._input = {}, None
+        """Forgets the integers, which are packed by now; it goes on computing."""
+        self._final, self._clips, self._input = None, {}, None
 
     def forward(self, index: int, x: Tensor) -> Tensor:
         """The output of module `index` for x [..., in]: [..., out] in x's dtype."""
@@ -264,11 +264,10 @@ class ExpertsSite(QuantizedSite):
     Args:
         site: the names.
         parts: the sites of the experts.
-        tokens: that each of them saw.
     """
 
-    def __init__(self, site: Site, parts: Sequence[QuantizedSite], tokens: Sequence[int]) -> None:
-        self._parts, self.tokens = tuple(parts), tuple(tokens)
+    def __init__(self, site: Site, parts: Sequence[QuantizedSite]) -> None:
+        self._parts = tuple(parts)
         super().__init__(site, site.linears, parts[0].candidates)
 
     @property
@@ -291,14 +290,14 @@ class ExpertsSite(QuantizedSite):
         for part in self._parts:
             part.take_final_grids()
 
-    def free_memory(self) -> None:
-        """As of every part."""
-        for part in self._parts:
-            part.free_memory()
-
     def forward(self, index: int, x: Tensor) -> Tensor:
         """The output of expert `index` for x, the tokens that it gets."""
         return self._parts[index].forward(0, x)
+
+
+def join_parts(site: Site, parts: Sequence[QuantizedSite]) -> QuantizedSite:
+    """The site of these parts: the sites of its experts as one, or the only part."""
+    return ExpertsSite(site, parts) if site.experts else parts[0]
 
 
 def site_input(site: Site, x: Tensor) -> Tensor:
