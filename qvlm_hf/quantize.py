@@ -169,7 +169,7 @@ def _begin(
     if obstacle:
         origin["rotation"] = f"none: {obstacle}"
     calibration.report = replace(calibration.report, provenance=origin)
-    calibration.data = with_text(calibration)
+    calibration.data = with_text(model, calibration.data, settings)
     remedy = f", give more samples, or a smaller batch_size than {settings.batch_size}"
     calibration.places = ranks.shard_batches(
         ["pixel_values" in batch.inputs for batch in calibration.data], remedy

@@ -53,6 +53,7 @@ __all__ = [
     "best_recipe",
     "clearly_above",
     "compare_recipes",
+    "likely",
     "plain_rounding",
     "planned_recipes",
     "trial_settings",
@@ -80,7 +81,6 @@ _PLAIN: dict[str, Any] = {
     "activation_granularity": "dynamic_token",
     "rotation": None,
     "lm_head_bits": None,
-    "written_text": False,
 }
 
 Recipe = dict[str, Any]
@@ -110,60 +110,49 @@ def best_recipe(
     """
     if settings.recipe == "fixed":
         return settings, ()
-    compare = partial(_try_recipes, model, settings, samples, processor, held_out, callbacks, kept)
+
+    def compare() -> tuple[RecipeTrial, ...]:
+        """Tries recipes on few samples, judged by others."""
+        prepared = partial(
+            batches, processor=processor, batch_size=settings.batch_size, model=model
+        )
+        few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
+        data = with_text(model, list(prepared(by_picture(few))), settings)
+        judges = list(prepared([*held_out, *rest][:JUDGES]))
+        answers = AnswerComparison(model, judges, held_out=True)
+        text = AnswerComparison(model, _own_text(model, settings.seed), held_out=True)
+
+        def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> list[list[float]]:
+            answer_kls, text_kls = try_settings(model, tried, data, (answers, text))
+            return [answer_kls or text_kls, text_kls or answer_kls]
+
+        _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
+        if not plain:
+            raise ValueError(
+                "recipe='auto' compares answers: no sample has one, and the model writes no text "
+                "without a picture. Give samples with answers, or recipe='fixed'."
+            )
+        numbers = count()
+
+        def measure_recipe(recipe: Recipe) -> Tried:
+            once = partial(measure, trial_settings(settings, recipe), data)
+            answer_kls, text_kls = kept.once(f"recipe-{next(numbers)}", once)
+            trial = RecipeTrial(
+                fields=recipe,
+                answer_kl=typical(answer_kls),
+                text_kl=typical(text_kls),
+                keeps_text=not clearly_above(text_kls, plain, errors=2),
+            )
+            return Tried(trial, answer_kls)
+
+        planned = planned_recipes(settings, rotatable=not why_not_rotatable(model))
+        steps = Steps("recipes", callbacks if ranks.is_main() else (), len(planned))
+        return compare_recipes(planned, measure_recipe, steps)
+
     with ranks.no_sync():
         trials = kept.once("recipes", compare)
     taken = ranks.broadcast_object(trials[0].fields)
     return replace(settings, recipe="fixed", **taken), trials
-
-
-def _try_recipes(
-    model: nn.Module,
-    settings: CalibrationSettings,
-    samples: Sequence[Sample],
-    processor: Processor,
-    held_out: Sequence[Sample],
-    callbacks: Sequence[Any],
-    kept: SavedSteps,
-) -> tuple[RecipeTrial, ...]:
-    """Tries every recipe on few samples, judged by others; the best one first."""
-    prepared = partial(batches, processor=processor, batch_size=settings.batch_size, model=model)
-    few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
-    data = list(prepared(by_picture(few)))
-    judges = list(prepared([*held_out, *rest][:JUDGES]))
-    answers = AnswerComparison(model, judges, held_out=True)
-    text = AnswerComparison(model, _own_text(model, settings.seed), held_out=True)
-
-    def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> list[list[float]]:
-        answer_kls, text_kls = try_settings(model, tried, data, (answers, text))
-        return [answer_kls or text_kls, text_kls or answer_kls]
-
-    _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
-    if not plain:
-        raise ValueError(
-            "recipe='auto' compares answers: no sample has one, and the model writes no text "
-            "without a picture. Give samples with answers, or recipe='fixed'."
-        )
-    numbers = count()
-
-    def measure_recipe(recipe: Recipe) -> Tried:
-        once = partial(measure, trial_settings(settings, recipe), data)
-        answer_kls, text_kls = kept.once(f"recipe-{next(numbers)}", once)
-        trial = RecipeTrial(
-            fields=recipe,
-            answer_kl=typical(answer_kls),
-            text_kl=typical(text_kls),
-            keeps_text=not clearly_above(text_kls, plain, errors=2),
-        )
-        return Tried(trial, answer_kls)
-
-    return compare_recipes(
-        settings,
-        measure_recipe,
-        lambda kls, others: clearly_above(others, kls, errors=1),
-        lambda name, total: Steps(name, callbacks if ranks.is_main() else (), total),
-        rotatable=not why_not_rotatable(model),
-    )
 
 
 def _own_text(model: nn.Module, seed: int) -> list[Batch]:
@@ -180,43 +169,39 @@ def _own_text(model: nn.Module, seed: int) -> list[Batch]:
 
 
 def compare_recipes(
-    settings: CalibrationSettings,
-    measure: Callable[[Recipe], Tried],
-    better: Callable[[Sequence[float], Sequence[float]], bool],
-    steps: Callable[[str, int], Steps],
-    *,
-    rotatable: bool,
+    planned: Sequence[Recipe], measure: Callable[[Recipe], Tried], steps: Steps
 ) -> tuple[RecipeTrial, ...]:
-    """Measures rotation and ranges together, then equalization on the best of these.
+    """Tries one change after another, each on the recipe that is best by then.
 
     Args:
-        settings: whose `recipe` is "auto"; a field that is not at its default is fixed.
-        measure: tries a recipe, the values of the open fields.
-        better: whether the first divergences are clearly lower than the second.
-        steps: makes a counter, from its name and total.
-        rotatable: whether the model can be rotated.
+        planned: of `planned_recipes`.
+        measure: tries a recipe.
+        steps: counts what was tried.
 
     Returns:
-        All trials, the best one first, of those that keep text: the first of the list that none is
-        clearly better than. If none keeps text it is the one with the lowest divergence of text.
+        All trials, the best one first, of those that keep text: the earliest that none is clearly
+        better than. If none keeps text it is the one with the lowest divergence of text.
     """
-    planned = planned_recipes(settings, rotatable=rotatable)
-    counter, tried = steps("recipes", len(planned)), list[Tried]()
-    for recipe in planned:
-        if "equalization" in recipe:
-            recipe = _best(tried, better).fields | {"equalization": recipe["equalization"]}
-        tried.append(measure(recipe))
-        counter.advance()
-    best = _best(tried, better)
+    first, *changes = planned
+    tried = [measure(first)]
+    steps.advance()
+    for change in changes:
+        tried.append(measure(_best(tried).fields | change))
+        steps.advance()
+    best = _best(tried)
     return (best, *(one.trial for one in tried if one.trial is not best))
 
 
 def planned_recipes(settings: CalibrationSettings, *, rotatable: bool) -> list[Recipe]:
-    """What is tried; the last one, of other equalization, has the values that are best by then.
+    """The recipe that is likely best, and the changes to try: ranges, rotation, equalization.
 
-    What is likely to be best comes first: it is taken unless another is clearly better. Measured
-    (docs/results.md), that is ranges per token and group without rotation. Next to them searched
-    ranges pay where bits are few, and ranges per token where they are not.
+    Measured (docs/results.md), likely best are ranges per token and group without rotation. Next to
+    them searched ranges pay where bits are few, and ranges per token where they are not. A field
+    that is not at its default is fixed.
+
+    Args:
+        settings: whose `recipe` is "auto".
+        rotatable: whether the model can be rotated.
     """
     rotations = settings.rotations(rotatable=rotatable)
     ranges = [settings.activation_granularity]
@@ -226,26 +211,31 @@ def planned_recipes(settings: CalibrationSettings, *, rotatable: bool) -> list[R
             rotations = tuple(sorted(rotations, key=bool))
             few = settings.activation_bits <= _FEW_BITS
             ranges = ["dynamic_group", None if few else "dynamic_token"]
-    recipes: list[Recipe] = [
-        {"rotation": rotation, "activation_granularity": granularity}
-        for rotation in rotations
-        for granularity in ranges
-    ]
+    planned: list[Recipe] = [{"rotation": rotations[0], "activation_granularity": ranges[0]}]
+    planned += [{"activation_granularity": other} for other in ranges[1:]]
+    planned += [{"rotation": other} for other in rotations[1:]]
     if settings.equalization == Options.equalization:
-        recipes.append(recipes[0] | {"equalization": not Options.equalization})
-    return recipes
+        planned.append({"equalization": not Options.equalization})
+    return planned
 
 
-def _best(
-    tried: Sequence[Tried], better: Callable[[Sequence[float], Sequence[float]], bool]
-) -> RecipeTrial:
+def _best(tried: Sequence[Tried]) -> RecipeTrial:
     sound = [one for one in tried if one.trial.keeps_text]
     if not sound:
         return min(tried, key=lambda one: one.trial.text_kl).trial
     best = sound[0]
     for one in sound[1:]:
-        best = one if better(one.answer_kls, best.answer_kls) else best
+        if clearly_above(best.answer_kls, one.answer_kls, errors=1):
+            best = one
     return best.trial
+
+
+def likely(settings: CalibrationSettings, *, rotatable: bool) -> CalibrationSettings:
+    """The settings with the recipe that is tried first, where `settings` leave it open."""
+    if settings.recipe == "fixed":
+        return settings
+    first, *_ = planned_recipes(settings, rotatable=rotatable)
+    return replace(settings, recipe="fixed", **first)
 
 
 def trial_settings(settings: CalibrationSettings, recipe: Recipe) -> CalibrationSettings:
@@ -277,7 +267,6 @@ def try_settings(
     """
     segments = resolve_segments(model, settings)
     calibration = Calibration(model=model, settings=settings, segments=segments, data=data)
-    calibration.data = with_text(calibration)
     calibration.measures_entropy = False  # layers that are searched one by one need none
     restore, floating = take_snapshot(model), dict[str, nn.Module]()
     try:

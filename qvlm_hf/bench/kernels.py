@@ -27,11 +27,11 @@ from qvlm_hf.nn.linear import QVLMLinear, packed_tensors
 __all__ = ["KernelRow", "measure_kernels"]
 
 _FULL_PRECISION = ("torch bfloat16", "torch float32")  # the faster of them is the baseline
-_SCHEMES = {
-    "W4A4, channel": (4, 4, "channel"),
-    "W4A8, dynamic_token": (4, 8, "dynamic_token"),
-    "W6A6, channel": (6, 6, "channel"),
-    "W8A8, dynamic_token": (8, 8, "dynamic_token"),
+_SCHEMES = {  # with the ranges that recipe="auto" tries first
+    "W4A4, dynamic_group": (4, 4, "dynamic_group"),
+    "W4A8, dynamic_group": (4, 8, "dynamic_group"),
+    "W6A6, dynamic_group": (6, 6, "dynamic_group"),
+    "W8A8, dynamic_group": (8, 8, "dynamic_group"),
     "W4A16, none": (4, 16, "none"),
 }
 _CACHES = 96 * 2**20  # bytes of weights before a contender meets the same copy again

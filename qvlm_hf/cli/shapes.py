@@ -15,8 +15,10 @@ from qvlm_hf.format.scheme import parse_scheme
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.models.by_structure import Structure
 from qvlm_hf.models.families import has_row
+from qvlm_hf.models.folds import why_not_rotatable
 from qvlm_hf.models.graph import Segment
 from qvlm_hf.models.parts import shared_weights
+from qvlm_hf.recipes import likely
 
 __all__ = ["Plan", "plan", "read_shape"]
 
@@ -55,7 +57,7 @@ def read_shape(name: str) -> Any:
 def plan(
     model: Any, scheme: str, *, group_size: int | None = None, lm_head_bits: int | None = None
 ) -> Plan:
-    """Plans a scheme for a model on the meta device.
+    """Plans a scheme for a model on the meta device, with the recipe that is likely best.
 
     Raises:
         ValueError: the scheme is unknown, or the model lacks a part that its row names.
@@ -63,7 +65,7 @@ def plan(
     fields: dict[str, Any] = {"scheme": scheme, "lm_head_bits": lm_head_bits}
     fields |= {} if group_size is None else {"group_size": group_size}
     if has_row(model):
-        settings = QVLMConfig(**fields).settings()
+        settings = likely(QVLMConfig(**fields).settings(), rotatable=not why_not_rotatable(model))
         segments = resolve_segments(model, settings)
         schemes = rounding_schemes(model, segments, settings)
         return Plan(segments=segments, report=rounding_report(model, segments, schemes, settings))

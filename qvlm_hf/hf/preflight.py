@@ -236,8 +236,9 @@ def _trial_seconds(
     judges = min(JUDGES, data.samples - few + CHECK_SAMPLES)
     quick = replace(data, samples=few, checks=judges + JUDGING_TEXTS)
     seconds = 0.0
-    for recipe in planned_recipes(settings, rotatable=not why_not_rotatable(model)):
-        tried = trial_settings(settings, recipe)
+    first, *changes = planned_recipes(settings, rotatable=not why_not_rotatable(model))
+    for change in ({}, *changes):
+        tried = trial_settings(settings, first | change)
         steps = count_seconds(model, resolve_segments(model, tried), tried, quick, rates)
         seconds += sum(steps.values()) - steps["entropy"]  # which trials leave out
     return seconds

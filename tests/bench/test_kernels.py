@@ -17,7 +17,7 @@ def test_every_contender_gets_a_row_and_ratios_belong_together():
     )
     assert len(steps) == 2
     few, many = ([row for row in rows if row.tokens == count] for count in (1, 20))
-    ours = {"W4A4, channel", "W4A8, dynamic_token", "W6A6, channel", "W8A8, dynamic_token"}
+    ours = {f"{scheme}, dynamic_group" for scheme in ("W4A4", "W4A8", "W6A6", "W8A8")}
     assert {row.way for row in few} >= {"torch bfloat16", "torch float32", "qvlm_hf W4A16, none"}
     assert {row.way for row in few} >= {f"qvlm_hf {name}" for name in ours}
     assert {row.way for row in many} - {row.way for row in few} == {"torch int8 (_int_mm), W8A8"}
@@ -41,7 +41,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, capsys):
     assert main(["bench", "--kernels", *options.split(), str(tmp_path / "rows.json")]) == 0
     printed = capsys.readouterr().out
     assert "against faster" in printed
-    assert "qvlm_hf W8A8, dynamic_token" in printed
+    assert "qvlm_hf W8A8, dynamic_group" in printed
     result = json.loads((tmp_path / "rows.json").read_text())
     assert result["threads"] == torch.get_num_threads()
     assert {row["tokens"] for row in result["rows"]} == {1, 17}

@@ -88,6 +88,21 @@ def test_random_models_answer_prompts_with_pictures_where_they_can_be_made(parts
     assert made(**inputs).logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("scheme", "group_size", "expected"),
+    [
+        ("W4A4", 32, {("dynamic_group", None)}),
+        ("W8A8", 32, {("dynamic_group", None)}),
+        ("W4A4", -1, {("channel", None)}),
+        ("W4A16", 32, {("none", None)}),
+    ],
+)
+def test_a_plan_takes_what_calibration_tries_first(scheme, group_size, expected):
+    empty = empty_model(tiny_family("llava", "clip", "llama").config)
+    modules = plan(empty, scheme, group_size=group_size).report.modules
+    assert {(module.granularity, module.hadamard) for module in modules.values()} == expected
+
+
 @pytest.mark.parametrize("family", ["idefics3", "hunyuan_vl"])
 def test_bench_a_configuration(family, tmp_path, capsys, monkeypatch):
     quick = partial(measure_limits, size=64)

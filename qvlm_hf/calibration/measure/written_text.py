@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from qvlm_hf.calibration.process import ranks
-from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch
+from qvlm_hf.calibration.settings import CalibrationSettings
 
 __all__ = ["WRITTEN", "text_rows", "with_text", "written_text"]
 
@@ -21,13 +21,12 @@ def text_rows(samples: int) -> int:
     return max(2, samples // 4)
 
 
-def with_text(calibration: Calibration) -> Sequence[Batch]:
-    """The data of a calibration, with text that the model writes where the settings ask for it."""
-    if not calibration.settings.written_text:
-        return calibration.data
-    rows = text_rows(sum(len(batch.origins) for batch in calibration.data))
-    text = written_text(calibration.model, rows, seed=calibration.settings.seed)
-    return [*calibration.data, *text]
+def with_text(model: Any, data: Sequence[Batch], settings: CalibrationSettings) -> Sequence[Batch]:
+    """Calibration data, with text that the model writes where the settings ask for it."""
+    if not settings.written_text:
+        return data
+    rows = text_rows(sum(len(batch.origins) for batch in data))
+    return [*data, *written_text(model, rows, seed=settings.seed)]
 
 
 @torch.no_grad()
