@@ -19,6 +19,7 @@ from qvlm_hf.calibration.layers import capture_inputs, live_layers
 from qvlm_hf.calibration.measure.entropy import layer_dependencies
 from qvlm_hf.calibration.measure.importance import token_importance
 from qvlm_hf.calibration.measure.written_text import WRITTEN
+from qvlm_hf.calibration.plan import why_unreached
 from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.record.report import BlockReport, RoutingReport, SegmentReport, SiteReport
 from qvlm_hf.calibration.run import Calibration
@@ -34,7 +35,6 @@ from qvlm_hf.calibration.transforms.rotation import rotate, undone_on_error
 from qvlm_hf.calibration.without_data import rounding_schemes
 from qvlm_hf.format.hadamard import block_hadamard
 from qvlm_hf.format.scheme import QuantScheme
-from qvlm_hf.models.find_parts import find_parts
 from qvlm_hf.models.folds import rotation_plan, scale_paths
 from qvlm_hf.models.graph import Segment, get_linear, output_head
 from qvlm_hf.nn.linear import QVLMLinear, packed_tensors, rounded_tensors
@@ -48,7 +48,7 @@ Modules = dict[str, QVLMLinear]
 def transformed(calibration: Calibration) -> Iterator[None]:
     """Folds rotation and equalization into the weights; an error inside undoes it."""
     model, settings = calibration.model, calibration.settings
-    equalized = settings.equalization and settings.activation_bits < 16 and calibration.data
+    equalized = settings.equalizes and calibration.data
     with undone_on_error(model) if settings.rotation or equalized else nullcontext():
         with calibration.timed("transform"):
             if settings.rotation is not None:
@@ -90,20 +90,11 @@ def _capture_segment_inputs(calibration: Calibration) -> None:
     """Records what enters every segment in full precision."""
     captured = capture_inputs(calibration.model, calibration.own_data, calibration.segments)
     calibration.inputs |= captured
-    origins = (origin for batch in calibration.data for origin in batch.origins)
-    samples = sum(origin != WRITTEN for origin in origins)
     for segment in calibration.segments:
-        if captured[segment.name]:
-            continue
-        none = f"calibration did not reach {segment.name}: none of the {samples}"
-        if segment.component == "language":
-            raise ValueError(f"{none} samples has text.")
-        parts, modules = find_parts(calibration.model), calibration.model.named_modules()
-        names = [name for name, module in modules if module in (parts.vision, parts.projector)]
-        raise ValueError(
-            f"{none} samples has a picture; add pictures to the dataset, or leave the vision side "
-            f"alone (modules_to_not_convert={[name.rpartition('.')[2] for name in names]})."
-        )
+        if not captured[segment.name]:
+            origins = (origin for batch in calibration.data for origin in batch.origins)
+            samples = sum(origin != WRITTEN for origin in origins)
+            raise ValueError(why_unreached(calibration.model, segment, samples))
 
 
 def _search(calibration: Calibration) -> Modules:

@@ -8,10 +8,11 @@ from torch import nn
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.format.grids import not_finite
 from qvlm_hf.format.scheme import is_per_position
+from qvlm_hf.models.find_parts import find_parts
 from qvlm_hf.models.folds import rotation_plan
 from qvlm_hf.models.graph import Segment, output_head, resolve, why_empty
 
-__all__ = ["check_weights", "resolve_segments"]
+__all__ = ["check_weights", "resolve_segments", "why_unreached"]
 
 
 def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[Segment, ...]:
@@ -25,13 +26,7 @@ def resolve_segments(model: nn.Module, settings: CalibrationSettings) -> tuple[S
         output_head(model)
     if settings.rotation == "hadamard":
         rotation_plan(model)
-    segments = resolve(
-        model,
-        quantize_vision=settings.quantize_vision,
-        quantize_projector=settings.quantize_projector,
-        modules_to_not_convert=settings.modules_to_not_convert,
-        rotated=settings.rotation is not None,
-    )
+    segments = resolve(model, settings.selection, rotated=settings.rotation is not None)
     for segment in segments:
         if segment.packed and is_per_position(settings.start_granularity(segment.component)):
             raise ValueError(
@@ -54,3 +49,16 @@ def check_weights(segments: Sequence[Segment]) -> None:
             raise ValueError(f"{name} {why_empty(linear)}, then quantize it.")
         if not torch.isfinite(linear.weight).all():
             raise ValueError(f"the weight of {name} {not_finite(linear.weight.dtype)}")
+
+
+def why_unreached(model: nn.Module, segment: Segment, samples: int) -> str:
+    """Says that none of so many samples has what a segment reads, and what to do, for messages."""
+    none = f"calibration did not reach {segment.name}: none of the {samples} samples has"
+    if segment.component == "language":
+        return f"{none} text."
+    parts = find_parts(model)
+    names = [name for name, one in model.named_modules() if one in (parts.vision, parts.projector)]
+    return (
+        f"{none} a picture; add pictures to the dataset, or leave the vision side alone "
+        f"(modules_to_not_convert={[name.rpartition('.')[2] for name in names]})."
+    )

@@ -11,11 +11,14 @@ from qvlm_hf.format.scheme import (
     is_per_position,
     is_static,
 )
+from qvlm_hf.models.graph import Selection
 
 __all__ = ["COMPONENTS", "CalibrationSettings", "Precision", "RangeCandidate"]
 
 COMPONENTS = ("vision", "projector", "language")
-_GUARDED_BITS = 4  # schemes with more bits than this break no site
+# Bits up to which a site can break, up to which inputs start per channel (that survives outliers at
+# 4 bits), and of inputs for which a rotation pays, with the searched ranges of the demo model.
+_GUARDED_BITS, _CHANNEL_BITS, _ROTATED_BITS = 4, 5, (7, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +111,16 @@ class CalibrationSettings(Options):
         return 256 if self.activation_bits == 16 else 2**self.activation_bits
 
     @property
+    def selection(self) -> Selection:
+        """What of a model is quantized."""
+        return Selection(self.quantize_vision, self.quantize_projector, self.modules_to_not_convert)
+
+    @property
+    def equalizes(self) -> bool:
+        """Whether scales move between weights: only inputs that are rounded gain by it."""
+        return self.equalization and self.activation_bits < 16
+
+    @property
     def precision(self) -> Precision:
         """What a site gets unless guard or budget say otherwise."""
         return Precision(weight_bits=self.weight_bits, activation_bits=self.activation_bits)
@@ -120,10 +133,8 @@ class CalibrationSettings(Options):
         fixed = asked.get(component) if isinstance(asked, Mapping) else asked
         if fixed is not None:
             return (fixed,)
-        # Measured on the demo model: static per channel survives outliers at 4 bits, dynamic is
-        # better where bits are plenty.
         both = ("channel", "dynamic_token")
-        return both if self.activation_bits <= 5 else both[::-1]
+        return both if self.activation_bits <= _CHANNEL_BITS else both[::-1]
 
     def start_granularity(self, component: str) -> str:
         """Where the search of a site of `component` starts."""
@@ -168,14 +179,13 @@ class CalibrationSettings(Options):
     def rotations(self, *, rotatable: bool) -> tuple[str | None, ...]:
         """The values that `rotation` leaves open, the one that is likely best first.
 
-        That is what `recipe="fixed"` takes: rotation at 7 and 8 bits, with searched ranges of the
-        demo model (docs/results.md).
+        That is what `recipe="fixed"` takes (docs/results.md).
         """
         if self.rotation != "auto":
             return (self.rotation,)
         if not rotatable:
             return (None,)
-        pays = 7 <= self.activation_bits <= 8 and self.needs_data
+        pays = self.activation_bits in _ROTATED_BITS and self.needs_data
         return ("hadamard", None) if pays else (None, "hadamard")
 
     def for_model(self, *, rotatable: bool) -> "CalibrationSettings":

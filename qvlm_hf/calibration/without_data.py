@@ -40,12 +40,7 @@ def read_without_row(model: nn.Module, settings: CalibrationSettings) -> Structu
     """
     if not by_structure(model, settings):
         return None
-    return read_structure(
-        model,
-        quantize_vision=settings.quantize_vision,
-        quantize_projector=settings.quantize_projector,
-        modules_to_not_convert=settings.modules_to_not_convert,
-    )
+    return read_structure(model, settings.selection)
 
 
 def rounding_schemes(

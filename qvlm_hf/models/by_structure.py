@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from qvlm_hf.models.experts import experts_split
-from qvlm_hf.models.graph import Layer, Segment, Site, check_patterns, get_linear, matches
+from qvlm_hf.models.graph import EVERYTHING, Layer, Segment, Selection, Site, get_linear
 from qvlm_hf.models.parts import PartNames
 from qvlm_hf.models.tracing import Recorder, Trace
 from qvlm_hf.models.trial_runs import run_all_parts
@@ -57,20 +57,13 @@ class Structure:
         )
 
 
-def read_structure(
-    model: nn.Module,
-    *,
-    quantize_vision: bool = True,
-    quantize_projector: bool = True,
-    modules_to_not_convert: Sequence[str] = (),
-) -> Structure:
+def read_structure(model: nn.Module, selection: Selection = EVERYTHING) -> Structure:
     """Runs a model once and tells its segments, layers and sites.
 
     Args:
         model: of any family, in eval mode, with weights or on the meta device; not changed.
-        quantize_vision: include the vision encoder.
-        quantize_projector: include what lies between vision encoder and language model.
-        modules_to_not_convert: patterns (see `graph.matches`) of modules that stay as they are.
+        selection: of its modules; the projector is what lies between vision encoder and language
+            model.
 
     Raises:
         StructureError: the language model could not be run, or the vision encoder could not and is
@@ -78,27 +71,26 @@ def read_structure(
         ValueError: a pattern matches no module.
     """
     with experts_split(model):
-        check_patterns(model, modules_to_not_convert)
+        selection.check(model)
     parts = PartNames.of(model)
     recorder = Recorder(model)
     run, ran, problems = run_all_parts(model, recorder, parts)
     trace = recorder.trace
     reached = {parts.component(name) for name in trace.linears}
     tower = model.get_submodule(parts.vision).modules() if parts.vision is not None else ()
-    needs_tower = quantize_vision and any(type(module) is nn.Linear for module in tower)
+    needs_tower = selection.quantize_vision and any(type(module) is nn.Linear for module in tower)
     needed = ("language", "vision") if needs_tower else ("language",)
     missing = [component for component in needed if component not in reached]
     if missing:
         raise StructureError(_message(model, parts, trace, missing, problems))
     with experts_split(model):
         trace.add_experts(model)
-        wanted = {"vision": quantize_vision, "projector": quantize_projector}
         left_out = {}
         for name in trace.linears:
             component, _, _ = _place(trace, parts, name)
-            if reason := _why_not(model, trace, name, modules_to_not_convert):
+            if reason := _why_not(model, trace, name, selection):
                 left_out[name] = reason
-            elif not wanted.get(component, True):
+            elif not selection.wants(component):
                 left_out[name] = f"quantize_{component}=False"
         chosen = [name for name in trace.linears if name not in left_out]
         segments = _segments(model, trace, parts, chosen)
@@ -153,9 +145,9 @@ def _segments(
     )
 
 
-def _why_not(model: nn.Module, trace: Trace, name: str, patterns: Sequence[str]) -> str | None:
+def _why_not(model: nn.Module, trace: Trace, name: str, selection: Selection) -> str | None:
     """Why a linear module that ran stays as it is, or None."""
-    if any(matches(name, pattern) for pattern in patterns):
+    if selection.excludes(name):
         return "modules_to_not_convert"
     linear = model.get_submodule(name)
     head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -1,7 +1,7 @@
 """How much of a model is quantized: percent of its weights, and why the rest is not."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from qvlm_hf.models.families import FAMILIES
 from qvlm_hf.models.find_parts import component_finder
-from qvlm_hf.models.graph import canonical_name, matches
+from qvlm_hf.models.graph import EVERYTHING, Selection, canonical_name
 
 __all__ = ["Coverage", "Kept", "left_out_by_row", "measure_coverage"]
 
@@ -94,13 +94,7 @@ def measure_coverage(
     return Coverage(total + sum(part.parameters for part in kept), tuple(kept))
 
 
-def left_out_by_row(
-    model: Any,
-    *,
-    quantize_vision: bool = True,
-    quantize_projector: bool = True,
-    modules_to_not_convert: Sequence[str] = (),
-) -> dict[str, str]:
+def left_out_by_row(model: Any, selection: Selection = EVERYTHING) -> dict[str, str]:
     """Says which parts of a family with a row stay, and why; arguments as of `graph.resolve`.
 
     Raises:
@@ -109,17 +103,16 @@ def left_out_by_row(
     base = next(name for name, module in model.named_modules() if module is model.base_model)
     unquantized = FAMILIES[model.config.model_type].unquantized
     found = {f"{base}.{path}".lstrip("."): reason for path, reason in unquantized.items()}
-    wanted = {"vision": quantize_vision, "projector": quantize_projector}
     component_of = component_finder(model)
     for name, module in model.named_modules():
         component = component_of(name)
         if not isinstance(module, nn.Linear):
             continue
-        if any(matches(name, pattern) for pattern in modules_to_not_convert):
+        if selection.excludes(name):
             found[name] = "modules_to_not_convert"
         elif component == "head":
             found[name] = "output head"
-        elif not wanted.get(component, True):
+        elif not selection.wants(component):
             found[name] = f"quantize_{component}=False"
     return found
 

@@ -22,9 +22,9 @@ from qvlm_hf.models.wirings import LayerKind
 __all__ = [
     "Layer",
     "Segment",
+    "Selection",
     "Site",
     "canonical_name",
-    "check_patterns",
     "full_precision_modules",
     "get_linear",
     "head_name",
@@ -129,32 +129,50 @@ def matches(name: str, pattern: str) -> bool:
     return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts) - len(wanted) + 1))
 
 
-def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Raises ValueError for one of `modules_to_not_convert` that matches no module."""
-    names = [name for name, _ in model.named_modules() if name]
-    for pattern in patterns:
-        if not any(matches(name, pattern) for name in names):
-            raise ValueError(
-                f"modules_to_not_convert: {pattern!r} matches no module: give a module path, a "
-                f"suffix of it or a component name."
-            )
+@dataclass(frozen=True)
+class Selection:
+    """What of a model is to be quantized; by default all.
+
+    Attributes:
+        quantize_vision, quantize_projector: whether these parts are.
+        modules_to_not_convert: patterns (see `matches`) of modules that stay in full precision.
+    """
+
+    quantize_vision: bool = True
+    quantize_projector: bool = True
+    modules_to_not_convert: Sequence[str] = ()
+
+    def wants(self, component: str) -> bool:
+        """Whether a part of the model is to be quantized."""
+        switches = {"vision": self.quantize_vision, "projector": self.quantize_projector}
+        return switches.get(component, True)
+
+    def excludes(self, name: str) -> bool:
+        """Whether a pattern is for this module."""
+        return any(matches(name, pattern) for pattern in self.modules_to_not_convert)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError for a pattern that matches no module."""
+        names = [name for name, _ in model.named_modules() if name]
+        for pattern in self.modules_to_not_convert:
+            if not any(matches(name, pattern) for name in names):
+                raise ValueError(
+                    f"modules_to_not_convert: {pattern!r} matches no module: give a module path, a "
+                    f"suffix of it or a component name."
+                )
+
+
+EVERYTHING = Selection()
 
 
 def resolve(
-    model: Any,
-    *,
-    quantize_vision: bool = True,
-    quantize_projector: bool = True,
-    modules_to_not_convert: Sequence[str] = (),
-    rotated: bool = False,
+    model: Any, selection: Selection = EVERYTHING, *, rotated: bool = False
 ) -> tuple[Segment, ...]:
     """Finds the segments of a model.
 
     Args:
         model: a Transformers model of a known family; its modules may be on the meta device.
-        quantize_vision: include the vision encoder.
-        quantize_projector: include the projector.
-        modules_to_not_convert: patterns (see `matches`) of modules that stay in full precision.
+        selection: of its modules.
         rotated: whether the sites get the online transforms that belong to a rotation.
 
     Returns:
@@ -169,7 +187,7 @@ def resolve(
         parts = find_parts(model)
         names = {module: name for name, module in model.named_modules()}
         head_name(model)  # refuses a model without one
-        check_patterns(model, modules_to_not_convert)
+        selection.check(model)
         packed = any(kind.packed for layers in parts.vision_layers for _, kind in layers)
 
         def segment(
@@ -178,7 +196,7 @@ def resolve(
             made = (
                 Layer(
                     canonical_name(names[module]),
-                    _sites(model, names[module], kind, modules_to_not_convert, rotated),
+                    _sites(model, names[module], kind, selection, rotated),
                     dead=index >= used,
                     module=module,
                     kind=kind,
@@ -189,11 +207,11 @@ def resolve(
 
         segments = [
             segment("vision", layers, _used_layers(model.config, len(layers)))
-            for layers in (parts.vision_layers if quantize_vision else ())
+            for layers in (parts.vision_layers if selection.quantize_vision else ())
         ]
         segments += [
             segment("projector", [(projector, parts.projector_kind)], 1)
-            for projector in (parts.projectors if quantize_projector else ())
+            for projector in (parts.projectors if selection.quantize_projector else ())
         ]
         layers = find_layers(parts.language)
         segments.append(segment("language", layers, len(layers)))
@@ -204,13 +222,13 @@ def resolve(
 
 
 def _sites(
-    model: nn.Module, layer: str, kind: LayerKind, excluded: Sequence[str], rotated: bool
+    model: nn.Module, layer: str, kind: LayerKind, selection: Selection, rotated: bool
 ) -> tuple[Site, ...]:
     found = []
     for group in kind.sites:
         modules = module_paths(model.get_submodule(layer), group)
         paths = [path_below(layer, module) for module in modules]
-        paths = [path for path in paths if not any(matches(path, one) for one in excluded)]
+        paths = [path for path in paths if not selection.excludes(path)]
         if paths:
             linears = tuple(get_linear(model, path) for path in paths)
             transformed = rotated and group[0] in kind.transformed

@@ -5,6 +5,7 @@ same input as the tensor, and one that was written to in between is not. Tensors
 while it runs and no longer: memory that is given away cannot be mistaken for another tensor.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class Trace:
         read_directly: linear modules whose weight something else than their own forward reads.
         dead: layers whose output reaches nothing, as far as the run tells.
         experts: module of experts that ran -> place of its first call among those of the linears.
+        live: identities of the parameters that a result is computed from.
+        calls, tensors: of linear modules, and that entered or left modules; both are numbered.
     """
 
     linears: dict[str, LinearCalls] = field(default_factory=dict)
@@ -63,6 +66,9 @@ class Trace:
     read_directly: set[str] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)
     experts: dict[str, int] = field(default_factory=dict)
+    live: set[int] = field(default_factory=set)
+    calls: int = 0
+    tensors: int = 0
 
     def add_experts(self, model: nn.Module) -> None:
         """Adds the linear modules of the experts that ran, now that they are split."""
@@ -89,81 +95,49 @@ class Recorder:
     def forget(self) -> None:
         """Drops what was seen."""
         self.trace = Trace(layer_of=self._layer_of, shared=self._shared)
-        self._live: set[int] = set()
-        self._calls = 0
-        self._serial = 0
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Calls the function under hooks and adds what was seen to `trace`; nothing if it fails."""
         try:
             with _gradients(self._model):
-                answer, watch = self._watched(function)
-                live = _reached(_result(answer))
+                answer, trace = self._watched(function)
+                trace.live |= _reached(_result(answer))
         except RuntimeError as error:
             if "grad" not in str(error):
                 raise
             with torch.no_grad():  # code that a gradient cannot pass: nothing is known to be dead
-                answer, watch = self._watched(function)
-                live = set()
-        self._add(watch, live)
+                answer, trace = self._watched(function)
+        trace.first_layer, trace.dead = _first_layers(trace), self._dead(trace)
+        self.trace = trace
         return answer
 
-    def _watched(self, function: Callable[[], Any]) -> tuple[Any, "_Watch"]:
-        watch = _Watch(self._model, self._layers, self._serial)
+    def _watched(self, function: Callable[[], Any]) -> tuple[Any, Trace]:
+        trace = copy.deepcopy(self.trace)
+        watch = _Watch(self._model, self._layers, trace)
         with watch.hooks(), watch:
-            return function(), watch
+            return function(), trace
 
-    def _add(self, watch: "_Watch", live: set[int]) -> None:
-        trace = self.trace
-        for name, serials in watch.inputs.items():
-            linear: Any = self._model.get_submodule(name)
-            calls = trace.linears.setdefault(
-                name, LinearCalls(self._calls + watch.order[name], linear.in_features)
-            )
-            calls.inputs += tuple(serials)
-        for norm, outputs in watch.outputs.items():
-            readers = trace.norms.setdefault(norm, [])
-            readers += [
-                name
-                for name, serials in watch.whole.items()
-                if outputs & set(serials) and name not in readers
-            ]
-        for name in watch.experts.keys() & watch.order.keys():
-            trace.experts.setdefault(name, self._calls + watch.order[name])
-        trace.read_directly |= watch.read_directly
-        self._live |= live
-        self._calls += watch.count
-        self._serial = watch.serial
-        trace.first_layer = _first_layers(trace)
-        trace.dead = self._dead()
-
-    def _dead(self) -> set[str]:
+    def _dead(self, trace: Trace) -> set[str]:
         """Layers that ran and that no result hangs on, where another layer of the list is alive."""
-        ran = {self._layer_of[name] for name in self.trace.linears if name in self._layer_of}
+        ran = {self._layer_of[name] for name in trace.linears if name in self._layer_of}
         alive = {
             layer
             for layer in ran
-            if any(id(p) in self._live for p in self._model.get_submodule(layer).parameters())
+            if any(id(p) in trace.live for p in self._model.get_submodule(layer).parameters())
         }
         lists = {layer.rpartition(".")[0] for layer in alive}
         return {layer for layer in ran - alive if layer.rpartition(".")[0] in lists}
 
 
 class _Watch(TorchFunctionMode):
-    """What hooks see in one run; as a mode it also sees who touches a weight."""
+    """Adds to a trace what hooks see in one run; as a mode it also sees who touches a weight."""
 
-    def __init__(self, model: nn.Module, layers: dict[str, None], serial: int) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, None], trace: Trace) -> None:
         super().__init__()
-        self.inputs: dict[str, list[int]] = {}
-        self.whole: dict[str, list[int]] = {}  # the same whatever the last dimension
-        self.outputs: dict[str, set[int]] = {}
-        self.experts = find_experts(model)
-        self.order: dict[str, int] = {}
-        self.read_directly: set[str] = set()
-        self.count = 0
-        self.serial = serial
-        self._model = model
-        self._layers = layers
+        self._model, self._layers, self._trace = model, layers, trace
+        self._experts = find_experts(model)
+        self._read: dict[str, set[int]] = {}  # linear module -> inputs, whatever their last size
+        self._made: dict[str, set[int]] = {}  # norm -> outputs
         self._known: dict[Any, tuple[int, Tensor]] = {}
         self._marks: list[list[Any]] = []
         self._running: list[str] = []
@@ -177,7 +151,7 @@ class _Watch(TorchFunctionMode):
         for value in args:
             name = self._weights.get(id(value)) if isinstance(value, nn.Parameter) else None
             if name is not None and name not in self._running and not _harmless(func):
-                self.read_directly.add(name)
+                self._trace.read_directly.add(name)
         return func(*args, **(kwargs or {}))
 
     @contextmanager
@@ -190,7 +164,7 @@ class _Watch(TorchFunctionMode):
                 if type(module) is nn.Linear:
                     handles.append(before(partial(self._enter, name), with_kwargs=True))
                     handles.append(after(lambda *_: self._running.pop() and None))
-                elif name in self.experts:
+                elif name in self._experts:
                     handles.append(before(partial(self._enter_experts, name)))
                 elif is_norm(module):
                     handles.append(after(partial(self._leave_norm, name)))
@@ -200,23 +174,26 @@ class _Watch(TorchFunctionMode):
                 for handle in handles:
                     stack.callback(handle.remove)
             yield
+        for norm, outputs in self._made.items():
+            readers = self._trace.norms.setdefault(norm, [])
+            readers += (n for n, read in self._read.items() if outputs & read and n not in readers)
 
     def _enter(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args else kwargs["input"]
         with torch._C.DisableTorchFunction():
-            self.order.setdefault(name, self.count)
-            self.inputs.setdefault(name, []).append(self._number(x, x.shape[-1]))
-            self.whole.setdefault(name, []).append(self._number(x, None))
-        self.count += 1
+            new = LinearCalls(self._trace.calls, x.shape[-1])
+            self._trace.linears.setdefault(name, new).inputs += (self._number(x, x.shape[-1]),)
+            self._read.setdefault(name, set()).add(self._number(x, None))
+        self._trace.calls += 1
         self._running.append(name)
 
     def _enter_experts(self, name: str, *_: Any) -> None:
-        self.order.setdefault(name, self.count)
+        self._trace.experts.setdefault(name, self._trace.calls)
 
     def _leave_norm(self, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             with torch._C.DisableTorchFunction():
-                self.outputs.setdefault(name, set()).add(self._number(output, None))
+                self._made.setdefault(name, set()).add(self._number(output, None))
 
     def _leave_layer(self, *_: Any) -> None:
         for key in self._marks.pop():
@@ -227,8 +204,8 @@ class _Watch(TorchFunctionMode):
         version = 0 if x.is_inference() else x._version
         key = (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), version, width)
         if key not in self._known:
-            self._known[key] = (self.serial, x)
-            self.serial += 1
+            self._known[key] = (self._trace.tensors, x)
+            self._trace.tensors += 1
             if self._marks:
                 self._marks[-1].append(key)
         return self._known[key][0]

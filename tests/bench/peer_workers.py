@@ -38,7 +38,7 @@ PINS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Method:
     """A package at one scheme.
 
@@ -318,125 +318,47 @@ def _our_methods() -> Iterator[Method]:
     ]
     for scheme, how, fields in variants:
         rows = scheme == "W8A8"  # 8-bit weights have a scale a row in every package
-        yield Method(
-            package="qvlm_hf",
-            scheme=scheme,
-            how=how,
-            quantize=ours(scheme=scheme, **fields, **({"group_size": -1} if rows else {})),
-            overhead=16 if fields.get("symmetric") else 16 + 8,
-            group=0 if rows else None,
-            calibrated=True,
-        )
+        quantize = ours(scheme=scheme, **fields, **({"group_size": -1} if rows else {}))
+        overhead = 16 if fields.get("symmetric") else 16 + 8
+        yield Method("qvlm_hf", scheme, how, quantize, overhead, 0 if rows else None, True)
 
 
 def _peer_methods() -> Iterator[Method]:
-    yield Method(
-        package="torchao",
-        scheme="W8A8",
-        how="rounded, inputs per token",
-        group=0,
-        quantize=torchao("Int8DynamicActivationInt8WeightConfig"),
+    per_token, per_module = "rounded, inputs per token", "rounded, a range per module"
+    with_zero_points, without = "rounded, zero points", "no zero points"
+    int8_rows, int4_groups = (
+        torchao(f"Int8DynamicActivation{kind}WeightConfig") for kind in ("Int8", "Intx")
     )
-    yield Method(
-        package="torchao",
-        scheme="W4A16",
-        how="rounded, no zero points",
-        quantize=torchao("IntxWeightOnlyConfig"),
+    int4 = torchao("IntxWeightOnlyConfig")
+    uint4 = torchao("IntxWeightOnlyConfig", mapping_type="ASYMMETRIC")
+    yield Method("torchao", "W8A8", per_token, int8_rows, group=0)
+    yield Method("torchao", "W4A16", f"rounded, {without}", int4)
+    yield Method("torchao", "W4A16", with_zero_points, uint4, overhead=16 + 8)
+    yield Method("torchao", "W4A8", per_token, int4_groups)
+    int8 = bitsandbytes(load_in_8bit=True)
+    nf4 = bitsandbytes(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
-    yield Method(
-        package="torchao",
-        scheme="W4A16",
-        how="rounded, zero points",
-        overhead=16 + 8,
-        quantize=torchao("IntxWeightOnlyConfig", mapping_type="ASYMMETRIC"),
-    )
-    yield Method(
-        package="torchao",
-        scheme="W4A8",
-        how="rounded, inputs per token",
-        quantize=torchao("Int8DynamicActivationIntxWeightConfig"),
-    )
-    yield Method(
-        package="bitsandbytes",
-        scheme="W8A8",
-        how="LLM.int8, outliers above 6 in fp16",
-        group=0,
-        quantize=bitsandbytes(load_in_8bit=True),
-    )
-    yield Method(
-        package="bitsandbytes",
-        scheme="W4A16",
-        how="nf4",
-        overhead=32,
-        group=64,
-        quantize=bitsandbytes(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        ),
-    )
-    yield Method(
-        package="hqq", scheme="W4A16", how="HQQ, zero points", overhead=16 + 16, quantize=hqq
-    )
-    yield Method(
-        package="optimum-quanto",
-        scheme="W8A8",
-        how="rounded, a range per module",
-        group=0,
-        quantize=quanto("qint8", "qint8"),
-        calibrated=True,
-    )
-    yield Method(
-        package="optimum-quanto",
-        scheme="W4A16",
-        how="rounded, zero points",
-        overhead=16 + 16,
-        quantize=quanto("qint4"),
-    )
-    yield Method(
-        package="optimum-quanto",
-        scheme="W4A8",
-        how="rounded, a range per module",
-        overhead=16 + 16,
-        quantize=quanto("qint4", "qint8"),
-        calibrated=True,
-    )
+    outliers = "LLM.int8, outliers above 6 in fp16"
+    yield Method("bitsandbytes", "W8A8", outliers, int8, group=0)
+    yield Method("bitsandbytes", "W4A16", "nf4", nf4, overhead=32, group=64)
+    yield Method("hqq", "W4A16", "HQQ, zero points", hqq, overhead=16 + 16)
+    quanto8, quanto4a8 = quanto("qint8", "qint8"), quanto("qint4", "qint8")
+    yield Method("optimum-quanto", "W8A8", per_module, quanto8, group=0, calibrated=True)
+    yield Method("optimum-quanto", "W4A16", with_zero_points, quanto("qint4"), overhead=16 + 16)
+    yield Method("optimum-quanto", "W4A8", per_module, quanto4a8, overhead=16 + 16, calibrated=True)
     for language in (False, True):
         scope = ", language model alone" if language else ""
-        yield Method(
-            package="llmcompressor",
-            scheme="W8A8",
-            how=f"SmoothQuant, GPTQ{scope}",
-            group=0,
-            quantize=llmcompressor("W8A8", language=language, smooth=True),
-            calibrated=True,
-        )
-        yield Method(
-            package="llmcompressor",
-            scheme="W4A16",
-            how=f"GPTQ, no zero points{scope}",
-            quantize=llmcompressor("W4A16", language=language),
-            calibrated=True,
-        )
-        yield Method(
-            package="auto-round",
-            scheme="W4A16",
-            how=f"no zero points{scope}",
-            quantize=auto_round(language=language),
-            calibrated=True,
-        )
-    yield Method(
-        package="llmcompressor",
-        scheme="W4A8",
-        how="SmoothQuant, GPTQ",
-        quantize=llmcompressor("W4A8", language=False, smooth=True),
-        calibrated=True,
-    )
-    yield Method(
-        package="gptqmodel",
-        scheme="W4A16",
-        how="GPTQ, no zero points, language model alone",
-        quantize=gptqmodel,
-        calibrated=True,
-    )
+        smooth = llmcompressor("W8A8", language=language, smooth=True)
+        gptq, rounding = llmcompressor("W4A16", language=language), auto_round(language=language)
+        how = f"SmoothQuant, GPTQ{scope}"
+        yield Method("llmcompressor", "W8A8", how, smooth, group=0, calibrated=True)
+        yield Method("llmcompressor", "W4A16", f"GPTQ, {without}{scope}", gptq, calibrated=True)
+        yield Method("auto-round", "W4A16", f"{without}{scope}", rounding, calibrated=True)
+    smooth = llmcompressor("W4A8", language=False, smooth=True)
+    yield Method("llmcompressor", "W4A8", "SmoothQuant, GPTQ", smooth, calibrated=True)
+    how = f"GPTQ, {without}, language model alone"
+    yield Method("gptqmodel", "W4A16", how, gptqmodel, calibrated=True)
 
 
 METHODS = {

@@ -10,7 +10,7 @@ from torch.nn import functional
 from qvlm_hf.models.by_structure import StructureError, read_structure
 from qvlm_hf.models.coverage import measure_coverage
 from qvlm_hf.models.folds import rotation_plan
-from qvlm_hf.models.graph import get_linear, resolve
+from qvlm_hf.models.graph import Selection, get_linear, resolve
 
 
 class Config:
@@ -90,8 +90,9 @@ def test_llava_without_values():
 )
 def test_options_mean_what_they_mean_to_resolve(options):
     model = tiny_llava()
-    expected = [s.modules for g in resolve(model, **options) for la in g.layers for s in la.sites]
-    assert sites(read_structure(model, **options)) == expected
+    selection = Selection(**options)
+    expected = [s.modules for g in resolve(model, selection) for la in g.layers for s in la.sites]
+    assert sites(read_structure(model, selection)) == expected
 
 
 def test_the_model_is_left_as_it_was():
@@ -188,18 +189,18 @@ def test_a_tower_that_does_not_run_may_be_left_out():
     assert "ran: language 14 of 14, projector 0 of 7, vision 0 of 13" in str(error.value)
     assert "missing is 'model.vision_tower." in str(error.value)
     assert "leave that part out (quantize_vision=False), or add a row" in str(error.value)
-    structure = read_structure(model, quantize_vision=False)
+    structure = read_structure(model, Selection(quantize_vision=False))
     assert {segment.component for segment in structure.segments} == {"language"}
 
 
 def test_a_pattern_that_matches_nothing():
     with pytest.raises(ValueError, match="'nowhere' matches no module"):
-        read_structure(tiny_llava(), modules_to_not_convert=["nowhere"])
+        read_structure(tiny_llava(), Selection(modules_to_not_convert=["nowhere"]))
 
 
 def test_nothing_left():
     with pytest.raises(ValueError, match="leaves no module"):
-        read_structure(tiny_llava(), modules_to_not_convert=["model"])
+        read_structure(tiny_llava(), Selection(modules_to_not_convert=["model"]))
 
 
 @pytest.mark.parametrize(

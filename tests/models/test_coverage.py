@@ -6,6 +6,7 @@ from torch import nn
 
 from qvlm_hf import QVLMConfig, quantize_model
 from qvlm_hf.models.coverage import left_out_by_row, measure_coverage
+from qvlm_hf.models.graph import Selection
 from qvlm_hf.nn.linear import QVLMLinear
 
 # fields of the configuration -> reason -> the parts of the model that have it
@@ -35,7 +36,7 @@ def test_what_stays_has_its_reason_and_every_weight_is_counted(case):
     total = sum(parameter.numel() for parameter in model.parameters())
     report = quantize_model(model, QVLMConfig(scheme="W8A16", **fields))
     options = {name: value for name, value in fields.items() if name != "lm_head_bits"}
-    coverage = measure_coverage(model, report.modules, left_out_by_row(model, **options))
+    coverage = measure_coverage(model, report.modules, left_out_by_row(model, Selection(**options)))
     assert coverage.summary() == report.provenance["coverage"]
     assert coverage.parameters == total
     quantized = [module for module in model.modules() if isinstance(module, QVLMLinear)]

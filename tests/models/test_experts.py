@@ -11,6 +11,7 @@ from torch import nn
 from qvlm_hf.hf.runtime.experts import register_experts
 from qvlm_hf.models.by_structure import read_structure
 from qvlm_hf.models.experts import experts_split, find_experts, join_experts, split_experts
+from qvlm_hf.models.graph import Selection
 
 # shared experts, experts by token type, transposed parameters, tokens sorted beforehand
 FAMILIES = ("aria", "ernie4_5_vl_moe", "glm4v_moe", "llama4", "minimax_m3_vl", "qwen3_vl_moe")
@@ -105,5 +106,5 @@ def test_by_structure_every_expert_counts_whoever_got_tokens():
     assert experts <= {module for site in layer.sites for module in site.modules}
     assert not any(module.startswith(name) for module in structure.left_out)
     assert [p.dim() for p in model.get_submodule(name).parameters()] == [3, 3]  # as it was
-    left = read_structure(model, modules_to_not_convert=["experts.down_proj"])
+    left = read_structure(model, Selection(modules_to_not_convert=["experts.down_proj"]))
     assert experts - set(left.modules) == {f"{name}.down_proj.{e}" for e in range(4)}

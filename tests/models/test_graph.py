@@ -13,6 +13,7 @@ from qvlm_hf.models.find_parts import component_finder
 from qvlm_hf.models.graph import (
     Layer,
     Segment,
+    Selection,
     Site,
     canonical_name,
     full_precision_modules,
@@ -137,7 +138,7 @@ def test_dead_layers_do_not_change_a_bit_of_the_projectors_input(vision_feature_
     ],
 )
 def test_components_can_be_left_out(model, options, left):
-    segments = resolve(model, **options)
+    segments = resolve(model, Selection(**options))
     assert segments == tuple(s for s in resolve(model) if s.component in left)
     assert len(full_precision_modules(model, segments)) == len(linears(model)) - len(
         quantized(segments)
@@ -184,7 +185,7 @@ def test_matches_whole_path_components(name, pattern, expected):
 )
 def test_patterns_exclude_exactly_their_modules(patterns, gone):
     model = tiny_llava(text_layers=11)  # layers.10 exists
-    segments = resolve(model, modules_to_not_convert=patterns)
+    segments = resolve(model, Selection(modules_to_not_convert=patterns))
     left = [name for name in quantized(resolve(model)) if not re.fullmatch(gone, name)]
     assert quantized(segments) == left
     assert full_precision_modules(model, segments) == tuple(
@@ -244,19 +245,19 @@ def test_a_model_that_does_not_fit_the_tables_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         resolve(model)
     if "QVLMLinear" in message:  # what is left out is not looked at
-        resolve(model, modules_to_not_convert=[DOWN])
+        resolve(model, Selection(modules_to_not_convert=[DOWN]))
 
 
 @pytest.mark.parametrize("pattern", ["mlp.downproj", "layers.99", "vision", "", f"{DOWN}.weight"])
 def test_a_typo_in_a_pattern_raises(model, pattern):
     message = f"modules_to_not_convert: {pattern!r} matches no module"
     with pytest.raises(ValueError, match=re.escape(message)):
-        resolve(model, modules_to_not_convert=["lm_head", pattern])
+        resolve(model, Selection(modules_to_not_convert=["lm_head", pattern]))
 
 
 def test_nothing_left_raises(model):
     with pytest.raises(ValueError, match="leaves no module to quantize: shorten it"):
-        resolve(model, modules_to_not_convert=["model"])
+        resolve(model, Selection(modules_to_not_convert=["model"]))
 
 
 def test_output_head(model):

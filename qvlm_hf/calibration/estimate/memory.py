@@ -85,8 +85,7 @@ def count_memory(
     """
     sums = add_up(model, segments, data)
     weights = sum(one.weights for one in sums)
-    rotated = settings.rotation == "hadamard"
-    changed = rotated or (settings.equalization and settings.activation_bits < 16)
+    changed = settings.rotation == "hadamard" or settings.equalizes
     held = weights * model.dtype.itemsize * changed
     steps = list(_steps(model, segments, sums, settings, data, size))
     return Memory(

@@ -27,15 +27,9 @@ def with_coverage(
     `structure` is of a model without a row.
     """
     with experts_split(model):
-        if structure is None:
-            left_out: Mapping[str, str] = left_out_by_row(
-                model,
-                quantize_vision=settings.quantize_vision,
-                quantize_projector=settings.quantize_projector,
-                modules_to_not_convert=settings.modules_to_not_convert,
-            )
-        else:
-            left_out = structure.left_out
+        left_out: Mapping[str, str] = (
+            left_out_by_row(model, settings.selection) if structure is None else structure.left_out
+        )
         found = measure_coverage(model, report.modules, left_out).summary()
     warnings = report.warnings
     if found["percent"] < _FEW_PERCENT:

@@ -10,7 +10,7 @@ from qvlm_hf.calibration.measure.self_check import AnswerComparison
 from qvlm_hf.calibration.transforms.equalization import equalize
 from qvlm_hf.calibration.transforms.rotation import rotate
 from qvlm_hf.models.folds import rotation_plan, scale_paths
-from qvlm_hf.models.graph import resolve
+from qvlm_hf.models.graph import Selection, resolve
 
 MODELS = {
     "plain": {},
@@ -94,10 +94,11 @@ def test_excluded_and_transformed_sites_have_no_path():
     model = tiny_llava()
     names = {module: name for name, module in model.named_modules()}
 
-    def sources(**options):
-        return [names[path.source] for path in scale_paths(model, resolve(model, **options))]
+    def sources(*selection, **options):
+        segments = resolve(model, *selection, **options)
+        return [names[path.source] for path in scale_paths(model, segments)]
 
-    excluded = sources(modules_to_not_convert=["mlp.down_proj", "vision_tower"])
+    excluded = sources(Selection(modules_to_not_convert=["mlp.down_proj", "vision_tower"]))
     assert not any("vision" in source or source.endswith("up_proj") for source in excluded)
     rotated = sources(rotated=True)
     assert not any(source.endswith(("up_proj", "layer_norm1")) for source in rotated)
