@@ -21,15 +21,18 @@ __all__ = ["check_room", "dry_run"]
 
 
 def check_room(options: argparse.Namespace, config: QVLMConfig) -> None:
-    """Checks that the result will fit on the disk of --output.
+    """Checks that the result, and what --resume keeps beside it, fit on the disk of --output.
 
     Raises:
-        ValueError: it will not.
+        ValueError: they do not.
     """
-    size = 0.0
+    size, what = 0.0, "the result"
     with suppress(ValueError, OSError):  # told where the model is loaded
-        size = expect(_empty(options), config).result
-    check_disk(size, options.output, "the result")
+        expected = expect(_empty(options), config)
+        size = expected.result
+        if options.resume:
+            size, what = size + expected.kept, f"{what} and the steps to resume from"
+    check_disk(size, options.output, what)
 
 
 def _empty(options: argparse.Namespace) -> Any:
