@@ -266,10 +266,13 @@ def load_processor(name: str, revision: str | None = None) -> Any:
     """Its processor.
 
     Raises:
-        ValueError: a directory holds none that loads; says which file is missing, if one is.
+        ValueError: a directory holds none that loads; says which file is missing, if one is. Or
+            it is a file.
         OSError: there is none on the Hub; as ConnectionError if the Hub cannot be asked.
     """
     silence()
+    if Path(name).is_file():  # Transformers would ask the Hub for it, again and again
+        raise ValueError(f"{name}: is a file: name the directory of the model.")
     _check_reachable(name, revision)
     try:
         return AutoProcessor.from_pretrained(name, revision=revision)

@@ -56,8 +56,8 @@ def save_quantized(
         The directory.
 
     Raises:
-        ValueError: as `check_output`, the model is not quantized or has adapters on it, or the
-            processor is none.
+        ValueError: as `check_output`, the model is not quantized or has adapters on it, or
+            processor or report is none.
         OSError: writing failed, for example on a full disk; `output` is as it was.
     """
     if not getattr(model, "is_quantized", False):
@@ -69,6 +69,11 @@ def save_quantized(
         raise ValueError(
             f"processor={shown(processor)} cannot be saved: give what "
             f"AutoProcessor.from_pretrained returns, or None."
+        )
+    if not (report is None or isinstance(report, CalibrationReport)):
+        raise ValueError(
+            f"report={shown(report)} is no CalibrationReport: give model.hf_quantizer.report, or "
+            f"None."
         )
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ValueError(

@@ -197,6 +197,8 @@ def test_directories_that_are_refused(save, model, processor, tmp_path):
         save_quantized(model, "me/model", tmp_path / "new", report=None)
     with pytest.raises(ValueError, match="processor='out' cannot be saved"):  # the order of PEFT's
         save_quantized(model, "out", processor, report=None)
+    with pytest.raises(ValueError, match=r"report=True is no CalibrationReport: give model\.hf_"):
+        save_quantized(model, processor, tmp_path / "new", report=True)
     assert not (tmp_path / "new").exists()
 
 
