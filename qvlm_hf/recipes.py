@@ -175,7 +175,8 @@ def compare_recipes(
     """Tries a recipe, then one change after another, each on the recipe that is best by then.
 
     Args:
-        first, changes: of `planned_recipes`.
+        first: the recipe that is likely best.
+        changes: of `planned_recipes`.
         measure: tries a recipe.
         steps: counts what was tried.
 
