@@ -1,10 +1,10 @@
 """A model of a family without a row, read by running it once: its segments, layers and sites.
 
-Hooks on every nn.Linear and every norm see the tensors that enter and leave them. Linear modules
-that read the very same tensor form a site, the repeated entries of a ModuleList form layers, and
-`get_encoder("image")` and `get_decoder()` tell vision from language; what lies between is the
-projector. Where a module of experts ran, all its experts count as run, whoever got tokens. No fold
-and no rotation follows from that, sites alone. What is not quantized is listed with the reason.
+Hooks on every nn.Linear see the tensors that enter it. Linear modules that read the very same
+tensor form a site, the repeated entries of a ModuleList form layers, and `get_encoder("image")` and
+`get_decoder()` tell vision from language; what lies between is the projector. Where a module of
+experts ran, all its experts count as run, whoever got tokens. No fold and no rotation follows from
+that, sites alone. What is not quantized is listed with the reason.
 """
 
 from collections import Counter
@@ -33,28 +33,15 @@ class Structure:
 
     Attributes:
         segments: as `graph.resolve` gives them; names are those of the model's modules.
-        norms: norm -> the linear modules that read its output, all of them in full view of the run.
         left_out: linear module that no site holds -> why.
         run: what was run: "model" or "parts" (picture and text apart).
         inputs: keyword arguments of the model that it ran on as a whole; empty if it did not.
     """
 
     segments: tuple[Segment, ...]
-    norms: dict[str, tuple[str, ...]]
     left_out: Mapping[str, str]
     run: str
     inputs: Mapping[str, Any]
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of all linear modules of all sites, in execution order."""
-        return tuple(
-            name
-            for segment in self.segments
-            for layer in segment.layers
-            for site in layer.sites
-            for name in site.modules
-        )
 
 
 def read_structure(model: nn.Module, selection: Selection = EVERYTHING) -> Structure:
@@ -101,8 +88,7 @@ def read_structure(model: nn.Module, selection: Selection = EVERYTHING) -> Struc
             for name, module in model.named_modules()
             if type(module) is nn.Linear and name not in trace.linears
         }
-        norms = {norm: tuple(readers) for norm, readers in trace.norms.items() if readers}
-        return Structure(segments, norms, left_out, run, ran)
+        return Structure(segments, left_out, run, ran)
 
 
 def _place(trace: Trace, parts: PartNames, name: str) -> tuple[str, str, str]:
