@@ -32,12 +32,10 @@ class LinearCalls:
 
     Attributes:
         first: place of the first call among all calls.
-        width: its input features.
         inputs: a number for the tensor that entered, one a call.
     """
 
     first: int
-    width: int
     inputs: tuple[int, ...] = ()
 
 
@@ -48,7 +46,6 @@ class Trace:
     Attributes:
         linears: name -> calls of every nn.Linear that ran.
         layer_of: linear module -> the repeated entry of a ModuleList that holds it.
-        first_layer: name of any module -> the first call of a linear module in a layer inside it.
         shared: linear module -> another module that has the same weight.
         read_directly: linear modules whose weight something else than their own forward reads.
         dead: layers whose output reaches nothing, as far as the run tells.
@@ -59,7 +56,6 @@ class Trace:
 
     linears: dict[str, LinearCalls] = field(default_factory=dict)
     layer_of: dict[str, str] = field(default_factory=dict)
-    first_layer: dict[str, int] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     read_directly: set[str] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)
@@ -75,7 +71,7 @@ class Trace:
             experts = name.rpartition(".")[0].rpartition(".")[0]
             if experts in self.experts and type(module) is nn.Linear:
                 own = (-len(self.linears),)  # no other module has the same input
-                self.linears[name] = LinearCalls(self.experts[experts], module.in_features, own)
+                self.linears[name] = LinearCalls(self.experts[experts], own)
                 if name in layers:
                     self.layer_of[name] = layers[name]
 
@@ -105,7 +101,7 @@ class Recorder:
                 raise
             with torch.no_grad():  # code that a gradient cannot pass: nothing is known to be dead
                 answer, trace = self._watched(function)
-        trace.first_layer, trace.dead = _first_layers(trace), self._dead(trace)
+        trace.dead = self._dead(trace)
         self.trace = trace
         return answer
 
@@ -172,8 +168,8 @@ class _Watch(TorchFunctionMode):
     def _enter(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args else kwargs["input"]
         with torch._C.DisableTorchFunction():
-            new = LinearCalls(self._trace.calls, x.shape[-1])
-            self._trace.linears.setdefault(name, new).inputs += (self._number(x),)
+            calls = self._trace.linears.setdefault(name, LinearCalls(self._trace.calls))
+            calls.inputs += (self._number(x),)
         self._trace.calls += 1
         self._running.append(name)
 
@@ -201,17 +197,6 @@ def _harmless(func: Any) -> bool:
     if getattr(func, "__name__", "") == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") not in _TELLING
     return getattr(func, "__name__", "") in _HARMLESS
-
-
-def _first_layers(trace: Trace) -> dict[str, int]:
-    first: dict[str, int] = {}
-    for name, calls in trace.linears.items():
-        if name in trace.layer_of:
-            parts = name.split(".")
-            for i in range(len(parts)):
-                prefix = ".".join(parts[:i])
-                first[prefix] = min(first.get(prefix, calls.first), calls.first)
-    return first
 
 
 @contextmanager
