@@ -82,8 +82,16 @@ int32_t quantize_values(const float* x, int64_t count, const float* scales, cons
 // Scale and zero point over the range of `count` values.
 inline void value_range(const float* x, int64_t count, float top, float& scale, float& zero) {
     float low = 0, high = 0;
-#pragma omp simd reduction(min : low) reduction(max : high)
+#if QVLM_VECTOR
+    Floats lowest = no_floats(), highest = no_floats();
+    for (int64_t k = 0; k < count; k += kLanes) {
+        const Floats values = load(x + k, count - k);
+        lowest = smaller(values, lowest), highest = larger(values, highest);  // of NaN and another the second
+    }
+    low = -largest(no_floats() - lowest), high = largest(highest);
+#else
     for (int64_t k = 0; k < count; ++k) low = std::min(low, x[k]), high = std::max(high, x[k]);
+#endif
     const float step = (high - low) / top;
     scale = step > 0 ? step : 1.0f;
     zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), top);

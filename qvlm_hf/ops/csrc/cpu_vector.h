@@ -93,6 +93,7 @@ QVLM_INLINE void store_bytes(void* to, Bytes values) { std::memcpy(to, &values, 
 
 QVLM_INLINE Floats permuted(Floats values, Ints lanes) { return _mm512_permutexvar_ps((Bytes)lanes, values); }
 QVLM_INLINE float sum(Floats values) { return _mm512_reduce_add_ps(values); }
+QVLM_INLINE float largest(Floats values) { return _mm512_reduce_max_ps(values); }
 QVLM_INLINE int32_t sum(Ints values) { return _mm512_reduce_add_epi32((__m512i)values); }
 QVLM_INLINE Floats nearest(Floats values) { return _mm512_roundscale_ps(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
@@ -153,6 +154,11 @@ QVLM_INLINE float sum(Floats values) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+QVLM_INLINE float largest(Floats values) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 QVLM_INLINE int32_t sum(Ints values) {
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)values), _mm256_extracti128_si256((__m256i)values, 1));
