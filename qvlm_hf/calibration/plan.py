@@ -53,12 +53,12 @@ def check_weights(segments: Sequence[Segment]) -> None:
 
 def why_unreached(model: nn.Module, segment: Segment, samples: int) -> str:
     """Says that none of so many samples has what a segment reads, and what to do, for messages."""
-    none = f"calibration did not reach {segment.name}: none of the {samples} samples has"
+    none = f"calibration did not reach {segment.name}: none of the {samples}"
     if segment.component == "language":
-        return f"{none} text."
+        return f"{none} samples has text."
     parts = find_parts(model)
     names = [name for name, one in model.named_modules() if one in (parts.vision, parts.projector)]
     return (
-        f"{none} a picture; add pictures to the dataset, or leave the vision side alone "
-        f"(modules_to_not_convert={[name.rpartition('.')[2] for name in names]})."
+        f"{none} samples has a picture; add pictures to the dataset, or leave the vision side "
+        f"alone (modules_to_not_convert={[name.rpartition('.')[2] for name in names]})."
     )
