@@ -80,7 +80,7 @@ _QUICK: dict[str, Any] = {
 _PLAIN: dict[str, Any] = {
     "activation_granularity": "dynamic_token",
     "rotation": None,
-    "lm_head_bits": None,
+    "lm_head_bits": None,  # with data a trial leaves it out by itself
 }
 
 Recipe = dict[str, Any]
@@ -124,6 +124,7 @@ def best_recipe(
 
         def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> list[list[float]]:
             answer_kls, text_kls = try_settings(model, tried, data, (answers, text))
+            # where there are no answers, or there is no text, the other stands for both
             return [answer_kls or text_kls, text_kls or answer_kls]
 
         _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
@@ -145,9 +146,9 @@ def best_recipe(
             )
             return Tried(trial, answer_kls)
 
-        planned = planned_recipes(settings, rotatable=not why_not_rotatable(model))
-        steps = Steps("recipes", callbacks if ranks.is_main() else (), len(planned))
-        return compare_recipes(planned, measure_recipe, steps)
+        first, changes = planned_recipes(settings, rotatable=not why_not_rotatable(model))
+        steps = Steps("recipes", callbacks if ranks.is_main() else (), 1 + len(changes))
+        return compare_recipes(first, changes, measure_recipe, steps)
 
     with ranks.no_sync():
         trials = kept.once("recipes", compare)
@@ -169,12 +170,13 @@ def _own_text(model: nn.Module, seed: int) -> list[Batch]:
 
 
 def compare_recipes(
-    planned: Sequence[Recipe], measure: Callable[[Recipe], Tried], steps: Steps
+    first: Recipe, changes: Sequence[Recipe], measure: Callable[[Recipe], Tried], steps: Steps
 ) -> tuple[RecipeTrial, ...]:
-    """Tries one change after another, each on the recipe that is best by then.
+    """Tries a recipe, then one change after another, each on the recipe that is best by then.
 
     Args:
-        planned: of `planned_recipes`.
+        first: the recipe that is likely best.
+        changes: of `planned_recipes`.
         measure: tries a recipe.
         steps: counts what was tried.
 
@@ -182,7 +184,6 @@ def compare_recipes(
         All trials, the best one first, of those that keep text: the earliest that none is clearly
         better than. If none keeps text it is the one with the lowest divergence of text.
     """
-    first, *changes = planned
     tried = [measure(first)]
     steps.advance()
     for change in changes:
@@ -192,7 +193,9 @@ def compare_recipes(
     return (best, *(one.trial for one in tried if one.trial is not best))
 
 
-def planned_recipes(settings: CalibrationSettings, *, rotatable: bool) -> list[Recipe]:
+def planned_recipes(
+    settings: CalibrationSettings, *, rotatable: bool
+) -> tuple[Recipe, list[Recipe]]:
     """The recipe that is likely best, and the changes to try: ranges, rotation, equalization.
 
     Measured (docs/results.md), likely best are ranges per token and group without rotation. Next to
@@ -211,12 +214,11 @@ def planned_recipes(settings: CalibrationSettings, *, rotatable: bool) -> list[R
             rotations = tuple(sorted(rotations, key=bool))
             few = settings.activation_bits <= _FEW_BITS
             ranges = ["dynamic_group", None if few else "dynamic_token"]
-    planned: list[Recipe] = [{"rotation": rotations[0], "activation_granularity": ranges[0]}]
-    planned += [{"activation_granularity": other} for other in ranges[1:]]
-    planned += [{"rotation": other} for other in rotations[1:]]
+    changes: list[Recipe] = [{"activation_granularity": other} for other in ranges[1:]]
+    changes += [{"rotation": other} for other in rotations[1:]]
     if settings.equalization == Options.equalization:
-        planned.append({"equalization": not Options.equalization})
-    return planned
+        changes.append({"equalization": not Options.equalization})
+    return {"rotation": rotations[0], "activation_granularity": ranges[0]}, changes
 
 
 def _best(tried: Sequence[Tried]) -> RecipeTrial:
@@ -234,7 +236,7 @@ def likely(settings: CalibrationSettings, *, rotatable: bool) -> CalibrationSett
     """The settings with the recipe that is tried first, where `settings` leave it open."""
     if settings.recipe == "fixed":
         return settings
-    first, *_ = planned_recipes(settings, rotatable=rotatable)
+    first, _ = planned_recipes(settings, rotatable=rotatable)
     return replace(settings, recipe="fixed", **first)
 
 

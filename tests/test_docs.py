@@ -105,6 +105,14 @@ def test_files_named_in_the_pages_exist(page):
             assert any((ROOT / top / name).exists() for top in ("", "qvlm_hf")), name
 
 
+def test_names_on_the_contributing_page_exist():
+    names = re.findall(r"`([A-Za-z_]\w+)`", without_blocks(ROOT / "docs" / "contributing.md"))
+    files = [path for top in ("qvlm_hf", "tests") for path in (ROOT / top).rglob("*.*")]
+    code = "".join(path.read_text() for path in files if path.suffix in (".py", ".h", ".cpp"))
+    words = set(re.findall(r"\w+", code)) | {path.stem for path in files}
+    assert not set(names) - words
+
+
 def without_blocks(page):
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
 

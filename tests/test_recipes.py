@@ -51,8 +51,9 @@ def compare(settings, kls, rotatable=True):
         noise.append(noise.pop(0))
         return Tried(trial, [answers * factor for factor in noise])
 
-    planned = planned_recipes(settings, rotatable=rotatable)
-    found = compare_recipes(planned, measure, Steps("recipes", [told], len(planned)))
+    first, changes = planned_recipes(settings, rotatable=rotatable)
+    steps = Steps("recipes", [told], 1 + len(changes))
+    found = compare_recipes(first, changes, measure, steps)
     assert told.steps == [("recipes", done, len(made)) for done in range(len(made) + 1)]
     assert sorted(map(id, found)) == sorted(map(id, made))
     return made, found[0]

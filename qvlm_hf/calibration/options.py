@@ -301,8 +301,8 @@ class Options:
         '"auto" measures which of a few recipes (rotation, granularity, equalization) answers most '
         "like full precision, on samples that the comparison does not calibrate on, and takes it. "
         "Fields that differ from their defaults stay. "
-        '"fixed" compares nothing, in about half the time. So it is for inputs of 16 bits, or of '
-        "a granularity that needs no data.",
+        '"fixed" compares nothing, in about half the time. Nor is anything with inputs of 16 '
+        "bits, or of a granularity that needs no data.",
         flag=Flag(
             "auto measures which recipe suits the model, fixed takes half the time",
             choices=("auto", "fixed"),

@@ -26,7 +26,13 @@ from qvlm_hf.calibration.options import SWITCHED_OFF
 from qvlm_hf.calibration.record.provenance import versions
 from qvlm_hf.calibration.samples import fingerprint, load_samples, longest_sample, without_too_long
 from qvlm_hf.cli.ablation_tables import check_ablation, read_ablation, write_ablation
-from qvlm_hf.cli.loading import check_fits, load_model, load_processor, read_loadable, silence
+from qvlm_hf.cli.loading import (
+    check_fits,
+    load_model,
+    load_processor,
+    read_full_precision,
+    silence,
+)
 from qvlm_hf.errors import first_line
 from qvlm_hf.evaluation import check_answers, check_text, evaluate, evaluate_text, read_text
 from qvlm_hf.format.scheme import parse_scheme
@@ -88,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"seeds={options.seeds} is below 1: give the number of seeds.")
     if options.text is not None:
         check_text(options.text)
-    config = read_loadable(options.model)
+    config = read_full_precision(options.model)
     processor = load_processor(options.model)
     check_fits(options.model, processor)
     questions = load_samples(options.questions, num_samples=options.num_questions)

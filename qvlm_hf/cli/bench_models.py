@@ -25,6 +25,7 @@ from qvlm_hf.bench.machine import (
 )
 from qvlm_hf.bench.random_models import picture_tokens, random_model, random_prompt
 from qvlm_hf.bench.whole_models import Contender, fits_together, measure_models
+from qvlm_hf.calibration.samples import longest_sample
 from qvlm_hf.cli.bench_tables import model_table
 from qvlm_hf.cli.loading import load_model, read_config, silence
 from qvlm_hf.cli.shapes import plan, read_shape
@@ -74,6 +75,7 @@ class _Subject:
     full_precision: Callable[[torch.dtype], Any]
     bfloat16_bytes: int
     image_tokens: int | None
+    positions: int | None
     quantized: Sequence[_Quantized]
 
 
@@ -104,6 +106,11 @@ def bench_models(options: argparse.Namespace, peers: Sequence[Peer] = ()) -> dic
     prompt_tokens = options.prompt_tokens
     if prompt_tokens is None:
         prompt_tokens = images * (image_tokens or 0) + _QUESTION
+    if subject.positions is not None and prompt_tokens + options.new_tokens > subject.positions:
+        raise ValueError(
+            f"--prompt-tokens {prompt_tokens} and --new-tokens {options.new_tokens} are more than "
+            f"the model's {subject.positions} positions: take fewer."
+        )
     settings = {
         "model": subject.title,
         "batch": options.batch,
@@ -183,6 +190,7 @@ def _shape(options: argparse.Namespace, device: torch.device) -> _Subject:
         full_precision=lambda dtype: random_model(config, dtype=dtype, device=device),
         bfloat16_bytes=full,
         image_tokens=picture_tokens(model),
+        positions=longest_sample(model),
         quantized=quantized,
     )
 
@@ -211,6 +219,7 @@ def _saved(options: argparse.Namespace, device: torch.device) -> _Subject:
         full_precision=full_precision,
         bfloat16_bytes=sizes.total.full_precision_bytes,
         image_tokens=picture_tokens(saved.model),
+        positions=longest_sample(saved.model),
         quantized=[_Quantized(name, build, bits, sizes.total.quantized_bytes)],
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qvlm_hf.bench.shapes import SHAPES
-from qvlm_hf.cli.loading import load_processor, make_config, read_loadable, silence
+from qvlm_hf.cli.loading import load_processor, make_config, read_full_precision, silence
 from qvlm_hf.cli.shapes import read_shape
 from qvlm_hf.hf.calibrate import read_samples
 from qvlm_hf.hf.config import QVLMConfig
@@ -21,23 +21,24 @@ __all__ = ["check_room", "dry_run"]
 
 
 def check_room(options: argparse.Namespace, config: QVLMConfig) -> None:
-    """Checks that the result will fit on the disk of --output.
+    """Checks that the result, and what --resume keeps beside it, fit on the disk of --output.
 
     Raises:
-        ValueError: it will not.
+        ValueError: they do not.
     """
-    size = 0.0
+    size, what = 0.0, "the result"
     with suppress(ValueError, OSError):  # told where the model is loaded
-        size = expect(_empty(options), config).result
-    check_disk(size, options.output, "the result")
+        expected = expect(_empty(options), config)
+        size = expected.result
+        if options.resume:
+            size, what = size + expected.kept, f"{what} and the steps to resume from"
+    check_disk(size, options.output, what)
 
 
 def _empty(options: argparse.Namespace) -> Any:
     """The model in the dtype of the run, on the meta device."""
     name = options.model
-    kind = read_shape(name) if name in SHAPES else read_loadable(name, options.revision)
-    if getattr(kind, "quantization_config", None) is not None:
-        raise ValueError(f"{name}: is quantized already: give the full-precision model.")
+    kind = read_shape(name) if name in SHAPES else read_full_precision(name, options.revision)
     asked = (kind.dtype or torch.bfloat16) if options.dtype == "auto" else options.dtype
     return empty_model(kind).to(asked if isinstance(asked, torch.dtype) else getattr(torch, asked))
 

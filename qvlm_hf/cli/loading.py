@@ -34,6 +34,7 @@ __all__ = [
     "load_with_processor",
     "make_config",
     "read_config",
+    "read_full_precision",
     "read_loadable",
     "search_options",
     "silence",
@@ -152,9 +153,7 @@ def load_model(
 ) -> Any:
     """A model from a directory or the Hub, quantized on the way if there is a configuration."""
     silence()
-    kind = read_loadable(name, revision)
-    if config is not None and getattr(kind, "quantization_config", None) is not None:
-        raise ValueError(f"{name}: is quantized already: give the full-precision model.")
+    (read_loadable if config is None else read_full_precision)(name, revision)
     options = loading if config is None else loading | {"quantization_config": config}
     return AutoModelForImageTextToText.from_pretrained(
         name, dtype=dtype, revision=revision, **options
@@ -209,6 +208,18 @@ def read_loadable(name: str, revision: str | None = None) -> Any:
     return kind
 
 
+def read_full_precision(name: str, revision: str | None = None) -> Any:
+    """As `read_loadable`, of a model that is to be quantized.
+
+    Raises:
+        ValueError: it is quantized already.
+    """
+    kind = read_loadable(name, revision)
+    if getattr(kind, "quantization_config", None) is not None:
+        raise ValueError(f"{name}: is quantized already: give the full-precision model.")
+    return kind
+
+
 def read_config(name: str, revision: str | None = None) -> Any:
     """The configuration of a model in a directory or on the Hub.
 
@@ -255,10 +266,13 @@ def load_processor(name: str, revision: str | None = None) -> Any:
     """Its processor.
 
     Raises:
-        ValueError: a directory holds none that loads; says which file is missing, if one is.
+        ValueError: a directory holds none that loads; says which file is missing, if one is. Or
+            it is a file.
         OSError: there is none on the Hub; as ConnectionError if the Hub cannot be asked.
     """
     silence()
+    if Path(name).is_file():  # Transformers would ask the Hub for it, again and again
+        raise ValueError(f"{name}: is a file: name the directory of the model.")
     _check_reachable(name, revision)
     try:
         return AutoProcessor.from_pretrained(name, revision=revision)

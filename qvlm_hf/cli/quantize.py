@@ -2,6 +2,8 @@
 
 import argparse
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +127,10 @@ def run(options: argparse.Namespace) -> int:
             model = load_model(options.model, config, options.dtype, options.revision, **loading)
             report = model.hf_quantizer.report
             if is_main():
-                save_quantized(
-                    model, processor, options.output, report=report, overwrite=options.overwrite
-                )
+                with _telling_what_is_lost(state, calibrated=config.dataset is not None):
+                    save_quantized(
+                        model, processor, options.output, report=report, overwrite=options.overwrite
+                    )
     if not is_main():
         return 0
     if state is not None:
@@ -139,6 +142,19 @@ def run(options: argparse.Namespace) -> int:
     if target is not None:
         _publish(options.output, target)
     return 0
+
+
+@contextmanager
+def _telling_what_is_lost(state: Path | None, *, calibrated: bool) -> Iterator[None]:
+    """Inside, a result that cannot be saved, as on a full disk, says what of it is left."""
+    try:
+        yield
+    except OSError as error:
+        if not calibrated:
+            raise
+        kept = f"Finished steps are kept in {state}: run the same again when that is mended."
+        lost = "No step of the calibration is kept: run it again with --resume, which keeps them."
+        raise OSError(f"{error} {lost if state is None else kept}") from error
 
 
 def _publish(output: str, target: Target) -> None:

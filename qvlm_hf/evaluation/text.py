@@ -4,6 +4,7 @@ What is calibrated on pictures and chats may cost a model its language; answers 
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,8 +47,10 @@ def check_text(path: str | Path) -> str:
     """The content of a text file, checked before any model is loaded.
 
     Raises:
-        ValueError: it cannot be read, is no UTF-8 text, or is empty.
+        ValueError: it is no file, cannot be read, is no UTF-8 text, or is empty.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe can be read once
+        raise ValueError(f"{path}: is no regular file: name a file of UTF-8 text.")
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

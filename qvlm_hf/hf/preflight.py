@@ -236,7 +236,7 @@ def _trial_seconds(
     judges = min(JUDGES, data.samples - few + CHECK_SAMPLES)
     quick = replace(data, samples=few, checks=judges + JUDGING_TEXTS)
     seconds = 0.0
-    first, *changes = planned_recipes(settings, rotatable=not why_not_rotatable(model))
+    first, changes = planned_recipes(settings, rotatable=not why_not_rotatable(model))
     for change in ({}, *changes):
         tried = trial_settings(settings, first | change)
         steps = count_seconds(model, resolve_segments(model, tried), tried, quick, rates)

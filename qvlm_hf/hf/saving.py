@@ -19,6 +19,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from qvlm_hf.calibration.record.report import CalibrationReport
+from qvlm_hf.calibration.values import shown
 from qvlm_hf.format.files import INDEX_NAME, write_json
 from qvlm_hf.hf.earlier_result import OLD, PARTIAL, check_replaceable
 from qvlm_hf.hub.card import write_card
@@ -55,13 +56,24 @@ def save_quantized(
         The directory.
 
     Raises:
-        ValueError: as `check_output`, or the model is not quantized or has adapters on it.
+        ValueError: as `check_output`, the model is not quantized or has adapters on it, or
+            processor or report is none.
         OSError: writing failed, for example on a full disk; `output` is as it was.
     """
     if not getattr(model, "is_quantized", False):
         raise ValueError(
             "save_quantized needs a quantized model: quantize it first, or call "
             "model.save_pretrained."
+        )
+    if not (processor is None or hasattr(processor, "save_pretrained")):
+        raise ValueError(
+            f"processor={shown(processor)} cannot be saved: give what "
+            f"AutoProcessor.from_pretrained returns, or None."
+        )
+    if not (report is None or isinstance(report, CalibrationReport)):
+        raise ValueError(
+            f"report={shown(report)} is no CalibrationReport: give model.hf_quantizer.report, or "
+            f"None."
         )
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ValueError(

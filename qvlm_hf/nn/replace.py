@@ -13,10 +13,26 @@ from qvlm_hf.nn.linear import QVLMLinear
 __all__ = ["dequantize_modules", "quantized_modules", "replace_modules"]
 
 
+# Of nn.Module: what was registered by anyone to see or change inputs, outputs and gradients.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
+
 def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Puts each module in its place, in `model` itself."""
+    """Puts each module in its place, in `model` itself; hooks of the old one stay there."""
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
+        old = vars(model.get_submodule(name))
+        # the very dicts, of which the handles that registering returned remove a hook
+        vars(module).update({hooks: old[hooks] for hooks in _HOOKS})
         setattr(model.get_submodule(parent), child, module)
 
 

@@ -459,6 +459,11 @@ def test_wrong_usage_is_one_line_and_status_2(words, message, capsys):
         ("--shape demo-1b --prompt-tokens 100", "must be more than the 576"),
         ("--shape demo-1b --prompt-tokens 0", "--prompt-tokens 0 must be more than the 576"),
         ("--shape demo-1b --prompt-tokens 0 --images 0", "0 must be more than the 0"),
+        (
+            "{f}/w4a8 --new-tokens 465",
+            "--prompt-tokens 48 and --new-tokens 465 are more than the model's 512 positions: take",
+        ),
+        ("--shape demo-1b --prompt-tokens 4090", "more than the model's 4096 positions"),
         ("--shape demo-1b --batch 1 2 1", "--batch 1 2 1 names a value twice: name each once."),
         ("--shape demo-1b --scheme W4A8 w4a8", "--scheme W4A8 w4a8 names a value twice"),
         ("{f}/model", "is not quantized"),

@@ -93,6 +93,13 @@ def test_another_setting_and_strangers_files_are_refused(folder, tmp_path, monke
     assert "ablation.md is not of an ablation" in capsys.readouterr().err
     assert (tmp_path / "theirs" / "ablation.md").read_text() == "mine"
     assert run(folder, tmp_path / "other", "--schemes", "W9A9") == 1
+    quantized = save_tiny(tmp_path / "quantized")
+    content = json.loads((quantized / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "qvlm"}
+    (quantized / "config.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert run(folder, tmp_path / "other", model=quantized) == 1
+    assert "quantized: is quantized already: give the full-pre" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -205,6 +205,10 @@ D = "--dataset {f}/samples.jsonl "
         ("quantize {f}/model --output {f}/w4a4 " + D, "exists and is not empty"),
         ("quantize {f}/model --output {f}/samples.jsonl/x " + D, "choose a directory"),
         ("quantize {f}/nowhere --output {f}/x " + D, "nowhere"),
+        (
+            "quantize {f}/model/config.json --output {f}/x " + D,
+            "model/config.json: is a file: name the directory of the model.",
+        ),
         ("quantize {f}/w4a4 --method rtn --output {f}/x", "is quantized already"),
         (Q + "--method rtn --activation-granularity channel", "leave it out with --method rtn"),
         (Q + "--method rtn --modules-to-not-convert nose", "'nose' matches no module"),

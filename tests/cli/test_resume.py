@@ -1,5 +1,6 @@
 """`qvlm quantize --resume`: killed or interrupted, it goes on and gives the same bytes."""
 
+import errno
 import os
 import random
 import subprocess
@@ -11,6 +12,7 @@ from tiny_models import save_tiny, save_tiny_samples
 
 from qvlm_hf.calibration.record.resume import SavedSteps
 from qvlm_hf.cli import main
+from qvlm_hf.hf import preflight, saving
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +81,32 @@ def test_ctrl_c_keeps_the_steps_and_says_how_to_go_on(folder, tmp_path, monkeypa
     assert "block-0-1" in read
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert not state.exists()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_disk_that_fills_while_saving_says_what_is_kept(
+    folder, tmp_path, monkeypatch, capsys, resume
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_card", full)
+    command = words(folder, tmp_path / "out", *(["--resume"] if resume else []))
+    assert main(command) == 1
+    said = capsys.readouterr().err
+    state, kept = tmp_path / "out.resume", "No step of the calibration is kept: run it again with"
+    if resume:
+        kept = f"Finished steps are kept in {state}: run the same again"
+    assert "out: could not be saved ([Errno 28] No space left on device); nothing was " in said
+    assert said.count("\n") == 1
+    assert kept in said
+    assert sorted(tmp_path.iterdir()) == ([state] if resume else [])
+
+
+def test_steps_and_result_must_fit_on_the_disk_together(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(preflight, "free_disk", lambda _: 250_000)  # enough for each of them
+    assert main(words(folder, tmp_path / "out", "--resume")) == 1
+    assert "of the result and the steps to resume from, 0.2 MB are" in capsys.readouterr().err
 
 
 def test_it_is_of_the_search_alone(folder, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Perplexity and divergence on plain text, against plain PyTorch and by definition."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -77,10 +78,15 @@ def test_a_tokenizer_that_puts_nothing_in_front(model, tokenizer, tmp_path):
     assert torch.cat(windows).tolist() == bare(WORDS * 200)["input_ids"]
 
 
-def test_a_file_that_is_not_there_and_a_folder(tmp_path):
-    for path, why in ((tmp_path / "none.txt", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(ValueError, match=rf"cannot be read \({why}.*\): name a file of UTF-8"):
-            check_text(path)
+def test_a_file_that_is_not_there_and_what_is_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # which would wait for a writer, and could be read once
+    for name, why in (
+        ("none.txt", r"cannot be read \(No such file.*\)"),
+        (".", "is no regular file"),
+        ("pipe", "is no regular file"),
+    ):
+        with pytest.raises(ValueError, match=f"{why}: name a file of UTF-8 text"):
+            check_text(tmp_path / name)
 
 
 @pytest.mark.parametrize(

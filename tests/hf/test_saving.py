@@ -190,6 +190,16 @@ def test_directories_that_are_refused(save, model, processor, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "file"]
     with pytest.raises(ValueError, match="needs a quantized model"):
         save_quantized(tiny_llava(), processor, tmp_path / "new", report=None)
+    message = (
+        "processor='me/model' cannot be saved: give what AutoProcessor.from_pretrained returns"
+    )
+    with pytest.raises(ValueError, match=message):
+        save_quantized(model, "me/model", tmp_path / "new", report=None)
+    with pytest.raises(ValueError, match="processor='out' cannot be saved"):  # the order of PEFT's
+        save_quantized(model, "out", processor, report=None)
+    with pytest.raises(ValueError, match=r"report=True is no CalibrationReport: give model\.hf_"):
+        save_quantized(model, processor, tmp_path / "new", report=True)
+    assert not (tmp_path / "new").exists()
 
 
 def a_file(path):

@@ -41,6 +41,40 @@ def test_replaces_at_every_depth_and_nothing_else(model):
         assert module is new.get(name, before[name])
 
 
+def test_hooks_stay_until_their_handle_removes_them(model):
+    linear, seen = model.get_submodule("layers.1"), []
+    handles = [
+        linear.register_forward_pre_hook(lambda _, args: seen.append("before")),
+        linear.register_forward_hook(
+            lambda _, args, kwargs, y: seen.append(kwargs) or y + 1, with_kwargs=True
+        ),
+        linear.register_forward_hook(lambda *_: seen.append("always"), always_call=True),
+        linear.register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+    x = torch.randn(3, 16, requires_grad=True)
+
+    def run():
+        seen.clear()
+        y = model.get_submodule("layers.1")(x)
+        y.sum().backward()
+        return y
+
+    run()
+    expected = list(seen)
+    assert len(expected) == 4
+    packed = quantize(linear)
+    replace_modules(model, {"layers.1": packed})
+    y = run()
+    assert (seen, model.get_submodule("layers.1")) == (expected, packed)
+    dequantize_modules(model, torch.float32)
+    torch.testing.assert_close(run(), y)
+    assert seen == expected
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(run(), y - 1)
+    assert seen == []
+
+
 def test_a_wrong_name_raises(model):
     with pytest.raises(AttributeError):
         replace_modules(model, {"layers.0.missing.down": nn.Identity()})

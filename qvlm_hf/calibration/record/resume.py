@@ -144,16 +144,17 @@ def check_resume_dir(folder: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: it is a file, holds something else, or may not be written.
     """
-    path = Path(os.path.expanduser(folder)).resolve()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: is a file: choose a directory to resume in.")
+    path = Path(os.path.realpath(os.path.expanduser(folder)))
+    if os.path.lexists(path) and not path.is_dir():
+        kind = "a link to itself" if path.is_symlink() else "a file"
+        raise ValueError(f"{path}: is {kind}: choose a directory to resume in.")
     if path.is_dir() and any(path.iterdir()) and not (path / _STATE).exists():
         raise ValueError(
             f"{path}: holds something else than a stopped calibration: choose another directory to "
             f"resume in."
         )
     place = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not os.access(place, os.W_OK):
+    if not (place.is_dir() and os.access(place, os.W_OK)):
         raise ValueError(
             f"{path}: cannot be written: choose a directory to resume in that you may write to."
         )

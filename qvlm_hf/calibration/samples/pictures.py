@@ -4,6 +4,7 @@
 """
 
 import errno
+import os
 import re
 import struct
 from collections.abc import Iterator
@@ -79,6 +80,12 @@ def image_bytes(value: Path | Image.Image, where: str) -> bytes:
 def _opened(value: Path | Image.Image, where: str) -> Iterator[Image.Image]:
     """The picture; whatever PIL raises inside becomes an error that names it."""
     try:
+        if (
+            not isinstance(value, Image.Image)
+            and os.path.exists(value)
+            and not os.path.isfile(value)
+        ):
+            raise OSError("no regular file")  # reading a pipe would wait for its writer
         with nullcontext(value) if isinstance(value, Image.Image) else Image.open(value) as picture:
             yield picture
     except _UNREADABLE as error:

@@ -180,7 +180,15 @@ def test_only_what_is_ours_is_used_and_removed(tmp_path):
         check_resume_dir(tmp_path / "file")
     with pytest.raises(ValueError, match="holds something else than a stopped calibration"):
         check_resume_dir(tmp_path)
-    folder = check_resume_dir(tmp_path / "a" / "b")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="loop: is a link to itself: choose a directory"):
+        check_resume_dir(tmp_path / "loop")
+    (tmp_path / "below").symlink_to("file/below")
+    with pytest.raises(ValueError, match="below: cannot be written: choose a directory"):
+        check_resume_dir(tmp_path / "below")
+    (tmp_path / "dangling").symlink_to("a/b")  # what it names can be made
+    folder = check_resume_dir(tmp_path / "dangling")
+    assert folder == tmp_path / "a" / "b"
     assert not folder.parent.exists()
     SavedSteps(folder, {}).write("step", (torch.ones(1),))
     check_resume_dir(folder)

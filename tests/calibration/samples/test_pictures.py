@@ -1,6 +1,7 @@
 """Pictures: what every mode becomes, what is refused, and the hash of samples."""
 
 import dataclasses
+import os
 import struct
 import zlib
 
@@ -223,6 +224,15 @@ def test_picture_cut_short_is_named_before_anything_is_loaded(folder, ending):
     (folder / f"cut.{ending}").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     message = refusal(write_lines(folder, GOOD, {**GOOD, "image": f"cut.{ending}"}))
     assert message.startswith(f'data.jsonl:2: key "image": unreadable picture {folder}/cut.')
+
+
+def test_only_files_are_opened(folder):
+    os.mkfifo(folder / "pipe")  # which would wait for a writer
+    (folder / "a").mkdir()
+    for name in ("pipe", "a", "/dev/zero"):
+        message = refusal(write_lines(folder, {**GOOD, "image": name}))
+        where = f'data.jsonl:1: key "image": unreadable picture {folder / name}'
+        assert message == f"{where} (no regular file); give another"
 
 
 def test_a_picture_as_text_is_told_in_a_short_line(folder):
