@@ -2,8 +2,9 @@
 
 import re
 
-__all__ = ["TOKEN", "first_line"]
+__all__ = ["TOKEN", "first_line", "one_line"]
 
+_LONGEST = 160  # characters of a line
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")  # of the Hub
 
 
@@ -14,3 +15,9 @@ def first_line(error: object) -> str:
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return TOKEN.sub("hf_***", lines[0].strip().rstrip(".:"))
+
+
+def one_line(error: BaseException) -> str:
+    """The class and first words of an error, for a table or behind our own words."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

@@ -17,12 +17,10 @@ from demo_model.scenes import SceneOptions, SpriteBank, draw_scenes, sample_scen
 from demo_model.scoring import evaluate
 from PIL import Image
 from safetensors import safe_open
+from tiny_models import IMAGE_SIZE, IMAGE_TOKENS, tiny_llava
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
@@ -268,37 +266,14 @@ def test_errors_say_what_to_do(bank: SpriteBank) -> None:
 
 @pytest.fixture
 def tiny() -> LlavaForConditionalGeneration:
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        image_size=16,
-        patch_size=8,
-        hidden_size=40,
-        intermediate_size=72,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-    )
-    text = LlamaConfig(
-        vocab_size=30,
-        hidden_size=48,
-        intermediate_size=88,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.2,
-    )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=4)
-    )
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
-    return model.eval()
+    return tiny_llava()
 
 
 def logits(model: LlavaForConditionalGeneration) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(2, 3, 16, 16, generator=generator)
-    ids = torch.randint(5, 30, (2, 12), generator=generator)
-    ids[:, 1:5] = 4
+    pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    ids = torch.randint(5, 128, (2, IMAGE_TOKENS + 7), generator=generator)
+    ids[:, 1 : IMAGE_TOKENS + 1] = model.config.image_token_id
     with torch.no_grad():
         return model(input_ids=ids, pixel_values=pixels).logits
 

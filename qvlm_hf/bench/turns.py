@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import TypeVar
 
-__all__ = ["Timing", "one_line", "summarize", "take_turns"]
+from qvlm_hf.errors import one_line
+
+__all__ = ["Timing", "summarize", "take_turns"]
 
 _Result = TypeVar("_Result")
-_LONGEST = 160  # characters of a foreign error in a table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +54,3 @@ def summarize(times: list[float], baseline: list[float]) -> Timing:
     """Median and spread of `times`, at least 2, and their ratio to the baseline's."""
     middle, (low, _, high) = median(times), quantiles(times, n=4, method="inclusive")
     return Timing(seconds=middle, spread=(high - low) / middle, speedup=median(baseline) / middle)
-
-
-def one_line(error: BaseException) -> str:
-    """An error as a cell of a table: type and first words."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

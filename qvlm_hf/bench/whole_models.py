@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from qvlm_hf.bench.generation import Pass, generate
 from qvlm_hf.bench.machine import Clock, Limits
 from qvlm_hf.bench.memory import decoder_bytes, peak_bytes, stored_bytes
-from qvlm_hf.bench.turns import Timing, one_line, summarize, take_turns
+from qvlm_hf.bench.turns import Timing, summarize, take_turns
+from qvlm_hf.errors import one_line
 from qvlm_hf.nn.replace import quantized_modules
 
 __all__ = ["Contender", "ModelRow", "Phase", "fits_together", "measure_models", "phase"]

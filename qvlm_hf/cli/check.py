@@ -5,8 +5,7 @@ import argparse
 import transformers
 
 from qvlm_hf.cli.loading import load_with_processor, silence
-from qvlm_hf.export.vllm_check import DEVICES, check_for_vllm
-from qvlm_hf.export.vllm_rules import VLLM_VERSION
+from qvlm_hf.export.vllm_check import DEVICES, VLLM_VERSION, check_for_vllm
 from qvlm_hf.hf.runtime.decoding import check_decoding, decoding_problem, probe_inputs
 from qvlm_hf.nn.replace import quantized_modules
 

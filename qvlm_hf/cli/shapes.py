@@ -80,5 +80,5 @@ def plan(
     ]
     left_out = {name: "output head" for name, module in model.named_modules() if module is head}
     schemes = dict.fromkeys(names, settings.module_scheme(settings.start_granularity("language")))
-    structure = Structure((), {}, left_out, "not run", {})
+    structure = Structure((), left_out, "not run", {})
     return Plan(segments=(), report=rounding_report(model, (), schemes, settings, structure))

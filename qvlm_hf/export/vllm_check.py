@@ -1,7 +1,8 @@
-"""Does vLLM run an exported LLaVA? `RULES` checked on config.json and file headers.
+"""Does vLLM run an exported LLaVA? Its rules, checked on config.json and file headers.
 
-Nothing of vLLM is imported: it wants its own environment, and an accelerator that the machine at
-hand may not have. Left out: memory, other architectures than LLaVA, attention backends.
+The table of rules, with the files of vLLM that they were read from, is in docs/serving.md. Nothing
+of vLLM is imported: it wants its own environment, and an accelerator that the machine at hand may
+not have. Left out: memory, other architectures than LLaVA, attention backends.
 """
 
 from __future__ import annotations
@@ -25,11 +26,10 @@ from qvlm_hf.export.vllm_layout import (
 from qvlm_hf.format.files import TensorHeader
 from qvlm_hf.hub.saved import SavedModel
 
-__all__ = ["DEVICES", "Finding", "check_for_vllm"]
+__all__ = ["DEVICES", "VLLM_VERSION", "Finding", "check_for_vllm"]
 
 DEVICES = ("cuda", "cpu")
-
-
+VLLM_VERSION = "0.33.0"  # whose source was read
 _VISION = ("clip_vision_model", "siglip_vision_model", "pixtral")
 _MARLIN_GROUPS = (-1, 32, 64, 128)
 
@@ -64,7 +64,7 @@ class _Setting:
 def check_for_vllm(
     directory: str | os.PathLike[str], *, device: str = DEVICES[0], tensor_parallel: int = 1
 ) -> list[Finding]:
-    """Checks an exported model against `RULES`, without reading a weight.
+    """Checks an exported model against the rules, without reading a weight.
 
     Fatal findings come first.
 
@@ -104,7 +104,7 @@ def _findings(broken: Iterable[_Broken]) -> list[Finding]:
 
 
 def _broken(model: SavedModel, saved: Mapping[str, Any], setting: _Setting) -> Iterator[_Broken]:
-    """Every rule of `RULES` on every module."""
+    """Every rule on every module."""
     linears, wanted = read_layout(model.model, saved, setting.devices)
     yield from _check_heads(model.config, setting.devices)
     for linear in linears:

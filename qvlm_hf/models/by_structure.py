@@ -1,12 +1,13 @@
 """A model of a family without a row, read by running it once: its segments, layers and sites.
 
-Hooks on every nn.Linear and every norm see the tensors that enter and leave them. Linear modules
-that read the very same tensor form a site, the repeated entries of a ModuleList form layers, and
-`get_encoder("image")` and `get_decoder()` tell vision from language; what lies between is the
-projector. Where a module of experts ran, all its experts count as run, whoever got tokens. No fold
-and no rotation follows from that, sites alone. What is not quantized is listed with the reason.
+Hooks on every nn.Linear see the tensors that enter it. Linear modules that read the very same
+tensor form a site, the repeated entries of a ModuleList form layers, and `get_encoder("image")` and
+`get_decoder()` tell vision from language; what lies between is the projector. Where a module of
+experts ran, all its experts count as run, whoever got tokens. No fold and no rotation follows from
+that, sites alone. What is not quantized is listed with the reason.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from qvlm_hf.models.trial_runs import run_all_parts
 __all__ = ["Structure", "StructureError", "read_structure"]
 
 
+_Place = tuple[str, str, str]  # component, segment, layer
+
+
 class StructureError(ValueError):
     """Running the model did not reach all of it; the message lists what was found and what not."""
 
@@ -33,28 +37,15 @@ class Structure:
 
     Attributes:
         segments: as `graph.resolve` gives them; names are those of the model's modules.
-        norms: norm -> the linear modules that read its output, all of them in full view of the run.
         left_out: linear module that no site holds -> why.
         run: what was run: "model" or "parts" (picture and text apart).
         inputs: keyword arguments of the model that it ran on as a whole; empty if it did not.
     """
 
     segments: tuple[Segment, ...]
-    norms: dict[str, tuple[str, ...]]
     left_out: Mapping[str, str]
     run: str
     inputs: Mapping[str, Any]
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of all linear modules of all sites, in execution order."""
-        return tuple(
-            name
-            for segment in self.segments
-            for layer in segment.layers
-            for site in layer.sites
-            for name in site.modules
-        )
 
 
 def read_structure(model: nn.Module, selection: Selection = EVERYTHING) -> Structure:
@@ -85,15 +76,14 @@ def read_structure(model: nn.Module, selection: Selection = EVERYTHING) -> Struc
         raise StructureError(_message(model, parts, trace, missing, problems))
     with experts_split(model):
         trace.add_experts(model)
-        left_out = {}
-        for name in trace.linears:
-            component, _, _ = _place(trace, parts, name)
+        left_out, places = {}, _places(trace, parts)
+        for name, (component, _, _) in places.items():
             if reason := _why_not(model, trace, name, selection):
                 left_out[name] = reason
             elif not selection.wants(component):
                 left_out[name] = f"quantize_{component}=False"
-        chosen = [name for name in trace.linears if name not in left_out]
-        segments = _segments(model, trace, parts, chosen)
+        chosen = {name: place for name, place in places.items() if name not in left_out}
+        segments = _segments(model, trace, chosen)
         if not segments:
             raise ValueError("modules_to_not_convert: leaves no module to quantize: shorten it.")
         left_out |= {
@@ -101,12 +91,21 @@ def read_structure(model: nn.Module, selection: Selection = EVERYTHING) -> Struc
             for name, module in model.named_modules()
             if type(module) is nn.Linear and name not in trace.linears
         }
-        norms = {norm: tuple(readers) for norm, readers in trace.norms.items() if readers}
-        return Structure(segments, norms, left_out, run, ran)
+        return Structure(segments, left_out, run, ran)
 
 
-def _place(trace: Trace, parts: PartNames, name: str) -> tuple[str, str, str]:
-    """Component, segment and layer of a linear module that ran."""
+def _places(trace: Trace, parts: PartNames) -> dict[str, _Place]:
+    """Component, segment and layer of every linear module that ran."""
+    tower = (
+        calls.first
+        for name, calls in trace.linears.items()
+        if name in trace.layer_of and name.startswith(f"{parts.vision}.")
+    )
+    after = min(tower, default=math.inf)  # the first call inside a layer of the vision encoder
+    return {name: _place(trace, parts, name, after) for name in trace.linears}
+
+
+def _place(trace: Trace, parts: PartNames, name: str, after: float) -> _Place:
     component = parts.component(name)
     if (layer := trace.layer_of.get(name)) is not None:
         return component, layer.rpartition(".")[0], layer
@@ -117,22 +116,18 @@ def _place(trace: Trace, parts: PartNames, name: str) -> tuple[str, str, str]:
     if others and others[0].isdigit() and len(others) > 1:
         first = f"{first}.{others[0]}"
     alone = f"{prefix}.{first}" if prefix else first
-    after = trace.first_layer.get(parts.vision or "")
-    if component == "vision" and after is not None and trace.linears[name].first > after:
+    if component == "vision" and trace.linears[name].first > after:
         component = "projector"  # a merger inside the tower
     return component, alone, alone
 
 
-def _segments(
-    model: nn.Module, trace: Trace, parts: PartNames, names: Sequence[str]
-) -> tuple[Segment, ...]:
+def _segments(model: nn.Module, trace: Trace, places: Mapping[str, _Place]) -> tuple[Segment, ...]:
     """Sites in layers in segments, each in the order of their first call."""
     tree: dict[tuple[str, str], dict[str, dict[Any, list[str]]]] = {}
-    for name in sorted(names, key=lambda one: trace.linears[one].first):
-        component, segment, layer = _place(trace, parts, name)
-        site = (trace.linears[name].inputs, trace.linears[name].width)
+    for name in sorted(places, key=lambda one: trace.linears[one].first):
+        component, segment, layer = places[name]
         layers = tree.setdefault((component, segment), {})
-        layers.setdefault(layer, {}).setdefault(site, []).append(name)
+        layers.setdefault(layer, {}).setdefault(trace.linears[name].inputs, []).append(name)
 
     def made(layer: str, groups: Iterable[list[str]]) -> Layer:
         linears = ((group, tuple(get_linear(model, name) for name in group)) for group in groups)

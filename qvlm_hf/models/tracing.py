@@ -1,4 +1,4 @@
-"""One run of a model under hooks: which tensors enter its linear modules and leave its norms.
+"""One run of a model under hooks: which tensors enter its linear modules.
 
 A tensor is known by its memory, its place in it and its version, so that a reshaped view is the
 same input as the tensor, and one that was written to in between is not. Tensors of a layer are held
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qvlm_hf.models.experts import find_experts
-from qvlm_hf.models.parts import is_norm, layers_of, shared_weights
+from qvlm_hf.models.parts import layers_of, shared_weights
 
 __all__ = ["LinearCalls", "Recorder", "Trace"]
 
@@ -32,12 +32,10 @@ class LinearCalls:
 
     Attributes:
         first: place of the first call among all calls.
-        width: its input features.
         inputs: a number for the tensor that entered, one a call.
     """
 
     first: int
-    width: int
     inputs: tuple[int, ...] = ()
 
 
@@ -47,21 +45,17 @@ class Trace:
 
     Attributes:
         linears: name -> calls of every nn.Linear that ran.
-        norms: norm -> linear modules that read its output.
         layer_of: linear module -> the repeated entry of a ModuleList that holds it.
-        first_layer: name of any module -> the first call of a linear module in a layer inside it.
         shared: linear module -> another module that has the same weight.
         read_directly: linear modules whose weight something else than their own forward reads.
         dead: layers whose output reaches nothing, as far as the run tells.
         experts: module of experts that ran -> place of its first call among those of the linears.
         live: identities of the parameters that a result is computed from.
-        calls, tensors: of linear modules, and that entered or left modules; both are numbered.
+        calls, tensors: of linear modules, and that entered them; both are numbered.
     """
 
     linears: dict[str, LinearCalls] = field(default_factory=dict)
-    norms: dict[str, list[str]] = field(default_factory=dict)
     layer_of: dict[str, str] = field(default_factory=dict)
-    first_layer: dict[str, int] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     read_directly: set[str] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)
@@ -77,7 +71,7 @@ class Trace:
             experts = name.rpartition(".")[0].rpartition(".")[0]
             if experts in self.experts and type(module) is nn.Linear:
                 own = (-len(self.linears),)  # no other module has the same input
-                self.linears[name] = LinearCalls(self.experts[experts], module.in_features, own)
+                self.linears[name] = LinearCalls(self.experts[experts], own)
                 if name in layers:
                     self.layer_of[name] = layers[name]
 
@@ -107,7 +101,7 @@ class Recorder:
                 raise
             with torch.no_grad():  # code that a gradient cannot pass: nothing is known to be dead
                 answer, trace = self._watched(function)
-        trace.first_layer, trace.dead = _first_layers(trace), self._dead(trace)
+        trace.dead = self._dead(trace)
         self.trace = trace
         return answer
 
@@ -136,8 +130,6 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self._model, self._layers, self._trace = model, layers, trace
         self._experts = find_experts(model)
-        self._read: dict[str, set[int]] = {}  # linear module -> inputs, whatever their last size
-        self._made: dict[str, set[int]] = {}  # norm -> outputs
         self._known: dict[Any, tuple[int, Tensor]] = {}
         self._marks: list[list[Any]] = []
         self._running: list[str] = []
@@ -166,43 +158,32 @@ class _Watch(TorchFunctionMode):
                     handles.append(after(lambda *_: self._running.pop() and None))
                 elif name in self._experts:
                     handles.append(before(partial(self._enter_experts, name)))
-                elif is_norm(module):
-                    handles.append(after(partial(self._leave_norm, name)))
                 if name in self._layers:
                     handles.append(before(lambda *_: self._marks.append([])))
                     handles.append(after(self._leave_layer))
                 for handle in handles:
                     stack.callback(handle.remove)
             yield
-        for norm, outputs in self._made.items():
-            readers = self._trace.norms.setdefault(norm, [])
-            readers += (n for n, read in self._read.items() if outputs & read and n not in readers)
 
     def _enter(self, name: str, _module: nn.Module, args: Any, kwargs: Any) -> None:
         x = args[0] if args else kwargs["input"]
         with torch._C.DisableTorchFunction():
-            new = LinearCalls(self._trace.calls, x.shape[-1])
-            self._trace.linears.setdefault(name, new).inputs += (self._number(x, x.shape[-1]),)
-            self._read.setdefault(name, set()).add(self._number(x, None))
+            calls = self._trace.linears.setdefault(name, LinearCalls(self._trace.calls))
+            calls.inputs += (self._number(x),)
         self._trace.calls += 1
         self._running.append(name)
 
     def _enter_experts(self, name: str, *_: Any) -> None:
         self._trace.experts.setdefault(name, self._trace.calls)
 
-    def _leave_norm(self, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            with torch._C.DisableTorchFunction():
-                self._made.setdefault(name, set()).add(self._number(output, None))
-
     def _leave_layer(self, *_: Any) -> None:
         for key in self._marks.pop():
             self._known.pop(key, None)
 
-    def _number(self, x: Tensor, width: int | None) -> int:
+    def _number(self, x: Tensor) -> int:
         """The same number for the same numbers in memory, as long as nobody wrote to them."""
         version = 0 if x.is_inference() else x._version
-        key = (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), version, width)
+        key = (x.untyped_storage()._cdata, x.storage_offset(), x.numel(), version, x.shape[-1])
         if key not in self._known:
             self._known[key] = (self._trace.tensors, x)
             self._trace.tensors += 1
@@ -216,17 +197,6 @@ def _harmless(func: Any) -> bool:
     if getattr(func, "__name__", "") == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") not in _TELLING
     return getattr(func, "__name__", "") in _HARMLESS
-
-
-def _first_layers(trace: Trace) -> dict[str, int]:
-    first: dict[str, int] = {}
-    for name, calls in trace.linears.items():
-        if name in trace.layer_of:
-            parts = name.split(".")
-            for i in range(len(parts)):
-                prefix = ".".join(parts[:i])
-                first[prefix] = min(first.get(prefix, calls.first), calls.first)
-    return first
 
 
 @contextmanager

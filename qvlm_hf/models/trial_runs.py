@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from qvlm_hf.errors import one_line
 from qvlm_hf.models.parts import PartNames
 from qvlm_hf.models.trace_inputs import accepted, count_rows, picture_guesses, text_inputs
 from qvlm_hf.models.tracing import Recorder
@@ -15,7 +16,6 @@ _TOKEN_COUNTS = (
     "image_seq_length", "mm_tokens_per_image", "num_image_tokens", "latent_query_num",
     "num_query_tokens",
 )  # fmt: skip
-_LONGEST_PROBLEM = 160  # characters of a foreign error
 
 
 def run_all_parts(
@@ -103,8 +103,7 @@ class _Trial:
         try:
             return self._recorder.run(lambda: function(**arguments))
         except Exception as error:  # a guess that does not fit fails in any way
-            problem = " ".join(f"{type(error).__name__}: {error}".split())
-            self.problems.append(problem[:_LONGEST_PROBLEM])
+            self.problems.append(one_line(error))
             return None
 
 

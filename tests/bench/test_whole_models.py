@@ -14,10 +14,11 @@ from qvlm_hf.bench.generation import generate
 from qvlm_hf.bench.machine import Clock, Limits, measure_limits
 from qvlm_hf.bench.memory import decoder_bytes, peak_bytes, stored_bytes
 from qvlm_hf.bench.random_models import random_model, random_prompt
-from qvlm_hf.bench.turns import Timing, one_line, summarize, take_turns
+from qvlm_hf.bench.turns import Timing, summarize, take_turns
 from qvlm_hf.bench.whole_models import Contender, fits_together, measure_models, phase
 from qvlm_hf.cli import bench, main
 from qvlm_hf.cli.bench_models import _caches, _contenders, _saved
+from qvlm_hf.errors import one_line
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.round_on_load import planned_report
 from qvlm_hf.nn.replace import quantized_modules

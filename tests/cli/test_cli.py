@@ -15,8 +15,6 @@ from tiny_models import save_tiny, save_tiny_samples
 from qvlm_hf.cli import inspect, main
 from qvlm_hf.hub.saved import SavedModel
 
-GOLDEN = Path(__file__).parent.parent / "golden"
-
 
 def files(folder, pattern="*"):
     return {path: path.read_bytes() for path in folder.rglob(pattern) if path.is_file()}
@@ -425,14 +423,3 @@ def test_wrong_usage_is_status_2(words):
     with pytest.raises(SystemExit) as ended:
         main(words.split())
     assert ended.value.code == 2
-
-
-@pytest.mark.parametrize(
-    "golden", sorted(GOLDEN.glob("cli_help_*.txt")), ids=lambda file: file.stem
-)
-def test_help_is_pinned(golden, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as ended:
-        main([golden.stem.removeprefix("cli_help_"), "--help"])
-    assert ended.value.code == 0
-    assert capsys.readouterr().out == golden.read_text()

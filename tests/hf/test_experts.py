@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText
 from qvlm_hf import QVLMConfig, quantize_model, save_quantized
 from qvlm_hf.calibration.record.report import CalibrationReport
 from qvlm_hf.calibration.samples import batches, load_samples
-from qvlm_hf.calibration.search import ranges
+from qvlm_hf.calibration.search import ranges, segments
 from qvlm_hf.cli import main
 from qvlm_hf.format.files import tensor_headers, weight_files
 from qvlm_hf.hub.saved import SavedModel
@@ -158,6 +158,17 @@ def test_experts_that_saw_few_tokens_share_ranges_and_are_named(monkeypatch):
     assert not any("experts" in each for each in report.warnings)
     for of_layer in expert_inputs(model).values():
         assert not any(torch.equal(scale, of_layer[0]) for scale in of_layer[1:])
+
+
+def test_experts_of_a_stopped_calibration_come_back(monkeypatch, tmp_path):
+    options = {"activation_granularity": "channel", "resume_dir": tmp_path}
+    model, report = quantized("qwen3_vl_moe", **options)
+    monkeypatch.setattr(segments, "initialize_sites", None)  # nothing is searched again
+    again, same = quantized("qwen3_vl_moe", **options)
+    assert same.routing == report.routing
+    assert any(routing.few_tokens for routing in same.routing)
+    first, second = model.state_dict(), again.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("weight_rounding", ["gptq", "nearest"])

@@ -84,7 +84,8 @@ def survey(family: str) -> dict:
 
 def described(model: torch.nn.Module, structure: Structure) -> dict:
     with experts_split(model):
-        coverage = measure_coverage(model, structure.modules, structure.left_out)
+        modules = [name for s in structure.segments for site in s.sites for name in site.modules]
+        coverage = measure_coverage(model, modules, structure.left_out)
     sites: dict[str, int] = {}
     for segment in structure.segments:
         count = sum(len(layer.sites) for layer in segment.layers)
@@ -96,7 +97,6 @@ def described(model: torch.nn.Module, structure: Structure) -> dict:
     return {
         "sites": sites,
         "dead": [layer.name for s in structure.segments for layer in s.layers if layer.dead],
-        "norms": len(structure.norms),
         "percent_of_layers": round(100 * quantized / (coverage.parameters - held)),
     } | coverage.summary()
 

@@ -26,7 +26,6 @@ from qvlm_hf.cli import main
 load = AutoModelForImageTextToText.from_pretrained
 
 TASK = "image-text-to-text"
-GOLDEN = Path(__file__).parent.parent / "golden"
 QUESTION = tiny_messages(1, seed=5)[0]["messages"][:1]
 
 
@@ -312,7 +311,11 @@ def test_cli_fails_as_the_same_command(source, tmp_path, capsys):
 def test_cli_help_is_the_same(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert optimum_cli("quantize", "--help") == 0
-    assert capsys.readouterr().out == (GOLDEN / "cli_help_quantize.txt").read_text()
+    printed = capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["quantize", "--help"])
+    assert ended.value.code == 0
+    assert printed == capsys.readouterr().out
 
 
 @pytest.mark.parametrize("copies", [1, 2])

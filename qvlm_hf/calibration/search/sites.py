@@ -89,6 +89,7 @@ class QuantizedSite:
         few_tokens: whether these are too few for ranges or rounding of its own.
     """
 
+    active: int | None = None
     tokens: int | None = None
     few_tokens = False
 
@@ -96,7 +97,6 @@ class QuantizedSite:
         self, site: Site, linears: Sequence[nn.Linear], candidates: Sequence[SiteCandidate]
     ) -> None:
         self.site, self.linears, self.candidates = site, tuple(linears), list(candidates)
-        self.active: int | None = None
         self._weights: dict[int, tuple[Tensor, ...]] = {}  # dequantized, by candidate
         self._clips: dict[str, tuple[Tensor, ...]] = {}  # of tried candidates, by granularity
         self._final: tuple[QuantizedWeight, ...] | None = None

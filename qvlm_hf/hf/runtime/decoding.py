@@ -27,6 +27,7 @@ from qvlm_hf.calibration.measure.answers import eval_mode
 from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.record.report import DecodeCheck
 from qvlm_hf.calibration.samples import Sample, collate, moved
+from qvlm_hf.errors import one_line
 from qvlm_hf.format.scheme import QuantScheme
 from qvlm_hf.hf.processor_fit import sample_of_noise
 from qvlm_hf.hf.runtime.fusion import leave_to_transformers
@@ -38,7 +39,6 @@ ModuleState = tuple[QuantScheme, dict[str, Any]]  # scheme and parameters
 
 _TOKENS = 8  # the first one comes from the prompt; the cache makes the others
 _NATS = 1e-3  # rounding in float32 gave 1e-8, a forgotten cache .01 and more
-_REASON = 200  # characters of a foreign error in a warning
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def check_new_model(
         leave_to_transformers(model, problem)
         still = decoding_problem(check_decoding(model, inputs))
     except Exception as error:  # of the check alone: it takes no hours of work away
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_REASON]
+        reason = one_line(error)
         return (
             check,
             f"decoding with a key-value cache was not checked ({reason}): run qvlm check.",
