@@ -1,6 +1,7 @@
 """What of a model is quantized under some settings, and whether its weights can be."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,13 +41,20 @@ def check_weights(segments: Sequence[Segment]) -> None:
     """Finds a broken checkpoint here and not after the search.
 
     Raises:
-        ValueError: a weight is empty (on the meta device), or holds NaN or infinity.
+        ValueError: a weight is empty (on the meta device), or holds NaN or infinity; or a module
+            computes by a function of its own.
     """
     sites = (site for segment in segments for site in segment.sites)
     named = (pair for site in sites for pair in zip(site.modules, site.linears, strict=True))
     for name, linear in named:
         if linear.weight.is_meta:
             raise ValueError(f"{name} {why_empty(linear)}, then quantize it.")
+        runs: Any = getattr(linear.forward, "__func__", None)
+        if runs is not nn.Linear.forward and not hasattr(linear, "_hf_hook"):  # accelerate's
+            raise ValueError(
+                f"{name} has a forward function of its own, which quantizing would lose: delete "
+                f"it, or leave the module out (modules_to_not_convert=)."
+            )
         if not torch.isfinite(linear.weight).all():
             raise ValueError(f"the weight of {name} {not_finite(linear.weight.dtype)}")
 

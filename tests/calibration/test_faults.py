@@ -51,6 +51,17 @@ def test_the_first_module_that_makes_infinity_is_named(name):
     assert next(quantized_modules(model), None) is None
 
 
+def test_a_function_in_the_place_of_forward_is_not_lost():
+    model = tiny_llava().eval()
+    linear = model.model.language_model.layers[1].mlp.up_proj
+    linear.forward = lambda x: torch.zeros(*x.shape[:-1], linear.out_features)
+    with pytest.raises(ValueError, match=r"^model\..*layers.1.mlp.up_proj has a forward function"):
+        calibrate(model, max_block_depth=1)
+    assert next(quantized_modules(model), None) is None
+    del linear.forward
+    calibrate(model, max_block_depth=1)
+
+
 def test_channels_and_weights_without_a_range_are_quantized():
     model = tiny_llava().eval()
     layer = model.model.language_model.layers[0]
