@@ -78,7 +78,6 @@ _QUICK: dict[str, Any] = {
     "precision_budget": None,
 }
 _PLAIN: dict[str, Any] = {
-    "activation_granularity": "dynamic_token",
     "rotation": None,
     "lm_head_bits": None,  # with data a trial leaves it out by itself
 }
@@ -227,8 +226,8 @@ def planned_recipes(
     """The recipe that is likely best, and the changes to try: ranges, rotation, equalization.
 
     Measured (docs/results.md), likely best are ranges per token and group without rotation. Next to
-    them searched ranges pay where bits are few, and ranges per token where they are not. A field
-    that is not at its default is fixed.
+    them searched ranges pay where bits are few, and ranges per token where they are not. Weights
+    alone are likely best as they are. A field that is not at its default is fixed.
 
     Args:
         settings: whose `recipe` is "auto".
@@ -236,17 +235,22 @@ def planned_recipes(
     """
     rotations = settings.rotations(rotatable=rotatable)
     ranges = [settings.activation_granularity]
-    if ranges == [None]:
+    if ranges == [None] and settings.activation_bits < 16:
         ranges = [None, "dynamic_token"]
         if 0 < settings.group_size <= _LONGEST_GROUP:
             rotations = tuple(sorted(rotations, key=bool))
             few = settings.activation_bits <= _FEW_BITS
             ranges = ["dynamic_group", None if few else "dynamic_token"]
+    first: Recipe = {"rotation": rotations[0], "activation_granularity": ranges[0]}
     changes: list[Recipe] = [{"activation_granularity": other} for other in ranges[1:]]
     changes += [{"rotation": other} for other in rotations[1:]]
     if settings.equalization == Options.equalization:
-        changes.append({"equalization": not Options.equalization})
-    return {"rotation": rotations[0], "activation_granularity": ranges[0]}, changes
+        if settings.activation_bits < 16:
+            changes.append({"equalization": not Options.equalization})
+        else:  # docs/decisions/0037-weights-alone-are-equalized.md
+            first["equalization"] = not Options.equalization
+            changes.insert(0, {"equalization": Options.equalization})
+    return first, changes
 
 
 def _best(tried: Sequence[Tried]) -> RecipeTrial:
@@ -275,7 +279,9 @@ def trial_settings(settings: CalibrationSettings, recipe: Recipe) -> Calibration
 
 def plain_rounding(settings: CalibrationSettings) -> CalibrationSettings:
     """The settings of rounding to nearest without data, inputs with a range per token."""
-    return replace(settings, recipe="fixed", **(_QUICK | _PLAIN))
+    ranges = None if settings.activation_bits == 16 else "dynamic_token"
+    fields = _QUICK | _PLAIN | {"activation_granularity": ranges}
+    return replace(settings, recipe="fixed", **fields)
 
 
 def try_settings(
