@@ -77,13 +77,13 @@ def pairs() -> None:
             panel.axhline(0, color="#999999", lw=0.7)
             panel.set_xlabel(label)
             panel.set_title(name if not line else "", fontsize=10)
-        axes[0, 0].set_ylabel("DED, % of greedy error")
-        axes[1, 0].set_ylabel("DED, % of greedy error")
-        for ranges, part in product(("default", "paper"), PARTS):
-            style = {"color": COLOURS[ranges], "marker": PARTS[part], "lw": 0}
-            axes[0, 0].plot([], [], label=f"{ranges} ranges, {part}", markersize=4, **style)
         for ranges in COLOURS:
             describe(name, ranges, [row for row in rows if row["ranges"] == ranges])
+    for panel in axes[:, 0]:
+        panel.set_ylabel("DED, % of greedy error")
+    for ranges, part in product(("default", "paper"), PARTS):
+        style = {"color": COLOURS[ranges], "marker": PARTS[part], "lw": 0}
+        axes[0, 0].plot([], [], label=f"{ranges} ranges, {part}", markersize=4, **style)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(),
         loc="outside lower center",
