@@ -139,6 +139,7 @@ def quantize_without_data(model: nn.Module, settings: CalibrationSettings) -> Ca
             "this scheme has activation ranges to calibrate: give dataset=, or "
             "activation_granularity='dynamic_token'."
         )
+    settings = replace(settings, recipe="fixed")  # nothing to compare recipes by
     structure = read_without_row(model, settings)
     with experts_split(model, keep=True):
         segments = resolve_segments(model, settings) if structure is None else structure.segments
