@@ -312,23 +312,20 @@ def one_by_one(batches: Batches, image_token: int) -> Batches:
 
 def _our_methods() -> Iterator[Method]:
     rotated = {"activation_granularity": "dynamic_token", "rotation": "hadamard"}
+    auto, symmetric = {"recipe": "auto"}, {"symmetric": True}
     language = {"quantize_vision": False, "quantize_projector": False}
     variants: list[tuple[str, str, dict[str, Any]]] = [
         ("W8A8", "defaults", {}),
         ("W8A8", "defaults, language model alone", language),
-        ("W8A8", "auto", {"recipe": "auto"}),
-        ("W4A16", "defaults", {}),
-        ("W4A16", "defaults, language model alone", language),
-        ("W4A16", "defaults, no zero points", {"symmetric": True}),
-        (
-            "W4A16",
-            "defaults, no zero points, language model alone",
-            {"symmetric": True, **language},
-        ),
+        ("W8A8", "auto", auto),
+        ("W4A16", "auto", auto),
+        ("W4A16", "auto, language model alone", auto | language),
+        ("W4A16", "auto, no zero points", auto | symmetric),
+        ("W4A16", "auto, no zero points, language model alone", auto | symmetric | language),
         ("W4A8", "defaults", {}),
-        ("W4A8", "auto", {"recipe": "auto"}),
+        ("W4A8", "auto", auto),
         ("W4A4", "defaults", {}),
-        ("W4A4", "auto", {"recipe": "auto"}),
+        ("W4A4", "auto", auto),
         ("W4A4", "QuaRot's kind: rotation, dynamic, GPTQ", rotated),
     ]
     for scheme, how, fields in variants:
