@@ -48,7 +48,7 @@ Modules = dict[str, QVLMLinear]
 def transformed(calibration: Calibration) -> Iterator[None]:
     """Folds rotation and equalization into the weights; an error inside undoes it."""
     model, settings = calibration.model, calibration.settings
-    equalized = settings.equalizes and calibration.data
+    equalized = settings.equalization and calibration.data
     with undone_on_error(model) if settings.rotation or equalized else nullcontext():
         with calibration.timed("transform"):
             if settings.rotation is not None:

@@ -14,6 +14,7 @@ Rotation and equalization fold into the weights early, and an error undoes them.
 replaced at the very end, when all are ready. So an error on the way leaves the model as it was.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,11 +100,15 @@ def quantize_with_data(
         with naming_the_source(model, everything, processor), experts_split(model, keep=True):
             check_weights(resolve_segments(model, settings))
             chosen = settings.activation_granularity is not None  # by the user, no recipe
+            start = time.perf_counter()
             settings, trials = best_recipe(
                 model, settings, samples, processor,
                 held_out=held_out, callbacks=callbacks, kept=kept,
             )  # fmt: skip
+            compared = time.perf_counter() - start
             calibration = _begin(model, settings, samples, processor, callbacks, kept)
+            if trials:
+                calibration.report.seconds["recipes"] = compared
             check_on = (held_out or samples)[:CHECK_SAMPLES]
             checks = list(batches(check_on, processor, settings.batch_size, model=model))
             answers = AnswerComparison(model, checks, held_out=bool(held_out))
@@ -134,6 +139,7 @@ def quantize_without_data(model: nn.Module, settings: CalibrationSettings) -> Ca
             "this scheme has activation ranges to calibrate: give dataset=, or "
             "activation_granularity='dynamic_token'."
         )
+    settings = replace(settings, recipe="fixed")  # nothing to compare recipes by
     structure = read_without_row(model, settings)
     with experts_split(model, keep=True):
         segments = resolve_segments(model, settings) if structure is None else structure.segments

@@ -78,7 +78,6 @@ _QUICK: dict[str, Any] = {
     "precision_budget": None,
 }
 _PLAIN: dict[str, Any] = {
-    "activation_granularity": "dynamic_token",
     "rotation": None,
     "lm_head_bits": None,  # with data a trial leaves it out by itself
 }
@@ -112,48 +111,76 @@ def best_recipe(
         return settings, ()
 
     def compare() -> tuple[RecipeTrial, ...]:
-        """Tries recipes on few samples, judged by others."""
-        prepared = partial(
-            batches, processor=processor, batch_size=settings.batch_size, model=model
-        )
-        few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
-        data = with_text(model, list(prepared(by_picture(few))), settings)
-        judges = list(prepared([*held_out, *rest][:JUDGES]))
-        answers = AnswerComparison(model, judges, held_out=True)
-        text = AnswerComparison(model, _own_text(model, settings.seed), held_out=True)
-
-        def measure(tried: CalibrationSettings, data: Sequence[Batch]) -> list[list[float]]:
-            answer_kls, text_kls = try_settings(model, tried, data, (answers, text))
-            # where there are no answers, or there is no text, the other stands for both
-            return [answer_kls or text_kls, text_kls or answer_kls]
-
-        _, plain = kept.once("plain", partial(measure, plain_rounding(settings), ()))
-        if not plain:
-            raise ValueError(
-                "recipe='auto' compares answers: no sample has one, and the model writes no text "
-                "without a picture. Give samples with answers, or recipe='fixed'."
-            )
-        numbers = count()
-
-        def measure_recipe(recipe: Recipe) -> Tried:
-            once = partial(measure, trial_settings(settings, recipe), data)
-            answer_kls, text_kls = kept.once(f"recipe-{next(numbers)}", once)
-            trial = RecipeTrial(
-                fields=recipe,
-                answer_kl=typical(answer_kls),
-                text_kl=typical(text_kls),
-                keeps_text=not clearly_above(text_kls, plain, errors=2),
-            )
-            return Tried(trial, answer_kls)
-
+        trials = _Trials(model, settings, samples, processor, held_out=held_out, kept=kept)
         first, changes = planned_recipes(settings, rotatable=not why_not_rotatable(model))
         steps = Steps("recipes", callbacks if ranks.is_main() else (), 1 + len(changes))
-        return compare_recipes(first, changes, measure_recipe, steps)
+        return compare_recipes(first, changes, trials.measure, steps)
 
     with ranks.no_sync():
         trials = kept.once("recipes", compare)
     taken = ranks.broadcast_object(trials[0].fields)
     return replace(settings, recipe="fixed", **taken), trials
+
+
+class _Trials:
+    """Recipes on few samples of a model, judged by its answers to others and by its own text.
+
+    Args: those of `best_recipe`.
+
+    Raises:
+        ValueError: no sample has an answer, and the model writes no text.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: CalibrationSettings,
+        samples: Sequence[Sample],
+        processor: Processor,
+        *,
+        held_out: Sequence[Sample],
+        kept: SavedSteps,
+    ) -> None:
+        prepared = partial(
+            batches, processor=processor, batch_size=settings.batch_size, model=model
+        )
+        few, rest = hold_out(samples, min(TRIAL_SAMPLES, (len(samples) + 1) // 2), settings.seed)
+        self._model, self._settings, self._kept = model, settings, kept
+        self._data = with_text(model, list(prepared(by_picture(few))), settings)
+        self._comparisons = [
+            AnswerComparison(model, judges, held_out=True)
+            for judges in (
+                list(prepared([*held_out, *rest][:JUDGES])),
+                _own_text(model, settings.seed),
+            )
+        ]
+        self._steps = (f"recipe-{number}" for number in count())
+        _, self._plain_text = self._divergences("plain", plain_rounding(settings), ())
+        if not self._plain_text:
+            raise ValueError(
+                "recipe='auto' compares answers: no sample has one, and the model writes no text "
+                "without a picture. Give samples with answers, or recipe='fixed'."
+            )
+
+    def measure(self, recipe: Recipe) -> Tried:
+        """Tries a recipe, or reads how it did before the calibration was stopped."""
+        settings = trial_settings(self._settings, recipe)
+        answer_kls, text_kls = self._divergences(next(self._steps), settings, self._data)
+        trial = RecipeTrial(
+            fields=recipe,
+            answer_kl=typical(answer_kls),
+            text_kl=typical(text_kls),
+            keeps_text=not clearly_above(text_kls, self._plain_text, errors=2),
+        )
+        return Tried(trial, answer_kls)
+
+    def _divergences(
+        self, step: str, settings: CalibrationSettings, data: Sequence[Batch]
+    ) -> tuple[list[float], list[float]]:
+        """Of the answers and of the text; where there are none the others stand for both."""
+        tried = partial(try_settings, self._model, settings, data, self._comparisons)
+        answer_kls, text_kls = self._kept.once(step, tried)
+        return answer_kls or text_kls, text_kls or answer_kls
 
 
 def _own_text(model: nn.Module, seed: int) -> list[Batch]:
@@ -199,8 +226,8 @@ def planned_recipes(
     """The recipe that is likely best, and the changes to try: ranges, rotation, equalization.
 
     Measured (docs/results.md), likely best are ranges per token and group without rotation. Next to
-    them searched ranges pay where bits are few, and ranges per token where they are not. A field
-    that is not at its default is fixed.
+    them searched ranges pay where bits are few, and ranges per token where they are not. Weights
+    alone are likely best as they are. A field that is not at its default is fixed.
 
     Args:
         settings: whose `recipe` is "auto".
@@ -208,17 +235,22 @@ def planned_recipes(
     """
     rotations = settings.rotations(rotatable=rotatable)
     ranges = [settings.activation_granularity]
-    if ranges == [None]:
+    if ranges == [None] and settings.activation_bits < 16:
         ranges = [None, "dynamic_token"]
         if 0 < settings.group_size <= _LONGEST_GROUP:
             rotations = tuple(sorted(rotations, key=bool))
             few = settings.activation_bits <= _FEW_BITS
             ranges = ["dynamic_group", None if few else "dynamic_token"]
+    first: Recipe = {"rotation": rotations[0], "activation_granularity": ranges[0]}
     changes: list[Recipe] = [{"activation_granularity": other} for other in ranges[1:]]
     changes += [{"rotation": other} for other in rotations[1:]]
     if settings.equalization == Options.equalization:
-        changes.append({"equalization": not Options.equalization})
-    return {"rotation": rotations[0], "activation_granularity": ranges[0]}, changes
+        if settings.activation_bits < 16:
+            changes.append({"equalization": not Options.equalization})
+        else:  # docs/decisions/0037-weights-alone-are-equalized.md
+            first["equalization"] = not Options.equalization
+            changes.insert(0, {"equalization": Options.equalization})
+    return first, changes
 
 
 def _best(tried: Sequence[Tried]) -> RecipeTrial:
@@ -247,7 +279,9 @@ def trial_settings(settings: CalibrationSettings, recipe: Recipe) -> Calibration
 
 def plain_rounding(settings: CalibrationSettings) -> CalibrationSettings:
     """The settings of rounding to nearest without data, inputs with a range per token."""
-    return replace(settings, recipe="fixed", **(_QUICK | _PLAIN))
+    ranges = None if settings.activation_bits == 16 else "dynamic_token"
+    fields = _QUICK | _PLAIN | {"activation_granularity": ranges}
+    return replace(settings, recipe="fixed", **fields)
 
 
 def try_settings(

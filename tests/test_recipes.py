@@ -132,11 +132,15 @@ def test_what_is_likely_to_be_best_gives_way_to_what_is_clearly_better_alone(bit
         ({"group_size": -1}, {None, "dynamic_token"}),
         ({"group_size": 256}, {None, "dynamic_token"}),  # of which GPUs have no kernel
         ({"activation_granularity": "channel"}, {"channel"}),
+        ({"activation_granularity": "dynamic_token"}, {"dynamic_token"}),
+        ({"activation_bits": 16}, {None}),  # weights alone: rotation and equalization
     ],
 )
 def test_ranges_per_group_are_tried_where_kernels_take_them(options, expected):
     made, _ = compare(auto(**options), lambda _: (0.1, 0.1))
     assert {one.fields["activation_granularity"] for one in made} == expected
+    assert [one.fields["rotation"] for one in made].count("hadamard") == 1
+    assert {one.fields.get("equalization", True) for one in made} == {True, False}
 
 
 def test_the_typical_sample_decides():
@@ -169,13 +173,6 @@ def test_a_trial_is_quick_and_compares_nothing_itself():
         guard=False,
         token_importance=False,
     )
-
-
-@pytest.mark.parametrize(
-    "options", [{"activation_bits": 16}, {"activation_granularity": "dynamic_token"}]
-)
-def test_inputs_that_are_not_calibrated_leave_nothing_to_compare(options):
-    assert auto(**options).recipe == "fixed"
 
 
 def test_without_answers_and_text_nothing_can_be_compared(monkeypatch):
@@ -240,3 +237,19 @@ def test_where_the_outliers_sit_decides_the_recipe():
         best, other = sorted(map(min, kls.values()))
         assert other > 1.4 * best  # far from chance
     assert chosen == {plant_outliers: None, plant_massive_tokens: "hadamard"}
+
+
+def test_weights_alone_are_compared_too():
+    """Columns of outlier channels are small, and rounded away unless scales make them alike."""
+    model = tiny_llava()
+    plant_outliers(model)
+    _, report = calibrate(
+        model, data=tiny_samples(16), recipe="auto", activation_bits=16, token_importance=False
+    )
+    kls = {
+        (tried.fields["rotation"], tried.fields.get("equalization", True)): tried.answer_kl
+        for tried in report.recipes
+    }
+    assert len(kls) == 3
+    assert next(iter(kls)) == (None, True)
+    assert kls[None, False] > 1.4 * kls[None, True]

@@ -273,8 +273,7 @@ class Options:
     equalization: bool = option(
         True,
         _SWITCH,
-        "move scales of input channels into the weights that read them, exactly; quantized inputs "
-        "only; needs data.",
+        "move scales of input channels into the weights that read them, exactly; needs data.",
     )
     token_importance: bool = option(
         True,
@@ -301,8 +300,7 @@ class Options:
         '"auto" measures which of a few recipes (rotation, granularity, equalization) answers most '
         "like full precision, on samples that the comparison does not calibrate on, and takes it. "
         "Fields that differ from their defaults stay. "
-        '"fixed" compares nothing, in about half the time. Nor is anything with inputs of 16 '
-        "bits, or of a granularity that needs no data.",
+        '"fixed" compares nothing, in about half the time. Nor is anything without data.',
         flag=Flag(
             "auto measures which recipe suits the model, fixed takes half the time",
             choices=("auto", "fixed"),

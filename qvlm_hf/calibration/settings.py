@@ -81,8 +81,6 @@ class CalibrationSettings(Options):
         self.module_scheme(self.start_granularity("language"))  # bits, group size and symmetry
         if self.seed >= 2**63:  # what PyTorch's generators take
             raise ValueError(f"seed={self.seed} must be below 2**63.")
-        if not self.needs_data:
-            self.recipe = "fixed"  # nothing of the inputs is calibrated
         if self.recipe == "fixed" and self.rotations(rotatable=True)[0] is None:
             self.rotation = None
 
@@ -114,11 +112,6 @@ class CalibrationSettings(Options):
     def selection(self) -> Selection:
         """What of a model is quantized."""
         return Selection(self.quantize_vision, self.quantize_projector, self.modules_to_not_convert)
-
-    @property
-    def equalizes(self) -> bool:
-        """Whether scales move between weights: only inputs that are rounded gain by it."""
-        return self.equalization and self.activation_bits < 16
 
     @property
     def precision(self) -> Precision:

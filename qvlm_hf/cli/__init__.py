@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from qvlm_hf import interruption
 from qvlm_hf.cli.wording import command_arguments, in_options, shown_name
@@ -79,13 +80,25 @@ def _run(arguments: Sequence[str]) -> int:
         return 1
 
 
+class _Command(argparse.ArgumentParser):
+    """The parser of one command, whose own usage answers a word that it does not know."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
+
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qvlm", description="Q-VLM quantization of vision-language models."
     )
     version = importlib.import_module("qvlm_hf").__version__
     parser.add_argument("--version", action="version", version=f"qvlm {version}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_Command
+    )
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(
             name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."

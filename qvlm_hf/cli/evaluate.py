@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         check_result_file(options.json)
     folder = check_recordable(options.model) if options.record else None
-    if options.against is not None:
-        read_config(options.against)  # a wrong name should not wait for the model
+    # a wrong name should not wait for the model
+    other = None if options.against is None else read_config(options.against)
     if options.text is not None:
         check_text(options.text)
     samples = load_samples(options.dataset, num_samples=options.num_samples, seed=options.seed)
@@ -74,11 +74,13 @@ def run(options: argparse.Namespace) -> int:
             reference=reference,
             progress=lambda done, _: bar.update(done - bar.n),
         )
-    lines, found = format_comparison(result, name=Path(options.model).name), result.to_dict()
+    is_quantized = getattr(other, "quantization_config", None) is not None
+    names = _names(options.model, options.against if is_quantized else None)
+    lines, found, text = format_comparison(result, **names), result.to_dict(), None
     if windows is not None:
         shown = tqdm(windows, desc="qvlm evaluate", unit="window of text", disable=None)
         text = evaluate_text(model, shown, reference=reference)
-        lines += format_text(text, name=Path(options.model).name)
+        lines += format_text(text, **names)
         found["text"] = text.to_dict()
     print("\n".join(lines))
     if options.json:
@@ -89,13 +91,29 @@ def run(options: argparse.Namespace) -> int:
             "evaluate",
             folder,
             dataset=options.dataset,
+            text=options.text,
             against=options.against,
             num_samples=options.num_samples,
             batch_size=options.batch_size,
             seed=options.seed,
             record=True,
         )
-        entry = evaluation_entry(result, reference=options.against, command=command, **asked)
+        entry = evaluation_entry(
+            result,
+            reference=options.against,
+            reference_quantized=is_quantized,
+            command=command,
+            text=None if text is None else (options.text, text),
+            **asked,
+        )
         record_measurement(folder, evaluation=entry)
         print(f"recorded in {REPORT_NAME} and {CARD_NAME}")
     return 0
+
+
+def _names(model: str, quantized: str | None) -> dict[str, str]:
+    """What the models are called: by their own names; `quantized` is another, if it is that."""
+    if quantized is None:
+        return {"name": Path(model).name}
+    names = {"name": Path(model).name, "reference": Path(quantized).name}
+    return names if len({*names.values()}) == 2 else {"name": model, "reference": quantized}

@@ -13,7 +13,7 @@ import torch
 from qvlm_hf.bench.machine import device_name
 from qvlm_hf.calibration.record.provenance import versions
 from qvlm_hf.calibration.samples import dataset_name
-from qvlm_hf.evaluation import Evaluation
+from qvlm_hf.evaluation import Evaluation, TextEvaluation
 
 __all__ = [
     "benchmark_entry",
@@ -86,8 +86,21 @@ def evaluation_entry(
     batch_size: int,
     reference: str | None,
     command: str,
+    reference_quantized: bool = False,
+    text: tuple[str, TextEvaluation] | None = None,
 ) -> dict[str, Any]:
-    """The section "evaluation" of qvlm_report.json, without paths."""
+    """The section "evaluation" of qvlm_report.json, without paths.
+
+    Args:
+        result: what was measured.
+        dataset: of the questions.
+        seed: of their choice.
+        batch_size: questions per forward pass.
+        reference: name of the model that it was compared with.
+        command: from `shown_command`.
+        reference_quantized: whether that model is no full-precision one.
+        text: a file of plain text, and what was measured on it.
+    """
     found = result.to_dict()
     return {
         "dataset": dataset_name(dataset),
@@ -96,7 +109,9 @@ def evaluation_entry(
         "seed": seed,
         "batch_size": batch_size,
         "reference": None if reference is None else _model_label(reference),
+        "reference_quantized": reference_quantized,
         **{key: found[key] for key in ("accuracy", "by_kind", "comparison")},
+        "text": None if text is None else {"file": dataset_name(text[0]), **text[1].to_dict()},
         "device": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -121,7 +136,7 @@ def shown_command(command: str, directory: str | Path, **options: Any) -> str:
     Options of None and False are left out, True is a flag.
     """
     words = ["qvlm", command, _model_label(directory)]
-    labels = {"dataset": dataset_name, "against": _model_label}
+    labels = {"dataset": dataset_name, "text": dataset_name, "against": _model_label}
     for name, value in options.items():
         if value is not None and value is not False:
             value = labels[name](value) if name in labels else value

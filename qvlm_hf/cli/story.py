@@ -8,6 +8,7 @@ from qvlm_hf.cli.wording import in_options
 __all__ = ["story"]
 
 _WIDTH = 40  # characters of the longest bar
+_RECIPES = "recipes, the one taken first (geometric means)"
 
 
 def story(report: CalibrationReport) -> Iterator[str]:
@@ -47,7 +48,9 @@ def story(report: CalibrationReport) -> Iterator[str]:
             depths = f"{vision.depth_before:.2f} -> {vision.depth_after:.2f}"
             yield f"  mean depth of the vision encoder's blocks {depths} layers"
     if report.seconds:
-        yield "seconds: " + ", ".join(f"{step} {s:.1f}" for step, s in report.seconds.items())
+        # longest first, in a new report and in one from disk, whose keys are sorted
+        longest_first = sorted(report.seconds.items(), key=lambda item: -item[1])
+        yield "seconds: " + ", ".join(f"{step} {s:.1f}" for step, s in longest_first)
     yield from ("warning: " + in_options(warning, "quantize") for warning in report.warnings)
 
 
@@ -55,11 +58,11 @@ def _recipes(report: CalibrationReport) -> Iterator[str]:
     if not report.recipes:
         return
     names = [
-        ", ".join(f"{name}={value}" for name, value in tried.fields.items())
+        ", ".join(f"{name}={value}" for name, value in sorted(tried.fields.items()))
         for tried in report.recipes
     ]
-    width = max(map(len, names)) + 2
-    yield f"{'recipes, the one taken first':<{width}}{'answers':>9}{'text':>9}"
+    width = max(len(_RECIPES), *(len(name) + 2 for name in names))
+    yield f"{_RECIPES:<{width}}{'answers':>9}{'text':>9}"
     for name, tried in zip(names, report.recipes, strict=True):
         yield f"{'  ' + name:<{width}}{tried.answer_kl:>9.4f}{tried.text_kl:>9.4f}"
 

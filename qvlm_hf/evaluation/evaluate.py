@@ -270,22 +270,27 @@ def _compare(answers: Sequence[_Answer]) -> Comparison:
     )
 
 
-def format_comparison(evaluation: Evaluation, *, name: str = "quantized") -> list[str]:
-    """An evaluation as lines of text: accuracy, kinds and the comparison with the reference."""
+def format_comparison(
+    evaluation: Evaluation, *, name: str = "quantized", reference: str = "full precision"
+) -> list[str]:
+    """An evaluation as lines of text: accuracy, kinds and the comparison with the reference.
+
+    `name` and `reference` are what the two models are called.
+    """
     lines = [f"{name}: accuracy {_percent(evaluation.accuracy)}"]
     lines += [f"  {kind}: {_percent(share)}" for kind, share in evaluation.by_kind.items()]
     if (found := evaluation.comparison) is None:
         return lines
     counts, ends = found.counts, found.difference_interval
     return [
-        f"full precision: accuracy {_percent(found.reference_accuracy)}",
+        f"{reference}: accuracy {_percent(found.reference_accuracy)}",
         *lines,
         f"difference {100 * found.difference:+.1f} points [{100 * ends.low:+.1f}, "
         f"{100 * ends.high:+.1f}], McNemar p = {found.p_value:.3g}",
-        f"both right {counts.both_right}, only full precision {counts.only_first}, "
+        f"both right {counts.both_right}, only {reference} {counts.only_first}, "
         f"only {name} {counts.only_second}, both wrong {counts.both_wrong}",
-        f"KL(full precision || {name}) {found.kl:.4g} nats per answer token "
-        f"({found.answer_tokens} tokens)",
+        f"KL({reference} || {name}) {found.kl:.4g} nats per answer token "
+        f"({found.answer_tokens} token{'' if found.answer_tokens == 1 else 's'})",
     ]
 
 

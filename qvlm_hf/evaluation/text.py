@@ -20,6 +20,7 @@ from qvlm_hf.calibration.samples import IGNORE_INDEX, Batch, longest_sample
 __all__ = ["TextEvaluation", "check_text", "evaluate_text", "format_text", "read_text"]
 
 _WINDOW = 512  # tokens that a model reads at once
+_FEWEST = 32  # tokens to predict; the mean of less is chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def read_text(path: str | Path, tokenizer: Any, model: nn.Module) -> list[Tensor
     size = min(_WINDOW, longest_sample(model) or _WINDOW) - len(front)
     parts = [ids[start : start + size] for start in range(0, len(ids), size)]
     windows = [torch.tensor(front + part) for part in parts if len(front + part) > 1]
-    if not windows:
+    if sum(len(window) - 1 for window in windows) < _FEWEST:
         raise _too_little(path)
     return windows
 
@@ -127,15 +128,18 @@ def evaluate_text(
     )
 
 
-def format_text(found: TextEvaluation, *, name: str = "quantized") -> list[str]:
-    """A text evaluation as lines."""
-    line = f"{name}: perplexity {found.perplexity:.2f} on {found.tokens} tokens of text"
+def format_text(
+    found: TextEvaluation, *, name: str = "quantized", reference: str = "full precision"
+) -> list[str]:
+    """A text evaluation as lines, in which the two models are called `name` and `reference`."""
+    tokens = f"{found.tokens} token{'' if found.tokens == 1 else 's'}"
+    line = f"{name}: perplexity {found.perplexity:.2f} on {tokens} of text"
     if found.reference_perplexity is None:
         return [line]
     return [
-        f"full precision: perplexity {found.reference_perplexity:.2f} on text",
+        f"{reference}: perplexity {found.reference_perplexity:.2f} on text",
         line,
-        f"KL(full precision || {name}) {found.kl:.4g} nats per token of text",
+        f"KL({reference} || {name}) {found.kl:.4g} nats per token of text",
     ]
 
 

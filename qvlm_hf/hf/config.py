@@ -10,7 +10,7 @@ import copy
 import inspect
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import wraps
 from typing import Any
@@ -279,9 +279,12 @@ class QVLMConfig(Options, QuantizationConfigMixin):
         """
         weight_bits, activation_bits = parse_scheme(self.scheme)
         options = {name: getattr(self, name) for name in _OPTIONS}
-        return CalibrationSettings(
+        settings = CalibrationSettings(
             weight_bits=weight_bits, activation_bits=activation_bits, **options
         )
+        if self.dataset is None and not settings.needs_data:
+            return replace(settings, recipe="fixed")  # nothing to compare recipes by
+        return settings
 
     def settle_without_data(self) -> None:
         """Switches off every option that needs calibration data.

@@ -109,7 +109,7 @@ class Depths(Harness):
             seed=seed,
             max_block_depth=depth,
             entropy_threshold=threshold,
-            **self.fields,
+            **({"recipe": "fixed"} | self.fields),
         )
         search = search_block if inside == "joint" else greedily
         with mock.patch.object(segments, "search_block", search):
@@ -143,7 +143,11 @@ class Pairs(Harness):
         alone = list(batches([*few, *rest[: options.others]], self.processor, 1))
         searched = {sample.origin for sample in few}
         config = {"default": QVLMConfig, "paper": QVLMConfig.paper}[ranges](
-            scheme=scheme, dataset="x", processor=self.processor, seed=seed, **self.fields
+            scheme=scheme,
+            dataset="x",
+            processor=self.processor,
+            seed=seed,
+            **({"recipe": "fixed"} | self.fields),
         )
         model = self.load()
         settings = config.settings().for_model(rotatable=not why_not_rotatable(model))

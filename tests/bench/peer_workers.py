@@ -9,6 +9,7 @@ is printed: seconds, the modules that were quantized and versions, or its error.
 
 import json
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -62,6 +63,7 @@ class Method:
 
 
 # ---- what is measured ----------------------------------------------------------------------------
+# Without gradients, but not in inference mode: quanto packs weights when they are first used.
 
 
 def read_inputs(path: Path) -> dict[str, Batches]:
@@ -75,7 +77,7 @@ def read_inputs(path: Path) -> dict[str, Batches]:
     return {part: [found[i] for i in sorted(found)] for part, found in parts.items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answers(model: Any, batches: Batches) -> Tensor:
     """Logits [tokens, vocabulary] that predict the labelled tokens of padded batches."""
     found = []
@@ -86,7 +88,7 @@ def answers(model: Any, batches: Batches) -> Tensor:
     return torch.cat(found)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def texts(model: Any, batches: Batches) -> Tensor:
     """Logits [tokens, vocabulary] that predict each text from its second token on."""
     return torch.cat([model(**batch).logits[0, :-1].float() for batch in batches])
@@ -236,33 +238,38 @@ def llmcompressor(bits: str, *, language: bool, smooth: bool = False) -> Callabl
             start = "re:.*language_model.*"
             mappings = [[[start + linears], start + norm] for norm, linears in reads.items()]
             recipe.insert(0, SmoothQuantModifier(smoothing_strength=0.8, mappings=mappings))
-        samples = without_labels(one_by_one(job.calibration))  # padding would count in Hessians
+        # padding would count in Hessians
+        samples = one_by_one(job.calibration, model.config.image_token_id)
         data = torch.utils.data.DataLoader(samples, batch_size=None)
         layer = type(model.get_decoder().layers[0]).__name__
         oneshot(
             model=model, dataset=data, recipe=recipe, sequential_targets=[layer],
             processor=job.padded, num_calibration_samples=len(samples),
+            # the other pipeline finds no statistics for modules of a tower
+            pipeline="sequential" if language else "basic",
         )  # fmt: skip
         return model
 
     return quantize
 
 
-def without_labels(batches: Batches) -> Batches:
-    return [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
-
-
 def gptqmodel(job: Any) -> Any:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its loader fails where there is one
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=4, group_size=job.group, device="cpu", offload_to_disk=False)
-    model = GPTQModel.load(job.padded, config, dtype=torch.float32)
+    half: dict[str, Any] = {"device": "cpu", "dtype": torch.float16}  # it takes no float32
+    model = GPTQModel.load(job.padded, config, dtype=half["dtype"])
     model.quantize(job.chats, batch_size=1)
+    full = load(job.padded)
     with tempfile.TemporaryDirectory() as folder:
         model.save(folder)
-        return GPTQModel.load(
-            folder, backend=BACKEND.TORCH, device="cpu", dtype=torch.float32
-        ).model
+        saved = GPTQModel.load(folder, backend=BACKEND.TORCH, **half).model
+    for name, linear in linears(full):  # answered in float32, as all others are
+        module = saved.get_submodule(name)
+        if hasattr(module, "dequantize_weight"):
+            linear.weight.data = module.dequantize_weight().T.float().contiguous()
+    return full
 
 
 def auto_round(*, language: bool) -> Callable[[Any], Any]:
@@ -271,32 +278,35 @@ def auto_round(*, language: bool) -> Callable[[Any], Any]:
         from transformers import AutoProcessor
 
         model, processor = load(job.padded), AutoProcessor.from_pretrained(job.padded)
-        data = without_labels(one_by_one(job.calibration))
+        data = one_by_one(job.calibration, model.config.image_token_id)
         rounding = AutoRound(
             model, tokenizer=processor.tokenizer, processor=processor, scheme="W4A16",
             group_size=job.group, sym=True, quant_nontext_module=not language, iters=200,
             dataset=torch.utils.data.DataLoader(data, batch_size=None), nsamples=len(data),
-            batch_size=8, seqlen=64, device_map="cpu", seed=job.seed, enable_torch_compile=False,
+            batch_size=1, gradient_accumulate_steps=8, seqlen=64, device_map="cpu", seed=job.seed,
+            enable_torch_compile=False,
         )  # fmt: skip
         return rounding.quantize()[0]
 
     return quantize
 
 
-def one_by_one(batches: Batches) -> Batches:
-    """Every row as a batch of its own, without padding."""
+def one_by_one(batches: Batches, image_token: int) -> Batches:
+    """Every row with a picture as a batch of its own, without padding.
+
+    Rows without one are left out: packages trace the model on the arguments of the first.
+    """
     rows = []
     for batch in batches:
-        for row, mask in enumerate(batch["attention_mask"].bool()):
-            length = int(mask.sum())
-            rows.append(
-                {
-                    name: tensor[row : row + 1, :length]
-                    if tensor.dim() == 2
-                    else tensor[row : row + 1]
-                    for name, tensor in batch.items()
-                }
-            )
+        shown = (batch["input_ids"] == image_token).any(1).nonzero().flatten().tolist()
+        for row, picture in zip(shown, batch.get("pixel_values", ()), strict=True):
+            length = int(batch["attention_mask"][row].sum())
+            tokens = {
+                name: tensor[row : row + 1, :length]
+                for name, tensor in batch.items()
+                if tensor.dim() == 2 and name != "labels"
+            }
+            rows.append({**tokens, "pixel_values": picture[None]})
     return rows
 
 
@@ -310,6 +320,11 @@ def _our_methods() -> Iterator[Method]:
         ("W4A16", "defaults", {}),
         ("W4A16", "defaults, language model alone", language),
         ("W4A16", "defaults, no zero points", {"symmetric": True}),
+        (
+            "W4A16",
+            "defaults, no zero points, language model alone",
+            {"symmetric": True, **language},
+        ),
         ("W4A8", "defaults", {}),
         ("W4A8", "auto", {"recipe": "auto"}),
         ("W4A4", "defaults", {}),

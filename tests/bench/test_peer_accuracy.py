@@ -36,9 +36,21 @@ def test_answers_are_the_labelled_tokens():
     found = answers(model, [batch])
     logits = model(input_ids=ids).logits
     torch.testing.assert_close(found, torch.stack([logits[0, 3], logits[0, 4], logits[1, 1]]))
-    alone = one_by_one([batch])
-    assert [row["input_ids"].shape for row in alone] == [(1, 6), (1, 3)]
-    torch.testing.assert_close(answers(model, alone), found)
+
+
+def test_rows_with_a_picture_stand_alone():
+    ids = torch.tensor([[7, 3, 4, 5], [1, 2, 3, 0], [2, 7, 3, 0]])  # 7 is a picture
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "labels": ids,
+        "pixel_values": torch.arange(2.0).view(2, 1, 1, 1),
+    }
+    first, second = one_by_one([batch, {"input_ids": ids[1:2]}], image_token=7)
+    assert first["input_ids"].tolist() == [[7, 3, 4, 5]]
+    assert second["input_ids"].tolist() == [[2, 7, 3]]
+    assert [one["pixel_values"].item() for one in (first, second)] == [0, 1]
+    assert {*first} == {"input_ids", "attention_mask", "pixel_values"}
 
 
 def test_modules_are_counted_by_type():

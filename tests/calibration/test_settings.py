@@ -189,12 +189,6 @@ def test_needs_data(change, expected):
     assert CalibrationSettings(**change).needs_data is expected
 
 
-@pytest.mark.parametrize(("bits", "equalization"), [(8, True), (16, True), (8, False)])
-def test_only_rounded_inputs_are_equalized(bits, equalization):
-    settings = CalibrationSettings(activation_bits=bits, equalization=equalization)
-    assert settings.equalizes is (equalization and bits < 16)
-
-
 def test_candidates_start_first_and_wide_first():
     settings = CalibrationSettings(percentiles=(0.999, 1.0), margins=(1.1, 1.25))
     static = (

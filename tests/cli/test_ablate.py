@@ -151,7 +151,7 @@ def test_ctrl_c_ends_the_cell_in_one_line(folder, tmp_path, capfd):
 def test_every_line_is_a_configuration(scheme, line):
     cell = {"scheme": scheme, "line": line, "dataset": "x.jsonl", "num_samples": 4}
     config = QVLMConfig(scheme=scheme, **ablate._fields(cell, None))
-    assert (config.recipe == "auto") == (line == "auto" and scheme == "W4A4")
+    assert (config.recipe == "auto") == (line == "auto")
     assert (config.dataset is None) == (line == "RTN")
 
 

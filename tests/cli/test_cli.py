@@ -13,6 +13,7 @@ from safetensors import safe_open
 from tiny_models import save_tiny, save_tiny_samples
 
 from qvlm_hf.cli import inspect, main
+from qvlm_hf.cli.evaluate import _names
 from qvlm_hf.hub.saved import SavedModel
 
 
@@ -423,3 +424,19 @@ def test_wrong_usage_is_status_2(words):
     with pytest.raises(SystemExit) as ended:
         main(words.split())
     assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("words", ["evaluate m --dataset d --wrong 1", "inspect m --wrong 1"])
+def test_an_unknown_option_is_answered_by_the_usage_of_its_command(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    said, command = capsys.readouterr().err, words.split()[0]
+    assert ended.value.code == 2
+    assert said.startswith(f"usage: qvlm {command} [-h] ")
+    assert said.endswith(f"qvlm {command}: error: unrecognized arguments: --wrong 1\n")
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths():
+    assert _names("a/m", None) == {"name": "m"}
+    assert _names("a/m", "b/n") == {"name": "m", "reference": "n"}
+    assert _names("a/m", "b/m") == {"name": "a/m", "reference": "b/m"}

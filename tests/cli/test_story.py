@@ -1,9 +1,27 @@
 """What `qvlm quantize` tells at its end: tables whose columns stand below each other."""
 
+import json
 from types import SimpleNamespace
 
-from qvlm_hf.calibration.record.report import RecipeTrial
+from qvlm_hf.calibration.record.report import CalibrationReport, RecipeTrial
 from qvlm_hf.cli import story
+
+
+def test_the_order_is_that_of_a_report_from_disk():
+    fields = {"rotation": None, "activation_granularity": "channel"}
+    report = CalibrationReport(
+        settings={},
+        provenance={},
+        modules={},
+        recipes=(RecipeTrial(fields=fields, answer_kl=0.5, text_kl=0.25),),
+        seconds={"search": 2.0, "recipes": 9.25, "check": 1.0},
+    )
+    stored = json.loads(json.dumps(report.to_dict(), sort_keys=True))
+    lines = list(story.story(report))
+    assert lines == list(story.story(CalibrationReport.from_dict(stored)))
+    assert lines[0].startswith("recipes, the one taken first (geometric means)")
+    assert lines[1].startswith("  activation_granularity=channel, rotation=None ")
+    assert lines[2] == "seconds: recipes 9.2, search 2.0, check 1.0"
 
 
 def test_recipes_of_any_length_stand_in_columns():

@@ -248,3 +248,7 @@ def test_format_comparison(trained, samples, processor):
         f"both wrong {10 - right_count}",
         "KL(full precision || W4A4) 0 nats per answer token (22 tokens)",
     ]
+    lines = format_comparison(compared, name="model", reference="W4A4")
+    assert lines[0] == lines[1].replace("model", "W4A4")
+    assert lines[-2].split(", ")[1] == "only W4A4 0"
+    assert lines[-1] == "KL(W4A4 || model) 0 nats per answer token (22 tokens)"

@@ -9,6 +9,7 @@ from tiny_models import tiny_llava, tiny_processor
 
 from qvlm_hf.evaluation import check_text, evaluate_text, format_text, read_text
 
+_TOO_LITTLE = r"text\.txt: holds too little text: give a few hundred words\.$"
 WORDS = "what red the blue square is circle green "
 
 
@@ -42,7 +43,10 @@ def test_it_is_cross_entropy_and_kl(model):
     assert found.perplexity == pytest.approx(math.exp(loss["own"]), rel=1e-5)
     assert found.reference_perplexity == pytest.approx(math.exp(loss["other"]), rel=1e-5)
     assert found.kl == pytest.approx(kl, rel=1e-4)
-    assert len(format_text(found)) == 3
+    lines = format_text(found, name="model", reference="W4A4")
+    assert lines[0] == f"W4A4: perplexity {found.reference_perplexity:.2f} on text"
+    assert lines[1] == f"model: perplexity {found.perplexity:.2f} on 38 tokens of text"
+    assert lines[2] == f"KL(W4A4 || model) {found.kl:.4g} nats per token of text"
 
 
 def test_a_model_beside_itself_and_alone(model):
@@ -53,6 +57,9 @@ def test_a_model_beside_itself_and_alone(model):
     alone = evaluate_text(model, windows)
     assert (alone.perplexity, alone.kl) == (same.perplexity, None)
     assert len(format_text(alone)) == 1
+    assert format_text(evaluate_text(model, [torch.tensor([5, 6])]))[0].endswith(
+        " on 1 token of text"
+    )
 
 
 def test_a_file_is_read_in_windows_that_the_model_has_positions_for(model, tokenizer, tmp_path):
@@ -90,7 +97,13 @@ def test_a_file_that_is_not_there_and_what_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\xff\xfe\x00", "is no UTF-8 text"), (b"", "too little text")]
+    ("content", "message"),
+    [
+        (b"\xff\xfe\x00", "is no UTF-8 text"),
+        (b"", "too little text"),
+        (b"red", _TOO_LITTLE),
+        (b"red " * 31, _TOO_LITTLE),
+    ],
 )
 def test_mistakes(model, tokenizer, tmp_path, content, message):
     path = tmp_path / "text.txt"

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 
 import qvlm_hf
 from qvlm_hf import QVLMConfig, QVLMHfQuantizer, QVLMLinear, quantize_model
+from qvlm_hf.calibration.options import SWITCHED_OFF
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.hf import config as config_module
 from qvlm_hf.hf.round_on_load import planned_report
@@ -210,7 +211,10 @@ def test_a_tied_model_round_trips(tmp_path, inputs, ask):
 @pytest.mark.parametrize("lm_head_bits", [None, 8])
 def test_the_planned_report_is_the_one_that_rounding_gives(lm_head_bits):
     settings = CalibrationSettings(
-        activation_bits=16, lm_head_bits=lm_head_bits, modules_to_not_convert=("fc1",)
+        activation_bits=16,
+        lm_head_bits=lm_head_bits,
+        modules_to_not_convert=("fc1",),
+        **SWITCHED_OFF,
     )
     model = tiny_llava()
     planned = planned_report(model, settings)

@@ -33,6 +33,7 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 SEARCH = {"recipe": "fixed", "num_samples": 4, "batch_size": 2}
 SEARCH |= {"percentiles": (1.0, 0.999), "margins": ()}
 DATA = {"dataset": "samples.jsonl", "max_block_depth": 2, **SEARCH}
+CHECK = {"samples": 16, "answer_tokens": 33, "agreement": 0.97, "kl": 0.0017}
 DYNAMIC = {"activation_granularity": "dynamic_token", "group_size": 32}
 HEAD = {"lm_head_bits": 8, "modules_to_not_convert": ["multi_modal_projector", "layers.0.mlp.fc1"]}
 # Kind -> fields of QVLMConfig, and what its card must say beyond the golden ones.
@@ -318,6 +319,33 @@ def test_golden(saved, tmp_path, name):
     assert card(folder) == golden.read_text(), (
         f"if the change is meant: copy the new text to tests/golden/{golden.name}"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"recipes": []}, ["on 16 samples that were not calibrated on:"]),
+        (
+            {"recipes": [{"fields": {}, "answer_kl": 1, "text_kl": 2, "keeps_text": False}]},
+            [
+                "compared 1 recipe,",
+                "All of them harmed text, so the one that harmed it least was taken.",
+                "on 16 samples that chose the recipe but were not calibrated on:",
+            ],
+        ),
+        (
+            {"self_check": {**CHECK, "held_out": False}},
+            ["on 16 samples of the calibration itself, which flatters it:"],
+        ),
+    ],
+)
+def test_what_is_said_of_recipes_and_of_what_they_were_chosen_on(saved, tmp_path, changes, said):
+    folder = Path(shutil.copytree(saved["dynamic"], tmp_path / "model"))
+    (folder / REPORT_NAME).write_text(json.dumps(full_report(folder) | changes))
+    write_card(folder)
+    text = " ".join(card(folder).split())
+    for sentence in said:
+        assert sentence in text
 
 
 # ---- the picture, looked at through its pixels ---------------------------------------------------

@@ -79,6 +79,31 @@ def test_an_evaluation_is_kept_and_repeats(folder, capsys):
     assert main(["inspect", "packed"]) == 0  # the model itself is as it was
 
 
+def test_text_and_a_quantized_model_to_compare_with_are_kept(folder, capsys):
+    (folder / "text.txt").write_text("what red the blue square is circle green " * 20)
+    shutil.copytree(folder / "packed", folder / "other")
+    words = f"evaluate packed --dataset samples.jsonl --text {folder}/text.txt --against other"
+    assert main([*words.split(), "--record"]) == 0
+    said, found = capsys.readouterr().out, entry(folder, "evaluation")
+    assert "KL(other || packed) 0 nats per answer token" in said
+    assert "KL(other || packed) 0 nats per token of text" in said
+    assert "full precision" not in said
+    assert "--dataset samples.jsonl --text text.txt --against other" in found["command"]
+    text = found["text"]
+    assert (found["reference"], found["reference_quantized"]) == ("other", True)
+    assert (text["file"], text["kl"]) == ("text.txt", 0)
+    assert text["perplexity"] == text["reference_perplexity"] > 1
+    told, figure = " ".join(card(folder).split()), f"{text['perplexity']:.2f}"
+    assert f"| `other` | {100 * found['accuracy']['value']:.1f} % |" in told
+    assert "Difference from `other` +0.0 points" in told
+    assert (
+        f"On {text['tokens']} tokens of `text.txt`, without pictures: perplexity {figure}, "
+        f"{figure} in `other`, KL divergence 0.0000 nats per token." in told
+    )
+    assert main(shlex.split(found["command"])[1:]) == 0
+    assert entry(folder, "evaluation") == found
+
+
 def test_a_benchmark_is_kept_beside_the_evaluation(folder):
     assert main(EVALUATE.split()) == 0
     evaluation = entry(folder, "evaluation")

@@ -85,7 +85,7 @@ def count_memory(
     """
     sums = add_up(model, segments, data)
     weights = sum(one.weights for one in sums)
-    changed = settings.rotation == "hadamard" or settings.equalizes
+    changed = settings.rotation == "hadamard" or settings.equalization
     held = weights * model.dtype.itemsize * changed
     steps = list(_steps(model, segments, sums, settings, data, size))
     return Memory(

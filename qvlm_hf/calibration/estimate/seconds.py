@@ -122,7 +122,7 @@ def count_seconds(
     steps["inputs"] = whole
     if settings.rotation == "hadamard":
         steps["transform"] += 4 * weights / rates.values
-    if settings.equalizes:
+    if settings.equalization:
         steps["transform"] += whole + 2 * weights / rates.values
     if settings.token_importance:
         steps["importance"] = whole * (2 + DRAWS)

@@ -104,8 +104,9 @@ class RecipeTrial:
 
     Attributes:
         fields: of `QVLMConfig` -> value.
-        answer_kl: divergence of the answers to samples that the trial did not see, in nats a token;
-            the geometric mean over samples.
+        answer_kl: divergence of the answers to samples that the trial did not see, in nats a token.
+            It is the geometric mean over samples, mostly far below `SelfCheck.kl`, which is the
+            mean over tokens.
         text_kl: the same of text without pictures that the full-precision model wrote.
         keeps_text: whether that is not clearly more than after plain rounding.
     """

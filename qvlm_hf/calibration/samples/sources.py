@@ -203,7 +203,7 @@ def _read_scienceqa(folder: Path, split: str) -> list[Row]:
         raise sample_error(place(f"{folder}/pid_splits.json"), problem, remedy)
     rows = []
     for pid in splits[split]:
-        origin = f"{folder.name}/problems.json:{pid}"
+        origin = f"{folder.name}/problems.json problem {pid}"
         if not isinstance(entry := problems.get(pid), Mapping):
             problem = f'no such problem, though pid_splits.json lists it under "{split}"'
             raise sample_error(place(origin), problem, "fetch both files anew")

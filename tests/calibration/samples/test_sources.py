@@ -133,7 +133,7 @@ def test_scienceqa_folder(scienceqa):
         "Answer with the option's letter from the given choices directly."
     )
     found = (first.answer, first.kind, first.origin)
-    assert found == ("B", "natural science", "ScienceQA/problems.json:1")
+    assert found == ("B", "natural science", "ScienceQA/problems.json problem 1")
     columns = (first.columns, second.columns)
     assert columns == (("NAT", "TXT", "IMG", "G1-6"), ("NAT", "NO", "G7-12"))
     assert first.images()[0].getpixel((0, 0)) == (255, 0, 0)
@@ -147,11 +147,11 @@ def test_scienceqa_folder(scienceqa):
 def test_scienceqa_mistakes(scienceqa):
     assert "choose one of train, minival" in refusal(f"{scienceqa}:test")
     (scienceqa / "images" / "train" / "1" / "image.png").unlink()
-    assert 'ScienceQA/problems.json:1: key "image": no such picture' in refusal(scienceqa)
+    assert 'ScienceQA/problems.json problem 1: key "image": no such picture' in refusal(scienceqa)
     (scienceqa / "pid_splits.json").write_text(json.dumps({"train": [], "test": ["1"]}))
     assert 'pid_splits.json: has nothing in split "train"; name another' in refusal(scienceqa)
     (scienceqa / "pid_splits.json").write_text(json.dumps({"train": ["3"]}))
-    assert "ScienceQA/problems.json:3: no such problem" in refusal(scienceqa)
+    assert "ScienceQA/problems.json problem 3: no such problem" in refusal(scienceqa)
     problems = scienceqa / "problems.json"
     problems.write_text(f'{{"1": {DEEP}}}')
     expected = f"{problems}: cannot be used as JSON (it is nested too deep); mend the file"
