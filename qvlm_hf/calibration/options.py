@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from qvlm_hf.calibration.values import to_plain
+from qvlm_hf.calibration.values import shown, to_plain
 
 __all__ = [
     "SWITCHED_OFF",
@@ -86,15 +86,15 @@ def _names_module(name: Any) -> bool:
 
 
 def size_in_bytes(size: str) -> int:
-    """Bytes of a size such as "3.9GB" or "350 MB".
+    """Bytes of a size such as "3.9GB" or "350 MB", decimal units.
 
     Raises:
         ValueError: it is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])B", size)
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]+)?) ?([MG])B", size)
     if found is None:
-        raise ValueError(f"{size!r} is no size: write it as in '3.9GB' or '350MB'.")
-    return int(float(found[1]) * {"M": 1e6, "G": 1e9}[found[2]])
+        raise ValueError(f"{shown(size)} is no size: write it as in '3.9GB' or '350MB'.")
+    return round(float(found[1]) * {"M": 1e6, "G": 1e9}[found[2]])
 
 
 def _is_size(value: Any) -> bool:
@@ -310,7 +310,8 @@ class Options:
     precision_budget: float | str | None = option(
         None,
         Rule(
-            "an average of 2 to 8 bits per weight, or a size as in '3.9GB': or leave it out",
+            "a number of 2 to 8 bits per weight, or a size in MB or GB (decimal units, in "
+            "capitals) as in '350MB': or leave it out",
             lambda value: value is None or _AVERAGE_BITS.accepts(value) or _is_size(value),
         ),
         'average bits of a weight, or the size of the saved weights in decimal units ("3.9GB", '
@@ -354,4 +355,4 @@ def check_fields(options: Any, where: str = "") -> None:
             raise ValueError(f"{name}={value!r} must be a list.")
         rule = each.metadata.get("rule")
         if rule is not None and not rule.accepts(value):
-            raise ValueError(f"{name}={value!r} must be {rule.words}.")
+            raise ValueError(f"{name}={shown(value)} must be {rule.words}.")

@@ -88,11 +88,13 @@ def _as_tuple(name: str, values: Iterable[object], depth: int) -> tuple[Any, ...
 
 
 def shown(value: object) -> str:
-    """A value for a message: on one line, cut; its class if it is nested too deep to be written."""
+    """A value for a message: on one line, cut; its class where it cannot be written."""
     try:
         return " ".join(repr(value).split())[:80]
     except RecursionError:
         return f"a {type(value).__name__} nested too deep"
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return f"a {type(value).__name__} too long to be written"
 
 
 def whole_number(name: str, value: object, least: int, remedy: str = "") -> int:

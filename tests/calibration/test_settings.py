@@ -23,9 +23,13 @@ NAMES = (["lm_head", ""], [1], [None], ["*"], ["."], ["a..b"], ["q_proj\n"], ["a
 FRACTIONS = ((), (1.0, 0.89), (1.01,), ("1.0",), (True,), (float("nan"),), [0.5])
 FACTORS = ((1.0,), (1.1, 2.1), (0.5,), ("1.1",), (float("inf"),), [True])
 BUDGETS = (1.99, 8.01, True, "4", "3.9", "0GB", "-1GB", "3.9 TB", float("nan"))
+OTHER_SIZES = ("1.1mb", "1100KB", "1.1MiB", "\u0661MB", "1e3MB", "9" * 13 + "GB")
 NO_NUMBERS = ("1", float("nan"), float("inf"), True)
 WIDTH, GROUP = "an integer from 3 to 8, or 16 for floating point", "-1 (whole row) or an integer"
-AVERAGE = "an average of 2 to 8 bits per weight, or a size as in '3.9GB': or leave it out"
+AVERAGE = (
+    "a number of 2 to 8 bits per weight, or a size in MB or GB (decimal units, in capitals) as in "
+    "'350MB': or leave it out"
+)
 # fields, values that they refuse, what they must be
 RULES = [
     ("weight_bits", (1, "4"), "an integer from 2 to 8"),
@@ -38,7 +42,7 @@ RULES = [
     ),
     ("seed", (-1, 2.0, True, "3", None), "an integer of at least 0"),
     ("entropy_threshold", NO_NUMBERS, "a number (in nats) or None for the segment's mean"),
-    ("precision_budget", BUDGETS, AVERAGE),
+    ("precision_budget", BUDGETS + OTHER_SIZES, AVERAGE),
     ("percentiles", FRACTIONS, "numbers from 0.9 to 1.0, as in (1.0, 0.9999)"),
     ("margins", FACTORS, "factors above 1.0 and up to 2.0, as in (1.1, 1.25); () for none"),
     ("percentiles margins modules_to_not_convert", ("lm_head", 1.0), "a list"),
@@ -54,6 +58,14 @@ def test_validation_names_value_rule_and_remedy(name, value, rule):
     shown = tuple(value) if isinstance(value, list) else value
     with pytest.raises(ValueError, match=f"^{re.escape(f'{name}={shown!r} must be {rule}.')}$"):
         CalibrationSettings(**{name: value})
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_no_message_holds_hundreds_of_digits(digits):
+    for value in (10**digits, "9" * digits + "MB"):
+        with pytest.raises(ValueError, match=r"^precision_budget=.* must be a number") as error:
+            CalibrationSettings(precision_budget=value)
+        assert len(str(error.value)) < 300
 
 
 KINDS = "must be 'channel', 'token', 'dynamic_token' or 'dynamic_group'."

@@ -6,17 +6,18 @@ of hidden states is dominated by picture tokens that no answer depends on. Only 
 runs: gradients of the answers (gradients.py) tell what the error of its output does to them, to
 second order. So time grows with the number of layers, not with its square.
 
-- The guard raises sites that few bits break, the worst first: inputs to 8 bits, and weights too
-  where that is not enough.
 - A precision budget spreads weight bits over the sites so that their average holds, where they
   lower the divergence most.
+- The guard raises sites that few bits break, the worst first: inputs to 8 bits, and weights too
+  where that is not enough. Weights that have a budget stay as it set them.
 
 Left out: interactions between sites; the search that follows sees them.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ _GRADIENT_BYTES = 4 * 2**30  # fewer directions of large models, but one of ever
 def choose_precisions(
     calibration: Calibration,
 ) -> tuple[dict[str, Precision], dict[str, float], tuple[PrecisionRaise, ...]]:
-    """The bits of the sites that differ from the scheme: guard, then budget.
+    """The bits of the sites that differ from the scheme: budget, then guard.
 
     The model is in full precision (rotated, if it will be).
 
@@ -62,17 +63,7 @@ def choose_precisions(
         return {}, {}, ()
     parameters = site_parameters(calibration)
     probe = _Probe(calibration, len(parameters))
-    precisions: dict[str, Precision] = {}
-    sensitivities: dict[str, float] = {}
-    raises: list[PrecisionRaise] = []
-    if settings.guards:
-        sensitivities, raises = _guard(probe, settings.precision)
-        precisions = {
-            raised.site: Precision(
-                weight_bits=raised.weight_bits, activation_bits=raised.activation_bits
-            )
-            for raised in raises
-        }
+    widths: Mapping[str, int] = {}
     budget = settings.precision_budget
     if budget is not None:
         curves = _measure_widths(probe)
@@ -80,9 +71,21 @@ def choose_precisions(
             widths = fit_bits(curves, *saved_bytes(calibration), budget)
         else:
             widths = allocate_bits(curves, parameters, budget)
-        for name, bits in widths.items():
-            precisions[name] = replace(precisions.get(name, settings.precision), weight_bits=bits)
+    sensitivities: dict[str, float] = {}
+    raises: list[PrecisionRaise] = []
+    if settings.guards:
+        sensitivities, raises = _guard(probe, settings.precision, widths)
+    precisions = _with_widths(settings.precision, widths) | {
+        raised.site: Precision(
+            weight_bits=raised.weight_bits, activation_bits=raised.activation_bits
+        )
+        for raised in raises
+    }
     return precisions, sensitivities, tuple(raises)
+
+
+def _with_widths(precision: Precision, widths: Mapping[str, int]) -> dict[str, Precision]:
+    return {name: replace(precision, weight_bits=bits) for name, bits in widths.items()}
 
 
 class _Probe:
@@ -96,16 +99,21 @@ class _Probe:
         self._tokens = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in held_out)
 
     def divergences(
-        self, precision: Precision, sites: Sequence[str] | None = None
+        self,
+        precision: Precision,
+        sites: Sequence[str] | None = None,
+        widths: Mapping[str, int] = MappingProxyType({}),
     ) -> dict[str, float]:
         """Site name -> mean KL(full precision || that site at `precision`) of the answers, in nats.
 
-        16 activation bits leave the inputs alone; `sites` None is every live one.
+        16 activation bits leave the inputs alone; `sites` None is every live one. Those in `widths`
+        have these weight bits instead.
         """
         settings = self._calibration.settings
         granularity = settings.activation_granularity if precision.activation_bits < 16 else None
         settings = replace(settings, **asdict(precision), activation_granularity=granularity)
-        trial = replace(self._calibration, settings=settings, precisions={}, learned={})
+        bits = _with_widths(precision, widths)
+        trial = replace(self._calibration, settings=settings, precisions=bits, learned={})
         found: dict[str, float] = {}
         for segment in trial.segments:
             inputs = trial.inputs[segment.name]
@@ -193,25 +201,32 @@ def _mean_square(entry: LayerInput, error: Tensor, gradients: Sequence[Tensor]) 
     return float(torch.stack(products).square().mean(0).sum())
 
 
-def _guard(probe: _Probe, scheme: Precision) -> tuple[dict[str, float], list[PrecisionRaise]]:
-    """Every site's divergence at the scheme, and the cheapest raises that mend the worst."""
-    measured = probe.divergences(scheme)
+def _guard(
+    probe: _Probe, scheme: Precision, widths: Mapping[str, int]
+) -> tuple[dict[str, float], list[PrecisionRaise]]:
+    """Every site's divergence at the scheme, and the cheapest raises that mend the worst.
+
+    `widths`: site -> weight bits that a budget gave, which then stay; else empty.
+    """
+    measured = probe.divergences(scheme, widths=widths)
     broken = (name for name, kl in measured.items() if kl > _BROKEN)
     worst = sorted(broken, key=lambda name: -measured[name])
     worst = worst[: int(_MOST_RAISED * len(measured))]
-    activation_bits = max(scheme.activation_bits, _RAISED_BITS)
+    tried = [replace(scheme, activation_bits=max(scheme.activation_bits, _RAISED_BITS))]
+    if not widths:
+        tried.append(replace(tried[0], weight_bits=_RAISED_BITS))
     raises: dict[str, PrecisionRaise] = {}
-    for precision in (
-        replace(scheme, activation_bits=activation_bits),
-        Precision(weight_bits=_RAISED_BITS, activation_bits=activation_bits),
-    ):
+    for precision in tried:
         pending = [name for name in worst if name not in raises]
         if precision != scheme and pending:
-            for name, after in probe.divergences(precision, pending).items():
-                last = precision.weight_bits == _RAISED_BITS
-                if after <= _BROKEN or (last and after < measured[name]):
+            for name, after in probe.divergences(precision, pending, widths).items():
+                if after <= _BROKEN or (precision == tried[-1] and after < measured[name]):
                     raises[name] = PrecisionRaise(
-                        site=name, before=measured[name], after=after, **asdict(precision)
+                        site=name,
+                        weight_bits=widths.get(name, precision.weight_bits),
+                        activation_bits=precision.activation_bits,
+                        before=measured[name],
+                        after=after,
                     )
     return measured, [raises[name] for name in worst if name in raises]
 

@@ -1,6 +1,7 @@
 """Which sites bear few bits, and what guard and budget make of it."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -151,6 +152,27 @@ def test_the_guard_raises_what_four_bits_break_and_says_so():
     assert not without.sensitivities
     assert {module.scheme.activation_bits for _, module in quantized_modules(plain)} == {4}
     assert report.self_check.kl < without.self_check.kl
+
+
+@pytest.mark.parametrize("budget", [2.5, 4.0, "0.3MB"])
+def test_with_a_budget_the_guard_raises_inputs_alone_and_tells_the_final_bits(budget):
+    options = {"precision_budget": budget, "activation_granularity": "dynamic_token"}
+    _, plain = calibrate(broken_model(), guard=False, **options)
+    _, report = calibrate(broken_model(), guard=True, **options)
+    assert report.lifts
+    for lift in report.lifts:
+        scheme = report.modules[lift.site]
+        assert (scheme.weight_bits, scheme.activation_bits) == (lift.weight_bits, 8)
+        assert lift.weight_bits == plain.modules[lift.site].weight_bits
+        assert lift.before == report.sensitivities[lift.site] > lift.after
+    assert report.average_weight_bits == plain.average_weight_bits
+    # what is told was measured at these bits
+    widths = {name: scheme.weight_bits for name, scheme in report.modules.items()}
+    worst = report.lifts[0]
+    calibration = tiny_calibration(broken_model(), **options, equalization=False)
+    precision = replace(calibration.settings.precision, activation_bits=8)
+    found = sensitivity._Probe(calibration, 1).divergences(precision, [worst.site], widths)
+    assert found == {worst.site: pytest.approx(worst.after, rel=1e-3)}
 
 
 def guard_divergences(model, data=None, **options):
