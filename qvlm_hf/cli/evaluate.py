@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", required=True, metavar="F", help=questions)
     text = "UTF-8 text without pictures: perplexity of the language alone"
     add("--text", metavar="FILE", help=text)
-    against = "full-precision model to compare with, on the same questions"
+    against = "model to compare with, on the same questions"
     add("--against", metavar="MODEL", help=against)
     add("--num-samples", type=int, metavar="N", help="questions to ask (default: all)")
     batch = "questions per forward pass (default: 16)"
