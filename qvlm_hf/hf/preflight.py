@@ -33,7 +33,7 @@ from qvlm_hf.calibration.plan import resolve_segments
 from qvlm_hf.calibration.process import ranks
 from qvlm_hf.calibration.process.capacity import free_disk, free_memory, whole_memory
 from qvlm_hf.calibration.samples import Sample
-from qvlm_hf.calibration.search.budget import WIDTHS
+from qvlm_hf.calibration.search.budget import WIDTHS, room_in, saved_bytes
 from qvlm_hf.calibration.settings import CalibrationSettings
 from qvlm_hf.hf.config import QVLMConfig
 from qvlm_hf.hf.sample_tokens import count_data
@@ -58,7 +58,6 @@ __all__ = ["Expected", "check_disk", "check_memory", "expect", "gigabytes", "pre
 # Of measured to expected seconds, and memory: docs/scaling.md.
 _FASTER, _SLOWER = 0.6, 1.4
 _TOO_HIGH = 1.3
-_ROUGHLY = 0.95  # small tensors are estimated
 _SHOWN = 10.0  # seconds from which a run says beforehand how long it will take
 
 
@@ -172,8 +171,8 @@ def _expect(
     device: torch.device,
 ) -> Expected:
     rates = measure_rates(device, model.dtype)
-    settings = config.settings()
-    settings = settings.for_model(rotatable=has_row(model) and not why_not_rotatable(model))
+    asked = config.settings()
+    settings = asked.for_model(rotatable=has_row(model) and not why_not_rotatable(model))
     segments = resolve_segments(model, settings) if has_row(model) else ()
     quantized = _quantized(model, segments)
     held, weights = (
@@ -186,14 +185,14 @@ def _expect(
         held=held,
         weights=weights,
         device=held.together + weights,
-        result=_result_bytes(model, quantized, settings),
+        result=_result_bytes(model, segments, asked, quantized),
     )
     if config.dataset is None and not settings.needs_data:
         return rounded
     data = count_data(model, config, samples)
     seconds = count_seconds(model, segments, settings, data, rates)
     if settings.recipe == "auto":
-        seconds = {"recipes": _trial_seconds(model, config.settings(), data, rates)} | seconds
+        seconds = {"recipes": _trial_seconds(model, asked, data, rates)} | seconds
     on_device = count_memory(model, segments, settings, data, model.dtype.itemsize)
     return replace(
         rounded,
@@ -213,19 +212,33 @@ def _quantized(model: PreTrainedModel, segments: Sequence[Segment]) -> int:
     return sum(linear.weight.numel() for site in sites for linear in site.linears)
 
 
-def _result_bytes(model: PreTrainedModel, quantized: int, settings: CalibrationSettings) -> float:
-    floats = model_bytes(model, model.dtype) - quantized * model.dtype.itemsize
+def _result_bytes(
+    model: PreTrainedModel,
+    segments: Sequence[Segment],
+    settings: CalibrationSettings,
+    quantized: int,
+) -> float:
     budget = settings.precision_budget
-    if not isinstance(budget, str):
+    if not (segments and isinstance(budget, str)):
+        floats = model_bytes(model, model.dtype) - quantized * model.dtype.itemsize
         return floats + packed_bytes(quantized, settings)
-    fewest = replace(settings, weight_bits=WIDTHS[0], precision_budget=None)
-    least = floats + packed_bytes(quantized, fewest)
-    if size_in_bytes(budget) < _ROUGHLY * least:
-        raise ValueError(
-            f"precision_budget={budget!r} is below about {gigabytes(least)}, which the model takes "
-            f"with weights of {WIDTHS[0]} bits: raise it."
-        )
-    return size_in_bytes(budget)
+    costs, rest = saved_bytes(model, segments, _largest(model, settings))
+    room_in(budget, costs, rest)
+    return min(size_in_bytes(budget), rest + sum(cost[WIDTHS[-1]] for cost in costs.values()))
+
+
+def _largest(model: PreTrainedModel, settings: CalibrationSettings) -> CalibrationSettings:
+    """The settings with the recipe whose result is largest, where they leave it open."""
+    rotatable = not why_not_rotatable(model)
+    if settings.recipe == "fixed":
+        return settings.for_model(rotatable=rotatable)
+    fields, changes = planned_recipes(settings, rotatable=rotatable)
+    recipes = (fields, *changes)
+    if any(recipe.get("rotation") for recipe in recipes):  # it unties the output head
+        fields = fields | {"rotation": "hadamard"}
+    if any(recipe.get("activation_granularity", "") is None for recipe in recipes):  # searched
+        fields = fields | {"activation_granularity": None}
+    return replace(settings, recipe="fixed", **fields)
 
 
 def _trial_seconds(

@@ -1,6 +1,7 @@
 """`qvlm quantize MODEL --dry-run`: told from shapes, nothing read or written."""
 
 import math
+import re
 
 import pytest
 from tiny_models import save_tiny, save_tiny_samples
@@ -67,7 +68,12 @@ def test_no_room_for_the_result_is_told_before_the_run(tmp_path, capsys, monkeyp
         main(["quantize", str(tmp_path / "model")])  # where to
 
 
-def test_a_size_that_no_width_reaches_is_refused(capsys):
+def test_a_size_that_no_width_reaches_is_refused(capsys, monkeypatch):
     command = ["quantize", "llava-1.5-13b", "--dry-run", "--precision-budget", "1GB"]
     assert main([*command, "--max-block-depth", "1"]) == 1
-    assert "--precision-budget 1GB is below about 4.2 GB" in capsys.readouterr().err
+    found = re.search(r"--precision-budget 1GB is below (4\.\d\dGB),", capsys.readouterr().err)
+    monkeypatch.setattr(preflight, "whole_memory", lambda _: math.inf)
+    assert main([*command[:-1], found[1]]) == 0
+    assert "disk    4." in capsys.readouterr().out
+    assert main([*command[:-1], "100GB"]) == 0
+    assert re.search(r"disk    1[34]\.", capsys.readouterr().out)  # with 8 bits

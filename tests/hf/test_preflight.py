@@ -1,6 +1,7 @@
 """The preflight: told, warned of and refused before a weight is read."""
 
 import logging
+import re
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qvlm_hf import QVLMConfig
 from qvlm_hf.calibration.estimate.seconds import Rates
+from qvlm_hf.calibration.options import size_in_bytes
 from qvlm_hf.calibration.process import capacity
 from qvlm_hf.calibration.samples import load_samples
 from qvlm_hf.hf import preflight as module
@@ -137,6 +139,67 @@ def test_a_result_is_as_large_as_was_said(folder, tmp_path):
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     empty = empty_model(AutoConfig.from_pretrained(folder)).to(torch.float32)
     assert expect(empty, config).result == pytest.approx(size, rel=0.1)  # and a header
+
+
+def smallest(model, config):
+    """The size that a refusal of a smaller one names."""
+    with pytest.raises(ValueError, match="is below ") as error:
+        expect(model, config)
+    return re.search(r"is below ([\d.]+[MG]B), which the model takes", str(error.value))[1]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_granularity": "dynamic_token"},
+        {"activation_granularity": "channel", "symmetric": True},
+        {"activation_granularity": "dynamic_token", "rotation": "hadamard"},
+        {"scheme": "W4A16"},
+    ],
+)
+def test_the_smallest_budget_is_that_of_the_calibration(tmp_path, tied, options):
+    folder = save_tiny(tmp_path / "model", tie_word_embeddings=tied)
+    options = {"recipe": "fixed", "guard": False, "max_block_depth": 1, **options}
+    options |= {"token_importance": False, "weight_rounding": "nearest"}
+    empty = empty_model(AutoConfig.from_pretrained(folder)).to(torch.float32)
+    enough = smallest(empty, QVLMConfig(precision_budget="0.01MB", **options))
+    config = QVLMConfig(
+        precision_budget=enough, dataset=tiny_messages(4), processor=tiny_processor(), **options
+    )
+    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+    model.save_pretrained(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.safetensors")
+    # hundredths of a megabyte, and headers
+    assert file.stat().st_size <= size_in_bytes(enough) < file.stat().st_size + 20_000
+
+
+def test_a_budget_must_do_for_every_recipe_that_may_be_taken(folder):
+    empty = empty_model(AutoConfig.from_pretrained(folder))
+    budget = {"precision_budget": "0.01MB"}
+    fixed = {"recipe": "fixed", "rotation": None, **budget}
+    ranges = [None, "dynamic_group", "channel"]
+    searched, dynamic, static = (
+        size_in_bytes(smallest(empty, QVLMConfig(activation_granularity=one, **fixed)))
+        for one in ranges
+    )
+    assert dynamic < searched == static
+    assert size_in_bytes(smallest(empty, QVLMConfig(**budget))) == searched
+    chosen = QVLMConfig(activation_granularity="dynamic_group", **budget)
+    assert size_in_bytes(smallest(empty, chosen)) == dynamic
+
+
+def test_a_budget_is_no_larger_than_the_result_can_be(folder):
+    empty = empty_model(AutoConfig.from_pretrained(folder)).to(torch.float32)
+    sizes = {
+        budget: expect(empty, QVLMConfig(precision_budget=budget, group_size=32)).result
+        for budget in (2.5, 3.5, 8, "100GB", "0.3MB")
+    }
+    assert sizes["0.3MB"] == 300_000
+    assert sizes[2.5] < sizes[3.5] < sizes[8]
+    assert sizes["100GB"] == pytest.approx(sizes[8], rel=0.2)  # with static ranges and headers
+    plain = expect(empty, QVLMConfig(scheme="W8A8", group_size=32)).result
+    assert sizes[8] == pytest.approx(plain)
 
 
 def test_limits_of_control_groups_count(tmp_path, monkeypatch):

@@ -59,9 +59,11 @@ def model_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def packed_bytes(weights: float, settings: CalibrationSettings) -> float:
-    """Of quantized weights, with their grids."""
+    """Of quantized weights, with their grids; a budget in bytes is left out."""
     group = settings.group_size if settings.group_size > 0 else 4096
-    return weights * (settings.weight_bits / 8 + 3 / group)
+    budget = settings.precision_budget
+    bits = settings.weight_bits if budget is None or isinstance(budget, str) else budget
+    return weights * (bits / 8 + 3 / group)
 
 
 def count_rounding_memory(model: Any, weights: float, settings: CalibrationSettings) -> Memory:

@@ -29,7 +29,13 @@ from qvlm_hf.calibration.process.scratch import keep
 from qvlm_hf.calibration.record.report import PrecisionRaise
 from qvlm_hf.calibration.run import Calibration
 from qvlm_hf.calibration.samples import IGNORE_INDEX
-from qvlm_hf.calibration.search.budget import WIDTHS, allocate_bits, fit_bits, saved_bytes
+from qvlm_hf.calibration.search.budget import (
+    WIDTHS,
+    allocate_bits,
+    fit_bits,
+    room_in,
+    saved_bytes,
+)
 from qvlm_hf.calibration.search.ranges import held_out_half, initialize_sites
 from qvlm_hf.calibration.search.sites import installed
 from qvlm_hf.calibration.settings import Precision
@@ -62,13 +68,16 @@ def choose_precisions(
     if not settings.measures_sites:
         return {}, {}, ()
     parameters = site_parameters(calibration)
+    budget = settings.precision_budget
+    if isinstance(budget, str):  # refused before anything is measured
+        costs, rest = saved_bytes(calibration.model, calibration.segments, settings)
+        room = room_in(budget, costs, rest)
     probe = _Probe(calibration, len(parameters))
     widths: Mapping[str, int] = {}
-    budget = settings.precision_budget
     if budget is not None:
         curves = _measure_widths(probe)
         if isinstance(budget, str):
-            widths = fit_bits(curves, *saved_bytes(calibration), budget)
+            widths = fit_bits(curves, costs, room)
         else:
             widths = allocate_bits(curves, parameters, budget)
     sensitivities: dict[str, float] = {}
