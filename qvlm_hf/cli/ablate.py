@@ -12,7 +12,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
@@ -24,7 +24,14 @@ from tqdm import tqdm
 
 from qvlm_hf.calibration.options import SWITCHED_OFF
 from qvlm_hf.calibration.record.provenance import versions
-from qvlm_hf.calibration.samples import fingerprint, load_samples, longest_sample, without_too_long
+from qvlm_hf.calibration.samples import (
+    Sample,
+    fingerprint,
+    hold_out,
+    load_samples,
+    longest_sample,
+    without_too_long,
+)
 from qvlm_hf.cli.ablation_tables import check_ablation, read_ablation, write_ablation
 from qvlm_hf.cli.loading import (
     check_fits,
@@ -72,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="directory or Hub id of the full-precision model")
     add("--dataset", required=True, metavar="F", help="calibration samples")
-    add("--questions", required=True, metavar="F", help="other samples, that judge")
+    judge = "other samples, that judge (default: a quarter of the dataset, not calibrated on)"
+    add("--questions", metavar="F", help=judge)
     add("--text", metavar="FILE", help="UTF-8 text without pictures, that judges too")
     add("--output", required=True, metavar="DIR", help="where the tables and the picture go")
     names = "of the table (default: all)"
@@ -97,9 +105,8 @@ def run(options: argparse.Namespace) -> int:
     config = read_full_precision(options.model)
     processor = load_processor(options.model)
     check_fits(options.model, processor)
-    questions = load_samples(options.questions, num_samples=options.num_questions)
+    samples, questions = _samples(vars(options))
     check_answers(questions)
-    samples = load_samples(options.dataset)
     setting = {
         "model": Path(options.model).name,
         "weights": _version(options.model, config),
@@ -134,6 +141,24 @@ def run(options: argparse.Namespace) -> int:
     failed = sum("error" in row for row in rows)
     print(f"{len(rows) - failed} cells measured, {failed} failed: {folder / 'ablation.md'}")
     return 1 if failed else 0
+
+
+def _samples(given: Mapping[str, Any]) -> tuple[list[Sample], list[Sample]]:
+    """Those to calibrate on, and those that judge.
+
+    Raises:
+        ValueError: one data set is given, and it is too small to judge as well.
+    """
+    samples, asked = load_samples(given["dataset"]), given["num_questions"]
+    if given["questions"] is not None:
+        return samples, load_samples(given["questions"], num_samples=asked)
+    asked = max(1, len(samples) // 4) if asked is None else asked
+    if not 0 < asked < len(samples):
+        raise ValueError(
+            f"--dataset has {len(samples)} samples, of which {asked} cannot judge: give other ones "
+            f"as --questions."
+        )
+    return hold_out(samples, len(samples) - asked, 0)
 
 
 def _version(model: str, config: Any) -> str:
@@ -175,6 +200,8 @@ def _measure(cell: dict[str, Any], threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     silence()
     processor = load_processor(cell["model"])
+    if cell["questions"] is None:
+        cell["dataset"], cell["questions"] = _samples(cell)
     config = QVLMConfig(scheme=cell["scheme"], seed=cell["seed"], **_fields(cell, processor))
     start = time.process_time()
     model = load_model(cell["model"], config, "float32")

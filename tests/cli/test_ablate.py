@@ -146,6 +146,21 @@ def test_ctrl_c_ends_the_cell_in_one_line(folder, tmp_path, capfd):
     assert not multiprocessing.active_children()
 
 
+def test_one_dataset_is_split(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = [folder / "model", "--dataset", folder / "calibration.jsonl", "--output", out]
+    words = ["--schemes", "W4A4", "--num-samples", "4", "--lines", "greedy", "--seeds", "1"]
+    assert main(["ablate", *map(str, given), *words]) == 0
+    (row,) = json.loads((out / "ablation.json").read_text())["rows"]
+    assert row["answer_kl"] > 0
+    apart = {"dataset": folder / "calibration.jsonl", "questions": None, "num_questions": None}
+    samples, questions = ablate._samples(apart)
+    assert len(questions) == (len(samples) + len(questions)) // 4
+    assert not {one.origin for one in samples} & {one.origin for one in questions}
+    assert main(["ablate", *map(str, given), *words, "--num-questions", "999"]) == 1
+    assert "of which 999 cannot judge: give other ones as --questions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("scheme", ["W4A4", "W4A16"])
 @pytest.mark.parametrize("line", ablate.LINES)
 def test_every_line_is_a_configuration(scheme, line):
