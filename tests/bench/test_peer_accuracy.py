@@ -85,7 +85,7 @@ def test_the_table_has_means_over_seeds_and_failures():
         row = {"method": method, "scheme": scheme, "seed": seed, "bits": 4.25, "seconds": 2}
         return {**row, "modules": "language 1/1", "same": 0.0, "answers": part, "text": part}
 
-    ours, other = "qvlm_hf W4A16 defaults", "bitsandbytes W4A16 nf4"
+    ours, other = "qvlm_hf W4A16 auto", "bitsandbytes W4A16 nf4"
     failed = {"method": other, "scheme": "W4A16", "seed": 0, "error": "ValueError: no"}
     lines = table([failed, row(ours, 0, 0.1), row(ours, 1, 0.3)]).splitlines()
     assert "0.2000 (0.1000, 0.3000)" in lines[2]
