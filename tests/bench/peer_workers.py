@@ -7,6 +7,7 @@ and the inputs as tensors, and gets METHOD.safetensors, the logits. For every me
 is printed: seconds, the modules that were quantized and versions, or its error.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -259,10 +260,10 @@ def gptqmodel(job: Any) -> Any:
 
     config = QuantizeConfig(bits=4, group_size=job.group, device="cpu", offload_to_disk=False)
     half: dict[str, Any] = {"device": "cpu", "dtype": torch.float16}  # it takes no float32
-    model = GPTQModel.load(job.padded, config, dtype=half["dtype"])
-    model.quantize(job.chats, batch_size=1)
     full = load(job.padded)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # it leaves logs
+        model = GPTQModel.load(job.padded, config, dtype=half["dtype"])
+        model.quantize(job.chats, batch_size=1)
         model.save(folder)
         saved = GPTQModel.load(folder, backend=BACKEND.TORCH, **half).model
     for name, linear in linears(full):  # answered in float32, as all others are
