@@ -143,6 +143,17 @@ def test_ranges_per_group_are_tried_where_kernels_take_them(options, expected):
     assert {one.fields.get("equalization", True) for one in made} == {True, False}
 
 
+def test_weights_alone_are_tried_as_they_are_and_then_equalized():
+    made, best = compare(
+        auto(activation_bits=16), lambda recipe: (0.2 - recipe["equalization"] / 10,) * 2
+    )
+    order = [(one.fields["equalization"], one.fields["rotation"]) for one in made]
+    assert order == [(False, None), (True, None), (True, "hadamard")]
+    assert best is made[1]
+    made, _ = compare(auto(activation_bits=16, equalization=False), lambda _: (0.1, 0.1))
+    assert [one.fields["rotation"] for one in made] == [None, "hadamard"]
+
+
 def test_the_typical_sample_decides():
     """One broken answer of a hundred costs as much as all others, and tells little."""
     good, broken = [0.001] * 99, [0.1]

@@ -221,6 +221,12 @@ def test_the_planned_report_is_the_one_that_rounding_gives(lm_head_bits):
     assert planned == quantize_without_data(model, settings)
 
 
+def test_rounding_without_data_rotates_nothing_that_it_was_not_asked_to():
+    report = quantize_without_data(tiny_llava(), CalibrationSettings(activation_bits=16))
+    assert (report.settings["recipe"], report.settings["rotation"]) == ("fixed", None)
+    assert not any(scheme.hadamard for scheme in report.modules.values())
+
+
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A4"])
 def test_a_shard_that_is_cut_short_is_named(tmp_path, processor, scheme):
     tiny_llava().save_pretrained(tmp_path, max_shard_size="100KB")
