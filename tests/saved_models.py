@@ -1,6 +1,4 @@
-"""One small LLaVA on disk, quantized in several ways and saved: made once for the tests of a
-directory.
-"""
+"""One small LLaVA on disk, quantized in several ways and saved: each made once, when a test asks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,20 +88,22 @@ def saved(
 ) -> dict[tuple[str, str], Saved]:
     """(kind, dtype) -> a model quantized by from_pretrained and saved; "searched" ones in shards."""
     root = tmp_path_factory.mktemp("saved")
-    models = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for kind, config in KINDS.items():
+
+    class Models(dict):
+        def __missing__(self, key: tuple[str, str]) -> Saved:
+            kind, dtype = key
             model = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, quantization_config=config(processor)
+                source, dtype=dtype, quantization_config=KINDS[kind](processor)
             )
-            name = str(dtype).removeprefix("torch.")
-            path = root / f"{kind}-{name}"
+            path = root / "-".join(key)
             shard_size = "60KB" if kind == "searched" else "50GB"
             save_quantized(
                 model, processor, path, report=model.hf_quantizer.report, max_shard_size=shard_size
             )
-            models[kind, name] = Saved(path, *answers(model, inputs))
-    return models
+            self[key] = Saved(path, *answers(model, inputs))
+            return self[key]
+
+    return Models()
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,9 @@ def test_ctrl_c_ends_the_cell_in_one_line(folder, tmp_path, capfd):
     assert not multiprocessing.active_children()
 
 
-def test_one_dataset_is_split(folder, tmp_path, capsys):
+def test_one_dataset_is_split(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "_in_a_process", ablate._measure)
+    monkeypatch.setattr(ablate, "silence", lambda: None)
     out = tmp_path / "out"
     given = [folder / "model", "--dataset", folder / "calibration.jsonl", "--output", out]
     words = ["--schemes", "W4A4", "--num-samples", "4", "--lines", "greedy", "--seeds", "1"]

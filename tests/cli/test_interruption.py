@@ -45,10 +45,9 @@ MODULES = (
     "torch",
     "transformers",
     "qvlm_hf.hf.config",
-    "qvlm_hf.cli.wording",
-    "qvlm_hf.cli.inspect",
     "qvlm_hf.hub.saved",
 )
+MORE_MODULES = ("qvlm_hf.cli.wording", "qvlm_hf.cli.inspect")
 LINE = "qvlm: interrupted\n"
 WRONG = "qvlm: error: {}: holds no config.json: name the directory of a saved model.\n"
 
@@ -78,8 +77,11 @@ def interrupted(tmp_path, moment, *program):
 
 @pytest.mark.parametrize(
     ("program", "module"),
-    [*(((), module) for module in MODULES)]
-    + [(("-m", "qvlm_hf"), module) for module in ("torch", "qvlm_hf.cli.inspect")],
+    [
+        *(((), module) for module in MODULES),
+        *((("-m", "qvlm_hf"), module) for module in ("torch", "qvlm_hf.cli.inspect")),
+        *(pytest.param((), module, marks=pytest.mark.slow) for module in MORE_MODULES),
+    ],
 )
 def test_while_importing(tmp_path, program, module):
     assert interrupted(tmp_path, module, *program) == (130, "", LINE)

@@ -47,8 +47,7 @@ def text(model, **options):
     return model.generate(input_ids=IDS, max_new_tokens=8, do_sample=False, **options)
 
 
-@pytest.mark.parametrize("scheme", ["W4A8", "W4A16"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scheme", "dtype"), [("W4A8", torch.float32), ("W4A16", torch.bfloat16)])
 def test_one_graph_and_the_same_logits(directory, scheme, dtype):
     model = quantized(directory, scheme, dtype=dtype)
     with torch.no_grad():

@@ -96,7 +96,7 @@ def _unwritten_configs(monkeypatch):
     monkeypatch.setattr(PreTrainedConfig, "__repr__", object.__repr__)
 
 
-@pytest.mark.parametrize("start", range(0, 500, 100))
+@pytest.mark.parametrize("start", range(0, 200, 100))
 def test_a_damaged_model_fails_in_one_line_or_works(start, tmp_path):
     assert try_many(range(start, start + 100), tmp_path) < 50  # most damage is noticed
 

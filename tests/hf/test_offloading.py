@@ -13,6 +13,7 @@ load = AutoModelForImageTextToText.from_pretrained
 
 def config():
     return QVLMConfig(
+        recipe="fixed",
         dataset=tiny_messages(4),
         processor=tiny_processor(),
         group_size=32,
@@ -21,7 +22,10 @@ def config():
     )
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+TIED = pytest.param(True, marks=pytest.mark.slow, id="tied")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(False, id="untied"), TIED])
 def source(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("full")
     return save_tiny(folder, torch.bfloat16, tie_word_embeddings=request.param)

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from linear_calls import cpu_kernel
 from safetensors import safe_open
+from saved_models import KINDS
 from tiny_models import save_tiny
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -19,6 +21,7 @@ from qvlm_hf import CalibrationReport, QVLMConfig, QVLMLinear, quantize_model, s
 load = AutoModelForImageTextToText.from_pretrained
 
 TESTS = Path(__file__).parents[1]
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def fresh_process(script, *arguments):
@@ -41,15 +44,13 @@ def reloaded(tmp_path_factory, saved, inputs):
         "fresh_reload.py",
         folder / "inputs.pt",
         folder / "out.pt",
-        *(model.path for model in saved.values()),
+        *(saved[key].path for key in product(KINDS, DTYPES)),
     )
     return torch.load(folder / "out.pt")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "kind", ["rounded", "dynamic", "searched", "rotated", "budgeted", "rotated, rounded", "paper"]
-)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_process_answers_bit_for_bit_the_same(saved, reloaded, kind, dtype):
     before, after = saved[kind, dtype], reloaded[str(saved[kind, dtype].path)]
     assert after["logits"].dtype == getattr(torch, dtype)

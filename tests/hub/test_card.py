@@ -275,7 +275,7 @@ def full_report(folder):
     return measured | fixed | {"settings": measured["settings"] | fixed["settings"]}
 
 
-@pytest.mark.parametrize("cases", [50, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [25, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_damaged_report_ends_in_one_line_or_is_shown(folder, cases, capsys):
     whole, refused = full_report(folder), 0
     parts = ("segments", "settings", "provenance", "evaluation", "benchmark")

@@ -272,7 +272,10 @@ print("taken")
 """
 
 
-@pytest.mark.parametrize("mode", ["inference", "cpu", "meta", "float64", "autocast"])
+SLOW = (pytest.param(mode, marks=pytest.mark.slow) for mode in ("cpu", "meta", "float64"))
+
+
+@pytest.mark.parametrize("mode", ["inference", "autocast", *SLOW])
 def test_the_mode_of_the_first_call_does_not_decide_for_all(mode):
     """In a process of its own: kernels are checked once."""
     assert run_python(FIRST_CALL, mode) == "taken\n"
@@ -316,5 +319,6 @@ print(fast_path.load())
 """
 
 
+@pytest.mark.slow
 def test_tensors_that_do_not_tell_where_they_lie_go_through_python():
     assert "_cdata is no longer" in run_python(OTHER_TENSORS)

@@ -80,8 +80,16 @@ def test_what_processes_exchange(tmp_path):
     ("work", "said"),
     [
         (together.fail_in_second, ["OtherProcessError: no second", "ValueError: no second"]),
-        (together.fail_in_first_later, ["KeyError: 'late'", "OtherProcessError: KeyError('late')"]),
-        (together.differ, ["RuntimeError: the processes took different ways"] * 2),
+        pytest.param(
+            together.fail_in_first_later,
+            ["KeyError: 'late'", "OtherProcessError: KeyError('late')"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            together.differ,
+            ["RuntimeError: the processes took different ways"] * 2,
+            marks=pytest.mark.slow,
+        ),
         (together.other_samples, ["OtherProcessError: process 1", "ValueError: process 1"]),
     ],
 )
