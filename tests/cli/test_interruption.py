@@ -87,7 +87,7 @@ def test_while_importing(tmp_path, program, module):
     assert interrupted(tmp_path, module, *program) == (130, "", LINE)
 
 
-@pytest.mark.parametrize("moment", ["at exit", "behind main"])
+@pytest.mark.parametrize("moment", ["at exit", pytest.param("behind main", marks=pytest.mark.slow)])
 def test_while_ending(tmp_path, moment):
     assert interrupted(tmp_path, moment) == (130, "", WRONG.format(tmp_path) + LINE)
 
@@ -128,7 +128,11 @@ def test_a_second_one_adds_no_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "said"), [("/dev/full", "No space left on device"), ("pipe", "")]
+    ("target", "said"),
+    [
+        pytest.param("/dev/full", "No space left on device", marks=pytest.mark.slow),
+        ("pipe", ""),
+    ],
 )
 def test_output_that_cannot_be_written_is_no_traceback(tmp_path, target, said):
     if target == "/dev/full":

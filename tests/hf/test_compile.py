@@ -63,7 +63,8 @@ def test_one_graph_and_the_same_logits(directory, scheme, dtype):
 @pytest.mark.parametrize(
     ("dtype", "backend"),
     [
-        *((dtype, "aot_eager") for dtype in (torch.float32, torch.bfloat16)),
+        (torch.bfloat16, "aot_eager"),
+        pytest.param(torch.float32, "aot_eager", marks=pytest.mark.slow),
         pytest.param(torch.float32, "inductor", marks=pytest.mark.slow),
     ],
 )

@@ -324,7 +324,8 @@ def test_a_kernel_that_cannot_be_compiled_is_spoken_of(monkeypatch, fresh, caplo
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.slow), ["-mavx2", "-mfma"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["-mavx2", "-mfma"]])
 def test_lesser_processors_compute_the_same(flags, tmp_path):
     """SSE2, and AVX2 where this processor has it, compiled for the purpose."""
     if flags and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):

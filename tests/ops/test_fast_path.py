@@ -272,10 +272,12 @@ print("taken")
 """
 
 
-SLOW = (pytest.param(mode, marks=pytest.mark.slow) for mode in ("cpu", "meta", "float64"))
+SLOW = ("cpu", "meta", "float64", "autocast")
 
 
-@pytest.mark.parametrize("mode", ["inference", "autocast", *SLOW])
+@pytest.mark.parametrize(
+    "mode", ["inference", *(pytest.param(mode, marks=pytest.mark.slow) for mode in SLOW)]
+)
 def test_the_mode_of_the_first_call_does_not_decide_for_all(mode):
     """In a process of its own: kernels are checked once."""
     assert run_python(FIRST_CALL, mode) == "taken\n"

@@ -72,7 +72,8 @@ class ProgressBar:
 
     def on_step(self, name: str, done: int, total: int) -> None:
         """Shows that step `name` is at `done` of `total`."""
-        if name != self._step:
+        # The clock starts anew while nothing is done: preparing a step is not its speed.
+        if name != self._step or done == self._first:
             self._step, self._began, self._first = name, self._now(), done
         if self._stream.isatty():
             self._move_bar(done, total)

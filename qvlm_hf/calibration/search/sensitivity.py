@@ -104,6 +104,7 @@ class _Probe:
         self._calibration = calibration
         self._steps = calibration.steps("sensitivity", sites)
         self._gradients = _held_out_gradients(calibration)
+        self._steps.advance(0)  # the first site begins
         held_out = held_out_half(calibration.data)
         self._tokens = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in held_out)
 

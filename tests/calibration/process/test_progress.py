@@ -7,6 +7,7 @@ import pytest
 from tiny_calibrations import calibrate
 
 from qvlm_hf.calibration.process.progress import ProgressBar, planned_steps
+from qvlm_hf.calibration.search import sensitivity
 from qvlm_hf.calibration.settings import CalibrationSettings
 
 
@@ -59,6 +60,35 @@ def test_without_a_terminal_a_line_every_half_minute():
     assert len(lines) == 3
     if sys.platform == "linux":
         assert all("GiB" in line for line in lines)
+
+
+def test_what_prepares_a_step_says_nothing_of_its_speed():
+    """Gradients of all samples come before the first site, and take longer than many sites."""
+    stream, clock = io.StringIO(), Clock()
+    bar = ProgressBar(("sensitivity",), stream, clock)
+    for seconds, done in ((0, 0), (600, 0), (602, 1), (640, 2)):
+        clock.seconds = seconds
+        bar.on_step("sensitivity", done, 46)
+    nothing_yet, last = stream.getvalue().splitlines()
+    assert "left of it" not in nothing_yet
+    assert last.startswith("qvlm 1/1 sensitivity: 2 of 46 sites, 0:14:40 left of it")
+
+
+def test_sites_are_timed_without_the_gradients(monkeypatch):
+    told, gradients = [], sensitivity._held_out_gradients
+    monkeypatch.setattr(
+        sensitivity,
+        "_held_out_gradients",
+        lambda calibration: told.append("gradients") or gradients(calibration),
+    )
+
+    class Listener:
+        def on_step(self, name, done, total):
+            if name == "sensitivity":
+                told.append(done)
+
+    calibrate(callbacks=[Listener()], recipe="fixed", max_block_depth=1, margins=())
+    assert told[:4] == [0, "gradients", 0, 1]
 
 
 @pytest.mark.parametrize(("plan", "title"), [((), "qvlm search"), (("search",), "qvlm 1/1 search")])

@@ -90,14 +90,18 @@ def test_what_processes_exchange(tmp_path):
             ["RuntimeError: the processes took different ways"] * 2,
             marks=pytest.mark.slow,
         ),
-        (together.other_samples, ["OtherProcessError: process 1", "ValueError: process 1"]),
+        pytest.param(
+            together.other_samples,
+            ["OtherProcessError: process 1", "ValueError: process 1"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_error_of_one_process_ends_the_others(work, said, tmp_path):
     start = time.monotonic()
     found = run_together(2, tmp_path, work)
     assert all(text.startswith(own) for text, own in zip(found, said, strict=True)), found
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 600
 
 
 def compare(alone, found, flips):
@@ -197,6 +201,7 @@ def test_the_first_process_alone_saves_and_speaks(words, tmp_path):
     check_output(tmp_path, first[1])
 
 
+@pytest.mark.slow
 def test_an_error_of_all_is_told_by_the_first(words, tmp_path):
     words += ["--batch-size", "2"]
     first, second = run_together(2, tmp_path, together.command, words)
