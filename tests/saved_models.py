@@ -1,4 +1,4 @@
-"""One small LLaVA on disk, quantized in several ways and saved: each made once, when a test asks."""
+"""One small LLaVA on disk, quantized in several ways and saved, each once and when a test asks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

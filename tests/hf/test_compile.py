@@ -47,7 +47,15 @@ def text(model, **options):
     return model.generate(input_ids=IDS, max_new_tokens=8, do_sample=False, **options)
 
 
-@pytest.mark.parametrize(("scheme", "dtype"), [("W4A8", torch.float32), ("W4A16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [
+        ("W4A8", torch.float32),
+        ("W4A16", torch.bfloat16),
+        pytest.param("W4A8", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("W4A16", torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_one_graph_and_the_same_logits(directory, scheme, dtype):
     model = quantized(directory, scheme, dtype=dtype)
     with torch.no_grad():

@@ -6,7 +6,6 @@ Not collected by itself: test_triton.py runs it in a process of its own. By hand
 """
 
 import functools
-from itertools import product
 
 import arranged_inputs
 import pytest
@@ -131,14 +130,14 @@ def test_a_range_per_group_of_inputs(weight_bits, activation_bits, in_features, 
 def test_a_token_that_is_not_finite_gives_nan(granularity):
     """Wherever it is, also where several programs arrange a token; and no other token does."""
     rest = arguments(4, 16 if granularity == "none" else 8, granularity, 9, 2304, 128, 3)
-    x = torch.randn(6, 3, 2304)
+    x = torch.randn(2, 3, 2304)
     expected = computed(x, rest)[0].flatten(0, 1)
-    bad = product((0, 1100, 2303), (torch.nan, torch.inf, -torch.inf))
-    for token, (place, value) in zip(x.flatten(0, 1)[::2], bad, strict=True):
-        token[place] = value
-    y = computed(x, rest)[0].flatten(0, 1)
-    assert y[::2].isnan().all() if granularity != "none" else not y[::2].isfinite().any()
-    assert torch.equal(y[1::2], expected[1::2])
+    for place in (0, 1100, 2303):
+        spoilt = x.flatten(0, 1).clone()
+        spoilt[::2, place] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        y = computed(spoilt.view_as(x), rest)[0].flatten(0, 1)
+        assert y[::2].isnan().all() if granularity != "none" else not y[::2].isfinite().any()
+        assert torch.equal(y[1::2], expected[1::2])
 
 
 @pytest.mark.parametrize("bits", [3, 4, 7, 8])

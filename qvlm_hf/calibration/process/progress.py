@@ -86,6 +86,8 @@ class ProgressBar:
         if self._bar is None:
             unit = _UNITS.get(self._step, "part")
             self._bar = tqdm(total=total, desc=self._title(), unit=unit, file=self._stream)
+        elif done == self._first:
+            self._bar.reset()  # its own clock
         self._bar.set_postfix_str(self._rest(done, total), refresh=False)
         self._bar.update(done - self._bar.n)
         if done >= total:

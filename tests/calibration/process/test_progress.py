@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import pytest
 from tiny_calibrations import calibrate
@@ -72,6 +73,18 @@ def test_what_prepares_a_step_says_nothing_of_its_speed():
     nothing_yet, last = stream.getvalue().splitlines()
     assert "left of it" not in nothing_yet
     assert last.startswith("qvlm 1/1 sensitivity: 2 of 46 sites, 0:14:40 left of it")
+
+
+def test_a_bar_too_is_timed_from_there():
+    bar = ProgressBar((), Terminal())
+    bar.on_step("sensitivity", 0, 46)
+    began = bar._bar.start_t
+    time.sleep(0.01)
+    bar.on_step("sensitivity", 0, 46)
+    prepared = bar._bar.start_t
+    assert prepared > began
+    bar.on_step("sensitivity", 1, 46)
+    assert (bar._bar.start_t, bar._bar.n) == (prepared, 1)
 
 
 def test_sites_are_timed_without_the_gradients(monkeypatch):
